@@ -1,0 +1,8 @@
+"""``python -m everest_ds``: what ``deepspeed --module everest_ds`` and ``torchrun -m everest_ds`` start."""
+
+import sys
+
+from everest_ds.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""The configuration of a run: frozen dataclasses that are checked when they are built.
+
+Every field is a command-line flag (``--optim.base-lr 1e-3``). A leaf without torch, so that a wrong setting is
+refused before anything heavy is imported. Learning rate, batch and the like live here; how they are sharded
+lives in ds_configs/. `everest_ds.config_file` writes and reads them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from everest_ds.errors import UserError
+from everest_ds.geometry import TokenGrid, ratio_to_count
+
+AttentionName = Literal["auto", "varlen", "flash", "sdpa"]
+SizeName = Literal["tiny", "small", "base", "large", "huge"]
+TargetName = Literal["masked", "selected"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which videos, and how a clip is cut from one."""
+
+    train_list: str | None = None
+    """List of training videos: one `path label` a line, space or comma, relative to the list or absolute."""
+    num_frames: int = 16
+    """Frames of a clip."""
+    sampling_stride: int = 4
+    """Source frames from one clip frame to the next (paper Table 7: sampling stride)."""
+    image_size: int = 224
+    """Height and width of a clip in pixels."""
+    crop_scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
+    """MultiScaleCrop: crop edges as shares of the shorter side."""
+    flip: bool = True
+    """Mirror half of the clips left to right."""
+    num_workers: int = 8
+    """Loader processes of each training process; 0 decodes in the training process itself."""
+    prefetch_batches: int = 4
+    """Micro-batches that each loader process prepares ahead."""
+    max_bad_share: float = 0.01
+    """Unreadable draws as a share of the list (or of all draws so far, if more) above which the run stops."""
+
+    def __post_init__(self) -> None:
+        """Check each field by itself."""
+        _require(self.num_frames >= 1, "data.num_frames", self.num_frames, "at least 1")
+        _require(self.sampling_stride >= 1, "data.sampling_stride", self.sampling_stride, "at least 1")
+        _require(self.image_size >= 1, "data.image_size", self.image_size, "at least 1")
+        scales_ok = bool(self.crop_scales) and all(0 < scale <= 1 for scale in self.crop_scales)
+        _require(scales_ok, "data.crop_scales", self.crop_scales, "one or more shares in (0, 1]")
+        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "at least 0")
+        _require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "at least 1")
+        _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "a share in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The encoder-decoder."""
+
+    size: SizeName = "base"
+    """Encoder and decoder widths, depth and heads (everest_ds/model/sizes.py)."""
+    patch_size: int = 16
+    """Height and width of a tubelet in pixels."""
+    tubelet_size: int = 2
+    """Frames of a tubelet."""
+    embedding_layers: Literal[1, 2, 3] = 1
+    """Conv3d layers of the tubelet embedding (paper Table 15)."""
+    decoder_depth: int = 4
+    """Decoder blocks; the paper's costs are those of 4, VideoMAE's own large and huge models have 12."""
+    attention: AttentionName = "auto"
+    """Attention backend; auto takes the first that serves: varlen, flash, sdpa."""
+    activation_checkpointing: bool = False
+    """Recompute each block in backward instead of storing its activations."""
+
+    def __post_init__(self) -> None:
+        """Check each field by itself."""
+        _require(self.patch_size >= 1, "model.patch_size", self.patch_size, "at least 1")
+        _require(self.tubelet_size >= 1, "model.tubelet_size", self.tubelet_size, "at least 1")
+        _require(self.decoder_depth >= 1, "model.decoder_depth", self.decoder_depth, "at least 1")
+        shrunk = {1: 1, 2: 4, 3: 8}.get(self.embedding_layers)
+        _require(shrunk is not None, "model.embedding_layers", self.embedding_layers, "1, 2 or 3")
+        if self.patch_size % (shrunk or 1):
+            raise UserError(
+                f"model.patch_size={self.patch_size} must be a multiple of {shrunk} for "
+                f"model.embedding_layers={self.embedding_layers}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """Which tokens are kept (paper Sec. 4.1)."""
+
+    selected_ratio: float = 0.3
+    """rho_pre: share of a clip's tokens that ReRo selects; the decoder sees these."""
+    visible_ratio: float = 0.1
+    """rho_pre * rho_post: share of a clip's tokens that the encoder sees, drawn from the selected ones."""
+    targets: TargetName = "masked"
+    """Reconstruct the selected tokens that are not visible (official code) or all selected ones (Eq. 3)."""
+
+    def __post_init__(self) -> None:
+        """Check each ratio, and one against the other."""
+        for name in ("selected_ratio", "visible_ratio"):
+            ratio = getattr(self, name)
+            _require(0 < ratio <= 1, f"selection.{name}", ratio, "a share of the clip's tokens in (0, 1]")
+        if self.visible_ratio > self.selected_ratio:
+            raise UserError(
+                f"selection.visible_ratio={self.visible_ratio} is above selection.selected_ratio="
+                f"{self.selected_ratio}; the visible tokens are drawn from the selected ones: lower it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, warm-up and cosine decay."""
+
+    base_lr: float = 1.5e-4
+    """Peak learning rate for 256 clips a step; the peak is base_lr * global_batch_size / 256."""
+    min_lr: float = 1e-5
+    """Learning rate at the end of the cosine, for 256 clips a step (the official default)."""
+    warmup_lr: float = 0.0
+    """Learning rate of step 0, for 256 clips a step (the official code always starts at 0)."""
+    warmup_epochs: float = 40
+    """Epochs of linear warm-up."""
+    epochs: int = 200
+    """Epochs of the schedule and of the run."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of matrices; biases, norms and the mask token have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's momentum terms."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 0.0
+    """Clip the global gradient norm at this; 0 clips nothing (the paper does not clip)."""
+
+    def __post_init__(self) -> None:
+        """Check each field, and the warm-up against the schedule."""
+        for name in ("base_lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "max_grad_norm"):
+            _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "at least 0")
+        _require(self.eps > 0, "optim.eps", self.eps, "above 0")
+        _require(self.epochs >= 1, "optim.epochs", self.epochs, "at least 1")
+        betas_ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _require(betas_ok, "optim.betas", self.betas, "two numbers in [0, 1)")
+        if self.warmup_epochs > self.epochs:
+            raise UserError(
+                f"optim.warmup_epochs={self.warmup_epochs} is above optim.epochs={self.epochs}; shorten the warm-up"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """The global batch, which is the invariant, and how a process works through its share."""
+
+    global_size: int = 1024
+    """Clips of one optimiser step over all processes."""
+    micro_size: int = 32
+    """Clips a process takes through the model at once; accumulation follows from the other two numbers."""
+
+    def __post_init__(self) -> None:
+        """Check each field by itself."""
+        _require(self.global_size >= 1, "batch.global_size", self.global_size, "at least 1")
+        _require(self.micro_size >= 1, "batch.micro_size", self.micro_size, "at least 1")
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Return the micro-steps of one optimiser step on ``world_size`` processes.
+
+        Raises:
+            UserError: micro_size x world_size does not divide global_size; names the nearest that do.
+        """
+        steps, rest = divmod(self.global_size, self.micro_size * world_size)
+        if steps and not rest:
+            return steps
+        share, uneven = divmod(self.global_size, world_size)
+        if uneven:
+            below = max(share, 1) * world_size
+            raise UserError(
+                f"batch.global_size={self.global_size} cannot be split over {world_size} processes; "
+                f"use batch.global_size={below} or {below + world_size}, or another number of processes"
+            )
+        divisors = [size for size in range(1, share + 1) if share % size == 0]
+        nearest = sorted(divisors, key=lambda size: abs(size - self.micro_size))[:2]
+        options = " or ".join(str(size) for size in sorted(nearest))
+        raise UserError(
+            f"batch.micro_size={self.micro_size} x {world_size} processes does not divide "
+            f"batch.global_size={self.global_size}; use batch.micro_size={options}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What the run writes, and when it ends."""
+
+    seed: int = 0
+    """Seed of weights, order, augmentation and selection."""
+    max_steps: int | None = None
+    """Stop after this many optimiser steps; the schedule stays that of optim.epochs."""
+    log_every_steps: int = 20
+    """Steps from one line of metrics to the next."""
+    save_every_epochs: int = 20
+    """Epochs from one checkpoint to the next; the last step always saves."""
+    save_every_steps: int | None = None
+    """Also save at every multiple of this many steps."""
+
+    def __post_init__(self) -> None:
+        """Check each field by itself."""
+        _require(0 <= self.seed < 2**63, "run.seed", self.seed, "in [0, 2**63)")
+        for name in ("max_steps", "log_every_steps", "save_every_epochs", "save_every_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"run.{name}", value, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One pre-training run, resolved: what RUN/config.json holds."""
+
+    recipe: str
+    """Name of the recipe that this started from."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        """Check what depends on several sections at once."""
+        grid = self.grid
+        if grid.time < 2:
+            raise UserError(
+                f"data.num_frames={self.data.num_frames} is one time step of model.tubelet_size="
+                f"{self.model.tubelet_size}; importance compares a step with the one before: use at least "
+                f"{2 * self.model.tubelet_size} frames"
+            )
+        if self.num_visible < 1:
+            raise UserError(
+                f"selection.visible_ratio={self.selection.visible_ratio} of {grid.num_tokens} tokens keeps "
+                f"none; use at least {1 / grid.num_tokens:.4g}"
+            )
+        if self.selection.targets == "masked" and self.num_visible == self.num_selected:
+            raise UserError(
+                f"selection.visible_ratio={self.selection.visible_ratio} shows all {self.num_selected} selected "
+                "tokens to the encoder and leaves none to reconstruct; lower it, or use "
+                "selection.targets=selected"
+            )
+
+    @property
+    def grid(self) -> TokenGrid:
+        """The token grid of one clip."""
+        return TokenGrid.of_clip(
+            num_frames=self.data.num_frames,
+            height=self.data.image_size,
+            width=self.data.image_size,
+            tubelet_size=self.model.tubelet_size,
+            patch_size=self.model.patch_size,
+        )
+
+    @property
+    def num_selected(self) -> int:
+        """Tokens of a clip that ReRo selects."""
+        return ratio_to_count(self.grid.num_tokens, self.selection.selected_ratio)
+
+    @property
+    def num_visible(self) -> int:
+        """Tokens of a clip that the encoder sees."""
+        return ratio_to_count(self.grid.num_tokens, self.selection.visible_ratio)
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens of a clip that the decoder predicts."""
+        hidden = self.num_selected - self.num_visible
+        return hidden if self.selection.targets == "masked" else self.num_selected
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise UserError(f"{name}={value} must be {expected}")

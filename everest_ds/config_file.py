@@ -1,0 +1,82 @@
+"""RUN/config.json: a configuration written out in full, and read back strictly.
+
+Unknown keys are refused with the nearest name, absent ones are named, and a value must have its field's type:
+what a run reports about itself is what it did.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from everest_ds.config import Config
+from everest_ds.errors import UserError, nearest_hint
+
+
+def dump_config(config: Config) -> str:
+    """Return the configuration as indented JSON, every field written out."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def load_config(path: Path) -> Config:
+    """Read a configuration that `dump_config` wrote.
+
+    Raises:
+        UserError: The file is missing or no JSON, a key is unknown (the nearest is named) or absent, or a
+            value has another type than its field.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    return config_from_dict(raw, source=str(path))
+
+
+def config_from_dict(raw: Any, *, source: str = "config") -> Config:
+    """Build a configuration from nested dictionaries, strictly; see `load_config`."""
+    return typing.cast(Config, _build(Config, raw, where="", source=source))
+
+
+def _build(cls: Any, raw: Any, *, where: str, source: str) -> Any:
+    if not isinstance(raw, dict):
+        raise UserError(f"{source}: {where or 'the file'} must be an object, got {type(raw).__name__}")
+    hints = typing.get_type_hints(cls)
+    names = [item.name for item in dataclasses.fields(cls)]
+    for key in raw:
+        if key not in names:
+            raise UserError(f"{source}: unknown key {where}{key}{nearest_hint(key, names)}")
+    missing = [name for name in names if name not in raw]
+    if missing:
+        raise UserError(f"{source}: key {where}{missing[0]} is missing; a stored configuration has every key")
+    values = {name: _coerce(hints[name], raw[name], f"{where}{name}", source) for name in names}
+    return cls(**values)
+
+
+def _coerce(hint: Any, value: Any, where: str, source: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where=f"{where}.", source=source)
+    if _matches(hint, value):
+        if get_origin(hint) is tuple:
+            return tuple(float(item) for item in value)
+        return float(value) if hint is float else value
+    expected = str(get_args(hint)) if get_origin(hint) is Literal else getattr(hint, "__name__", str(hint))
+    raise UserError(f"{source}: {where}={value!r} is not of type {expected}")
+
+
+def _matches(hint: Any, value: Any) -> bool:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
+    if origin in (types.UnionType, typing.Union):
+        return any(_matches(option, value) for option in get_args(hint))
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_matches(float, item) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

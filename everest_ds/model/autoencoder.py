@@ -1,0 +1,198 @@
+"""The EVEREST masked autoencoder: rank all tokens without gradient, encode few, reconstruct what was hidden.
+
+Place in the flow: clips and selection noise in, predictions and targets for the target tokens out. Axes: B clips,
+C T H W of a clip, N tokens of a clip, S selected tokens, L packed visible tokens, R packed target tokens,
+M both, D encoder or decoder width, P pixel values of a tubelet.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from everest_ds.geometry import TokenGrid
+from everest_ds.model.encoder import TokenEncoder
+from everest_ds.model.selection import PackedTokens, Packing, Selection, TokenIndex, select_rero
+from everest_ds.model.sizes import ModelSize
+from everest_ds.model.transformer import NORM_EPS, init_linear_xavier, make_blocks, run_blocks
+from everest_ds.model.tubelets import interpolate_positions, reconstruction_target, sinusoid_positions
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What the model says about the target tokens, and what it should have said.
+
+    Attributes:
+        prediction_RP: Standardised pixels as predicted, P over (frame, row, column, channel).
+        target_RP: Standardised pixels of the video, float32.
+        selection: The tokens that were visible and those that were predicted.
+    """
+
+    prediction_RP: Tensor
+    target_RP: Tensor
+    selection: Selection
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean squared error over all target tokens. Source: official code (Eq. 3 writes a norm)."""
+        return F.mse_loss(self.prediction_RP.float(), self.target_RP)
+
+
+class PretrainEncoder(TokenEncoder):
+    """The encoder with the norm that ends it in pre-training."""
+
+    def __init__(self, size: ModelSize, grid: TokenGrid, **options: object) -> None:
+        super().__init__(size, grid, **options)  # type: ignore[arg-type]
+        self.norm = nn.LayerNorm(size.width, eps=NORM_EPS)
+
+    def forward(self, clips_BCTHW: Tensor, index: TokenIndex, grid: TokenGrid) -> Tensor:
+        """Encode the tokens of the index: (L, D)."""
+        return self.norm(super().forward(clips_BCTHW, index, grid))
+
+
+class Decoder(nn.Module):
+    """Narrow transformer over visible and target tokens; predicts the pixels of the target tokens."""
+
+    positions_ND: Tensor
+
+    def __init__(
+        self,
+        size: ModelSize,
+        grid: TokenGrid,
+        *,
+        depth: int,
+        num_outputs: int,
+        attention_backend: str,
+        activation_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.activation_checkpointing = activation_checkpointing
+        width = size.decoder_width
+        self.blocks = make_blocks(
+            width=width, depth=depth, num_heads=size.decoder_num_heads, backend=attention_backend
+        )
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.head = nn.Linear(width, num_outputs)
+        self.register_buffer("positions_ND", sinusoid_positions(grid, width), persistent=False)
+
+    def forward(self, visible_LD: Tensor, mask_token_D: Tensor, selection: Selection, grid: TokenGrid) -> Tensor:
+        """Predict the pixels of the target tokens: (R, P)."""
+        positions_ND = interpolate_positions(self.positions_ND, self.grid, grid).to(visible_LD.dtype)
+        tokens, target_rows_R = interleave_clips(
+            visible_LD + positions_ND[selection.visible.position_M],
+            mask_token_D + positions_ND[selection.target.position_M],
+            selection,
+        )
+        x_MD = run_blocks(self.blocks, tokens, checkpointing=self.activation_checkpointing)
+        return self.head(self.norm(x_MD[target_rows_R]))
+
+
+class EverestAutoencoder(nn.Module):
+    """Masked video autoencoder over redundancy-robust tokens.
+
+    Args:
+        size: Widths, depths and heads.
+        grid: The token grid that positions are laid out for; other grids get them interpolated.
+        tubelet_size: Frames of a tubelet.
+        patch_size: Pixels of a tubelet's edge.
+        decoder_depth: Blocks of the decoder.
+        embedding_layers: Conv3d layers of the tubelet embedding.
+        attention_backend: A backend's name, or auto.
+        activation_checkpointing: Recompute each block in backward.
+
+    Source: EVEREST Sec. 4.1. Parameter names are those of the official `PretrainVisionTransformer`.
+    """
+
+    def __init__(
+        self,
+        size: ModelSize,
+        grid: TokenGrid,
+        *,
+        tubelet_size: int = 2,
+        patch_size: int = 16,
+        decoder_depth: int = 4,
+        embedding_layers: int = 1,
+        attention_backend: str = "auto",
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.encoder = PretrainEncoder(
+            size,
+            grid,
+            tubelet_size=tubelet_size,
+            patch_size=patch_size,
+            embedding_layers=embedding_layers,
+            attention_backend=attention_backend,
+            activation_checkpointing=activation_checkpointing,
+        )
+        self.encoder_to_decoder = nn.Linear(size.width, size.decoder_width, bias=False)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, size.decoder_width))
+        self.decoder = Decoder(
+            size,
+            grid,
+            depth=decoder_depth,
+            num_outputs=3 * tubelet_size * patch_size**2,
+            attention_backend=attention_backend,
+            activation_checkpointing=activation_checkpointing,
+        )
+        self.apply(init_linear_xavier)
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+
+    def forward(
+        self,
+        clips_BCTHW: Tensor,
+        noise_BS: Tensor,
+        *,
+        num_visible: int,
+        keep_visible_as_target: bool = False,
+    ) -> Reconstruction:
+        """Select tokens of each clip, encode the visible ones, predict the target ones.
+
+        Args:
+            clips_BCTHW: uint8, or floats in [0, 1]; not yet standardised.
+            noise_BS: Uniform noise; its width is the number of selected tokens, see `select_rero`.
+            num_visible: Tokens of a clip that the encoder sees.
+            keep_visible_as_target: Reconstruct the visible tokens too (Eq. 3).
+
+        Raises:
+            UserError: Frames or pixels that do not divide into tubelets.
+            ValueError: Counts that do not fit, see `select_rero`.
+        """
+        importance_BN = self.encoder.rank(clips_BCTHW, self.encoder.grid_of(clips_BCTHW))
+        selection = select_rero(
+            importance_BN,
+            noise_BS,
+            num_visible=num_visible,
+            keep_visible_as_target=keep_visible_as_target,
+        )
+        return self.reconstruct(clips_BCTHW, selection)
+
+    def reconstruct(self, clips_BCTHW: Tensor, selection: Selection) -> Reconstruction:
+        """Encode the visible tokens of any selection and predict its target tokens."""
+        grid = self.encoder.grid_of(clips_BCTHW)
+        visible_LD = self.encoder_to_decoder(self.encoder(clips_BCTHW, selection.visible, grid))
+        prediction_RP = self.decoder(visible_LD, self.mask_token[0, 0], selection, grid)
+        target_RP = reconstruction_target(self.encoder.gather(clips_BCTHW, selection.target))
+        return Reconstruction(prediction_RP, target_RP, selection)
+
+
+def interleave_clips(visible_LD: Tensor, target_RD: Tensor, selection: Selection) -> tuple[PackedTokens, Tensor]:
+    """Put each clip's visible and target tokens side by side in one packed row.
+
+    Returns:
+        The packed tokens, and the row of each target token, (R,) int64.
+    """
+    visible, target = selection.visible, selection.target
+    device = visible_LD.device
+    # Before a visible token stand the targets of earlier clips; before a target also its own clip's visible ones.
+    visible_rows_L = torch.arange(visible.packing.total, device=device) + target.packing.cu_seqlens[visible.clip_M]
+    target_rows_R = (
+        torch.arange(target.packing.total, device=device) + visible.packing.cu_seqlens[target.clip_M + 1]
+    )
+    rows_M = torch.cat((visible_rows_L, target_rows_R))
+    source_M = torch.empty_like(rows_M).scatter_(0, rows_M, torch.arange(len(rows_M), device=device))
+    both = zip(visible.packing.lengths, target.packing.lengths, strict=True)
+    packing = Packing.of([sum(lengths) for lengths in both], device)
+    return PackedTokens(torch.cat((visible_LD, target_RD))[source_M], packing), target_rows_R

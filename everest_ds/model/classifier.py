@@ -1,0 +1,96 @@
+"""The fine-tuning model: the encoder over ReRo-selected tokens, mean over each clip, norm, linear head.
+
+Place in the flow: clips in, logits out. Axes: B clips, C T H W of a clip, M packed kept tokens, D width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from everest_ds.geometry import TokenGrid, ratio_to_count
+from everest_ds.model.encoder import TokenEncoder
+from everest_ds.model.selection import TokenIndex, select_most_important
+from everest_ds.model.sizes import ModelSize
+from everest_ds.model.transformer import NORM_EPS, init_linear_normal
+
+
+class EverestClassifier(TokenEncoder):
+    """Video classifier over the tokens that changed most.
+
+    Args:
+        size: Width, depth and heads of the encoder.
+        grid: The token grid that positions are laid out for; other grids get them interpolated.
+        num_classes: Outputs of the head.
+        keep_ratio: rho_pre of fine-tuning, share of a clip's tokens in (0, 1]; 1 keeps all and ranks nothing.
+        head_init_scale: Factor on the head's initial weights (official `init_scale`).
+        tubelet_size: Frames of a tubelet.
+        patch_size: Pixels of a tubelet's edge.
+        embedding_layers: Conv3d layers of the tubelet embedding.
+        attention_backend: A backend's name, or auto.
+        activation_checkpointing: Recompute each block in backward.
+
+    Source: EVEREST Sec. 4.1, Table 8. Parameter names are those of the official `VisionTransformer`.
+    """
+
+    def __init__(
+        self,
+        size: ModelSize,
+        grid: TokenGrid,
+        *,
+        num_classes: int,
+        keep_ratio: float = 0.6,
+        head_init_scale: float = 0.001,
+        tubelet_size: int = 2,
+        patch_size: int = 16,
+        embedding_layers: int = 1,
+        attention_backend: str = "auto",
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            size,
+            grid,
+            tubelet_size=tubelet_size,
+            patch_size=patch_size,
+            embedding_layers=embedding_layers,
+            attention_backend=attention_backend,
+            activation_checkpointing=activation_checkpointing,
+        )
+        self.keep_ratio = keep_ratio
+        self.num_classes = num_classes
+        self.fc_norm = nn.LayerNorm(size.width, eps=NORM_EPS)
+        self.head = nn.Linear(size.width, num_classes)
+        self.apply(init_linear_normal)
+        with torch.no_grad():
+            self.head.weight.mul_(head_init_scale)
+
+    def forward(self, clips_BCTHW: Tensor) -> Tensor:  # type: ignore[override]
+        """Return logits (B, classes) for clips of uint8 pixels or floats in [0, 1]."""
+        return self.head(self.forward_features(clips_BCTHW))
+
+    def forward_features(self, clips_BCTHW: Tensor) -> Tensor:
+        """Return each clip's normalised mean token, (B, D)."""
+        grid = self.grid_of(clips_BCTHW)
+        kept = self.select(clips_BCTHW, grid)
+        x_MD = super().forward(clips_BCTHW, kept, grid)
+        return self.fc_norm(mean_per_clip(x_MD, kept))
+
+    def select(self, clips_BCTHW: Tensor, grid: TokenGrid) -> TokenIndex:
+        """Return the tokens that are kept of each clip."""
+        count = ratio_to_count(grid.num_tokens, self.keep_ratio)
+        if count == grid.num_tokens:
+            position_N = torch.arange(count, device=clips_BCTHW.device)
+            return TokenIndex.of_equal_counts(position_N.expand(len(clips_BCTHW), -1))
+        return select_most_important(self.rank(clips_BCTHW, grid), count)
+
+
+def mean_per_clip(x_MD: Tensor, index: TokenIndex) -> Tensor:
+    """Average packed tokens over each clip, (B, D).
+
+    Raises:
+        ValueError: A clip has no tokens.
+    """
+    packing = index.packing
+    if min(packing.lengths, default=0) < 1:
+        raise ValueError("a clip without tokens has no mean")
+    sums_BD = x_MD.new_zeros(len(packing.lengths), x_MD.shape[1]).index_add(0, index.clip_M, x_MD)
+    lengths_B = (packing.cu_seqlens[1:] - packing.cu_seqlens[:-1]).to(x_MD.dtype)
+    return sums_BD / lengths_B[:, None]

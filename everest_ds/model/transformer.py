@@ -1,0 +1,107 @@
+"""Pre-norm ViT blocks over packed tokens, and the stack that encoder, decoder and classifier share.
+
+Place in the flow: PackedTokens -> blocks -> PackedTokens. Axes: M packed tokens, D width, E = 3 D, A heads,
+K = D / A channels of a head. Parameter names are the official ones.
+"""
+
+import torch
+from einops import rearrange
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from everest_ds.model.attention import attention
+from everest_ds.model.selection import PackedTokens, Packing
+
+NORM_EPS = 1e-6
+MLP_RATIO = 4
+
+
+class BiasedByCaller(nn.Linear):
+    """A linear layer without a bias of its own; the caller hands one over.
+
+    The query-key-value bias consists of two parameters and zeros, owned by the attention layer as in the official
+    state dict. Its weight must still be read inside its own forward, where ZeRO-3 has gathered it.
+    """
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        """Apply the weight and the given bias."""
+        return F.linear(x, self.weight, bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each clip; query and value have a bias, the key has none.
+
+    A bias of the key would shift all scores of a query alike, which softmax ignores.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, backend: str) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width={width} is not divisible by num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.backend = backend
+        self.qkv = BiasedByCaller(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_MD: Tensor, packing: Packing) -> Tensor:
+        """Attend within each clip: (M, D) -> (M, D)."""
+        bias_E = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = rearrange(self.qkv(x_MD, bias_E), "m (three a k) -> three m a k", three=3, a=self.num_heads)
+        q_MAK, k_MAK, v_MAK = qkv.unbind(0)
+        z_MAK = attention(q_MAK, k_MAK, v_MAK, packing, backend=self.backend)
+        return self.proj(z_MAK.flatten(1))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, num_heads: int, *, backend: str) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, num_heads, backend=backend)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = Mlp(width, MLP_RATIO * width)
+
+    def forward(self, x_MD: Tensor, packing: Packing) -> Tensor:
+        """Transform (M, D) -> (M, D)."""
+        x_MD = x_MD + self.attn(self.norm1(x_MD), packing)
+        return x_MD + self.mlp(self.norm2(x_MD))
+
+
+def make_blocks(*, width: int, depth: int, num_heads: int, backend: str) -> nn.ModuleList:
+    """Return a stack of blocks."""
+    return nn.ModuleList(Block(width, num_heads, backend=backend) for _ in range(depth))
+
+
+def run_blocks(blocks: nn.ModuleList, tokens: PackedTokens, *, checkpointing: bool) -> Tensor:
+    """Run tokens through a stack and return (M, D).
+
+    With ``checkpointing``, each block keeps only its input and is computed again in backward.
+    """
+    x_MD = tokens.x_MD
+    for block in blocks:
+        if checkpointing and torch.is_grad_enabled():
+            x_MD = checkpoint(block, x_MD, tokens.packing, use_reentrant=False)
+        else:
+            x_MD = block(x_MD, tokens.packing)
+    return x_MD
+
+
+def init_linear_xavier(module: nn.Module) -> None:
+    """Initialise one module as the official pre-training model does: Xavier-uniform linears, zero biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def init_linear_normal(module: nn.Module) -> None:
+    """Initialise one module as the official fine-tuning model does: normal 0.02 cut at two deviations."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,169 @@
+"""Clips to tubelets, tubelets to embeddings, grid positions to sinusoids.
+
+Place in the flow: the first step of the model. Axes: B clips, C channels, T frames, H W pixels, N tokens of a
+clip, M clips or tubelets, R target tubelets, P = C * tubelet_size * patch_size**2 pixel values of a tubelet,
+D width.
+"""
+
+import math
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from everest_ds.geometry import TokenGrid
+from everest_ds.model.selection import TokenIndex
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def grid_of(clips_BCTHW: Tensor, *, tubelet_size: int, patch_size: int) -> TokenGrid:
+    """Return the token grid of a batch of clips.
+
+    Raises:
+        ValueError: The tensor is not five-dimensional with three channels.
+        UserError: A length does not divide.
+    """
+    if clips_BCTHW.ndim != 5 or clips_BCTHW.shape[1] != 3:
+        raise ValueError(f"expected clips of shape (B, 3, T, H, W), got {tuple(clips_BCTHW.shape)}")
+    num_frames, height, width = clips_BCTHW.shape[2:]
+    return TokenGrid.of_clip(
+        num_frames=num_frames, height=height, width=width, tubelet_size=tubelet_size, patch_size=patch_size
+    )
+
+
+def gather_tubelets(clips_BCTHW: Tensor, index: TokenIndex, *, tubelet_size: int, patch_size: int) -> Tensor:
+    """Cut the tubelets that an index names out of their clips, copying nothing else.
+
+    Returns:
+        (M, C, tubelet_size, patch_size, patch_size) in the clips' dtype.
+    """
+    blocks = rearrange(
+        clips_BCTHW,
+        "b c (t pt) (h ph) (w pw) -> b t h w c pt ph pw",
+        pt=tubelet_size,
+        ph=patch_size,
+        pw=patch_size,
+    )
+    rows, cols = blocks.shape[2:4]
+    step_M = torch.div(index.position_M, rows * cols, rounding_mode="floor")
+    row_M = torch.div(index.position_M, cols, rounding_mode="floor") % rows
+    return blocks[index.clip_M, step_M, row_M, index.position_M % cols]
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """Return pixels as float32 in [0, 1]: uint8 is divided by 255, floats must be in [0, 1] already.
+
+    Raises:
+        ValueError: Another dtype. (A float's range is not checked: that would wait for the device.)
+    """
+    if pixels.dtype == torch.uint8:
+        return pixels.float() / 255
+    if pixels.is_floating_point():
+        return pixels.float()
+    raise ValueError(f"expected uint8 pixels or floats in [0, 1], got {pixels.dtype}")
+
+
+def standardise(pixels_MCTHW: Tensor) -> Tensor:
+    """Standardise clips or tubelets with ImageNet's mean and deviation; returns float32."""
+    channels = to_unit_range(pixels_MCTHW).unbind(1)
+    moments = zip(channels, IMAGENET_MEAN, IMAGENET_STD, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in moments], dim=1)
+
+
+def reconstruction_target(tubelets_RCTHW: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Return what the decoder has to predict: each tubelet's pixels, standardised per channel over itself.
+
+    Args:
+        tubelets_RCTHW: Tubelets as `gather_tubelets` returns them, uint8 or floats in [0, 1].
+        eps: Added to the deviation (not to the variance).
+
+    Returns:
+        (R, P) float32, P over (frame, row, column, channel): the order of the official decoder's outputs.
+
+    Source: official code, `normlize_target`: unbiased deviation over the pixels of one channel of one tubelet.
+    """
+    unit = to_unit_range(tubelets_RCTHW).flatten(2)
+    mean = unit.mean(dim=2, keepdim=True)
+    deviation = unit.var(dim=2, unbiased=True, keepdim=True).sqrt()
+    return rearrange((unit - mean) / (deviation + eps), "r c p -> r (p c)")
+
+
+class BlockConv3d(nn.Conv3d):
+    """A Conv3d whose stride is its kernel; on inputs of exactly one kernel it is one matrix product.
+
+    Weights are used in the input's dtype, so that float32 pixels are embedded in float32 whatever the weights
+    are stored in.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=kernel, stride=kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (M, C, t, h, w) into (M, D, t', h', w')."""
+        weight = self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if tuple(x.shape[2:]) == self.kernel_size:
+            return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None, None]
+        return F.conv3d(x, weight, bias, stride=self.stride)
+
+
+class TubeletEmbedding(nn.Module):
+    """Embeds tubelets: one Conv3d as wide as a tubelet, or a stack of smaller ones (paper Table 15).
+
+    No kernel crosses a tubelet's edge, so whole clips and single tubelets can be embedded alike. The model does
+    both: clips without gradient to rank their tokens, the visible tubelets alone with gradient.
+
+    With two or three layers a GELU stands between them; the paper does not say what does. With one layer the
+    parameters are the official `patch_embed.proj`.
+    """
+
+    # Edges of the kernels before the last one; the first kernel spans all frames of the tubelet.
+    STEM_EDGES: ClassVar[dict[int, tuple[int, ...]]] = {1: (), 2: (4,), 3: (4, 2)}
+
+    def __init__(self, *, width: int, tubelet_size: int, patch_size: int, num_layers: int = 1) -> None:
+        super().__init__()
+        edges = self.STEM_EDGES[num_layers]
+        last_edge, rest = divmod(patch_size, math.prod(edges))
+        if rest:
+            raise ValueError(f"patch_size={patch_size} is not a multiple of {math.prod(edges)}")
+        kernels = [(1, edge, edge) for edge in (*edges, last_edge)]
+        kernels[0] = (tubelet_size, *kernels[0][1:])
+        channels = [3] + [width] * len(edges)
+        layers = [BlockConv3d(c, width, k) for c, k in zip(channels, kernels, strict=True)]
+        self.stem = nn.ModuleList(layers[:-1])
+        self.proj = layers[-1]
+
+    def forward(self, pixels_MCTHW: Tensor) -> Tensor:
+        """Embed standardised clips or tubelets, (M, C, T, H, W) -> (M, tokens, D), in the input's dtype."""
+        x = pixels_MCTHW
+        for layer in self.stem:
+            x = F.gelu(layer(x))
+        return rearrange(self.proj(x), "m d t h w -> m (t h w) d")
+
+
+def sinusoid_positions(grid: TokenGrid, width: int) -> Tensor:
+    """Return the fixed position embedding of a grid, (N, width) float32.
+
+    One-dimensional sines and cosines over the flat token index, sine in even and cosine in odd channels.
+
+    Source: official code, `get_sinusoid_encoding_table`. The paper does not mention positions.
+    """
+    position = torch.arange(grid.num_tokens, dtype=torch.float64)[:, None]
+    exponent = 2 * torch.div(torch.arange(width), 2, rounding_mode="floor") / width
+    angle = position / torch.pow(torch.tensor(10000.0, dtype=torch.float64), exponent)
+    table = torch.where(torch.arange(width) % 2 == 0, angle.sin(), angle.cos())
+    return table.float()
+
+
+def interpolate_positions(table_ND: Tensor, grid: TokenGrid, to_grid: TokenGrid) -> Tensor:
+    """Resample a grid's position table to another grid, trilinearly over time, rows and columns."""
+    if grid == to_grid:
+        return table_ND
+    volume = rearrange(table_ND, "(t h w) d -> 1 d t h w", t=grid.time, h=grid.rows)
+    size = (to_grid.time, to_grid.rows, to_grid.cols)
+    resized = F.interpolate(volume.float(), size=size, mode="trilinear", align_corners=False)
+    return rearrange(resized, "1 d t h w -> (t h w) d").to(table_ND.dtype)
