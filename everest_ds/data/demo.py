@@ -1,0 +1,169 @@
+"""A small labelled video dataset that needs motion to be told apart: `everest demo-data`.
+
+Smooth textured discs drift over a smooth textured background; other discs stand still. The class is the direction
+(four) and the speed (two) of the drift. The movers wrap around the frame, so at every moment their positions
+are uniform whatever the class: no single frame gives the class away. Every video derives from (seed, split,
+number), and x264 runs with one thread, so the files repeat byte for byte.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from everest_ds.errors import UserError
+
+DIRECTIONS = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}
+SPEEDS_PX = (1, 2)
+CLASS_NAMES = [f"{direction}-{speed}px" for direction in DIRECTIONS for speed in SPEEDS_PX]
+SPLITS = ("train", "val", "test")
+STAMP = "demo.json"
+
+_TEXTURE_CELLS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """What `everest demo-data` makes."""
+
+    train: int = 640
+    """Training videos."""
+    val: int = 160
+    """Validation videos."""
+    test: int = 160
+    """Test videos."""
+    seed: int = 0
+    """Seed of every video."""
+    num_frames: int = 32
+    """Frames of a video."""
+    size: int = 64
+    """Height and width in pixels."""
+    movers: int = 2
+    """Discs that drift, all alike."""
+    distractors: int = 2
+    """Discs that stand still."""
+    radius: int = 7
+    """Radius of a disc in pixels."""
+
+    def __post_init__(self) -> None:
+        """Check each field, and the disc against the frame."""
+        for name in ("train", "num_frames", "movers", "radius"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("val", "test", "seed", "distractors"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
+        if self.size % 2 or self.size < 4 * self.radius:
+            raise UserError(f"size={self.size} must be even and at least four radii ({4 * self.radius})")
+
+    def count(self, split: str) -> int:
+        """Return the number of videos of a split."""
+        return int(getattr(self, split))
+
+
+def velocity_of(label: int) -> tuple[int, int]:
+    """Return a class's drift in pixels a frame, (down, right)."""
+    direction, speed = CLASS_NAMES[label].removesuffix("px").split("-")
+    down, right = DIRECTIONS[direction]
+    return down * int(speed), right * int(speed)
+
+
+def render_video(config: DemoConfig, split: str, number: int) -> NDArray[np.uint8]:
+    """Return the frames_THWC of a video; its class is ``number`` modulo the number of classes."""
+    key = np.array([config.seed, SPLITS.index(split)], dtype=np.uint64)
+    counter = np.array([0, number, 0, 0], dtype=np.uint64)
+    generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
+    still = _texture(generator, config.size)
+    for _ in range(config.distractors):
+        disc, mask = _disc(generator, config)
+        still = np.where(mask, disc, still)
+    movers = [_disc(generator, config) for _ in range(config.movers)]
+    down, right = velocity_of(number % len(CLASS_NAMES))
+    return np.stack([_draw(still, movers, (down * t, right * t)) for t in range(config.num_frames)])
+
+
+def write_demo_data(
+    folder: Path, config: DemoConfig, *, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[Path]:
+    """Write videos, one list a split, classes.txt, and a stamp of what was made; return the lists.
+
+    A folder that already holds this very dataset is left as it is.
+
+    Raises:
+        UserError: The folder holds something else.
+    """
+    lists = [folder / f"{split}.csv" for split in SPLITS if config.count(split)]
+    stamp = json.dumps(asdict(config), indent=2) + "\n"
+    if (folder / STAMP).is_file():
+        if (folder / STAMP).read_text() == stamp:
+            return lists
+        raise UserError(f"{folder} holds a demo dataset made with other settings; remove it or name another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "classes.txt").is_file():
+        raise UserError(f"{folder} is not empty and holds no demo dataset; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "classes.txt").write_text("\n".join(CLASS_NAMES) + "\n")
+    done, total = 0, sum(config.count(split) for split in SPLITS)
+    for split in SPLITS:
+        if not config.count(split):
+            continue
+        (folder / split).mkdir(exist_ok=True)
+        rows = []
+        for number in range(config.count(split)):
+            name = f"{split}/{number:05d}.mp4"
+            encode_h264(folder / name, render_video(config, split, number))
+            rows.append(f"{name} {number % len(CLASS_NAMES)}\n")
+            done += 1
+            on_progress(done, total)
+        (folder / f"{split}.csv").write_text("".join(rows))
+    (folder / STAMP).write_text(stamp)
+    return lists
+
+
+def encode_h264(path: Path, frames_THWC: NDArray[np.uint8], *, frames_per_s: int = 30) -> None:
+    """Encode frames as H.264 in MP4 with one thread, so that equal frames give equal bytes."""
+    import av
+
+    height, width = frames_THWC.shape[1:3]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(frames_per_s))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.thread_count = 1
+        stream.options = {"crf": "16", "preset": "veryfast", "g": "12"}
+        for image in frames_THWC:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _texture(generator: np.random.Generator, size: int) -> NDArray[np.uint8]:
+    cells = torch.from_numpy(generator.random((1, 3, _TEXTURE_CELLS, _TEXTURE_CELLS), dtype=np.float32))
+    smooth = F.interpolate(cells, size=(size, size), mode="bilinear", align_corners=True)
+    return (smooth[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+
+
+def _disc(generator: np.random.Generator, config: DemoConfig) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Return a disc of its own texture at a uniform place of the wrapped frame, and its mask (H, W, 1)."""
+    size, radius = config.size, config.radius
+    image = np.zeros((size, size, 3), dtype=np.uint8)
+    edge = 2 * radius + 1
+    image[:edge, :edge] = _texture(generator, edge)
+    rows, cols = np.ogrid[:size, :size]
+    mask = ((rows - radius) ** 2 + (cols - radius) ** 2 <= radius**2)[:, :, None]
+    place = tuple(int(shift) for shift in generator.integers(size, size=2))
+    return np.roll(image, place, axis=(0, 1)), np.roll(mask, place, axis=(0, 1))
+
+
+def _draw(
+    still: NDArray[np.uint8],
+    movers: list[tuple[NDArray[np.uint8], NDArray[np.bool_]]],
+    shift: tuple[int, int],
+) -> NDArray[np.uint8]:
+    frame = still
+    for image, mask in movers:
+        frame = np.where(np.roll(mask, shift, axis=(0, 1)), np.roll(image, shift, axis=(0, 1)), frame)
+    return frame

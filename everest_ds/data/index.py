@@ -1,0 +1,74 @@
+"""Lists of videos, as VideoMAE users have them: one ``path label`` a line.
+
+The separator is a space, a tab or a comma; the label is the integer at the end, so paths may hold spaces and
+commas. Paths are absolute, or relative to the folder of the list. A path in double quotes loses them. Blank
+lines are skipped.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from everest_ds.errors import UserError
+
+_ROW = re.compile(r"^(?P<path>.*\S)\s*(?:,|\s)\s*(?P<label>-?\d+)$")
+_NUM_PROBED = 64
+
+
+@dataclass(frozen=True)
+class VideoRow:
+    """One row of a list: where a video is, and its class (-1 where the list says so, for unlabelled video)."""
+
+    path: Path
+    label: int
+
+
+def read_list(path: Path) -> list[VideoRow]:
+    """Read a list of videos.
+
+    Raises:
+        UserError: The list is missing, is empty, or has a row without a label (with its line number).
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read the list of videos {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the list of videos {path} is not UTF-8 text: {error.reason}") from error
+    rows = [
+        _parse_row(line.strip(), path, number)
+        for number, line in enumerate(text.splitlines(), start=1)
+        if line.strip()
+    ]
+    if not rows:
+        raise UserError(f"the list of videos {path} is empty; expected lines of `path label`")
+    return rows
+
+
+def require_reachable(rows: list[VideoRow], source: Path) -> None:
+    """Check that the list points at files, by looking at a few rows spread over it.
+
+    Single missing files are found when they are read; a list whose paths start in the wrong folder is found here.
+
+    Raises:
+        UserError: None of the probed files exists.
+    """
+    probed = rows[:: max(1, len(rows) // _NUM_PROBED)]
+    if not any(row.path.is_file() for row in probed):
+        raise UserError(
+            f"none of {len(probed)} files probed from {source} exists, the first is {probed[0].path}; "
+            "paths must be absolute or relative to the list's folder"
+        )
+
+
+def _parse_row(line: str, source: Path, number: int) -> VideoRow:
+    match = _ROW.match(line)
+    if match is None:
+        raise UserError(
+            f"{source}, line {number}: {line!r} has no label; expected `path label` with an integer label "
+            "(0 where there are no classes)"
+        )
+    name = match["path"].rstrip(",").rstrip()
+    if len(name) > 2 and name[0] == name[-1] == '"':
+        name = name[1:-1]
+    return VideoRow(source.parent / name, int(match["label"]))
