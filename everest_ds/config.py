@@ -6,7 +6,9 @@ lives in ds_configs/. `everest_ds.config_file` writes and reads them.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from everest_ds.errors import UserError
 from everest_ds.geometry import TokenGrid, ratio_to_count
@@ -210,7 +212,7 @@ class RunConfig:
 class Config:
     """One pre-training run, resolved: what RUN/config.json holds."""
 
-    recipe: str
+    recipe: Annotated[str, tyro.conf.Suppress]
     """Name of the recipe that this started from."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

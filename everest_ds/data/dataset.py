@@ -7,7 +7,6 @@ silently.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,10 +35,18 @@ class BadSample:
 
 @dataclass(frozen=True)
 class Clip:
-    """One training sample."""
+    """One training sample, or nothing but the draws that failed when too many in a row did.
 
-    clip_CTHW: Tensor
-    noise_S: Tensor
+    Attributes:
+        clip_CTHW: uint8; None when no replacement could be read.
+        noise_S: float32 in [0, 1), the selection noise.
+        label: Class of the list's row.
+        index: Row of the list.
+        bad: Draws that could not be read before this one.
+    """
+
+    clip_CTHW: Tensor | None
+    noise_S: Tensor | None
     label: int
     index: int
     bad: tuple[BadSample, ...] = ()
@@ -55,6 +62,7 @@ class ClipBatch:
         label_B: int64.
         index_B: int64, rows of the list.
         bad: Draws that could not be read while this batch was made.
+        num_lost: Samples that are missing because no replacement could be read either.
     """
 
     clips_BCTHW: Tensor
@@ -62,17 +70,35 @@ class ClipBatch:
     label_B: Tensor
     index_B: Tensor
     bad: list[BadSample] = field(default_factory=list)
+    num_lost: int = 0
 
     @classmethod
     def collate(cls, clips: Sequence[Clip]) -> "ClipBatch":
-        """Stack samples into a batch."""
+        """Stack samples into a batch; samples that no replacement was found for are left out."""
+        pixels = [clip.clip_CTHW for clip in clips if clip.clip_CTHW is not None]
+        noise = [clip.noise_S for clip in clips if clip.noise_S is not None]
+        read = [clip for clip in clips if clip.clip_CTHW is not None]
         return cls(
-            clips_BCTHW=torch.stack([clip.clip_CTHW for clip in clips]),
-            noise_BS=torch.stack([clip.noise_S for clip in clips]),
-            label_B=torch.tensor([clip.label for clip in clips]),
-            index_B=torch.tensor([clip.index for clip in clips]),
+            clips_BCTHW=torch.stack(pixels) if pixels else torch.empty(0, dtype=torch.uint8),
+            noise_BS=torch.stack(noise) if noise else torch.empty(0),
+            label_B=torch.tensor([clip.label for clip in read]),
+            index_B=torch.tensor([clip.index for clip in read]),
             bad=[bad for clip in clips for bad in clip.bad],
+            num_lost=len(clips) - len(read),
         )
+
+    def require_whole(self) -> None:
+        """Refuse a batch with a hole in it.
+
+        Raises:
+            UserError: As many draws one after another as `MAX_REPLACEMENTS` allows could not be read.
+        """
+        if self.num_lost:
+            last = self.bad[-1]
+            raise UserError(
+                f"{MAX_REPLACEMENTS + 1} videos drawn one after another cannot be read, the last is {last.path}: "
+                f"{last.reason}; check the list and the storage it points to"
+            )
 
     def pin_memory(self) -> "ClipBatch":
         """Move the tensors to pinned memory (called by the loader)."""
@@ -104,21 +130,19 @@ class ClipDataset(Dataset[Clip]):
     def __getitem__(self, key: SampleKey) -> Clip:
         """Read the clip of a key; an unreadable one is replaced, at most `MAX_REPLACEMENTS` times.
 
-        Raises:
-            UserError: As many draws in a row could not be read.
+        Nothing is raised for bad videos: an exception in a loader process would arrive with its traceback as its
+        message. The batch says what was bad, see `ClipBatch.require_whole`.
         """
         bad: list[BadSample] = []
         index = key.index
         replacements = keyed_generator(self.seed, Stream.REPLACEMENT, key.epoch, key.index, key.repeat)
-        while True:
+        while len(bad) <= MAX_REPLACEMENTS:
             try:
                 return self._read(SampleKey(key.epoch, index, key.repeat), tuple(bad))
             except VideoReadError as error:
                 bad.append(BadSample(str(error.path), error.reason, key.epoch, index))
-            if len(bad) > MAX_REPLACEMENTS:
-                reasons = "; ".join(f"{sample.path}: {sample.reason}" for sample in bad[-3:])
-                raise UserError(f"{len(bad)} videos drawn one after another cannot be read, the last: {reasons}")
             index = int(replacements.integers(len(self.rows)))
+        return Clip(clip_CTHW=None, noise_S=None, label=-1, index=key.index, bad=tuple(bad))
 
     def _read(self, key: SampleKey, bad: tuple[BadSample, ...]) -> Clip:
         row = self.rows[key.index]
@@ -161,14 +185,3 @@ def make_loader(dataset: ClipDataset, sampler: Sampler[list[SampleKey]], *, pin_
         multiprocessing_context="forkserver" if workers else None,
         pin_memory=pin_memory,
     )
-
-
-def list_path(config: DataConfig) -> Path:
-    """Return the path of the training list.
-
-    Raises:
-        UserError: The configuration names none.
-    """
-    if config.train_list is None:
-        raise UserError("data.train_list is not set; give --data.train-list FILE (everest demo-data makes one)")
-    return Path(config.train_list)

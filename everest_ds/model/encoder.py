@@ -103,8 +103,9 @@ def full_float32(device_type: str) -> Iterator[None]:
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = convolutions.fp32_precision
     convolutions.fp32_precision = "ieee"
+    can_autocast = torch.amp.is_autocast_available(device_type)
     try:
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(device_type, enabled=False) if can_autocast else contextlib.nullcontext():
             yield
     finally:
         convolutions.fp32_precision = before

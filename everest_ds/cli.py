@@ -1,0 +1,213 @@
+"""The command line: `everest COMMAND ...`. Parses, calls a module of `everest_ds.commands`, no logic of its own.
+
+Exit codes: 0 done; 1 a check found a fault (`everest doctor`) or we failed; 2 a fault of the user's, with one
+message and no traceback. Modules are imported when their command runs.
+"""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from everest_ds import __version__
+from everest_ds.config import Config
+from everest_ds.distributed import World, speaks_first
+from everest_ds.errors import UserError, nearest_hint
+
+T = TypeVar("T")
+
+COMMANDS = {
+    "doctor": "devices, attention backends, decoders, DeepSpeed, versions; exits 1 when something is missing",
+    "demo-data": "a small labelled H.264 dataset with train.csv, val.csv, test.csv",
+    "recipes": "the recipes; with a name: resolved config, token counts, batch arithmetic, DeepSpeed JSON",
+    "pretrain": "pre-train a recipe; every config field is a flag",
+    "benchmark": "flops: the paper's tables beside our counts",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    world = World.from_environment()
+    try:
+        return _dispatch(words, world)
+    except UserError as error:
+        _say(f"everest: error: {error}\n", world)
+        return _leave(2)
+
+
+def _dispatch(words: list[str], world: World) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        _say(_usage(), world, to_stdout=True)
+        return 0
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    command, rest = words[0], words[1:]
+    if command.startswith("--local"):
+        raise UserError(
+            f"got {command} before the sub-command; start with `deepspeed --no_local_rank --module ...`"
+        )
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command!r}{nearest_hint(command, COMMANDS)}")
+    handlers = {
+        "doctor": _doctor,
+        "demo-data": _demo_data,
+        "recipes": _recipes,
+        "pretrain": _pretrain,
+        "benchmark": _benchmark,
+    }
+    return handlers[command](rest, world)
+
+
+def _doctor(rest: list[str], world: World) -> int:
+    @dataclass(frozen=True)
+    class Arguments:
+        """Check this machine."""
+
+    _parse(Arguments, rest, "everest doctor", world)
+    from everest_ds.commands.doctor import doctor
+
+    return doctor()
+
+
+def _demo_data(rest: list[str], world: World) -> int:
+    from everest_ds.data.demo import DemoConfig
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Make the demo dataset."""
+
+        folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+        """Where to write it."""
+        demo: Annotated[DemoConfig, tyro.conf.arg(name="")] = field(default_factory=DemoConfig)
+
+    arguments = _parse(Arguments, rest, "everest demo-data", world)
+    from everest_ds.commands.demo_data import demo_data
+
+    demo_data(arguments.folder, arguments.demo)
+    return 0
+
+
+def _recipes(rest: list[str], world: World) -> int:
+    from everest_ds.commands.recipes import list_recipes, show_recipe
+
+    if not rest or rest[0].startswith("-"):
+        _parse(_NoArguments, rest, "everest recipes [RECIPE]", world)
+        list_recipes()
+        return 0
+    config = _recipe(rest[0])
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Show one recipe as it would run."""
+
+        config: Annotated[Config, tyro.conf.arg(name="")]
+        gpus: int = 8
+        """Processes to do the batch arithmetic for."""
+        ds_config: Path | None = None
+        """File of ds_configs/; plain ZeRO-2 without one."""
+
+    arguments = _parse(Arguments, rest[1:], "everest recipes RECIPE", world, config=config)
+    show_recipe(arguments.config, num_gpus=arguments.gpus, ds_config=arguments.ds_config)
+    return 0
+
+
+def _pretrain(rest: list[str], world: World) -> int:
+    from everest_ds.commands.train import LaunchOptions, pretrain
+
+    wants_help = bool(rest) and rest[0] in ("-h", "--help")
+    if not rest or (rest[0].startswith("-") and not wants_help):
+        from everest_ds.recipes import PRETRAIN_RECIPES
+
+        raise UserError(f"pretrain needs a recipe first; known: {', '.join(sorted(PRETRAIN_RECIPES))}")
+    config = _recipe("demo" if wants_help else rest[0])
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Pre-train a recipe. Defaults shown are the recipe's."""
+
+        config: Annotated[Config, tyro.conf.arg(name="")]
+        launch: Annotated[LaunchOptions, tyro.conf.arg(name="")] = field(default_factory=LaunchOptions)
+
+    flags = rest if wants_help else rest[1:]
+    arguments = _parse(Arguments, flags, "everest pretrain RECIPE", world, config=config)
+    pretrain(arguments.config, arguments.launch, world)
+    return 0
+
+
+def _benchmark(rest: list[str], world: World) -> int:
+    what = rest[0] if rest else ""
+    if what != "flops":
+        raise UserError(f"benchmark what? got {what!r}{nearest_hint(what, ['flops'])}")
+
+    @dataclass(frozen=True)
+    class Arguments:
+        """Count multiply-accumulates by a profiler and print them beside the paper's tables."""
+
+        json: bool = False
+        """One JSON line a row instead of a table."""
+
+    arguments = _parse(Arguments, rest[1:], "everest benchmark flops", world)
+    from everest_ds.commands.flops import benchmark_flops
+
+    benchmark_flops(as_json=arguments.json)
+    return 0
+
+
+@dataclass(frozen=True)
+class _NoArguments:
+    """List the recipes; `everest recipes RECIPE --help` has the options for one."""
+
+
+def _recipe(name: str) -> Config:
+    from everest_ds.recipes import get_recipe
+
+    return get_recipe(name)
+
+
+def _parse(cls: type[T], words: list[str], prog: str, world: World, **defaults: Any) -> T:
+    """Parse flags; a parser's complaint of many processes is said once."""
+    captured = io.StringIO()
+    quiet = contextlib.ExitStack()
+    if world.size > 1:
+        quiet.enter_context(contextlib.redirect_stdout(captured))
+        quiet.enter_context(contextlib.redirect_stderr(captured))
+    try:
+        with quiet:
+            if not defaults:
+                return tyro.cli(cls, args=words, prog=prog)
+            return tyro.cli(cls, args=words, prog=prog, default=_with_defaults(cls, defaults))
+    except SystemExit as stop:
+        _say(captured.getvalue(), world)
+        raise SystemExit(_leave(int(stop.code or 0))) from None
+
+
+def _with_defaults(cls: type[T], defaults: dict[str, Any]) -> T:
+    return cls(**defaults)
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    return f"usage: everest COMMAND ...\n\n{rows}\n\n`everest COMMAND --help` shows its options.\n"
+
+
+def _say(text: str, world: World, *, to_stdout: bool = False) -> None:
+    if text and speaks_first(text, world):
+        (sys.stdout if to_stdout else sys.stderr).write(text)
+
+
+def _leave(code: int) -> int:
+    """Return the exit code, or exit at once where a process group would abort on the way out."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        os._exit(code)
+    return code

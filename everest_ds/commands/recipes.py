@@ -1,0 +1,40 @@
+"""`everest recipes [RECIPE]`: what a recipe comes to, before anything is started."""
+
+import json
+from pathlib import Path
+
+from everest_ds.config import Config
+from everest_ds.config_file import dump_config
+from everest_ds.recipes import PRETRAIN_RECIPES
+
+
+def list_recipes() -> None:
+    """Print each recipe with the first line of its document."""
+    for name, recipe in PRETRAIN_RECIPES.items():
+        print(f"{name:<14} {(recipe.__doc__ or '').splitlines()[0]}")
+
+
+def show_recipe(config: Config, *, num_gpus: int, ds_config: Path | None) -> None:
+    """Print a recipe's document, configuration, tokens, batch arithmetic and final DeepSpeed configuration.
+
+    Raises:
+        UserError: The batch cannot be made on that many processes, or the DeepSpeed file is refused.
+    """
+    from everest_ds.train.engine import load_systems, resolve_ds_config
+
+    systems = load_systems(ds_config)
+    resolved = resolve_ds_config(systems, config, world_size=num_gpus, precision="auto", device_type="cuda")
+    grid, batch = config.grid, config.batch
+    peak = config.optim.base_lr * batch.global_size / 256
+    print((PRETRAIN_RECIPES[config.recipe].__doc__ or "").strip())
+    print(f"\nconfiguration\n{dump_config(config)}")
+    print(
+        f"tokens of a clip: {grid.time} x {grid.rows} x {grid.cols} = {grid.num_tokens}; selected "
+        f"{config.num_selected}, visible {config.num_visible}, targets {config.num_targets}"
+    )
+    print(
+        f"batch: {batch.global_size} = {batch.micro_size} a process x {num_gpus} processes x "
+        f"{batch.accumulation_steps(num_gpus)} accumulation steps; peak learning rate {config.optim.base_lr} x "
+        f"{batch.global_size} / 256 = {peak:.6g}"
+    )
+    print(f"\nDeepSpeed configuration on {num_gpus} GPUs\n{json.dumps(resolved, indent=2)}")

@@ -1,0 +1,178 @@
+"""`everest pretrain`: from a resolved configuration to a trained run directory.
+
+The order matters: everything that can be refused is refused before torch is imported and before any process
+joins the others, so that a wrong setting costs seconds and ends all ranks alike.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from everest_ds import distributed
+from everest_ds.config import Config
+from everest_ds.data.index import VideoRow, read_list, require_reachable
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
+from everest_ds.train.checkpoint import load_checkpoint, read_state
+from everest_ds.train.run_dir import find_resume, write_run_files
+
+if TYPE_CHECKING:
+    import torch
+
+    from everest_ds.train.loop import Schedule, Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """How a run is started; nothing here changes what is learnt."""
+
+    ds_config: Path | None = None
+    """File of ds_configs/: how the run is sharded. Without one, plain ZeRO-2."""
+    out: Path | None = None
+    """Run directory; runs/RECIPE without one."""
+    resume: str = "auto"
+    """auto: go on from the run directory's newest checkpoint; never: refuse a used directory; or a path."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: as the DeepSpeed file says, else bf16 on a GPU and fp32 on a CPU."""
+
+
+def pretrain(config: Config, options: LaunchOptions, world: World) -> None:
+    """Run or continue a pre-training.
+
+    Raises:
+        UserError: Anything the user can mend: lists, batch, run directory, DeepSpeed file, too many bad videos.
+    """
+    # 1. What needs neither torch nor the other processes.
+    rows = _read_rows(config)
+    config.batch.accumulation_steps(world.size)
+    run_dir = options.out or Path("runs") / config.recipe
+    checkpoint = find_resume(run_dir, config, options.resume)
+    state = read_state(checkpoint) if checkpoint else None
+
+    # 2. What needs torch and DeepSpeed: the systems file, the schedule.
+    from everest_ds.train import engine as engines
+    from everest_ds.train.loop import Schedule
+
+    systems = engines.load_systems(options.ds_config)
+    engines.check_zero_options(systems, str(options.ds_config))
+    schedule = Schedule.of(config, len(rows), start_step=state.step if state else 0)
+
+    # 3. From here on all processes go together.
+    device = distributed.start(world)
+    ds_config = engines.resolve_ds_config(
+        systems, config, world_size=world.size, precision=options.precision, device_type=device.type
+    )
+    if world.is_main:
+        write_run_files(run_dir, config, ds_config)
+    trainer = _build(config, len(rows), schedule, ds_config, run_dir, world, device)
+    if checkpoint and state:
+        load_checkpoint(trainer.engine, checkpoint, state, world=world, zero_stage=trainer.zero_stage)
+    if trainer.log is not None:
+        _announce(trainer, ds_config, checkpoint)
+    trainer.run(iter(_loader(trainer, rows)))
+    if trainer.log is not None:
+        trainer.log.write("event", schedule.end_step, event="end")
+        trainer.log.close()
+        print(f"done: {run_dir}", flush=True)
+    distributed.finish()
+
+
+def _build(
+    config: Config,
+    num_videos: int,
+    schedule: "Schedule",
+    ds_config: dict[str, Any],
+    run_dir: Path,
+    world: World,
+    device: "torch.device",
+) -> "Trainer":
+    import torch
+
+    from everest_ds.train.engine import build_engine, zero_stage
+    from everest_ds.train.loop import Trainer
+    from everest_ds.train.metrics import MetricsLog
+    from everest_ds.train.tasks import PretrainTask
+
+    torch.manual_seed(config.run.seed)
+    task = PretrainTask(config)
+    return Trainer(
+        engine=build_engine(task, config, ds_config, device),
+        task=task,
+        config=config,
+        schedule=schedule,
+        world=world,
+        device=device,
+        run_dir=run_dir,
+        log=MetricsLog(run_dir) if world.is_main else None,
+        zero_stage=zero_stage(ds_config),
+        dataset_size=num_videos,
+    )
+
+
+def _loader(trainer: "Trainer", rows: list[VideoRow]) -> Any:
+    from everest_ds.data.dataset import make_loader
+    from everest_ds.data.sampling import GlobalBatchSampler
+
+    config, world, schedule = trainer.config, trainer.world, trainer.schedule
+    sampler = GlobalBatchSampler(
+        len(rows),
+        global_size=config.batch.global_size,
+        micro_size=config.batch.micro_size,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.run.seed,
+        start_step=schedule.start_step,
+        end_step=schedule.end_step,
+    )
+    dataset = trainer.task.make_dataset(rows, config)
+    return make_loader(dataset, sampler, pin_memory=trainer.device.type == "cuda")
+
+
+def _read_rows(config: Config) -> list[VideoRow]:
+    if config.data.train_list is None:
+        raise UserError(
+            "data.train_list is not set; give --data.train-list FILE (`everest demo-data DIR` makes one to try)"
+        )
+    path = Path(config.data.train_list)
+    rows = read_list(path)
+    require_reachable(rows, path)
+    return rows
+
+
+def _announce(trainer: "Trainer", ds_config: dict[str, Any], checkpoint: Path | None) -> None:
+    """Say and record what is about to run."""
+    import torch
+
+    from everest_ds.model.attention import choose_backend
+    from everest_ds.model.sizes import get_size
+
+    config, world, schedule = trainer.config, trainer.world, trainer.schedule
+    size = get_size(config.model.size)
+    dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
+    dtype_name = str(dtype).removeprefix("torch.")
+    head_dim = size.width // size.num_heads
+    backend = choose_backend(config.model.attention, trainer.device, dtype, head_dim).name
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.task.parameters())
+    accumulation = config.batch.accumulation_steps(world.size)
+    print(
+        f"{config.recipe}: ViT-{config.model.size}, {parameters / 1e6:.1f} M parameters, {config.grid.num_tokens} "
+        f"tokens a clip, {config.num_selected} selected, {config.num_visible} visible, "
+        f"{config.num_targets} targets\n"
+        f"{world.size} x {trainer.device.type}, ZeRO-{trainer.zero_stage}, {dtype_name}, attention {backend}, "
+        f"batch {config.batch.global_size} = {config.batch.micro_size} x {world.size} x {accumulation}, "
+        f"{schedule.end_step} steps of {schedule.steps_per_epoch} an epoch",
+        flush=True,
+    )
+    if checkpoint:
+        print(f"resumed from {checkpoint} at step {schedule.start_step}", flush=True)
+    if trainer.log is not None:
+        trainer.log.write(
+            "event",
+            schedule.start_step,
+            event="resume" if checkpoint else "start",
+            world_size=world.size,
+            zero_stage=trainer.zero_stage,
+            dtype=dtype_name,
+            attention=backend,
+            parameters=parameters,
+        )

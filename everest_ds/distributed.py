@@ -1,0 +1,161 @@
+"""Processes of a launch: who am I, set up, reduce, speak once, tear down. A leaf; torch is imported when needed.
+
+Works under ``deepspeed``, ``torchrun``, or with neither (then the launch has one process).
+"""
+
+import hashlib
+import os
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process's place among all processes of the launch."""
+
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank zero, the one that logs and writes."""
+        return self.rank == 0
+
+    @classmethod
+    def from_environment(cls) -> "World":
+        """Read what the launcher put into the environment; one process when there was no launcher."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        return cls(
+            rank=int(os.environ.get("RANK", "0")),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            size=size,
+            local_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size),
+        )
+
+
+def speaks_first(message: str, world: World) -> bool:
+    """Return whether this process is the first of its launch on this machine to say a message.
+
+    All processes meet the same fault at nearly the same time, and the launcher kills the others once one has ended:
+    whoever comes first has to speak, not whoever has rank zero. The claim is a file that names the launcher (the
+    parent process and when it started) and the message.
+    """
+    if world.size == 1:
+        return True
+    parent = os.getppid()
+    try:
+        started = Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        started = ""
+    name = hashlib.sha256(f"{parent} {started} {message}".encode()).hexdigest()[:24]
+    try:
+        claim = os.open(Path(tempfile.gettempdir()) / f"everest-said-{name}", os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    os.close(claim)
+    return True
+
+
+def start(world: World) -> "torch.device":
+    """Join the process group and return this process's device: its GPU where there is one, else the CPU.
+
+    On a CPU the machine's cores are shared out among its processes, unless OMP_NUM_THREADS says otherwise.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+    import deepspeed
+    import deepspeed.ops
+
+    # Not needed for gloo, and building it costs a compiler and most of a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, str(value))
+    if world.size == 1:
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if on_gpu:
+        torch.cuda.set_device(world.local_rank)
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    return torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
+
+
+def finish() -> None:
+    """Leave the process group; gloo aborts now and then when a process exits without."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(values: list[float], device: "torch.device") -> list[float]:
+    """Add up numbers over all processes, in float64."""
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return [float(value) for value in total.tolist()]
+
+
+def gather_over_ranks(value: float, device: "torch.device") -> list[float]:
+    """Return one number of every process, in rank order."""
+    import torch
+    import torch.distributed as dist
+
+    mine = torch.tensor([value], dtype=torch.float64, device=device)
+    if not dist.is_initialized():
+        return [value]
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return [float(item) for item in everyone]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return one small object of every process, in rank order."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def agree(fault: str | None) -> str | None:
+    """Return the first fault that any process met, so that all of them stop alike; None when none did."""
+    return next((text for text in gather_objects(fault) if text), None)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,1 @@
+"""Training: tasks -> DeepSpeed engine -> loop -> metrics and checkpoints."""

@@ -1,0 +1,168 @@
+"""The DeepSpeed engine: how a run is sharded, and every setting that changes what it computes.
+
+A file of ds_configs/ holds systems only: ZeRO stage, dtype, buckets, offload, communication. Batch, accumulation,
+clipping and the optimiser come from the configuration; a file that gives one of them too is refused. What matters
+for the result is written out here, because DeepSpeed's own defaults change between versions (gradient_clipping was
+0.0 and is 1.0).
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from everest_ds.config import Config
+from everest_ds.errors import UserError, nearest_hint
+from everest_ds.train.optim import make_optimizer
+
+PrecisionName = Literal["auto", "bf16", "fp32"]
+Systems = dict[str, Any]
+
+# Used when no file is given; ds_configs/zero2.json adds bucket sizes.
+DEFAULT_SYSTEMS: Systems = {"zero_optimization": {"stage": 2}}
+
+SYSTEMS_KEYS = frozenset(
+    {
+        "aio",
+        "bf16",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "data_types",
+        "flops_profiler",
+        "memory_breakdown",
+        "wall_clock_breakdown",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    }
+)
+RECIPE_KEYS = {
+    "fp16": "float16 needs loss scaling, which is not supported; use bf16",
+    "gradient_accumulation_steps": "it follows from batch.global_size, batch.micro_size and the processes",
+    "gradient_clipping": "it is optim.max_grad_norm",
+    "optimizer": "it is in optim.*",
+    "scheduler": "it is in optim.*",
+    "tensorboard": "metrics.jsonl and RUN/tensorboard/ are written in any case",
+    "torch_autocast": "precision is bf16.enabled here, or --precision",
+    "train_batch_size": "it is batch.global_size",
+    "train_micro_batch_size_per_gpu": "it is batch.micro_size",
+}
+
+
+def load_systems(path: Path | None) -> Systems:
+    """Read a file of ds_configs/, or return the default (plain ZeRO-2) for None.
+
+    Raises:
+        UserError: The file is missing or no JSON object, or has a key that is unknown or the recipe's.
+    """
+    if path is None:
+        return copy.deepcopy(DEFAULT_SYSTEMS)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the DeepSpeed configuration {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold an object, got {type(raw).__name__}")
+    for key in raw:
+        if key in RECIPE_KEYS:
+            raise UserError(f"{path}: {key} does not belong into a systems file: {RECIPE_KEYS[key]}")
+        if key not in SYSTEMS_KEYS:
+            raise UserError(f"{path}: unknown key {key}{nearest_hint(key, SYSTEMS_KEYS)}")
+    return raw
+
+
+def check_zero_options(systems: Systems, source: str) -> None:
+    """Have DeepSpeed check the ZeRO section before anything is built.
+
+    Raises:
+        UserError: DeepSpeed does not know an option, or a value does not fit.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**systems.get("zero_optimization", {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{source}: zero_optimization.{where}: {first['msg']}") from error
+
+
+def uses_bf16(systems: Systems, precision: PrecisionName, device_type: str) -> bool:
+    """Return whether the model computes in bfloat16.
+
+    ``auto`` follows the file; a file that does not say means bfloat16 on a GPU and float32 on a CPU.
+    """
+    if precision != "auto":
+        return precision == "bf16"
+    return bool(systems.get("bf16", {}).get("enabled", device_type == "cuda"))
+
+
+def resolve_ds_config(
+    systems: Systems, config: Config, *, world_size: int, precision: PrecisionName, device_type: str
+) -> dict[str, Any]:
+    """Return the complete DeepSpeed configuration of a run.
+
+    Raises:
+        UserError: The batch cannot be made from micro-batches on this many processes.
+    """
+    resolved = copy.deepcopy(systems)
+    resolved["bf16"] = {**systems.get("bf16", {}), "enabled": uses_bf16(systems, precision, device_type)}
+    if not resolved["bf16"]["enabled"]:
+        resolved.pop("data_types", None)  # float32 accumulates in float32
+    resolved |= {
+        "train_batch_size": config.batch.global_size,
+        "train_micro_batch_size_per_gpu": config.batch.micro_size,
+        "gradient_accumulation_steps": config.batch.accumulation_steps(world_size),
+        "gradient_clipping": config.optim.max_grad_norm,
+        "fp16": {"enabled": False},
+        "torch_autocast": {"enabled": False},
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": systems.get("zero_force_ds_cpu_optimizer", False),
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": systems.get("wall_clock_breakdown", False),
+    }
+    return resolved
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    """Return the ZeRO stage of a DeepSpeed configuration."""
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def build_engine(task: nn.Module, config: Config, ds_config: dict[str, Any], device: torch.device) -> Any:
+    """Return the DeepSpeed engine around a task, with torch's AdamW."""
+    import logging
+
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    offloaded = "offload_optimizer" in ds_config.get("zero_optimization", {})
+    optimizer_device = torch.device("cpu") if offloaded else device
+    engine, *_ = deepspeed.initialize(
+        model=task,
+        optimizer=make_optimizer(task, config.optim, optimizer_device),
+        config=ds_config,
+        dist_init_required=False,
+    )
+    return engine
+
+
+def set_learning_rate(engine: Any, value: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """Return the global gradient norm of the step just taken, before clipping; None where nobody computed it."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)

@@ -1,0 +1,238 @@
+"""The training loop: one for every task.
+
+Place in the flow: loader -> task in the DeepSpeed engine -> optimiser step -> metrics, checkpoints. Between log
+steps nothing waits for the device.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everest_ds import distributed
+from everest_ds.config import Config
+from everest_ds.data.dataset import BadSample, ClipBatch
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
+from everest_ds.train.checkpoint import TrainState, save_checkpoint
+from everest_ds.train.engine import gradient_norm, set_learning_rate
+from everest_ds.train.metrics import MetricsLog, format_duration, peak_memory_gib, peak_tflops
+from everest_ds.train.optim import learning_rate
+from everest_ds.train.tasks import ClipCost, PretrainTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The steps of a run.
+
+    Attributes:
+        steps_per_epoch: Whole global batches of an epoch.
+        start_step: Steps already taken.
+        end_step: Steps to have taken at the end.
+    """
+
+    steps_per_epoch: int
+    start_step: int
+    end_step: int
+
+    @classmethod
+    def of(cls, config: Config, num_samples: int, start_step: int = 0) -> "Schedule":
+        """Return the schedule of a configuration over a list of videos.
+
+        Raises:
+            UserError: The list is shorter than one global batch.
+        """
+        steps_per_epoch = num_samples // config.batch.global_size
+        if steps_per_epoch == 0:
+            raise UserError(
+                f"the training list has {num_samples} videos, fewer than batch.global_size="
+                f"{config.batch.global_size}; lower the batch or extend the list"
+            )
+        end_step = config.optim.epochs * steps_per_epoch
+        if config.run.max_steps is not None:
+            end_step = min(end_step, config.run.max_steps)
+        return cls(steps_per_epoch=steps_per_epoch, start_step=start_step, end_step=end_step)
+
+
+class Window:
+    """What happened since the last line of metrics."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.steps = 0
+        self.data_wait_s = 0.0
+        self.started = time.perf_counter()
+        self.bad: list[BadSample] = []
+
+
+class Trainer:
+    """Runs a task from one step to another.
+
+    Args:
+        engine: The DeepSpeed engine around the task.
+        task: The task itself, for what it needs of a batch.
+        config: The run.
+        schedule: From which step to which.
+        world: This process's place.
+        device: Its device.
+        run_dir: Where metrics and checkpoints go.
+        log: The metrics, on rank zero only.
+        zero_stage: How the engine shards.
+        dataset_size: Videos of the list, for the share of bad ones.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Any,
+        task: PretrainTask,
+        config: Config,
+        schedule: Schedule,
+        world: World,
+        device: torch.device,
+        run_dir: Path,
+        log: MetricsLog | None,
+        zero_stage: int,
+        dataset_size: int,
+    ) -> None:
+        self.engine = engine
+        self.task = task
+        self.config = config
+        self.schedule = schedule
+        self.world = world
+        self.device = device
+        self.run_dir = run_dir
+        self.log = log
+        self.zero_stage = zero_stage
+        self.dataset_size = dataset_size
+        self.num_bad = 0
+        self.cost: ClipCost = task.clip_cost()
+        self.window = Window(device)
+
+    def run(self, batches: Iterator[ClipBatch]) -> None:
+        """Train to the end of the schedule, logging and saving on the way.
+
+        Raises:
+            UserError: Too many unreadable videos, or a loss that is not finite.
+        """
+        self.engine.train()
+        for step in range(self.schedule.start_step, self.schedule.end_step):
+            self._take_step(step, batches)
+            taken = step + 1
+            saves = self._saves_after(taken)
+            if saves or taken % self.config.run.log_every_steps == 0:
+                self._report(taken)
+            if saves:
+                self._save(taken)
+                self.window = Window(self.device)
+
+    def _take_step(self, step: int, batches: Iterator[ClipBatch]) -> None:
+        rate = learning_rate(step, self.config.optim, self.config.batch, self.schedule.steps_per_epoch)
+        set_learning_rate(self.engine, rate)
+        accumulation = self.engine.gradient_accumulation_steps()
+        for _ in range(accumulation):
+            waiting_since = time.perf_counter()
+            batch = next(batches)
+            self.window.data_wait_s += time.perf_counter() - waiting_since
+            self.window.bad += batch.bad
+            batch.require_whole()
+            loss, _ = self.engine(*self.task.inputs(batch, self.device))
+            self.engine.backward(loss)
+            self.engine.step()
+            self.window.loss_sum += loss.detach() / accumulation
+        self.window.steps += 1
+
+    def _saves_after(self, taken: int) -> bool:
+        run = self.config.run
+        if taken == self.schedule.end_step:
+            return True
+        if run.save_every_steps is not None and taken % run.save_every_steps == 0:
+            return True
+        return taken % (run.save_every_epochs * self.schedule.steps_per_epoch) == 0
+
+    def _report(self, taken: int) -> None:
+        """Reduce the window over all ranks, check it, write a line, print one, start the next window."""
+        window, self.window = self.window, Window(self.device)
+        losses = distributed.gather_over_ranks(float(window.loss_sum) / window.steps, self.device)
+        seconds = (time.perf_counter() - window.started) / window.steps
+        self._record_bad(window.bad, taken)
+        broken = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        if broken:
+            raise UserError(
+                f"the loss of rank {', '.join(broken)} is not finite at step {taken}; the last checkpoint is kept. "
+                "Lower optim.base_lr, lengthen optim.warmup_epochs or set optim.max_grad_norm"
+            )
+        if self.log is None:
+            return
+        values = self._values(taken, sum(losses) / len(losses), seconds, window.data_wait_s / window.steps)
+        self.log.write("train", taken, **values)
+        self._print(taken, values, seconds)
+
+    def _values(self, taken: int, loss: float, seconds: float, wait_s: float) -> dict[str, Any]:
+        config = self.config
+        clips_per_s = config.batch.global_size / seconds
+        peak = peak_tflops(self.device)
+        used = clips_per_s * self.cost.train_flops / self.world.size / 1e12
+        return {
+            "epoch": round(taken / self.schedule.steps_per_epoch, 4),
+            "samples": taken * config.batch.global_size,
+            "loss": loss,
+            "grad_norm": gradient_norm(self.engine),
+            "lr": self.engine.optimizer.param_groups[0]["lr"],
+            "weight_decay": config.optim.weight_decay,
+            "clips_per_s": round(clips_per_s, 3),
+            "tokens_per_s": round(clips_per_s * self.cost.tokens, 1),
+            "data_wait_ms": round(wait_s * 1e3, 2),
+            "step_ms": round(seconds * 1e3, 2),
+            "memory_gib": round(peak_memory_gib(self.device), 3),
+            "mfu": None if peak is None else round(used / peak, 4),
+        }
+
+    def _print(self, taken: int, values: dict[str, Any], seconds: float) -> None:
+        left = format_duration((self.schedule.end_step - taken) * seconds)
+        norm = "" if values["grad_norm"] is None else f"  grad {values['grad_norm']:.3g}"
+        mfu = "" if values["mfu"] is None else f"  mfu {values['mfu']:.1%}"
+        print(
+            f"step {taken}/{self.schedule.end_step}  epoch {values['epoch']:.2f}  loss {values['loss']:.4f}{norm}"
+            f"  lr {values['lr']:.2e}  {values['clips_per_s']:.1f} clips/s  step {values['step_ms']:.0f} ms"
+            f"  data {values['data_wait_ms']:.0f} ms  {values['memory_gib']:.2f} GiB{mfu}  ETA {left}",
+            flush=True,
+        )
+
+    def _record_bad(self, bad: list[BadSample], taken: int) -> None:
+        """Write unreadable draws of all ranks to bad_samples.jsonl; stop when they are too many."""
+        if not distributed.sum_over_ranks([len(bad)], self.device)[0]:
+            return
+        everyone = distributed.gather_objects(bad)
+        self.num_bad += sum(len(part) for part in everyone)
+        if self.world.is_main:
+            with (self.run_dir / "bad_samples.jsonl").open("a", encoding="utf-8") as file:
+                for sample in (sample for part in everyone for sample in part):
+                    file.write(json.dumps(asdict(sample)) + "\n")
+        draws = max((taken - self.schedule.start_step) * self.config.batch.global_size, self.dataset_size)
+        share = self.config.data.max_bad_share
+        if self.num_bad > share * draws:
+            raise UserError(
+                f"{self.num_bad} of {draws} draws could not be read, more than data.max_bad_share={share}; see "
+                f"{self.run_dir / 'bad_samples.jsonl'}, mend the list or raise the share"
+            )
+
+    def _save(self, taken: int) -> None:
+        state = TrainState(
+            step=taken,
+            epoch=taken // self.schedule.steps_per_epoch,
+            samples=taken * self.config.batch.global_size,
+            world_size=self.world.size,
+            zero_stage=self.zero_stage,
+        )
+        started = time.perf_counter()
+        folder = save_checkpoint(self.engine, self.run_dir, state, self.world)
+        if self.log is not None:
+            took_s = round(time.perf_counter() - started, 2)
+            self.log.write("event", taken, event="checkpoint", path=folder.name, took_s=took_s)
+            print(f"saved {folder} in {took_s} s", flush=True)

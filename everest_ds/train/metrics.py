@@ -1,0 +1,72 @@
+"""metrics.jsonl, the record of a run, and TensorBoard as a view of it. Rank zero only."""
+
+import json
+import math
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Dense bfloat16 peak in TFLOP/s, from the vendors' data sheets.
+PEAK_BF16_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
+
+
+class MetricsLog:
+    """Appends lines to RUN/metrics.jsonl and mirrors numbers to RUN/tensorboard/."""
+
+    def __init__(self, run_dir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line and flush it; infinities and NaN, which JSON has not, become null."""
+        line = {"kind": kind, "step": step, "time_s": round(time.time(), 3), **_finite(values)}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._board.close()
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Return the data sheet's bfloat16 peak of a GPU; None for the CPU and for GPUs not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_BF16_TFLOPS.items() if key in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory held so far: allocated on the GPU, or resident for the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as people read it: ``2d03h``, ``4h05m``, ``12m30s``, ``9s``."""
+    whole = max(round(seconds), 0)
+    days, rest = divmod(whole, 86400)
+    hours, rest = divmod(rest, 3600)
+    minutes, secs = divmod(rest, 60)
+    if days:
+        return f"{days}d{hours:02d}h"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }

@@ -1,0 +1,130 @@
+"""The run directory: whether a run may use it, where it goes on from, and what describes the run in it.
+
+RUN/config.json          the resolved recipe
+    ds_config.json       the DeepSpeed configuration as used
+    environment.json     command, commit, versions, hardware of the last start
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from everest_ds import __version__
+from everest_ds.config import Config
+from everest_ds.config_file import dump_config, load_config
+from everest_ds.errors import UserError
+from everest_ds.train.checkpoint import SEAL, find_checkpoint
+
+# Settings that may differ between a run and its continuation: they do not change what is computed.
+FREE_ON_RESUME = frozenset(
+    {
+        "batch.micro_size",
+        "data.max_bad_share",
+        "data.num_workers",
+        "data.prefetch_batches",
+        "model.activation_checkpointing",
+        "model.attention",
+        "run.log_every_steps",
+        "run.max_steps",
+        "run.save_every_epochs",
+        "run.save_every_steps",
+    }
+)
+
+
+def find_resume(run_dir: Path, config: Config, resume: str) -> Path | None:
+    """Return the checkpoint to go on from, or None to start afresh.
+
+    Raises:
+        UserError: The directory is used and must not be, holds another run, or the named checkpoint is unusable.
+    """
+    used = run_dir.is_dir() and any(run_dir.iterdir())
+    if resume not in ("auto", "never"):
+        checkpoint = Path(resume)
+        if not (checkpoint / SEAL).is_file():
+            raise UserError(
+                f"--resume {resume}: no complete checkpoint there; expected auto, never, or a folder "
+                f"RUN/checkpoints/step-... that holds {SEAL}"
+            )
+        source = checkpoint.parent.parent
+        if used and source.resolve() != run_dir.resolve():
+            raise UserError(f"--out {run_dir} holds another run than --resume {resume}; name an empty folder")
+        _require_same_run(source, config)
+        return checkpoint
+    if not used:
+        return None
+    if resume == "never":
+        raise UserError(f"--out {run_dir} is not empty and --resume is never; name another folder")
+    if not (run_dir / "config.json").is_file():
+        raise UserError(f"--out {run_dir} is not empty and holds no run (no config.json); name another folder")
+    _require_same_run(run_dir, config)
+    return find_checkpoint(run_dir)
+
+
+def _require_same_run(run_dir: Path, config: Config) -> None:
+    stored, given = (_flatten(asdict(item)) for item in (load_config(run_dir / "config.json"), config))
+    changed = [key for key in stored if stored[key] != given[key] and key not in FREE_ON_RESUME]
+    if changed:
+        shown = ", ".join(f"{key} was {stored[key]!r} and is now {given[key]!r}" for key in changed[:4])
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise UserError(
+            f"{run_dir} holds another run: {shown}{more}; use the stored settings to go on, or another --out"
+        )
+
+
+def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def write_run_files(run_dir: Path, config: Config, ds_config: dict[str, Any]) -> None:
+    """Write the files that describe a run; a continued run is described anew."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.json").write_text(dump_config(config))
+    (run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
+    (run_dir / "environment.json").write_text(json.dumps(_environment(), indent=2) + "\n")
+
+
+def _environment() -> dict[str, Any]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    versions: dict[str, str | None] = {"everest_ds": __version__, "python": platform.python_version()}
+    for package in ("torch", "deepspeed", "timm", "decord", "flash-attn"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": shlex.join(sys.argv),
+        "commit": _commit(),
+        "versions": versions,
+        "host": platform.node(),
+        "cpu_count": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def _commit() -> str | None:
+    """Return the commit of a source checkout, marked when it has changes; None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,92 @@
+"""Tasks: what turns a batch into a loss and named scalars. The loop and the engine know nothing else of the model.
+
+Place in the flow: ClipBatch on the device -> task -> (loss, scalars). Axes: B clips, C T H W of a clip, S selected
+tokens of a clip.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from everest_ds.config import Config
+from everest_ds.data.dataset import ClipBatch, ClipDataset
+from everest_ds.data.index import VideoRow
+from everest_ds.model.autoencoder import EverestAutoencoder
+from everest_ds.model.flops import autoencoder_macs
+from everest_ds.model.sizes import get_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipCost:
+    """What one clip costs.
+
+    Attributes:
+        tokens: Tokens that go through the encoder.
+        train_flops: Operations of a forward and a backward pass, two for a multiply-accumulate, recomputation of
+            checkpointed blocks not counted.
+    """
+
+    tokens: int
+    train_flops: float
+
+
+class PretrainTask(nn.Module):
+    """Masked reconstruction.
+
+    DeepSpeed wraps this module, so its parameters carry the prefix ``model.`` in checkpoints.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.keep_visible_as_target = config.selection.targets == "selected"
+        self.model = build_autoencoder(config)
+
+    def forward(self, clips_BCTHW: Tensor, noise_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a micro-batch, and scalars for the log."""
+        output = self.model(
+            clips_BCTHW,
+            noise_BS,
+            num_visible=self.config.num_visible,
+            keep_visible_as_target=self.keep_visible_as_target,
+        )
+        return output.loss, {}
+
+    def inputs(self, batch: ClipBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Move what `forward` takes to the device, as bytes."""
+        return (
+            batch.clips_BCTHW.to(device, non_blocking=True),
+            batch.noise_BS.to(device, non_blocking=True),
+        )
+
+    @staticmethod
+    def make_dataset(rows: Sequence[VideoRow], config: Config) -> ClipDataset:
+        """Return the training clips, each with its selection noise."""
+        return ClipDataset(rows, config.data, seed=config.run.seed, noise_length=config.num_selected)
+
+    def clip_cost(self) -> ClipCost:
+        """Return what one clip of the recipe costs."""
+        config = self.config
+        with torch.device("meta"):
+            model = build_autoencoder(config)
+        counts = autoencoder_macs(
+            model, config.grid, num_visible=config.num_visible, num_targets=config.num_targets
+        )
+        with_gradient = counts.embedding_chosen + counts.rest
+        return ClipCost(tokens=config.num_visible, train_flops=2 * (counts.embedding_all + 3 * with_gradient))
+
+
+def build_autoencoder(config: Config) -> EverestAutoencoder:
+    """Return the autoencoder that a configuration describes, freshly initialised from torch's global generator."""
+    return EverestAutoencoder(
+        get_size(config.model.size),
+        config.grid,
+        tubelet_size=config.model.tubelet_size,
+        patch_size=config.model.patch_size,
+        decoder_depth=config.model.decoder_depth,
+        embedding_layers=config.model.embedding_layers,
+        attention_backend=config.model.attention,
+        activation_checkpointing=config.model.activation_checkpointing,
+    )
