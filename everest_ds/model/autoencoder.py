@@ -5,7 +5,7 @@ C T H W of a clip, N tokens of a clip, S selected tokens, L packed visible token
 M both, D encoder or decoder width, P pixel values of a tubelet.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,11 @@ from everest_ds.model.transformer import NORM_EPS, init_linear_xavier, make_bloc
 from everest_ds.model.tubelets import interpolate_positions, reconstruction_target, sinusoid_positions
 
 
-@dataclass(frozen=True)
-class Reconstruction:
+class Reconstruction(NamedTuple):
     """What the model says about the target tokens, and what it should have said.
+
+    A named tuple, because ZeRO-3 finds a module's output tensors, and so the moment to gather its parameters again
+    for backward, in tuples but not in dataclasses.
 
     Attributes:
         prediction_RP: Standardised pixels as predicted, P over (frame, row, column, channel).

@@ -152,10 +152,11 @@ def sinusoid_positions(grid: TokenGrid, width: int) -> Tensor:
 
     Source: official code, `get_sinusoid_encoding_table`. The paper does not mention positions.
     """
-    position = torch.arange(grid.num_tokens, dtype=torch.float64)[:, None]
-    exponent = 2 * torch.div(torch.arange(width), 2, rounding_mode="floor") / width
-    angle = position / torch.pow(torch.tensor(10000.0, dtype=torch.float64), exponent)
-    table = torch.where(torch.arange(width) % 2 == 0, angle.sin(), angle.cos())
+    # In float64 throughout: positions reach the thousands, and a float32 exponent would move angles by 1e-4.
+    channel = torch.arange(width)
+    frequency = 10000.0 ** (-2 * torch.div(channel, 2, rounding_mode="floor").double() / width)
+    angle = torch.arange(grid.num_tokens, dtype=torch.float64)[:, None] * frequency
+    table = torch.where(channel % 2 == 0, angle.sin(), angle.cos())
     return table.float()
 
 

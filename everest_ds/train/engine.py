@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from everest_ds.config import Config
 from everest_ds.errors import UserError, nearest_hint
@@ -162,7 +162,15 @@ def set_learning_rate(engine: Any, value: float) -> None:
         group["lr"] = value
 
 
-def gradient_norm(engine: Any) -> float | None:
-    """Return the global gradient norm of the step just taken, before clipping; None where nobody computed it."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+def step(engine: Any) -> Tensor | float | None:
+    """Take an optimiser step where accumulation is complete; return the global gradient norm before clipping.
+
+    None while accumulation goes on. Stage 0 in float32 runs the bare optimiser and reports no norm, so it is taken
+    here, between the reduction and the step; like DeepSpeed's own it stays on the device.
+    """
+    complete = engine.is_gradient_accumulation_boundary()
+    norm = None
+    if complete and not hasattr(engine.optimizer, "_global_grad_norm"):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    return engine.get_global_grad_norm() if complete and norm is None else norm

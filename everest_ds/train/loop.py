@@ -19,8 +19,8 @@ from everest_ds.config import Config
 from everest_ds.data.dataset import BadSample, ClipBatch
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
+from everest_ds.train import engine as engines
 from everest_ds.train.checkpoint import TrainState, save_checkpoint
-from everest_ds.train.engine import gradient_norm, set_learning_rate
 from everest_ds.train.metrics import MetricsLog, format_duration, peak_memory_gib, peak_tflops
 from everest_ds.train.optim import learning_rate
 from everest_ds.train.tasks import ClipCost, PretrainTask
@@ -66,6 +66,7 @@ class Window:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.steps = 0
         self.data_wait_s = 0.0
+        self.grad_norm: torch.Tensor | float | None = None
         self.started = time.perf_counter()
         self.bad: list[BadSample] = []
 
@@ -133,7 +134,7 @@ class Trainer:
 
     def _take_step(self, step: int, batches: Iterator[ClipBatch]) -> None:
         rate = learning_rate(step, self.config.optim, self.config.batch, self.schedule.steps_per_epoch)
-        set_learning_rate(self.engine, rate)
+        engines.set_learning_rate(self.engine, rate)
         accumulation = self.engine.gradient_accumulation_steps()
         for _ in range(accumulation):
             waiting_since = time.perf_counter()
@@ -143,9 +144,10 @@ class Trainer:
             batch.require_whole()
             loss, _ = self.engine(*self.task.inputs(batch, self.device))
             self.engine.backward(loss)
-            self.engine.step()
+            norm = engines.step(self.engine)
             self.window.loss_sum += loss.detach() / accumulation
         self.window.steps += 1
+        self.window.grad_norm = norm
 
     def _saves_after(self, taken: int) -> bool:
         run = self.config.run
@@ -169,11 +171,14 @@ class Trainer:
             )
         if self.log is None:
             return
-        values = self._values(taken, sum(losses) / len(losses), seconds, window.data_wait_s / window.steps)
+        wait_s = window.data_wait_s / window.steps
+        values = self._values(taken, sum(losses) / len(losses), window.grad_norm, seconds, wait_s)
         self.log.write("train", taken, **values)
         self._print(taken, values, seconds)
 
-    def _values(self, taken: int, loss: float, seconds: float, wait_s: float) -> dict[str, Any]:
+    def _values(
+        self, taken: int, loss: float, norm: torch.Tensor | float | None, seconds: float, wait_s: float
+    ) -> dict[str, Any]:
         config = self.config
         clips_per_s = config.batch.global_size / seconds
         peak = peak_tflops(self.device)
@@ -182,7 +187,7 @@ class Trainer:
             "epoch": round(taken / self.schedule.steps_per_epoch, 4),
             "samples": taken * config.batch.global_size,
             "loss": loss,
-            "grad_norm": gradient_norm(self.engine),
+            "grad_norm": None if norm is None else float(norm),
             "lr": self.engine.optimizer.param_groups[0]["lr"],
             "weight_decay": config.optim.weight_decay,
             "clips_per_s": round(clips_per_s, 3),
