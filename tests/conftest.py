@@ -1,4 +1,4 @@
-"""Shared fixtures: golden vectors, real clips, a small demo dataset, and marks that skip themselves with a reason."""
+"""Shared fixtures: golden vectors, real clips, a small demo dataset, and marks that skip themselves."""
 
 from __future__ import annotations
 

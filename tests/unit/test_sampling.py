@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from everest_ds.data.sampling import (
+    GlobalBatchSampler,
+    SampleKey,
+    Stream,
+    epoch_order,
+    keyed_generator,
+    stride_indices,
+)
+
+
+class RecordedDraws:
+    """Stands in for a generator: returns the recorded draw and checks that the range is the recorded one."""
+
+    def __init__(self, draws: list[dict[str, Any]]) -> None:
+        self.draws = list(draws)
+
+    def integers(self, high: int) -> int:
+        draw = self.draws.pop(0)
+        assert draw["args"] == [high]
+        return int(draw["value"][0])
+
+
+def test_stride_indices_equal_official(golden_json: Callable[[str], Any]) -> None:
+    cases = golden_json("frame_sampling")["pretrain_train"]
+    assert len(cases) == 23
+    for case in cases:
+        recorded = RecordedDraws(case["random_draws"] or [])
+        indices = stride_indices(
+            case["num_frames"],
+            case["clip_len"],
+            case["sampling_rate"],
+            recorded,  # type: ignore[arg-type]
+        )
+        assert indices == case["indices"], case["num_frames"]
+        # Where exactly one start is possible the official code draws it anyway; so do we.
+        assert not recorded.draws
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 3, 5, 16, 17, 31, 64, 100])
+def test_stride_indices_stay_inside_the_video(num_frames: int) -> None:
+    for seed in range(20):
+        indices = stride_indices(num_frames, 16, 4, keyed_generator(seed, Stream.FRAMES, 0))
+        assert len(indices) == 16
+        assert min(indices) >= 0
+        assert max(indices) < num_frames
+        assert indices == sorted(indices)
+
+
+def test_keyed_generators_repeat_and_differ_by_every_part_of_the_key() -> None:
+    def draw(*key: int) -> float:
+        seed, stream, epoch, index, repeat = key
+        return keyed_generator(seed, Stream(stream), epoch, index, repeat).random()
+
+    base = (1, 1, 2, 3, 4)
+    neighbours = [tuple(value + (i == position) for i, value in enumerate(base)) for position in range(5)]
+    assert draw(*base) == draw(*base)
+    assert len({draw(*key) for key in [base, *neighbours]}) == 6
+
+
+def test_draws_of_one_sample_do_not_run_into_the_next() -> None:
+    many = keyed_generator(0, Stream.SELECTION, 0, 0).random(10_000)
+    following = keyed_generator(0, Stream.SELECTION, 0, 1).random(10_000)
+    assert not np.intersect1d(many, following).size
+
+
+def test_epoch_order_is_a_permutation_that_changes_with_seed_and_epoch() -> None:
+    orders = [epoch_order(50, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    for order in orders:
+        assert sorted(order) == list(range(50))
+    assert not np.array_equal(orders[0], orders[1])
+    assert not np.array_equal(orders[0], orders[2])
+
+
+def global_batches(*, world_size: int, micro_size: int, start_step: int = 0) -> list[set[SampleKey]]:
+    """The samples of each step, over all ranks."""
+    samplers = [
+        GlobalBatchSampler(
+            50,
+            global_size=8,
+            micro_size=micro_size,
+            rank=rank,
+            world_size=world_size,
+            seed=3,
+            start_step=start_step,
+            end_step=14,
+        )
+        for rank in range(world_size)
+    ]
+    per_rank = [list(sampler) for sampler in samplers]
+    assert all(len(batches) == len(sampler) for batches, sampler in zip(per_rank, samplers, strict=True))
+    accumulation = 8 // (micro_size * world_size)
+    steps = []
+    for step in range(14 - start_step):
+        micro_batches = [b for batches in per_rank for b in batches[step * accumulation :][:accumulation]]
+        keys = [key for batch in micro_batches for key in batch]
+        assert len(keys) == len(set(keys)) == 8
+        steps.append(set(keys))
+    return steps
+
+
+@pytest.mark.parametrize(("world_size", "micro_size"), [(1, 2), (2, 4), (2, 1), (4, 2), (8, 1)])
+def test_global_batch_is_the_same_on_any_number_of_processes(world_size: int, micro_size: int) -> None:
+    expected = global_batches(world_size=1, micro_size=8)
+    assert global_batches(world_size=world_size, micro_size=micro_size) == expected
+
+
+def test_sampler_goes_on_from_any_step() -> None:
+    whole = global_batches(world_size=2, micro_size=2)
+    assert global_batches(world_size=2, micro_size=2, start_step=9) == whole[9:]
+
+
+def test_sampler_visits_no_sample_twice_in_an_epoch() -> None:
+    steps = global_batches(world_size=1, micro_size=8)
+    first_epoch = [key for step in steps[:6] for key in step]
+    assert {key.epoch for key in first_epoch} == {0}
+    assert len({key.index for key in first_epoch}) == 48
+    assert {key.epoch for key in steps[6]} == {1}
+
+
+def test_sampler_refuses_what_makes_no_batch() -> None:
+    good = {"global_size": 8, "micro_size": 2, "rank": 0, "world_size": 2, "seed": 0, "end_step": 1}
+    with pytest.raises(ValueError, match="make no batch"):
+        GlobalBatchSampler(7, **good)
+    with pytest.raises(ValueError, match="does not divide"):
+        GlobalBatchSampler(50, **{**good, "micro_size": 3})
