@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs all gates: lint, format, types, tests.
+#
+#   bash launch/test.sh [FLAGS OF pytest]     e.g. --slow, -m gpu, -k selection
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+ensure_environment "[dev]"
+
+ruff check .
+ruff format --check .
+mypy
+python -m pytest "$@"

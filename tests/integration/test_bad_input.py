@@ -1,0 +1,182 @@
+"""Faults of the user: one clear message, exit code 2, on every rank, no traceback, before anything is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from everest_ds.cli import main
+from everest_ds.config_file import dump_config
+from everest_ds.recipes import get_recipe
+from tests.conftest import REPOSITORY
+
+ZERO2 = REPOSITORY / "ds_configs" / "zero2.json"
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command line that must be refused, and return what it said."""
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    assert "Traceback" not in captured.err
+    return " ".join(captured.err.split())
+
+
+@pytest.fixture
+def train_list(demo_folder: Path) -> str:
+    return str(demo_folder / "train.csv")
+
+
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        (["--data.num-frames", "15"], ["num_frames=15", "tubelet_size=2", "use 14 or 16"]),
+        (["--data.image-size", "50"], ["image height=50", "patch_size=8", "use 48 or 56"]),
+        (["--selection.selected-ratio", "0"], ["selection.selected_ratio=0.0", "(0, 1]"]),
+        (["--selection.visible-ratio", "1.5"], ["selection.visible_ratio=1.5", "(0, 1]"]),
+        (["--selection.visible-ratio", "0.5"], ["visible_ratio=0.5 is above", "selected_ratio=0.3", "lower it"]),
+        (["--batch.micro-size", "12"], ["micro_size=12", "global_size=32", "use batch.micro_size=8 or 16"]),
+        (["--batch.global-size", "512", "--batch.micro-size", "512"], ["has 128 videos", "global_size=512"]),
+        (["--optim.base-lrr", "1"], ["optim.base-lrr"]),
+        (["--optim.base-lr", "fast"], ["base-lr", "fast"]),
+        (["--model.size", "giant"], ["giant", "tiny"]),
+        (["--ds-config", "absent.json"], ["absent.json", "No such file"]),
+        (["--resume", "runs/absent"], ["no complete checkpoint there"]),
+    ],
+)
+def test_bad_setting_ends_the_run_before_it_starts(
+    flags: list[str],
+    messages: list[str],
+    train_list: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    said = refused(["pretrain", "demo", "--data.train-list", train_list, "--out", str(out), *flags], capsys)
+    for message in messages:
+        assert message in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], None),
+        (["pretrian", "demo"], "did you mean 'pretrain'"),
+        (["pretrain"], "pretrain needs a recipe first"),
+        (["pretrain", "k400_vit_x"], "unknown recipe 'k400_vit_x'; did you mean 'k400_vit_"),
+        (["pretrain", "demo"], "data.train_list is not set"),
+        (["pretrain", "demo", "--data.train-list", "absent.csv"], "cannot read the list of videos absent.csv"),
+        (["--local_rank=0", "pretrain", "demo"], "deepspeed --no_local_rank"),
+        (["recipes", "k400_vitl"], "did you mean 'k400_vit_l'"),
+        (["recipes", "demo", "--gpus", "7"], "use batch.global_size=28 or 35"),
+        (["benchmark", "flop"], "did you mean 'flops'"),
+        (["doctor", "--fix"], "--fix"),
+    ],
+)
+def test_bad_command_line_says_the_way_out(
+    arguments: list[str], message: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if message is None:
+        assert main(arguments) == 0  # no words: the usage
+        assert "usage: everest COMMAND" in capsys.readouterr().out
+    else:
+        assert message in refused(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("a.mp4 0\nb.mp4\n", "line 2: 'b.mp4' has no label"),
+        ("a.mp4 0\nb.mp4 1\n", "none of 2 files probed"),
+    ],
+)
+def test_bad_list_is_refused(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.csv").write_text(text)
+    assert message in refused(["pretrain", "demo", "--data.train-list", str(tmp_path / "train.csv")], capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must hold an object"),
+        (json.dumps({"gradient_clipping": 1.0}), "it is optim.max_grad_norm"),
+        (json.dumps({"train_batch_size": 8}), "it is batch.global_size"),
+        (json.dumps({"optimizer": {"type": "Adam"}}), "it is in optim.*"),
+        (json.dumps({"torch_autocast": {"enabled": True}}), "--precision"),
+        (json.dumps({"zero_optimisation": {"stage": 2}}), "did you mean 'zero_optimization'"),
+        (json.dumps({"zero_optimization": {"stage": 2, "overlap_com": True}}), "zero_optimization.overlap_com"),
+        (json.dumps({"zero_optimization": {"stage": 5}}), "zero_optimization.stage"),
+    ],
+)
+def test_bad_deepspeed_file_is_refused(
+    content: str, message: str, train_list: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ds.json").write_text(content)
+    flags = [
+        "--data.train-list",
+        train_list,
+        "--ds-config",
+        str(tmp_path / "ds.json"),
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    assert message in refused(["pretrain", "demo", *flags], capsys)
+
+
+def test_directory_of_another_run_is_refused(
+    train_list: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    words = ["pretrain", "demo", "--data.train-list", train_list, "--out", str(out)]
+    (out / "notes.txt").write_text("not a run")
+    assert "holds no run" in refused(words, capsys)
+    (out / "config.json").write_text(dump_config(get_recipe("demo")))
+    assert "holds another run: data.train_list was None and is now" in refused(words, capsys)
+    assert "--resume is never" in refused([*words, "--resume", "never"], capsys)
+    raw = json.loads(dump_config(get_recipe("demo")))
+    raw["data"]["traim_list"] = raw["data"].pop("train_list")
+    (out / "config.json").write_text(json.dumps(raw))
+    assert "unknown key data.traim_list; did you mean 'train_list'?" in refused(words, capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data.num-frames", "15"], "num_frames=15"),
+        (["--optim.base-lrr", "1"], "optim.base-lrr"),
+        (["--data.train-list", "absent.csv"], "absent.csv"),
+        (["--batch.micro-size", "32"], "use batch.micro_size=8 or 16"),
+        (["--ds-config", "absent.json"], "absent.json"),
+    ],
+)
+def test_all_ranks_exit_with_2_and_one_of_them_speaks(flags: list[str], message: str, train_list: str) -> None:
+    words = [sys.executable, "-m", "everest_ds", "pretrain", "demo", "--data.train-list", train_list, *flags]
+    ranks = [
+        subprocess.Popen(
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"},
+        )
+        for rank in range(2)
+    ]
+    said = [" ".join("".join(rank.communicate(timeout=120)).split()) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert sorted(bool(text) for text in said) == [False, True], said
+    assert message in "".join(said)
+    assert "Traceback" not in "".join(said)
