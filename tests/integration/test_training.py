@@ -1,0 +1,173 @@
+"""Whole runs through the real launchers: one process against two, accumulation, ZeRO stages, resume, bad videos.
+
+The reference of the comparisons is one process at ZeRO-0. Measured worst relative difference of the loss over 20
+steps of the demo in float32: 1.6e-7.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY
+from tests.integration.launch import launch, metrics
+
+LOSS_RTOL = 1e-5
+NUM_STEPS = 20
+
+TRAIN_KEYS = {
+    "kind", "step", "time_s", "epoch", "samples", "loss", "grad_norm", "lr", "weight_decay", "clips_per_s",
+    "tokens_per_s", "data_wait_ms", "step_ms", "memory_gib", "mfu",
+}  # fmt: skip
+
+
+def flags(demo_folder: Path, out: Path, *extra: str, steps: int = NUM_STEPS) -> list[str]:
+    """A short demo run that logs every step."""
+    words = ["pretrain", "demo", "--data.train-list", str(demo_folder / "train.csv"), "--out", str(out)]
+    words += ["--run.max-steps", str(steps), "--run.log-every-steps", "1", "--data.num-workers", "0"]
+    return [*words, "--precision", "fp32", *extra]
+
+
+def ds_config(name: str) -> str:
+    return str(REPOSITORY / "ds_configs" / f"{name}.json")
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def reference(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, ZeRO-0, accumulation 2."""
+    out = tmp_path_factory.mktemp("runs") / "reference"
+    done = launch(flags(demo_folder, out, "--ds-config", ds_config("zero0")))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_run_directory_is_as_documented(reference: Path) -> None:
+    names = {path.name for path in reference.iterdir()}
+    assert names == {
+        "config.json", "ds_config.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints",
+    }  # fmt: skip
+    lines = metrics(reference)
+    assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
+    assert all(set(line) == TRAIN_KEYS for line in lines)
+    assert all(line["grad_norm"] > 0 and line["mfu"] is None for line in lines)
+    assert lines[-1]["samples"] == NUM_STEPS * 32
+    assert [event["event"] for event in metrics(reference, "event")][0] == "start"
+    latest = (reference / "checkpoints" / "latest").read_text().strip()
+    assert latest == f"step-{NUM_STEPS:08d}"
+    folder = reference / "checkpoints" / latest
+    sealed = json.loads((folder / "complete.json").read_text())["files"]
+    assert set(sealed) == {p.name for p in folder.iterdir()} - {"complete.json"}
+    environment = json.loads((reference / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_loss_falls(reference: Path) -> None:
+    values = losses(reference)
+    assert sum(values[-5:]) < 0.95 * sum(values[:5])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_processes_equal_one_at_every_stage(
+    stage: int, reference: Path, demo_folder: Path, tmp_path: Path
+) -> None:
+    done = launch(flags(demo_folder, tmp_path / "run", "--ds-config", ds_config(f"zero{stage}")), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(reference), rel=LOSS_RTOL)
+    norms, expected = ([line["grad_norm"] for line in metrics(run)] for run in (tmp_path / "run", reference))
+    assert norms == pytest.approx(expected, rel=1e-4)
+    assert json.loads((tmp_path / "run" / "ds_config.json").read_text())["zero_optimization"]["stage"] == stage
+
+
+def test_accumulation_of_4_equals_1(demo_folder: Path, tmp_path: Path) -> None:
+    runs = {}
+    for micro in (32, 8):
+        out = tmp_path / f"micro{micro}"
+        done = launch(flags(demo_folder, out, "--batch.micro-size", str(micro)))
+        assert done.returncode == 0, done.stderr
+        assert json.loads((out / "ds_config.json").read_text())["gradient_accumulation_steps"] == 32 // micro
+        runs[micro] = losses(out)
+    assert runs[8] == pytest.approx(runs[32], rel=LOSS_RTOL)
+
+
+def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    shard = run_dir / "checkpoints" / f"step-{step:08d}" / "mp_rank_00_model_states.pt"
+    return torch.load(shard, weights_only=False)["module"]
+
+
+def test_resumed_run_is_bitwise_the_uninterrupted_one(demo_folder: Path, tmp_path: Path) -> None:
+    """Epochs of this list have four steps: the run stops inside the second one and goes on from there."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for out, steps in ((whole, 9), (parts, 6), (parts, 9)):
+        done = launch(flags(demo_folder, out, steps=steps), processes=2)
+        assert done.returncode == 0, done.stderr
+    assert f"resumed from {parts / 'checkpoints' / 'step-00000006'} at step 6" in done.stdout
+    assert losses(parts) == losses(whole)
+    expected, resumed = weights(whole, 9), weights(parts, 9)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_damaged_or_foreign_checkpoint_is_refused(reference: Path, demo_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    words = flags(demo_folder, run, "--ds-config", ds_config("zero0"), steps=NUM_STEPS + 1)
+    other_stage = launch(flags(demo_folder, run, "--ds-config", ds_config("zero2"), steps=NUM_STEPS + 1))
+    assert other_stage.returncode == 2
+    assert "at ZeRO stage 0; this run has 1 at stage 2" in other_stage.stderr
+    shard = next((run / "checkpoints" / f"step-{NUM_STEPS:08d}").glob("mp_rank_00_model_states.pt"))
+    flipped = bytearray(shard.read_bytes())
+    flipped[len(flipped) // 2] ^= 0xFF
+    shard.write_bytes(flipped)
+    damaged = launch(words)
+    assert damaged.returncode == 2
+    assert "the checksum of mp_rank_00_model_states.pt differs" in damaged.stderr
+    assert "Traceback" not in damaged.stderr
+
+
+def list_with_bad_rows(demo_folder: Path, path: Path, num_bad: int) -> Path:
+    rows = (demo_folder / "train.csv").read_text().splitlines()
+    rows = [f"{demo_folder}/{row}" for row in rows]
+    for number in range(num_bad):
+        broken = path.parent / f"broken{number}.mp4"
+        broken.write_bytes(b"no video\n" * 50)
+        rows[number] = f"{broken} 0"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_bad_video_is_replaced_counted_and_recorded(demo_folder: Path, tmp_path: Path) -> None:
+    bad_list = list_with_bad_rows(demo_folder, tmp_path / "list.csv", 1)
+    words = flags(demo_folder, tmp_path / "run", "--data.train-list", str(bad_list), "--data.max-bad-share", "0.02")
+    done = launch([*words, "--run.max-steps", "8"], processes=2)  # two epochs: the bad row is drawn twice
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["epoch"] for record in records] == [0, 1]
+    assert {record["path"] for record in records} == {str(tmp_path / "broken0.mp4")}
+    assert all("Error reading" in record["reason"] for record in records)
+    assert len(losses(tmp_path / "run")) == 8
+
+
+def test_too_many_bad_videos_stop_the_run(demo_folder: Path, tmp_path: Path) -> None:
+    bad_list = list_with_bad_rows(demo_folder, tmp_path / "list.csv", 4)  # 3 % of 128, 1 % is allowed
+    done = launch(flags(demo_folder, tmp_path / "run", "--data.train-list", str(bad_list)), processes=2)
+    assert done.returncode == 2
+    assert "of 128 draws could not be read, more than data.max_bad_share=0.01" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("could not be read") == 1
+
+
+def test_list_of_nothing_but_bad_videos_stops_at_once(demo_folder: Path, tmp_path: Path) -> None:
+    bad_list = list_with_bad_rows(demo_folder, tmp_path / "list.csv", 128)
+    done = launch(flags(demo_folder, tmp_path / "run", "--data.train-list", str(bad_list)))
+    assert done.returncode == 2
+    assert "11 videos drawn one after another cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr
