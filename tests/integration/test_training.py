@@ -59,7 +59,7 @@ def test_run_directory_is_as_documented(reference: Path) -> None:
     assert all(set(line) == TRAIN_KEYS for line in lines)
     assert all(line["grad_norm"] > 0 and line["mfu"] is None for line in lines)
     assert lines[-1]["samples"] == NUM_STEPS * 32
-    assert [event["event"] for event in metrics(reference, "event")][0] == "start"
+    assert metrics(reference, "event")[0]["event"] == "start"
     latest = (reference / "checkpoints" / "latest").read_text().strip()
     assert latest == f"step-{NUM_STEPS:08d}"
     folder = reference / "checkpoints" / latest

@@ -1,0 +1,155 @@
+"""The command line as a whole: a freeze of its surface, and each command once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from everest_ds import __version__, cli
+from everest_ds.commands import flops
+from everest_ds.commands.train import LaunchOptions
+from everest_ds.config import Config
+from everest_ds.data.demo import DemoConfig
+from everest_ds.recipes import PRETRAIN_RECIPES
+
+# Scripts, notebooks and habits rely on these; changing one is a decision, not an accident.
+COMMANDS = ["doctor", "demo-data", "recipes", "pretrain", "benchmark"]
+LAUNCH_OPTIONS = ["ds_config", "out", "resume", "precision"]
+CONFIG_FIELDS = {
+    "data": "train_list num_frames sampling_stride image_size crop_scales flip num_workers prefetch_batches "
+    "max_bad_share",
+    "model": "size patch_size tubelet_size embedding_layers decoder_depth attention activation_checkpointing",
+    "selection": "selected_ratio visible_ratio targets",
+    "optim": "base_lr min_lr warmup_lr warmup_epochs epochs weight_decay betas eps max_grad_norm",
+    "batch": "global_size micro_size",
+    "run": "seed max_steps log_every_steps save_every_epochs save_every_steps",
+}
+RECIPES = [
+    "k400_vit_s", "k400_vit_b", "k400_vit_l", "k400_vit_h", "ssv2_vit_b", "ucf101_vit_b", "hmdb51_vit_b",
+    "oscc_vit_b", "demo",
+]  # fmt: skip
+
+
+def test_command_line_is_frozen() -> None:
+    assert list(cli.COMMANDS) == COMMANDS
+    assert [f.name for f in dataclasses.fields(LaunchOptions)] == LAUNCH_OPTIONS
+    assert list(PRETRAIN_RECIPES) == RECIPES
+    config = Config(recipe="demo")
+    sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "recipe"}
+    found = {name: " ".join(f.name for f in dataclasses.fields(value)) for name, value in sections.items()}
+    assert found == CONFIG_FIELDS
+
+
+def test_every_field_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["pretrain", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for section, names in CONFIG_FIELDS.items():
+        for name in names.split():
+            assert f"--{section}.{name.replace('_', '-')}" in shown
+    for option in LAUNCH_OPTIONS:
+        assert f"--{option.replace('_', '-')}" in shown
+    assert "--recipe" not in shown
+
+
+def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert __version__ in shown
+    assert all(f"  {command}" in shown for command in COMMANDS)
+
+
+def test_flags_reach_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Config, LaunchOptions]] = []
+    monkeypatch.setattr(
+        "everest_ds.commands.train.pretrain", lambda config, options, world: seen.append((config, options))
+    )
+    words = (
+        "pretrain k400_vit_l --optim.base-lr 1e-3 --data.no-flip --model.attention sdpa --out runs/x --resume never"
+    )
+    assert cli.main(words.split()) == 0
+    config, options = seen[0]
+    assert (config.recipe, config.optim.base_lr, config.data.flip, config.model.attention) == (
+        "k400_vit_l", 1e-3, False, "sdpa",
+    )  # fmt: skip
+    assert (config.model.size, config.batch.global_size) == ("large", 512)
+    assert options == LaunchOptions(out=Path("runs/x"), resume="never")
+
+
+def test_doctor_finds_this_machine_ready(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("torch", "deepspeed", "decord", "attention varlen", "attention sdpa", "decoding H.264", "ready"):
+        assert word in shown
+
+
+def test_doctor_exits_with_1_when_something_required_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("everest_ds.commands.doctor.REQUIRED", ("torch", "no-such-package"))
+    assert cli.main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert "MISSING  no-such-package" in shown
+    assert "missing: no-such-package" in shown
+
+
+def test_demo_data_command_writes_the_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["demo-data", str(tmp_path / "demo"), "--train", "9", "--val", "0", "--test", "0", "--num-frames", "4"]
+    assert cli.main(words) == 0
+    assert (tmp_path / "demo" / "train.csv").read_text().count("\n") == 9
+    assert json.loads((tmp_path / "demo" / "demo.json").read_text())["num_frames"] == 4
+    assert "8 classes" in capsys.readouterr().out
+    assert DemoConfig().count("train") == 640
+
+
+def test_recipes_command_lists_and_resolves(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert [line.split()[0] for line in listed.splitlines()] == RECIPES
+    assert cli.main(["recipes", "k400_vit_l", "--gpus", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "8 x 14 x 14 = 1568; selected 470, visible 156, targets 314" in shown
+    assert "512 = 64 a process x 4 processes x 2 accumulation steps" in shown
+    assert '"gradient_accumulation_steps": 2' in shown
+
+
+# Counted by fvcore's rules on the official models, in GMACs; to be met within 0.1 %.
+COUNTED = {
+    "PT VideoMAE ViT-S, tube 0.9": 11.557, "PT VideoMAE ViT-B, tube 0.9": 35.482,
+    "PT VideoMAE ViT-L, tube 0.9": 83.110,
+    "PT EVEREST ViT-S, rho 0.4": 6.338, "PT EVEREST ViT-B, rho 0.4": 21.543, "PT EVEREST ViT-L, rho 0.4": 60.778,
+    "PT EVEREST ViT-S, rho 0.3": 5.748, "PT EVEREST ViT-B, rho 0.3": 19.807, "PT EVEREST ViT-L, rho 0.3": 57.970,
+    "FT full ViT-S": 56.950, "FT full ViT-B": 180.489, "FT full ViT-L": 597.218,
+    "FT EVEREST ViT-S, rho 0.6": 29.071, "FT EVEREST ViT-B, rho 0.6": 98.062, "FT EVEREST ViT-L, rho 0.6": 329.999,
+    "PT EVEREST ViT-B, rho 0.5": 23.430, "PT EVEREST ViT-B, rho 0.2": 18.223,
+    "FT EVEREST ViT-B, rho 0.8": 137.458, "FT EVEREST ViT-B, rho 0.7": 117.306, "FT EVEREST ViT-B, rho 0.5": 79.840,
+    "PT EVEREST ViT-B, 24 frames": 30.650, "FT EVEREST ViT-B, 24 frames": 159.44,
+    "PT ViT-B, 1 Conv3d": 19.81, "PT ViT-B, 2 Conv3d": 34.60, "PT ViT-B, 3 Conv3d": 38.30,
+    "FT ViT-B, 1 Conv3d": 98.06, "FT ViT-B, 2 Conv3d": 112.86, "FT ViT-B, 3 Conv3d": 116.56,
+    "PT EVEREST ViT-H, rho 0.3": 114.11, "FT EVEREST ViT-H, rho 0.6": 667.25,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", flops.PAPER_ROWS, ids=lambda row: f"{row.table}: {row.name}")
+def test_profiled_cost_is_the_known_one(row: flops.PaperRow) -> None:
+    macs = flops.count_row(row)
+    assert macs.paper / 1e9 == pytest.approx(COUNTED[row.name], rel=1e-3)
+    if row.gmacs is not None:  # the paper prints one to four digits
+        assert macs.paper / 1e9 == pytest.approx(row.gmacs, abs=0.05)
+    assert macs.executed >= macs.paper
+
+
+def test_flops_table_has_every_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(flops, "PAPER_ROWS", flops.PAPER_ROWS[:2])
+    assert cli.main(["benchmark", "flops"]) == 0
+    shown = capsys.readouterr().out
+    assert "11.557" in shown
+    assert "+0.60%" in shown
+    assert cli.main(["benchmark", "flops", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["counted_gmacs"] for row in rows] == [11.5572, 6.338]

@@ -1,0 +1,82 @@
+"""The house rules that a machine can check: imports point one way, files and functions are small, leaves light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "everest_ds"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
+
+# What each part may import of the project; leaves import leaves only.
+LEAVES = {"errors", "geometry", "config", "config_file", "distributed"}
+ALLOWED = {
+    "cli": {"recipes", "commands", "data"} | LEAVES,
+    "recipes": LEAVES,
+    "commands": {"train", "data", "model", "recipes"} | LEAVES,
+    "train": {"model", "data"} | LEAVES,
+    "data": LEAVES,
+    "model": LEAVES,
+    "__main__": {"cli"},
+    "__init__": set(),
+} | {leaf: LEAVES for leaf in LEAVES}
+
+
+def part_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported_parts(path: Path) -> set[str]:
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("everest_ds"):
+            assert node.level == 0
+            inner = node.module.split(".")[1:]
+            parts |= {inner[0]} if inner else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            parts |= {a.name.split(".")[1] for a in node.names if a.name.startswith("everest_ds.")}
+    return parts - {"__version__"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    part = part_of(path)
+    assert imported_parts(path) - {part} <= ALLOWED[part]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_stay_small_and_public_ones_are_documented(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+
+
+def modules_after(code: str) -> set[str]:
+    program = f"{code}; import sys; print(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_leaves_and_recipes_need_no_torch() -> None:
+    loaded = modules_after(
+        "import everest_ds.cli, everest_ds.recipes, everest_ds.config_file, everest_ds.distributed, "
+        "everest_ds.commands.train, everest_ds.data.index"
+    )
+    assert not loaded & {"torch", "deepspeed", "decord", "timm"}
+
+
+def test_model_needs_neither_deepspeed_nor_decord_nor_the_data_package() -> None:
+    loaded = modules_after("import everest_ds.model.registry, everest_ds.model.flops")
+    assert "torch" in loaded
+    assert not loaded & {"deepspeed", "decord", "av", "everest_ds.data", "everest_ds.train"}

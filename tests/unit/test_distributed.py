@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import uuid
+
+import pytest
+
+from everest_ds.distributed import World, agree, gather_objects, speaks_first
+
+PAIR = World(rank=0, local_rank=0, size=2, local_size=2)
+
+ASK = """
+import subprocess, sys
+child = "from everest_ds.distributed import World, speaks_first; import sys; " \\
+        "print(speaks_first(sys.argv[1], World(rank=1, local_rank=1, size=3, local_size=3)))"
+children = [subprocess.Popen([sys.executable, "-c", child, sys.argv[1]], stdout=subprocess.PIPE, text=True)
+            for _ in range(3)]
+print(" ".join(sorted(c.communicate()[0].strip() for c in children)))
+"""
+
+
+def test_world_is_read_from_the_launchers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert World.from_environment() == World(rank=0, local_rank=0, size=1, local_size=1)
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert World.from_environment() == World(rank=9, local_rank=1, size=16, local_size=16)
+    monkeypatch.setenv("LOCAL_SIZE", "8")
+    assert World.from_environment().local_size == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert World.from_environment().local_size == 4
+    assert not World.from_environment().is_main
+
+
+def test_of_all_processes_of_a_launch_exactly_one_speaks_and_each_launch_anew() -> None:
+    message = uuid.uuid4().hex
+    for _ in range(2):  # two launchers, the same message
+        done = subprocess.run([sys.executable, "-c", ASK, message], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["False", "False", "True"]
+
+
+def test_other_messages_are_said_too_and_a_single_process_always_speaks() -> None:
+    first, second = uuid.uuid4().hex, uuid.uuid4().hex
+    assert [speaks_first(text, PAIR) for text in (first, second, first)] == [True, True, False]
+    alone = World(rank=0, local_rank=0, size=1, local_size=1)
+    assert [speaks_first(first, alone) for _ in range(2)] == [True, True]
+
+
+def test_without_a_process_group_reductions_are_the_identity() -> None:
+    assert gather_objects("x") == ["x"]
+    assert agree("fault") == "fault"
+    assert agree(None) is None

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from everest_ds.errors import UserError
+from everest_ds.recipes import get_recipe
+from everest_ds.train.engine import (
+    DEFAULT_SYSTEMS,
+    check_zero_options,
+    load_systems,
+    resolve_ds_config,
+    uses_bf16,
+    zero_stage,
+)
+from tests.conftest import REPOSITORY
+
+FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+
+
+def test_there_is_a_file_for_every_way_of_sharding() -> None:
+    assert [path.stem for path in FILES] == ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_file_holds_systems_only_and_deepspeed_knows_its_options(path: Path) -> None:
+    systems = load_systems(path)
+    check_zero_options(systems, str(path))
+    assert zero_stage(systems) == int(path.stem.removeprefix("zero")[0])
+    assert systems["bf16"] == {"enabled": True}
+
+
+def test_every_semantic_setting_is_written_out() -> None:
+    config = get_recipe("k400_vit_l")
+    resolved = resolve_ds_config(
+        load_systems(REPOSITORY / "ds_configs" / "zero2.json"),
+        config,
+        world_size=4,
+        precision="auto",
+        device_type="cuda",
+    )
+    expected = {
+        "train_batch_size": 512,
+        "train_micro_batch_size_per_gpu": 64,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.0,  # DeepSpeed's own default is 1.0
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": True},
+        "torch_autocast": {"enabled": False},
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    assert {key: resolved[key] for key in expected} == expected
+    assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("systems", "precision", "device", "expected"),
+    [
+        ({"bf16": {"enabled": True}}, "auto", "cpu", True),
+        ({"bf16": {"enabled": False}}, "auto", "cuda", False),
+        ({}, "auto", "cuda", True),
+        ({}, "auto", "cpu", False),
+        ({"bf16": {"enabled": True}}, "fp32", "cuda", False),
+        ({"bf16": {"enabled": False}}, "bf16", "cpu", True),
+    ],
+)
+def test_precision_follows_option_then_file_then_device(
+    systems: dict[str, object], precision: str, device: str, expected: bool
+) -> None:
+    assert uses_bf16(systems, precision, device) is expected  # type: ignore[arg-type]
+
+
+def test_without_a_file_the_default_is_a_copy_of_plain_zero2() -> None:
+    systems = load_systems(None)
+    assert systems == {"zero_optimization": {"stage": 2}}
+    systems["zero_optimization"]["stage"] = 3
+    assert DEFAULT_SYSTEMS["zero_optimization"]["stage"] == 2
+
+
+def test_unknown_zero_option_names_file_and_option(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_buket_size": 1}}))
+    with pytest.raises(UserError, match=r"ds\.json: zero_optimization\.reduce_buket_size"):
+        check_zero_options(load_systems(path), str(path))

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from everest_ds.train.metrics import MetricsLog, format_duration, peak_memory_gib, peak_tflops
+
+
+def test_lines_are_appended_and_mirrored_to_tensorboard(tmp_path: Path) -> None:
+    for step in (1, 2):
+        log = MetricsLog(tmp_path)
+        log.write("train", step, loss=0.5 * step, mfu=None, note="words")
+        log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"], line["loss"], line["mfu"]) for line in lines] == [
+        ("train", 1, 0.5, None),
+        ("train", 2, 1.0, None),
+    ]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 0.5), (2, 1.0)]
+
+
+def test_numbers_that_json_has_not_become_null(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    log.write("train", 1, loss=float("nan"), grad_norm=float("inf"))
+    log.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert (line["loss"], line["grad_norm"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.4, "59s"), (60, "1m00s"), (3599, "59m59s"), (3600, "1h00m"), (90061, "1d01h"), (-5, "0s")],
+)
+def test_duration_is_readable(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def test_cpu_has_memory_but_no_peak() -> None:
+    cpu = torch.device("cpu")
+    assert peak_tflops(cpu) is None
+    assert 0.05 < peak_memory_gib(cpu) < 1000
