@@ -69,7 +69,10 @@ def pretrain(config: Config, options: LaunchOptions, world: World) -> None:
         load_checkpoint(trainer.engine, checkpoint, state, world=world, zero_stage=trainer.zero_stage)
     if trainer.log is not None:
         _announce(trainer, ds_config, checkpoint)
-    trainer.run(iter(_loader(trainer, rows)))
+    if schedule.start_step < schedule.end_step:
+        trainer.run(iter(_loader(trainer, rows)))
+    elif world.is_main:
+        print(f"nothing left to do: step {schedule.start_step} of {schedule.end_step}", flush=True)
     if trainer.log is not None:
         trainer.log.write("event", schedule.end_step, event="end")
         trainer.log.close()

@@ -1,0 +1,91 @@
+"""The README's commands and code do what it says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from everest_ds import cli
+from everest_ds.commands.train import LaunchOptions
+from everest_ds.config import Config
+from everest_ds.recipes import PRETRAIN_RECIPES
+from tests.conftest import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for language, text in BLOCKS
+    if language == "bash"
+    for line in text.splitlines()
+    if line.strip()
+]
+
+
+def everest_words(command: str) -> list[str] | None:
+    """The words that reach our command line, through a launcher or not."""
+    words = shlex.split(command)
+    if words[0] == "everest":
+        return words[1:]
+    return words[words.index("everest_ds") + 1 :] if "everest_ds" in words else None
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Config, LaunchOptions]] = []
+    monkeypatch.setattr(
+        "everest_ds.commands.train.pretrain", lambda config, options, world: calls.append((config, options))
+    )
+    monkeypatch.chdir(REPOSITORY)
+    words = everest_words(command)
+    if words is None:
+        script = REPOSITORY / shlex.split(command)[1]
+        assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+        return
+    assert cli.main(words) == 0
+    if words[0] == "pretrain":
+        ((_, options),) = calls
+        assert options.ds_config is None or options.ds_config.is_file()
+
+
+def test_there_are_commands_to_test() -> None:
+    assert len(COMMANDS) >= 7
+
+
+@pytest.mark.parametrize("name", sorted(PRETRAIN_RECIPES))
+def test_command_in_a_recipes_document_is_understood(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Config] = []
+    monkeypatch.setattr("everest_ds.commands.train.pretrain", lambda config, options, world: calls.append(config))
+    document = (PRETRAIN_RECIPES[name].__doc__ or "").replace("\\\n", " ")
+    (line,) = (line for line in document.splitlines() if "deepspeed" in line)
+    words = everest_words(line)
+    assert words is not None
+    assert cli.main(words) == 0
+    assert calls[0].recipe == name
+    assert Path(words[words.index("--ds-config") + 1]).name in {
+        p.name for p in (REPOSITORY / "ds_configs").iterdir()
+    }
+
+
+def test_python_example_runs() -> None:
+    (code,) = (text for language, text in BLOCKS if language == "python")
+    namespace: dict[str, object] = {}
+    exec(code, namespace)  # the README's own code
+    output = namespace["output"]
+    assert output.prediction_RP.shape == (2 * (470 - 156), 1536)  # type: ignore[attr-defined]
+
+
+def test_files_and_links_exist() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (REPOSITORY / target).exists(), target
+    for name in re.findall(r"^  (\w+)/ ", README, flags=re.MULTILINE):
+        assert (REPOSITORY / "everest_ds" / name).is_dir(), name
+    listed = {
+        m for line in re.findall(r"^  (?:data|model|train|commands)/ +(.*)$", README, re.M) for m in line.split()
+    }
+    found = {path.stem for path in (REPOSITORY / "everest_ds").glob("*/*.py")} - {"__init__"}
+    assert listed == found
