@@ -27,13 +27,24 @@ def load_config(path: Path) -> Config:
         UserError: The file is missing or no JSON, a key is unknown (the nearest is named) or absent, or a
             value has another type than its field.
     """
+    return config_from_dict(read_json_object(path), source=str(path))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        UserError: The file is missing, is no JSON, or holds something else.
+    """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
-    return config_from_dict(raw, source=str(path))
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold an object, got {type(raw).__name__}")
+    return raw
 
 
 def config_from_dict(raw: Any, *, source: str = "config") -> Config:

@@ -60,8 +60,8 @@ class GoldenModel:
             decoder_num_heads=sizes["dheads"],
         )
 
-    def autoencoder(self, **options: Any) -> EverestAutoencoder:
-        model = EverestAutoencoder(self.size, self.grid, decoder_depth=self.numbers["cfg"]["ddepth"], **options)
+    def autoencoder(self) -> EverestAutoencoder:
+        model = EverestAutoencoder(self.size, self.grid, decoder_depth=self.numbers["cfg"]["ddepth"])
         model.load_state_dict(self._weights_of("pretrain."))
         return model
 

@@ -9,6 +9,7 @@ import torch
 from everest_ds.geometry import TokenGrid, ratio_to_count
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
+from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.flops import ClipMacs, autoencoder_macs, classifier_macs
 from everest_ds.model.sizes import get_size
 
@@ -107,24 +108,21 @@ PAPER_ROWS = _table_1() + _other_tables()
 def count_row(row: PaperRow) -> ClipMacs:
     """Build the row's model on the meta device and count one clip through it."""
     grid = TokenGrid.of_clip(num_frames=row.num_frames, height=224, width=224, tubelet_size=2, patch_size=16)
+    options = EncoderOptions(embedding_layers=row.embedding_layers)
     with torch.device("meta"):
         if row.phase == "finetune":
-            classifier = EverestClassifier(
-                get_size(row.size),
-                grid,
-                num_classes=row.num_classes,
-                keep_ratio=row.ratio or 1.0,
-                embedding_layers=row.embedding_layers,
-            )
-            return classifier_macs(classifier, grid)
-        model = EverestAutoencoder(get_size(row.size), grid, embedding_layers=row.embedding_layers)
+            keep_ratio = row.ratio or 1.0
+            size = get_size(row.size)
+            model = EverestClassifier(size, grid, options, num_classes=row.num_classes, keep_ratio=keep_ratio)
+            return classifier_macs(model, grid)
+        autoencoder = EverestAutoencoder(get_size(row.size), grid, options)
         if row.ratio is None:  # tube masking keeps the same places of every step
             visible = grid.time * (grid.tokens_per_step - ratio_to_count(grid.tokens_per_step, 0.9))
             hidden = grid.num_tokens - visible
         else:
             visible = ratio_to_count(grid.num_tokens, 0.1)
             hidden = ratio_to_count(grid.num_tokens, row.ratio) - visible
-        return autoencoder_macs(model, grid, num_visible=visible, num_targets=hidden)
+        return autoencoder_macs(autoencoder, grid, num_visible=visible, num_targets=hidden)
 
 
 def benchmark_flops(*, as_json: bool) -> None:

@@ -118,7 +118,7 @@ def _loader(trainer: "Trainer", rows: list[VideoRow]) -> Any:
 
     config, world, schedule = trainer.config, trainer.world, trainer.schedule
     sampler = GlobalBatchSampler(
-        len(rows),
+        num_samples=len(rows),
         global_size=config.batch.global_size,
         micro_size=config.batch.micro_size,
         rank=world.rank,

@@ -65,6 +65,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     return keyed_generator(seed, Stream.ORDER, epoch).permutation(num_samples)
 
 
+@dataclass(kw_only=True, eq=False)
 class GlobalBatchSampler(Sampler[list[SampleKey]]):
     """Yields this process's micro-batches of the run, epoch after epoch, from any step on.
 
@@ -73,31 +74,24 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
     left out; another order leaves out others.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        *,
-        global_size: int,
-        micro_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        start_step: int = 0,
-        end_step: int,
-    ) -> None:
-        if global_size % (micro_size * world_size):
-            raise ValueError(f"{micro_size=} x {world_size=} does not divide {global_size=}")
-        self.steps_per_epoch = num_samples // global_size
+    num_samples: int
+    global_size: int
+    micro_size: int
+    rank: int
+    world_size: int
+    seed: int
+    start_step: int = 0
+    end_step: int
+
+    def __post_init__(self) -> None:
+        """Check that steps can be made."""
+        if self.global_size % (self.micro_size * self.world_size):
+            raise ValueError(
+                f"micro_size={self.micro_size} x world_size={self.world_size} does not divide {self.global_size}"
+            )
+        self.steps_per_epoch = self.num_samples // self.global_size
         if self.steps_per_epoch == 0:
-            raise ValueError(f"{num_samples=} make no batch of {global_size=}")
-        self.num_samples = num_samples
-        self.global_size = global_size
-        self.micro_size = micro_size
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.start_step = start_step
-        self.end_step = end_step
+            raise ValueError(f"{self.num_samples} samples make no batch of {self.global_size}")
 
     def __len__(self) -> int:
         """Return the number of micro-batches that are left."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from everest_ds.geometry import TokenGrid
-from everest_ds.model.encoder import TokenEncoder
+from everest_ds.model.encoder import DEFAULT_OPTIONS, EncoderOptions, TokenEncoder
 from everest_ds.model.selection import PackedTokens, Packing, Selection, TokenIndex, select_rero
 from everest_ds.model.sizes import ModelSize
 from everest_ds.model.transformer import NORM_EPS, init_linear_xavier, make_blocks, run_blocks
@@ -44,8 +44,8 @@ class Reconstruction(NamedTuple):
 class PretrainEncoder(TokenEncoder):
     """The encoder with the norm that ends it in pre-training."""
 
-    def __init__(self, size: ModelSize, grid: TokenGrid, **options: object) -> None:
-        super().__init__(size, grid, **options)  # type: ignore[arg-type]
+    def __init__(self, size: ModelSize, grid: TokenGrid, options: EncoderOptions = DEFAULT_OPTIONS) -> None:
+        super().__init__(size, grid, options)
         self.norm = nn.LayerNorm(size.width, eps=NORM_EPS)
 
     def forward(self, clips_BCTHW: Tensor, index: TokenIndex, grid: TokenGrid) -> Tensor:
@@ -58,25 +58,16 @@ class Decoder(nn.Module):
 
     positions_ND: Tensor
 
-    def __init__(
-        self,
-        size: ModelSize,
-        grid: TokenGrid,
-        *,
-        depth: int,
-        num_outputs: int,
-        attention_backend: str,
-        activation_checkpointing: bool,
-    ) -> None:
+    def __init__(self, size: ModelSize, grid: TokenGrid, options: EncoderOptions, *, depth: int) -> None:
         super().__init__()
         self.grid = grid
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing = options.activation_checkpointing
         width = size.decoder_width
         self.blocks = make_blocks(
-            width=width, depth=depth, num_heads=size.decoder_num_heads, backend=attention_backend
+            width=width, depth=depth, num_heads=size.decoder_num_heads, backend=options.attention
         )
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.head = nn.Linear(width, num_outputs)
+        self.head = nn.Linear(width, 3 * options.tubelet_size * options.patch_size**2)
         self.register_buffer("positions_ND", sinusoid_positions(grid, width), persistent=False)
 
     def forward(self, visible_LD: Tensor, mask_token_D: Tensor, selection: Selection, grid: TokenGrid) -> Tensor:
@@ -97,12 +88,8 @@ class EverestAutoencoder(nn.Module):
     Args:
         size: Widths, depths and heads.
         grid: The token grid that positions are laid out for; other grids get them interpolated.
-        tubelet_size: Frames of a tubelet.
-        patch_size: Pixels of a tubelet's edge.
+        options: Tubelets, attention, checkpointing.
         decoder_depth: Blocks of the decoder.
-        embedding_layers: Conv3d layers of the tubelet embedding.
-        attention_backend: A backend's name, or auto.
-        activation_checkpointing: Recompute each block in backward.
 
     Source: EVEREST Sec. 4.1. Parameter names are those of the official `PretrainVisionTransformer`.
     """
@@ -111,34 +98,15 @@ class EverestAutoencoder(nn.Module):
         self,
         size: ModelSize,
         grid: TokenGrid,
+        options: EncoderOptions = DEFAULT_OPTIONS,
         *,
-        tubelet_size: int = 2,
-        patch_size: int = 16,
         decoder_depth: int = 4,
-        embedding_layers: int = 1,
-        attention_backend: str = "auto",
-        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder = PretrainEncoder(
-            size,
-            grid,
-            tubelet_size=tubelet_size,
-            patch_size=patch_size,
-            embedding_layers=embedding_layers,
-            attention_backend=attention_backend,
-            activation_checkpointing=activation_checkpointing,
-        )
+        self.encoder = PretrainEncoder(size, grid, options)
         self.encoder_to_decoder = nn.Linear(size.width, size.decoder_width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size.decoder_width))
-        self.decoder = Decoder(
-            size,
-            grid,
-            depth=decoder_depth,
-            num_outputs=3 * tubelet_size * patch_size**2,
-            attention_backend=attention_backend,
-            activation_checkpointing=activation_checkpointing,
-        )
+        self.decoder = Decoder(size, grid, options, depth=decoder_depth)
         self.apply(init_linear_xavier)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 

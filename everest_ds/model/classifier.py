@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.geometry import TokenGrid, ratio_to_count
-from everest_ds.model.encoder import TokenEncoder
+from everest_ds.model.encoder import DEFAULT_OPTIONS, EncoderOptions, TokenEncoder
 from everest_ds.model.selection import TokenIndex, select_most_important
 from everest_ds.model.sizes import ModelSize
 from everest_ds.model.transformer import NORM_EPS, init_linear_normal
@@ -19,14 +19,10 @@ class EverestClassifier(TokenEncoder):
     Args:
         size: Width, depth and heads of the encoder.
         grid: The token grid that positions are laid out for; other grids get them interpolated.
+        options: Tubelets, attention, checkpointing.
         num_classes: Outputs of the head.
         keep_ratio: rho_pre of fine-tuning, share of a clip's tokens in (0, 1]; 1 keeps all and ranks nothing.
         head_init_scale: Factor on the head's initial weights (official `init_scale`).
-        tubelet_size: Frames of a tubelet.
-        patch_size: Pixels of a tubelet's edge.
-        embedding_layers: Conv3d layers of the tubelet embedding.
-        attention_backend: A backend's name, or auto.
-        activation_checkpointing: Recompute each block in backward.
 
     Source: EVEREST Sec. 4.1, Table 8. Parameter names are those of the official `VisionTransformer`.
     """
@@ -35,25 +31,13 @@ class EverestClassifier(TokenEncoder):
         self,
         size: ModelSize,
         grid: TokenGrid,
+        options: EncoderOptions = DEFAULT_OPTIONS,
         *,
         num_classes: int,
         keep_ratio: float = 0.6,
         head_init_scale: float = 0.001,
-        tubelet_size: int = 2,
-        patch_size: int = 16,
-        embedding_layers: int = 1,
-        attention_backend: str = "auto",
-        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(
-            size,
-            grid,
-            tubelet_size=tubelet_size,
-            patch_size=patch_size,
-            embedding_layers=embedding_layers,
-            attention_backend=attention_backend,
-            activation_checkpointing=activation_checkpointing,
-        )
+        super().__init__(size, grid, options)
         self.keep_ratio = keep_ratio
         self.num_classes = num_classes
         self.fc_norm = nn.LayerNorm(size.width, eps=NORM_EPS)

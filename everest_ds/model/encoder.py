@@ -6,6 +6,7 @@ N tokens of a clip, M chosen tokens of the batch in one packed row, D width.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,52 +29,63 @@ from everest_ds.model.tubelets import (
 RANKING_CHUNK = 2**26
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncoderOptions:
+    """What all models have in common besides their size.
+
+    Attributes:
+        tubelet_size: Frames of a tubelet.
+        patch_size: Pixels of a tubelet's edge.
+        embedding_layers: Conv3d layers of the tubelet embedding: 1, 2 or 3.
+        attention: An attention backend's name, or auto.
+        activation_checkpointing: Recompute each block in backward instead of storing its activations.
+    """
+
+    tubelet_size: int = 2
+    patch_size: int = 16
+    embedding_layers: int = 1
+    attention: str = "auto"
+    activation_checkpointing: bool = False
+
+
+DEFAULT_OPTIONS = EncoderOptions()
+
+
 class TokenEncoder(nn.Module):
     """Tubelet embedding, fixed positions and transformer blocks over any subset of a clip's tokens.
 
     Args:
         size: Width, depth and heads.
         grid: The token grid that positions are laid out for; other grids get them interpolated.
-        tubelet_size: Frames of a tubelet.
-        patch_size: Pixels of a tubelet's edge.
-        embedding_layers: Conv3d layers of the tubelet embedding.
-        attention_backend: A backend's name, or auto.
-        activation_checkpointing: Recompute each block in backward.
+        options: Tubelets, attention, checkpointing.
     """
 
     positions_ND: Tensor
 
-    def __init__(
-        self,
-        size: ModelSize,
-        grid: TokenGrid,
-        *,
-        tubelet_size: int = 2,
-        patch_size: int = 16,
-        embedding_layers: int = 1,
-        attention_backend: str = "auto",
-        activation_checkpointing: bool = False,
-    ) -> None:
+    def __init__(self, size: ModelSize, grid: TokenGrid, options: EncoderOptions = DEFAULT_OPTIONS) -> None:
         super().__init__()
         self.grid = grid
-        self.tubelet_size = tubelet_size
-        self.patch_size = patch_size
-        self.activation_checkpointing = activation_checkpointing
+        self.options = options
         self.patch_embed = TubeletEmbedding(
-            width=size.width, tubelet_size=tubelet_size, patch_size=patch_size, num_layers=embedding_layers
+            width=size.width,
+            tubelet_size=options.tubelet_size,
+            patch_size=options.patch_size,
+            num_layers=options.embedding_layers,
         )
         self.blocks = make_blocks(
-            width=size.width, depth=size.depth, num_heads=size.num_heads, backend=attention_backend
+            width=size.width, depth=size.depth, num_heads=size.num_heads, backend=options.attention
         )
         self.register_buffer("positions_ND", sinusoid_positions(grid, size.width), persistent=False)
 
     def grid_of(self, clips_BCTHW: Tensor) -> TokenGrid:
         """Return the token grid of a batch of clips; refuses lengths that do not divide into tubelets."""
-        return grid_of(clips_BCTHW, tubelet_size=self.tubelet_size, patch_size=self.patch_size)
+        return grid_of(clips_BCTHW, tubelet_size=self.options.tubelet_size, patch_size=self.options.patch_size)
 
     def gather(self, clips_BCTHW: Tensor, index: TokenIndex) -> Tensor:
         """Return the pixels of the tokens of the index, (M, C, tubelet, patch, patch)."""
-        return gather_tubelets(clips_BCTHW, index, tubelet_size=self.tubelet_size, patch_size=self.patch_size)
+        return gather_tubelets(
+            clips_BCTHW, index, tubelet_size=self.options.tubelet_size, patch_size=self.options.patch_size
+        )
 
     @torch.no_grad()
     def rank(self, clips_BCTHW: Tensor, grid: TokenGrid) -> Tensor:
@@ -94,7 +106,7 @@ class TokenEncoder(nn.Module):
         positions_ND = interpolate_positions(self.positions_ND, self.grid, grid).to(dtype)
         x_MD = self.patch_embed(pixels_MCTHW).squeeze(1) + positions_ND[index.position_M]
         tokens = PackedTokens(x_MD, index.packing)
-        return run_blocks(self.blocks, tokens, checkpointing=self.activation_checkpointing)
+        return run_blocks(self.blocks, tokens, checkpointing=self.options.activation_checkpointing)
 
 
 @contextlib.contextmanager

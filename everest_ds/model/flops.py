@@ -103,8 +103,8 @@ def _layer_norm_flops(input_shape: Any, *args: Any, out_shape: Any = None, **kwa
 
 
 def _meta_clip(encoder: TokenEncoder, grid: TokenGrid) -> Tensor:
-    edge = encoder.patch_size
-    shape = (1, 3, grid.time * encoder.tubelet_size, grid.rows * edge, grid.cols * edge)
+    tubelet, edge = encoder.options.tubelet_size, encoder.options.patch_size
+    shape = (1, 3, grid.time * tubelet, grid.rows * edge, grid.cols * edge)
     return torch.empty(shape, dtype=torch.uint8, device="meta")
 
 

@@ -7,7 +7,6 @@ for the result is written out here, because DeepSpeed's own defaults change betw
 """
 
 import copy
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.config import Config
+from everest_ds.config_file import read_json_object
 from everest_ds.errors import UserError, nearest_hint
 from everest_ds.train.optim import make_optimizer
 
@@ -60,14 +60,7 @@ def load_systems(path: Path | None) -> Systems:
     """
     if path is None:
         return copy.deepcopy(DEFAULT_SYSTEMS)
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the DeepSpeed configuration {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold an object, got {type(raw).__name__}")
+    raw = read_json_object(path)
     for key in raw:
         if key in RECIPE_KEYS:
             raise UserError(f"{path}: {key} does not belong into a systems file: {RECIPE_KEYS[key]}")

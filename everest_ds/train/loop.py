@@ -71,10 +71,11 @@ class Window:
         self.bad: list[BadSample] = []
 
 
+@dataclass(kw_only=True)
 class Trainer:
     """Runs a task from one step to another.
 
-    Args:
+    Attributes:
         engine: The DeepSpeed engine around the task.
         task: The task itself, for what it needs of a batch.
         config: The run.
@@ -87,33 +88,22 @@ class Trainer:
         dataset_size: Videos of the list, for the share of bad ones.
     """
 
-    def __init__(
-        self,
-        *,
-        engine: Any,
-        task: PretrainTask,
-        config: Config,
-        schedule: Schedule,
-        world: World,
-        device: torch.device,
-        run_dir: Path,
-        log: MetricsLog | None,
-        zero_stage: int,
-        dataset_size: int,
-    ) -> None:
-        self.engine = engine
-        self.task = task
-        self.config = config
-        self.schedule = schedule
-        self.world = world
-        self.device = device
-        self.run_dir = run_dir
-        self.log = log
-        self.zero_stage = zero_stage
-        self.dataset_size = dataset_size
+    engine: Any
+    task: PretrainTask
+    config: Config
+    schedule: Schedule
+    world: World
+    device: torch.device
+    run_dir: Path
+    log: MetricsLog | None
+    zero_stage: int
+    dataset_size: int
+
+    def __post_init__(self) -> None:
+        """Start counting."""
         self.num_bad = 0
-        self.cost: ClipCost = task.clip_cost()
-        self.window = Window(device)
+        self.cost: ClipCost = self.task.clip_cost()
+        self.window = Window(self.device)
 
     def run(self, batches: Iterator[ClipBatch]) -> None:
         """Train to the end of the schedule, logging and saving on the way.

@@ -14,6 +14,7 @@ from everest_ds.config import Config
 from everest_ds.data.dataset import ClipBatch, ClipDataset
 from everest_ds.data.index import VideoRow
 from everest_ds.model.autoencoder import EverestAutoencoder
+from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.flops import autoencoder_macs
 from everest_ds.model.sizes import get_size
 
@@ -83,10 +84,12 @@ def build_autoencoder(config: Config) -> EverestAutoencoder:
     return EverestAutoencoder(
         get_size(config.model.size),
         config.grid,
-        tubelet_size=config.model.tubelet_size,
-        patch_size=config.model.patch_size,
+        EncoderOptions(
+            tubelet_size=config.model.tubelet_size,
+            patch_size=config.model.patch_size,
+            embedding_layers=config.model.embedding_layers,
+            attention=config.model.attention,
+            activation_checkpointing=config.model.activation_checkpointing,
+        ),
         decoder_depth=config.model.decoder_depth,
-        embedding_layers=config.model.embedding_layers,
-        attention_backend=config.model.attention,
-        activation_checkpointing=config.model.activation_checkpointing,
     )

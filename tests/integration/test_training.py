@@ -199,4 +199,6 @@ def test_vit_l_step_fits_the_machine_and_vit_h_is_built(demo_folder: Path, tmp_p
     (line,) = metrics(tmp_path / "run")
     assert 2 * line["memory_gib"] < 24
     model = timm.create_model("everest_pretrain_vit_huge_patch16_224")
-    assert sum(parameter.numel() for parameter in model.parameters()) == 653_104_256  # as counted by hand in test_registry.py
+    assert (
+        sum(parameter.numel() for parameter in model.parameters()) == 653_104_256
+    )  # as counted by hand in test_registry.py

@@ -9,6 +9,7 @@ from everest_ds.errors import UserError
 from everest_ds.geometry import TokenGrid
 from everest_ds.model.autoencoder import EverestAutoencoder, interleave_clips
 from everest_ds.model.classifier import EverestClassifier, mean_per_clip
+from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.selection import Selection, TokenIndex
 from tests.conftest import make_size
 
@@ -17,9 +18,10 @@ PACKED_ATOL = 1e-5
 GRID = TokenGrid(time=4, rows=4, cols=4)
 
 
-def make_autoencoder(**options: object) -> EverestAutoencoder:
+def make_autoencoder(*, checkpointing: bool = False) -> EverestAutoencoder:
     torch.manual_seed(0)
-    model = EverestAutoencoder(make_size(), GRID, patch_size=8, decoder_depth=2, **options)  # type: ignore[arg-type]
+    options = EncoderOptions(patch_size=8, activation_checkpointing=checkpointing)
+    model = EverestAutoencoder(make_size(), GRID, options, decoder_depth=2)
     with torch.no_grad():  # biases and norms matter
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -110,7 +112,7 @@ def test_checkpointing_changes_no_number() -> None:
     clips, noise = random_clips(2), torch.rand(2, 20)
     grads = []
     for checkpointing in (False, True):
-        model = make_autoencoder(activation_checkpointing=checkpointing)
+        model = make_autoencoder(checkpointing=checkpointing)
         model(clips, noise, num_visible=6).loss.backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
@@ -175,6 +177,6 @@ def test_classifier_keeps_the_share_that_it_was_told() -> None:
     torch.manual_seed(0)
     clips = random_clips(3)
     for ratio, count in ((0.6, 38), (1.0, 64)):
-        model = EverestClassifier(make_size(), GRID, num_classes=5, keep_ratio=ratio, patch_size=8)
+        model = EverestClassifier(make_size(), GRID, EncoderOptions(patch_size=8), num_classes=5, keep_ratio=ratio)
         assert model.select(clips, GRID).packing.lengths == (count,) * 3
         assert model(clips).shape == (3, 5)

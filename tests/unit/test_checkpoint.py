@@ -79,6 +79,7 @@ def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     for _ in range(2):
         folder = save_checkpoint(FakeEngine(), tmp_path, state(5), ALONE)
     verify_checkpoint(folder)
+    assert [path.name for path in folder.parent.glob("*step-*")] == ["step-00000005"]
 
 
 def damage_flip(folder: Path) -> None:

@@ -51,7 +51,7 @@ def test_clips_do_not_depend_on_the_number_of_workers(demo_folder: Path) -> None
     for workers in (0, 2):
         dataset = make_dataset(demo_folder, config=replace(CONFIG, num_workers=workers))
         sampler = GlobalBatchSampler(
-            len(dataset), global_size=8, micro_size=4, rank=1, world_size=2, seed=0, end_step=3
+            num_samples=len(dataset), global_size=8, micro_size=4, rank=1, world_size=2, seed=0, end_step=3
         )
         batches[workers] = list(make_loader(dataset, sampler, pin_memory=False))
     assert len(batches[0]) == 3

@@ -83,7 +83,7 @@ def global_batches(*, world_size: int, micro_size: int, start_step: int = 0) -> 
     """The samples of each step, over all ranks."""
     samplers = [
         GlobalBatchSampler(
-            50,
+            num_samples=50,
             global_size=8,
             micro_size=micro_size,
             rank=rank,
@@ -128,6 +128,6 @@ def test_sampler_visits_no_sample_twice_in_an_epoch() -> None:
 def test_sampler_refuses_what_makes_no_batch() -> None:
     good = {"global_size": 8, "micro_size": 2, "rank": 0, "world_size": 2, "seed": 0, "end_step": 1}
     with pytest.raises(ValueError, match="make no batch"):
-        GlobalBatchSampler(7, **good)
+        GlobalBatchSampler(num_samples=7, **good)
     with pytest.raises(ValueError, match="does not divide"):
-        GlobalBatchSampler(50, **{**good, "micro_size": 3})
+        GlobalBatchSampler(num_samples=50, **{**good, "micro_size": 3})
