@@ -167,6 +167,11 @@ class _NoArguments:
 
 
 def _recipe(name: str) -> Config:
+    """Return a recipe by name, or the configuration of a run by the path of its config.json."""
+    if name.endswith(".json"):
+        from everest_ds.config_file import load_config
+
+        return load_config(Path(name))
     from everest_ds.recipes import get_recipe
 
     return get_recipe(name)

@@ -26,7 +26,8 @@ def show_recipe(config: Config, *, num_gpus: int, ds_config: Path | None) -> Non
     resolved = resolve_ds_config(systems, config, world_size=num_gpus, precision="auto", device_type="cuda")
     grid, batch = config.grid, config.batch
     peak = config.optim.base_lr * batch.global_size / 256
-    print((PRETRAIN_RECIPES[config.recipe].__doc__ or "").strip())
+    recipe = PRETRAIN_RECIPES.get(config.recipe)
+    print((recipe.__doc__ or "").strip() if recipe else f"{config.recipe}: not a recipe of this version")
     print(f"\nconfiguration\n{dump_config(config)}")
     print(
         f"tokens of a clip: {grid.time} x {grid.rows} x {grid.cols} = {grid.num_tokens}; selected "

@@ -148,6 +148,7 @@ def test_directory_of_another_run_is_refused(
     raw = json.loads(dump_config(get_recipe("demo")))
     raw["data"]["traim_list"] = raw["data"].pop("train_list")
     (out / "config.json").write_text(json.dumps(raw))
+    assert "did you mean 'train_list'?" in refused(["pretrain", str(out / "config.json")], capsys)
     assert "unknown key data.traim_list; did you mean 'train_list'?" in refused(words, capsys)
 
 

@@ -11,7 +11,8 @@ import pytest
 from everest_ds import __version__, cli
 from everest_ds.commands import flops
 from everest_ds.commands.train import LaunchOptions
-from everest_ds.config import Config
+from everest_ds.config import Config, RunConfig
+from everest_ds.config_file import dump_config
 from everest_ds.data.demo import DemoConfig
 from everest_ds.recipes import PRETRAIN_RECIPES
 
@@ -79,6 +80,15 @@ def test_flags_reach_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     assert (config.model.size, config.batch.global_size) == ("large", 512)
     assert options == LaunchOptions(out=Path("runs/x"), resume="never")
+
+
+def test_config_of_a_run_can_stand_in_a_recipes_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(PRETRAIN_RECIPES["demo"](), run=RunConfig(seed=7))
+    (tmp_path / "config.json").write_text(dump_config(config))
+    seen: list[Config] = []
+    monkeypatch.setattr("everest_ds.commands.train.pretrain", lambda config, options, world: seen.append(config))
+    assert cli.main(["pretrain", str(tmp_path / "config.json"), "--run.max-steps", "3"]) == 0
+    assert seen == [dataclasses.replace(config, run=RunConfig(seed=7, max_steps=3))]
 
 
 def test_doctor_finds_this_machine_ready(capsys: pytest.CaptureFixture[str]) -> None:
