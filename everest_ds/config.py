@@ -199,11 +199,22 @@ class RunConfig:
     """Epochs from one checkpoint to the next; the last step always saves."""
     save_every_steps: int | None = None
     """Also save at every multiple of this many steps."""
+    keep_checkpoints: int = 3
+    """Complete checkpoints to keep, the newest ones."""
+    keep_every_epochs: int | None = None
+    """Also keep for good the checkpoints of every multiple of this many epochs."""
 
     def __post_init__(self) -> None:
         """Check each field by itself."""
         _require(0 <= self.seed < 2**63, "run.seed", self.seed, "in [0, 2**63)")
-        for name in ("max_steps", "log_every_steps", "save_every_epochs", "save_every_steps"):
+        for name in (
+            "max_steps",
+            "log_every_steps",
+            "save_every_epochs",
+            "save_every_steps",
+            "keep_checkpoints",
+            "keep_every_epochs",
+        ):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"run.{name}", value, "at least 1")
 

@@ -69,6 +69,16 @@ def speaks_first(message: str, world: World) -> bool:
     return True
 
 
+def select_accelerator() -> bool:
+    """Tell DeepSpeed, before it is imported, to use the CPU where there is no GPU; return whether there is one."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return on_gpu
+
+
 def start(world: World) -> "torch.device":
     """Join the process group and return this process's device: its GPU where there is one, else the CPU.
 
@@ -76,11 +86,9 @@ def start(world: World) -> "torch.device":
     """
     import torch
 
-    on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+    on_gpu = select_accelerator()
+    if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
     import deepspeed
     import deepspeed.ops
 

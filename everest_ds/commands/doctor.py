@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
+from everest_ds import distributed
+
 OK, OPTIONAL, MISSING = "ok", "--", "MISSING"
 REQUIRED = ("torch", "torchvision", "timm", "deepspeed", "decord", "av", "einops", "tensorboard", "tyro")
 Row = tuple[str, str, str]
@@ -13,6 +15,7 @@ Row = tuple[str, str, str]
 
 def doctor() -> int:
     """Print one line for each finding; return 1 when something required is missing, else 0."""
+    distributed.select_accelerator()
     rows: list[Row] = [(OK, "python", platform.python_version())]
     rows += [_package(name) for name in REQUIRED]
     for check in (_devices, _attention, _decoder, _launcher):

@@ -13,13 +13,19 @@ from everest_ds.config import Config
 from everest_ds.data.index import VideoRow, read_list, require_reachable
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.train.checkpoint import load_checkpoint, read_state
+from everest_ds.train.checkpoint import (
+    TrainState,
+    choose_checkpoint,
+    load_checkpoint,
+    read_state,
+    unfinished_saves,
+)
 from everest_ds.train.run_dir import find_resume, write_run_files
 
 if TYPE_CHECKING:
     import torch
 
-    from everest_ds.train.loop import Schedule, Trainer
+    from everest_ds.train.loop import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +35,7 @@ class LaunchOptions:
     ds_config: Path | None = None
     """File of ds_configs/: how the run is sharded. Without one, plain ZeRO-2."""
     out: Path | None = None
-    """Run directory; runs/RECIPE without one."""
+    """Run directory; without one, that of the checkpoint named by --resume, or runs/RECIPE."""
     resume: str = "auto"
     """auto: go on from the run directory's newest checkpoint; never: refuse a used directory; or a path."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -45,9 +51,7 @@ def pretrain(config: Config, options: LaunchOptions, world: World) -> None:
     # 1. What needs neither torch nor the other processes.
     rows = _read_rows(config)
     config.batch.accumulation_steps(world.size)
-    run_dir = options.out or Path("runs") / config.recipe
-    checkpoint = find_resume(run_dir, config, options.resume)
-    state = read_state(checkpoint) if checkpoint else None
+    resume = find_resume(options.out, config, options.resume)
 
     # 2. What needs torch and DeepSpeed: the systems file, the schedule.
     from everest_ds.train import engine as engines
@@ -55,20 +59,24 @@ def pretrain(config: Config, options: LaunchOptions, world: World) -> None:
 
     systems = engines.load_systems(options.ds_config)
     engines.check_zero_options(systems, str(options.ds_config))
-    schedule = Schedule.of(config, len(rows), start_step=state.step if state else 0)
+    Schedule.of(config, len(rows))
 
-    # 3. From here on all processes go together.
+    # 3. From here on all processes go together. The run directory is not touched before the checkpoint is loaded.
     device = distributed.start(world)
     ds_config = engines.resolve_ds_config(
         systems, config, world_size=world.size, precision=options.precision, device_type=device.type
     )
-    if world.is_main:
-        write_run_files(run_dir, config, ds_config)
-    trainer = _build(config, len(rows), schedule, ds_config, run_dir, world, device)
+    checkpoint = choose_checkpoint(resume.candidates, world, exact=resume.exact)
+    state = read_state(checkpoint) if checkpoint else None
+    trainer = _build(config, len(rows), ds_config, resume.run_dir, state, world, device)
     if checkpoint and state:
         load_checkpoint(trainer.engine, checkpoint, state, world=world, zero_stage=trainer.zero_stage)
-    if trainer.log is not None:
-        _announce(trainer, ds_config, checkpoint)
+
+    # 4. Write down what this is, and go.
+    if world.is_main:
+        _open_run(trainer, ds_config, checkpoint)
+    distributed.barrier()
+    schedule = trainer.schedule
     if schedule.start_step < schedule.end_step:
         trainer.run(iter(_loader(trainer, rows)))
     elif world.is_main:
@@ -76,24 +84,23 @@ def pretrain(config: Config, options: LaunchOptions, world: World) -> None:
     if trainer.log is not None:
         trainer.log.write("event", schedule.end_step, event="end")
         trainer.log.close()
-        print(f"done: {run_dir}", flush=True)
+        print(f"done: {resume.run_dir}", flush=True)
     distributed.finish()
 
 
 def _build(
     config: Config,
     num_videos: int,
-    schedule: "Schedule",
     ds_config: dict[str, Any],
     run_dir: Path,
+    state: TrainState | None,
     world: World,
     device: "torch.device",
 ) -> "Trainer":
     import torch
 
     from everest_ds.train.engine import build_engine, zero_stage
-    from everest_ds.train.loop import Trainer
-    from everest_ds.train.metrics import MetricsLog
+    from everest_ds.train.loop import Schedule, Trainer
     from everest_ds.train.tasks import PretrainTask
 
     torch.manual_seed(config.run.seed)
@@ -102,13 +109,14 @@ def _build(
         engine=build_engine(task, config, ds_config, device),
         task=task,
         config=config,
-        schedule=schedule,
+        schedule=Schedule.of(config, num_videos, start_step=state.step if state else 0),
         world=world,
         device=device,
         run_dir=run_dir,
-        log=MetricsLog(run_dir) if world.is_main else None,
+        log=None,
         zero_stage=zero_stage(ds_config),
         dataset_size=num_videos,
+        num_bad=state.num_bad if state else 0,
     )
 
 
@@ -142,12 +150,13 @@ def _read_rows(config: Config) -> list[VideoRow]:
     return rows
 
 
-def _announce(trainer: "Trainer", ds_config: dict[str, Any], checkpoint: Path | None) -> None:
-    """Say and record what is about to run."""
+def _open_run(trainer: "Trainer", ds_config: dict[str, Any], checkpoint: Path | None) -> None:
+    """Write the run's files, open its record, and say what is about to run. Rank zero only."""
     import torch
 
     from everest_ds.model.attention import choose_backend
     from everest_ds.model.sizes import get_size
+    from everest_ds.train.metrics import MetricsLog
 
     config, world, schedule = trainer.config, trainer.world, trainer.schedule
     size = get_size(config.model.size)
@@ -166,16 +175,24 @@ def _announce(trainer: "Trainer", ds_config: dict[str, Any], checkpoint: Path | 
         f"{schedule.end_step} steps of {schedule.steps_per_epoch} an epoch",
         flush=True,
     )
+    write_run_files(trainer.run_dir, config, ds_config)
+    for folder in unfinished_saves(trainer.run_dir):
+        print(f"warning: {folder} is a save that did not come to its end; passing it over", flush=True)
+    trainer.log = MetricsLog(trainer.run_dir, schedule.start_step)
     if checkpoint:
-        print(f"resumed from {checkpoint} at step {schedule.start_step}", flush=True)
-    if trainer.log is not None:
-        trainer.log.write(
-            "event",
-            schedule.start_step,
-            event="resume" if checkpoint else "start",
-            world_size=world.size,
-            zero_stage=trainer.zero_stage,
-            dtype=dtype_name,
-            attention=backend,
-            parameters=parameters,
+        was = read_state(checkpoint)
+        print(
+            f"resumed from {checkpoint}: step {was.step}, epoch {was.epoch}, {was.samples} samples, "
+            f"{was.world_size} processes then and {world.size} now",
+            flush=True,
         )
+    trainer.log.write(
+        "event",
+        schedule.start_step,
+        event="resume" if checkpoint else "start",
+        world_size=world.size,
+        zero_stage=trainer.zero_stage,
+        dtype=dtype_name,
+        attention=backend,
+        parameters=parameters,
+    )

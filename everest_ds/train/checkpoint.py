@@ -2,13 +2,14 @@
 
 RUN/checkpoints/step-00001200/ appears under its name only when every rank's shards are on disk and complete.json,
 with sizes and checksums, is written; then RUN/checkpoints/latest points to it. A save that dies leaves a folder
-named tmp-* that nothing reads.
+named tmp-* that nothing reads and the next save removes. All ranks share the work of checksums.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from everest_ds.distributed import World
 from everest_ds.errors import UserError
 
 STATE, SEAL, LATEST = "state.json", "complete.json", "latest"
+FileRecord = dict[str, int | str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class TrainState:
         step: Optimiser steps taken.
         epoch: Whole epochs gone by.
         samples: Clips seen.
+        num_bad: Unreadable draws so far.
         world_size: Processes that wrote the shards.
         zero_stage: How they are sharded.
     """
@@ -35,6 +38,7 @@ class TrainState:
     step: int = 0
     epoch: int = 0
     samples: int = 0
+    num_bad: int = 0
     world_size: int
     zero_stage: int
 
@@ -50,14 +54,19 @@ def save_checkpoint(engine: Any, run_dir: Path, state: TrainState, world: World)
     name = f"step-{state.step:08d}"
     temporary, final = folder / f"tmp-{name}", folder / name
     if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("tmp-*"):
+            shutil.rmtree(leftover)
     distributed.barrier()
     engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
-    distributed.barrier()
     if world.is_main:
-        (temporary / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
-        _write_durably(temporary / SEAL, json.dumps({"files": _manifest(temporary)}, indent=2) + "\n")
+        _write_durably(temporary / STATE, json.dumps(asdict(state), indent=2) + "\n")
+    distributed.barrier()
+    records = _records(temporary, _share_of(_files(temporary), world))
+    parts = distributed.gather_objects(records)
+    if world.is_main:
+        manifest = {name: record for part in parts for name, record in sorted(part.items())}
+        _write_durably(temporary / SEAL, json.dumps({"files": manifest}, indent=2) + "\n")
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
@@ -67,10 +76,32 @@ def save_checkpoint(engine: Any, run_dir: Path, state: TrainState, world: World)
     return final
 
 
-def find_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest complete checkpoint of a run, or None when it has none."""
+def prune_checkpoints(run_dir: Path, *, keep_last: int, keep_every_steps: int | None = None) -> list[Path]:
+    """Remove complete checkpoints but the newest ``keep_last`` and every multiple of ``keep_every_steps``.
+
+    Called by rank zero, after a save. Returns what was removed.
+    """
+    removed = []
+    for checkpoint in list_checkpoints(run_dir)[max(keep_last, 1) :]:
+        if keep_every_steps and read_state(checkpoint).step % keep_every_steps == 0:
+            continue
+        (checkpoint / SEAL).unlink()  # a removal that dies leaves nothing that looks complete
+        shutil.rmtree(checkpoint)
+        removed.append(checkpoint)
+    return removed
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, newest first."""
     sealed = sorted(path.parent for path in folder_of(run_dir).glob(f"step-*/{SEAL}"))
-    return sealed[-1] if sealed else None
+    return sealed[::-1]
+
+
+def unfinished_saves(run_dir: Path) -> list[Path]:
+    """Return folders of saves that did not come to their end."""
+    folder = folder_of(run_dir)
+    unsealed = [path for path in folder.glob("step-*") if not (path / SEAL).is_file()]
+    return sorted([*unsealed, *folder.glob("tmp-*")])
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -84,55 +115,73 @@ def read_state(checkpoint: Path) -> TrainState:
     return TrainState(**json.loads((checkpoint / STATE).read_text()))
 
 
-def verify_checkpoint(checkpoint: Path) -> None:
-    """Compare every file of a checkpoint with its seal.
+def choose_checkpoint(candidates: Sequence[Path], world: World, *, exact: bool) -> Path | None:
+    """Return the first candidate whose files are what its seal says; all ranks take part and agree.
+
+    Damaged ones are named and passed over, unless one was asked for by name.
 
     Raises:
-        UserError: A file is missing or differs in size or checksum.
+        UserError: The named checkpoint is damaged, or all candidates are.
     """
-    files = json.loads((checkpoint / SEAL).read_text())["files"]
-    for name, expected in files.items():
-        path = checkpoint / name
+    faults = []
+    for checkpoint in candidates:
+        fault = distributed.agree(find_damage(checkpoint, world))
+        if fault is None:
+            return checkpoint
+        faults.append(f"checkpoint {checkpoint} is damaged: {fault}")
+        if world.is_main and not exact:
+            print(f"warning: {faults[-1]}; passing it over", flush=True)
+    if faults:
+        raise UserError("; ".join(faults) + "; name another with --resume PATH, or start afresh in another --out")
+    return None
+
+
+def find_damage(checkpoint: Path, world: World) -> str | None:
+    """Compare this rank's share of a checkpoint's files with its seal; return the first difference, or None."""
+    try:
+        files: dict[str, FileRecord] = json.loads((checkpoint / SEAL).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{SEAL} cannot be read: {error}"
+    for name in _share_of(sorted(files), world):
+        path, expected = checkpoint / name, files[name]
         if not path.is_file():
-            raise UserError(f"checkpoint {checkpoint} is damaged: {name} is missing")
+            return f"{name} is missing"
         if path.stat().st_size != expected["size"]:
-            raise UserError(
-                f"checkpoint {checkpoint} is damaged: {name} has {path.stat().st_size} bytes, "
-                f"expected {expected['size']}"
-            )
+            return f"{name} has {path.stat().st_size} bytes, expected {expected['size']}"
         if _sha256(path) != expected["sha256"]:
-            raise UserError(f"checkpoint {checkpoint} is damaged: the checksum of {name} differs")
+            return f"the checksum of {name} differs"
+    return None
 
 
 def load_checkpoint(engine: Any, checkpoint: Path, state: TrainState, *, world: World, zero_stage: int) -> None:
-    """Load a checkpoint into the engine; all ranks take part, and all stop when one cannot.
+    """Load a verified checkpoint into the engine; all ranks take part, and all stop when one cannot.
 
     Raises:
-        UserError: The checkpoint is damaged, or was written by another number of processes or ZeRO stage.
+        UserError: It was written by another number of processes or ZeRO stage, or DeepSpeed did not load it.
     """
-    fault = None
     if (state.world_size, state.zero_stage) != (world.size, zero_stage):
-        fault = (
+        raise UserError(
             f"{checkpoint} was written by {state.world_size} processes at ZeRO stage {state.zero_stage}; this run "
             f"has {world.size} at stage {zero_stage}: resume with the same numbers"
         )
-    elif world.is_main:
-        try:
-            verify_checkpoint(checkpoint)
-        except UserError as error:
-            fault = str(error)
-    fault = distributed.agree(fault)
-    if fault:
-        raise UserError(fault)
     loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     fault = distributed.agree(None if loaded else f"DeepSpeed did not load {checkpoint}")
     if fault:
         raise UserError(fault)
 
 
-def _manifest(folder: Path) -> dict[str, dict[str, int | str]]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
-    return {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+def _files(folder: Path) -> list[str]:
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != SEAL
+    )
+
+
+def _share_of(names: Sequence[str], world: World) -> Sequence[str]:
+    return names[world.rank :: world.size]
+
+
+def _records(folder: Path, names: Sequence[str]) -> dict[str, FileRecord]:
+    return {name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
 
 
 def _sha256(path: Path) -> str:

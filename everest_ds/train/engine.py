@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from everest_ds import distributed
 from everest_ds.config import Config
 from everest_ds.config_file import read_json_object
 from everest_ds.errors import UserError, nearest_hint
@@ -75,6 +76,7 @@ def check_zero_options(systems: Systems, source: str) -> None:
     Raises:
         UserError: DeepSpeed does not know an option, or a value does not fit.
     """
+    distributed.select_accelerator()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 

@@ -20,7 +20,7 @@ from everest_ds.data.dataset import BadSample, ClipBatch
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train import engine as engines
-from everest_ds.train.checkpoint import TrainState, save_checkpoint
+from everest_ds.train.checkpoint import TrainState, prune_checkpoints, save_checkpoint
 from everest_ds.train.metrics import MetricsLog, format_duration, peak_memory_gib, peak_tflops
 from everest_ds.train.optim import learning_rate
 from everest_ds.train.tasks import ClipCost, PretrainTask
@@ -86,6 +86,7 @@ class Trainer:
         log: The metrics, on rank zero only.
         zero_stage: How the engine shards.
         dataset_size: Videos of the list, for the share of bad ones.
+        num_bad: Unreadable draws so far.
     """
 
     engine: Any
@@ -98,10 +99,10 @@ class Trainer:
     log: MetricsLog | None
     zero_stage: int
     dataset_size: int
+    num_bad: int = 0
 
     def __post_init__(self) -> None:
         """Start counting."""
-        self.num_bad = 0
         self.cost: ClipCost = self.task.clip_cost()
         self.window = Window(self.device)
 
@@ -132,7 +133,7 @@ class Trainer:
             self.window.data_wait_s += time.perf_counter() - waiting_since
             self.window.bad += batch.bad
             batch.require_whole()
-            loss, _ = self.engine(*self.task.inputs(batch, self.device))
+            loss = self.engine(*self.task.inputs(batch, self.device))
             self.engine.backward(loss)
             norm = engines.step(self.engine)
             self.window.loss_sum += loss.detach() / accumulation
@@ -209,7 +210,7 @@ class Trainer:
             with (self.run_dir / "bad_samples.jsonl").open("a", encoding="utf-8") as file:
                 for sample in (sample for part in everyone for sample in part):
                     file.write(json.dumps(asdict(sample)) + "\n")
-        draws = max((taken - self.schedule.start_step) * self.config.batch.global_size, self.dataset_size)
+        draws = max(taken * self.config.batch.global_size, self.dataset_size)
         share = self.config.data.max_bad_share
         if self.num_bad > share * draws:
             raise UserError(
@@ -222,11 +223,19 @@ class Trainer:
             step=taken,
             epoch=taken // self.schedule.steps_per_epoch,
             samples=taken * self.config.batch.global_size,
+            num_bad=self.num_bad,
             world_size=self.world.size,
             zero_stage=self.zero_stage,
         )
         started = time.perf_counter()
         folder = save_checkpoint(self.engine, self.run_dir, state, self.world)
+        if self.world.is_main:
+            epochs = self.config.run.keep_every_epochs
+            prune_checkpoints(
+                self.run_dir,
+                keep_last=self.config.run.keep_checkpoints,
+                keep_every_steps=epochs * self.schedule.steps_per_epoch if epochs else None,
+            )
         if self.log is not None:
             took_s = round(time.perf_counter() - started, 2)
             self.log.write("event", taken, event="checkpoint", path=folder.name, took_s=took_s)

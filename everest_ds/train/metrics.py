@@ -14,13 +14,22 @@ PEAK_BF16_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
 
 
 class MetricsLog:
-    """Appends lines to RUN/metrics.jsonl and mirrors numbers to RUN/tensorboard/."""
+    """Appends lines to RUN/metrics.jsonl and mirrors numbers to RUN/tensorboard/.
 
-    def __init__(self, run_dir: Path) -> None:
+    Args:
+        run_dir: The run directory.
+        start_step: The step the run goes on from. What an interrupted run wrote of later steps is taken out: those
+            steps are taken again, with the same numbers.
+    """
+
+    def __init__(self, run_dir: Path, start_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"))
+        path = run_dir / "metrics.jsonl"
+        if path.is_file():
+            _drop_later_steps(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line and flush it; infinities and NaN, which JSON has not, become null."""
@@ -35,6 +44,21 @@ class MetricsLog:
         """Flush and close both."""
         self._file.close()
         self._board.close()
+
+
+def _drop_later_steps(path: Path, start_step: int) -> None:
+    """Rewrite a record without measurements beyond a step, and without a line that a crash cut short."""
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if line["kind"] == "event" or line["step"] <= start_step:
+            kept.append(text + "\n")
+    shorter = path.with_name("metrics.jsonl.tmp")
+    shorter.write_text("".join(kept), encoding="utf-8")
+    shorter.replace(path)
 
 
 def peak_tflops(device: torch.device) -> float | None:

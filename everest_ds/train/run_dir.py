@@ -11,7 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from everest_ds import __version__
 from everest_ds.config import Config
 from everest_ds.config_file import dump_config, load_config
 from everest_ds.errors import UserError
-from everest_ds.train.checkpoint import SEAL, find_checkpoint
+from everest_ds.train.checkpoint import SEAL, list_checkpoints
 
 # Settings that may differ between a run and its continuation: they do not change what is computed.
 FREE_ON_RESUME = frozenset(
@@ -30,6 +30,8 @@ FREE_ON_RESUME = frozenset(
         "data.prefetch_batches",
         "model.activation_checkpointing",
         "model.attention",
+        "run.keep_checkpoints",
+        "run.keep_every_epochs",
         "run.log_every_steps",
         "run.max_steps",
         "run.save_every_epochs",
@@ -38,33 +40,63 @@ FREE_ON_RESUME = frozenset(
 )
 
 
-def find_resume(run_dir: Path, config: Config, resume: str) -> Path | None:
-    """Return the checkpoint to go on from, or None to start afresh.
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Where a run goes on from.
+
+    Attributes:
+        run_dir: The run directory.
+        candidates: Complete checkpoints to try, in this order; none to start afresh.
+        exact: Whether one was asked for by name, so that no other will do.
+    """
+
+    run_dir: Path
+    candidates: tuple[Path, ...] = ()
+    exact: bool = False
+
+
+def find_resume(out: Path | None, config: Config, resume: str) -> Resume:
+    """Return where to go on from: auto, never, or a checkpoint's path.
+
+    Without ``out``, the run directory is that of the named checkpoint, or runs/RECIPE.
 
     Raises:
         UserError: The directory is used and must not be, holds another run, or the named checkpoint is unusable.
     """
-    used = run_dir.is_dir() and any(run_dir.iterdir())
     if resume not in ("auto", "never"):
-        checkpoint = Path(resume)
-        if not (checkpoint / SEAL).is_file():
-            raise UserError(
-                f"--resume {resume}: no complete checkpoint there; expected auto, never, or a folder "
-                f"RUN/checkpoints/step-... that holds {SEAL}"
-            )
-        source = checkpoint.parent.parent
-        if used and source.resolve() != run_dir.resolve():
-            raise UserError(f"--out {run_dir} holds another run than --resume {resume}; name an empty folder")
-        _require_same_run(source, config)
-        return checkpoint
-    if not used:
-        return None
+        return _named_checkpoint(out, config, Path(resume))
+    run_dir = out or Path("runs") / config.recipe
+    if not _is_used(run_dir):
+        return Resume(run_dir=run_dir)
     if resume == "never":
         raise UserError(f"--out {run_dir} is not empty and --resume is never; name another folder")
     if not (run_dir / "config.json").is_file():
         raise UserError(f"--out {run_dir} is not empty and holds no run (no config.json); name another folder")
     _require_same_run(run_dir, config)
-    return find_checkpoint(run_dir)
+    return Resume(run_dir=run_dir, candidates=tuple(list_checkpoints(run_dir)))
+
+
+def _named_checkpoint(out: Path | None, config: Config, checkpoint: Path) -> Resume:
+    if not (checkpoint / SEAL).is_file():
+        raise UserError(
+            f"--resume {checkpoint}: no complete checkpoint there; expected auto, never, or a folder "
+            f"RUN/checkpoints/step-... that holds {SEAL}"
+        )
+    source = checkpoint.parent.parent
+    run_dir = out or source
+    _require_same_run(source, config)
+    if run_dir.resolve() != source.resolve():
+        if _is_used(run_dir):
+            raise UserError(f"--out {run_dir} holds another run than --resume {checkpoint}; name an empty folder")
+    elif checkpoint.resolve() != (newest := list_checkpoints(source)[0]).resolve():
+        raise UserError(
+            f"--resume {checkpoint}: the run went on to {newest.name}; name another folder with --out to branch off"
+        )
+    return Resume(run_dir=run_dir, candidates=(checkpoint,), exact=True)
+
+
+def _is_used(run_dir: Path) -> bool:
+    return run_dir.is_dir() and any(run_dir.iterdir())
 
 
 def _require_same_run(run_dir: Path, config: Config) -> None:

@@ -1,6 +1,6 @@
-"""Tasks: what turns a batch into a loss and named scalars. The loop and the engine know nothing else of the model.
+"""Tasks: what turns a batch into a loss. The loop and the engine know nothing else of the model.
 
-Place in the flow: ClipBatch on the device -> task -> (loss, scalars). Axes: B clips, C T H W of a clip, S selected
+Place in the flow: ClipBatch on the device -> task -> loss. Axes: B clips, C T H W of a clip, S selected
 tokens of a clip.
 """
 
@@ -45,15 +45,15 @@ class PretrainTask(nn.Module):
         self.keep_visible_as_target = config.selection.targets == "selected"
         self.model = build_autoencoder(config)
 
-    def forward(self, clips_BCTHW: Tensor, noise_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a micro-batch, and scalars for the log."""
+    def forward(self, clips_BCTHW: Tensor, noise_BS: Tensor) -> Tensor:
+        """Return the loss of a micro-batch."""
         output = self.model(
             clips_BCTHW,
             noise_BS,
             num_visible=self.config.num_visible,
             keep_visible_as_target=self.keep_visible_as_target,
         )
-        return output.loss, {}
+        return output.loss
 
     def inputs(self, batch: ClipBatch, device: torch.device) -> tuple[Tensor, Tensor]:
         """Move what `forward` takes to the device, as bytes."""

@@ -29,25 +29,36 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(arguments: Sequence[str | Path], *, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run `everest ARGUMENTS`, through the deepspeed launcher when there are several processes."""
+def start(arguments: Sequence[str | Path], *, processes: int = 1) -> subprocess.Popen[str]:
+    """Start `everest ARGUMENTS`, through the deepspeed launcher when there are several processes."""
     if processes == 1:
         command = [sys.executable, "-m", "everest_ds"]
     else:
         launcher = ["--no_local_rank", "--num_gpus", str(processes), "--master_port", str(free_port())]
         command = [str(BIN / "deepspeed"), *launcher, "--module", "everest_ds"]
-    return subprocess.run(
+    return subprocess.Popen(
         [*command, *(str(argument) for argument in arguments)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env=cpu_environment(),
         cwd=REPOSITORY,
-        timeout=300,
-        check=False,
     )
+
+
+def launch(arguments: Sequence[str | Path], *, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run `everest ARGUMENTS` to its end."""
+    with start(arguments, processes=processes) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def metrics(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
     """The lines of one kind of RUN/metrics.jsonl."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    text = (run_dir / "metrics.jsonl").read_text()
+    lines = text[: text.rfind("\n") + 1].splitlines()  # a line may be on its way
     return [line for line in map(json.loads, lines) if line["kind"] == kind]

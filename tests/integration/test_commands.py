@@ -26,7 +26,7 @@ CONFIG_FIELDS = {
     "selection": "selected_ratio visible_ratio targets",
     "optim": "base_lr min_lr warmup_lr warmup_epochs epochs weight_decay betas eps max_grad_norm",
     "batch": "global_size micro_size",
-    "run": "seed max_steps log_every_steps save_every_epochs save_every_steps",
+    "run": "seed max_steps log_every_steps save_every_epochs save_every_steps keep_checkpoints keep_every_epochs",
 }
 RECIPES = [
     "k400_vit_s", "k400_vit_b", "k400_vit_l", "k400_vit_h", "ssv2_vit_b", "ucf101_vit_b", "hmdb51_vit_b",

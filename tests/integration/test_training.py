@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import timm
 import torch
 
 import everest_ds.model.registry  # noqa: F401  (registers the models)
 from tests.conftest import REPOSITORY
-from tests.integration.launch import launch, metrics
+from tests.integration.launch import launch, metrics, start
 
 LOSS_RTOL = 1e-5
 NUM_STEPS = 20
@@ -104,34 +106,83 @@ def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return torch.load(shard, weights_only=False)["module"]
 
 
-def test_resumed_run_is_bitwise_the_uninterrupted_one(demo_folder: Path, tmp_path: Path) -> None:
-    """Epochs of this list have four steps: the run stops inside the second one and goes on from there."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for out, steps in ((whole, 9), (parts, 6), (parts, 9)):
-        done = launch(flags(demo_folder, out, steps=steps), processes=2)
+@pytest.fixture(scope="module")
+def uninterrupted(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two processes, ZeRO-2, twelve steps: three epochs of this list."""
+    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    done = launch(flags(demo_folder, out, steps=12), processes=2)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def require_same_run(run_dir: Path, expected: Path) -> None:
+    """Same losses and same weights, bit for bit."""
+    assert losses(run_dir) == losses(expected)
+    ours, theirs = weights(run_dir, 12), weights(expected, 12)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_resumed_run_is_bitwise_the_uninterrupted_one(
+    uninterrupted: Path, demo_folder: Path, tmp_path: Path
+) -> None:
+    """The run stops inside its second epoch and goes on from there."""
+    for steps in (6, 12):
+        done = launch(flags(demo_folder, tmp_path / "run", steps=steps), processes=2)
         assert done.returncode == 0, done.stderr
-    assert f"resumed from {parts / 'checkpoints' / 'step-00000006'} at step 6" in done.stdout
-    assert losses(parts) == losses(whole)
-    expected, resumed = weights(whole, 9), weights(parts, 9)
-    assert expected.keys() == resumed.keys()
-    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    said = f"resumed from {tmp_path / 'run' / 'checkpoints' / 'step-00000006'}: step 6, epoch 1, 192 samples, 2 processes"
+    assert said in done.stdout
+    require_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_damaged_or_foreign_checkpoint_is_refused(reference: Path, demo_folder: Path, tmp_path: Path) -> None:
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_foreign_checkpoint_is_refused_and_the_run_directory_left_as_it_was(
+    reference: Path, demo_folder: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(reference, run)
-    words = flags(demo_folder, run, "--ds-config", ds_config("zero0"), steps=NUM_STEPS + 1)
+    before = contents(run)
     other_stage = launch(flags(demo_folder, run, "--ds-config", ds_config("zero2"), steps=NUM_STEPS + 1))
     assert other_stage.returncode == 2
     assert "at ZeRO stage 0; this run has 1 at stage 2" in other_stage.stderr
-    shard = next((run / "checkpoints" / f"step-{NUM_STEPS:08d}").glob("mp_rank_00_model_states.pt"))
-    flipped = bytearray(shard.read_bytes())
-    flipped[len(flipped) // 2] ^= 0xFF
-    shard.write_bytes(flipped)
-    damaged = launch(words)
-    assert damaged.returncode == 2
-    assert "the checksum of mp_rank_00_model_states.pt differs" in damaged.stderr
-    assert "Traceback" not in damaged.stderr
+    assert "Traceback" not in other_stage.stderr
+    assert contents(run) == before
+
+
+def test_killed_run_with_a_damaged_checkpoint_ends_as_if_nothing_had_happened(
+    uninterrupted: Path, demo_folder: Path, tmp_path: Path
+) -> None:
+    """A rank is killed outright, then the newest checkpoint loses 64 bytes; the same command goes on from before."""
+    broken = tmp_path / "broken"
+    saving = ["--run.save-every-steps", "2"]
+    killed = kill_a_rank_after(flags(demo_folder, broken, *saving, steps=12), broken, step=7)
+    assert killed not in (0, 2)
+    newest = sorted((broken / "checkpoints").glob("step-*/complete.json"))[-1].parent
+    shard = next(newest.glob("*rank_1*optim_states.pt"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[1000:1064] = bytes(byte ^ 0xFF for byte in damaged[1000:1064])
+    shard.write_bytes(damaged)
+    done = launch(flags(demo_folder, broken, *saving, steps=12), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert f"checkpoint {newest} is damaged: the checksum of {shard.name} differs; passing it over" in done.stdout
+    require_same_run(broken, uninterrupted)
+
+
+def kill_a_rank_after(arguments: list[str], run_dir: Path, *, step: int) -> int:
+    """Start two processes, kill -9 rank one once a step is recorded, and return the launcher's exit code."""
+    with start(arguments, processes=2) as process:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if (run_dir / "metrics.jsonl").is_file() and len(metrics(run_dir)) >= step:
+                break
+            time.sleep(0.02)
+        ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "everest_ds" in p.cmdline()]
+        victim = next(p for p in ranks if p.environ().get("RANK") == "1")
+        victim.kill()
+        return process.wait(timeout=120)
 
 
 def list_with_bad_rows(demo_folder: Path, path: Path, num_bad: int) -> Path:

@@ -11,11 +11,14 @@ from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train.checkpoint import (
     TrainState,
-    find_checkpoint,
+    choose_checkpoint,
+    find_damage,
+    list_checkpoints,
     load_checkpoint,
+    prune_checkpoints,
     read_state,
     save_checkpoint,
-    verify_checkpoint,
+    unfinished_saves,
 )
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
@@ -49,15 +52,19 @@ def state(step: int, **changes: int) -> TrainState:
     )
 
 
+def names(folders: list[Path]) -> list[str]:
+    return [folder.name for folder in folders]
+
+
 def test_saved_checkpoint_is_found_read_and_verified(tmp_path: Path) -> None:
-    assert find_checkpoint(tmp_path) is None
+    assert list_checkpoints(tmp_path) == []
     for step in (9, 10, 100):
-        save_checkpoint(FakeEngine(), tmp_path, state(step), ALONE)
-    newest = find_checkpoint(tmp_path)
+        save_checkpoint(FakeEngine(), tmp_path, state(step, num_bad=step), ALONE)
+    newest = list_checkpoints(tmp_path)[0]
     assert newest == tmp_path / "checkpoints" / "step-00000100"
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000100\n"
-    assert read_state(newest) == state(100)
-    verify_checkpoint(newest)
+    assert read_state(newest) == state(100, num_bad=100)
+    assert find_damage(newest, ALONE) is None
     engine = FakeEngine()
     load_checkpoint(engine, newest, state(100), world=ALONE, zero_stage=2)
     assert engine.loaded == "step-00000100"
@@ -67,19 +74,37 @@ def test_save_that_dies_leaves_the_previous_one_in_charge(tmp_path: Path) -> Non
     save_checkpoint(FakeEngine(), tmp_path, state(5), ALONE)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(FakeEngine(dies=True), tmp_path, state(6), ALONE)
-    newest = find_checkpoint(tmp_path)
-    assert newest is not None
-    assert newest.name == "step-00000005"
+    assert names(list_checkpoints(tmp_path)) == ["step-00000005"]
+    assert names(unfinished_saves(tmp_path)) == ["tmp-step-00000006"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000005\n"
-    save_checkpoint(FakeEngine(), tmp_path, state(6), ALONE)  # and the next try is not in its way
-    assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000006"
+    save_checkpoint(FakeEngine(), tmp_path, state(7), ALONE)  # the next save clears up
+    assert names(list_checkpoints(tmp_path)) == ["step-00000007", "step-00000005"]
+    assert unfinished_saves(tmp_path) == []
 
 
 def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     for _ in range(2):
         folder = save_checkpoint(FakeEngine(), tmp_path, state(5), ALONE)
-    verify_checkpoint(folder)
+    assert find_damage(folder, ALONE) is None
     assert [path.name for path in folder.parent.glob("*step-*")] == ["step-00000005"]
+
+
+def test_pruning_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
+    for step in range(2, 13, 2):
+        save_checkpoint(FakeEngine(), tmp_path, state(step), ALONE)
+    removed = prune_checkpoints(tmp_path, keep_last=2, keep_every_steps=4)
+    assert names(removed) == ["step-00000006", "step-00000002"]
+    assert names(list_checkpoints(tmp_path)) == [f"step-{step:08d}" for step in (12, 10, 8, 4)]
+    prune_checkpoints(tmp_path, keep_last=0)  # the newest complete one is never removed
+    assert names(list_checkpoints(tmp_path)) == ["step-00000012"]
+
+
+def test_ranks_share_the_checksums_and_every_file_is_checked_by_one(tmp_path: Path) -> None:
+    folder = save_checkpoint(FakeEngine(), tmp_path, state(5), ALONE)
+    damage_flip(folder)
+    ranks = [World(rank=rank, local_rank=rank, size=3, local_size=3) for rank in range(3)]
+    found = [find_damage(folder, rank) for rank in ranks]
+    assert sorted(fault is not None for fault in found) == [False, False, True]
 
 
 def damage_flip(folder: Path) -> None:
@@ -94,21 +119,44 @@ def damage_remove(folder: Path) -> None:
     (folder / "shard.pt").unlink()
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (damage_flip, "the checksum of shard.pt differs"),
-        (damage_cut, "shard.pt has 5 bytes, expected 10"),
-        (damage_remove, "shard.pt is missing"),
-    ],
-)
-def test_damage_is_found_before_deepspeed_opens_a_file(damage: Any, message: str, tmp_path: Path) -> None:
+def damage_seal(folder: Path) -> None:
+    (folder / "complete.json").write_text("")
+
+
+DAMAGES = [
+    (damage_flip, "the checksum of shard.pt differs"),
+    (damage_cut, "shard.pt has 5 bytes, expected 10"),
+    (damage_remove, "shard.pt is missing"),
+    (damage_seal, "complete.json cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_damaged_checkpoint_is_named_and_passed_over(
+    damage: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = save_checkpoint(FakeEngine(), tmp_path, state(4), ALONE)
+    newer = save_checkpoint(FakeEngine(), tmp_path, state(5), ALONE)
+    damage(newer)
+    assert choose_checkpoint(list_checkpoints(tmp_path), ALONE, exact=False) == older
+    said = capsys.readouterr().out
+    assert str(newer) in said
+    assert message in said
+    damage(older)
+    with pytest.raises(UserError, match=r"step-00000005.*step-00000004.*start afresh"):
+        choose_checkpoint(list_checkpoints(tmp_path), ALONE, exact=False)
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_damage_of_the_named_checkpoint_is_an_error(damage: Any, message: str, tmp_path: Path) -> None:
     folder = save_checkpoint(FakeEngine(), tmp_path, state(5), ALONE)
     damage(folder)
-    engine = FakeEngine()
     with pytest.raises(UserError, match=message):
-        load_checkpoint(engine, folder, state(5), world=ALONE, zero_stage=2)
-    assert engine.loaded is None
+        choose_checkpoint([folder], ALONE, exact=True)
+
+
+def test_nothing_to_choose_from_is_a_fresh_start() -> None:
+    assert choose_checkpoint([], ALONE, exact=False) is None
 
 
 @pytest.mark.parametrize("change", [{"world_size": 2}, {"zero_stage": 3}])
@@ -128,6 +176,7 @@ def test_folder_without_a_seal_is_no_checkpoint(tmp_path: Path) -> None:
     folder = save_checkpoint(FakeEngine(), tmp_path, state(5), ALONE)
     assert set(json.loads((folder / "complete.json").read_text())["files"]) == {"shard.pt", "state.json"}
     (folder / "complete.json").unlink()
-    assert find_checkpoint(tmp_path) is None
+    assert list_checkpoints(tmp_path) == []
+    assert unfinished_saves(tmp_path) == [folder]
     with pytest.raises(UserError, match="no complete checkpoint"):
         read_state(folder)

@@ -12,7 +12,7 @@ from everest_ds.train.metrics import MetricsLog, format_duration, peak_memory_gi
 
 def test_lines_are_appended_and_mirrored_to_tensorboard(tmp_path: Path) -> None:
     for step in (1, 2):
-        log = MetricsLog(tmp_path)
+        log = MetricsLog(tmp_path, start_step=step - 1)
         log.write("train", step, loss=0.5 * step, mfu=None, note="words")
         log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -23,6 +23,23 @@ def test_lines_are_appended_and_mirrored_to_tensorboard(tmp_path: Path) -> None:
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 0.5), (2, 1.0)]
+
+
+def test_steps_that_are_taken_again_are_not_recorded_twice(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    for step in range(1, 6):
+        log.write("train", step, loss=float(step))
+    log.write("event", 5, event="checkpoint")
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # the process was killed here
+    log = MetricsLog(tmp_path, start_step=3)
+    log.write("train", 4, loss=40.0)
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    train = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+    assert train == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert [line["event"] for line in lines if line["kind"] == "event"] == ["checkpoint"]
 
 
 def test_numbers_that_json_has_not_become_null(tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from everest_ds.config import Config, DataConfig, OptimConfig, RunConfig
+from everest_ds.config_file import dump_config
+from everest_ds.errors import UserError
+from everest_ds.train.run_dir import FREE_ON_RESUME, Resume, find_resume, write_run_files
+
+CONFIG = Config(recipe="demo", data=DataConfig(train_list="a.csv"))
+
+
+def make_run(folder: Path, steps: list[int]) -> list[Path]:
+    """A run directory with sealed, empty checkpoints."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(dump_config(CONFIG))
+    checkpoints = [folder / "checkpoints" / f"step-{step:08d}" for step in steps]
+    for checkpoint in checkpoints:
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "complete.json").write_text(json.dumps({"files": {}}))
+    return checkpoints
+
+
+def test_auto_starts_afresh_or_goes_on_from_the_newest(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert find_resume(run, CONFIG, "auto") == Resume(run_dir=run)
+    older, newer = make_run(run, [5, 20])
+    assert find_resume(run, CONFIG, "auto") == Resume(run_dir=run, candidates=(newer, older))
+    (newer / "complete.json").unlink()
+    assert find_resume(run, CONFIG, "auto").candidates == (older,)
+
+
+def test_without_out_the_run_is_named_after_its_recipe_or_the_checkpoint(tmp_path: Path) -> None:
+    assert find_resume(None, CONFIG, "auto").run_dir == Path("runs/demo")
+    (checkpoint,) = make_run(tmp_path / "run", [5])
+    assert find_resume(None, CONFIG, str(checkpoint)) == Resume(
+        run_dir=tmp_path / "run", candidates=(checkpoint,), exact=True
+    )
+
+
+def test_named_checkpoint_that_is_not_the_newest_needs_a_folder_of_its_own(tmp_path: Path) -> None:
+    older, _ = make_run(tmp_path / "run", [5, 20])
+    with pytest.raises(UserError, match=r"the run went on to step-00000020.*--out to branch off"):
+        find_resume(tmp_path / "run", CONFIG, str(older))
+    branch = find_resume(tmp_path / "branch", CONFIG, str(older))
+    assert branch == Resume(run_dir=tmp_path / "branch", candidates=(older,), exact=True)
+    make_run(tmp_path / "other", [1])
+    with pytest.raises(UserError, match="holds another run"):
+        find_resume(tmp_path / "other", CONFIG, str(older))
+
+
+def test_settings_that_change_the_result_are_refused_and_others_are_free(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", [5])
+    changed = replace(CONFIG, optim=OptimConfig(base_lr=1.0, epochs=77))
+    with pytest.raises(UserError) as caught:
+        find_resume(tmp_path / "run", changed, "auto")
+    assert "optim.base_lr was 0.00015 and is now 1.0, optim.epochs was 200 and is now 77" in str(caught.value)
+    free = replace(CONFIG, run=RunConfig(max_steps=3, log_every_steps=1, keep_checkpoints=9))
+    assert find_resume(tmp_path / "run", free, "auto").candidates
+    fields = {f"{s}.{k}" for s, part in json.loads(dump_config(CONFIG)).items() if s != "recipe" for k in part}
+    assert fields >= FREE_ON_RESUME
+    assert not any(name.startswith(("optim.", "selection.")) for name in FREE_ON_RESUME)
+
+
+def test_run_files_say_what_ran(tmp_path: Path) -> None:
+    write_run_files(tmp_path / "run", CONFIG, {"zero_optimization": {"stage": 2}})
+    assert json.loads((tmp_path / "run" / "ds_config.json").read_text()) == {"zero_optimization": {"stage": 2}}
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert {"command", "commit", "versions", "host", "cpu_count", "gpus", "world_size"} == set(environment)
