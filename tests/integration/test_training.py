@@ -46,9 +46,9 @@ def losses(run_dir: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def reference(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, ZeRO-0, accumulation 2."""
+    """One process, ZeRO-0, no accumulation."""
     out = tmp_path_factory.mktemp("runs") / "reference"
-    done = launch(flags(demo_folder, out, "--ds-config", ds_config("zero0")))
+    done = launch(flags(demo_folder, out, "--ds-config", ds_config("zero0"), "--batch.micro-size", "32"))
     assert done.returncode == 0, done.stderr
     return out
 
@@ -78,7 +78,7 @@ def test_loss_falls(reference: Path) -> None:
     assert sum(values[-5:]) < 0.95 * sum(values[:5])
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_two_processes_equal_one_at_every_stage(
     stage: int, reference: Path, demo_folder: Path, tmp_path: Path
 ) -> None:
@@ -90,15 +90,15 @@ def test_two_processes_equal_one_at_every_stage(
     assert json.loads((tmp_path / "run" / "ds_config.json").read_text())["zero_optimization"]["stage"] == stage
 
 
-def test_accumulation_of_4_equals_1(demo_folder: Path, tmp_path: Path) -> None:
-    runs = {}
-    for micro in (32, 8):
-        out = tmp_path / f"micro{micro}"
-        done = launch(flags(demo_folder, out, "--batch.micro-size", str(micro)))
-        assert done.returncode == 0, done.stderr
-        assert json.loads((out / "ds_config.json").read_text())["gradient_accumulation_steps"] == 32 // micro
-        runs[micro] = losses(out)
-    assert runs[8] == pytest.approx(runs[32], rel=LOSS_RTOL)
+def test_accumulation_of_4_equals_1(reference: Path, demo_folder: Path, tmp_path: Path) -> None:
+    done = launch(flags(demo_folder, tmp_path / "run", "--batch.micro-size", "8"))
+    assert done.returncode == 0, done.stderr
+    steps = [
+        json.loads((run / "ds_config.json").read_text())["gradient_accumulation_steps"]
+        for run in (reference, tmp_path / "run")
+    ]
+    assert steps == [1, 4]
+    assert losses(tmp_path / "run") == pytest.approx(losses(reference), rel=LOSS_RTOL)
 
 
 def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
@@ -130,8 +130,8 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
     for steps in (6, 12):
         done = launch(flags(demo_folder, tmp_path / "run", steps=steps), processes=2)
         assert done.returncode == 0, done.stderr
-    said = f"resumed from {tmp_path / 'run' / 'checkpoints' / 'step-00000006'}: step 6, epoch 1, 192 samples, 2 processes"
-    assert said in done.stdout
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000006"
+    assert f"resumed from {checkpoint}: step 6, epoch 1, 192 samples, 2 processes then and 2 now" in done.stdout
     require_same_run(tmp_path / "run", uninterrupted)
 
 
@@ -145,7 +145,8 @@ def test_foreign_checkpoint_is_refused_and_the_run_directory_left_as_it_was(
     run = tmp_path / "run"
     shutil.copytree(reference, run)
     before = contents(run)
-    other_stage = launch(flags(demo_folder, run, "--ds-config", ds_config("zero2"), steps=NUM_STEPS + 1))
+    words = flags(demo_folder, run, "--batch.micro-size", "32", steps=NUM_STEPS + 1)
+    other_stage = launch([*words, "--ds-config", ds_config("zero2")])
     assert other_stage.returncode == 2
     assert "at ZeRO stage 0; this run has 1 at stage 2" in other_stage.stderr
     assert "Traceback" not in other_stage.stderr
@@ -155,7 +156,7 @@ def test_foreign_checkpoint_is_refused_and_the_run_directory_left_as_it_was(
 def test_killed_run_with_a_damaged_checkpoint_ends_as_if_nothing_had_happened(
     uninterrupted: Path, demo_folder: Path, tmp_path: Path
 ) -> None:
-    """A rank is killed outright, then the newest checkpoint loses 64 bytes; the same command goes on from before."""
+    """A rank is killed, then 64 bytes of the newest checkpoint flip; the same command goes on from before."""
     broken = tmp_path / "broken"
     saving = ["--run.save-every-steps", "2"]
     killed = kill_a_rank_after(flags(demo_folder, broken, *saving, steps=12), broken, step=7)
@@ -199,7 +200,7 @@ def list_with_bad_rows(demo_folder: Path, path: Path, num_bad: int) -> Path:
 def test_bad_video_is_replaced_counted_and_recorded(demo_folder: Path, tmp_path: Path) -> None:
     bad_list = list_with_bad_rows(demo_folder, tmp_path / "list.csv", 1)
     words = flags(demo_folder, tmp_path / "run", "--data.train-list", str(bad_list), "--data.max-bad-share", "0.02")
-    done = launch([*words, "--run.max-steps", "8"], processes=2)  # two epochs: the bad row is drawn twice
+    done = launch([*words, "--run.max-steps", "8"])  # two epochs: the bad row is drawn twice
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
