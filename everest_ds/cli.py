@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _say(f"everest: error: {error}\n", world)
         return _leave(2)
+    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _leave(1)
 
 
 def _dispatch(words: list[str], world: World) -> int:

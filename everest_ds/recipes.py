@@ -53,7 +53,7 @@ def _k400(recipe: str, *, size: SizeName, base_lr: float, global_size: int) -> C
 
 @_register
 def k400_vit_s() -> Config:
-    """Kinetics-400, ViT-S: Table 7, 200 epochs, batch 1024, lr 1.5e-4 (75.9 top-1 fine-tuned, Table 1).
+    r"""Kinetics-400, ViT-S: Table 7, 200 epochs, batch 1024, lr 1.5e-4 (75.9 top-1 fine-tuned, Table 1).
 
     deepspeed --no_local_rank --module everest_ds pretrain k400_vit_s --data.train-list k400/train.csv \
         --ds-config ds_configs/zero1.json --out runs/k400_s
@@ -64,7 +64,7 @@ def k400_vit_s() -> Config:
 
 @_register
 def k400_vit_b() -> Config:
-    """Kinetics-400, ViT-B: Table 7, 200 epochs, batch 1024, lr 3e-4 (79.2 top-1 fine-tuned, Table 1).
+    r"""Kinetics-400, ViT-B: Table 7, 200 epochs, batch 1024, lr 3e-4 (79.2 top-1 fine-tuned, Table 1).
 
     deepspeed --no_local_rank --module everest_ds pretrain k400_vit_b --data.train-list k400/train.csv \
         --ds-config ds_configs/zero1.json --out runs/k400_b
@@ -75,7 +75,7 @@ def k400_vit_b() -> Config:
 
 @_register
 def k400_vit_l() -> Config:
-    """Kinetics-400, ViT-L: Table 7, 200 epochs, batch 512, lr 1.5e-4 (82.1 top-1 fine-tuned, Table 1).
+    r"""Kinetics-400, ViT-L: Table 7, 200 epochs, batch 512, lr 1.5e-4 (82.1 top-1 fine-tuned, Table 1).
 
     deepspeed --no_local_rank --module everest_ds pretrain k400_vit_l --data.train-list k400/train.csv \
         --ds-config ds_configs/zero2.json --out runs/k400_l
@@ -86,7 +86,7 @@ def k400_vit_l() -> Config:
 
 @_register
 def k400_vit_h() -> Config:
-    """Kinetics-400, ViT-H: not in the paper; the settings of its ViT-L row, with activation checkpointing.
+    r"""Kinetics-400, ViT-H: not in the paper; the settings of its ViT-L row, with activation checkpointing.
 
     deepspeed --no_local_rank --module everest_ds pretrain k400_vit_h --data.train-list k400/train.csv \
         --ds-config ds_configs/zero2.json --out runs/k400_h
@@ -98,7 +98,7 @@ def k400_vit_h() -> Config:
 
 @_register
 def ssv2_vit_b() -> Config:
-    """Something-Something v2, ViT-B: Table 7, 200 epochs, batch 256, no flip (64.6 top-1, Table 2).
+    r"""Something-Something v2, ViT-B: Table 7, 200 epochs, batch 256, no flip (64.6 top-1, Table 2).
 
     deepspeed --no_local_rank --module everest_ds pretrain ssv2_vit_b --data.train-list ssv2/train.csv \
         --ds-config ds_configs/zero1.json --out runs/ssv2_b
@@ -116,7 +116,7 @@ def ssv2_vit_b() -> Config:
 
 @_register
 def ucf101_vit_b() -> Config:
-    """UCF101, ViT-B: Table 7, 3200 epochs, batch 192, lr 1e-3 (93.4 top-1 fine-tuned, Table 2).
+    r"""UCF101, ViT-B: Table 7, 3200 epochs, batch 192, lr 1e-3 (93.4 top-1 fine-tuned, Table 2).
 
     deepspeed --no_local_rank --module everest_ds pretrain ucf101_vit_b --data.train-list ucf101/train.csv \
         --ds-config ds_configs/zero1.json --out runs/ucf101_b
@@ -135,7 +135,7 @@ def ucf101_vit_b() -> Config:
 
 @_register
 def hmdb51_vit_b() -> Config:
-    """HMDB51, ViT-B: Table 7, 4800 epochs, batch 192, lr 1e-3, stride 2 (68.1 top-1 fine-tuned, Table 2).
+    r"""HMDB51, ViT-B: Table 7, 4800 epochs, batch 192, lr 1e-3, stride 2 (68.1 top-1 fine-tuned, Table 2).
 
     deepspeed --no_local_rank --module everest_ds pretrain hmdb51_vit_b --data.train-list hmdb51/train.csv \
         --ds-config ds_configs/zero1.json --out runs/hmdb51_b
@@ -154,7 +154,7 @@ def hmdb51_vit_b() -> Config:
 
 @_register
 def oscc_vit_b() -> Config:
-    """Ego4D OSCC, ViT-B: Table 7, 400 epochs, batch 256, rho_pre 0.5, lr 1e-3 (76.2 accuracy, Table 6).
+    r"""Ego4D OSCC, ViT-B: Table 7, 400 epochs, batch 256, rho_pre 0.5, lr 1e-3 (76.2 accuracy, Table 6).
 
     deepspeed --no_local_rank --module everest_ds pretrain oscc_vit_b --data.train-list oscc/train.csv \
         --ds-config ds_configs/zero1.json --out runs/oscc_b
@@ -173,7 +173,7 @@ def oscc_vit_b() -> Config:
 
 @_register
 def demo() -> Config:
-    """The videos of `everest demo-data`, a tiny model: minutes on two CPU cores.
+    r"""The videos of `everest demo-data`, a tiny model: minutes on two CPU cores.
 
     deepspeed --no_local_rank --num_gpus 2 --module everest_ds pretrain demo --data.train-list demo/train.csv \
         --ds-config ds_configs/zero2.json --precision fp32 --out runs/demo

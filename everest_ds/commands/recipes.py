@@ -1,5 +1,6 @@
 """`everest recipes [RECIPE]`: what a recipe comes to, before anything is started."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def show_recipe(config: Config, *, num_gpus: int, ds_config: Path | None) -> Non
     grid, batch = config.grid, config.batch
     peak = config.optim.base_lr * batch.global_size / 256
     recipe = PRETRAIN_RECIPES.get(config.recipe)
-    print((recipe.__doc__ or "").strip() if recipe else f"{config.recipe}: not a recipe of this version")
+    print(inspect.getdoc(recipe) if recipe else f"{config.recipe}: not a recipe of this version")
     print(f"\nconfiguration\n{dump_config(config)}")
     print(
         f"tokens of a clip: {grid.time} x {grid.rows} x {grid.cols} = {grid.num_tokens}; selected "

@@ -6,7 +6,9 @@ joins the others, so that a wrong setting costs seconds and ends all ranks alike
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from everest_ds import distributed
 from everest_ds.config import Config
@@ -36,8 +38,8 @@ class LaunchOptions:
     """File of ds_configs/: how the run is sharded. Without one, plain ZeRO-2."""
     out: Path | None = None
     """Run directory; without one, that of the checkpoint named by --resume, or runs/RECIPE."""
-    resume: str = "auto"
-    """auto: go on from the run directory's newest checkpoint; never: refuse a used directory; or a path."""
+    resume: Annotated[str, tyro.conf.arg(metavar="{auto,never,PATH}")] = "auto"
+    """Go on from the run directory's newest checkpoint, or refuse a used directory, or name a checkpoint."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: as the DeepSpeed file says, else bf16 on a GPU and fp32 on a CPU."""
 
