@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from everest_ds.config import BatchConfig, Config, OptimConfig, RunConfig
+from everest_ds.data.dataset import BadSample, ClipBatch
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
+from everest_ds.recipes import get_recipe
+from everest_ds.train.loop import Schedule, Trainer
+from everest_ds.train.metrics import MetricsLog
+from everest_ds.train.optim import learning_rate
+from everest_ds.train.tasks import ClipCost
+
+ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
+CPU = torch.device("cpu")
+DATASET_SIZE = 40  # five steps an epoch at a batch of eight
+
+
+class FakeEngine:
+    """Returns prescribed losses and writes down what the loop asks of it."""
+
+    device = CPU
+
+    def __init__(self, losses: list[float], accumulation: int) -> None:
+        self.losses = iter(losses)
+        self.accumulation = accumulation
+        self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
+        self.optimizer._global_grad_norm = 0.0  # type: ignore[attr-defined]
+        self.micro_steps = 0
+        self.rates: list[float] = []
+        self.saved: list[str] = []
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(next(self.losses))
+
+    def train(self) -> None:
+        pass
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.accumulation
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        return (self.micro_steps + 1) % self.accumulation == 0
+
+    def backward(self, loss: torch.Tensor) -> None:
+        pass
+
+    def step(self) -> None:
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
+        self.micro_steps += 1
+
+    def get_global_grad_norm(self) -> float:
+        return 0.25
+
+    def save_checkpoint(self, folder: str, *, tag: str, save_latest: bool) -> None:
+        (Path(folder) / tag).mkdir()
+        self.saved.append(tag)
+
+
+class FakeTask:
+    def clip_cost(self) -> ClipCost:
+        return ClipCost(tokens=28, train_flops=1e9)
+
+    def inputs(self, batch: ClipBatch, device: torch.device) -> tuple[torch.Tensor]:
+        return (batch.clips_BCTHW,)
+
+
+def batches(bad_at: dict[int, int]) -> Iterator[ClipBatch]:
+    """Endless batches; some report that many unreadable draws."""
+    for number in range(10**6):
+        bad = [BadSample(f"{i}.mp4", "broken", 0, i) for i in range(bad_at.get(number, 0))]
+        empty = torch.zeros(0)
+        yield ClipBatch(clips_BCTHW=empty, noise_BS=empty, label_B=empty, index_B=empty, bad=bad)
+
+
+def make_config(run: RunConfig, *, micro_size: int = 8) -> Config:
+    return replace(
+        get_recipe("demo"),
+        optim=OptimConfig(base_lr=1.0, warmup_epochs=1, epochs=4),
+        batch=BatchConfig(global_size=8, micro_size=micro_size),
+        run=run,
+    )
+
+
+def train(
+    tmp_path: Path,
+    losses: list[float],
+    run: RunConfig,
+    *,
+    micro_size: int = 8,
+    bad_at: dict[int, int] | None = None,
+) -> tuple[FakeEngine, list[dict[str, Any]]]:
+    config = make_config(run, micro_size=micro_size)
+    engine = FakeEngine(losses, config.batch.accumulation_steps(1))
+    log = MetricsLog(tmp_path)
+    trainer = Trainer(
+        engine=engine,
+        task=FakeTask(),  # type: ignore[arg-type]
+        config=config,
+        schedule=Schedule.of(config, DATASET_SIZE),
+        world=ALONE,
+        device=CPU,
+        run_dir=tmp_path,
+        log=log,
+        zero_stage=2,
+        dataset_size=DATASET_SIZE,
+    )
+    try:
+        trainer.run(batches(bad_at or {}))
+    finally:
+        log.close()
+    return engine, [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_logged_loss_is_the_mean_since_the_last_line_over_micro_steps(tmp_path: Path) -> None:
+    losses = [1.0, 3.0, 5.0, 7.0, 2.0, 2.0, 4.0, 4.0]  # four steps of two micro-steps
+    engine, lines = train(tmp_path, losses, RunConfig(max_steps=4, log_every_steps=2), micro_size=4)
+    steps = [(line["step"], line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "train"]
+    assert steps == [(2, 4.0, 0.25), (4, 3.0, 0.25)]
+    assert engine.micro_steps == 8
+
+
+def test_learning_rate_is_set_before_every_step(tmp_path: Path) -> None:
+    run = RunConfig(log_every_steps=100)
+    engine, _ = train(tmp_path, [1.0] * 20, run)
+    config = make_config(run)
+    assert engine.rates == [learning_rate(step, config.optim, config.batch, 5) for step in range(20)]
+
+
+def test_checkpoints_come_at_epochs_steps_and_the_end(tmp_path: Path) -> None:
+    run = RunConfig(max_steps=17, save_every_epochs=2, save_every_steps=4, keep_checkpoints=1, keep_every_epochs=2)
+    engine, lines = train(tmp_path, [1.0] * 17, run)
+    assert engine.saved == [f"tmp-step-{step:08d}" for step in (4, 8, 10, 12, 16, 17)]
+    # A line comes with every save, so that nothing unseen is saved.
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [4, 8, 10, 12, 16, 17]
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000010", "step-00000017"]
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path: Path) -> None:
+    run = RunConfig(max_steps=6, save_every_steps=2, log_every_steps=100)
+    with pytest.raises(UserError, match=r"the loss of rank 0 is not finite at step 4; the last checkpoint is kept"):
+        train(tmp_path, [1.0, 1.0, float("nan"), 1.0, 1.0, 1.0], run)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*step-*")] == ["step-00000002"]
+
+
+def test_bad_samples_are_recorded_and_too_many_stop_the_run(tmp_path: Path) -> None:
+    run = RunConfig(max_steps=4, log_every_steps=1)
+    with pytest.raises(UserError, match=r"2 of 40 draws could not be read, more than data.max_bad_share=0.01"):
+        train(tmp_path, [1.0] * 4, run, bad_at={1: 2})
+    records = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    assert [(record["path"], record["reason"]) for record in records] == [("0.mp4", "broken"), ("1.mp4", "broken")]
+
+
+def test_list_shorter_than_a_batch_is_refused() -> None:
+    config = make_config(RunConfig())
+    with pytest.raises(UserError, match=r"7 videos, fewer than batch.global_size=8"):
+        Schedule.of(config, 7)
+    assert Schedule.of(config, 41) == Schedule(steps_per_epoch=5, start_step=0, end_step=20)
