@@ -12,7 +12,7 @@ from everest_ds.data.transforms import crop_offsets, draw_crop, make_clip, multi
 from tests.conftest import GOLDEN
 
 SCALES = (1.0, 0.875, 0.75, 0.66)
-# Antialiased tensors against PIL on the golden example: measured 1, allowed as FACTS has it.
+# Antialiased uint8 tensors against PIL on the golden example: measured 1.
 RESIZE_ATOL = 2
 
 
