@@ -21,10 +21,10 @@ def show_recipe(config: Config, *, num_gpus: int, ds_config: Path | None) -> Non
     Raises:
         UserError: The batch cannot be made on that many processes, or the DeepSpeed file is refused.
     """
-    from everest_ds.train.engine import check_zero_options, load_systems, resolve_ds_config
+    from everest_ds.train.engine import check_sections, load_systems, resolve_ds_config
 
     systems = load_systems(ds_config)
-    check_zero_options(systems, str(ds_config))
+    check_sections(systems, str(ds_config))
     resolved = resolve_ds_config(systems, config, world_size=num_gpus, precision="auto", device_type="cuda")
     grid, batch = config.grid, config.batch
     peak = config.optim.base_lr * batch.global_size / 256

@@ -60,7 +60,7 @@ def pretrain(config: Config, options: LaunchOptions, world: World) -> None:
     from everest_ds.train.loop import Schedule
 
     systems = engines.load_systems(options.ds_config)
-    engines.check_zero_options(systems, str(options.ds_config))
+    engines.check_sections(systems, str(options.ds_config))
     Schedule.of(config, len(rows))
 
     # 3. From here on all processes go together. The run directory is not touched before the checkpoint is loaded.

@@ -54,11 +54,18 @@ def require_reachable(rows: list[VideoRow], source: Path) -> None:
         UserError: None of the probed files exists.
     """
     probed = rows[:: max(1, len(rows) // _NUM_PROBED)]
-    if not any(row.path.is_file() for row in probed):
+    if not any(_is_file(row.path) for row in probed):
         raise UserError(
             f"none of {len(probed)} files probed from {source} exists, the first is {probed[0].path}; "
             "paths must be absolute or relative to the list's folder"
         )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # no permission, a name too long, storage that does not answer
+        return False
 
 
 def _parse_row(line: str, source: Path, number: int) -> VideoRow:

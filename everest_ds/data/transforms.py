@@ -22,10 +22,12 @@ def multi_scale_crops(width: int, height: int, size: int, scales: Sequence[float
     All pairs of edges whose scales are at most one place apart in the list of scales.
 
     Source: official code, `GroupMultiScaleCrop` with max_distort 1 (golden multiscale_crop.json).
+    Differs from the official code: a frame one or two pixels smaller than the output is not padded with black.
     """
     shorter = min(width, height)
     edges = [int(shorter * scale) for scale in scales]
-    edges = [size if abs(edge - size) < _SNAP_PX else edge for edge in edges]
+    if size <= shorter:
+        edges = [size if abs(edge - size) < _SNAP_PX else edge for edge in edges]
     return [(edges[j], edges[i]) for i in range(len(edges)) for j in range(len(edges)) if abs(i - j) <= 1]
 
 

@@ -24,10 +24,6 @@ class VideoReadError(Exception):
         self.path = path
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type["VideoReadError"], tuple[Path, str]]:
-        """Pickle by path and reason, so that a loader process can hand the error over."""
-        return type(self), (self.path, self.reason)
-
 
 class Video:
     """An open video. Opened in the loader process, used for one clip, then dropped.
@@ -46,15 +42,15 @@ class Video:
 
         decord.logging.set_level(decord.logging.FATAL)
         self.path = path
-        if not path.is_file():
-            raise VideoReadError(path, "no such file")
-        if path.stat().st_size == 0:
-            raise VideoReadError(path, "the file is empty")
         try:
+            if path.stat().st_size == 0:
+                raise VideoReadError(path, "the file is empty")
             self._reader = decord.VideoReader(str(path), num_threads=1)
             length = len(self._reader)
             start_s = self._reader.get_frame_timestamp(list(range(length)))[:, 0] if length else np.zeros(0)
-        except (RuntimeError, decord.DECORDError) as error:
+        except FileNotFoundError as error:
+            raise VideoReadError(path, "no such file") from error
+        except (OSError, RuntimeError, decord.DECORDError) as error:
             raise VideoReadError(path, _first_line(error)) from error
         self.num_frames = count_presentable(start_s)
         if self.num_frames == 0:

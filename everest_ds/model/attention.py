@@ -28,6 +28,7 @@ from everest_ds.model.selection import Packing
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 _MAX_KERNEL_HEAD = 256
+_MIN_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
 def _kernel_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if device.type != "cuda":
         return f"it runs on CUDA devices only, got {device.type}"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
+        return f"it needs compute capability 8.0, this GPU has {torch.cuda.get_device_capability(device)}"
     if dtype not in _KERNEL_DTYPES:
         return f"it computes in float16 or bfloat16 only, got {str(dtype).removeprefix('torch.')}"
     if head_dim > _MAX_KERNEL_HEAD or head_dim % 8:
@@ -98,8 +101,14 @@ def _varlen_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) ->
 
 def _flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if importlib.util.find_spec("flash_attn") is None:
-        return "the flash-attn package is not installed; pip install everest_ds[flash]"
-    return _kernel_obstacle(device, dtype, head_dim)
+        return "the flash-attn package is not installed; pip install flash-attn"
+    obstacle = _kernel_obstacle(device, dtype, head_dim)
+    if obstacle is None:
+        try:
+            _flash_function()
+        except (ImportError, AttributeError) as error:
+            return f"the flash-attn package does not load: {error}"
+    return obstacle
 
 
 def _no_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -115,10 +124,14 @@ def _run_varlen(q_MAK: Tensor, k_MAK: Tensor, v_MAK: Tensor, packing: Packing) -
 
 
 def _run_flash(q_MAK: Tensor, k_MAK: Tensor, v_MAK: Tensor, packing: Packing) -> Tensor:
-    flash_attn_varlen_func = importlib.import_module("flash_attn").flash_attn_varlen_func
     cu_seqlens, longest = packing.cu_seqlens, packing.max_seqlen
-    out: Tensor = flash_attn_varlen_func(q_MAK, k_MAK, v_MAK, cu_seqlens, cu_seqlens, longest, longest)
+    out: Tensor = _flash_function()(q_MAK, k_MAK, v_MAK, cu_seqlens, cu_seqlens, longest, longest)
     return out
+
+
+def _flash_function() -> Callable[..., Tensor]:
+    function: Callable[..., Tensor] = importlib.import_module("flash_attn").flash_attn_varlen_func
+    return function
 
 
 def _run_sdpa(q_MAK: Tensor, k_MAK: Tensor, v_MAK: Tensor, packing: Packing) -> Tensor:

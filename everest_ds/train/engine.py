@@ -23,7 +23,9 @@ PrecisionName = Literal["auto", "bf16", "fp32"]
 Systems = dict[str, Any]
 
 # Used when no file is given; ds_configs/zero2.json adds bucket sizes.
-DEFAULT_SYSTEMS: Systems = {"zero_optimization": {"stage": 2}}
+DEFAULT_SYSTEMS: Systems = {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}}
+DTYPE_NAMES = ("fp32", "bf16")
+SECTIONS = ("zero_optimization", "bf16", "data_types")
 
 SYSTEMS_KEYS = frozenset(
     {
@@ -31,7 +33,6 @@ SYSTEMS_KEYS = frozenset(
         "bf16",
         "comms_logger",
         "communication_data_type",
-        "compile",
         "data_types",
         "flops_profiler",
         "memory_breakdown",
@@ -67,25 +68,35 @@ def load_systems(path: Path | None) -> Systems:
             raise UserError(f"{path}: {key} does not belong into a systems file: {RECIPE_KEYS[key]}")
         if key not in SYSTEMS_KEYS:
             raise UserError(f"{path}: unknown key {key}{nearest_hint(key, SYSTEMS_KEYS)}")
+        if key in SECTIONS and not isinstance(raw[key], dict):
+            raise UserError(f"{path}: {key}={raw[key]!r} must be an object")
+    dtypes = {"communication_data_type": raw.get("communication_data_type", "fp32")}
+    for name, dtype in (raw.get("data_types", {}) | dtypes).items():
+        if name not in ("grad_accum_dtype", "communication_data_type") or dtype not in DTYPE_NAMES:
+            raise UserError(
+                f"{path}: {name}={dtype!r}; known: grad_accum_dtype, communication_data_type, each fp32 or bf16"
+            )
     return raw
 
 
-def check_zero_options(systems: Systems, source: str) -> None:
-    """Have DeepSpeed check the ZeRO section before anything is built.
+def check_sections(systems: Systems, source: str) -> None:
+    """Have DeepSpeed check the sections that it knows the options of, before anything is built.
 
     Raises:
         UserError: DeepSpeed does not know an option, or a value does not fit.
     """
     distributed.select_accelerator()
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
-    try:
-        DeepSpeedZeroConfig(**systems.get("zero_optimization", {}))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{source}: zero_optimization.{where}: {first['msg']}") from error
+    for section, schema in (("zero_optimization", DeepSpeedZeroConfig), ("bf16", DeepSpeedBF16Config)):
+        try:
+            schema(**systems.get(section, {}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UserError(f"{source}: {section}.{where}: {first['msg']}") from error
 
 
 def uses_bf16(systems: Systems, precision: PrecisionName, device_type: str) -> bool:
@@ -107,9 +118,12 @@ def resolve_ds_config(
         UserError: The batch cannot be made from micro-batches on this many processes.
     """
     resolved = copy.deepcopy(systems)
-    resolved["bf16"] = {**systems.get("bf16", {}), "enabled": uses_bf16(systems, precision, device_type)}
-    if not resolved["bf16"]["enabled"]:
+    bf16 = uses_bf16(systems, precision, device_type)
+    # A step whose gradient is not finite changes no weight; the loop sees it and stops.
+    resolved["bf16"] = {"check_grad_overflow": True, **systems.get("bf16", {}), "enabled": bf16}
+    if not bf16:
         resolved.pop("data_types", None)  # float32 accumulates in float32
+    resolved["communication_data_type"] = systems.get("communication_data_type", "bf16" if bf16 else "fp32")
     resolved |= {
         "train_batch_size": config.batch.global_size,
         "train_micro_batch_size_per_gpu": config.batch.micro_size,

@@ -104,7 +104,6 @@ class Trainer:
     def __post_init__(self) -> None:
         """Start counting."""
         self.cost: ClipCost = self.task.clip_cost()
-        self.window = Window(self.device)
 
     def run(self, batches: Iterator[ClipBatch]) -> None:
         """Train to the end of the schedule, logging and saving on the way.
@@ -113,6 +112,8 @@ class Trainer:
             UserError: Too many unreadable videos, or a loss that is not finite.
         """
         self.engine.train()
+        self.window = Window(self.device)
+        self.skipped_steps = self.engine.skipped_steps
         for step in range(self.schedule.start_step, self.schedule.end_step):
             self._take_step(step, batches)
             taken = step + 1
@@ -132,7 +133,9 @@ class Trainer:
             batch = next(batches)
             self.window.data_wait_s += time.perf_counter() - waiting_since
             self.window.bad += batch.bad
-            batch.require_whole()
+            if batch.num_lost:
+                self._write_bad(self.window.bad)
+                batch.require_whole()
             loss = self.engine(*self.task.inputs(batch, self.device))
             self.engine.backward(loss)
             norm = engines.step(self.engine)
@@ -154,18 +157,28 @@ class Trainer:
         losses = distributed.gather_over_ranks(float(window.loss_sum) / window.steps, self.device)
         seconds = (time.perf_counter() - window.started) / window.steps
         self._record_bad(window.bad, taken)
-        broken = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-        if broken:
-            raise UserError(
-                f"the loss of rank {', '.join(broken)} is not finite at step {taken}; the last checkpoint is kept. "
-                "Lower optim.base_lr, lengthen optim.warmup_epochs or set optim.max_grad_norm"
-            )
+        self._require_finite(losses, window.grad_norm, taken)
         if self.log is None:
             return
         wait_s = window.data_wait_s / window.steps
         values = self._values(taken, sum(losses) / len(losses), window.grad_norm, seconds, wait_s)
         self.log.write("train", taken, **values)
         self._print(taken, values, seconds)
+
+    def _require_finite(self, losses: list[float], norm: torch.Tensor | float | None, taken: int) -> None:
+        """Stop, before anything is saved, when a loss or a gradient since the last line was not finite."""
+        broken = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        skipped = self.engine.skipped_steps - self.skipped_steps
+        if broken:
+            what = f"the loss of rank {', '.join(broken)}"
+        elif skipped or (norm is not None and not math.isfinite(float(norm))):
+            what = f"the gradient of {max(skipped, 1)} step(s)"
+        else:
+            return
+        raise UserError(
+            f"{what} is not finite at step {taken}; the last checkpoint is kept. "
+            "Lower optim.base_lr, lengthen optim.warmup_epochs or set optim.max_grad_norm"
+        )
 
     def _values(
         self, taken: int, loss: float, norm: torch.Tensor | float | None, seconds: float, wait_s: float
@@ -207,9 +220,7 @@ class Trainer:
         everyone = distributed.gather_objects(bad)
         self.num_bad += sum(len(part) for part in everyone)
         if self.world.is_main:
-            with (self.run_dir / "bad_samples.jsonl").open("a", encoding="utf-8") as file:
-                for sample in (sample for part in everyone for sample in part):
-                    file.write(json.dumps(asdict(sample)) + "\n")
+            self._write_bad([sample for part in everyone for sample in part])
         draws = max(taken * self.config.batch.global_size, self.dataset_size)
         share = self.config.data.max_bad_share
         if self.num_bad > share * draws:
@@ -217,6 +228,10 @@ class Trainer:
                 f"{self.num_bad} of {draws} draws could not be read, more than data.max_bad_share={share}; see "
                 f"{self.run_dir / 'bad_samples.jsonl'}, mend the list or raise the share"
             )
+
+    def _write_bad(self, bad: list[BadSample]) -> None:
+        with (self.run_dir / "bad_samples.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(sample)) + "\n" for sample in bad)
 
     def _save(self, taken: int) -> None:
         state = TrainState(

@@ -5,7 +5,7 @@ tokens of a clip.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,8 @@ class PretrainTask(nn.Module):
         return ClipDataset(rows, config.data, seed=config.run.seed, noise_length=config.num_selected)
 
     def clip_cost(self) -> ClipCost:
-        """Return what one clip of the recipe costs."""
-        config = self.config
+        """Return what one clip of the recipe costs; counted with SDPA, the one backend that needs no device."""
+        config = replace(self.config, model=replace(self.config.model, attention="sdpa"))
         with torch.device("meta"):
             model = build_autoencoder(config)
         counts = autoencoder_macs(

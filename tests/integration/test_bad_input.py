@@ -117,6 +117,11 @@ def test_bad_list_is_refused(text: str, message: str, tmp_path: Path, capsys: py
         (json.dumps({"zero_optimisation": {"stage": 2}}), "did you mean 'zero_optimization'"),
         (json.dumps({"zero_optimization": {"stage": 2, "overlap_com": True}}), "zero_optimization.overlap_com"),
         (json.dumps({"zero_optimization": {"stage": 5}}), "zero_optimization.stage"),
+        (json.dumps({"zero_optimization": 2}), "zero_optimization=2 must be an object"),
+        (json.dumps({"bf16": True}), "bf16=True must be an object"),
+        (json.dumps({"bf16": {"enable": True}}), "bf16.enable"),
+        (json.dumps({"communication_data_type": "fp99"}), "communication_data_type='fp99'"),
+        (json.dumps({"data_types": {"grad_accum_dtype": "fp99"}}), "grad_accum_dtype='fp99'"),
     ],
 )
 def test_bad_deepspeed_file_is_refused(

@@ -9,7 +9,7 @@ from everest_ds.errors import UserError
 from everest_ds.recipes import get_recipe
 from everest_ds.train.engine import (
     DEFAULT_SYSTEMS,
-    check_zero_options,
+    check_sections,
     load_systems,
     resolve_ds_config,
     uses_bf16,
@@ -27,7 +27,7 @@ def test_there_is_a_file_for_every_way_of_sharding() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_file_holds_systems_only_and_deepspeed_knows_its_options(path: Path) -> None:
     systems = load_systems(path)
-    check_zero_options(systems, str(path))
+    check_sections(systems, str(path))
     assert zero_stage(systems) == int(path.stem.removeprefix("zero")[0])
     assert systems["bf16"] == {"enabled": True}
 
@@ -47,7 +47,8 @@ def test_every_semantic_setting_is_written_out() -> None:
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 0.0,  # DeepSpeed's own default is 1.0
         "fp16": {"enabled": False},
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": True, "check_grad_overflow": True},
+        "communication_data_type": "bf16",
         "torch_autocast": {"enabled": False},
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
@@ -76,7 +77,7 @@ def test_precision_follows_option_then_file_then_device(
 
 def test_without_a_file_the_default_is_a_copy_of_plain_zero2() -> None:
     systems = load_systems(None)
-    assert systems == {"zero_optimization": {"stage": 2}}
+    assert systems == {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}}
     systems["zero_optimization"]["stage"] = 3
     assert DEFAULT_SYSTEMS["zero_optimization"]["stage"] == 2
 
@@ -85,4 +86,4 @@ def test_unknown_zero_option_names_file_and_option(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_buket_size": 1}}))
     with pytest.raises(UserError, match=r"ds\.json: zero_optimization\.reduce_buket_size"):
-        check_zero_options(load_systems(path), str(path))
+        check_sections(load_systems(path), str(path))

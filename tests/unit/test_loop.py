@@ -29,7 +29,9 @@ class FakeEngine:
 
     device = CPU
 
-    def __init__(self, losses: list[float], accumulation: int) -> None:
+    def __init__(self, losses: list[float], accumulation: int, norm: float) -> None:
+        self.skipped_steps = 0
+        self.norm = norm
         self.losses = iter(losses)
         self.accumulation = accumulation
         self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
@@ -58,7 +60,7 @@ class FakeEngine:
         self.micro_steps += 1
 
     def get_global_grad_norm(self) -> float:
-        return 0.25
+        return self.norm
 
     def save_checkpoint(self, folder: str, *, tag: str, save_latest: bool) -> None:
         (Path(folder) / tag).mkdir()
@@ -97,9 +99,10 @@ def train(
     *,
     micro_size: int = 8,
     bad_at: dict[int, int] | None = None,
+    norm: float = 0.25,
 ) -> tuple[FakeEngine, list[dict[str, Any]]]:
     config = make_config(run, micro_size=micro_size)
-    engine = FakeEngine(losses, config.batch.accumulation_steps(1))
+    engine = FakeEngine(losses, config.batch.accumulation_steps(1), norm)
     log = MetricsLog(tmp_path)
     trainer = Trainer(
         engine=engine,
@@ -150,6 +153,12 @@ def test_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path: Path)
     with pytest.raises(UserError, match=r"the loss of rank 0 is not finite at step 4; the last checkpoint is kept"):
         train(tmp_path, [1.0, 1.0, float("nan"), 1.0, 1.0, 1.0], run)
     assert [path.name for path in (tmp_path / "checkpoints").glob("*step-*")] == ["step-00000002"]
+
+
+def test_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the gradient of 1 step\(s\) is not finite at step 2"):
+        train(tmp_path, [1.0] * 4, RunConfig(max_steps=4, save_every_steps=2), norm=float("nan"))
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_bad_samples_are_recorded_and_too_many_stop_the_run(tmp_path: Path) -> None:

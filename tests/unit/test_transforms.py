@@ -59,8 +59,10 @@ def test_draws_reach_every_crop_and_stay_inside() -> None:
     assert seen == set(multi_scale_crops(340, 256, 224, SCALES))
 
 
-@pytest.mark.parametrize(("width", "height"), [(30, 40), (1, 1), (2, 500)])
-def test_crop_of_a_tiny_frame_stays_inside(width: int, height: int) -> None:
-    left, top, crop_width, crop_height = draw_crop(width, height, 224, SCALES, keyed_generator(0, Stream.CROP, 0))
-    assert 0 <= left <= width - crop_width
-    assert 0 <= top <= height - crop_height
+@pytest.mark.parametrize(("width", "height"), [(30, 40), (1, 1), (2, 500), (300, 223), (222, 222), (225, 400)])
+def test_crop_of_a_small_frame_stays_inside(width: int, height: int) -> None:
+    for index in range(200):
+        generator = keyed_generator(0, Stream.CROP, 0, index)
+        left, top, crop_width, crop_height = draw_crop(width, height, 224, SCALES, generator)
+        assert 0 <= left <= width - crop_width
+        assert 0 <= top <= height - crop_height

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +54,12 @@ def test_unreadable_file_says_path_and_reason(content: bytes | None, reason: str
     assert "\n" not in caught.value.reason
 
 
-def test_error_survives_the_way_out_of_a_loader_process() -> None:
-    error = pickle.loads(pickle.dumps(VideoReadError(Path("a.mp4"), "broken")))
-    assert (error.path, error.reason, str(error)) == (Path("a.mp4"), "broken", "a.mp4: broken")
+def test_fault_of_the_file_system_is_a_bad_video_too(tmp_path: Path) -> None:
+    with pytest.raises(VideoReadError, match="File name too long"):
+        Video(tmp_path / ("a" * 300))
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(VideoReadError):
+        Video(tmp_path / "folder.mp4")
 
 
 def test_frames_before_an_edit_list_do_not_count_but_unknown_times_do() -> None:
