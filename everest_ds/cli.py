@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _say(f"everest: error: {error}\n", world)
         return _leave(2)
-    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+    except BrokenPipeError:  # the reader of a listing, `head` for instance, has seen enough
+        if words[0] == "pretrain":
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _leave(1)
 
@@ -118,6 +120,8 @@ def _recipes(rest: list[str], world: World) -> int:
         """File of ds_configs/; plain ZeRO-2 without one."""
 
     arguments = _parse(Arguments, rest[1:], "everest recipes RECIPE", world, config=config)
+    if arguments.gpus < 1:
+        raise UserError(f"--gpus {arguments.gpus} must be at least 1")
     show_recipe(arguments.config, num_gpus=arguments.gpus, ds_config=arguments.ds_config)
     return 0
 
@@ -147,7 +151,9 @@ def _pretrain(rest: list[str], world: World) -> int:
 
 def _benchmark(rest: list[str], world: World) -> int:
     what = rest[0] if rest else ""
-    if what != "flops":
+    if what in ("-h", "--help"):
+        rest = ["flops", what]
+    elif what != "flops":
         raise UserError(f"benchmark what? got {what!r}{nearest_hint(what, ['flops'])}")
 
     @dataclass(frozen=True)
@@ -191,14 +197,10 @@ def _parse(cls: type[T], words: list[str], prog: str, world: World, **defaults: 
         with quiet:
             if not defaults:
                 return tyro.cli(cls, args=words, prog=prog)
-            return tyro.cli(cls, args=words, prog=prog, default=_with_defaults(cls, defaults))
+            return tyro.cli(cls, args=words, prog=prog, default=cls(**defaults))
     except SystemExit as stop:
         _say(captured.getvalue(), world)
         raise SystemExit(_leave(int(stop.code or 0))) from None
-
-
-def _with_defaults(cls: type[T], defaults: dict[str, Any]) -> T:
-    return cls(**defaults)
 
 
 def _usage() -> str:

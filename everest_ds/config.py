@@ -36,8 +36,10 @@ class DataConfig:
     """Mirror half of the clips left to right."""
     num_workers: int = 8
     """Loader processes of each training process; 0 decodes in the training process itself."""
-    prefetch_batches: int = 4
-    """Micro-batches that each loader process prepares ahead."""
+    prefetch_batches: int = 2
+    """Micro-batches that each loader process prepares ahead, in shared memory."""
+    timeout_s: float = 600.0
+    """Seconds to wait for a loader process before the run stops; a decoder can hang on a broken video."""
     max_bad_share: float = 0.01
     """Unreadable draws as a share of the list (or of all draws so far, if more) above which the run stops."""
 
@@ -50,6 +52,7 @@ class DataConfig:
         _require(scales_ok, "data.crop_scales", self.crop_scales, "one or more shares in (0, 1]")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "at least 0")
         _require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "at least 1")
+        _require(self.timeout_s > 0, "data.timeout_s", self.timeout_s, "above 0")
         _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "a share in [0, 1]")
 
 
@@ -169,20 +172,17 @@ class BatchConfig:
         steps, rest = divmod(self.global_size, self.micro_size * world_size)
         if steps and not rest:
             return steps
-        share, uneven = divmod(self.global_size, world_size)
-        if uneven:
-            below = max(share, 1) * world_size
-            raise UserError(
-                f"batch.global_size={self.global_size} cannot be split over {world_size} processes; "
-                f"use batch.global_size={below} or {below + world_size}, or another number of processes"
-            )
-        divisors = [size for size in range(1, share + 1) if share % size == 0]
-        nearest = sorted(divisors, key=lambda size: abs(size - self.micro_size))[:2]
-        options = " or ".join(str(size) for size in sorted(nearest))
+        below = max(self.global_size // world_size, 1) * world_size
+        sizes = [self.global_size] if below == self.global_size else [below, below + world_size]
+        options = [f"{size} with batch.micro_size={self._fitting_micro(size // world_size)}" for size in sizes]
         raise UserError(
             f"batch.micro_size={self.micro_size} x {world_size} processes does not divide "
-            f"batch.global_size={self.global_size}; use batch.micro_size={options}"
+            f"batch.global_size={self.global_size}; use batch.global_size={' or '.join(options)}"
         )
+
+    def _fitting_micro(self, share: int) -> int:
+        """Return the largest micro-batch that divides a process's share and is no larger than the one given."""
+        return max(size for size in range(1, min(share, self.micro_size) + 1) if share % size == 0)
 
 
 @dataclass(frozen=True, kw_only=True)

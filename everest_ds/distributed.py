@@ -58,7 +58,8 @@ def speaks_first(message: str, world: World) -> bool:
         started = Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except (OSError, IndexError):
         started = ""
-    name = hashlib.sha256(f"{parent} {started} {message}".encode()).hexdigest()[:24]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    name = hashlib.sha256(f"{parent} {started} {attempt} {message}".encode()).hexdigest()[:24]
     try:
         claim = os.open(Path(tempfile.gettempdir()) / f"everest-said-{name}", os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:

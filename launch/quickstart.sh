@@ -2,29 +2,29 @@
 # From a clone to a trained model: environment, demo videos, pre-training through DeepSpeed (ZeRO-2, activation
 # checkpointing) on all GPUs, or on two CPU processes where there is none. Run it again to go on or to look again.
 #
-#   bash launch/quickstart.sh [FLAGS OF everest pretrain]
+#   [EVEREST_OUT=RUN] bash launch/quickstart.sh [FLAGS OF everest pretrain]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 ensure_environment ""
 
-out=quickstart/run
+out=${EVEREST_OUT:-quickstart/run}
 everest doctor
 everest demo-data quickstart/data
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 0 ]; then
-  processes=1 # the demo's batch of 32 wants a power of two
-  while [ $((processes * 2)) -le "$gpus" ] && [ "$processes" -lt 32 ]; do processes=$((processes * 2)); done
+  processes=$((gpus < 32 ? gpus : 32))
   precision=bf16
 else
   export DS_ACCELERATOR=cpu
   processes=2
   precision=fp32
 fi
+share=$((32 / processes)) # the demo's batch is 32, or the multiple of the processes just below
 deepspeed --no_local_rank --num_gpus "$processes" --module everest_ds pretrain demo \
   --data.train-list quickstart/data/train.csv --ds-config ds_configs/zero2.json --precision "$precision" \
-  --batch.micro-size $((32 / processes)) --out "$out" "$@"
+  --batch.global-size $((share * processes)) --batch.micro-size "$share" --out "$out" "$@"
 
 python - "$out/metrics.jsonl" <<'PYTHON'
 import json, sys

@@ -40,4 +40,7 @@ def show_recipe(config: Config, *, num_gpus: int, ds_config: Path | None) -> Non
         f"{batch.accumulation_steps(num_gpus)} accumulation steps; peak learning rate {config.optim.base_lr} x "
         f"{batch.global_size} / 256 = {peak:.6g}"
     )
+    clip_gib = 3 * config.data.num_frames * config.data.image_size**2 / 2**30
+    ahead_gib = clip_gib * batch.micro_size * max(config.data.num_workers, 1) * config.data.prefetch_batches
+    print(f"clips prepared ahead: up to {ahead_gib * num_gpus:.1f} GiB of shared memory for {num_gpus} processes")
     print(f"\nDeepSpeed configuration on {num_gpus} GPUs\n{json.dumps(resolved, indent=2)}")

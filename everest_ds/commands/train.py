@@ -12,7 +12,7 @@ import tyro
 
 from everest_ds import distributed
 from everest_ds.config import Config
-from everest_ds.data.index import VideoRow, read_list, require_reachable
+from everest_ds.data.index import VideoRow, fingerprint, read_list, require_reachable
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train.checkpoint import (
@@ -20,6 +20,8 @@ from everest_ds.train.checkpoint import (
     choose_checkpoint,
     load_checkpoint,
     read_state,
+    require_same_start,
+    set_aside,
     unfinished_saves,
 )
 from everest_ds.train.run_dir import find_resume, write_run_files
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """How a run is started; nothing here changes what is learnt."""
+    """How a run is started: where, how sharded, in which precision."""
 
     ds_config: Path | None = None
     """File of ds_configs/: how the run is sharded. Without one, plain ZeRO-2."""
@@ -68,14 +70,24 @@ def pretrain(config: Config, options: LaunchOptions, world: World) -> None:
     ds_config = engines.resolve_ds_config(
         systems, config, world_size=world.size, precision=options.precision, device_type=device.type
     )
+    fresh = TrainState(
+        world_size=world.size,
+        zero_stage=engines.zero_stage(ds_config),
+        dtype="bfloat16" if ds_config["bf16"]["enabled"] else "float32",
+        videos=fingerprint(rows),
+    )
     checkpoint = choose_checkpoint(resume.candidates, world, exact=resume.exact)
-    state = read_state(checkpoint) if checkpoint else None
+    state = read_state(checkpoint) if checkpoint else fresh
+    if checkpoint:
+        require_same_start(checkpoint, state, fresh)
     trainer = _build(config, len(rows), ds_config, resume.run_dir, state, world, device)
-    if checkpoint and state:
-        load_checkpoint(trainer.engine, checkpoint, state, world=world, zero_stage=trainer.zero_stage)
+    if checkpoint:
+        load_checkpoint(trainer.engine, checkpoint)
 
     # 4. Write down what this is, and go.
     if world.is_main:
+        damaged = resume.candidates[: resume.candidates.index(checkpoint)] if checkpoint else ()
+        set_aside(damaged)
         _open_run(trainer, ds_config, checkpoint)
     distributed.barrier()
     schedule = trainer.schedule
@@ -95,13 +107,13 @@ def _build(
     num_videos: int,
     ds_config: dict[str, Any],
     run_dir: Path,
-    state: TrainState | None,
+    state: TrainState,
     world: World,
     device: "torch.device",
 ) -> "Trainer":
     import torch
 
-    from everest_ds.train.engine import build_engine, zero_stage
+    from everest_ds.train.engine import build_engine
     from everest_ds.train.loop import Schedule, Trainer
     from everest_ds.train.tasks import PretrainTask
 
@@ -111,14 +123,13 @@ def _build(
         engine=build_engine(task, config, ds_config, device),
         task=task,
         config=config,
-        schedule=Schedule.of(config, num_videos, start_step=state.step if state else 0),
+        schedule=Schedule.of(config, num_videos, start_step=state.step),
         world=world,
         device=device,
         run_dir=run_dir,
         log=None,
-        zero_stage=zero_stage(ds_config),
+        start=state,
         dataset_size=num_videos,
-        num_bad=state.num_bad if state else 0,
     )
 
 
@@ -162,8 +173,8 @@ def _open_run(trainer: "Trainer", ds_config: dict[str, Any], checkpoint: Path | 
 
     config, world, schedule = trainer.config, trainer.world, trainer.schedule
     size = get_size(config.model.size)
-    dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
-    dtype_name = str(dtype).removeprefix("torch.")
+    was = trainer.start
+    dtype = torch.bfloat16 if was.dtype == "bfloat16" else torch.float32
     head_dim = size.width // size.num_heads
     backend = choose_backend(config.model.attention, trainer.device, dtype, head_dim).name
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.task.parameters())
@@ -172,7 +183,7 @@ def _open_run(trainer: "Trainer", ds_config: dict[str, Any], checkpoint: Path | 
         f"{config.recipe}: ViT-{config.model.size}, {parameters / 1e6:.1f} M parameters, {config.grid.num_tokens} "
         f"tokens a clip, {config.num_selected} selected, {config.num_visible} visible, "
         f"{config.num_targets} targets\n"
-        f"{world.size} x {trainer.device.type}, ZeRO-{trainer.zero_stage}, {dtype_name}, attention {backend}, "
+        f"{world.size} x {trainer.device.type}, ZeRO-{was.zero_stage}, {was.dtype}, attention {backend}, "
         f"batch {config.batch.global_size} = {config.batch.micro_size} x {world.size} x {accumulation}, "
         f"{schedule.end_step} steps of {schedule.steps_per_epoch} an epoch",
         flush=True,
@@ -182,7 +193,6 @@ def _open_run(trainer: "Trainer", ds_config: dict[str, Any], checkpoint: Path | 
         print(f"warning: {folder} is a save that did not come to its end; passing it over", flush=True)
     trainer.log = MetricsLog(trainer.run_dir, schedule.start_step)
     if checkpoint:
-        was = read_state(checkpoint)
         print(
             f"resumed from {checkpoint}: step {was.step}, epoch {was.epoch}, {was.samples} samples, "
             f"{was.world_size} processes then and {world.size} now",
@@ -193,8 +203,8 @@ def _open_run(trainer: "Trainer", ds_config: dict[str, Any], checkpoint: Path | 
         schedule.start_step,
         event="resume" if checkpoint else "start",
         world_size=world.size,
-        zero_stage=trainer.zero_stage,
-        dtype=dtype_name,
+        zero_stage=was.zero_stage,
+        dtype=was.dtype,
         attention=backend,
         parameters=parameters,
     )

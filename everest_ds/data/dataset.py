@@ -184,4 +184,5 @@ def make_loader(dataset: ClipDataset, sampler: Sampler[list[SampleKey]], *, pin_
         prefetch_factor=dataset.config.prefetch_batches if workers else None,
         multiprocessing_context="forkserver" if workers else None,
         pin_memory=pin_memory,
+        timeout=dataset.config.timeout_s if workers else 0,
     )

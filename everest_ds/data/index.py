@@ -5,6 +5,7 @@ commas. Paths are absolute, or relative to the folder of the list. A path in dou
 lines are skipped.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,12 @@ def read_list(path: Path) -> list[VideoRow]:
     if not rows:
         raise UserError(f"the list of videos {path} is empty; expected lines of `path label`")
     return rows
+
+
+def fingerprint(rows: list[VideoRow]) -> str:
+    """Return how many videos a list has and a digest of their names and labels in order, not of their folders."""
+    text = "\n".join(f"{row.path.name} {row.label}" for row in rows)
+    return f"{len(rows)} videos, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def require_reachable(rows: list[VideoRow], source: Path) -> None:

@@ -33,6 +33,8 @@ class TrainState:
         num_bad: Unreadable draws so far.
         world_size: Processes that wrote the shards.
         zero_stage: How they are sharded.
+        dtype: What the model computes in.
+        videos: Fingerprint of the training list.
     """
 
     step: int = 0
@@ -41,6 +43,8 @@ class TrainState:
     num_bad: int = 0
     world_size: int
     zero_stage: int
+    dtype: str
+    videos: str
 
 
 def folder_of(run_dir: Path) -> Path:
@@ -62,7 +66,9 @@ def save_checkpoint(engine: Any, run_dir: Path, state: TrainState, world: World)
     if world.is_main:
         _write_durably(temporary / STATE, json.dumps(asdict(state), indent=2) + "\n")
     distributed.barrier()
-    records = _records(temporary, _share_of(_files(temporary), world))
+    # Rank zero's listing counts: on a network file system the others may not see every file yet.
+    names = distributed.gather_objects(_files(temporary) if world.is_main else [])[0]
+    records = _records(temporary, _share_of(names, world))
     parts = distributed.gather_objects(records)
     if world.is_main:
         manifest = {name: record for part in parts for name, record in sorted(part.items())}
@@ -89,6 +95,14 @@ def prune_checkpoints(run_dir: Path, *, keep_last: int, keep_every_steps: int | 
         shutil.rmtree(checkpoint)
         removed.append(checkpoint)
     return removed
+
+
+def set_aside(checkpoints: Sequence[Path]) -> None:
+    """Rename damaged checkpoints, so that they count neither as a place to resume from nor as ones to keep."""
+    for checkpoint in checkpoints:
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -153,21 +167,44 @@ def find_damage(checkpoint: Path, world: World) -> str | None:
     return None
 
 
-def load_checkpoint(engine: Any, checkpoint: Path, state: TrainState, *, world: World, zero_stage: int) -> None:
+def load_checkpoint(engine: Any, checkpoint: Path) -> None:
     """Load a verified checkpoint into the engine; all ranks take part, and all stop when one cannot.
 
     Raises:
-        UserError: It was written by another number of processes or ZeRO stage, or DeepSpeed did not load it.
+        UserError: DeepSpeed did not load it on some rank.
     """
-    if (state.world_size, state.zero_stage) != (world.size, zero_stage):
-        raise UserError(
-            f"{checkpoint} was written by {state.world_size} processes at ZeRO stage {state.zero_stage}; this run "
-            f"has {world.size} at stage {zero_stage}: resume with the same numbers"
-        )
-    loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    fault = distributed.agree(None if loaded else f"DeepSpeed did not load {checkpoint}")
+    fault = None
+    try:
+        loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if not loaded:
+            fault = f"DeepSpeed did not load {checkpoint}"
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        fault = f"DeepSpeed did not load {checkpoint}: {type(error).__name__}: {error}"
+    fault = distributed.agree(fault)
     if fault:
         raise UserError(fault)
+
+
+def require_same_start(checkpoint: Path, was: TrainState, now: TrainState) -> None:
+    """Refuse to go on from a checkpoint that was written under other circumstances.
+
+    Raises:
+        UserError: Another number of processes, ZeRO stage, precision, or list of videos.
+    """
+    if (was.world_size, was.zero_stage) != (now.world_size, now.zero_stage):
+        raise UserError(
+            f"{checkpoint} was written by {was.world_size} processes at ZeRO stage {was.zero_stage}; this run "
+            f"has {now.world_size} at stage {now.zero_stage}: resume with the same numbers"
+        )
+    if was.dtype != now.dtype:
+        raise UserError(
+            f"{checkpoint} was written in {was.dtype}; this run computes in {now.dtype}: see --precision"
+        )
+    if was.videos != now.videos:
+        raise UserError(
+            f"{checkpoint} was written with another training list ({was.videos}, now {now.videos}): order and "
+            "schedule would change; restore the list, or start afresh in another --out"
+        )
 
 
 def _files(folder: Path) -> list[str]:
@@ -181,6 +218,9 @@ def _share_of(names: Sequence[str], world: World) -> Sequence[str]:
 
 
 def _records(folder: Path, names: Sequence[str]) -> dict[str, FileRecord]:
+    for name in names:
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
     return {name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
 
 

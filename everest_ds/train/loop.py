@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,8 @@ class Trainer:
         device: Its device.
         run_dir: Where metrics and checkpoints go.
         log: The metrics, on rank zero only.
-        zero_stage: How the engine shards.
+        start: Where the run stands at the start, and how it computes.
         dataset_size: Videos of the list, for the share of bad ones.
-        num_bad: Unreadable draws so far.
     """
 
     engine: Any
@@ -97,12 +96,12 @@ class Trainer:
     device: torch.device
     run_dir: Path
     log: MetricsLog | None
-    zero_stage: int
+    start: TrainState
     dataset_size: int
-    num_bad: int = 0
 
     def __post_init__(self) -> None:
         """Start counting."""
+        self.num_bad = self.start.num_bad
         self.cost: ClipCost = self.task.clip_cost()
 
     def run(self, batches: Iterator[ClipBatch]) -> None:
@@ -130,7 +129,7 @@ class Trainer:
         accumulation = self.engine.gradient_accumulation_steps()
         for _ in range(accumulation):
             waiting_since = time.perf_counter()
-            batch = next(batches)
+            batch = self._next_batch(batches)
             self.window.data_wait_s += time.perf_counter() - waiting_since
             self.window.bad += batch.bad
             if batch.num_lost:
@@ -142,6 +141,17 @@ class Trainer:
             self.window.loss_sum += loss.detach() / accumulation
         self.window.steps += 1
         self.window.grad_norm = norm
+
+    def _next_batch(self, batches: Iterator[ClipBatch]) -> ClipBatch:
+        try:
+            return next(batches)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            raise UserError(
+                f"no batch from the loader for data.timeout_s={self.config.data.timeout_s}: a video may hang its "
+                "decoder, or the storage does not answer; the last checkpoint is kept"
+            ) from error
 
     def _saves_after(self, taken: int) -> bool:
         run = self.config.run
@@ -234,13 +244,12 @@ class Trainer:
             file.writelines(json.dumps(asdict(sample)) + "\n" for sample in bad)
 
     def _save(self, taken: int) -> None:
-        state = TrainState(
+        state = replace(
+            self.start,
             step=taken,
             epoch=taken // self.schedule.steps_per_epoch,
             samples=taken * self.config.batch.global_size,
             num_bad=self.num_bad,
-            world_size=self.world.size,
-            zero_stage=self.zero_stage,
         )
         started = time.perf_counter()
         folder = save_checkpoint(self.engine, self.run_dir, state, self.world)

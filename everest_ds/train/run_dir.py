@@ -28,6 +28,7 @@ FREE_ON_RESUME = frozenset(
         "data.max_bad_share",
         "data.num_workers",
         "data.prefetch_batches",
+        "data.timeout_s",
         "model.activation_checkpointing",
         "model.attention",
         "run.keep_checkpoints",

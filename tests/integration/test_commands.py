@@ -21,7 +21,7 @@ COMMANDS = ["doctor", "demo-data", "recipes", "pretrain", "benchmark"]
 LAUNCH_OPTIONS = ["ds_config", "out", "resume", "precision"]
 CONFIG_FIELDS = {
     "data": "train_list num_frames sampling_stride image_size crop_scales flip num_workers prefetch_batches "
-    "max_bad_share",
+    "timeout_s max_bad_share",
     "model": "size patch_size tubelet_size embedding_layers decoder_depth attention activation_checkpointing",
     "selection": "selected_ratio visible_ratio targets",
     "optim": "base_lr min_lr warmup_lr warmup_epochs epochs weight_decay betas eps max_grad_norm",

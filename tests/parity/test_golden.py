@@ -138,6 +138,16 @@ def test_gradient_norms_equal_official(golden: GoldenModel, device: str) -> None
         assert norm == pytest.approx(expected[name], rel=GRADIENT_RTOL), name
 
 
+def test_gradient_norms_of_tube_masking_equal_official(mini64: GoldenModel) -> None:
+    model, output = run_tube(mini64)
+    output.loss.backward()
+    expected = mini64.numbers["videomae"]["grad_norms"]
+    norms = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()}
+    assert norms.keys() == expected.keys()
+    for name, norm in norms.items():
+        assert norm == pytest.approx(expected[name], rel=GRADIENT_RTOL), name
+
+
 def test_adamw_trajectory_equals_official(mini64: GoldenModel) -> None:
     trajectory = mini64.numbers["traj_pretrain"]
     model = mini64.autoencoder()

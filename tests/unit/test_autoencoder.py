@@ -7,6 +7,7 @@ import torch
 
 from everest_ds.errors import UserError
 from everest_ds.geometry import TokenGrid
+from everest_ds.model.attention import BACKENDS
 from everest_ds.model.autoencoder import EverestAutoencoder, interleave_clips
 from everest_ds.model.classifier import EverestClassifier, mean_per_clip
 from everest_ds.model.encoder import EncoderOptions
@@ -18,9 +19,9 @@ PACKED_ATOL = 1e-5
 GRID = TokenGrid(time=4, rows=4, cols=4)
 
 
-def make_autoencoder(*, checkpointing: bool = False) -> EverestAutoencoder:
+def make_autoencoder(*, checkpointing: bool = False, attention: str = "auto") -> EverestAutoencoder:
     torch.manual_seed(0)
-    options = EncoderOptions(patch_size=8, activation_checkpointing=checkpointing)
+    options = EncoderOptions(patch_size=8, activation_checkpointing=checkpointing, attention=attention)
     model = EverestAutoencoder(make_size(), GRID, options, decoder_depth=2)
     with torch.no_grad():  # biases and norms matter
         for parameter in model.parameters():
@@ -95,6 +96,27 @@ def _to(index: TokenIndex, device: str) -> TokenIndex:
     packing = index.packing
     moved = type(packing)(packing.lengths, packing.cu_seqlens.to(device))
     return TokenIndex(index.position_M.to(device), index.clip_M.to(device), moved)
+
+
+# Packed against clip by clip in bfloat16, two blocks deep; outputs are of order 1.
+BFLOAT16_ATOL = 5e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_packed_equals_clip_by_clip_in_bfloat16_with_every_backend(backend: str) -> None:
+    obstacle = BACKENDS[backend].obstacle(torch.device("cuda"), torch.bfloat16, 16)
+    if obstacle:
+        pytest.skip(obstacle)
+    model = make_autoencoder(attention=backend).to("cuda").bfloat16()
+    visible, target = [3, 12, 1, 30], [5, 2, 40, 1]
+    clips, selection = random_clips(4).to("cuda"), random_selection(visible, target)
+    packed = model.reconstruct(clips, Selection(_to(selection.visible, "cuda"), _to(selection.target, "cuda")))
+    for b, predictions in enumerate(packed.prediction_RP.split(target)):
+        alone = clip_of(selection, b)
+        alone = Selection(visible=_to(alone.visible, "cuda"), target=_to(alone.target, "cuda"))
+        single = model.reconstruct(clips[b : b + 1], alone)
+        torch.testing.assert_close(predictions, single.prediction_RP, rtol=0, atol=BFLOAT16_ATOL)
 
 
 def test_interleaving_puts_each_clips_tokens_side_by_side() -> None:

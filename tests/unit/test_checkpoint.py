@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from everest_ds.train.checkpoint import (
     load_checkpoint,
     prune_checkpoints,
     read_state,
+    require_same_start,
     save_checkpoint,
+    set_aside,
     unfinished_saves,
 )
 
@@ -47,9 +50,8 @@ class FakeEngine:
 
 
 def state(step: int, **changes: int) -> TrainState:
-    return TrainState(
-        **{"step": step, "epoch": 1, "samples": 32 * step, "world_size": 1, "zero_stage": 2, **changes}
-    )
+    values = {"epoch": 1, "samples": 32 * step, "world_size": 1, "zero_stage": 2}
+    return TrainState(step=step, dtype="float32", videos="9 videos, abc", **{**values, **changes})
 
 
 def names(folders: list[Path]) -> list[str]:
@@ -66,7 +68,7 @@ def test_saved_checkpoint_is_found_read_and_verified(tmp_path: Path) -> None:
     assert read_state(newest) == state(100, num_bad=100)
     assert find_damage(newest, ALONE) is None
     engine = FakeEngine()
-    load_checkpoint(engine, newest, state(100), world=ALONE, zero_stage=2)
+    load_checkpoint(engine, newest)
     assert engine.loaded == "step-00000100"
 
 
@@ -159,17 +161,43 @@ def test_nothing_to_choose_from_is_a_fresh_start() -> None:
     assert choose_checkpoint([], ALONE, exact=False) is None
 
 
-@pytest.mark.parametrize("change", [{"world_size": 2}, {"zero_stage": 3}])
-def test_another_world_or_stage_is_refused_with_both_numbers(change: dict[str, int], tmp_path: Path) -> None:
-    folder = save_checkpoint(FakeEngine(), tmp_path, state(5, **change), ALONE)
-    with pytest.raises(UserError, match="resume with the same numbers"):
-        load_checkpoint(FakeEngine(), folder, state(5, **change), world=ALONE, zero_stage=2)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"world_size": 2}, r"by 2 processes at ZeRO stage 2; this run has 1 at stage 2"),
+        ({"zero_stage": 3}, r"by 1 processes at ZeRO stage 3; this run has 1 at stage 2"),
+        ({"dtype": "bfloat16"}, r"written in bfloat16; this run computes in float32"),
+        ({"videos": "8 videos, def"}, r"another training list \(8 videos, def, now 9 videos, abc\)"),
+    ],
+)
+def test_other_circumstances_are_refused_with_both_values(change: dict[str, Any], message: str) -> None:
+    folder = Path("run/checkpoints/step-00000005")
+    require_same_start(folder, state(5), state(0))
+    with pytest.raises(UserError, match=message):
+        require_same_start(folder, replace(state(5), **change), state(0))
 
 
-def test_load_that_does_nothing_is_an_error(tmp_path: Path) -> None:
+def test_load_that_does_nothing_or_fails_is_an_error(tmp_path: Path) -> None:
     folder = save_checkpoint(FakeEngine(), tmp_path, state(5), ALONE)
     with pytest.raises(UserError, match="did not load"):
-        load_checkpoint(FakeEngine(loads=False), folder, state(5), world=ALONE, zero_stage=2)
+        load_checkpoint(FakeEngine(loads=False), folder)
+    broken = FakeEngine()
+    broken.load_checkpoint = None  # type: ignore[assignment,method-assign]
+    with pytest.raises(UserError, match=r"did not load.*TypeError"):
+        load_checkpoint(broken, folder)
+
+
+def test_damaged_checkpoint_set_aside_does_not_count_as_the_newest(tmp_path: Path) -> None:
+    """Otherwise pruning would keep the damaged one and remove what the run just saved."""
+    older = save_checkpoint(FakeEngine(), tmp_path, state(10), ALONE)
+    newer = save_checkpoint(FakeEngine(), tmp_path, state(12), ALONE)
+    damage_flip(newer)
+    set_aside([newer])
+    assert list_checkpoints(tmp_path) == [older]
+    saved = save_checkpoint(FakeEngine(), tmp_path, state(11), ALONE)
+    prune_checkpoints(tmp_path, keep_last=1)
+    assert list_checkpoints(tmp_path) == [saved]
+    assert (newer.parent / "damaged-step-00000012").is_dir()
 
 
 def test_folder_without_a_seal_is_no_checkpoint(tmp_path: Path) -> None:

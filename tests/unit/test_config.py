@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -141,14 +142,21 @@ def test_accumulation_makes_up_the_global_batch(world: int, micro: int, steps: i
 @pytest.mark.parametrize(
     ("batch", "world", "message"),
     [
-        (BatchConfig(global_size=32, micro_size=12), 2, "use batch.micro_size=8 or 16"),
-        (BatchConfig(global_size=32, micro_size=64), 2, "use batch.micro_size=8 or 16"),
-        (BatchConfig(global_size=32, micro_size=4), 3, "use batch.global_size=30 or 33"),
+        (BatchConfig(global_size=32, micro_size=12), 2, "use batch.global_size=32 with batch.micro_size=8"),
+        (BatchConfig(global_size=32, micro_size=64), 2, "use batch.global_size=32 with batch.micro_size=16"),
+        (BatchConfig(global_size=32, micro_size=4), 3, "=30 with batch.micro_size=2 or 33 with batch.micro_size=1"),
+        (
+            BatchConfig(global_size=512, micro_size=64),
+            6,
+            "=510 with batch.micro_size=17 or 516 with batch",
+        ),
     ],
 )
 def test_impossible_batch_names_settings_that_work(batch: BatchConfig, world: int, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         batch.accumulation_steps(world)
+    for size, micro in re.findall(r"(\d+) with batch.micro_size=(\d+)", str(caught.value)):
+        assert BatchConfig(global_size=int(size), micro_size=int(micro)).accumulation_steps(world) >= 1
 
 
 def test_documents_of_recipes_say_what_to_expect() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from everest_ds.data.index import read_list, require_reachable
+from everest_ds.data.index import VideoRow, fingerprint, read_list, require_reachable
 from everest_ds.errors import UserError
 
 
@@ -75,3 +75,21 @@ def test_list_into_the_wrong_folder_is_refused_but_single_gaps_are_not(tmp_path:
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "7.mp4").touch()
     require_reachable(rows, tmp_path / "list.csv")
+
+
+def test_fingerprint_changes_with_names_labels_and_order_but_not_with_folders() -> None:
+    rows = [VideoRow(Path("a/x.mp4"), 0), VideoRow(Path("a/y.mp4"), 1)]
+    assert fingerprint(rows).startswith("2 videos, ")
+    assert fingerprint([VideoRow(Path("b") / row.path.name, row.label) for row in rows]) == fingerprint(rows)
+    others = [
+        rows[::-1],
+        rows[:1],
+        [rows[0], VideoRow(Path("a/y.mp4"), 2)],
+        [rows[0], VideoRow(Path("a/z.mp4"), 1)],
+    ]
+    assert len({fingerprint(other) for other in [rows, *others]}) == 5
+
+
+def test_path_that_the_file_system_refuses_is_no_traceback(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none of 1 files probed"):
+        require_reachable([VideoRow(tmp_path / ("a" * 300), 0)], tmp_path / "list.csv")

@@ -14,6 +14,7 @@ from everest_ds.data.dataset import BadSample, ClipBatch
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.recipes import get_recipe
+from everest_ds.train.checkpoint import TrainState
 from everest_ds.train.loop import Schedule, Trainer
 from everest_ds.train.metrics import MetricsLog
 from everest_ds.train.optim import learning_rate
@@ -113,7 +114,7 @@ def train(
         device=CPU,
         run_dir=tmp_path,
         log=log,
-        zero_stage=2,
+        start=TrainState(world_size=1, zero_stage=2, dtype="float32", videos="40 videos, abc"),
         dataset_size=DATASET_SIZE,
     )
     try:
@@ -167,6 +168,16 @@ def test_bad_samples_are_recorded_and_too_many_stop_the_run(tmp_path: Path) -> N
         train(tmp_path, [1.0] * 4, run, bad_at={1: 2})
     records = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
     assert [(record["path"], record["reason"]) for record in records] == [("0.mp4", "broken"), ("1.mp4", "broken")]
+
+
+def test_loader_that_times_out_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(bad_at: dict[int, int]) -> Iterator[ClipBatch]:
+        raise RuntimeError("DataLoader timed out after 600 seconds")
+        yield
+
+    monkeypatch.setattr("tests.unit.test_loop.batches", hang)
+    with pytest.raises(UserError, match=r"data.timeout_s=600.0: a video may hang its decoder"):
+        train(tmp_path, [1.0], RunConfig(max_steps=1))
 
 
 def test_list_shorter_than_a_batch_is_refused() -> None:
