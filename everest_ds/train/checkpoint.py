@@ -122,11 +122,14 @@ def read_state(checkpoint: Path) -> TrainState:
     """Read where a checkpoint stands.
 
     Raises:
-        UserError: The folder is no complete checkpoint.
+        UserError: The folder is no complete checkpoint, or one of another version.
     """
     if not (checkpoint / SEAL).is_file():
         raise UserError(f"{checkpoint} is no complete checkpoint: it has no {SEAL}")
-    return TrainState(**json.loads((checkpoint / STATE).read_text()))
+    try:
+        return TrainState(**json.loads((checkpoint / STATE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint / STATE} cannot be read, or is another version's: {error}") from error
 
 
 def choose_checkpoint(candidates: Sequence[Path], world: World, *, exact: bool) -> Path | None:

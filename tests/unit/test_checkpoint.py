@@ -208,3 +208,13 @@ def test_folder_without_a_seal_is_no_checkpoint(tmp_path: Path) -> None:
     assert unfinished_saves(tmp_path) == [folder]
     with pytest.raises(UserError, match="no complete checkpoint"):
         read_state(folder)
+
+
+def test_state_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    folder = save_checkpoint(FakeEngine(), tmp_path, state(5), ALONE)
+    raw = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**raw, "shards_of_the_future": 1}))
+    with pytest.raises(
+        UserError, match=r"state.json cannot be read, or is another version's.*shards_of_the_future"
+    ):
+        read_state(folder)
