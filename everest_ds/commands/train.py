@@ -57,13 +57,16 @@ def pretrain(config: Config, options: LaunchOptions, world: World) -> None:
     config.batch.accumulation_steps(world.size)
     resume = find_resume(options.out, config, options.resume)
 
-    # 2. What needs torch and DeepSpeed: the systems file, the schedule.
+    # 2. What needs torch and DeepSpeed: the systems file, the schedule, the attention backend.
     from everest_ds.train import engine as engines
     from everest_ds.train.loop import Schedule
 
     systems = engines.load_systems(options.ds_config)
     engines.check_sections(systems, str(options.ds_config))
     Schedule.of(config, len(rows))
+    device_type = "cuda" if distributed.select_accelerator() else "cpu"
+    bf16 = engines.uses_bf16(systems, options.precision, device_type)
+    backend = _attention_backend(config, device_type, "bfloat16" if bf16 else "float32")
 
     # 3. From here on all processes go together. The run directory is not touched before the checkpoint is loaded.
     device = distributed.start(world)
@@ -73,7 +76,7 @@ def pretrain(config: Config, options: LaunchOptions, world: World) -> None:
     fresh = TrainState(
         world_size=world.size,
         zero_stage=engines.zero_stage(ds_config),
-        dtype="bfloat16" if ds_config["bf16"]["enabled"] else "float32",
+        dtype="bfloat16" if bf16 else "float32",
         videos=fingerprint(rows),
     )
     checkpoint = choose_checkpoint(resume.candidates, world, exact=resume.exact)
@@ -88,7 +91,7 @@ def pretrain(config: Config, options: LaunchOptions, world: World) -> None:
     if world.is_main:
         damaged = resume.candidates[: resume.candidates.index(checkpoint)] if checkpoint else ()
         set_aside(damaged)
-        _open_run(trainer, ds_config, checkpoint)
+        _open_run(trainer, ds_config, checkpoint, backend)
     distributed.barrier()
     schedule = trainer.schedule
     if schedule.start_step < schedule.end_step:
@@ -163,20 +166,26 @@ def _read_rows(config: Config) -> list[VideoRow]:
     return rows
 
 
-def _open_run(trainer: "Trainer", ds_config: dict[str, Any], checkpoint: Path | None) -> None:
-    """Write the run's files, open its record, and say what is about to run. Rank zero only."""
+def _attention_backend(config: Config, device_type: str, dtype_name: str) -> str:
+    """Return the attention backend that will run; refuses one that cannot serve encoder and decoder."""
     import torch
 
     from everest_ds.model.attention import choose_backend
     from everest_ds.model.sizes import get_size
+
+    size = get_size(config.model.size)
+    heads = (size.width // size.num_heads, size.decoder_width // size.decoder_num_heads)
+    dtype = torch.bfloat16 if dtype_name == "bfloat16" else torch.float32
+    names = [choose_backend(config.model.attention, torch.device(device_type), dtype, head).name for head in heads]
+    return names[0]
+
+
+def _open_run(trainer: "Trainer", ds_config: dict[str, Any], checkpoint: Path | None, backend: str) -> None:
+    """Write the run's files, open its record, and say what is about to run. Rank zero only."""
     from everest_ds.train.metrics import MetricsLog
 
     config, world, schedule = trainer.config, trainer.world, trainer.schedule
-    size = get_size(config.model.size)
     was = trainer.start
-    dtype = torch.bfloat16 if was.dtype == "bfloat16" else torch.float32
-    head_dim = size.width // size.num_heads
-    backend = choose_backend(config.model.attention, trainer.device, dtype, head_dim).name
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.task.parameters())
     accumulation = config.batch.accumulation_steps(world.size)
     print(

@@ -50,6 +50,7 @@ def train_list(demo_folder: Path) -> str:
         (["--model.size", "giant"], ["giant", "tiny"]),
         (["--ds-config", "absent.json"], ["absent.json", "No such file"]),
         (["--resume", "runs/absent"], ["no complete checkpoint there"]),
+        (["--model.attention", "flash"], ["model.attention=flash cannot serve", "use model.attention=auto"]),
     ],
 )
 def test_bad_setting_ends_the_run_before_it_starts(
