@@ -124,17 +124,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def sum_over_ranks(values: list[float], device: "torch.device") -> list[float]:
-    """Add up numbers over all processes, in float64."""
-    import torch
-    import torch.distributed as dist
-
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return [float(value) for value in total.tolist()]
-
-
 def gather_over_ranks(value: float, device: "torch.device") -> list[float]:
     """Return one number of every process, in rank order."""
     import torch

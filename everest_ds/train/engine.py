@@ -22,7 +22,7 @@ from everest_ds.train.optim import make_optimizer
 PrecisionName = Literal["auto", "bf16", "fp32"]
 Systems = dict[str, Any]
 
-# Used when no file is given; ds_configs/zero2.json adds bucket sizes.
+# Used when no file is given; ds_configs/zero2.json adds buckets and overlap.
 DEFAULT_SYSTEMS: Systems = {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}}
 DTYPE_NAMES = ("fp32", "bf16")
 SECTIONS = ("zero_optimization", "bf16", "data_types")
@@ -119,7 +119,7 @@ def resolve_ds_config(
     """
     resolved = copy.deepcopy(systems)
     bf16 = uses_bf16(systems, precision, device_type)
-    # A step whose gradient is not finite changes no weight; the loop sees it and stops.
+    # A step whose gradient is not finite changes no weight (but at stage 0 in float32); the loop sees it and stops.
     resolved["bf16"] = {"check_grad_overflow": True, **systems.get("bf16", {}), "enabled": bf16}
     if not bf16:
         resolved.pop("data_types", None)  # float32 accumulates in float32

@@ -108,7 +108,7 @@ class Trainer:
         """Train to the end of the schedule, logging and saving on the way.
 
         Raises:
-            UserError: Too many unreadable videos, or a loss that is not finite.
+            UserError: Too many unreadable videos, a loader that hangs, or a loss or gradient that is not finite.
         """
         self.engine.train()
         self.window = Window(self.device)
@@ -225,7 +225,7 @@ class Trainer:
 
     def _record_bad(self, bad: list[BadSample], taken: int) -> None:
         """Write unreadable draws of all ranks to bad_samples.jsonl; stop when they are too many."""
-        if not distributed.sum_over_ranks([len(bad)], self.device)[0]:
+        if not any(distributed.gather_over_ranks(len(bad), self.device)):
             return
         everyone = distributed.gather_objects(bad)
         self.num_bad += sum(len(part) for part in everyone)
