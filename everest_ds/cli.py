@@ -1,7 +1,8 @@
 """The command line: `everest COMMAND ...`. Parses, calls a module of `everest_ds.commands`, no logic of its own.
 
 Exit codes: 0 done; 1 a check found a fault (`everest doctor`) or we failed; 2 a fault of the user's, with one
-message and no traceback. Modules are imported when their command runs.
+message and no traceback; 75 a signal stopped a run, all saved, and the same command goes on. Modules are imported
+when their command runs.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ COMMANDS = {
     "demo-data": "a small labelled H.264 dataset with train.csv, val.csv, test.csv",
     "recipes": "the recipes; with a name: resolved config, token counts, batch arithmetic, DeepSpeed JSON",
     "pretrain": "pre-train a recipe; every config field is a flag",
+    "convert": "the float32 weights of a run, from any ZeRO stage, as one safetensors file",
     "benchmark": "flops: the paper's tables beside our counts",
 }
 
@@ -66,6 +68,7 @@ def _dispatch(words: list[str], world: World) -> int:
         "demo-data": _demo_data,
         "recipes": _recipes,
         "pretrain": _pretrain,
+        "convert": _convert,
         "benchmark": _benchmark,
     }
     return handlers[command](rest, world)
@@ -145,7 +148,29 @@ def _pretrain(rest: list[str], world: World) -> int:
 
     flags = rest if wants_help else rest[1:]
     arguments = _parse(Arguments, flags, "everest pretrain RECIPE", world, config=config)
-    pretrain(arguments.config, arguments.launch, world)
+    if pretrain(arguments.config, arguments.launch, world):
+        return 0
+    from everest_ds.train.signals import EXIT_STOPPED
+
+    return _leave(EXIT_STOPPED)
+
+
+def _convert(rest: list[str], world: World) -> int:
+    from everest_ds.commands.convert import Target, convert
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Write the weights of a run or checkpoint as one file."""
+
+        source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
+        """A run directory, for its newest checkpoint, or a checkpoint."""
+        target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
+        """The file to write, ending in .safetensors."""
+        to: Target
+        """What to write: the float32 weights that the optimiser updates, under the model's own names."""
+
+    arguments = _parse(Arguments, rest, "everest convert", world)
+    convert(arguments.source, arguments.target)
     return 0
 
 

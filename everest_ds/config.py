@@ -203,6 +203,8 @@ class RunConfig:
     """Complete checkpoints to keep, the newest ones."""
     keep_every_epochs: int | None = None
     """Also keep for good the checkpoints of every multiple of this many epochs."""
+    max_skipped_steps: int = 0
+    """Steps of a run whose gradient may be not finite, so that they change no weight; one more stops it."""
 
     def __post_init__(self) -> None:
         """Check each field by itself."""
@@ -217,6 +219,7 @@ class RunConfig:
         ):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"run.{name}", value, "at least 1")
+        _require(self.max_skipped_steps >= 0, "run.max_skipped_steps", self.max_skipped_steps, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Processes of a GPU launch talk about files, signals and numbers through this group: it never waits for the device.
+_host_group: Any = None
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:
@@ -102,6 +105,8 @@ def start(world: World) -> "torch.device":
     if on_gpu:
         torch.cuda.set_device(world.local_rank)
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    global _host_group
+    _host_group = torch.distributed.new_group(backend="gloo") if on_gpu else None
     return torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
 
 
@@ -117,24 +122,23 @@ def finish() -> None:
 
 
 def barrier() -> None:
-    """Wait for all processes."""
+    """Wait for all processes, not for their devices."""
     import torch.distributed as dist
 
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=_host_group)
 
 
-def gather_over_ranks(value: float, device: "torch.device") -> list[float]:
-    """Return one number of every process, in rank order."""
+def largest(value: int) -> int:
+    """Return the largest of one integer of every process; cheap enough for every step."""
     import torch
     import torch.distributed as dist
 
-    mine = torch.tensor([value], dtype=torch.float64, device=device)
-    if not dist.is_initialized():
-        return [value]
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    return [float(item) for item in everyone]
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    shared = torch.tensor([value])
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=_host_group)
+    return int(shared)
 
 
 def gather_objects(value: T) -> list[T]:
@@ -144,7 +148,7 @@ def gather_objects(value: T) -> list[T]:
     if not dist.is_initialized():
         return [value]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
+    dist.all_gather_object(everyone, value, group=_host_group)
     return everyone
 
 

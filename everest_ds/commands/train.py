@@ -15,21 +15,14 @@ from everest_ds.config import Config
 from everest_ds.data.index import VideoRow, fingerprint, read_list, require_reachable
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.train.checkpoint import (
-    TrainState,
-    choose_checkpoint,
-    load_checkpoint,
-    read_state,
-    require_same_start,
-    set_aside,
-    unfinished_saves,
-)
-from everest_ds.train.run_dir import find_resume, write_run_files
+from everest_ds.train.checkpoint import TrainState, set_aside, unfinished_saves
+from everest_ds.train.run_dir import find_resume, warn_of_pointer, write_run_files
 
 if TYPE_CHECKING:
     import torch
 
     from everest_ds.train.loop import Trainer
+    from everest_ds.train.start import Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +35,17 @@ class LaunchOptions:
     """Run directory; without one, that of the checkpoint named by --resume, or runs/RECIPE."""
     resume: Annotated[str, tyro.conf.arg(metavar="{auto,never,PATH}")] = "auto"
     """Go on from the run directory's newest checkpoint, or refuse a used directory, or name a checkpoint."""
+    init_from: Path | None = None
+    """Start a new run from these weights and nothing else: a run, a checkpoint, or a file of `everest convert`."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: as the DeepSpeed file says, else bf16 on a GPU and fp32 on a CPU."""
 
 
-def pretrain(config: Config, options: LaunchOptions, world: World) -> None:
+def pretrain(config: Config, options: LaunchOptions, world: World) -> bool:
     """Run or continue a pre-training.
+
+    Returns:
+        Whether the end was reached; not when a signal stopped the run before, all saved.
 
     Raises:
         UserError: Anything the user can mend: lists, batch, run directory, DeepSpeed file, too many bad videos.
@@ -59,7 +57,8 @@ def pretrain(config: Config, options: LaunchOptions, world: World) -> None:
 
     # 2. What needs torch and DeepSpeed: the systems file, the schedule, the attention backend.
     from everest_ds.train import engine as engines
-    from everest_ds.train.loop import Schedule
+    from everest_ds.train.schedule import Schedule
+    from everest_ds.train.start import choose_start
 
     systems = engines.load_systems(options.ds_config)
     engines.check_sections(systems, str(options.ds_config))
@@ -73,76 +72,84 @@ def pretrain(config: Config, options: LaunchOptions, world: World) -> None:
     ds_config = engines.resolve_ds_config(
         systems, config, world_size=world.size, precision=options.precision, device_type=device.type
     )
-    fresh = TrainState(
+    now = TrainState(
         world_size=world.size,
         zero_stage=engines.zero_stage(ds_config),
         dtype="bfloat16" if bf16 else "float32",
         videos=fingerprint(rows),
     )
-    checkpoint = choose_checkpoint(resume.candidates, world, exact=resume.exact)
-    state = read_state(checkpoint) if checkpoint else fresh
-    if checkpoint:
-        require_same_start(checkpoint, state, fresh)
-    trainer = _build(config, len(rows), ds_config, resume.run_dir, state, world, device)
-    if checkpoint:
-        load_checkpoint(trainer.engine, checkpoint)
+    start = choose_start(resume, now, world, options.init_from)
+    trainer = _build(config, rows, ds_config, start, world, device)
 
     # 4. Write down what this is, and go.
     if world.is_main:
-        damaged = resume.candidates[: resume.candidates.index(checkpoint)] if checkpoint else ()
-        set_aside(damaged)
-        _open_run(trainer, ds_config, checkpoint, backend)
+        set_aside(start.damaged)
+        _open_run(trainer, ds_config, start, backend)
     distributed.barrier()
-    schedule = trainer.schedule
-    if schedule.start_step < schedule.end_step:
-        trainer.run(iter(_loader(trainer, rows)))
-    elif world.is_main:
-        print(f"nothing left to do: step {schedule.start_step} of {schedule.end_step}", flush=True)
+    finished = _run(trainer)
     if trainer.log is not None:
-        trainer.log.write("event", schedule.end_step, event="end")
         trainer.log.close()
-        print(f"done: {resume.run_dir}", flush=True)
     distributed.finish()
+    return finished
+
+
+def _run(trainer: "Trainer") -> bool:
+    """Train what is left; return whether the end was reached."""
+    schedule, log = trainer.schedule, trainer.log
+    finished = True
+    if schedule.start_step < schedule.end_step:
+        finished = trainer.run(_batches(trainer))
+    elif log is not None:
+        print(f"nothing left to do: step {schedule.start_step} of {schedule.end_step}", flush=True)
+    if finished and log is not None:
+        log.write("event", schedule.end_step, event="end")
+        print(f"done: {trainer.run_dir}", flush=True)
+    return finished
 
 
 def _build(
     config: Config,
-    num_videos: int,
+    rows: list[VideoRow],
     ds_config: dict[str, Any],
-    run_dir: Path,
-    state: TrainState,
+    start: "Start",
     world: World,
     device: "torch.device",
 ) -> "Trainer":
+    """Build model and engine and bring them to where the run starts."""
     import torch
 
     from everest_ds.train.engine import build_engine
-    from everest_ds.train.loop import Schedule, Trainer
+    from everest_ds.train.loop import Trainer
+    from everest_ds.train.schedule import Schedule
     from everest_ds.train.tasks import PretrainTask
 
     torch.manual_seed(config.run.seed)
     task = PretrainTask(config)
+    with start.ready(task.model, world) as load:
+        engine = build_engine(task, config, ds_config, device, universal=start.reshards)
+        load(engine)
     return Trainer(
-        engine=build_engine(task, config, ds_config, device),
+        engine=engine,
         task=task,
         config=config,
-        schedule=Schedule.of(config, num_videos, start_step=state.step),
+        schedule=Schedule.of(config, len(rows), start_step=start.state.step),
         world=world,
         device=device,
-        run_dir=run_dir,
+        run_dir=start.run_dir,
         log=None,
-        start=state,
-        dataset_size=num_videos,
+        start=start.state,
+        rows=rows,
     )
 
 
-def _loader(trainer: "Trainer", rows: list[VideoRow]) -> Any:
+def _batches(trainer: "Trainer") -> Any:
     from everest_ds.data.dataset import make_loader
     from everest_ds.data.sampling import GlobalBatchSampler
+    from everest_ds.train.signals import children_ignore_stop_signals
 
     config, world, schedule = trainer.config, trainer.world, trainer.schedule
     sampler = GlobalBatchSampler(
-        num_samples=len(rows),
+        num_samples=len(trainer.rows),
         global_size=config.batch.global_size,
         micro_size=config.batch.micro_size,
         rank=world.rank,
@@ -151,8 +158,9 @@ def _loader(trainer: "Trainer", rows: list[VideoRow]) -> Any:
         start_step=schedule.start_step,
         end_step=schedule.end_step,
     )
-    dataset = trainer.task.make_dataset(rows, config)
-    return make_loader(dataset, sampler, pin_memory=trainer.device.type == "cuda")
+    dataset = trainer.task.make_dataset(trainer.rows, config)
+    with children_ignore_stop_signals():
+        return iter(make_loader(dataset, sampler, pin_memory=trainer.device.type == "cuda"))
 
 
 def _read_rows(config: Config) -> list[VideoRow]:
@@ -180,40 +188,40 @@ def _attention_backend(config: Config, device_type: str, dtype_name: str) -> str
     return names[0]
 
 
-def _open_run(trainer: "Trainer", ds_config: dict[str, Any], checkpoint: Path | None, backend: str) -> None:
+def _open_run(trainer: "Trainer", ds_config: dict[str, Any], start: "Start", backend: str) -> None:
     """Write the run's files, open its record, and say what is about to run. Rank zero only."""
     from everest_ds.train.metrics import MetricsLog
 
-    config, world, schedule = trainer.config, trainer.world, trainer.schedule
-    was = trainer.start
+    config, world, schedule, state = trainer.config, trainer.world, trainer.schedule, trainer.start
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.task.parameters())
     accumulation = config.batch.accumulation_steps(world.size)
     print(
         f"{config.recipe}: ViT-{config.model.size}, {parameters / 1e6:.1f} M parameters, {config.grid.num_tokens} "
         f"tokens a clip, {config.num_selected} selected, {config.num_visible} visible, "
         f"{config.num_targets} targets\n"
-        f"{world.size} x {trainer.device.type}, ZeRO-{was.zero_stage}, {was.dtype}, attention {backend}, "
+        f"{world.size} x {trainer.device.type}, ZeRO-{state.zero_stage}, {state.dtype}, attention {backend}, "
         f"batch {config.batch.global_size} = {config.batch.micro_size} x {world.size} x {accumulation}, "
         f"{schedule.end_step} steps of {schedule.steps_per_epoch} an epoch",
         flush=True,
     )
-    write_run_files(trainer.run_dir, config, ds_config)
+    pointer_fault = warn_of_pointer(trainer.run_dir)
+    if pointer_fault:
+        print(f"warning: {pointer_fault}; the newest complete checkpoint counts", flush=True)
     for folder in unfinished_saves(trainer.run_dir):
         print(f"warning: {folder} is a save that did not come to its end; passing it over", flush=True)
+    write_run_files(trainer.run_dir, config, ds_config)
     trainer.log = MetricsLog(trainer.run_dir, schedule.start_step)
-    if checkpoint:
-        print(
-            f"resumed from {checkpoint}: step {was.step}, epoch {was.epoch}, {was.samples} samples, "
-            f"{was.world_size} processes then and {world.size} now",
-            flush=True,
-        )
+    restored = start.describe()
+    if restored:
+        print(restored, flush=True)
     trainer.log.write(
         "event",
         schedule.start_step,
-        event="resume" if checkpoint else "start",
+        event="resume" if start.checkpoint else "start",
         world_size=world.size,
-        zero_stage=was.zero_stage,
-        dtype=was.dtype,
+        zero_stage=state.zero_stage,
+        dtype=state.dtype,
         attention=backend,
         parameters=parameters,
+        init_from=None if start.init_from is None else str(start.init_from),
     )

@@ -1,15 +1,13 @@
 """Checkpoints: DeepSpeed's shards, a state file, and a seal that is written last.
 
-RUN/checkpoints/step-00001200/ appears under its name only when every rank's shards are on disk and complete.json,
-with sizes and checksums, is written; then RUN/checkpoints/latest points to it. A save that dies leaves a folder
-named tmp-* that nothing reads and the next save removes. All ranks share the work of checksums.
+RUN/checkpoints/step-00001200/ appears under its name only when every rank's shards are on disk and sealed with
+sizes and checksums; then RUN/checkpoints/latest points to it. A save that dies leaves a folder named tmp-* that
+nothing reads and the next save removes.
 """
 
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,11 @@ from typing import Any
 from everest_ds import distributed
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
+from everest_ds.train.seal import SEAL, find_damage, is_sealed, remove_sealed, seal, write_durably
 
-STATE, SEAL, LATEST = "state.json", "complete.json", "latest"
-FileRecord = dict[str, int | str]
+STATE, LATEST = "state.json", "latest"
+# Version of the folder's layout and of state.json; raise it when an older reader would misread a newer folder.
+FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,24 +27,28 @@ class TrainState:
     """Where a run stands; everything else about its data follows from the seed and the step.
 
     Attributes:
-        step: Optimiser steps taken.
+        step: Optimiser steps gone by.
         epoch: Whole epochs gone by.
         samples: Clips seen.
         num_bad: Unreadable draws so far.
+        num_skipped: Steps among them that changed no weight, because a gradient was not finite.
         world_size: Processes that wrote the shards.
         zero_stage: How they are sharded.
         dtype: What the model computes in.
         videos: Fingerprint of the training list.
+        format: Version of the checkpoint's layout.
     """
 
     step: int = 0
     epoch: int = 0
     samples: int = 0
     num_bad: int = 0
+    num_skipped: int = 0
     world_size: int
     zero_stage: int
     dtype: str
     videos: str
+    format: int = FORMAT
 
 
 def folder_of(run_dir: Path) -> Path:
@@ -52,34 +56,40 @@ def folder_of(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
+def universal_of(checkpoint: Path) -> Path:
+    """Return where a checkpoint's copy for other worlds and stages is kept, and removed with it."""
+    return checkpoint.with_name(f"universal-{checkpoint.name}")
+
+
 def save_checkpoint(engine: Any, run_dir: Path, state: TrainState, world: World) -> Path:
-    """Save a checkpoint; all ranks take part. Returns its folder."""
+    """Save a checkpoint; all ranks take part. Returns its folder.
+
+    Raises:
+        UserError: The disk is full or cannot be written to; earlier checkpoints are as they were.
+    """
     folder = folder_of(run_dir)
     name = f"step-{state.step:08d}"
     temporary, final = folder / f"tmp-{name}", folder / name
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("tmp-*"):
-            shutil.rmtree(leftover)
+    _all_must(world, folder, lambda: _make_room(folder, checkpoint_bytes(engine.module)) if world.is_main else None)
     distributed.barrier()
-    engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
-    if world.is_main:
-        _write_durably(temporary / STATE, json.dumps(asdict(state), indent=2) + "\n")
-    distributed.barrier()
-    # Rank zero's listing counts: on a network file system the others may not see every file yet.
-    names = distributed.gather_objects(_files(temporary) if world.is_main else [])[0]
-    records = _records(temporary, _share_of(names, world))
-    parts = distributed.gather_objects(records)
-    if world.is_main:
-        manifest = {name: record for part in parts for name, record in sorted(part.items())}
-        _write_durably(temporary / SEAL, json.dumps({"files": manifest}, indent=2) + "\n")
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _write_durably(folder / f"{LATEST}.tmp", name + "\n")
-        (folder / f"{LATEST}.tmp").replace(folder / LATEST)
-    distributed.barrier()
+    try:
+        engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
+    except (OSError, RuntimeError) as error:
+        # The other ranks wait in DeepSpeed's own barrier: leave at once, and let the launcher end them.
+        fault = _disk_fault(folder)
+        if fault is None:
+            raise
+        raise UserError(_unwritten(folder, fault)) from error
+    _all_must(world, folder, lambda: _write_state(temporary, state) if world.is_main else None)
+    _all_must(world, folder, lambda: seal(temporary, world))
+    _all_must(world, folder, lambda: _publish(temporary, final) if world.is_main else None)
     return final
+
+
+def checkpoint_bytes(module: Any) -> int:
+    """Return about how many bytes a checkpoint takes: float32 weights, two moments, the weights themselves."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.element_size()) for p in module.parameters()]
+    return sum(count * (12 + itemsize) for count, itemsize in sizes)
 
 
 def prune_checkpoints(run_dir: Path, *, keep_last: int, keep_every_steps: int | None = None) -> list[Path]:
@@ -91,17 +101,18 @@ def prune_checkpoints(run_dir: Path, *, keep_last: int, keep_every_steps: int | 
     for checkpoint in list_checkpoints(run_dir)[max(keep_last, 1) :]:
         if keep_every_steps and read_state(checkpoint).step % keep_every_steps == 0:
             continue
-        (checkpoint / SEAL).unlink()  # a removal that dies leaves nothing that looks complete
-        shutil.rmtree(checkpoint)
+        remove_sealed(universal_of(checkpoint))
+        remove_sealed(checkpoint)
         removed.append(checkpoint)
     return removed
 
 
-def set_aside(checkpoints: Sequence[Path]) -> None:
+def set_aside(checkpoints: Iterable[Path]) -> None:
     """Rename damaged checkpoints, so that they count neither as a place to resume from nor as ones to keep."""
     for checkpoint in checkpoints:
         aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
         shutil.rmtree(aside, ignore_errors=True)
+        remove_sealed(universal_of(checkpoint))
         checkpoint.rename(aside)
 
 
@@ -111,10 +122,28 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sealed[::-1]
 
 
+def read_latest(run_dir: Path) -> Path:
+    """Return the checkpoint that a run's pointer names.
+
+    Raises:
+        UserError: There is no pointer, or it is empty, or names no complete checkpoint.
+    """
+    pointer = folder_of(run_dir) / LATEST
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{pointer} cannot be read: {error}") from error
+    if not name:
+        raise UserError(f"{pointer} is empty")
+    if Path(name).name != name or not is_sealed(pointer.parent / name):
+        raise UserError(f"{pointer} names {name!r}, which is no complete checkpoint")
+    return pointer.parent / name
+
+
 def unfinished_saves(run_dir: Path) -> list[Path]:
     """Return folders of saves that did not come to their end."""
     folder = folder_of(run_dir)
-    unsealed = [path for path in folder.glob("step-*") if not (path / SEAL).is_file()]
+    unsealed = [path for path in folder.glob("step-*") if not is_sealed(path)]
     return sorted([*unsealed, *folder.glob("tmp-*")])
 
 
@@ -124,11 +153,17 @@ def read_state(checkpoint: Path) -> TrainState:
     Raises:
         UserError: The folder is no complete checkpoint, or one of another version.
     """
-    if not (checkpoint / SEAL).is_file():
+    if not is_sealed(checkpoint):
         raise UserError(f"{checkpoint} is no complete checkpoint: it has no {SEAL}")
     try:
-        return TrainState(**json.loads((checkpoint / STATE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        raw = json.loads((checkpoint / STATE).read_text())
+        if raw.get("format", FORMAT) > FORMAT:
+            raise UserError(
+                f"{checkpoint} has format {raw['format']}; this version of everest_ds reads up to {FORMAT}: "
+                "update it"
+            )
+        return TrainState(**raw)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{checkpoint / STATE} cannot be read, or is another version's: {error}") from error
 
 
@@ -150,23 +185,6 @@ def choose_checkpoint(candidates: Sequence[Path], world: World, *, exact: bool) 
             print(f"warning: {faults[-1]}; passing it over", flush=True)
     if faults:
         raise UserError("; ".join(faults) + "; name another with --resume PATH, or start afresh in another --out")
-    return None
-
-
-def find_damage(checkpoint: Path, world: World) -> str | None:
-    """Compare this rank's share of a checkpoint's files with its seal; return the first difference, or None."""
-    try:
-        files: dict[str, FileRecord] = json.loads((checkpoint / SEAL).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{SEAL} cannot be read: {error}"
-    for name in _share_of(sorted(files), world):
-        path, expected = checkpoint / name, files[name]
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"{name} has {path.stat().st_size} bytes, expected {expected['size']}"
-        if _sha256(path) != expected["sha256"]:
-            return f"the checksum of {name} differs"
     return None
 
 
@@ -192,13 +210,8 @@ def require_same_start(checkpoint: Path, was: TrainState, now: TrainState) -> No
     """Refuse to go on from a checkpoint that was written under other circumstances.
 
     Raises:
-        UserError: Another number of processes, ZeRO stage, precision, or list of videos.
+        UserError: Another precision or list of videos.
     """
-    if (was.world_size, was.zero_stage) != (now.world_size, now.zero_stage):
-        raise UserError(
-            f"{checkpoint} was written by {was.world_size} processes at ZeRO stage {was.zero_stage}; this run "
-            f"has {now.world_size} at stage {now.zero_stage}: resume with the same numbers"
-        )
     if was.dtype != now.dtype:
         raise UserError(
             f"{checkpoint} was written in {was.dtype}; this run computes in {now.dtype}: see --precision"
@@ -210,30 +223,58 @@ def require_same_start(checkpoint: Path, was: TrainState, now: TrainState) -> No
         )
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(
-        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != SEAL
-    )
+def _make_room(folder: Path, needed: int) -> None:
+    """Remove what dead saves left, and refuse a save that cannot fit before anything is written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("tmp-*"):
+        shutil.rmtree(leftover)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"a checkpoint takes about {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
 
 
-def _share_of(names: Sequence[str], world: World) -> Sequence[str]:
-    return names[world.rank :: world.size]
+def _write_state(temporary: Path, state: TrainState) -> None:
+    write_durably(temporary / STATE, json.dumps(asdict(state), indent=2) + "\n")
 
 
-def _records(folder: Path, names: Sequence[str]) -> dict[str, FileRecord]:
-    for name in names:
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
-    return {name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
+def _publish(temporary: Path, final: Path) -> None:
+    """Give a sealed folder its name, in place of an older save of the same step, and point to it."""
+    remove_sealed(universal_of(final))
+    if final.exists():
+        remove_sealed(final)
+    temporary.rename(final)
+    pointer = final.parent / LATEST
+    write_durably(pointer.with_name("latest.tmp"), final.name + "\n")
+    pointer.with_name("latest.tmp").replace(pointer)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _all_must(world: World, folder: Path, action: Any) -> None:
+    """Run a part of a save on every rank; when it fails on one, all stop alike and the torn folder is removed."""
+    fault = None
+    try:
+        action()
+    except OSError as error:
+        fault = str(error)
+    fault = distributed.agree(fault)
+    if fault is None:
+        return
+    if world.is_main:
+        for leftover in folder.glob("tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    raise UserError(_unwritten(folder, fault))
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _disk_fault(folder: Path) -> str | None:
+    """Return why the folder takes no more data, or None when it does."""
+    probe = folder / ".probe"
+    try:
+        probe.write_bytes(bytes(2**20))
+    except OSError as error:
+        return str(error)
+    finally:
+        probe.unlink(missing_ok=True)
+    return None
+
+
+def _unwritten(folder: Path, fault: str) -> str:
+    return f"no checkpoint could be written to {folder}: {fault}; earlier ones are kept. Make room and start again"

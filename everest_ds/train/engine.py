@@ -7,17 +7,19 @@ for the result is written out here, because DeepSpeed's own defaults change betw
 """
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from everest_ds import distributed
 from everest_ds.config import Config
 from everest_ds.config_file import read_json_object
 from everest_ds.errors import UserError, nearest_hint
 from everest_ds.train.optim import make_optimizer
+from everest_ds.train.tasks import PretrainTask
 
 PrecisionName = Literal["auto", "bf16", "fp32"]
 Systems = dict[str, Any]
@@ -119,7 +121,7 @@ def resolve_ds_config(
     """
     resolved = copy.deepcopy(systems)
     bf16 = uses_bf16(systems, precision, device_type)
-    # A step whose gradient is not finite changes no weight (but at stage 0 in float32); the loop sees it and stops.
+    # A step whose gradient is not finite changes no weight; the loop sees it.
     resolved["bf16"] = {"check_grad_overflow": True, **systems.get("bf16", {}), "enabled": bf16}
     if not bf16:
         resolved.pop("data_types", None)  # float32 accumulates in float32
@@ -146,8 +148,18 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
-def build_engine(task: nn.Module, config: Config, ds_config: dict[str, Any], device: torch.device) -> Any:
-    """Return the DeepSpeed engine around a task, with torch's AdamW."""
+def build_engine(
+    task: PretrainTask, config: Config, ds_config: dict[str, Any], device: torch.device, *, universal: bool = False
+) -> Any:
+    """Return the DeepSpeed engine around a task, with torch's AdamW.
+
+    Args:
+        task: What turns a batch into a loss.
+        config: The run.
+        ds_config: As `resolve_ds_config` returns it.
+        device: This process's.
+        universal: Whether the engine is to load a universal checkpoint instead of shards of its own kind.
+    """
     import logging
 
     import deepspeed
@@ -158,28 +170,53 @@ def build_engine(task: nn.Module, config: Config, ds_config: dict[str, Any], dev
     optimizer_device = torch.device("cpu") if offloaded else device
     engine, *_ = deepspeed.initialize(
         model=task,
-        optimizer=make_optimizer(task, config.optim, optimizer_device),
-        config=ds_config,
+        optimizer=make_optimizer(task.parameter_groups(), config.optim, optimizer_device),
+        config={**ds_config, "checkpoint": {"load_universal": universal}},
         dist_init_required=False,
     )
+    if zero_stage(ds_config) == 0 and ds_config["bf16"]["enabled"]:
+        # DeepSpeed 0.19.8 makes the moments by a step on zero gradients here, and leaves the step counted: AdamW's
+        # bias correction would be off by one for the whole run.
+        for state in engine.optimizer.optimizer.state.values():
+            state["step"].zero_()
     return engine
 
 
 def set_learning_rate(engine: Any, value: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group: the schedule's value times the group's own scale."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get("lr_scale", 1.0)
 
 
-def step(engine: Any) -> Tensor | float | None:
-    """Take an optimiser step where accumulation is complete; return the global gradient norm before clipping.
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What became of a micro-step.
 
-    None while accumulation goes on. Stage 0 in float32 runs the bare optimiser and reports no norm, so it is taken
-    here, between the reduction and the step; like DeepSpeed's own it stays on the device.
+    Attributes:
+        grad_norm: Global gradient norm before clipping; None while accumulation goes on.
+        applied: False when a gradient was not finite, so that no weight was changed.
     """
-    complete = engine.is_gradient_accumulation_boundary()
+
+    grad_norm: Tensor | float | None = None
+    applied: bool = True
+
+
+def step(engine: Any) -> StepResult:
+    """Take an optimiser step where accumulation is complete and every gradient finite.
+
+    Under ZeRO, DeepSpeed looks at the gradients of all ranks and discards the step. Stage 0 in float32 runs the
+    bare optimiser, which does neither that nor report a norm, so both happen here between reduction and step.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return StepResult()
+    skipped_before = engine.skipped_steps
     norm = None
-    if complete and not hasattr(engine.optimizer, "_global_grad_norm"):
+    if not hasattr(engine.optimizer, "_global_grad_norm"):
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        if not norm.isfinite():
+            engine.optimizer.zero_grad()  # without gradients the optimiser leaves weights and moments alone
+            engine.skipped_steps += 1
     engine.step()
-    return engine.get_global_grad_norm() if complete and norm is None else norm
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    return StepResult(grad_norm=norm, applied=engine.skipped_steps == skipped_before)

@@ -1,74 +1,37 @@
 """The training loop: one for every task.
 
 Place in the flow: loader -> task in the DeepSpeed engine -> optimiser step -> metrics, checkpoints. Between log
-steps nothing waits for the device.
+steps the loop itself never waits for the device; DeepSpeed does, once a step, to see that the gradient is finite.
 """
 
 import json
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from everest_ds import distributed
 from everest_ds.config import Config
 from everest_ds.data.dataset import BadSample, ClipBatch
+from everest_ds.data.index import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train import engine as engines
 from everest_ds.train.checkpoint import TrainState, prune_checkpoints, save_checkpoint
-from everest_ds.train.metrics import MetricsLog, format_duration, peak_memory_gib, peak_tflops
+from everest_ds.train.metrics import MetricsLog
 from everest_ds.train.optim import learning_rate
+from everest_ds.train.progress import Window, measure, print_progress
+from everest_ds.train.schedule import Schedule
+from everest_ds.train.signals import EXIT_STOPPED, StopRequest
 from everest_ds.train.tasks import ClipCost, PretrainTask
 
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """The steps of a run.
-
-    Attributes:
-        steps_per_epoch: Whole global batches of an epoch.
-        start_step: Steps already taken.
-        end_step: Steps to have taken at the end.
-    """
-
-    steps_per_epoch: int
-    start_step: int
-    end_step: int
-
-    @classmethod
-    def of(cls, config: Config, num_samples: int, start_step: int = 0) -> "Schedule":
-        """Return the schedule of a configuration over a list of videos.
-
-        Raises:
-            UserError: The list is shorter than one global batch.
-        """
-        steps_per_epoch = num_samples // config.batch.global_size
-        if steps_per_epoch == 0:
-            raise UserError(
-                f"the training list has {num_samples} videos, fewer than batch.global_size="
-                f"{config.batch.global_size}; lower the batch or extend the list"
-            )
-        end_step = config.optim.epochs * steps_per_epoch
-        if config.run.max_steps is not None:
-            end_step = min(end_step, config.run.max_steps)
-        return cls(steps_per_epoch=steps_per_epoch, start_step=start_step, end_step=end_step)
-
-
-class Window:
-    """What happened since the last line of metrics."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self.steps = 0
-        self.data_wait_s = 0.0
-        self.grad_norm: torch.Tensor | float | None = None
-        self.started = time.perf_counter()
-        self.bad: list[BadSample] = []
+MAX_PATHS_SHOWN = 4
 
 
 @dataclass(kw_only=True)
@@ -85,7 +48,8 @@ class Trainer:
         run_dir: Where metrics and checkpoints go.
         log: The metrics, on rank zero only.
         start: Where the run stands at the start, and how it computes.
-        dataset_size: Videos of the list, for the share of bad ones.
+        rows: The training list.
+        stop: Whether somebody asked the run to stop.
     """
 
     engine: Any
@@ -97,54 +61,66 @@ class Trainer:
     run_dir: Path
     log: MetricsLog | None
     start: TrainState
-    dataset_size: int
+    rows: Sequence[VideoRow]
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
-        """Start counting."""
+        """Start counting where the run stands."""
         self.num_bad = self.start.num_bad
+        self.num_skipped = self.start.num_skipped
         self.cost: ClipCost = self.task.clip_cost()
 
-    def run(self, batches: Iterator[ClipBatch]) -> None:
+    def run(self, batches: Iterator[ClipBatch]) -> bool:
         """Train to the end of the schedule, logging and saving on the way.
 
+        Returns:
+            Whether the end was reached; not when a signal stopped the run at a step before, which it saved.
+
         Raises:
-            UserError: Too many unreadable videos, a loader that hangs, or a loss or gradient that is not finite.
+            UserError: Too many unreadable videos, a loader that hangs, a loss or gradient that is not finite, or a
+                disk that takes no checkpoint.
         """
         self.engine.train()
         self.window = Window(self.device)
-        self.skipped_steps = self.engine.skipped_steps
-        for step in range(self.schedule.start_step, self.schedule.end_step):
-            self._take_step(step, batches)
-            taken = step + 1
-            saves = self._saves_after(taken)
-            if saves or taken % self.config.run.log_every_steps == 0:
-                self._report(taken)
-            if saves:
-                self._save(taken)
-                self.window = Window(self.device)
+        last_saved = self.schedule.start_step
+        with self.stop.listening():
+            for step in range(self.schedule.start_step, self.schedule.end_step):
+                signum = self.stop.agreed()
+                if signum:
+                    self._leave_early(step, signum, saved=last_saved == step)
+                    return False
+                self._take_step(step, batches)
+                taken = step + 1
+                saves = self.schedule.saves_after(taken, self.config.run)
+                if saves or taken % self.config.run.log_every_steps == 0:
+                    self._report(taken)
+                if saves:
+                    self._save(taken)
+                    last_saved = taken
+                    self.window = Window(self.device)
+        return True
 
     def _take_step(self, step: int, batches: Iterator[ClipBatch]) -> None:
         rate = learning_rate(step, self.config.optim, self.config.batch, self.schedule.steps_per_epoch)
         engines.set_learning_rate(self.engine, rate)
-        accumulation = self.engine.gradient_accumulation_steps()
-        for _ in range(accumulation):
-            waiting_since = time.perf_counter()
+        losses, rows_seen = [], []
+        for _ in range(self.engine.gradient_accumulation_steps()):
             batch = self._next_batch(batches)
-            self.window.data_wait_s += time.perf_counter() - waiting_since
-            self.window.bad += batch.bad
-            if batch.num_lost:
-                self._write_bad(self.window.bad)
-                batch.require_whole()
             loss = self.engine(*self.task.inputs(batch, self.device))
             self.engine.backward(loss)
-            norm = engines.step(self.engine)
-            self.window.loss_sum += loss.detach() / accumulation
+            result = engines.step(self.engine)
+            losses.append(loss.detach())
+            rows_seen += batch.index_B.tolist()
         self.window.steps += 1
-        self.window.grad_norm = norm
+        if result.applied:
+            self.window.add(losses, result.grad_norm)
+        else:
+            self._count_skipped(step + 1, losses, rows_seen)
 
     def _next_batch(self, batches: Iterator[ClipBatch]) -> ClipBatch:
+        waiting_since = time.perf_counter()
         try:
-            return next(batches)
+            batch = next(batches)
         except RuntimeError as error:
             if "timed out" not in str(error):
                 raise
@@ -152,86 +128,64 @@ class Trainer:
                 f"no batch from the loader for data.timeout_s={self.config.data.timeout_s}: a video may hang its "
                 "decoder, or the storage does not answer; the last checkpoint is kept"
             ) from error
-
-    def _saves_after(self, taken: int) -> bool:
-        run = self.config.run
-        if taken == self.schedule.end_step:
-            return True
-        if run.save_every_steps is not None and taken % run.save_every_steps == 0:
-            return True
-        return taken % (run.save_every_epochs * self.schedule.steps_per_epoch) == 0
+        self.window.data_wait_s += time.perf_counter() - waiting_since
+        self.window.bad += batch.bad
+        if batch.num_lost:
+            self._write_bad(self.window.bad)
+            batch.require_whole()
+        return batch
 
     def _report(self, taken: int) -> None:
         """Reduce the window over all ranks, check it, write a line, print one, start the next window."""
         window, self.window = self.window, Window(self.device)
-        losses = distributed.gather_over_ranks(float(window.loss_sum) / window.steps, self.device)
-        seconds = (time.perf_counter() - window.started) / window.steps
+        losses = distributed.gather_objects(window.mean_loss())
         self._record_bad(window.bad, taken)
-        self._require_finite(losses, window.grad_norm, taken)
+        broken = [f"loss of rank {rank}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        if window.grad_norm is not None and not math.isfinite(float(window.grad_norm)):
+            broken.append("gradient norm")
+        if broken and window.updates:  # and DeepSpeed has seen no gradient to discard the step for
+            raise UserError(f"not finite at step {taken}: {', '.join(broken)}; the last checkpoint is kept")
         if self.log is None:
             return
-        wait_s = window.data_wait_s / window.steps
-        values = self._values(taken, sum(losses) / len(losses), window.grad_norm, seconds, wait_s)
+        rate = self.engine.optimizer.param_groups[0]["lr"]
+        mean = sum(losses) / len(losses)
+        values = measure(window, taken, mean, rate, self.config, self.schedule, self.cost, self.world.size)
         self.log.write("train", taken, **values)
-        self._print(taken, values, seconds)
+        print_progress(taken, self.schedule.end_step, values)
 
-    def _require_finite(self, losses: list[float], norm: torch.Tensor | float | None, taken: int) -> None:
-        """Stop, before anything is saved, when a loss or a gradient since the last line was not finite."""
-        broken = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-        skipped = self.engine.skipped_steps - self.skipped_steps
-        if broken:
-            what = f"the loss of rank {', '.join(broken)}"
-        elif skipped or (norm is not None and not math.isfinite(float(norm))):
-            what = f"the gradient of {max(skipped, 1)} step(s)"
-        else:
-            return
-        raise UserError(
-            f"{what} is not finite at step {taken}; the last checkpoint is kept. "
-            "Lower optim.base_lr, lengthen optim.warmup_epochs or set optim.max_grad_norm"
-        )
-
-    def _values(
-        self, taken: int, loss: float, norm: torch.Tensor | float | None, seconds: float, wait_s: float
-    ) -> dict[str, Any]:
-        config = self.config
-        clips_per_s = config.batch.global_size / seconds
-        peak = peak_tflops(self.device)
-        used = clips_per_s * self.cost.train_flops / self.world.size / 1e12
-        return {
-            "epoch": round(taken / self.schedule.steps_per_epoch, 4),
-            "samples": taken * config.batch.global_size,
-            "loss": loss,
-            "grad_norm": None if norm is None else float(norm),
-            "lr": self.engine.optimizer.param_groups[0]["lr"],
-            "weight_decay": config.optim.weight_decay,
-            "clips_per_s": round(clips_per_s, 3),
-            "tokens_per_s": round(clips_per_s * self.cost.tokens, 1),
-            "data_wait_ms": round(wait_s * 1e3, 2),
-            "step_ms": round(seconds * 1e3, 2),
-            "memory_gib": round(peak_memory_gib(self.device), 3),
-            "mfu": None if peak is None else round(used / peak, 4),
-        }
-
-    def _print(self, taken: int, values: dict[str, Any], seconds: float) -> None:
-        left = format_duration((self.schedule.end_step - taken) * seconds)
-        norm = "" if values["grad_norm"] is None else f"  grad {values['grad_norm']:.3g}"
-        mfu = "" if values["mfu"] is None else f"  mfu {values['mfu']:.1%}"
-        print(
-            f"step {taken}/{self.schedule.end_step}  epoch {values['epoch']:.2f}  loss {values['loss']:.4f}{norm}"
-            f"  lr {values['lr']:.2e}  {values['clips_per_s']:.1f} clips/s  step {values['step_ms']:.0f} ms"
-            f"  data {values['data_wait_ms']:.0f} ms  {values['memory_gib']:.2f} GiB{mfu}  ETA {left}",
-            flush=True,
-        )
+    def _count_skipped(self, taken: int, losses: list[Tensor], rows_seen: list[int]) -> None:
+        """Record a step that changed no weight and the samples that may be at fault; stop at one too many."""
+        self.num_skipped += 1
+        finite = bool(torch.stack(losses).isfinite().all())
+        paths = [str(self.rows[row].path) for row in rows_seen]
+        everyone = distributed.gather_objects((finite, paths))
+        suspects = {rank: paths for rank, (fine, paths) in enumerate(everyone) if not fine}
+        what = f"the loss of rank {', '.join(map(str, suspects))}" if suspects else "a gradient, though no loss,"
+        suspects = suspects or {rank: paths for rank, (_, paths) in enumerate(everyone)}
+        allowed = self.config.run.max_skipped_steps
+        if self.log is not None:
+            named = {f"rank_{rank}": paths for rank, paths in suspects.items()}
+            self.log.write("event", taken, event="skipped_step", num_skipped=self.num_skipped, samples=named)
+        shown = [path for paths in suspects.values() for path in paths]
+        listed = ", ".join(shown[:MAX_PATHS_SHOWN]) + (" ..." if len(shown) > MAX_PATHS_SHOWN else "")
+        message = f"{what} is not finite at step {taken}, and no weight was changed; samples: {listed}"
+        if self.num_skipped > allowed:
+            raise UserError(
+                f"{message} (all in metrics.jsonl); the last checkpoint is kept. Lower optim.base_lr, lengthen "
+                f"optim.warmup_epochs, set optim.max_grad_norm, or allow more than run.max_skipped_steps={allowed}"
+            )
+        if self.world.is_main:
+            print(f"warning: {message}; skipped, {self.num_skipped} of {allowed} allowed", flush=True)
 
     def _record_bad(self, bad: list[BadSample], taken: int) -> None:
         """Write unreadable draws of all ranks to bad_samples.jsonl; stop when they are too many."""
-        if not any(distributed.gather_over_ranks(len(bad), self.device)):
+        everyone = [sample for part in distributed.gather_objects(bad) for sample in part]
+        if not everyone:
             return
-        everyone = distributed.gather_objects(bad)
-        self.num_bad += sum(len(part) for part in everyone)
+        self.num_bad += len(everyone)
         if self.world.is_main:
-            self._write_bad([sample for part in everyone for sample in part])
-        draws = max(taken * self.config.batch.global_size, self.dataset_size)
+            self._write_bad(everyone)
+        draws = max(taken * self.config.batch.global_size, len(self.rows))
         share = self.config.data.max_bad_share
         if self.num_bad > share * draws:
             raise UserError(
@@ -243,6 +197,20 @@ class Trainer:
         with (self.run_dir / "bad_samples.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(sample)) + "\n" for sample in bad)
 
+    def _leave_early(self, taken: int, signum: Signals, *, saved: bool) -> None:
+        """Save what is not saved yet, and say why the run ends here."""
+        if not saved:
+            if self.window.steps:
+                self._report(taken)
+            self._save(taken)
+        if self.log is not None:
+            self.log.write("event", taken, event="stopped", signal=signum.name)
+            print(
+                f"{signum.name}: stopped after step {taken} of {self.schedule.end_step}, all saved; the same "
+                f"command goes on (exit code {EXIT_STOPPED})",
+                flush=True,
+            )
+
     def _save(self, taken: int) -> None:
         state = replace(
             self.start,
@@ -250,6 +218,7 @@ class Trainer:
             epoch=taken // self.schedule.steps_per_epoch,
             samples=taken * self.config.batch.global_size,
             num_bad=self.num_bad,
+            num_skipped=self.num_skipped,
         )
         started = time.perf_counter()
         folder = save_checkpoint(self.engine, self.run_dir, state, self.world)

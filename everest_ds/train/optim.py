@@ -32,10 +32,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     ]
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
+def make_optimizer(groups: list[dict[str, object]], config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
     """Return torch's AdamW, fused on a GPU; DeepSpeed compiles nothing for it."""
     return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
+        groups,
         lr=0.0,
         betas=config.betas,
         eps=config.eps,

@@ -19,7 +19,8 @@ from everest_ds import __version__
 from everest_ds.config import Config
 from everest_ds.config_file import dump_config, load_config
 from everest_ds.errors import UserError
-from everest_ds.train.checkpoint import SEAL, list_checkpoints
+from everest_ds.train.checkpoint import folder_of, list_checkpoints, read_latest
+from everest_ds.train.seal import SEAL, is_sealed
 
 # Settings that may differ between a run and its continuation: they do not change what is computed.
 FREE_ON_RESUME = frozenset(
@@ -34,6 +35,7 @@ FREE_ON_RESUME = frozenset(
         "run.keep_checkpoints",
         "run.keep_every_epochs",
         "run.log_every_steps",
+        "run.max_skipped_steps",
         "run.max_steps",
         "run.save_every_epochs",
         "run.save_every_steps",
@@ -77,10 +79,17 @@ def find_resume(out: Path | None, config: Config, resume: str) -> Resume:
     return Resume(run_dir=run_dir, candidates=tuple(list_checkpoints(run_dir)))
 
 
-def _named_checkpoint(out: Path | None, config: Config, checkpoint: Path) -> Resume:
-    if not (checkpoint / SEAL).is_file():
+def _named_checkpoint(out: Path | None, config: Config, named: Path) -> Resume:
+    """Return the checkpoint of that name; a run directory, or its checkpoints/, stands for its `latest`."""
+    if folder_of(named).is_dir():
+        checkpoint = read_latest(named)
+    elif named.is_dir() and folder_of(named.parent).resolve() == named.resolve():
+        checkpoint = read_latest(named.parent)
+    else:
+        checkpoint = named
+    if not is_sealed(checkpoint):
         raise UserError(
-            f"--resume {checkpoint}: no complete checkpoint there; expected auto, never, or a folder "
+            f"--resume {named}: no complete checkpoint there; expected auto, never, a run directory, or a folder "
             f"RUN/checkpoints/step-... that holds {SEAL}"
         )
     source = checkpoint.parent.parent
@@ -88,12 +97,23 @@ def _named_checkpoint(out: Path | None, config: Config, checkpoint: Path) -> Res
     _require_same_run(source, config)
     if run_dir.resolve() != source.resolve():
         if _is_used(run_dir):
-            raise UserError(f"--out {run_dir} holds another run than --resume {checkpoint}; name an empty folder")
+            raise UserError(f"--out {run_dir} holds another run than --resume {named}; name an empty folder")
     elif checkpoint.resolve() != (newest := list_checkpoints(source)[0]).resolve():
         raise UserError(
-            f"--resume {checkpoint}: the run went on to {newest.name}; name another folder with --out to branch off"
+            f"--resume {named}: the run went on to {newest.name}; name another folder with --out to branch off"
         )
     return Resume(run_dir=run_dir, candidates=(checkpoint,), exact=True)
+
+
+def warn_of_pointer(run_dir: Path) -> str | None:
+    """Return what is wrong with a used run's `latest`, though its checkpoints do not depend on it."""
+    if not list_checkpoints(run_dir):
+        return None
+    try:
+        read_latest(run_dir)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _is_used(run_dir: Path) -> bool:

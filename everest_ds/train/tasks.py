@@ -17,6 +17,7 @@ from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.flops import autoencoder_macs
 from everest_ds.model.sizes import get_size
+from everest_ds.train.optim import parameter_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,10 @@ class PretrainTask(nn.Module):
             keep_visible_as_target=self.keep_visible_as_target,
         )
         return output.loss
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        """Return the optimiser's groups: parameters with and without weight decay."""
+        return parameter_groups(self, self.config.optim.weight_decay)
 
     def inputs(self, batch: ClipBatch, device: torch.device) -> tuple[Tensor, Tensor]:
         """Move what `forward` takes to the device, as bytes."""

@@ -17,8 +17,8 @@ from everest_ds.data.demo import DemoConfig
 from everest_ds.recipes import PRETRAIN_RECIPES
 
 # Scripts, notebooks and habits rely on these; changing one is a decision, not an accident.
-COMMANDS = ["doctor", "demo-data", "recipes", "pretrain", "benchmark"]
-LAUNCH_OPTIONS = ["ds_config", "out", "resume", "precision"]
+COMMANDS = ["doctor", "demo-data", "recipes", "pretrain", "convert", "benchmark"]
+LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "precision"]
 CONFIG_FIELDS = {
     "data": "train_list num_frames sampling_stride image_size crop_scales flip num_workers prefetch_batches "
     "timeout_s max_bad_share",
@@ -26,7 +26,8 @@ CONFIG_FIELDS = {
     "selection": "selected_ratio visible_ratio targets",
     "optim": "base_lr min_lr warmup_lr warmup_epochs epochs weight_decay betas eps max_grad_norm",
     "batch": "global_size micro_size",
-    "run": "seed max_steps log_every_steps save_every_epochs save_every_steps keep_checkpoints keep_every_epochs",
+    "run": "seed max_steps log_every_steps save_every_epochs save_every_steps keep_checkpoints "
+    "keep_every_epochs max_skipped_steps",
 }
 RECIPES = [
     "k400_vit_s", "k400_vit_b", "k400_vit_l", "k400_vit_h", "ssv2_vit_b", "ucf101_vit_b", "hmdb51_vit_b",
@@ -68,7 +69,7 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_flags_reach_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Config, LaunchOptions]] = []
     monkeypatch.setattr(
-        "everest_ds.commands.train.pretrain", lambda config, options, world: seen.append((config, options))
+        "everest_ds.commands.train.pretrain", lambda config, options, world: seen.append((config, options)) or True
     )
     words = (
         "pretrain k400_vit_l --optim.base-lr 1e-3 --data.no-flip --model.attention sdpa --out runs/x --resume never"

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +14,15 @@ import torch
 
 from everest_ds.config import BatchConfig, Config, OptimConfig, RunConfig
 from everest_ds.data.dataset import BadSample, ClipBatch
+from everest_ds.data.index import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.recipes import get_recipe
 from everest_ds.train.checkpoint import TrainState
-from everest_ds.train.loop import Schedule, Trainer
+from everest_ds.train.loop import Trainer
 from everest_ds.train.metrics import MetricsLog
 from everest_ds.train.optim import learning_rate
+from everest_ds.train.schedule import Schedule
 from everest_ds.train.tasks import ClipCost
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
@@ -29,6 +34,8 @@ class FakeEngine:
     """Returns prescribed losses and writes down what the loop asks of it."""
 
     device = CPU
+    module = torch.nn.Linear(1, 1)
+    discards = True  # steps whose gradient is not finite, as DeepSpeed does
 
     def __init__(self, losses: list[float], accumulation: int, norm: float) -> None:
         self.skipped_steps = 0
@@ -42,7 +49,8 @@ class FakeEngine:
         self.saved: list[str] = []
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(next(self.losses))
+        self.loss = torch.tensor(next(self.losses))
+        return self.loss
 
     def train(self) -> None:
         pass
@@ -59,6 +67,8 @@ class FakeEngine:
     def step(self) -> None:
         self.rates.append(self.optimizer.param_groups[0]["lr"])
         self.micro_steps += 1
+        if self.discards and not (math.isfinite(self.norm) and self.loss.isfinite()):
+            self.skipped_steps += 1
 
     def get_global_grad_norm(self) -> float:
         return self.norm
@@ -77,11 +87,12 @@ class FakeTask:
 
 
 def batches(bad_at: dict[int, int]) -> Iterator[ClipBatch]:
-    """Endless batches; some report that many unreadable draws."""
+    """Endless batches of two rows; some report that many unreadable draws."""
     for number in range(10**6):
         bad = [BadSample(f"{i}.mp4", "broken", 0, i) for i in range(bad_at.get(number, 0))]
         empty = torch.zeros(0)
-        yield ClipBatch(clips_BCTHW=empty, noise_BS=empty, label_B=empty, index_B=empty, bad=bad)
+        index_B = torch.tensor([2 * number, 2 * number + 1]) % DATASET_SIZE
+        yield ClipBatch(clips_BCTHW=empty, noise_BS=empty, label_B=empty, index_B=index_B, bad=bad)
 
 
 def make_config(run: RunConfig, *, micro_size: int = 8) -> Config:
@@ -101,6 +112,7 @@ def train(
     micro_size: int = 8,
     bad_at: dict[int, int] | None = None,
     norm: float = 0.25,
+    source: Iterator[ClipBatch] | None = None,
 ) -> tuple[FakeEngine, list[dict[str, Any]]]:
     config = make_config(run, micro_size=micro_size)
     engine = FakeEngine(losses, config.batch.accumulation_steps(1), norm)
@@ -115,13 +127,17 @@ def train(
         run_dir=tmp_path,
         log=log,
         start=TrainState(world_size=1, zero_stage=2, dtype="float32", videos="40 videos, abc"),
-        dataset_size=DATASET_SIZE,
+        rows=[VideoRow(Path(f"{number}.mp4"), 0) for number in range(DATASET_SIZE)],
     )
     try:
-        trainer.run(batches(bad_at or {}))
+        trainer.run(source or batches(bad_at or {}))
     finally:
         log.close()
-    return engine, [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    return engine, read_lines(tmp_path)
+
+
+def read_lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_logged_loss_is_the_mean_since_the_last_line_over_micro_steps(tmp_path: Path) -> None:
@@ -149,17 +165,75 @@ def test_checkpoints_come_at_epochs_steps_and_the_end(tmp_path: Path) -> None:
     assert kept == ["step-00000010", "step-00000017"]
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path: Path) -> None:
+def test_loss_that_is_not_finite_stops_the_run_at_once_and_names_rank_and_samples(tmp_path: Path) -> None:
     run = RunConfig(max_steps=6, save_every_steps=2, log_every_steps=100)
-    with pytest.raises(UserError, match=r"the loss of rank 0 is not finite at step 4; the last checkpoint is kept"):
+    message = (
+        r"the loss of rank 0 is not finite at step 3, and no weight was changed; samples: 4.mp4, 5.mp4 \(all in"
+    )
+    with pytest.raises(UserError, match=message):
         train(tmp_path, [1.0, 1.0, float("nan"), 1.0, 1.0, 1.0], run)
     assert [path.name for path in (tmp_path / "checkpoints").glob("*step-*")] == ["step-00000002"]
+    event = read_lines(tmp_path)[-1]
+    assert (event["event"], event["step"]) == ("skipped_step", 3)
+    assert event["samples"] == {"rank_0": ["4.mp4", "5.mp4"]}
 
 
 def test_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the gradient of 1 step\(s\) is not finite at step 2"):
+    with pytest.raises(UserError, match=r"a gradient, though no loss, is not finite at step 1"):
         train(tmp_path, [1.0] * 4, RunConfig(max_steps=4, save_every_steps=2), norm=float("nan"))
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_norm_that_is_not_finite_of_a_step_that_was_applied_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeEngine, "discards", False)
+    with pytest.raises(UserError, match=r"not finite at step 2: gradient norm; the last checkpoint is kept"):
+        train(tmp_path, [1.0] * 4, RunConfig(max_steps=4, save_every_steps=2), norm=float("nan"))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_allowed_number_of_steps_is_skipped_and_left_out_of_the_mean(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = float("inf")
+    run = RunConfig(max_steps=6, log_every_steps=2, max_skipped_steps=2)
+    _, lines = train(tmp_path, [1.0, bad, 3.0, 4.0, bad, 5.0], run)
+    assert [line["loss"] for line in lines if line["kind"] == "train"] == [1.0, 3.5, 5.0]
+    state = json.loads((tmp_path / "checkpoints" / "step-00000006" / "state.json").read_text())
+    assert state["num_skipped"] == 2
+    assert "skipped, 2 of 2 allowed" in capsys.readouterr().out
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match=r"run.max_skipped_steps=1"):
+        train(tmp_path / "other", [1.0, bad, bad], RunConfig(max_steps=3, max_skipped_steps=1))
+
+
+def test_signal_saves_at_the_next_step_boundary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> Iterator[ClipBatch]:
+        for number, batch in enumerate(batches({})):
+            if number == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGUSR1)  # an echo of the same request
+            yield batch
+
+    run = RunConfig(max_steps=15, log_every_steps=5, save_every_steps=3)
+    engine, lines = train(tmp_path, [1.0] * 15, run, source=interrupted())
+    assert engine.saved[-1] == "tmp-step-00000007"  # the step during which it came is the last one
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 5, 6, 7]
+    assert (lines[-1]["event"], lines[-1]["signal"]) == ("stopped", "SIGTERM")
+    assert "SIGTERM: stopped after step 7 of 15, all saved" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_signal_during_a_save_does_not_save_the_same_step_again(tmp_path: Path) -> None:
+    def interrupted() -> Iterator[ClipBatch]:
+        for number, batch in enumerate(batches({})):
+            if number == 5:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            yield batch
+
+    engine, _ = train(tmp_path, [1.0] * 9, RunConfig(max_steps=9, save_every_steps=3), source=interrupted())
+    assert engine.saved == ["tmp-step-00000003", "tmp-step-00000006"]
 
 
 def test_bad_samples_are_recorded_and_too_many_stop_the_run(tmp_path: Path) -> None:

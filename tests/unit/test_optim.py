@@ -86,7 +86,9 @@ def test_warmup_starts_at_warmup_lr_and_reaches_the_peak() -> None:
 
 
 def test_optimizer_has_the_configured_terms(mini64: GoldenModel) -> None:
-    optimizer = make_optimizer(mini64.autoencoder(), OptimConfig(betas=(0.8, 0.9), eps=1e-6), torch.device("cpu"))
+    optimizer = make_optimizer(
+        parameter_groups(mini64.autoencoder(), 0.05), OptimConfig(betas=(0.8, 0.9), eps=1e-6), torch.device("cpu")
+    )
     assert [(g["betas"], g["eps"], g["weight_decay"]) for g in optimizer.param_groups] == [
         ((0.8, 0.9), 1e-6, 0.0),
         ((0.8, 0.9), 1e-6, 0.05),

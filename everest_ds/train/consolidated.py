@@ -1,0 +1,137 @@
+"""Whole float32 weights out of a checkpoint's shards, and into a fresh model.
+
+What is read is what the optimiser updates: the float32 weights, not the bfloat16 copies that a model computes with.
+"""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from everest_ds.config_file import dump_config, load_config
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
+from everest_ds.train.checkpoint import folder_of, list_checkpoints, read_state
+from everest_ds.train.seal import find_damage, is_sealed
+from everest_ds.train.tasks import PretrainTask
+
+# DeepSpeed wraps the task, whose model carries this prefix in shards; weights leave without it.
+PREFIX = "model."
+ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
+MAX_NAMES_SHOWN = 3
+
+
+def find_source(path: Path) -> Path:
+    """Return the checkpoint that a path names: a run directory stands for its newest complete one.
+
+    Raises:
+        UserError: There is none, or its files are not what its seal says.
+    """
+    checkpoint = path
+    if folder_of(path).is_dir():
+        complete = list_checkpoints(path)
+        if not complete:
+            raise UserError(f"{path} has no complete checkpoint")
+        checkpoint = complete[0]
+    if not is_sealed(checkpoint):
+        raise UserError(f"{path} is neither a run directory nor a complete checkpoint of one")
+    fault = find_damage(checkpoint, ALONE)
+    if fault:
+        raise UserError(f"checkpoint {checkpoint} is damaged: {fault}")
+    return checkpoint
+
+
+def read_fp32_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Return the float32 weights of a verified checkpoint, whatever its stage, under the model's own names."""
+    state = read_state(checkpoint)
+    if state.zero_stage:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its inner life
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    else:
+        weights = _unsharded_weights(checkpoint, state.dtype)
+    return {name.removeprefix(PREFIX): tensor.detach().float().contiguous() for name, tensor in weights.items()}
+
+
+def _unsharded_weights(checkpoint: Path, dtype: str) -> dict[str, Tensor]:
+    """Read a ZeRO-0 checkpoint; in bfloat16 the float32 weights stand in the optimiser's groups, without names."""
+    states = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+    weights: dict[str, Tensor] = states["module"]
+    if dtype == "float32":
+        return weights
+    config = load_config(checkpoint.parent.parent / "config.json")
+    with torch.device("meta"):
+        task = PretrainTask(config)
+    names = {id(parameter): name for name, parameter in task.named_parameters()}
+    for group, masters in zip(task.parameter_groups(), states["optimizer"]["fp32_groups"], strict=True):
+        parameters: list[nn.Parameter] = group["params"]  # type: ignore[assignment]
+        weights |= {names[id(p)]: master for p, master in zip(parameters, masters, strict=True)}
+    return weights
+
+
+def export_fp32(source: Path, target: Path) -> Path:
+    """Write the float32 weights of a run's newest checkpoint, or of a named one, as one safetensors file.
+
+    Returns:
+        The checkpoint that was read.
+
+    Raises:
+        UserError: The source is no complete, sound checkpoint, or the target exists or cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    if target.suffix != ".safetensors":
+        raise UserError(f"{target} must end in .safetensors")
+    if target.exists():
+        raise UserError(f"{target} exists; remove it or name another file")
+    checkpoint = find_source(source)
+    config = load_config(checkpoint.parent.parent / "config.json")
+    facts = {
+        "format": "pt",
+        "step": str(read_state(checkpoint).step),
+        "config": json.dumps(json.loads(dump_config(config))),
+    }
+    temporary = target.with_name(f"{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file(read_fp32_weights(checkpoint), temporary, metadata=facts)
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {target}: {error}") from error
+    return checkpoint
+
+
+def load_initial_weights(model: nn.Module, path: Path) -> None:
+    """Start a fresh model from the weights of a run, a checkpoint, or a file that `everest convert` wrote.
+
+    Raises:
+        UserError: There are no such weights, or a name or shape differs from the model's.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            weights = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"--init-from {path} cannot be read: {error}") from error
+    else:
+        weights = read_fp32_weights(find_source(path))
+    expected = model.state_dict()
+    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    for what, names in (("lacks", missing), ("has, unlike this model,", unknown)):
+        if names:
+            more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
+            raise UserError(f"--init-from {path} {what} {', '.join(names[:MAX_NAMES_SHOWN])}{more}")
+    for name, tensor in expected.items():
+        if tensor.shape != weights[name].shape:
+            raise UserError(
+                f"--init-from {path}: {name} has shape {tuple(weights[name].shape)}, this model's has "
+                f"{tuple(tensor.shape)}"
+            )
+    model.load_state_dict(weights)

@@ -1,0 +1,75 @@
+"""Progress of a run between two lines of metrics: what is counted, what is written, what is printed."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everest_ds.config import Config
+from everest_ds.data.dataset import BadSample
+from everest_ds.train.metrics import format_duration, peak_memory_gib, peak_tflops
+from everest_ds.train.schedule import Schedule
+from everest_ds.train.tasks import ClipCost
+
+
+class Window:
+    """What happened since the last line of metrics. Losses stay on the device until the line is due."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.steps = 0
+        self.updates = 0
+        self.data_wait_s = 0.0
+        self.grad_norm: Tensor | float | None = None
+        self.started = time.perf_counter()
+        self.bad: list[BadSample] = []
+
+    def add(self, losses: list[Tensor], grad_norm: Tensor | float | None) -> None:
+        """Count a step that changed the weights."""
+        self.loss_sum += torch.stack(losses).to(torch.float64).mean()
+        self.updates += 1
+        self.grad_norm = grad_norm
+
+    def mean_loss(self) -> float:
+        """Return this process's mean loss; nan when no step changed the weights."""
+        return float(self.loss_sum) / self.updates if self.updates else float("nan")
+
+
+def measure(
+    window: Window, taken: int, loss: float, rate: float, config: Config, schedule: Schedule, cost: ClipCost,
+    world_size: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the values of a line of metrics, units in their names."""
+    device = window.loss_sum.device
+    seconds = (time.perf_counter() - window.started) / window.steps
+    clips_per_s = config.batch.global_size / seconds
+    peak = peak_tflops(device)
+    used = clips_per_s * cost.train_flops / world_size / 1e12
+    return {
+        "epoch": round(taken / schedule.steps_per_epoch, 4),
+        "samples": taken * config.batch.global_size,
+        "loss": loss,
+        "grad_norm": None if window.grad_norm is None else float(window.grad_norm),
+        "lr": rate,
+        "weight_decay": config.optim.weight_decay,
+        "clips_per_s": round(clips_per_s, 3),
+        "tokens_per_s": round(clips_per_s * cost.tokens, 1),
+        "data_wait_ms": round(window.data_wait_s / window.steps * 1e3, 2),
+        "step_ms": round(seconds * 1e3, 2),
+        "memory_gib": round(peak_memory_gib(device), 3),
+        "mfu": None if peak is None else round(used / peak, 4),
+    }
+
+
+def print_progress(taken: int, end_step: int, values: dict[str, Any]) -> None:
+    """Print a line of metrics for people, with the time that is left."""
+    left = format_duration((end_step - taken) * values["step_ms"] / 1e3)
+    norm = "" if values["grad_norm"] is None else f"  grad {values['grad_norm']:.3g}"
+    mfu = "" if values["mfu"] is None else f"  mfu {values['mfu']:.1%}"
+    print(
+        f"step {taken}/{end_step}  epoch {values['epoch']:.2f}  loss {values['loss']:.4f}{norm}"
+        f"  lr {values['lr']:.2e}  {values['clips_per_s']:.1f} clips/s  step {values['step_ms']:.0f} ms"
+        f"  data {values['data_wait_ms']:.0f} ms  {values['memory_gib']:.2f} GiB{mfu}  ETA {left}",
+        flush=True,
+    )

@@ -1,0 +1,47 @@
+"""The steps of a run: how many an epoch has, where it starts, where it ends, when it saves."""
+
+from dataclasses import dataclass
+
+from everest_ds.config import Config, RunConfig
+from everest_ds.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The steps of a run.
+
+    Attributes:
+        steps_per_epoch: Whole global batches of an epoch.
+        start_step: Steps already taken.
+        end_step: Steps to have taken at the end.
+    """
+
+    steps_per_epoch: int
+    start_step: int
+    end_step: int
+
+    @classmethod
+    def of(cls, config: Config, num_samples: int, start_step: int = 0) -> "Schedule":
+        """Return the schedule of a configuration over a list of videos.
+
+        Raises:
+            UserError: The list is shorter than one global batch.
+        """
+        steps_per_epoch = num_samples // config.batch.global_size
+        if steps_per_epoch == 0:
+            raise UserError(
+                f"the training list has {num_samples} videos, fewer than batch.global_size="
+                f"{config.batch.global_size}; lower the batch or extend the list"
+            )
+        end_step = config.optim.epochs * steps_per_epoch
+        if config.run.max_steps is not None:
+            end_step = min(end_step, config.run.max_steps)
+        return cls(steps_per_epoch=steps_per_epoch, start_step=start_step, end_step=end_step)
+
+    def saves_after(self, taken: int, run: RunConfig) -> bool:
+        """Return whether a checkpoint is due once this many steps are taken."""
+        if taken == self.end_step:
+            return True
+        if run.save_every_steps is not None and taken % run.save_every_steps == 0:
+            return True
+        return taken % (run.save_every_epochs * self.steps_per_epoch) == 0

@@ -1,0 +1,104 @@
+"""Seals: a file in a folder that says what else is in it, written last. All ranks share the work of checksums.
+
+A folder counts only once it is sealed, and only as long as its files are what the seal says.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from everest_ds import distributed
+from everest_ds.distributed import World
+
+SEAL = "complete.json"
+FileRecord = dict[str, int | str]
+
+
+def is_sealed(folder: Path) -> bool:
+    """Return whether a folder has a seal; see `find_damage` for whether it tells the truth."""
+    return (folder / SEAL).is_file()
+
+
+def seal(folder: Path, world: World, **facts: str) -> None:
+    """Flush every file of a folder to disk and write its seal; all ranks take part.
+
+    Args:
+        folder: A folder that nobody writes to any more.
+        world: This process's place.
+        facts: What else to note in the seal.
+
+    Raises:
+        OSError: On every rank, when one could not flush or read its share; on rank zero, when the seal itself
+            cannot be written.
+    """
+    # Rank zero's listing counts: on a network file system the others may not see every file yet.
+    names = distributed.gather_objects(_files(folder) if world.is_main else [])[0]
+    records, fault = {}, None
+    try:
+        records = _records(folder, _share_of(names, world))
+    except OSError as error:
+        fault = str(error)
+    fault = distributed.agree(fault)
+    if fault:
+        raise OSError(fault)
+    parts = distributed.gather_objects(records)
+    if world.is_main:
+        manifest = {name: record for part in parts for name, record in sorted(part.items())}
+        write_durably(folder / SEAL, json.dumps({**facts, "files": manifest}, indent=2) + "\n")
+
+
+def find_damage(folder: Path, world: World) -> str | None:
+    """Compare this rank's share of a folder's files with its seal; return the first difference, or None."""
+    try:
+        files: dict[str, FileRecord] = json.loads((folder / SEAL).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{SEAL} cannot be read: {error}"
+    for name in _share_of(sorted(files), world):
+        path, expected = folder / name, files[name]
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size} bytes, expected {expected['size']}"
+        if sha256(path) != expected["sha256"]:
+            return f"the checksum of {name} differs"
+    return None
+
+
+def remove_sealed(folder: Path) -> None:
+    """Remove a folder, its seal first: a removal that dies leaves nothing that looks complete."""
+    (folder / SEAL).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Return the checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file and wait until it is on disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != SEAL
+    )
+
+
+def _share_of(names: Sequence[str], world: World) -> Sequence[str]:
+    return names[world.rank :: world.size]
+
+
+def _records(folder: Path, names: Sequence[str]) -> dict[str, FileRecord]:
+    for name in names:
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+    return {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
