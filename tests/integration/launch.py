@@ -29,15 +29,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(arguments: Sequence[str | Path], *, processes: int = 1) -> subprocess.Popen[str]:
-    """Start `everest ARGUMENTS`, through the deepspeed launcher when there are several processes."""
+def start(
+    arguments: Sequence[str | Path], *, processes: int = 1, prefix: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """Start `everest ARGUMENTS`, through the deepspeed launcher when there are several processes.
+
+    A prefix is a command that runs the one that follows it.
+    """
     if processes == 1:
         command = [sys.executable, "-m", "everest_ds"]
     else:
         launcher = ["--no_local_rank", "--num_gpus", str(processes), "--master_port", str(free_port())]
         command = [str(BIN / "deepspeed"), *launcher, "--module", "everest_ds"]
     return subprocess.Popen(
-        [*command, *(str(argument) for argument in arguments)],
+        [*prefix, *command, *(str(argument) for argument in arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -46,9 +51,11 @@ def start(arguments: Sequence[str | Path], *, processes: int = 1) -> subprocess.
     )
 
 
-def launch(arguments: Sequence[str | Path], *, processes: int = 1) -> subprocess.CompletedProcess[str]:
+def launch(
+    arguments: Sequence[str | Path], *, processes: int = 1, prefix: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """Run `everest ARGUMENTS` to its end."""
-    with start(arguments, processes=processes) as process:
+    with start(arguments, processes=processes, prefix=prefix) as process:
         try:
             stdout, stderr = process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
