@@ -16,7 +16,7 @@ from everest_ds.data.index import VideoRow, fingerprint, read_list, require_reac
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train.checkpoint import TrainState, set_aside, unfinished_saves
-from everest_ds.train.run_dir import find_resume, warn_of_pointer, write_run_files
+from everest_ds.train.run_dir import find_resume, require_shared, warn_of_pointer, write_run_files
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +86,7 @@ def pretrain(config: Config, options: LaunchOptions, world: World) -> bool:
         set_aside(start.damaged)
         _open_run(trainer, ds_config, start, backend)
     distributed.barrier()
+    require_shared(start.run_dir)
     finished = _run(trainer)
     if trainer.log is not None:
         trainer.log.close()

@@ -47,13 +47,15 @@ def find_source(path: Path) -> Path:
 def read_fp32_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Return the float32 weights of a verified checkpoint, whatever its stage, under the model's own names."""
     state = read_state(checkpoint)
-    if state.zero_stage:
+    if state.zero_stage == 0:
+        weights = _unsharded_weights(checkpoint, state.dtype)
+    elif state.zero_stage == 1 and state.dtype == "bfloat16":
+        weights = _fragmented_weights(checkpoint, state.world_size)
+    else:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its inner life
             weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    else:
-        weights = _unsharded_weights(checkpoint, state.dtype)
     return {name.removeprefix(PREFIX): tensor.detach().float().contiguous() for name, tensor in weights.items()}
 
 
@@ -71,6 +73,24 @@ def _unsharded_weights(checkpoint: Path, dtype: str) -> dict[str, Tensor]:
         parameters: list[nn.Parameter] = group["params"]  # type: ignore[assignment]
         weights |= {names[id(p)]: master for p, master in zip(parameters, masters, strict=True)}
     return weights
+
+
+def _fragmented_weights(checkpoint: Path, world_size: int) -> dict[str, Tensor]:
+    """Read ZeRO-1 in bfloat16, whose shards DeepSpeed's own consolidation (0.19.8) takes for no ZeRO checkpoint.
+
+    Each rank's shard says where in its flat groups which part of a parameter lies; parts follow in rank order.
+    """
+    module = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    parts: dict[str, list[Tensor]] = {name: [] for name in module}
+    for rank in range(world_size):
+        path = checkpoint / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        shard = torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"]
+        for flat, places in zip(
+            shard["single_partition_of_fp32_groups"], shard["param_slice_mappings"], strict=True
+        ):
+            for name, place in places.items():
+                parts[name].append(flat.narrow(0, place.start, place.numel))
+    return {name: torch.cat(pieces).view(module[name].shape) for name, pieces in parts.items()}
 
 
 def export_fp32(source: Path, target: Path) -> Path:

@@ -11,16 +11,20 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from everest_ds import __version__
+from everest_ds import __version__, distributed
 from everest_ds.config import Config
 from everest_ds.config_file import dump_config, load_config
 from everest_ds.errors import UserError
 from everest_ds.train.checkpoint import folder_of, list_checkpoints, read_latest
 from everest_ds.train.seal import SEAL, is_sealed
+
+# A network file system may show a new file to other nodes only after a while (NFS: up to a minute by default).
+VISIBLE_WITHIN_S = 90
 
 # Settings that may differ between a run and its continuation: they do not change what is computed.
 FREE_ON_RESUME = frozenset(
@@ -147,6 +151,21 @@ def write_run_files(run_dir: Path, config: Config, ds_config: dict[str, Any]) ->
     (run_dir / "config.json").write_text(dump_config(config))
     (run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
     (run_dir / "environment.json").write_text(json.dumps(_environment(), indent=2) + "\n")
+
+
+def require_shared(run_dir: Path) -> None:
+    """Refuse a run directory that is another folder on another node; called by all ranks once it is written.
+
+    Raises:
+        UserError: Some process does not see what rank zero has written; its shards would go elsewhere.
+    """
+    deadline = time.monotonic() + VISIBLE_WITHIN_S
+    while not (run_dir / "config.json").is_file() and time.monotonic() < deadline:
+        time.sleep(1)
+    seen = (run_dir / "config.json").is_file()
+    fault = distributed.agree(None if seen else f"{platform.node()} does not see {run_dir}/config.json")
+    if fault:
+        raise UserError(f"{fault}; put the run directory on a file system that all nodes share")
 
 
 def _environment() -> dict[str, Any]:
