@@ -148,11 +148,7 @@ def _pretrain(rest: list[str], world: World) -> int:
 
     flags = rest if wants_help else rest[1:]
     arguments = _parse(Arguments, flags, "everest pretrain RECIPE", world, config=config)
-    if pretrain(arguments.config, arguments.launch, world):
-        return 0
-    from everest_ds.train.signals import EXIT_STOPPED
-
-    return _leave(EXIT_STOPPED)
+    return pretrain(arguments.config, arguments.launch, world)
 
 
 def _convert(rest: list[str], world: World) -> int:

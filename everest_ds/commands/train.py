@@ -4,6 +4,7 @@ The order matters: everything that can be refused is refused before torch is imp
 joins the others, so that a wrong setting costs seconds and ends all ranks alike.
 """
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,6 +18,7 @@ from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train.checkpoint import TrainState, set_aside, unfinished_saves
 from everest_ds.train.run_dir import find_resume, require_shared, warn_of_pointer, write_run_files
+from everest_ds.train.signals import EXIT_STOPPED
 
 if TYPE_CHECKING:
     import torch
@@ -41,11 +43,11 @@ class LaunchOptions:
     """auto: as the DeepSpeed file says, else bf16 on a GPU and fp32 on a CPU."""
 
 
-def pretrain(config: Config, options: LaunchOptions, world: World) -> bool:
+def pretrain(config: Config, options: LaunchOptions, world: World) -> int:
     """Run or continue a pre-training.
 
     Returns:
-        Whether the end was reached; not when a signal stopped the run before, all saved.
+        The exit code: 0, or `EXIT_STOPPED` when a signal stopped the run before its end, all saved.
 
     Raises:
         UserError: Anything the user can mend: lists, batch, run directory, DeepSpeed file, too many bad videos.
@@ -78,20 +80,21 @@ def pretrain(config: Config, options: LaunchOptions, world: World) -> bool:
         dtype="bfloat16" if bf16 else "float32",
         videos=fingerprint(rows),
     )
+    began = time.perf_counter()
     start = choose_start(resume, now, world, options.init_from)
     trainer = _build(config, rows, ds_config, start, world, device)
 
     # 4. Write down what this is, and go.
     if world.is_main:
         set_aside(start.damaged)
-        _open_run(trainer, ds_config, start, backend)
+        _open_run(trainer, ds_config, start, backend, ready_s=time.perf_counter() - began)
     distributed.barrier()
     require_shared(start.run_dir)
     finished = _run(trainer)
     if trainer.log is not None:
         trainer.log.close()
     distributed.finish()
-    return finished
+    return 0 if finished else EXIT_STOPPED
 
 
 def _run(trainer: "Trainer") -> bool:
@@ -189,9 +192,11 @@ def _attention_backend(config: Config, device_type: str, dtype_name: str) -> str
     return names[0]
 
 
-def _open_run(trainer: "Trainer", ds_config: dict[str, Any], start: "Start", backend: str) -> None:
+def _open_run(
+    trainer: "Trainer", ds_config: dict[str, Any], start: "Start", backend: str, *, ready_s: float
+) -> None:
     """Write the run's files, open its record, and say what is about to run. Rank zero only."""
-    from everest_ds.train.metrics import MetricsLog
+    from everest_ds.train.metrics import MetricsLog, drop_later_bad_samples
 
     config, world, schedule, state = trainer.config, trainer.world, trainer.schedule, trainer.start
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.task.parameters())
@@ -211,10 +216,11 @@ def _open_run(trainer: "Trainer", ds_config: dict[str, Any], start: "Start", bac
     for folder in unfinished_saves(trainer.run_dir):
         print(f"warning: {folder} is a save that did not come to its end; passing it over", flush=True)
     write_run_files(trainer.run_dir, config, ds_config)
+    drop_later_bad_samples(trainer.run_dir / "bad_samples.jsonl", state.num_bad)
     trainer.log = MetricsLog(trainer.run_dir, schedule.start_step)
     restored = start.describe()
     if restored:
-        print(restored, flush=True)
+        print(f"{restored}; ready in {ready_s:.1f} s", flush=True)
     trainer.log.write(
         "event",
         schedule.start_step,
@@ -224,5 +230,6 @@ def _open_run(trainer: "Trainer", ds_config: dict[str, Any], start: "Start", bac
         dtype=state.dtype,
         attention=backend,
         parameters=parameters,
+        ready_s=round(ready_s, 2),
         init_from=None if start.init_from is None else str(start.init_from),
     )

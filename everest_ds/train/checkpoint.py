@@ -7,6 +7,7 @@ nothing reads and the next save removes.
 
 import json
 import shutil
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -177,8 +178,11 @@ def choose_checkpoint(candidates: Sequence[Path], world: World, *, exact: bool) 
     """
     faults = []
     for checkpoint in candidates:
+        started = time.perf_counter()
         fault = distributed.agree(find_damage(checkpoint, world))
         if fault is None:
+            if world.is_main:
+                print(f"verified {checkpoint} in {time.perf_counter() - started:.2f} s", flush=True)
             return checkpoint
         faults.append(f"checkpoint {checkpoint} is damaged: {fault}")
         if world.is_main and not exact:

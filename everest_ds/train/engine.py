@@ -85,7 +85,7 @@ def check_sections(systems: Systems, source: str) -> None:
     """Have DeepSpeed check the sections that it knows the options of, before anything is built.
 
     Raises:
-        UserError: DeepSpeed does not know an option, or a value does not fit.
+        UserError: DeepSpeed does not know an option, a value does not fit, or offloading lacks its op.
     """
     distributed.select_accelerator()
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
@@ -99,6 +99,24 @@ def check_sections(systems: Systems, source: str) -> None:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise UserError(f"{source}: {section}.{where}: {first['msg']}") from error
+    _check_offload(systems, source)
+
+
+def _check_offload(systems: Systems, source: str) -> None:
+    """Refuse offloading that would need an op of DeepSpeed's which this trainer does not build."""
+    zero = systems.get("zero_optimization", {})
+    for section in ("offload_optimizer", "offload_param"):
+        device = (zero.get(section) or {}).get("device", "none")
+        if device == "nvme":
+            raise UserError(
+                f"{source}: {section}.device=nvme needs DeepSpeed's async_io op, and its files are not part of our "
+                "checkpoints; use cpu"
+            )
+    if "offload_optimizer" in zero and systems.get("zero_force_ds_cpu_optimizer"):
+        raise UserError(
+            f"{source}: zero_force_ds_cpu_optimizer=true asks for DeepSpeed's CPU Adam op; set it to false, and "
+            "torch's AdamW updates the offloaded states"
+        )
 
 
 def uses_bf16(systems: Systems, precision: PrecisionName, device_type: str) -> bool:

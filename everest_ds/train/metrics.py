@@ -56,8 +56,19 @@ def _drop_later_steps(path: Path, start_step: int) -> None:
             continue
         if line["kind"] == "event" or line["step"] <= start_step:
             kept.append(text + "\n")
-    shorter = path.with_name("metrics.jsonl.tmp")
-    shorter.write_text("".join(kept), encoding="utf-8")
+    _rewrite(path, kept)
+
+
+def drop_later_bad_samples(path: Path, num_bad: int) -> None:
+    """Cut a record of unreadable draws back to those that a checkpoint has counted; the later ones come again."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        _rewrite(path, lines[:num_bad])
+
+
+def _rewrite(path: Path, lines: list[str]) -> None:
+    shorter = path.with_name(f"{path.name}.tmp")
+    shorter.write_text("".join(lines), encoding="utf-8")
     shorter.replace(path)
 
 

@@ -69,7 +69,7 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_flags_reach_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Config, LaunchOptions]] = []
     monkeypatch.setattr(
-        "everest_ds.commands.train.pretrain", lambda config, options, world: seen.append((config, options)) or True
+        "everest_ds.commands.train.pretrain", lambda config, options, world: seen.append((config, options)) or 0
     )
     words = (
         "pretrain k400_vit_l --optim.base-lr 1e-3 --data.no-flip --model.attention sdpa --out runs/x --resume never"
@@ -87,7 +87,9 @@ def test_config_of_a_run_can_stand_in_a_recipes_place(tmp_path: Path, monkeypatc
     config = dataclasses.replace(PRETRAIN_RECIPES["demo"](), run=RunConfig(seed=7))
     (tmp_path / "config.json").write_text(dump_config(config))
     seen: list[Config] = []
-    monkeypatch.setattr("everest_ds.commands.train.pretrain", lambda config, options, world: seen.append(config))
+    monkeypatch.setattr(
+        "everest_ds.commands.train.pretrain", lambda config, options, world: seen.append(config) or 0
+    )
     assert cli.main(["pretrain", str(tmp_path / "config.json"), "--run.max-steps", "3"]) == 0
     assert seen == [dataclasses.replace(config, run=RunConfig(seed=7, max_steps=3))]
 

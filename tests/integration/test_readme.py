@@ -38,7 +38,7 @@ def everest_words(command: str) -> list[str] | None:
 def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Config, LaunchOptions]] = []
     monkeypatch.setattr(
-        "everest_ds.commands.train.pretrain", lambda config, options, world: calls.append((config, options))
+        "everest_ds.commands.train.pretrain", lambda config, options, world: calls.append((config, options)) or 0
     )
     monkeypatch.chdir(REPOSITORY)
     words = everest_words(command)
@@ -59,7 +59,9 @@ def test_there_are_commands_to_test() -> None:
 @pytest.mark.parametrize("name", sorted(PRETRAIN_RECIPES))
 def test_command_in_a_recipes_document_is_understood(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Config] = []
-    monkeypatch.setattr("everest_ds.commands.train.pretrain", lambda config, options, world: calls.append(config))
+    monkeypatch.setattr(
+        "everest_ds.commands.train.pretrain", lambda config, options, world: calls.append(config) or 0
+    )
     document = (PRETRAIN_RECIPES[name].__doc__ or "").replace("\\\n", " ")
     (line,) = (line for line in document.splitlines() if "deepspeed" in line)
     words = everest_words(line)

@@ -87,3 +87,37 @@ def test_unknown_zero_option_names_file_and_option(tmp_path: Path) -> None:
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_buket_size": 1}}))
     with pytest.raises(UserError, match=r"ds\.json: zero_optimization\.reduce_buket_size"):
         check_sections(load_systems(path), str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"zero_force_ds_cpu_optimizer": True},
+            "zero_force_ds_cpu_optimizer=true asks for DeepSpeed's CPU Adam op",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}},
+            "offload_param.device=nvme needs DeepSpeed's async_io op",
+        ),
+    ],
+)
+def test_offload_without_its_op_is_refused(change: dict[str, object], message: str) -> None:
+    systems = load_systems(REPOSITORY / "ds_configs" / "zero3_offload.json")
+    check_sections(systems, "ds.json")
+    with pytest.raises(UserError, match=message):
+        check_sections(systems | change, "ds.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("gradient_accumulation_steps", 2, "it follows from batch.global_size"),
+        ("torch_autocast", {"enabled": True}, "precision is bf16.enabled here"),
+    ],
+)
+def test_key_of_the_recipe_is_refused_with_the_reason(tmp_path: Path, key: str, value: object, reason: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"bf16": {"enabled": True}, key: value}))
+    with pytest.raises(UserError, match=f"{key} does not belong into a systems file: {reason}"):
+        load_systems(path)

@@ -7,7 +7,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from everest_ds.train.metrics import MetricsLog, format_duration, peak_memory_gib, peak_tflops
+from everest_ds.train.metrics import (
+    MetricsLog,
+    drop_later_bad_samples,
+    format_duration,
+    peak_memory_gib,
+    peak_tflops,
+)
 
 
 def test_lines_are_appended_and_mirrored_to_tensorboard(tmp_path: Path) -> None:
@@ -62,3 +68,12 @@ def test_cpu_has_memory_but_no_peak() -> None:
     cpu = torch.device("cpu")
     assert peak_tflops(cpu) is None
     assert 0.05 < peak_memory_gib(cpu) < 1000
+
+
+def test_bad_samples_of_steps_that_are_taken_again_are_not_recorded_twice(tmp_path: Path) -> None:
+    path = tmp_path / "bad_samples.jsonl"
+    drop_later_bad_samples(path, 3)  # a run without any
+    assert not path.exists()
+    path.write_text("one\ntwo\nthree, cut sho")
+    drop_later_bad_samples(path, 2)
+    assert path.read_text() == "one\ntwo\n"

@@ -9,7 +9,14 @@ import pytest
 from everest_ds.config import Config, DataConfig, OptimConfig, RunConfig
 from everest_ds.config_file import dump_config
 from everest_ds.errors import UserError
-from everest_ds.train.run_dir import FREE_ON_RESUME, Resume, find_resume, write_run_files
+from everest_ds.train.run_dir import (
+    FREE_ON_RESUME,
+    Resume,
+    find_resume,
+    require_shared,
+    warn_of_pointer,
+    write_run_files,
+)
 
 CONFIG = Config(recipe="demo", data=DataConfig(train_list="a.csv"))
 
@@ -71,3 +78,31 @@ def test_run_files_say_what_ran(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "ds_config.json").read_text()) == {"zero_optimization": {"stage": 2}}
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert {"command", "commit", "versions", "host", "cpu_count", "gpus", "world_size"} == set(environment)
+
+
+def test_run_directory_that_a_node_does_not_see_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("everest_ds.train.run_dir.VISIBLE_WITHIN_S", 0)
+    with pytest.raises(
+        UserError, match=r"does not see .*config\.json; put the run directory on a file system that"
+    ):
+        require_shared(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    require_shared(tmp_path)
+
+
+def test_run_or_its_checkpoints_stand_for_the_latest_checkpoint(tmp_path: Path) -> None:
+    older, newer = make_run(tmp_path / "run", [2, 4])
+    pointer = tmp_path / "run" / "checkpoints" / "latest"
+    pointer.write_text("step-00000004\n")
+    for named in (tmp_path / "run", pointer.parent):
+        assert find_resume(None, CONFIG, str(named)).candidates == (newer,)
+    pointer.write_text("../elsewhere\n")
+    with pytest.raises(UserError, match=r"latest names '../elsewhere', which is no complete checkpoint"):
+        find_resume(None, CONFIG, str(tmp_path / "run"))
+    assert "no complete checkpoint" in str(warn_of_pointer(tmp_path / "run"))
+    pointer.unlink()
+    with pytest.raises(UserError, match=r"latest cannot be read"):
+        find_resume(None, CONFIG, str(pointer.parent))
+    pointer.write_text(f"{older.name}\n")  # a save that died just before the pointer moved
+    assert warn_of_pointer(tmp_path / "run") is None
+    assert find_resume(None, CONFIG, "auto").candidates == ()
