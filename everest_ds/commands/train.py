@@ -149,7 +149,7 @@ def _build(
 def _batches(trainer: "Trainer") -> Any:
     from everest_ds.data.dataset import make_loader
     from everest_ds.data.sampling import GlobalBatchSampler
-    from everest_ds.train.signals import children_ignore_stop_signals
+    from everest_ds.train.signals import children_ignore_stop_signals, ignore_stop_signals
 
     config, world, schedule = trainer.config, trainer.world, trainer.schedule
     sampler = GlobalBatchSampler(
@@ -164,7 +164,8 @@ def _batches(trainer: "Trainer") -> Any:
     )
     dataset = trainer.task.make_dataset(trainer.rows, config)
     with children_ignore_stop_signals():
-        return iter(make_loader(dataset, sampler, pin_memory=trainer.device.type == "cuda"))
+        pin_memory = trainer.device.type == "cuda"
+        return iter(make_loader(dataset, sampler, pin_memory=pin_memory, worker_init=ignore_stop_signals))
 
 
 def _read_rows(config: Config) -> list[VideoRow]:

@@ -5,7 +5,7 @@ unreadable video is replaced by another sample, drawn by key, and reported with 
 silently.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -170,10 +170,17 @@ class ClipDataset(Dataset[Clip]):
         return keyed_generator(self.seed, stream, key.epoch, key.index, key.repeat)
 
 
-def make_loader(dataset: ClipDataset, sampler: Sampler[list[SampleKey]], *, pin_memory: bool) -> DataLoader[Clip]:
+def make_loader(
+    dataset: ClipDataset,
+    sampler: Sampler[list[SampleKey]],
+    *,
+    pin_memory: bool,
+    worker_init: Callable[[int], None] | None = None,
+) -> DataLoader[Clip]:
     """Return the loader of a process's micro-batches.
 
-    Workers come from a fork server, never from a fork of a process that may hold a CUDA context.
+    Workers come from a fork server, never from a fork of a process that may hold a CUDA context. Each calls
+    ``worker_init`` with its number as it begins.
     """
     workers = dataset.config.num_workers
     return DataLoader(
@@ -184,5 +191,6 @@ def make_loader(dataset: ClipDataset, sampler: Sampler[list[SampleKey]], *, pin_
         prefetch_factor=dataset.config.prefetch_batches if workers else None,
         multiprocessing_context="forkserver" if workers else None,
         pin_memory=pin_memory,
+        worker_init_fn=worker_init,
         timeout=dataset.config.timeout_s if workers else 0,
     )

@@ -49,11 +49,20 @@ class StopRequest:
             os._exit(128 + signum)
 
 
+def ignore_stop_signals(worker_id: int = 0) -> None:
+    """Ignore the signals in this process: whoever started it decides. Called by every loader process as it begins.
+
+    A launcher signals whole process trees; loader processes that died of it would take the next batch with them.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def children_ignore_stop_signals() -> Iterator[None]:
-    """Let processes started inside this block ignore the signals for good: whoever started them decides.
+    """Let processes started inside this block inherit that: the fork server, which has no hook of its own.
 
-    A launcher signals whole process trees; loader processes that died of it would take the last batch with them.
+    The loader processes that it starts do not, because torch gives them a handler for SIGTERM.
     """
     before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     try:

@@ -31,8 +31,12 @@ def command(demo_folder: Path, out: Path, *extra: str, stage: int = 2) -> list[s
 
 def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     """The training processes of a launch that is under way, by rank."""
-    found = {}
-    for child in psutil.Process(process.pid).children(recursive=True):
+    found: dict[int, psutil.Process] = {}
+    try:
+        children = psutil.Process(process.pid).children(recursive=True)
+    except psutil.Error:  # it has ended
+        return found
+    for child in children:
         try:
             if "everest_ds" in child.cmdline() and "RANK" in (environment := child.environ()):
                 found[int(environment["RANK"])] = child
@@ -136,7 +140,7 @@ def test_sigterm_to_one_rank_saves_on_all_and_the_same_command_goes_on(
 ) -> None:
     """With loader processes, which must not die of a signal to the whole tree. Step 5 is inside an epoch."""
     run_dir = tmp_path / "run"
-    arguments = command(demo_folder, run_dir, "--run.save-every-steps", "100", "--data.num-workers", "1")
+    arguments = command(demo_folder, run_dir, "--run.save-every-steps", "100", "--data.num-workers", "2")
     with start(arguments, processes=2) as process:
         wait_until(lambda: steps_recorded(run_dir) >= 5, process)
         at_signal = steps_recorded(run_dir)
