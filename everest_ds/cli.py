@@ -26,6 +26,7 @@ COMMANDS = {
     "doctor": "devices, attention backends, decoders, DeepSpeed, versions; exits 1 when something is missing",
     "demo-data": "a small labelled H.264 dataset with train.csv, val.csv, test.csv",
     "recipes": "the recipes; with a name: resolved config, token counts, batch arithmetic, DeepSpeed JSON",
+    "plan": "will a recipe fit N GPUs, what takes the memory, and the command; exits 1 when nothing fits",
     "pretrain": "pre-train a recipe; every config field is a flag",
     "benchmark": "flops: the paper's tables beside our counts",
 }
@@ -65,6 +66,7 @@ def _dispatch(words: list[str], world: World) -> int:
         "doctor": _doctor,
         "demo-data": _demo_data,
         "recipes": _recipes,
+        "plan": _plan,
         "pretrain": _pretrain,
         "benchmark": _benchmark,
     }
@@ -126,15 +128,27 @@ def _recipes(rest: list[str], world: World) -> int:
     return 0
 
 
+def _plan(rest: list[str], world: World) -> int:
+    from everest_ds.commands.plan import PlanOptions, plan
+
+    config, flags = _recipe_and_flags("plan", rest)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Estimate what a recipe takes on some GPUs. Defaults shown are the recipe's."""
+
+        config: Annotated[Config, tyro.conf.arg(name="")]
+        options: Annotated[PlanOptions, tyro.conf.arg(name="")]
+
+    required = PlanOptions(gpus=tyro.MISSING, gpu_memory_gib=tyro.MISSING)
+    arguments = _parse(Arguments, flags, "everest plan RECIPE", world, config=config, options=required)
+    return plan(arguments.config, arguments.options, recipe=rest[0], base=config)
+
+
 def _pretrain(rest: list[str], world: World) -> int:
     from everest_ds.commands.train import LaunchOptions, pretrain
 
-    wants_help = bool(rest) and rest[0] in ("-h", "--help")
-    if not rest or (rest[0].startswith("-") and not wants_help):
-        from everest_ds.recipes import PRETRAIN_RECIPES
-
-        raise UserError(f"pretrain needs a recipe first; known: {', '.join(sorted(PRETRAIN_RECIPES))}")
-    config = _recipe("demo" if wants_help else rest[0])
+    config, flags = _recipe_and_flags("pretrain", rest)
 
     @dataclass(frozen=True, kw_only=True)
     class Arguments:
@@ -143,7 +157,6 @@ def _pretrain(rest: list[str], world: World) -> int:
         config: Annotated[Config, tyro.conf.arg(name="")]
         launch: Annotated[LaunchOptions, tyro.conf.arg(name="")] = field(default_factory=LaunchOptions)
 
-    flags = rest if wants_help else rest[1:]
     arguments = _parse(Arguments, flags, "everest pretrain RECIPE", world, config=config)
     pretrain(arguments.config, arguments.launch, world)
     return 0
@@ -173,6 +186,17 @@ def _benchmark(rest: list[str], world: World) -> int:
 @dataclass(frozen=True)
 class _NoArguments:
     """List the recipes; `everest recipes RECIPE --help` has the options for one."""
+
+
+def _recipe_and_flags(command: str, rest: list[str]) -> tuple[Config, list[str]]:
+    """Take the recipe off the words of a command that needs one; help is shown with the demo's defaults."""
+    if rest and rest[0] in ("-h", "--help"):
+        return _recipe("demo"), rest
+    if not rest or rest[0].startswith("-"):
+        from everest_ds.recipes import PRETRAIN_RECIPES
+
+        raise UserError(f"{command} needs a recipe first; known: {', '.join(sorted(PRETRAIN_RECIPES))}")
+    return _recipe(rest[0]), rest[1:]
 
 
 def _recipe(name: str) -> Config:
