@@ -1,17 +1,20 @@
-"""What DeepSpeed holds: run by two processes of test_memory.py, one line of JSON a case and rank.
+"""What DeepSpeed holds: run by the processes of test_memory.py, one line of JSON a case and rank.
 
 After a backward pass, before the step, all live tensors of the process are collected and the bytes of their
 storages added up, each once: by the garbage collector and not by DeepSpeed's attributes, so that nothing is
 overlooked. Buckets are known by what the optimiser points to and are counted apart.
 """
 
+import contextlib
 import gc
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -28,7 +31,6 @@ CONFIG = replace(
     get_recipe("k400_vit_s"),
     data=DataConfig(image_size=64, num_frames=4),
     model=ModelConfig(size="small"),
-    batch=BatchConfig(global_size=2 * ACCUMULATION, micro_size=1),
 )
 BUCKET = 5_000_000
 
@@ -56,6 +58,33 @@ def buckets(optimizer: Any) -> set[int]:
     return found
 
 
+@contextlib.contextmanager
+def watch_step(engine: Any, look: Callable[[], None]) -> Iterator[None]:
+    """Look while gradients that are reduced after backward travel, and around the update itself."""
+    import deepspeed.comm.comm as comm
+
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    all_reduce, update = comm.cdb.all_reduce, optimizer.step
+
+    def watched_all_reduce(*args: Any, **kwargs: Any) -> Any:
+        tensor = args[0] if args else kwargs["tensor"]
+        if not hasattr(engine.optimizer, "ipg_buckets") and tensor.numel() > BUCKET:
+            look()
+        return all_reduce(*args, **kwargs)
+
+    def watched_update(*args: Any, **kwargs: Any) -> Any:
+        look()
+        done = update(*args, **kwargs)
+        look()
+        return done
+
+    with (
+        mock.patch.object(comm.cdb, "all_reduce", watched_all_reduce),
+        mock.patch.object(optimizer, "step", watched_update),
+    ):
+        yield
+
+
 def run_case(config: Config, ds_config: dict[str, Any], device: torch.device) -> dict[str, int]:
     """Take a step, go through a second one up to its update, and return what was held on the way."""
     before = set(storages())
@@ -67,25 +96,28 @@ def run_case(config: Config, ds_config: dict[str, Any], device: torch.device) ->
     noise = torch.rand(1, config.num_selected)
     before |= {clips.untyped_storage().data_ptr(), noise.untyped_storage().data_ptr()}
 
-    def held() -> tuple[int, int]:
-        now = {address: count for address, count in storages().items() if address not in before}
-        in_buckets = buckets(engine.optimizer)
-        communication = sum(count for address, count in now.items() if address in in_buckets)
-        return sum(now.values()) - communication, communication
+    def held() -> int:
+        apart = before | buckets(engine.optimizer)
+        return sum(count for address, count in storages().items() if address not in apart)
 
-    seen: dict[str, int] = {"states": 0, "communication": 0, "forward": 0}
-    for second in (False, True):
+    seen: dict[str, int] = {"states": 0, "forward": 0, "step": 0}
+
+    def note(moment: str) -> None:
+        seen[moment] = max(seen[moment], held())
+
+    def micro_step(note: Callable[[str], None]) -> None:
+        loss = engine(clips, noise)
+        note("forward")
+        engine.backward(loss)
+        del loss
+        note("states")
+        engines.step(engine)
+
+    for _ in range(ACCUMULATION):  # the first step makes the optimiser's states
+        micro_step(lambda moment: None)
+    with watch_step(engine, lambda: note("step")):
         for _ in range(ACCUMULATION):
-            loss = engine(clips, noise)
-            if second:
-                seen["forward"] = max(seen["forward"], held()[0])
-            engine.backward(loss)
-            del loss
-            if second:
-                states, communication = held()
-                seen["states"] = max(seen["states"], states)
-                seen["communication"] = max(seen["communication"], communication)
-            engines.step(engine)
+            micro_step(note)
     engine.destroy()
     return seen
 
@@ -94,18 +126,20 @@ def main(folder: Path, cases: list[str]) -> None:
     """Run each case, FILE:PRECISION."""
     world = distributed.World.from_environment()
     device = distributed.start(world)
+    config = replace(CONFIG, batch=BatchConfig(global_size=world.size * ACCUMULATION, micro_size=1))
     for case in cases:
         name, precision = case.split(":")
         systems = engines.load_systems(folder / f"{name}.json")
         if "reduce_bucket_size" in systems["zero_optimization"]:
             systems["zero_optimization"]["reduce_bucket_size"] = BUCKET
         ds_config = engines.resolve_ds_config(
-            systems, CONFIG, world_size=world.size, precision=precision, device_type="cpu"
+            systems, config, world_size=world.size, precision=precision, device_type="cpu"
         )
-        measured = run_case(CONFIG, ds_config, device)
+        measured = run_case(config, ds_config, device)
         gc.collect()
-        estimate = estimate_memory(CONFIG, ds_config, world_size=world.size)
-        expected = {"states": estimate.states + estimate.host, "gathered": estimate.gathered}
+        estimate = estimate_memory(config, ds_config, world_size=world.size)
+        states = estimate.states + estimate.host
+        expected = {"states": states, "step": states + estimate.step, "gathered": estimate.gathered}
         line = {"case": case, "rank": world.rank, "measured": measured, "estimate": expected}
         sys.stdout.write(f"SEEN {json.dumps(line)}\n")  # in one piece: two processes write
         sys.stdout.flush()

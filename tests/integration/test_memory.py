@@ -19,6 +19,9 @@ STATES_RTOL = 0.01
 # estimated here: measured 1.7 % in bf16, 1.6 % in float32.
 GATHERED_RTOL = 0.03
 
+# Here a group's gradients are copied flat before its update and the originals freed at once: not seen from outside.
+COPIED_BETWEEN_LOOKS = ("zero1:fp32", "zero2:fp32")
+
 NAMES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 DEFAULT_CASES = ["zero2:bf16", "zero3:bf16"]
 OTHER_CASES = [case for name in NAMES for case in (f"{name}:bf16", f"{name}:fp32") if case not in DEFAULT_CASES]
@@ -51,7 +54,11 @@ def test_model_states_are_what_deepspeed_holds_on_each_rank(cases: list[str]) ->
             measured, expected = line["measured"], line["estimate"]
             held, estimated = measured["states"], expected["states"]
             print(f"{case} rank {line['rank']}: held {held}, estimated {estimated} ({estimated / held - 1:+.3%})")
+            print(f"  in the step: held {measured['step']}, estimated {expected['step']}")
             assert expected["states"] == pytest.approx(measured["states"], rel=STATES_RTOL), (case, line["rank"])
+            assert measured["step"] <= expected["step"] * (1 + STATES_RTOL)
+            if case not in COPIED_BETWEEN_LOOKS:
+                assert expected["step"] == pytest.approx(measured["step"], rel=STATES_RTOL), (case, line["rank"])
             if case.startswith("zero3"):
                 gathered = measured["forward"] - measured["states"]
                 assert expected["gathered"] == pytest.approx(gathered, rel=GATHERED_RTOL), (case, line["rank"])

@@ -140,6 +140,10 @@ def test_bytes_are_those_that_autograd_keeps_and_that_are_alive(
     config = make_config(size, checkpointing=checkpointing)
     saved, peak = measure(config, dtype)
     expected = estimate(config, dtype)
+    shown = [f"{value / 2**20:.2f}" for value in (saved, expected.saved, peak, expected.peak)]
+    print(
+        f"{size} {dtype} {checkpointing}: saved {shown[0]} MiB, estimated {shown[1]}; peak {shown[2]}, {shown[3]}"
+    )
     assert expected.saved == pytest.approx(saved, rel=SAVED_RTOL)
     assert expected.peak == pytest.approx(peak, rel=PEAK_RTOL)
 
