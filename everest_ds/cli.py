@@ -1,8 +1,8 @@
 """The command line: `everest COMMAND ...`. Parses, calls a module of `everest_ds.commands`, no logic of its own.
 
-Exit codes: 0 done; 1 a check found a fault (`everest doctor`) or we failed; 2 a fault of the user's, with one
-message and no traceback; 75 a signal stopped a run, all saved, and the same command goes on. Modules are imported
-when their command runs.
+Exit codes: 0 done; 1 a check found a fault (`everest doctor`, `everest plan`) or we failed; 2 a fault of the
+user's, with one message and no traceback; 75 a signal stopped a run, all saved, and the same command goes on.
+Modules are imported when their command runs.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ COMMANDS = {
     "doctor": "devices, attention backends, decoders, DeepSpeed, versions; exits 1 when something is missing",
     "demo-data": "a small labelled H.264 dataset with train.csv, val.csv, test.csv",
     "recipes": "the recipes; with a name: resolved config, token counts, batch arithmetic, DeepSpeed JSON",
+    "plan": "will a recipe fit N GPUs, what takes the memory, and the command; exits 1 when nothing fits",
     "pretrain": "pre-train a recipe; every config field is a flag",
     "convert": "the float32 weights of a run, from any ZeRO stage, as one safetensors file",
     "benchmark": "flops: the paper's tables beside our counts",
@@ -67,6 +68,7 @@ def _dispatch(words: list[str], world: World) -> int:
         "doctor": _doctor,
         "demo-data": _demo_data,
         "recipes": _recipes,
+        "plan": _plan,
         "pretrain": _pretrain,
         "convert": _convert,
         "benchmark": _benchmark,
@@ -129,15 +131,27 @@ def _recipes(rest: list[str], world: World) -> int:
     return 0
 
 
+def _plan(rest: list[str], world: World) -> int:
+    from everest_ds.commands.plan import PlanOptions, plan
+
+    config, flags = _recipe_and_flags("plan", rest)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Estimate what a recipe takes on some GPUs. Defaults shown are the recipe's."""
+
+        config: Annotated[Config, tyro.conf.arg(name="")]
+        options: Annotated[PlanOptions, tyro.conf.arg(name="")]
+
+    required = PlanOptions(gpus=tyro.MISSING, gpu_memory_gib=tyro.MISSING)
+    arguments = _parse(Arguments, flags, "everest plan RECIPE", world, config=config, options=required)
+    return plan(arguments.config, arguments.options, recipe=rest[0], base=config)
+
+
 def _pretrain(rest: list[str], world: World) -> int:
     from everest_ds.commands.train import LaunchOptions, pretrain
 
-    wants_help = bool(rest) and rest[0] in ("-h", "--help")
-    if not rest or (rest[0].startswith("-") and not wants_help):
-        from everest_ds.recipes import PRETRAIN_RECIPES
-
-        raise UserError(f"pretrain needs a recipe first; known: {', '.join(sorted(PRETRAIN_RECIPES))}")
-    config = _recipe("demo" if wants_help else rest[0])
+    config, flags = _recipe_and_flags("pretrain", rest)
 
     @dataclass(frozen=True, kw_only=True)
     class Arguments:
@@ -146,7 +160,6 @@ def _pretrain(rest: list[str], world: World) -> int:
         config: Annotated[Config, tyro.conf.arg(name="")]
         launch: Annotated[LaunchOptions, tyro.conf.arg(name="")] = field(default_factory=LaunchOptions)
 
-    flags = rest if wants_help else rest[1:]
     arguments = _parse(Arguments, flags, "everest pretrain RECIPE", world, config=config)
     return pretrain(arguments.config, arguments.launch, world)
 
@@ -194,6 +207,17 @@ def _benchmark(rest: list[str], world: World) -> int:
 @dataclass(frozen=True)
 class _NoArguments:
     """List the recipes; `everest recipes RECIPE --help` has the options for one."""
+
+
+def _recipe_and_flags(command: str, rest: list[str]) -> tuple[Config, list[str]]:
+    """Take the recipe off the words of a command that needs one; help is shown with the demo's defaults."""
+    if rest and rest[0] in ("-h", "--help"):
+        return _recipe("demo"), rest
+    if not rest or rest[0].startswith("-"):
+        from everest_ds.recipes import PRETRAIN_RECIPES
+
+        raise UserError(f"{command} needs a recipe first; known: {', '.join(sorted(PRETRAIN_RECIPES))}")
+    return _recipe(rest[0]), rest[1:]
 
 
 def _recipe(name: str) -> Config:

@@ -89,12 +89,17 @@ def build_autoencoder(config: Config) -> EverestAutoencoder:
     return EverestAutoencoder(
         get_size(config.model.size),
         config.grid,
-        EncoderOptions(
-            tubelet_size=config.model.tubelet_size,
-            patch_size=config.model.patch_size,
-            embedding_layers=config.model.embedding_layers,
-            attention=config.model.attention,
-            activation_checkpointing=config.model.activation_checkpointing,
-        ),
+        encoder_options(config),
         decoder_depth=config.model.decoder_depth,
+    )
+
+
+def encoder_options(config: Config) -> EncoderOptions:
+    """Return what a configuration says of the model besides its size."""
+    return EncoderOptions(
+        tubelet_size=config.model.tubelet_size,
+        patch_size=config.model.patch_size,
+        embedding_layers=config.model.embedding_layers,
+        attention=config.model.attention,
+        activation_checkpointing=config.model.activation_checkpointing,
     )

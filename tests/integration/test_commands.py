@@ -10,6 +10,7 @@ import pytest
 
 from everest_ds import __version__, cli
 from everest_ds.commands import flops
+from everest_ds.commands.plan import PlanOptions
 from everest_ds.commands.train import LaunchOptions
 from everest_ds.config import Config, RunConfig
 from everest_ds.config_file import dump_config
@@ -17,7 +18,8 @@ from everest_ds.data.demo import DemoConfig
 from everest_ds.recipes import PRETRAIN_RECIPES
 
 # Scripts, notebooks and habits rely on these; changing one is a decision, not an accident.
-COMMANDS = ["doctor", "demo-data", "recipes", "pretrain", "convert", "benchmark"]
+COMMANDS = ["doctor", "demo-data", "recipes", "plan", "pretrain", "convert", "benchmark"]
+PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "json"]
 LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "precision"]
 CONFIG_FIELDS = {
     "data": "train_list num_frames sampling_stride image_size crop_scales flip num_workers prefetch_batches "
@@ -38,6 +40,7 @@ RECIPES = [
 def test_command_line_is_frozen() -> None:
     assert list(cli.COMMANDS) == COMMANDS
     assert [f.name for f in dataclasses.fields(LaunchOptions)] == LAUNCH_OPTIONS
+    assert [f.name for f in dataclasses.fields(PlanOptions)] == PLAN_OPTIONS
     assert list(PRETRAIN_RECIPES) == RECIPES
     config = Config(recipe="demo")
     sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "recipe"}

@@ -80,3 +80,8 @@ def test_model_needs_neither_deepspeed_nor_decord_nor_the_data_package() -> None
     loaded = modules_after("import everest_ds.model.registry, everest_ds.model.flops")
     assert "torch" in loaded
     assert not loaded & {"deepspeed", "decord", "av", "everest_ds.data", "everest_ds.train"}
+
+
+def test_estimating_memory_needs_no_deepspeed() -> None:
+    loaded = modules_after("import everest_ds.train.memory, everest_ds.train.planning")
+    assert not loaded & {"deepspeed", "decord", "av"}

@@ -1,0 +1,220 @@
+"""`everest plan RECIPE --gpus N --gpu-memory-gib M`: will it fit, what takes the memory, and how to run it."""
+
+import dataclasses
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from everest_ds.config import Config
+from everest_ds.errors import UserError
+
+# On one node; more GPUs need a host file.
+MAX_GPUS_OF_A_NODE = 8
+PARTS = (
+    "parameters", "gradients", "optimizer", "gathered", "activations", "attention", "ranking", "step", "input",
+    "communication", "transient", "overhead", "allocated", "total", "host", "sent",
+)  # fmt: skip
+# Heads of the table, and the part that each shows.
+COLUMNS = {
+    "params": "parameters", "grads": "gradients", "optim": "optimizer", "input": "input", "comm": "communication",
+    "work": "transient", "over": "overhead", "total": "total", "activ": "activations", "attn": "attention",
+    "sent": "sent", "host": "host",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What to plan for."""
+
+    gpus: int
+    """GPUs of the run, one process each."""
+    gpu_memory_gib: float
+    """Memory of one GPU in GiB."""
+    ds_config: Path | None = None
+    """Plan with this file only, instead of the ways of sharding that come with the project."""
+    json: bool = False
+    """One JSON object, in bytes, instead of a table in GiB."""
+
+
+def plan(config: Config, options: PlanOptions, *, recipe: str, base: Config) -> int:
+    """Print what fits, and return 0; or the smallest change that would, and return 1.
+
+    Args:
+        config: The run, with the flags of the command line.
+        options: What to plan for.
+        recipe: The recipe's name, or the path of a run's config.json, as given.
+        base: What that names, without the flags.
+
+    Raises:
+        UserError: No GPUs, no memory, a global batch that they cannot share, or a DeepSpeed file that is refused.
+    """
+    _require_possible(config, options)
+    from everest_ds.train.planning import plan_settings, recommend, smallest_change
+
+    systems, paths = _systems(options.ds_config)
+    memory_bytes = int(options.gpu_memory_gib * 2**30)
+    settings = plan_settings(config, systems, num_gpus=options.gpus, memory_bytes=memory_bytes)
+    chosen = recommend(settings, memory_bytes)
+    change = None
+    if chosen is None:
+        change = smallest_change(config, systems, num_gpus=options.gpus, memory_bytes=memory_bytes)
+    command = _command(chosen, recipe, base, paths[chosen.name]) if chosen else None
+    rows = [_row(setting, memory_bytes, paths) for setting in settings]
+    if options.json:
+        document = _document(config, options, rows, chosen, command, change)
+        document["recommended"] = _row(chosen, memory_bytes, paths) if chosen else None
+        print(json.dumps(document))
+    else:
+        _print_table(config, options, rows)
+        print(_advice(chosen, command, change, options))
+        if chosen and not Path(paths[chosen.name]).is_file():
+            print(f"{paths[chosen.name]} is a file of the repository; it is not below this folder.")
+    return 0 if chosen else 1
+
+
+def _require_possible(config: Config, options: PlanOptions) -> None:
+    gpus, clips = options.gpus, config.batch.global_size
+    if gpus < 1:
+        raise UserError(f"--gpus {gpus} must be at least 1")
+    if not 0 < options.gpu_memory_gib < float("inf"):
+        raise UserError(f"--gpu-memory-gib {options.gpu_memory_gib} must be a number of GiB above 0")
+    if clips % gpus:
+        below, above = clips // gpus * gpus, (clips // gpus + 1) * gpus
+        sizes = f"{below} or {above}" if below else str(above)
+        fewer = max(count for count in range(1, gpus) if clips % count == 0)
+        raise UserError(
+            f"batch.global_size={clips} cannot be shared out evenly among --gpus {gpus}; use "
+            f"batch.global_size={sizes}, or --gpus {fewer}"
+        )
+
+
+def _systems(path: Path | None) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Return the DeepSpeed configurations to plan with, and the file of each."""
+    from everest_ds.train.engine import check_sections, load_systems
+    from everest_ds.train.systems import BUILT_IN_SYSTEMS
+
+    if path is None:
+        return BUILT_IN_SYSTEMS, {name: f"ds_configs/{name}.json" for name in BUILT_IN_SYSTEMS}
+    systems = load_systems(path)
+    check_sections(systems, str(path))
+    return {path.stem: systems}, {path.stem: str(path)}
+
+
+def _row(setting: Any, memory_bytes: int, paths: dict[str, str]) -> dict[str, Any]:
+    """Return a setting as plain values, sizes in bytes."""
+    estimate = setting.estimate
+    return {
+        "ds_config": paths[setting.name],
+        "activation_checkpointing": setting.checkpointing,
+        "fits": estimate.total <= memory_bytes,
+        "micro_size": setting.micro_size,
+        "accumulation_steps": setting.accumulation,
+        "bytes": {part: getattr(estimate, part) for part in PARTS},
+        "not_modelled": list(estimate.not_modelled),
+    }
+
+
+def _document(
+    config: Config,
+    options: PlanOptions,
+    rows: list[dict[str, Any]],
+    chosen: Any,
+    command: str | None,
+    change: Any,
+) -> dict[str, Any]:
+    from everest_ds.train.memory import ASSUMED_CONTEXT_BYTES, ASSUMED_FRAGMENTATION
+
+    smallest = None
+    if change is not None:
+        more = change.more_gpus
+        smallest = {
+            "gpu_memory_bytes": change.leanest.estimate.total,
+            "ds_config": change.leanest.name,
+            "gpus": more.num_gpus if more else None,
+        }
+    return {
+        "recipe": config.recipe,
+        "gpus": options.gpus,
+        "gpu_memory_gib": options.gpu_memory_gib,
+        "global_size": config.batch.global_size,
+        "settings": rows,
+        "command": command,
+        "smallest_change": smallest,
+        "assumed": {"context_bytes": ASSUMED_CONTEXT_BYTES, "fragmentation": ASSUMED_FRAGMENTATION},
+    }
+
+
+def _print_table(config: Config, options: PlanOptions, rows: list[dict[str, Any]]) -> None:
+    from everest_ds.train.sharding import count_parameters
+
+    parameters, tokens = count_parameters(config).total, config.grid.num_tokens
+    print(
+        f"{config.recipe}: ViT-{config.model.size}, {parameters / 1e6:.1f} M parameters; a clip has {tokens} "
+        f"tokens, {config.num_selected} selected, {config.num_visible} visible; "
+        f"batch {config.batch.global_size} on {options.gpus} GPUs of {options.gpu_memory_gib:g} GiB\n\n"
+        "Estimated peak of one GPU in GiB, at the largest micro-batch that fits (* not even one clip does).\n"
+        "total = params + grads + optim + input + comm + work + over. work: the largest of activations (activ, of\n"
+        "them attn attention's), ranking and step, and gathered parameters. sent: what a GPU sends in a step.\n"
+    )
+    print(f"{'ds_config':<14}{'ckpt':>5}{'micro':>6}{'accum':>6}" + "".join(f"{name:>7}" for name in COLUMNS))
+    for row in rows:
+        shown = "".join(f"{row['bytes'][part] / 2**30:>7.2f}" for part in COLUMNS.values())
+        recomputes = "yes" if row["activation_checkpointing"] else "no"
+        micro = f"{row['micro_size']}{'' if row['fits'] else '*'}"
+        print(f"{Path(row['ds_config']).stem:<14}{recomputes:>5}{micro:>6}{row['accumulation_steps']:>6}{shown}")
+    unknown = {name for row in rows for name in row["not_modelled"]}
+    if unknown:
+        print(f"\nwarning: not counted: {', '.join(sorted(unknown))}")
+    print("\nAssumed, not yet measured: `over`, 1.5 GiB for CUDA and NCCL and 5 % for fragmentation.")
+
+
+def _advice(chosen: Any, command: str | None, change: Any, options: PlanOptions) -> str:
+    from everest_ds.train.planning import in_gib
+
+    if chosen is not None:
+        how = "with" if chosen.checkpointing else "without"
+        return (
+            f"\nrecommended: {chosen.name} {how} recomputation, {chosen.config.batch.global_size} = "
+            f"{chosen.micro_size} a GPU x {options.gpus} GPUs x {chosen.accumulation} accumulation steps, "
+            f"{in_gib(chosen.estimate.total):.2f} GiB of {options.gpu_memory_gib:g}\n{command}"
+        )
+    lean = change.leanest
+    how = "with" if lean.checkpointing else "without"
+    wishes = [f"GPUs of {in_gib(lean.estimate.total):.2f} GiB ({lean.name} {how} recomputation, micro-batch 1)"]
+    more = change.more_gpus
+    if more is not None:
+        wishes.append(f"{more.num_gpus} GPUs of {options.gpu_memory_gib:g} GiB ({more.name}, micro-batch 1)")
+    return f"\nnothing fits. The smallest change that would: {', or '.join(wishes)}"
+
+
+def _command(setting: Any, recipe: str, base: Config, ds_config: str) -> str:
+    """Return the command that runs a setting: the recipe, and a flag for every field that differs from it."""
+    gpus = setting.num_gpus
+    where = ["--num_gpus", str(gpus)] if gpus <= MAX_GPUS_OF_A_NODE else ["--hostfile", "HOSTFILE"]
+    words = ["deepspeed", "--no_local_rank", *where, "--module", "everest_ds", "pretrain", recipe]
+    words += config_flags(setting.config, base)
+    if setting.config.data.train_list is None:
+        words += ["--data.train-list", "LIST"]
+    return shlex.join([*words, "--ds-config", ds_config, "--out", f"runs/{setting.config.recipe}"])
+
+
+def config_flags(config: Config, base: Config) -> list[str]:
+    """Return the flags that turn one configuration into another."""
+    flags = []
+    for section in dataclasses.fields(config):
+        if section.name == "recipe":
+            continue
+        ours, theirs = getattr(config, section.name), getattr(base, section.name)
+        for field in dataclasses.fields(ours):
+            value = getattr(ours, field.name)
+            if value == getattr(theirs, field.name):
+                continue
+            name = field.name.replace("_", "-")
+            if isinstance(value, bool):
+                flags.append(f"--{section.name}.{'' if value else 'no-'}{name}")
+            else:
+                values = value if isinstance(value, tuple) else (value,)
+                flags += [f"--{section.name}.{name}", *(str(item) for item in values)]
+    return flags

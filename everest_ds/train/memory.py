@@ -1,0 +1,148 @@
+"""Will it fit: what one GPU holds at the peak of a run, part by part, before the run.
+
+Place in the flow: configuration and resolved DeepSpeed configuration in, `MemoryEstimate` out; `everest plan`
+compares many, a run logs its own at the start and holds it against the peak at the end. Arithmetic only: neither
+DeepSpeed nor a GPU is needed. What building the engine and saving a checkpoint take for a moment is not counted.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from everest_ds.config import Config
+from everest_ds.model.activations import TokenCounts, activation_bytes, ranking_bytes
+from everest_ds.model.sizes import get_size
+from everest_ds.train.sharding import Sharding, bytes_sent, count_parameters
+from everest_ds.train.states import model_states
+from everest_ds.train.tasks import encoder_options
+
+GIB = 2**30
+# Assumed, not yet measured: CUDA context, kernels, cuBLAS workspace and NCCL's buffers and channels.
+ASSUMED_CONTEXT_BYTES = int(1.5 * GIB)
+# Assumed, not yet measured: what the caching allocator reserves beyond what is allocated.
+ASSUMED_FRAGMENTATION = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes on one GPU, of the process that holds most.
+
+    Attributes:
+        parameters: Parameters as the model computes with them (stage 3: this process's share and the small ones).
+        gradients: Gradients, held from backward to the step.
+        optimizer: Master weights and both moments of Adam.
+        gathered: Parameters of other processes during forward and backward (stage 3).
+        activations: The most that forward and backward need at once.
+        attention: The part of ``activations`` that is attention's own.
+        ranking: What ranking all tokens in float32 needs, before any activation is there.
+        step: What reducing gradients and stepping need, after the activations are gone.
+        input: The micro-batch: uint8 clips and selection noise.
+        communication: Buffers that gradients are communicated in.
+        host: Host memory that offload takes for one GPU, pinned.
+        sent: Bytes that one GPU sends in one optimiser step.
+        not_modelled: Options of the DeepSpeed configuration that the estimate does not know.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+    attention: int
+    ranking: int
+    step: int
+    input: int
+    communication: int
+    host: int
+    sent: int
+    not_modelled: tuple[str, ...]
+
+    @property
+    def states(self) -> int:
+        """Parameters, gradients and optimiser states."""
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
+    def transient(self) -> int:
+        """The largest of what follows one another: ranking, forward and backward, the step."""
+        return max(self.gathered + max(self.activations, self.ranking), self.step)
+
+    @property
+    def allocated(self) -> int:
+        """The peak of allocated memory, what ``torch.cuda.max_memory_allocated`` counts."""
+        return self.states + self.input + self.communication + self.transient
+
+    @property
+    def overhead(self) -> int:
+        """Context, NCCL and fragmentation: assumed, not yet measured."""
+        return ASSUMED_CONTEXT_BYTES + int(ASSUMED_FRAGMENTATION * self.allocated)
+
+    @property
+    def total(self) -> int:
+        """What the GPU must have."""
+        return self.allocated + self.overhead
+
+
+def estimate_memory(config: Config, ds_config: dict[str, Any], *, world_size: int) -> MemoryEstimate:
+    """Return what one GPU holds at the peak of a run.
+
+    Args:
+        config: The run; its micro-batch is the one that is estimated.
+        ds_config: As `train.engine.resolve_ds_config` returns it.
+        world_size: Processes, one a GPU.
+    """
+    sharding = Sharding.of(ds_config, world_size)
+    counts = count_parameters(config)
+    states = model_states(counts, sharding)
+    size, options, clips = get_size(config.model.size), encoder_options(config), config.batch.micro_size
+    activations = activation_bytes(
+        size,
+        options,
+        TokenCounts(clips=clips, visible=config.num_visible, targets=config.num_targets),
+        decoder_depth=config.model.decoder_depth,
+        dtype_bytes=sharding.model_bytes,
+    )
+    pixels = 3 * config.data.num_frames * config.data.image_size**2
+    return MemoryEstimate(
+        parameters=states.parameters,
+        gradients=states.gradients,
+        optimizer=states.optimizer,
+        gathered=states.gathered,
+        activations=activations.peak,
+        attention=activations.attention,
+        ranking=ranking_bytes(config.grid, options, width=size.width, clips=clips),
+        step=states.step,
+        input=clips * (pixels + 4 * config.num_selected),
+        communication=states.buckets,
+        host=states.host,
+        sent=bytes_sent(counts, sharding),
+        not_modelled=sharding.not_modelled,
+    )
+
+
+def describe_estimate(estimate: MemoryEstimate) -> str:
+    """Return one line for the start of a run: the peak and its parts in GiB."""
+    parts = {
+        "parameters": estimate.parameters,
+        "gradients": estimate.gradients,
+        "optimiser": estimate.optimizer,
+        "gathered": estimate.gathered,
+        "activations": estimate.activations,
+        "ranking": estimate.ranking,
+        "step": estimate.step,
+        "input": estimate.input,
+        "communication": estimate.communication,
+    }
+    shown = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items() if value)
+    line = (
+        f"memory estimate a GPU: {estimate.allocated / GIB:.2f} GiB allocated at the peak, "
+        f"{estimate.total / GIB:.2f} with context and fragmentation ({shown})"
+    )
+    host = f"; {estimate.host / GIB:.2f} GiB of host memory" if estimate.host else ""
+    unknown = f"; not counted: {', '.join(estimate.not_modelled)}" if estimate.not_modelled else ""
+    return line + host + unknown
+
+
+def describe_peak(estimate: MemoryEstimate, peak_gib: float) -> str:
+    """Return one line for the end of a run on GPUs: the measured peak of allocated memory against the estimate."""
+    expected = estimate.allocated / GIB
+    return f"peak memory {peak_gib:.2f} GiB allocated, estimated {expected:.2f} ({peak_gib / expected - 1:+.1%})"

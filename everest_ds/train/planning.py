@@ -1,0 +1,162 @@
+"""Which way of sharding, and how large a micro-batch, fits some GPUs.
+
+Place in the flow: `everest plan` asks; `train.memory` answers for one setting, this module for all of them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from everest_ds.config import Config
+from everest_ds.train.engine import resolve_ds_config
+from everest_ds.train.memory import GIB, MemoryEstimate, estimate_memory
+from everest_ds.train.sharding import FLOAT32_BYTES, Sharding
+
+# More GPUs than this are not suggested.
+MAX_SUGGESTED_GPUS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One way to run: a DeepSpeed configuration, recomputation or not, a micro-batch.
+
+    Attributes:
+        name: Of the DeepSpeed configuration.
+        config: The run with this micro-batch and recomputation.
+        num_gpus: Processes, one a GPU.
+        accumulation: Micro-steps of an optimiser step.
+        accumulates_low: Whether several micro-steps add up in bf16.
+        gathers: Whether passes wait for parameters of other processes (stage 3).
+        offloads: Whether states live in host memory.
+        estimate: What it takes.
+    """
+
+    name: str
+    config: Config
+    num_gpus: int
+    accumulation: int
+    accumulates_low: bool
+    gathers: bool
+    offloads: bool
+    estimate: MemoryEstimate
+
+    @property
+    def micro_size(self) -> int:
+        """Clips that a GPU takes through the model at once."""
+        return self.config.batch.micro_size
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether blocks are computed again in backward."""
+        return self.config.model.activation_checkpointing
+
+    @property
+    def preference(self) -> tuple[bool, bool, int, bool, bool, int, int]:
+        """What `recommend` sorts by, best first."""
+        estimate = self.estimate
+        return (
+            self.offloads,
+            self.checkpointing,
+            self.accumulation,
+            self.accumulates_low,
+            self.gathers,
+            estimate.sent,
+            estimate.total,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallestChange:
+    """What would have to change where nothing fits.
+
+    Attributes:
+        leanest: The setting that needs least memory on the same number of GPUs.
+        more_gpus: What fits on the smallest larger number of GPUs of the same memory, if any number helps.
+    """
+
+    leanest: Setting
+    more_gpus: Setting | None
+
+
+def make_setting(
+    config: Config, name: str, systems: dict[str, Any], *, num_gpus: int, micro_size: int, checkpointing: bool
+) -> Setting:
+    """Estimate one setting, in the precision that the systems say for GPUs."""
+    config = replace(
+        config,
+        batch=replace(config.batch, micro_size=micro_size),
+        model=replace(config.model, activation_checkpointing=checkpointing),
+    )
+    ds_config = resolve_ds_config(systems, config, world_size=num_gpus, precision="auto", device_type="cuda")
+    sharding = Sharding.of(ds_config, num_gpus)
+    return Setting(
+        name=name,
+        config=config,
+        num_gpus=num_gpus,
+        accumulation=sharding.accumulation_steps,
+        accumulates_low=sharding.accumulation_steps > 1 and sharding.accumulation_bytes < FLOAT32_BYTES,
+        gathers=sharding.stage == 3,
+        offloads=sharding.offloads_optimizer or sharding.offloads_parameters,
+        estimate=estimate_memory(config, ds_config, world_size=num_gpus),
+    )
+
+
+def plan_settings(
+    config: Config, systems: Mapping[str, dict[str, Any]], *, num_gpus: int, memory_bytes: int
+) -> list[Setting]:
+    """Return each way of sharding without and with recomputation, at the largest micro-batch that fits.
+
+    Where none fits, the setting is that of one clip; its total says so. Micro-batches are those that divide a GPU's
+    share of the global batch, which must be a multiple of the GPUs.
+    """
+    share = config.batch.global_size // num_gpus
+    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    settings = []
+    for name, options in systems.items():
+        for checkpointing in (False, True):
+            for size in sizes:
+                setting = make_setting(
+                    config, name, options, num_gpus=num_gpus, micro_size=size, checkpointing=checkpointing
+                )
+                if setting.estimate.total <= memory_bytes:
+                    break
+            settings.append(setting)
+    return settings
+
+
+def recommend(settings: list[Setting], memory_bytes: int) -> Setting | None:
+    """Return the setting to use, or None when none fits.
+
+    The rule: no offload before offload; no recomputation before recomputation; then the fewest accumulation steps,
+    accumulation in float32 before bf16, stages that do not gather parameters in every pass before stage 3, the
+    least communication, the least memory. It knows no speeds: those have to be measured.
+    """
+    fitting = [setting for setting in settings if setting.estimate.total <= memory_bytes]
+    return min(fitting, key=lambda setting: setting.preference, default=None)
+
+
+def smallest_change(
+    config: Config, systems: Mapping[str, dict[str, Any]], *, num_gpus: int, memory_bytes: int
+) -> SmallestChange:
+    """Return what would fit where nothing does: larger GPUs, or more of them."""
+
+    def leanest_on(count: int) -> Setting:
+        settings = (
+            make_setting(config, name, options, num_gpus=count, micro_size=1, checkpointing=checkpointing)
+            for name, options in systems.items()
+            for checkpointing in (False, True)
+        )
+        return min(settings, key=lambda setting: setting.estimate.total)
+
+    larger = range(num_gpus + 1, min(config.batch.global_size, MAX_SUGGESTED_GPUS) + 1)
+    counts = (count for count in larger if config.batch.global_size % count == 0)
+    fitting = (leanest_on(count) for count in counts)
+    return SmallestChange(
+        leanest=leanest_on(num_gpus),
+        more_gpus=next((setting for setting in fitting if setting.estimate.total <= memory_bytes), None),
+    )
+
+
+def in_gib(value: int) -> float:
+    """Return bytes as GiB, rounded up to a hundredth."""
+    return -(-value * 100 // GIB) / 100

@@ -1,0 +1,185 @@
+"""What of a DeepSpeed configuration and a model decides how much is held and sent: read once, without DeepSpeed.
+
+Place in the flow: `train.states` and `train.memory` compute with it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from everest_ds.config import BatchConfig, Config, OptimConfig, RunConfig
+from everest_ds.train.optim import parameter_groups
+from everest_ds.train.tasks import build_autoencoder
+
+FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
+# DeepSpeed's own defaults (runtime/zero/config.py).
+DEFAULT_REUSE = 1_000_000_000
+DEFAULT_PERSISTENCE = 100_000
+# Flat buffers are padded to this many elements times the processes (nccl_start_alignment_factor).
+ALIGNMENT = 2
+# Options that the arithmetic below follows, and those that do not change how much is held.
+KNOWN_OPTIONS = frozenset(
+    {
+        "stage", "overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size",
+        "reduce_scatter", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
+        "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save",
+        "offload_optimizer", "offload_param",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """Elements of the model.
+
+    Attributes:
+        groups: Elements of each parameter, by optimiser group.
+        buffers: Elements of the buffers (position tables).
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """Parameters of the model."""
+        return sum(self.all)
+
+    @property
+    def all(self) -> list[int]:
+        """Elements of every parameter."""
+        return [count for group in self.groups for count in group]
+
+    def aligned(self, world_size: int) -> list[int]:
+        """Elements of each group's flat buffer."""
+        unit = ALIGNMENT * world_size
+        return [-(-sum(group) // unit) * unit for group in self.groups]
+
+    def partitioned(self, world_size: int) -> list[int]:
+        """Elements of each group on one process at stage 3, where every parameter is split by itself."""
+        return [sum(-(-count // world_size) for count in group) for group in self.groups]
+
+    def touching(self, world_size: int) -> int:
+        """Elements of the parameters that lie at least in part in a process's partition, where that is most."""
+
+        def of_rank(rank: int) -> Iterator[int]:
+            for group, flat in zip(self.groups, self.aligned(world_size), strict=True):
+                start, begin, end = 0, rank * flat // world_size, (rank + 1) * flat // world_size
+                for count in group:
+                    if start < end and start + count > begin:
+                        yield count
+                    start += count
+
+        return max(sum(of_rank(rank)) for rank in range(world_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """What of a resolved DeepSpeed configuration decides how much is held.
+
+    Attributes:
+        stage: ZeRO stage.
+        model_bytes: Bytes of a parameter as the model computes with it.
+        accumulation_bytes: Bytes of an accumulated gradient.
+        communication_bytes: Bytes of a gradient on the wire.
+        options: The section ``zero_optimization``.
+        accumulation_steps: Micro-steps of an optimiser step.
+        world_size: Processes.
+    """
+
+    stage: int
+    model_bytes: int
+    accumulation_bytes: int
+    communication_bytes: int
+    options: dict[str, Any]
+    accumulation_steps: int
+    world_size: int
+
+    @classmethod
+    def of(cls, ds_config: dict[str, Any], world_size: int) -> "Sharding":
+        """Read a configuration as `train.engine.resolve_ds_config` returns it."""
+        bf16 = bool(ds_config["bf16"]["enabled"])
+        model = "bf16" if bf16 else "fp32"
+        size = {"bf16": BFLOAT16_BYTES, "fp32": FLOAT32_BYTES}
+        options = ds_config.get("zero_optimization", {})
+        return cls(
+            stage=int(options.get("stage", 0)),
+            model_bytes=size[model],
+            accumulation_bytes=size[ds_config.get("data_types", {}).get("grad_accum_dtype", model)],
+            communication_bytes=size[ds_config["communication_data_type"]],
+            options=options,
+            accumulation_steps=int(ds_config["gradient_accumulation_steps"]),
+            world_size=world_size,
+        )
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether optimiser states live in host memory."""
+        return _offloads(self.options, "offload_optimizer")
+
+    @property
+    def offloads_parameters(self) -> bool:
+        """Whether the partitioned parameters live in host memory."""
+        return _offloads(self.options, "offload_param")
+
+    @property
+    def not_modelled(self) -> tuple[str, ...]:
+        """Options of the file that the estimate does not know."""
+        unknown = sorted(set(self.options) - KNOWN_OPTIONS)
+        for name in ("offload_optimizer", "offload_param"):
+            if _offloads(self.options, name) and (self.stage < 3 or self.options[name]["device"] != "cpu"):
+                unknown.append(f"{name} other than to the CPU at stage 3")
+        return tuple(unknown)
+
+
+def _offloads(options: dict[str, Any], name: str) -> bool:
+    return (options.get(name) or {}).get("device", "none") != "none"
+
+
+def count_parameters(config: Config) -> ParameterCounts:
+    """Count the model that a configuration describes, built on the meta device."""
+    model = replace(config.model, activation_checkpointing=False, attention="sdpa")
+    return _count(replace(config, model=model, batch=BatchConfig(), run=RunConfig(), optim=OptimConfig()))
+
+
+@lru_cache(maxsize=8)
+def _count(config: Config) -> ParameterCounts:
+    with torch.device("meta"):
+        model = build_autoencoder(config)
+    groups = [group["params"] for group in parameter_groups(model, config.optim.weight_decay)]
+    return ParameterCounts(
+        groups=tuple(tuple(p.numel() for p in group) for group in groups),  # type: ignore[attr-defined]
+        buffers=sum(buffer.numel() for buffer in model.buffers()),
+    )
+
+
+def persistent_elements(counts: ParameterCounts, sharding: Sharding) -> int:
+    """Elements of the parameters that stage 3 keeps whole on every process because they are small."""
+    threshold = int(sharding.options.get("stage3_param_persistence_threshold", DEFAULT_PERSISTENCE))
+    return sum(count for count in counts.all if count <= threshold)
+
+
+def bytes_sent(counts: ParameterCounts, sharding: Sharding) -> int:
+    """Return the bytes that one GPU sends in one optimiser step, by ring algorithms.
+
+    An all-reduce of X bytes sends 2 (N - 1) / N X, an all-gather or reduce-scatter half of it. Counted at
+    DeepSpeed's calls: stages 0 and 1 all-reduce once a step; stage 2 all-reduces in every micro-step (it does not
+    scatter); stages 1 and 2 gather the parameters after the step; stage 3 reduce-scatters in every micro-step and
+    gathers the parameters once in it, or twice where they are released between forward and backward. Checkpointing
+    adds no gather.
+    """
+    world, steps, total = sharding.world_size, sharding.accumulation_steps, counts.total
+    gradients, parameters = total * sharding.communication_bytes, total * sharding.model_bytes
+    if sharding.stage == 0:
+        moved = 2 * gradients
+    elif sharding.stage < 3:
+        moved = 2 * gradients * (steps if sharding.stage == 2 else 1) + parameters
+    else:
+        persistent = persistent_elements(counts, sharding) * sharding.model_bytes
+        reuse = int(sharding.options.get("stage3_max_reuse_distance", DEFAULT_REUSE))
+        gathers = 1 if 2 * total <= reuse else 2
+        moved = steps * (gathers * (parameters - persistent) + gradients) + persistent
+    return moved * (world - 1) // world

@@ -1,0 +1,151 @@
+"""What DeepSpeed holds: run by the processes of test_memory.py, one line of JSON a case and rank.
+
+After a backward pass, before the step, all live tensors of the process are collected and the bytes of their
+storages added up, each once: by the garbage collector and not by DeepSpeed's attributes, so that nothing is
+overlooked. Buckets are known by what the optimiser points to and are counted apart.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from everest_ds import distributed
+from everest_ds.config import BatchConfig, Config, DataConfig, ModelConfig
+from everest_ds.recipes import get_recipe
+from everest_ds.train import engine as engines
+from everest_ds.train.memory import estimate_memory
+from everest_ds.train.tasks import PretrainTask
+
+# ViT-S with its decoder over small clips: 24 M parameters, and activations that do not count.
+ACCUMULATION = 2
+CONFIG = replace(
+    get_recipe("k400_vit_s"),
+    data=DataConfig(image_size=64, num_frames=4),
+    model=ModelConfig(size="small"),
+)
+BUCKET = 5_000_000
+
+
+def storages() -> dict[int, int]:
+    """Address and bytes of every storage that a live tensor, or the gradient of one, points to."""
+    gc.collect()
+    found = {}
+    for item in gc.get_objects():
+        if not issubclass(type(item), torch.Tensor) or item.is_meta:
+            continue
+        gradient = item.grad if item.is_leaf else None
+        for tensor in (item,) if gradient is None else (item, gradient):
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def buckets(optimizer: Any) -> set[int]:
+    """Addresses of the buffers that gradients are communicated in."""
+    found = set()
+    for bucket in getattr(optimizer, "ipg_buckets", {}).values():
+        buffers = bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer]
+        found |= {buffer.untyped_storage().data_ptr() for buffer in buffers if buffer is not None}
+    return found
+
+
+@contextlib.contextmanager
+def watch_step(engine: Any, look: Callable[[], None]) -> Iterator[None]:
+    """Look while gradients that are reduced after backward travel, and around the update itself."""
+    import deepspeed.comm.comm as comm
+
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    all_reduce, update = comm.cdb.all_reduce, optimizer.step
+
+    def watched_all_reduce(*args: Any, **kwargs: Any) -> Any:
+        tensor = args[0] if args else kwargs["tensor"]
+        if not hasattr(engine.optimizer, "ipg_buckets") and tensor.numel() > BUCKET:
+            look()
+        return all_reduce(*args, **kwargs)
+
+    def watched_update(*args: Any, **kwargs: Any) -> Any:
+        look()
+        done = update(*args, **kwargs)
+        look()
+        return done
+
+    with (
+        mock.patch.object(comm.cdb, "all_reduce", watched_all_reduce),
+        mock.patch.object(optimizer, "step", watched_update),
+    ):
+        yield
+
+
+def run_case(config: Config, ds_config: dict[str, Any], device: torch.device) -> dict[str, int]:
+    """Take a step, go through a second one up to its update, and return what was held on the way."""
+    before = set(storages())
+    torch.manual_seed(0)
+    engine = engines.build_engine(PretrainTask(config), config, ds_config, device)
+    engine.train()
+    edge = config.data.image_size
+    clips = torch.randint(0, 256, (1, 3, config.data.num_frames, edge, edge), dtype=torch.uint8)
+    noise = torch.rand(1, config.num_selected)
+    before |= {clips.untyped_storage().data_ptr(), noise.untyped_storage().data_ptr()}
+
+    def held() -> int:
+        apart = before | buckets(engine.optimizer)
+        return sum(count for address, count in storages().items() if address not in apart)
+
+    seen: dict[str, int] = {"states": 0, "forward": 0, "step": 0}
+
+    def note(moment: str) -> None:
+        seen[moment] = max(seen[moment], held())
+
+    def micro_step(note: Callable[[str], None]) -> None:
+        loss = engine(clips, noise)
+        note("forward")
+        engine.backward(loss)
+        del loss
+        note("states")
+        engines.step(engine)
+
+    for _ in range(ACCUMULATION):  # the first step makes the optimiser's states
+        micro_step(lambda moment: None)
+    with watch_step(engine, lambda: note("step")):
+        for _ in range(ACCUMULATION):
+            micro_step(note)
+    engine.destroy()
+    return seen
+
+
+def main(folder: Path, cases: list[str]) -> None:
+    """Run each case, FILE:PRECISION."""
+    world = distributed.World.from_environment()
+    device = distributed.start(world)
+    config = replace(CONFIG, batch=BatchConfig(global_size=world.size * ACCUMULATION, micro_size=1))
+    for case in cases:
+        name, precision = case.split(":")
+        systems = engines.load_systems(folder / f"{name}.json")
+        if "reduce_bucket_size" in systems["zero_optimization"]:
+            systems["zero_optimization"]["reduce_bucket_size"] = BUCKET
+        ds_config = engines.resolve_ds_config(
+            systems, config, world_size=world.size, precision=precision, device_type="cpu"
+        )
+        measured = run_case(config, ds_config, device)
+        gc.collect()
+        estimate = estimate_memory(config, ds_config, world_size=world.size)
+        states = estimate.states + estimate.host
+        expected = {"states": states, "step": states + estimate.step, "gathered": estimate.gathered}
+        line = {"case": case, "rank": world.rank, "measured": measured, "estimate": expected}
+        sys.stdout.write(f"SEEN {json.dumps(line)}\n")  # in one piece: two processes write
+        sys.stdout.flush()
+    distributed.finish()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

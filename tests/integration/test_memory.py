@@ -1,0 +1,64 @@
+"""The estimate of model states against what DeepSpeed holds on each of two ranks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.integration.launch import cpu_environment, free_port
+
+# Measured over all ways of sharding, precisions and ranks: at most 0.31 % (float32 at stage 2, where the two ranks
+# hold whole gradients of different parameters and the estimate is for the one that holds more), else 0.006 %.
+STATES_RTOL = 0.01
+# What forward adds at stage 3 is the gathered parameters and the activations of one small clip, which are not
+# estimated here: measured 1.7 % in bf16, 1.6 % in float32.
+GATHERED_RTOL = 0.03
+
+# Here a group's gradients are copied flat before its update and the originals freed at once: not seen from outside.
+COPIED_BETWEEN_LOOKS = ("zero1:fp32", "zero2:fp32")
+
+NAMES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
+DEFAULT_CASES = ["zero2:bf16", "zero3:bf16"]
+OTHER_CASES = [case for name in NAMES for case in (f"{name}:bf16", f"{name}:fp32") if case not in DEFAULT_CASES]
+
+
+def scan(cases: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Run cases in two processes and return both ranks' figures of each."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    words = [sys.executable, *launcher, "-m", "tests.integration.scan_states", str(REPOSITORY / "ds_configs")]
+    done = subprocess.run(
+        [*words, *cases], capture_output=True, text=True, env=cpu_environment(), cwd=REPOSITORY, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    seen: dict[str, list[dict[str, Any]]] = {}
+    for text in done.stdout.split("SEEN ")[1:]:
+        line = json.loads(text.splitlines()[0])
+        seen.setdefault(line["case"], []).append(line)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "cases", [DEFAULT_CASES, pytest.param(OTHER_CASES, marks=pytest.mark.slow)], ids=["default", "others"]
+)
+def test_model_states_are_what_deepspeed_holds_on_each_rank(cases: list[str]) -> None:
+    seen = scan(cases)
+    assert list(seen) == cases
+    for case, lines in seen.items():
+        assert [line["rank"] for line in sorted(lines, key=lambda line: line["rank"])] == [0, 1]
+        for line in lines:
+            measured, expected = line["measured"], line["estimate"]
+            held, estimated = measured["states"], expected["states"]
+            print(f"{case} rank {line['rank']}: held {held}, estimated {estimated} ({estimated / held - 1:+.3%})")
+            print(f"  in the step: held {measured['step']}, estimated {expected['step']}")
+            assert expected["states"] == pytest.approx(measured["states"], rel=STATES_RTOL), (case, line["rank"])
+            assert measured["step"] <= expected["step"] * (1 + STATES_RTOL)
+            if case not in COPIED_BETWEEN_LOOKS:
+                assert expected["step"] == pytest.approx(measured["step"], rel=STATES_RTOL), (case, line["rank"])
+            if case.startswith("zero3"):
+                gathered = measured["forward"] - measured["states"]
+                assert expected["gathered"] == pytest.approx(gathered, rel=GATHERED_RTOL), (case, line["rank"])
