@@ -93,10 +93,11 @@ def _require_possible(config: Config, options: PlanOptions) -> None:
 def _systems(path: Path | None) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Return the DeepSpeed configurations to plan with, and the file of each."""
     from everest_ds.train.engine import check_sections, load_systems
-    from everest_ds.train.systems import BUILT_IN_SYSTEMS
+    from everest_ds.train.systems import shipped_systems
 
     if path is None:
-        return BUILT_IN_SYSTEMS, {name: f"ds_configs/{name}.json" for name in BUILT_IN_SYSTEMS}
+        shipped = shipped_systems()
+        return shipped, {name: f"ds_configs/{name}.json" for name in shipped}
     systems = load_systems(path)
     check_sections(systems, str(path))
     return {path.stem: systems}, {path.stem: str(path)}

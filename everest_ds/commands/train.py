@@ -91,6 +91,7 @@ def pretrain(config: Config, options: LaunchOptions, world: World) -> int:
     distributed.barrier()
     require_shared(start.run_dir)
     finished = _run(trainer)
+    _compare_memory(trainer, ds_config)
     if trainer.log is not None:
         trainer.log.close()
     distributed.finish()
@@ -109,6 +110,25 @@ def _run(trainer: "Trainer") -> bool:
         log.write("event", schedule.end_step, event="end")
         print(f"done: {trainer.run_dir}", flush=True)
     return finished
+
+
+def _compare_memory(trainer: "Trainer", ds_config: dict[str, Any]) -> None:
+    """Record the peak of the process that held most beside what `everest plan` expects of it."""
+    from everest_ds.train.memory import GIB, describe_peak, estimate_memory
+    from everest_ds.train.metrics import peak_memory_gib
+
+    peak_gib = max(distributed.gather_objects(peak_memory_gib(trainer.device)))
+    if trainer.log is None:
+        return
+    estimate = estimate_memory(trainer.config, ds_config, world_size=trainer.world.size)
+    values = {"peak_gib": round(peak_gib, 3), "estimated_gib": round(estimate.allocated / GIB, 3)}
+    trainer.log.write("event", trainer.schedule.end_step, event="memory", device=trainer.device.type, **values)
+    if trainer.device.type == "cuda":
+        print(describe_peak(estimate, peak_gib), flush=True)
+    else:  # Python and its libraries are in it
+        print(
+            f"peak resident memory {peak_gib:.2f} GiB, tensors estimated {values['estimated_gib']:.2f}", flush=True
+        )
 
 
 def _build(
@@ -197,6 +217,7 @@ def _open_run(
     trainer: "Trainer", ds_config: dict[str, Any], start: "Start", backend: str, *, ready_s: float
 ) -> None:
     """Write the run's files, open its record, and say what is about to run. Rank zero only."""
+    from everest_ds.train.memory import describe_estimate, estimate_memory
     from everest_ds.train.metrics import MetricsLog, drop_later_bad_samples
 
     config, world, schedule, state = trainer.config, trainer.world, trainer.schedule, trainer.start
@@ -211,6 +232,7 @@ def _open_run(
         f"{schedule.end_step} steps of {schedule.steps_per_epoch} an epoch",
         flush=True,
     )
+    print(describe_estimate(estimate_memory(config, ds_config, world_size=world.size)), flush=True)
     pointer_fault = warn_of_pointer(trainer.run_dir)
     if pointer_fault:
         print(f"warning: {pointer_fault}; the newest complete checkpoint counts", flush=True)

@@ -26,6 +26,7 @@ class Setting:
         num_gpus: Processes, one a GPU.
         accumulation: Micro-steps of an optimiser step.
         accumulates_low: Whether several micro-steps add up in bf16.
+        stays: Whether its checkpoints go on in a world of the same size only (stage 0 in bf16).
         gathers: Whether passes wait for parameters of other processes (stage 3).
         offloads: Whether states live in host memory.
         estimate: What it takes.
@@ -36,6 +37,7 @@ class Setting:
     num_gpus: int
     accumulation: int
     accumulates_low: bool
+    stays: bool
     gathers: bool
     offloads: bool
     estimate: MemoryEstimate
@@ -51,7 +53,7 @@ class Setting:
         return self.config.model.activation_checkpointing
 
     @property
-    def preference(self) -> tuple[bool, bool, int, bool, bool, int, int]:
+    def preference(self) -> tuple[bool, bool, int, bool, bool, bool, int, int]:
         """What `recommend` sorts by, best first."""
         estimate = self.estimate
         return (
@@ -59,6 +61,7 @@ class Setting:
             self.checkpointing,
             self.accumulation,
             self.accumulates_low,
+            self.stays,
             self.gathers,
             estimate.sent,
             estimate.total,
@@ -95,6 +98,7 @@ def make_setting(
         num_gpus=num_gpus,
         accumulation=sharding.accumulation_steps,
         accumulates_low=sharding.accumulation_steps > 1 and sharding.accumulation_bytes < FLOAT32_BYTES,
+        stays=sharding.stage == 0 and sharding.model_bytes < FLOAT32_BYTES,
         gathers=sharding.stage == 3,
         offloads=sharding.offloads_optimizer or sharding.offloads_parameters,
         estimate=estimate_memory(config, ds_config, world_size=num_gpus),
@@ -128,8 +132,9 @@ def recommend(settings: list[Setting], memory_bytes: int) -> Setting | None:
     """Return the setting to use, or None when none fits.
 
     The rule: no offload before offload; no recomputation before recomputation; then the fewest accumulation steps,
-    accumulation in float32 before bf16, stages that do not gather parameters in every pass before stage 3, the
-    least communication, the least memory. It knows no speeds: those have to be measured.
+    accumulation in float32 before bf16, checkpoints that go on in any world before those that do not, stages that
+    do not gather parameters in every pass before stage 3, the least communication, the least memory. It knows no
+    speeds: those have to be measured.
     """
     fitting = [setting for setting in settings if setting.estimate.total <= memory_bytes]
     return min(fitting, key=lambda setting: setting.preference, default=None)

@@ -44,7 +44,7 @@ def test_plan_prints_a_fitting_setting_and_a_command_that_runs_it(
 
     seen: list[tuple[Config, LaunchOptions]] = []
     monkeypatch.setattr(
-        "everest_ds.commands.train.pretrain", lambda config, options, world: seen.append((config, options))
+        "everest_ds.commands.train.pretrain", lambda config, options, world: seen.append((config, options)) or 0
     )
     after_module = command.split("everest_ds ", 1)[1]
     assert cli.main(shlex.split(after_module)) == 0
@@ -102,7 +102,7 @@ def test_flags_turn_one_configuration_into_another(monkeypatch: pytest.MonkeyPat
         run=RunConfig(seed=3, max_steps=7),
     )
     seen: list[Config] = []
-    monkeypatch.setattr("everest_ds.commands.train.pretrain", lambda config, options, world: seen.append(config))
+    monkeypatch.setattr("everest_ds.commands.train.pretrain", lambda config, *others: seen.append(config) or 0)
     assert cli.main(["pretrain", "k400_vit_b", *config_flags(config, base)]) == 0
     assert seen == [config]
 
