@@ -16,7 +16,7 @@ from typing import Any
 from everest_ds import distributed
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.train.seal import SEAL, find_damage, is_sealed, remove_sealed, seal, write_durably
+from everest_ds.train.seal import SEAL, find_damage, is_sealed, remove_sealed, seal, sync_folder, write_durably
 
 STATE, LATEST = "state.json", "latest"
 # Version of the folder's layout and of state.json; raise it when an older reader would misread a newer folder.
@@ -247,9 +247,11 @@ def _publish(temporary: Path, final: Path) -> None:
     if final.exists():
         remove_sealed(final)
     temporary.rename(final)
+    sync_folder(final.parent)
     pointer = final.parent / LATEST
     write_durably(pointer.with_name("latest.tmp"), final.name + "\n")
     pointer.with_name("latest.tmp").replace(pointer)
+    sync_folder(final.parent)
 
 
 def _all_must(world: World, folder: Path, action: Any) -> None:

@@ -48,6 +48,7 @@ def seal(folder: Path, world: World, **facts: str) -> None:
     if world.is_main:
         manifest = {name: record for part in parts for name, record in sorted(part.items())}
         write_durably(folder / SEAL, json.dumps({**facts, "files": manifest}, indent=2) + "\n")
+        sync_folder(folder)
 
 
 def find_damage(folder: Path, world: World) -> str | None:
@@ -85,6 +86,15 @@ def write_durably(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's own entries, new names among them, are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _files(folder: Path) -> list[str]:
