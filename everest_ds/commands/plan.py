@@ -69,8 +69,6 @@ def plan(config: Config, options: PlanOptions, *, recipe: str, base: Config) -> 
     else:
         _print_table(config, options, rows)
         print(_advice(chosen, command, change, options))
-        if chosen and not Path(paths[chosen.name]).is_file():
-            print(f"{paths[chosen.name]} is a file of the repository; it is not below this folder.")
     return 0 if chosen else 1
 
 
@@ -93,11 +91,10 @@ def _require_possible(config: Config, options: PlanOptions) -> None:
 def _systems(path: Path | None) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Return the DeepSpeed configurations to plan with, and the file of each."""
     from everest_ds.train.engine import check_sections, load_systems
-    from everest_ds.train.systems import shipped_systems
+    from everest_ds.train.systems import shipped_files, shipped_systems
 
     if path is None:
-        shipped = shipped_systems()
-        return shipped, {name: f"ds_configs/{name}.json" for name in shipped}
+        return shipped_systems(), {name: str(path) for name, path in shipped_files().items()}
     systems = load_systems(path)
     check_sections(systems, str(path))
     return {path.stem: systems}, {path.stem: str(path)}
