@@ -110,3 +110,35 @@ def test_run_goes_on_in_another_world_and_stage(
     else:
         assert worst < RTOL
         assert (source.parent / f"universal-{source.name}" / "complete.json").is_file()
+
+
+@pytest.mark.slow
+def test_zero_0_in_float32_goes_on_in_any_world(
+    uninterrupted: dict[int, Path], script: Path, demo_folder: Path, tmp_path: Path
+) -> None:
+    """Every process holds everything: nothing is converted."""
+    after = {step: loss for step, loss in losses(uninterrupted[0]).items() if step > BRANCH_STEP}
+    source = uninterrupted[0] / "checkpoints" / f"step-{BRANCH_STEP:08d}"
+    for world in (1, 4):
+        named = ["--resume", str(source), "--data.train-list", str(demo_folder / "train.csv")]
+        run(script, world, 0, tmp_path / str(world), *named)
+        branch = losses(tmp_path / str(world))
+        assert max(abs(branch[step] / after[step] - 1) for step in after) < RTOL
+    assert not list(source.parent.glob("universal-*"))
+
+
+@pytest.mark.slow
+def test_run_goes_on_with_eight_processes_and_comes_back(
+    uninterrupted: dict[int, Path], script: Path, demo_folder: Path, tmp_path: Path
+) -> None:
+    """2 processes at ZeRO-2, then 8 at ZeRO-3, then 2 at ZeRO-2 again, in one run directory."""
+    out = tmp_path / "run"
+    stops = [("2", 6), ("8", 9), ("2", 16)]
+    for world, until in stops:
+        words = ["--data.train-list", str(demo_folder / "train.csv"), "--run.max-steps", str(until)]
+        run(script, int(world), 3 if world == "8" else 2, out, *words, "--batch.micro-size", "4")
+    branch, whole = losses(out), losses(uninterrupted[2])
+    assert branch.keys() == whole.keys()
+    worst = max(abs(branch[step] / whole[step] - 1) for step in whole)
+    print(f"8 processes in between: {worst:.2e}")
+    assert worst < RTOL
