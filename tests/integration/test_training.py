@@ -178,6 +178,7 @@ def require_same_run(run_dir: Path, expected: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow  # the runs that are killed say the same by default
 def test_resumed_run_is_bitwise_the_uninterrupted_one(
     uninterrupted: Path, demo_folder: Path, tmp_path: Path
 ) -> None:

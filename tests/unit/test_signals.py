@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from everest_ds.train.signals import SAME_REQUEST_S, StopRequest, children_ignore_stop_signals
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_first_signal_is_noted_and_its_echo_ignored(signum: signal.Signals) -> None:
+    stop = StopRequest()
+    before = signal.getsignal(signum)
+    with stop.listening():
+        assert stop.agreed() is None
+        os.kill(os.getpid(), signum)
+        os.kill(os.getpid(), signum)
+        assert stop.agreed() == signum
+    assert signal.getsignal(signum) == before
+
+
+SECOND = f"""
+import os, signal, time
+from everest_ds.train.signals import StopRequest
+with StopRequest().listening():
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep({SAME_REQUEST_S} + 0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still here")
+"""
+
+
+def test_second_signal_ends_the_process_at_once() -> None:
+    done = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stdout == ""
+
+
+def test_children_started_inside_the_block_survive_the_signals() -> None:
+    kills = "; ".join(f"os.kill(os.getpid(), {int(number)})" for number in (signal.SIGUSR1, signal.SIGTERM))
+    command = [sys.executable, "-c", f"import os; {kills}; print('alive')"]
+    with children_ignore_stop_signals():
+        inside = subprocess.run(command, capture_output=True, text=True, check=False)
+    outside = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (inside.returncode, inside.stdout) == (0, "alive\n")
+    assert outside.returncode == -signal.SIGUSR1
