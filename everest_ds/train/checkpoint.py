@@ -8,7 +8,7 @@ nothing reads and the next save removes.
 import json
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,16 @@ from typing import Any
 from everest_ds import distributed
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.train.seal import SEAL, find_damage, is_sealed, remove_sealed, seal, sync_folder, write_durably
+from everest_ds.train.seal import (
+    SEAL,
+    find_damage,
+    is_sealed,
+    remove_sealed,
+    seal,
+    sync_folder,
+    try_together,
+    write_durably,
+)
 
 STATE, LATEST = "state.json", "latest"
 # Version of the folder's layout and of state.json; raise it when an older reader would misread a newer folder.
@@ -254,14 +263,9 @@ def _publish(temporary: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
-def _all_must(world: World, folder: Path, action: Any) -> None:
+def _all_must(world: World, folder: Path, action: Callable[[], object]) -> None:
     """Run a part of a save on every rank; when it fails on one, all stop alike and the torn folder is removed."""
-    fault = None
-    try:
-        action()
-    except OSError as error:
-        fault = str(error)
-    fault = distributed.agree(fault)
+    fault = try_together(action)
     if fault is None:
         return
     if world.is_main:

@@ -27,7 +27,7 @@ from everest_ds import distributed
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train.checkpoint import TrainState, load_checkpoint, read_state, universal_of
-from everest_ds.train.seal import SEAL, find_damage, is_sealed, remove_sealed, seal, sha256
+from everest_ds.train.seal import SEAL, find_damage, is_sealed, remove_sealed, seal, sha256, try_together
 
 REPORT_EVERY_S = 5.0
 
@@ -98,28 +98,23 @@ def _convert(checkpoint: Path, copy: Path, source: str, world: World) -> None:
     started = time.monotonic()
     if world.is_main:
         print(f"converting {checkpoint.name} for another world or ZeRO stage", flush=True)
-    fault = _run_converter(checkpoint, temporary, world)
-    if fault is None and world.is_main:
-        try:
-            _bridge_stages(checkpoint, temporary)
-        except (OSError, RuntimeError) as error:
-            fault = f"{type(error).__name__}: {error}"
-    fault = distributed.agree(fault)
-    if fault is None:
-        try:
-            seal(temporary, world, source=source)
-            if world.is_main:
-                remove_sealed(copy)
-                temporary.rename(copy)
-        except OSError as error:
-            fault = str(error)
-        fault = distributed.agree(fault)
+    fault = (
+        _run_converter(checkpoint, temporary, world)
+        or try_together(lambda: _bridge_stages(checkpoint, temporary) if world.is_main else None)
+        or try_together(lambda: seal(temporary, world, source=source))
+        or try_together(lambda: _publish(temporary, copy) if world.is_main else None)
+    )
     if fault:
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{checkpoint} could not be converted for this world and ZeRO stage: {fault}")
     if world.is_main:
         print(f"converted to {copy} in {time.monotonic() - started:.1f} s", flush=True)
+
+
+def _publish(temporary: Path, copy: Path) -> None:
+    remove_sealed(copy)
+    temporary.rename(copy)
 
 
 def _run_converter(checkpoint: Path, temporary: Path, world: World) -> str | None:
@@ -149,7 +144,8 @@ def _run_converter(checkpoint: Path, temporary: Path, world: World) -> str | Non
     if process is not None and process.returncode:
         last = (temporary / "converter.log").read_text(errors="replace").strip().splitlines()[-1:]
         fault = f"DeepSpeed's converter ended with {process.returncode}: {' '.join(last)}"
-    (temporary / "converter.log").unlink(missing_ok=True) if world.is_main else None
+    if world.is_main:
+        (temporary / "converter.log").unlink(missing_ok=True)
     return distributed.agree(fault)
 
 

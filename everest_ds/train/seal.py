@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from everest_ds import distributed
@@ -66,6 +66,18 @@ def find_damage(folder: Path, world: World) -> str | None:
         if sha256(path) != expected["sha256"]:
             return f"the checksum of {name} differs"
     return None
+
+
+def try_together(action: Callable[[], object]) -> str | None:
+    """Run an action on every rank; return on all of them why the disk of the first that failed refused, or None."""
+    fault = None
+    try:
+        action()
+    except OSError as error:
+        fault = str(error)
+    except RuntimeError as error:  # as which torch's writer reports a full disk
+        fault = f"RuntimeError: {error}"
+    return distributed.agree(fault)
 
 
 def remove_sealed(folder: Path) -> None:
