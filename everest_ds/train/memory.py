@@ -134,7 +134,7 @@ def describe_estimate(estimate: MemoryEstimate) -> str:
     }
     shown = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items() if value)
     line = (
-        f"memory estimate a GPU: {estimate.allocated / GIB:.2f} GiB allocated at the peak, "
+        f"memory estimate a process: {estimate.allocated / GIB:.2f} GiB allocated at the peak, "
         f"{estimate.total / GIB:.2f} with context and fragmentation ({shown})"
     )
     host = f"; {estimate.host / GIB:.2f} GiB of host memory" if estimate.host else ""
