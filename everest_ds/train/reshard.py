@@ -122,7 +122,7 @@ def _run_converter(checkpoint: Path, temporary: Path, world: World) -> str | Non
 
     The other ranks hear of it every few seconds, so that no collective waits for longer than that.
     """
-    process, fault, num_parameters = None, None, 0
+    process, fault, num_parameters, started = None, None, 0, time.monotonic()
     if world.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         try:
@@ -138,7 +138,8 @@ def _run_converter(checkpoint: Path, temporary: Path, world: World) -> str | Non
                 process.wait(timeout=REPORT_EVERY_S)
             running = process.poll() is None
             done = len(list(temporary.glob("zero/*/exp_avg_sq.pt")))
-            print(f"  {done} of {num_parameters} parameters", flush=True)
+            what = f"{done} of {num_parameters} parameters merged" if done else "taking the shards apart"
+            print(f"  {what}, {time.monotonic() - started:.0f} s", flush=True)
         if not any(distributed.gather_objects(running)):
             break
     if process is not None and process.returncode:
