@@ -30,6 +30,8 @@ from everest_ds.train.seal import (
 STATE, LATEST = "state.json", "latest"
 # Version of the folder's layout and of state.json; raise it when an older reader would misread a newer folder.
 FORMAT = 1
+# Where torch's file writer reports that a disk takes no more; it raises a RuntimeError.
+TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +88,9 @@ def save_checkpoint(engine: Any, run_dir: Path, state: TrainState, world: World)
         engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
     except (OSError, RuntimeError) as error:
         # The other ranks wait in DeepSpeed's own barrier: leave at once, and let the launcher end them.
-        fault = _disk_fault(folder)
-        if fault is None:
-            raise
-        raise UserError(_unwritten(folder, fault)) from error
+        if isinstance(error, OSError) or any(name in str(error) for name in TORCH_WRITER):
+            raise UserError(_unwritten(folder, str(error).splitlines()[0])) from error
+        raise
     _all_must(world, folder, lambda: _write_state(temporary, state) if world.is_main else None)
     _all_must(world, folder, lambda: seal(temporary, world))
     _all_must(world, folder, lambda: _publish(temporary, final) if world.is_main else None)
@@ -272,18 +273,6 @@ def _all_must(world: World, folder: Path, action: Callable[[], object]) -> None:
         for leftover in folder.glob("tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
     raise UserError(_unwritten(folder, fault))
-
-
-def _disk_fault(folder: Path) -> str | None:
-    """Return why the folder takes no more data, or None when it does."""
-    probe = folder / ".probe"
-    try:
-        probe.write_bytes(bytes(2**20))
-    except OSError as error:
-        return str(error)
-    finally:
-        probe.unlink(missing_ok=True)
-    return None
 
 
 def _unwritten(folder: Path, fault: str) -> str:

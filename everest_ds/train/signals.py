@@ -25,20 +25,26 @@ class StopRequest:
     def __init__(self) -> None:
         self._signum = 0
         self._received_at = 0.0
+        self._leaving = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals inside this block; only the main thread may."""
+        """Handle the signals inside this block; only the main thread may.
+
+        Once the launch has agreed to stop they are ignored for good: a process that has saved and is on its way out
+        leaves with its own exit code, whatever its launcher still sends.
+        """
         before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if self._leaving else handler)
 
     def agreed(self) -> signal.Signals | None:
         """Return the signal that any process of the launch has received; all ranks call this at the same step."""
         number = distributed.largest(self._signum)
+        self._leaving = bool(number)
         return signal.Signals(number) if number else None
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:

@@ -4,22 +4,35 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
-from everest_ds.train.signals import SAME_REQUEST_S, StopRequest, children_ignore_stop_signals
+from everest_ds.train.signals import SAME_REQUEST_S, STOP_SIGNALS, StopRequest, children_ignore_stop_signals
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    yield
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
 def test_first_signal_is_noted_and_its_echo_ignored(signum: signal.Signals) -> None:
     stop = StopRequest()
-    before = signal.getsignal(signum)
     with stop.listening():
         assert stop.agreed() is None
         os.kill(os.getpid(), signum)
         os.kill(os.getpid(), signum)
         assert stop.agreed() == signum
-    assert signal.getsignal(signum) == before
+    os.kill(os.getpid(), signum)  # on the way out, whatever a launcher still sends is ignored
+
+
+def test_without_a_request_the_signals_are_as_before() -> None:
+    with StopRequest().listening() as _:
+        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 SECOND = f"""
