@@ -6,6 +6,7 @@ Modules are imported when their command runs.
 """
 
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -48,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _leave(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _say(f"everest: error: {error.strerror}: {error.filename or 'see the run directory'}; make room\n", world)
+        return _leave(2)
 
 
 def _dispatch(words: list[str], world: World) -> int:

@@ -90,29 +90,27 @@ def pretrain(config: Config, options: LaunchOptions, world: World) -> int:
         _open_run(trainer, ds_config, start, backend, ready_s=time.perf_counter() - began)
     distributed.barrier()
     require_shared(start.run_dir)
-    finished = _run(trainer)
-    _compare_memory(trainer, ds_config)
-    if trainer.log is not None:
-        trainer.log.close()
+    taken = trainer.run(_batches(trainer)) if trainer.schedule.num_left > 0 else start.state.step
+    _compare_memory(trainer, ds_config, taken)
+    _close_run(trainer, taken)
     distributed.finish()
-    return 0 if finished else EXIT_STOPPED
+    return 0 if taken >= trainer.schedule.end_step else EXIT_STOPPED
 
 
-def _run(trainer: "Trainer") -> bool:
-    """Train what is left; return whether the end was reached."""
+def _close_run(trainer: "Trainer", taken: int) -> None:
+    """Say how the run ended and close its record. Rank zero only."""
     schedule, log = trainer.schedule, trainer.log
-    finished = True
-    if schedule.start_step < schedule.end_step:
-        finished = trainer.run(_batches(trainer))
-    elif log is not None:
+    if log is None:
+        return
+    if schedule.num_left <= 0:
         print(f"nothing left to do: step {schedule.start_step} of {schedule.end_step}", flush=True)
-    if finished and log is not None:
-        log.write("event", schedule.end_step, event="end")
+    if taken >= schedule.end_step:
+        log.write("event", taken, event="end")
         print(f"done: {trainer.run_dir}", flush=True)
-    return finished
+    log.close()
 
 
-def _compare_memory(trainer: "Trainer", ds_config: dict[str, Any]) -> None:
+def _compare_memory(trainer: "Trainer", ds_config: dict[str, Any], taken: int) -> None:
     """Record the peak of the process that held most beside what `everest plan` expects of it."""
     from everest_ds.train.memory import GIB, describe_peak, estimate_memory
     from everest_ds.train.metrics import peak_memory_gib
@@ -122,7 +120,7 @@ def _compare_memory(trainer: "Trainer", ds_config: dict[str, Any]) -> None:
         return
     estimate = estimate_memory(trainer.config, ds_config, world_size=trainer.world.size)
     values = {"peak_gib": round(peak_gib, 3), "estimated_gib": round(estimate.allocated / GIB, 3)}
-    trainer.log.write("event", trainer.schedule.end_step, event="memory", device=trainer.device.type, **values)
+    trainer.log.write("event", taken, event="memory", device=trainer.device.type, **values)
     if trainer.device.type == "cuda":
         print(describe_peak(estimate, peak_gib), flush=True)
     else:  # Python and its libraries are in it

@@ -70,11 +70,11 @@ class Trainer:
         self.num_skipped = self.start.num_skipped
         self.cost: ClipCost = self.task.clip_cost()
 
-    def run(self, batches: Iterator[ClipBatch]) -> bool:
+    def run(self, batches: Iterator[ClipBatch]) -> int:
         """Train to the end of the schedule, logging and saving on the way.
 
         Returns:
-            Whether the end was reached; not when a signal stopped the run at a step before, which it saved.
+            The steps taken: those of the schedule, or fewer when a signal stopped the run, all of them saved.
 
         Raises:
             UserError: Too many unreadable videos, a loader that hangs, a loss or gradient that is not finite, or a
@@ -88,7 +88,7 @@ class Trainer:
                 signum = self.stop.agreed()
                 if signum:
                     self._leave_early(step, signum, saved=last_saved == step)
-                    return False
+                    return step
                 self._take_step(step, batches)
                 taken = step + 1
                 saves = self.schedule.saves_after(taken, self.config.run)
@@ -98,7 +98,7 @@ class Trainer:
                     self._save(taken)
                     last_saved = taken
                     self.window = Window(self.device)
-        return True
+        return self.schedule.end_step
 
     def _take_step(self, step: int, batches: Iterator[ClipBatch]) -> None:
         rate = learning_rate(step, self.config.optim, self.config.batch, self.schedule.steps_per_epoch)

@@ -20,6 +20,11 @@ class Schedule:
     start_step: int
     end_step: int
 
+    @property
+    def num_left(self) -> int:
+        """Steps still to take; below zero for a run that went further than it is now told to."""
+        return self.end_step - self.start_step
+
     @classmethod
     def of(cls, config: Config, num_samples: int, start_step: int = 0) -> "Schedule":
         """Return the schedule of a configuration over a list of videos.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -169,3 +171,17 @@ def test_flops_table_has_every_row(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert cli.main(["benchmark", "flops", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["counted_gmacs"] for row in rows] == [11.5572, 6.338]
+
+
+def test_disk_without_room_is_a_message_and_other_faults_of_ours_are_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(number: int) -> None:
+        raise OSError(number, os.strerror(number), "runs/x/metrics.jsonl")
+
+    monkeypatch.setattr("everest_ds.commands.train.pretrain", lambda *arguments: fail(errno.ENOSPC))
+    assert cli.main(["pretrain", "demo"]) == 2
+    assert "error: No space left on device: runs/x/metrics.jsonl; make room" in capsys.readouterr().err
+    monkeypatch.setattr("everest_ds.commands.train.pretrain", lambda *arguments: fail(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        cli.main(["pretrain", "demo"])

@@ -71,7 +71,7 @@ def test_slurm_script_requeues_a_stopped_run_and_goes_on(demo_folder: Path, tmp_
     assert (tmp_path / "requeued").read_text().splitlines() == [environment["SLURM_JOB_ID"]]
     assert [line["step"] for line in metrics(run_dir)] == list(range(1, 9))
     assert [line["event"] for line in metrics(run_dir, "event")] == [
-        "start", "checkpoint", "stopped", "memory", "resume", "checkpoint", "end", "memory",
+        "start", "checkpoint", "stopped", "memory", "resume", "checkpoint", "memory", "end",
     ]  # fmt: skip
 
 
