@@ -145,13 +145,16 @@ os._exit(0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_gradient_that_is_not_finite_changes_no_weight_at_any_stage(precision: str) -> None:
+def test_gradient_that_is_not_finite_changes_no_weight_at_any_stage(precision: str, tmp_path: Path) -> None:
     """One good step and one of NaN: the second is not applied, and AdamW counts one update.
 
-    It counted two at ZeRO-0 in bf16, where DeepSpeed's own first step on zero gradients is taken back by us.
+    It counted two at ZeRO-0 in bf16, where DeepSpeed's own first step on zero gradients is taken back by us. And
+    nothing is compiled on the way: neither an optimiser nor shared memory for gloo.
     """
+    environment = cpu_environment(TORCH_EXTENSIONS_DIR=str(tmp_path))
     words = [sys.executable, "-c", NAN_STEP, str(REPOSITORY / "ds_configs"), precision]
-    done = subprocess.run(words, capture_output=True, text=True, env=cpu_environment(), timeout=120, check=True)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120, check=True)
+    assert not list(tmp_path.iterdir())
     seen = [line for line in done.stdout.splitlines() if line.startswith("SEEN")]
     assert seen == [f"SEEN {stage} 1 False False True 1.0" for stage in (0, 1, 2, 3)]
 
