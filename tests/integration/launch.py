@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.conftest import REPOSITORY
 
 BIN = Path(sys.executable).parent
+RECOVERY_STEPS = 12
 
 
 def cpu_environment(**extra: str) -> dict[str, str]:
@@ -69,3 +72,51 @@ def metrics(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
     text = (run_dir / "metrics.jsonl").read_text()
     lines = text[: text.rfind("\n") + 1].splitlines()  # a line may be on its way
     return [line for line in map(json.loads, lines) if line["kind"] == kind]
+
+
+def flags(demo_folder: Path, out: Path, *extra: str, steps: int = 20) -> list[str]:
+    """The words of a short demo run that logs every step."""
+    words = ["pretrain", "demo", "--data.train-list", str(demo_folder / "train.csv"), "--out", str(out)]
+    words += ["--run.max-steps", str(steps), "--run.log-every-steps", "1", "--data.num-workers", "0"]
+    return [*words, "--precision", "fp32", *extra]
+
+
+def ds_config(name: str) -> str:
+    """The path of a file of ds_configs/."""
+    return str(REPOSITORY / "ds_configs" / f"{name}.json")
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The loss of every recorded step."""
+    return [line["loss"] for line in metrics(run_dir)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, byte for byte."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def recovery_command(demo_folder: Path, out: Path, *extra: str, stage: int = 2) -> list[str]:
+    """The words of a run that saves every two of its twelve steps, three epochs of the list."""
+    words = ["--run.save-every-steps", "2", "--ds-config", ds_config(f"zero{stage}"), *extra]
+    return flags(demo_folder, out, *words, steps=RECOVERY_STEPS)
+
+
+def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """The model's weights in a checkpoint of ZeRO-0 to 2."""
+    shard = run_dir / "checkpoints" / f"step-{step:08d}" / "mp_rank_00_model_states.pt"
+    return torch.load(shard, weights_only=False)["module"]
+
+
+def require_same_run(run_dir: Path, expected: Path) -> None:
+    """Same losses and same weights, bit for bit."""
+    assert losses(run_dir) == losses(expected)
+    ours, theirs = weights(run_dir, RECOVERY_STEPS), weights(expected, RECOVERY_STEPS)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def run_to_the_end(arguments: list[str]) -> None:
+    """Run on two processes and require success."""
+    done = launch(arguments, processes=2)
+    assert done.returncode == 0, done.stderr

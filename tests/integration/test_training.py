@@ -10,17 +10,15 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import timm
 import torch
 
 import everest_ds.model.registry  # noqa: F401  (registers the models)
 from tests.conftest import REPOSITORY
-from tests.integration.launch import cpu_environment, launch, metrics, start
+from tests.integration.launch import contents, cpu_environment, ds_config, flags, launch, losses, metrics
 
 LOSS_RTOL = 1e-5
 NUM_STEPS = 20
@@ -29,21 +27,6 @@ TRAIN_KEYS = {
     "kind", "step", "time_s", "epoch", "samples", "loss", "grad_norm", "lr", "weight_decay", "clips_per_s",
     "tokens_per_s", "data_wait_ms", "step_ms", "memory_gib", "mfu",
 }  # fmt: skip
-
-
-def flags(demo_folder: Path, out: Path, *extra: str, steps: int = NUM_STEPS) -> list[str]:
-    """A short demo run that logs every step."""
-    words = ["pretrain", "demo", "--data.train-list", str(demo_folder / "train.csv"), "--out", str(out)]
-    words += ["--run.max-steps", str(steps), "--run.log-every-steps", "1", "--data.num-workers", "0"]
-    return [*words, "--precision", "fp32", *extra]
-
-
-def ds_config(name: str) -> str:
-    return str(REPOSITORY / "ds_configs" / f"{name}.json")
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [line["loss"] for line in metrics(run_dir)]
 
 
 @pytest.fixture(scope="module")
@@ -159,46 +142,6 @@ def test_gradient_that_is_not_finite_changes_no_weight_at_any_stage(precision: s
     assert seen == [f"SEEN {stage} 1 False False True 1.0" for stage in (0, 1, 2, 3)]
 
 
-def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    shard = run_dir / "checkpoints" / f"step-{step:08d}" / "mp_rank_00_model_states.pt"
-    return torch.load(shard, weights_only=False)["module"]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two processes, ZeRO-2, twelve steps: three epochs of this list."""
-    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    done = launch(flags(demo_folder, out, steps=12), processes=2)
-    assert done.returncode == 0, done.stderr
-    return out
-
-
-def require_same_run(run_dir: Path, expected: Path) -> None:
-    """Same losses and same weights, bit for bit."""
-    assert losses(run_dir) == losses(expected)
-    ours, theirs = weights(run_dir, 12), weights(expected, 12)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-@pytest.mark.slow  # the runs that are killed say the same by default
-def test_resumed_run_is_bitwise_the_uninterrupted_one(
-    uninterrupted: Path, demo_folder: Path, tmp_path: Path
-) -> None:
-    """The run stops inside its second epoch and goes on from there."""
-    for steps in (6, 12):
-        done = launch(flags(demo_folder, tmp_path / "run", steps=steps), processes=2)
-        assert done.returncode == 0, done.stderr
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000006"
-    went_on = "step 6, epoch 1, 192 samples; 2 processes at ZeRO-2 then, 2 at ZeRO-2 now"
-    assert f"resumed from {checkpoint}: {went_on}" in done.stdout
-    require_same_run(tmp_path / "run", uninterrupted)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_foreign_checkpoint_is_refused_and_the_run_directory_left_as_it_was(
     reference: Path, demo_folder: Path, tmp_path: Path
 ) -> None:
@@ -211,39 +154,6 @@ def test_foreign_checkpoint_is_refused_and_the_run_directory_left_as_it_was(
     assert "at ZeRO stage 0; this run has 1 at stage 2" in other_stage.stderr
     assert "Traceback" not in other_stage.stderr
     assert contents(run) == before
-
-
-def test_killed_run_with_a_damaged_checkpoint_ends_as_if_nothing_had_happened(
-    uninterrupted: Path, demo_folder: Path, tmp_path: Path
-) -> None:
-    """A rank is killed, then 64 bytes of the newest checkpoint flip; the same command goes on from before."""
-    broken = tmp_path / "broken"
-    saving = ["--run.save-every-steps", "2"]
-    killed = kill_a_rank_after(flags(demo_folder, broken, *saving, steps=12), broken, step=7)
-    assert killed not in (0, 2)
-    newest = sorted((broken / "checkpoints").glob("step-*/complete.json"))[-1].parent
-    shard = next(newest.glob("*rank_1*optim_states.pt"))
-    damaged = bytearray(shard.read_bytes())
-    damaged[1000:1064] = bytes(byte ^ 0xFF for byte in damaged[1000:1064])
-    shard.write_bytes(damaged)
-    done = launch(flags(demo_folder, broken, *saving, steps=12), processes=2)
-    assert done.returncode == 0, done.stderr
-    assert f"checkpoint {newest} is damaged: the checksum of {shard.name} differs; passing it over" in done.stdout
-    require_same_run(broken, uninterrupted)
-
-
-def kill_a_rank_after(arguments: list[str], run_dir: Path, *, step: int) -> int:
-    """Start two processes, kill -9 rank one once a step is recorded, and return the launcher's exit code."""
-    with start(arguments, processes=2) as process:
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if (run_dir / "metrics.jsonl").is_file() and len(metrics(run_dir)) >= step:
-                break
-            time.sleep(0.02)
-        ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "everest_ds" in p.cmdline()]
-        victim = next(p for p in ranks if p.environ().get("RANK") == "1")
-        victim.kill()
-        return process.wait(timeout=120)
 
 
 def list_with_bad_rows(demo_folder: Path, path: Path, num_bad: int) -> Path:

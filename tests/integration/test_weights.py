@@ -15,8 +15,7 @@ from everest_ds import cli
 from everest_ds.config_file import load_config
 from everest_ds.train.tasks import build_autoencoder
 from tests.conftest import REPOSITORY
-from tests.integration.launch import BIN, cpu_environment, free_port, launch
-from tests.integration.test_training import contents, ds_config, flags
+from tests.integration.launch import BIN, contents, cpu_environment, ds_config, flags, free_port, launch
 
 TRAIN_AND_EXPORT = """
 import os, sys, torch

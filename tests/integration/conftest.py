@@ -1,0 +1,24 @@
+"""Whole runs that several modules compare with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.integration.launch import launch, recovery_command
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Whole runs on two processes, by ZeRO stage, made when first asked for."""
+
+    class Runs(dict[int, Path]):
+        def __missing__(self, stage: int) -> Path:
+            out = tmp_path_factory.mktemp("runs") / f"zero{stage}"
+            done = launch(recovery_command(demo_folder, out, stage=stage), processes=2)
+            assert done.returncode == 0, done.stderr
+            self[stage] = out
+            return out
+
+    return Runs()
