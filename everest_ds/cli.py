@@ -167,7 +167,8 @@ def _pretrain(rest: list[str], world: World) -> int:
         launch: Annotated[LaunchOptions, tyro.conf.arg(name="")] = field(default_factory=LaunchOptions)
 
     arguments = _parse(Arguments, flags, "everest pretrain RECIPE", world, config=config)
-    return pretrain(arguments.config, arguments.launch, world)
+    code = pretrain(arguments.config, arguments.launch, world)
+    return _leave(code, at_once=world.size > 1)
 
 
 def _convert(rest: list[str], world: World) -> int:
@@ -264,11 +265,14 @@ def _say(text: str, world: World, *, to_stdout: bool = False) -> None:
         (sys.stdout if to_stdout else sys.stderr).write(text)
 
 
-def _leave(code: int) -> int:
-    """Return the exit code, or exit at once where a process group would abort on the way out."""
+def _leave(code: int, *, at_once: bool = False) -> int:
+    """Return the exit code, or exit at once where a process group would abort on the way out.
+
+    gloo does so now and then (exit code -6) even after the group was left: one launch in some hundreds.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_initialized():
+    if at_once or (torch is not None and torch.distributed.is_initialized()):
         os._exit(code)
     return code
