@@ -6,6 +6,7 @@ Place in the flow: complete Weights -> `write_weights` -> files, under a tempora
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +37,20 @@ def require_target(target: Path, layout: Layout) -> None:
         raise UserError(f"{target} must end in {' or '.join(suffixes)}")
 
 
-def write_weights(weights: Weights, target: Path, layout: Layout) -> list[tuple[str, str]]:
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        key_map: Names where the weights came from and names written, with one row for all blocks.
+        notes: What there is to know of the layout.
+    """
+
+    key_map: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
+
+
+def write_weights(weights: Weights, target: Path, layout: Layout) -> Written:
     """Write the weights of one whole model.
 
     Args:
@@ -45,15 +59,13 @@ def write_weights(weights: Weights, target: Path, layout: Layout) -> list[tuple[
         layout: everest: our names in one float32 safetensors file, with what shapes do not say in its metadata;
             videomae: the official state dict under 'model'; hf: model.safetensors and config.json.
 
-    Returns:
-        The key map: names where they came from and names written, blocks taken together.
-
     Raises:
         UserError: The target exists or cannot be written, or the layout has no place for this model.
     """
     require_target(target, layout)
     facts = weights.architecture.facts().dump()
     made_of: dict[str, tuple[str, ...]] = {name: (name,) for name in weights.tensors}
+    notes: tuple[str, ...] = ()
     if layout == "everest":
         _write(target, lambda path: _save_safetensors(weights.tensors, path, {FACTS_KEY: facts}))
     elif layout == "videomae":
@@ -61,9 +73,9 @@ def write_weights(weights: Weights, target: Path, layout: Layout) -> list[tuple[
         _write(target, lambda path: torch.save({"model": weights.tensors, FACTS_KEY: facts}, path))
     else:
         translated, config = to_huggingface(weights.tensors, weights.architecture), config_for(weights.architecture)
-        made_of = translated.sources
+        made_of, notes = translated.sources, translated.notes
         _write(target, lambda path: _save_folder(translated.tensors, config, path))
-    return key_map(weights, made_of)
+    return Written(key_map=tuple(key_map(weights, made_of)), notes=notes)
 
 
 def key_map(weights: Weights, made_of: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:

@@ -135,7 +135,19 @@ def to_huggingface(tensors: Mapping[str, Tensor], architecture: Architecture) ->
         for name, part in zip(theirs, tensors[ours].chunk(len(theirs)), strict=True):
             out[name] = part.contiguous()
             sources[name] = (ours,)
-    return Translation(tensors=out, sources=sources)
+    notes = [
+        "for transformers before 5 or from 5.23 on; early 5 leaves q_bias and v_bias at zero, as it does for all "
+        "published folders"
+    ]
+    if architecture.last_norm_eps != LAST_NORM_EPS:
+        whose = "decoder's" if architecture.kind == "autoencoder" else "classifier's"
+        notes.append(
+            f"its {whose} norm adds {LAST_NORM_EPS:g} to the variance where this model adds "
+            f"{architecture.last_norm_eps:g}; nothing in its configuration changes that"
+        )
+    if not architecture.grid_is_known:
+        notes.append(f"the weights do not say for which clips; taken as {_clip(architecture)}, the official ones")
+    return Translation(tensors=out, sources=sources, notes=tuple(notes))
 
 
 def facts_of_config(config: Mapping[str, Any], source: str) -> Facts:
@@ -231,6 +243,11 @@ def config_for(architecture: Architecture) -> str:
             "label2id": {label: i for i, label in enumerate(labels)},
         }
     return json.dumps(config, indent=2) + "\n"
+
+
+def _clip(architecture: Architecture) -> str:
+    options, grid = architecture.options, architecture.grid
+    return f"{grid.time * options.tubelet_size}x{grid.rows * options.patch_size}x{grid.cols * options.patch_size}"
 
 
 def _kind(raw: Mapping[str, Any]) -> Kind:

@@ -20,11 +20,12 @@ from everest_ds.recipes import PRETRAIN_RECIPES
 # Scripts, notebooks and habits rely on these; changing one is a decision, not an accident.
 COMMANDS = ["doctor", "demo-data", "recipes", "plan", "pretrain", "convert", "benchmark"]
 PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "json"]
-LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "precision"]
+LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "init_allow", "precision"]
 CONFIG_FIELDS = {
     "data": "train_list num_frames sampling_stride image_size crop_scales flip num_workers prefetch_batches "
     "timeout_s max_bad_share",
-    "model": "size patch_size tubelet_size embedding_layers decoder_depth attention activation_checkpointing",
+    "model": "size patch_size tubelet_size embedding_layers decoder_depth attention activation_checkpointing "
+    "position_frames position_size",
     "selection": "selected_ratio visible_ratio targets",
     "optim": "base_lr min_lr warmup_lr warmup_epochs epochs weight_decay betas eps max_grad_norm",
     "batch": "global_size micro_size",
