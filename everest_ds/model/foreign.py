@@ -30,8 +30,12 @@ FACTS_KEY = "everest_model"
 CONFIG = "config.json"
 DEEPSPEED_STATES = "mp_rank_00_model_states.pt"
 # Weights of a Hugging Face folder, in the order in which transformers looks for them.
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,7 @@ class RawWeights:
         facts: What the file says of its model.
         config: The config.json beside it, of a Hugging Face folder.
         wrapper: The key that the state dict stood under.
+        notes: What else there is to know of the file.
     """
 
     tensors: dict[str, Tensor]
@@ -53,6 +58,7 @@ class RawWeights:
     facts: Facts = NO_FACTS
     config: dict[str, Any] | None = None
     wrapper: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_raw(path: Path) -> RawWeights:
@@ -73,6 +79,8 @@ def read_raw(path: Path) -> RawWeights:
         raw = RawWeights(**_without_prefixes(tensors, path), facts=facts)
     else:
         raw = _unwrap(_read_pickle(path), path)
+    if path.name == DEEPSPEED_STATES and any(tensor.dtype != torch.float32 for tensor in raw.tensors.values()):
+        return replace(raw, notes=("DeepSpeed's zero_to_fp32.py gets the float32 weights out of this folder",))
     config = path.parent / CONFIG
     is_huggingface = any(name.startswith(("videomae.", "embeddings.")) for name in raw.tensors)
     return _with_config(raw, config) if is_huggingface and config.is_file() else raw
@@ -81,21 +89,32 @@ def read_raw(path: Path) -> RawWeights:
 def _read_folder(path: Path) -> RawWeights:
     if (path / DEEPSPEED_STATES).is_file():
         return read_raw(path / DEEPSPEED_STATES)
-    for name in (*WEIGHT_FILES, *INDEX_FILES):
+    for name in WEIGHT_FILES:
         file = path / name
         if not file.is_file():
             continue
-        files = _shards(file) if name in INDEX_FILES else [file]
-        tensors: dict[str, Any] = {}
-        for shard in files:
-            part = _read_safetensors(shard)[0] if shard.suffix == ".safetensors" else _read_pickle(shard)
-            tensors |= part if isinstance(part, Mapping) else {}
-        raw = RawWeights(**_without_prefixes({k: v for k, v in tensors.items() if torch.is_tensor(v)}, path))
         if not (path / CONFIG).is_file():
             raise UserError(f"{path} has weights but no {CONFIG}, which says how many heads they have; add it")
-        return _with_config(raw, path / CONFIG)
-    expected = ", ".join((*WEIGHT_FILES, INDEX_FILES[-1], DEEPSPEED_STATES))
+        tensors: dict[str, Tensor] = {}
+        for shard in _shards(file) if file.suffix == ".json" else [file]:
+            tensors |= _tensors_of(shard)
+        return _with_config(RawWeights(**_without_prefixes(tensors, path)), path / CONFIG)
+    if any(path.glob("zero_pp_rank_*_model_states.pt")):
+        raise UserError(
+            f"{path} is sharded by DeepSpeed at stage 3; run the zero_to_fp32.py beside it, and give what that writes"
+        )
+    expected = ", ".join((*WEIGHT_FILES, DEEPSPEED_STATES))
     raise UserError(f"{path} has no weights: expected a run, a complete checkpoint, or one of {expected} in it")
+
+
+def _tensors_of(shard: Path) -> dict[str, Tensor]:
+    """Read one file of a Hugging Face folder."""
+    if shard.suffix == ".safetensors":
+        return _read_safetensors(shard)[0]
+    state = _read_pickle(shard)
+    if not isinstance(state, Mapping) or not all(torch.is_tensor(value) for value in state.values()):
+        raise UserError(f"{shard} holds something else than tensors; expected a bare state dict")
+    return dict(state)
 
 
 def _shards(index: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 Written against transformers 5.23; what it computes is compared with ours in tests/parity. Its versions keep the
 attention biases in three ways: `q_bias` and `v_bias` (version 4 and all published folders; what is written here),
-`query.bias`, `key.bias` and `value.bias` (early 5, which reads the older names as zeros), and without `key.bias`. A
+`query.bias`, `key.bias` and `value.bias` (5.12, which reads the older names as zeros), and without `key.bias`. A
 key's bias shifts all scores of a query alike, so softmax ignores it and it is left out.
 """
 
@@ -136,7 +136,7 @@ def to_huggingface(tensors: Mapping[str, Tensor], architecture: Architecture) ->
             out[name] = part.contiguous()
             sources[name] = (ours,)
     notes = [
-        "for transformers before 5 or from 5.23 on; early 5 leaves q_bias and v_bias at zero, as it does for all "
+        "transformers 4 and 5.18 or later read this; 5.12 leaves q_bias and v_bias at zero, as it does in all "
         "published folders"
     ]
     if architecture.last_norm_eps != LAST_NORM_EPS:

@@ -67,7 +67,7 @@ def read_weights(path: Path) -> Weights:
     sources: dict[str, tuple[str, ...]] = {short: (name,) for short, name in raw.names.items() if short != name}
     weights = raw.tensors
     ignored = list(raw.beside)
-    notes: list[str] = []
+    notes = list(raw.notes)
     if raw.wrapper is not None:
         layout += f", under {raw.wrapper!r}"
     if is_huggingface(raw.tensors):
