@@ -43,6 +43,7 @@ class Architecture:
         width: Channels of the encoder.
         depth: Blocks of the encoder.
         num_heads: Heads of the encoder; None where it cannot be told.
+        heads_are_known: Whether the weights came with the number of heads; else it is that of their width.
         options: Tubelets of the embedding.
         grid: The tokens that positions are laid out for.
         grid_is_known: Whether the weights came with that grid; else it is the official 16 x 224 x 224.
@@ -59,6 +60,7 @@ class Architecture:
     width: int
     depth: int
     num_heads: int | None
+    heads_are_known: bool
     options: EncoderOptions
     grid: TokenGrid
     grid_is_known: bool
@@ -189,6 +191,7 @@ def infer_architecture(tensors: Mapping[str, Tensor], facts: Facts, source: str)
         width=width,
         depth=depth,
         num_heads=facts.num_heads or heads_of_width(width),
+        heads_are_known=facts.num_heads is not None,
         options=options,
         grid=_grid(facts, options, source),
         grid_is_known=None not in (facts.num_frames, facts.image_height, facts.image_width),

@@ -100,9 +100,7 @@ def _read_folder(path: Path) -> RawWeights:
             tensors |= _tensors_of(shard)
         return _with_config(RawWeights(**_without_prefixes(tensors, path)), path / CONFIG)
     if any(path.glob("zero_pp_rank_*_model_states.pt")):
-        raise UserError(
-            f"{path} is sharded by DeepSpeed at stage 3; run the zero_to_fp32.py beside it, and give what that writes"
-        )
+        raise UserError(f"{path} is sharded by DeepSpeed at stage 3; run the zero_to_fp32.py beside it first")
     expected = ", ".join((*WEIGHT_FILES, DEEPSPEED_STATES))
     raise UserError(f"{path} has no weights: expected a run, a complete checkpoint, or one of {expected} in it")
 
@@ -156,9 +154,9 @@ def _read_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"(?:GLOBAL|global|class) ([\w.]+)", str(error))
-        if named is None or "Unsupported" not in str(error):
-            raise UserError(f"{path} cannot be read as weights: {_first_line(error)}") from error
+        named = re.search(r"\bGLOBAL ([\w.]+)", str(error))
+        if named is None:
+            raise UserError(f"{path} cannot be read as weights: no file of torch.save, or a damaged one") from error
         raise UserError(
             f"{path} is a pickle that wants to run code when it is read ({named[1]}); refused, nothing was run. "
             "Weights are read as data only: where you trust its origin, save its state dict alone, by "

@@ -169,7 +169,9 @@ def facts_of_config(config: Mapping[str, Any], source: str) -> Facts:
     if not isinstance(eps, int | float) or eps <= 0:
         raise UserError(f"{source}: its config.json has layer_norm_eps={eps!r}; expected a positive number")
     image_size = config.get("image_size", 224)
-    height, image_width = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    edges = [image_size] * 2 if isinstance(image_size, int) else image_size
+    if not isinstance(edges, list) or len(edges) != 2 or not all(type(e) is int and e > 0 for e in edges):
+        raise UserError(f"{source}: its config.json has image_size={image_size!r}; expected one or two edges")
     labels = config.get("id2label")
     named = None
     if isinstance(labels, dict) and all(str(i) in labels for i in range(len(labels))):
@@ -179,8 +181,8 @@ def facts_of_config(config: Mapping[str, Any], source: str) -> Facts:
         num_heads=numbers["num_attention_heads"],
         decoder_num_heads=numbers["decoder_num_attention_heads"],
         num_frames=numbers["num_frames"],
-        image_height=height,
-        image_width=image_width,
+        image_height=edges[0],
+        image_width=edges[1],
         labels=named,
         norm_eps=float(eps),
         last_norm_eps=LAST_NORM_EPS,

@@ -147,6 +147,8 @@ def _heads_of(weights: Weights) -> list[int | None]:
 
 
 def _heads_differ(model: EverestAutoencoder | EverestClassifier, weights: Weights) -> bool:
+    if not weights.architecture.heads_are_known:
+        return False
     pairs = zip(_model_heads(model), _heads_of(weights), strict=False)
     return any(theirs is not None and ours != theirs for ours, theirs in pairs)
 
