@@ -7,6 +7,7 @@ module says which model they fill, and builds it. `everest_ds.model.weights` loa
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -135,8 +136,9 @@ class Architecture:
                 module.eps = self.last_norm_eps if name in LAST_NORMS else self.norm_eps
         return model
 
+    @cached_property
     def expected_shapes(self) -> dict[str, torch.Size]:
-        """Return the names and shapes of a complete model; heads do not matter here.
+        """The names and shapes of a complete model; heads do not matter here.
 
         Raises:
             UserError: It is an encoder alone, which is no model of ours.

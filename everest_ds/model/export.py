@@ -56,8 +56,9 @@ def write_weights(weights: Weights, target: Path, layout: Layout) -> Written:
     Args:
         weights: From `everest_ds.model.weights.require_complete`.
         target: A new file, or a new folder for hf.
-        layout: everest: our names in one float32 safetensors file, with what shapes do not say in its metadata;
-            videomae: the official state dict under 'model'; hf: model.safetensors and config.json.
+        layout: everest: our names in one float32 safetensors file, with what shapes do not say, and the configuration
+            of the run that they are from, in its metadata; videomae: the official state dict under 'model'; hf:
+            model.safetensors and config.json.
 
     Raises:
         UserError: The target exists or cannot be written, or the layout has no place for this model.
@@ -67,7 +68,8 @@ def write_weights(weights: Weights, target: Path, layout: Layout) -> Written:
     made_of: dict[str, tuple[str, ...]] = {name: (name,) for name in weights.tensors}
     notes: tuple[str, ...] = ()
     if layout == "everest":
-        _write(target, lambda path: _save_safetensors(weights.tensors, path, {FACTS_KEY: facts}))
+        metadata = {FACTS_KEY: facts} | ({} if weights.config is None else {"config": weights.config})
+        _write(target, lambda path: _save_safetensors(weights.tensors, path, metadata))
     elif layout == "videomae":
         _require_official(weights)
         _write(target, lambda path: torch.save({"model": weights.tensors, FACTS_KEY: facts}, path))

@@ -38,6 +38,7 @@ class Weights:
         architecture: The model that they fill.
         ignored: What else was there.
         notes: What else there is to know.
+        config: The configuration of the run that they are from, as one line of JSON.
     """
 
     source: str
@@ -47,6 +48,7 @@ class Weights:
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    config: str | None = None
 
     def title(self) -> str:
         """Return where they are from, of which model and in which layout."""
@@ -93,10 +95,12 @@ def read_weights(path: Path) -> Weights:
     )
 
 
-def weights_of_run(tensors: dict[str, Tensor], facts: Facts, source: str) -> Weights:
+def weights_of_run(tensors: dict[str, Tensor], facts: Facts, source: str, config: str | None = None) -> Weights:
     """Return a run's own weights, whose facts its configuration knows."""
     architecture = infer_architecture(tensors, facts, source)
-    return as_weights(Weights(source=source, layout="a run's", tensors=tensors, architecture=architecture))
+    return as_weights(
+        Weights(source=source, layout="a run's", tensors=tensors, architecture=architecture, config=config)
+    )
 
 
 def as_weights(weights: Weights) -> Weights:
@@ -120,7 +124,7 @@ def require_complete(weights: Weights, allow: Collection[str] = ()) -> tuple[Wei
     Raises:
         UserError: A tensor is missing, unknown, or of another shape.
     """
-    expected = weights.architecture.expected_shapes()
+    expected = weights.architecture.expected_shapes
     missing, extra, misshapen = compare(expected, weights.tensors)
     unknown = [name for name in extra if not is_allowed(name, allow)]
     if missing or unknown:

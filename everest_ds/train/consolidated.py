@@ -123,7 +123,7 @@ def export_fp32(source: Path, target: Path) -> Path:
     facts = {
         "format": "pt",
         "step": str(read_state(checkpoint).step),
-        "config": json.dumps(json.loads(dump_config(config))),
+        "config": _one_line(config),
         FACTS_KEY: facts_of_run(config).dump(),
     }
     temporary = target.with_name(f"{target.name}.tmp")
@@ -135,6 +135,10 @@ def export_fp32(source: Path, target: Path) -> Path:
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {target}: {error}") from error
     return checkpoint
+
+
+def _one_line(config: Config) -> str:
+    return json.dumps(json.loads(dump_config(config)))
 
 
 def facts_of_run(config: Config) -> Facts:
@@ -161,7 +165,9 @@ def read_any_weights(path: Path) -> Weights:
         return read_weights(path)
     checkpoint = find_source(path)
     config = load_config(checkpoint.parent.parent / "config.json")
-    return weights_of_run(read_fp32_weights(checkpoint), facts_of_run(config), str(checkpoint))
+    return weights_of_run(
+        read_fp32_weights(checkpoint), facts_of_run(config), str(checkpoint), config=_one_line(config)
+    )
 
 
 def load_initial_weights(

@@ -22,7 +22,7 @@ from everest_ds.model.weights import Weights, read_weights, require_complete
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[hf])")
 pytestmark = pytest.mark.parity
 
-# Largest difference of any output. Worst case seen, transformers 5.23 and torch 2.15 on a CPU: 4.5e-7.
+# Largest difference of any output. Worst case seen, transformers 5.23 and torch 2.15 on a CPU: 5.4e-7.
 ATOL = 1e-5
 # The decoder's and the classifier's norm add 1e-5 to the variance there, whatever the configuration says, and 1e-6
 # in the official code and here. Worst case seen of that alone: 2.1e-5.
@@ -41,7 +41,7 @@ def theirs(request: pytest.FixtureRequest) -> Iterator[Any]:
     sizes = SHAPES[shape]
     config = transformers.VideoMAEConfig(
         **sizes,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         intermediate_size=4 * sizes["hidden_size"],
         decoder_hidden_size=32,
         decoder_num_attention_heads=2,
