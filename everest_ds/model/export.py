@@ -56,8 +56,8 @@ def write_weights(weights: Weights, target: Path, layout: Layout) -> Written:
     Args:
         weights: From `everest_ds.model.weights.require_complete`.
         target: A new file, or a new folder for hf.
-        layout: everest: our names in one float32 safetensors file, with what shapes do not say, and the configuration
-            of the run that they are from, in its metadata; videomae: the official state dict under 'model'; hf:
+        layout: everest: our names in one float32 safetensors file; its metadata hold what shapes do not say and the
+            configuration of the run that they are from; videomae: the official state dict under 'model'; hf:
             model.safetensors and config.json.
 
     Raises:
