@@ -87,6 +87,36 @@ def test_flags_reach_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert options == LaunchOptions(out=Path("runs/x"), resume="never")
 
 
+def test_names_that_may_differ_reach_the_run_and_the_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(
+        "everest_ds.commands.train.pretrain", lambda config, options, world: seen.append(options) or 0
+    )
+    monkeypatch.setattr("everest_ds.commands.convert.convert", lambda *given: seen.append(given))
+    assert (
+        cli.main(
+            [
+                "pretrain",
+                "demo",
+                "--init-from",
+                "a.pth",
+                "--init-allow",
+                "decoder",
+                "head.weight",
+                "--resume",
+                "never",
+            ]
+        )
+        == 0
+    )
+    assert cli.main(["convert", "a.pth", "b", "--to", "hf", "--allow", "encoder.pos_embed"]) == 0
+    allowed = ("decoder", "head.weight")
+    assert seen == [
+        LaunchOptions(init_from=Path("a.pth"), init_allow=allowed, resume="never"),
+        (Path("a.pth"), Path("b"), "hf", ("encoder.pos_embed",)),
+    ]
+
+
 def test_config_of_a_run_can_stand_in_a_recipes_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(PRETRAIN_RECIPES["demo"](), run=RunConfig(seed=7))
     (tmp_path / "config.json").write_text(dump_config(config))
