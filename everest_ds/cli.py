@@ -30,7 +30,7 @@ COMMANDS = {
     "recipes": "the recipes; with a name: resolved config, token counts, batch arithmetic, DeepSpeed JSON",
     "plan": "will a recipe fit N GPUs, what takes the memory, and the command; exits 1 when nothing fits",
     "pretrain": "pre-train a recipe; every config field is a flag",
-    "convert": "the float32 weights of a run, from any ZeRO stage, as one safetensors file",
+    "convert": "weights in and out: runs, official .pth files, Hugging Face folders, safetensors",
     "benchmark": "flops: the paper's tables beside our counts",
 }
 
@@ -176,17 +176,21 @@ def _convert(rest: list[str], world: World) -> int:
 
     @dataclass(frozen=True, kw_only=True)
     class Arguments:
-        """Write the weights of a run or checkpoint as one file."""
+        """Write weights in another layout, and say what was read and which name became which."""
 
         source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
-        """A run directory, for its newest checkpoint, or a checkpoint."""
+        """A run directory, for its newest checkpoint; a checkpoint; an official .pth file; a Hugging Face folder; a
+        file of this command."""
         target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
-        """The file to write, ending in .safetensors."""
+        """What to write; it must not exist."""
         to: Target
-        """What to write: the float32 weights that the optimiser updates, under the model's own names."""
+        """everest: a float32 .safetensors file; videomae: a .pth file in the official layout; hf: a Hugging Face
+        folder; deepspeed-fp32: everest with a run's step and configuration."""
+        allow: tuple[str, ...] = ()
+        """Tensors or modules that may be in SRC and are left out."""
 
     arguments = _parse(Arguments, rest, "everest convert", world)
-    convert(arguments.source, arguments.target)
+    convert(arguments.source, arguments.target, arguments.to, arguments.allow)
     return 0
 
 

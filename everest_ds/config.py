@@ -74,12 +74,16 @@ class ModelConfig:
     """Attention backend; auto takes the first that serves: varlen, flash, sdpa."""
     activation_checkpointing: bool = False
     """Recompute each block in backward instead of storing its activations."""
+    position_frames: int | None = None
+    """Frames of the clips that positions are laid out for (those of --init-from), when not this run's."""
+    position_size: int | None = None
+    """Height and width of those clips; this run's clips get their positions interpolated."""
 
     def __post_init__(self) -> None:
         """Check each field by itself."""
-        _require(self.patch_size >= 1, "model.patch_size", self.patch_size, "at least 1")
-        _require(self.tubelet_size >= 1, "model.tubelet_size", self.tubelet_size, "at least 1")
-        _require(self.decoder_depth >= 1, "model.decoder_depth", self.decoder_depth, "at least 1")
+        for name in ("patch_size", "tubelet_size", "decoder_depth", "position_frames", "position_size"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"model.{name}", value, "at least 1")
         shrunk = {1: 1, 2: 4, 3: 8}.get(self.embedding_layers)
         _require(shrunk is not None, "model.embedding_layers", self.embedding_layers, "1, 2 or 3")
         if self.patch_size % (shrunk or 1):
@@ -237,7 +241,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check what depends on several sections at once."""
-        grid = self.grid
+        grid, _ = self.grid, self.position_grid  # both must divide into tubelets
         if grid.time < 2:
             raise UserError(
                 f"data.num_frames={self.data.num_frames} is one time step of model.tubelet_size="
@@ -259,12 +263,18 @@ class Config:
     @property
     def grid(self) -> TokenGrid:
         """The token grid of one clip."""
+        return self._grid(self.data.num_frames, self.data.image_size)
+
+    @property
+    def position_grid(self) -> TokenGrid:
+        """The token grid that positions are laid out for."""
+        frames, edge = self.model.position_frames, self.model.position_size
+        return self._grid(frames or self.data.num_frames, edge or self.data.image_size)
+
+    def _grid(self, num_frames: int, edge: int) -> TokenGrid:
+        tubelet, patch = self.model.tubelet_size, self.model.patch_size
         return TokenGrid.of_clip(
-            num_frames=self.data.num_frames,
-            height=self.data.image_size,
-            width=self.data.image_size,
-            tubelet_size=self.model.tubelet_size,
-            patch_size=self.model.patch_size,
+            num_frames=num_frames, height=edge, width=edge, tubelet_size=tubelet, patch_size=patch
         )
 
     @property

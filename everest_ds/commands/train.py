@@ -38,7 +38,11 @@ class LaunchOptions:
     resume: Annotated[str, tyro.conf.arg(metavar="{auto,never,PATH}")] = "auto"
     """Go on from the run directory's newest checkpoint, or refuse a used directory, or name a checkpoint."""
     init_from: Path | None = None
-    """Start a new run from these weights and nothing else: a run, a checkpoint, or a file of `everest convert`."""
+    """Start a new run from these weights and nothing else: a run, a checkpoint, an official .pth file, a Hugging
+    Face folder, or a file of `everest convert`."""
+    init_allow: tuple[str, ...] = ()
+    """What of --init-from may be left fresh or ignored, by name: tensors or modules (decoder, head.weight),
+    positions, num_heads."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: as the DeepSpeed file says, else bf16 on a GPU and fp32 on a CPU."""
 
@@ -81,7 +85,7 @@ def pretrain(config: Config, options: LaunchOptions, world: World) -> int:
         videos=fingerprint(rows),
     )
     began = time.perf_counter()
-    start = choose_start(resume, now, world, options.init_from)
+    start = choose_start(resume, now, world, options.init_from, options.init_allow)
     trainer = _build(config, rows, ds_config, start, world, device)
 
     # 4. Write down what this is, and go.
@@ -147,7 +151,7 @@ def _build(
 
     torch.manual_seed(config.run.seed)
     task = PretrainTask(config)
-    with start.ready(task.model, world) as load:
+    with start.ready(task, world) as load:
         engine = build_engine(task, config, ds_config, device, universal=start.reshards)
         load(engine)
     return Trainer(

@@ -6,14 +6,25 @@ What is read is what the optimiser updates: the float32 weights, not the bfloat1
 import contextlib
 import io
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from everest_ds.config import Config
 from everest_ds.config_file import dump_config, load_config
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
+from everest_ds.geometry import TokenGrid
+from everest_ds.model.autoencoder import EverestAutoencoder
+from everest_ds.model.classifier import EverestClassifier
+from everest_ds.model.facts import Facts
+from everest_ds.model.foreign import FACTS_KEY
+from everest_ds.model.loading import load_weights
+from everest_ds.model.report import WeightsReport
+from everest_ds.model.sizes import get_size
+from everest_ds.model.weights import Weights, read_weights, weights_of_run
 from everest_ds.train.checkpoint import folder_of, list_checkpoints, read_state
 from everest_ds.train.seal import find_damage, is_sealed
 from everest_ds.train.tasks import PretrainTask
@@ -21,7 +32,6 @@ from everest_ds.train.tasks import PretrainTask
 # DeepSpeed wraps the task, whose model carries this prefix in shards; weights leave without it.
 PREFIX = "model."
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
-MAX_NAMES_SHOWN = 3
 
 
 def find_source(path: Path) -> Path:
@@ -113,7 +123,8 @@ def export_fp32(source: Path, target: Path) -> Path:
     facts = {
         "format": "pt",
         "step": str(read_state(checkpoint).step),
-        "config": json.dumps(json.loads(dump_config(config))),
+        "config": _one_line(config),
+        FACTS_KEY: facts_of_run(config).dump(),
     }
     temporary = target.with_name(f"{target.name}.tmp")
     try:
@@ -126,32 +137,49 @@ def export_fp32(source: Path, target: Path) -> Path:
     return checkpoint
 
 
-def load_initial_weights(model: nn.Module, path: Path) -> None:
-    """Start a fresh model from the weights of a run, a checkpoint, or a file that `everest convert` wrote.
+def _one_line(config: Config) -> str:
+    return json.dumps(json.loads(dump_config(config)))
+
+
+def facts_of_run(config: Config) -> Facts:
+    """Return what a run's configuration says of its model and its weights do not."""
+    size, model = get_size(config.model.size), config.model
+    edge = model.position_size or config.data.image_size
+    return Facts(
+        num_heads=size.num_heads,
+        decoder_num_heads=size.decoder_num_heads,
+        num_frames=model.position_frames or config.data.num_frames,
+        image_height=edge,
+        image_width=edge,
+    )
+
+
+def read_any_weights(path: Path) -> Weights:
+    """Read the weights of a run, a checkpoint, or anything that `everest_ds.model.weights` reads.
 
     Raises:
-        UserError: There are no such weights, or a name or shape differs from the model's.
+        UserError: There are none, they are damaged, or their layout is not known.
     """
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    in_a_run = path.parent.name == "checkpoints" and (path.parent.parent / "config.json").is_file()
+    if not (folder_of(path).is_dir() or is_sealed(path) or in_a_run):
+        return read_weights(path)
+    checkpoint = find_source(path)
+    config = load_config(checkpoint.parent.parent / "config.json")
+    return weights_of_run(
+        read_fp32_weights(checkpoint), facts_of_run(config), str(checkpoint), config=_one_line(config)
+    )
 
-        try:
-            weights = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"--init-from {path} cannot be read: {error}") from error
-    else:
-        weights = read_fp32_weights(find_source(path))
-    expected = model.state_dict()
-    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    for what, names in (("lacks", missing), ("has, unlike this model,", unknown)):
-        if names:
-            more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
-            raise UserError(f"--init-from {path} {what} {', '.join(names[:MAX_NAMES_SHOWN])}{more}")
-    for name, tensor in expected.items():
-        if tensor.shape != weights[name].shape:
-            raise UserError(
-                f"--init-from {path}: {name} has shape {tuple(weights[name].shape)}, this model's has "
-                f"{tuple(tensor.shape)}"
-            )
-    model.load_state_dict(weights)
+
+def load_initial_weights(
+    model: EverestAutoencoder | EverestClassifier,
+    path: Path,
+    *,
+    allow: Collection[str] = (),
+    clip_grid: TokenGrid | None = None,
+) -> WeightsReport:
+    """Start a fresh model from weights of any origin; see `load_weights`.
+
+    Raises:
+        UserError: There are no such weights, or what differs from the model is not allowed by name.
+    """
+    return load_weights(model, read_any_weights(path), allow=allow, clip_grid=clip_grid)

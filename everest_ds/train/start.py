@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train.checkpoint import (
@@ -20,6 +18,7 @@ from everest_ds.train.checkpoint import (
 from everest_ds.train.consolidated import load_initial_weights
 from everest_ds.train.reshard import load_resharded, needs_resharding, universal_copy
 from everest_ds.train.run_dir import Resume
+from everest_ds.train.tasks import PretrainTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,7 @@ class Start:
         was: Its state as it was written, with the world and stage of then.
         damaged: Newer checkpoints that were passed over.
         init_from: Weights that a fresh run starts from, and nothing else of theirs.
+        init_allow: What of them may be left fresh or ignored, by name.
         reshards: Whether the checkpoint has to be converted for this world and stage.
     """
 
@@ -42,10 +42,11 @@ class Start:
     was: TrainState | None = None
     damaged: tuple[Path, ...] = ()
     init_from: Path | None = None
+    init_allow: tuple[str, ...] = ()
     reshards: bool = False
 
     @contextlib.contextmanager
-    def ready(self, model: nn.Module, world: World) -> Iterator[Callable[[Any], None]]:
+    def ready(self, task: PretrainTask, world: World) -> Iterator[Callable[[Any], None]]:
         """Prepare what is restored, and provide what brings a new engine to it; all ranks take part.
 
         Raises:
@@ -53,7 +54,10 @@ class Start:
         """
         if self.checkpoint is None or self.was is None:
             if self.init_from is not None:
-                load_initial_weights(model, self.init_from)
+                grid = task.config.grid
+                report = load_initial_weights(task.model, self.init_from, allow=self.init_allow, clip_grid=grid)
+                if world.is_main:
+                    print(report.describe(), flush=True)
             yield lambda engine: None
         elif self.reshards:
             num_updates = self.was.step - self.was.num_skipped
@@ -76,7 +80,9 @@ class Start:
         )
 
 
-def choose_start(resume: Resume, now: TrainState, world: World, init_from: Path | None) -> Start:
+def choose_start(
+    resume: Resume, now: TrainState, world: World, init_from: Path | None, init_allow: tuple[str, ...] = ()
+) -> Start:
     """Return where a run starts; all ranks take part and agree. Nothing is written.
 
     Args:
@@ -84,17 +90,20 @@ def choose_start(resume: Resume, now: TrainState, world: World, init_from: Path 
         now: The state of a fresh run in this world.
         world: This process's place.
         init_from: Weights for a fresh run; a run that has checkpoints goes on from them instead.
+        init_allow: What of the weights may be left fresh or ignored, by name.
 
     Raises:
         UserError: No candidate is sound, or it cannot be gone on from under these circumstances.
     """
+    if init_allow and init_from is None:
+        raise UserError(f"--init-allow {' '.join(init_allow)} has no effect without --init-from; remove it")
     if init_from is not None and resume.exact:
         raise UserError(
             "--init-from starts a new run from weights alone, --resume PATH goes on with a run: give one of them"
         )
     checkpoint = choose_checkpoint(resume.candidates, world, exact=resume.exact)
     if checkpoint is None:
-        return Start(run_dir=resume.run_dir, state=now, init_from=init_from)
+        return Start(run_dir=resume.run_dir, state=now, init_from=init_from, init_allow=init_allow)
     was = read_state(checkpoint)
     require_same_start(checkpoint, was, now)
     return Start(

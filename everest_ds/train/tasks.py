@@ -88,7 +88,7 @@ def build_autoencoder(config: Config) -> EverestAutoencoder:
     """Return the autoencoder that a configuration describes, freshly initialised from torch's global generator."""
     return EverestAutoencoder(
         get_size(config.model.size),
-        config.grid,
+        config.position_grid,
         encoder_options(config),
         decoder_depth=config.model.decoder_depth,
     )

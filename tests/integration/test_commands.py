@@ -22,11 +22,12 @@ from everest_ds.recipes import PRETRAIN_RECIPES
 # Scripts, notebooks and habits rely on these; changing one is a decision, not an accident.
 COMMANDS = ["doctor", "demo-data", "recipes", "plan", "pretrain", "convert", "benchmark"]
 PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "json"]
-LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "precision"]
+LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "init_allow", "precision"]
 CONFIG_FIELDS = {
     "data": "train_list num_frames sampling_stride image_size crop_scales flip num_workers prefetch_batches "
     "timeout_s max_bad_share",
-    "model": "size patch_size tubelet_size embedding_layers decoder_depth attention activation_checkpointing",
+    "model": "size patch_size tubelet_size embedding_layers decoder_depth attention activation_checkpointing "
+    "position_frames position_size",
     "selection": "selected_ratio visible_ratio targets",
     "optim": "base_lr min_lr warmup_lr warmup_epochs epochs weight_decay betas eps max_grad_norm",
     "batch": "global_size micro_size",
@@ -86,6 +87,36 @@ def test_flags_reach_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     assert (config.model.size, config.batch.global_size) == ("large", 512)
     assert options == LaunchOptions(out=Path("runs/x"), resume="never")
+
+
+def test_names_that_may_differ_reach_the_run_and_the_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(
+        "everest_ds.commands.train.pretrain", lambda config, options, world: seen.append(options) or 0
+    )
+    monkeypatch.setattr("everest_ds.commands.convert.convert", lambda *given: seen.append(given))
+    assert (
+        cli.main(
+            [
+                "pretrain",
+                "demo",
+                "--init-from",
+                "a.pth",
+                "--init-allow",
+                "decoder",
+                "head.weight",
+                "--resume",
+                "never",
+            ]
+        )
+        == 0
+    )
+    assert cli.main(["convert", "a.pth", "b", "--to", "hf", "--allow", "encoder.pos_embed"]) == 0
+    allowed = ("decoder", "head.weight")
+    assert seen == [
+        LaunchOptions(init_from=Path("a.pth"), init_allow=allowed, resume="never"),
+        (Path("a.pth"), Path("b"), "hf", ("encoder.pos_embed",)),
+    ]
 
 
 def test_config_of_a_run_can_stand_in_a_recipes_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

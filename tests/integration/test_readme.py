@@ -40,6 +40,8 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(
         "everest_ds.commands.train.pretrain", lambda config, options, world: calls.append((config, options)) or 0
     )
+    conversions: list[tuple[object, ...]] = []
+    monkeypatch.setattr("everest_ds.commands.convert.convert", lambda *given: conversions.append(given))
     monkeypatch.chdir(REPOSITORY)
     words = everest_words(command)
     if words is None:
@@ -50,6 +52,7 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) ->
     if words[0] == "pretrain":
         ((_, options),) = calls
         assert options.ds_config is None or options.ds_config.is_file()
+    assert bool(conversions) == (words[0] == "convert")
 
 
 def test_there_are_commands_to_test() -> None:

@@ -10,6 +10,7 @@ import pytest
 from everest_ds.config import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig, SelectionConfig
 from everest_ds.config_file import config_from_dict, dump_config, load_config
 from everest_ds.errors import UserError
+from everest_ds.geometry import TokenGrid
 from everest_ds.recipes import PRETRAIN_RECIPES, get_recipe
 
 
@@ -170,3 +171,15 @@ def test_sections_are_frozen() -> None:
     for section in (DataConfig(), ModelConfig(), OptimConfig()):
         with pytest.raises(dataclasses.FrozenInstanceError):
             section.epochs = 1  # type: ignore[misc,union-attr]
+
+
+def test_positions_are_laid_out_for_the_runs_clips_or_for_those_of_its_weights() -> None:
+    config = Config(recipe="demo", data=DataConfig(num_frames=32, image_size=384))
+    assert config.position_grid == config.grid == TokenGrid(time=16, rows=24, cols=24)
+    config = dataclasses.replace(config, model=ModelConfig(position_frames=16, position_size=224))
+    assert config.grid == TokenGrid(time=16, rows=24, cols=24)
+    assert config.position_grid == TokenGrid(time=8, rows=14, cols=14)
+    with pytest.raises(UserError, match="num_frames=15 is not a positive multiple of tubelet_size=2"):
+        dataclasses.replace(config, model=ModelConfig(position_frames=15))
+    with pytest.raises(UserError, match=r"model\.position_size=0 must be at least 1"):
+        ModelConfig(position_size=0)

@@ -20,6 +20,8 @@ from everest_ds.model.tubelets import (
     to_unit_range,
 )
 
+# Positions are at most 1; worst case seen 1.4e-6.
+POSITION_ATOL = 5e-6
 FLOAT32_ATOL = 1e-5
 
 
@@ -118,6 +120,29 @@ def test_interpolated_positions_keep_what_they_should() -> None:
     torch.testing.assert_close(
         interpolate_positions(constant, grid, TokenGrid(time=2, rows=5, cols=7)), torch.ones(70, 2)
     )
+
+
+def resample_1d(values: np.ndarray, length: int) -> np.ndarray:
+    """Linear interpolation between the centres of cells, held at the ends; along the first axis."""
+    centres = (np.arange(length) + 0.5) * len(values) / length - 0.5
+    rows = values.reshape(len(values), -1).astype(np.float64)
+    columns = [np.interp(centres, np.arange(len(values)), column) for column in rows.T]
+    return np.stack(columns, axis=1).reshape(length, *values.shape[1:])
+
+
+@pytest.mark.parametrize("num_frames", [8, 16, 24, 32])
+@pytest.mark.parametrize("edge", [112, 224, 384])
+def test_positions_of_other_clips_are_interpolated_along_each_axis(num_frames: int, edge: int) -> None:
+    """The oracle resamples time, rows and columns one after the other, in float64, by numpy's own interpolation."""
+    grid, width = TokenGrid(time=8, rows=14, cols=14), 6
+    to_grid = TokenGrid.of_clip(num_frames=num_frames, height=edge, width=edge, tubelet_size=2, patch_size=16)
+    table = sinusoid_positions(grid, width)
+    volume = table.numpy().reshape(8, 14, 14, width)
+    for axis, length in enumerate((to_grid.time, to_grid.rows, to_grid.cols)):
+        volume = np.moveaxis(resample_1d(np.moveaxis(volume, axis, 0), length), 0, axis)
+    found = interpolate_positions(table, grid, to_grid)
+    assert found.shape == (to_grid.num_tokens, width)
+    assert np.abs(found.numpy() - volume.reshape(-1, width)).max() < POSITION_ATOL
 
 
 def test_clips_that_do_not_divide_are_refused() -> None:

@@ -1,0 +1,270 @@
+"""What a set of weights is a model of: read off names and shapes, and off the few facts that shapes do not hold.
+
+Place in the flow: `everest_ds.model.foreign` and `everest_ds.model.huggingface` bring tensors under our names; this
+module says which model they fill, and builds it. `everest_ds.model.weights` loads them.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from everest_ds.errors import UserError
+from everest_ds.geometry import TokenGrid
+from everest_ds.model.autoencoder import EverestAutoencoder
+from everest_ds.model.classifier import EverestClassifier
+from everest_ds.model.encoder import EncoderOptions
+from everest_ds.model.facts import Facts
+from everest_ds.model.sizes import SIZES, ModelSize
+from everest_ds.model.transformer import NORM_EPS
+
+Kind = Literal["autoencoder", "classifier", "encoder"]
+DESCRIPTIONS: dict[Kind, str] = {
+    "autoencoder": "a pre-training model",
+    "classifier": "a classifier",
+    "encoder": "an encoder alone",
+}
+# What the official code trains on and its files do not say.
+OFFICIAL_NUM_FRAMES, OFFICIAL_IMAGE_SIZE = 16, 224
+HEAD_WIDTH = 64  # channels of a head in the official models, whose widths have names; huge is the exception
+LAST_NORMS = ("decoder.norm", "fc_norm")
+DECODER_MARKS = ("decoder.", "encoder_to_decoder.", "mask_token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The model that weights fill.
+
+    Attributes:
+        kind: A pre-training model, a classifier, or an encoder alone.
+        width: Channels of the encoder.
+        depth: Blocks of the encoder.
+        num_heads: Heads of the encoder; None where it cannot be told.
+        heads_are_known: Whether the weights came with the number of heads; else it is that of their width.
+        options: Tubelets of the embedding.
+        grid: The tokens that positions are laid out for.
+        grid_is_known: Whether the weights came with that grid; else it is the official 16 x 224 x 224.
+        decoder_width: Channels of the decoder.
+        decoder_depth: Blocks of the decoder.
+        decoder_num_heads: Heads of the decoder; None where it cannot be told.
+        num_classes: Outputs of the classifier.
+        labels: Names of its classes.
+        norm_eps: What the norms add to the variance.
+        last_norm_eps: The same for the decoder's or the classifier's norm.
+    """
+
+    kind: Kind
+    width: int
+    depth: int
+    num_heads: int | None
+    heads_are_known: bool
+    options: EncoderOptions
+    grid: TokenGrid
+    grid_is_known: bool
+    decoder_width: int | None = None
+    decoder_depth: int | None = None
+    decoder_num_heads: int | None = None
+    num_classes: int | None = None
+    labels: tuple[str, ...] | None = None
+    norm_eps: float = NORM_EPS
+    last_norm_eps: float = NORM_EPS
+
+    def describe(self) -> str:
+        """Return the model in one line."""
+        options = self.options
+        parts = [
+            f"{DESCRIPTIONS[self.kind]}, {name_of_width(self.width)}, {self.depth} blocks",
+            f"tubelets {options.tubelet_size}x{options.patch_size}x{options.patch_size}",
+        ]
+        if self.kind == "autoencoder":
+            parts.append(f"decoder {self.decoder_width} wide, {self.decoder_depth} blocks")
+        if self.kind == "classifier":
+            parts.append(f"{self.num_classes} classes")
+        return ", ".join(parts)
+
+    def facts(self) -> Facts:
+        """Return what the tensors of this model do not tell."""
+        options, grid = self.options, self.grid
+        known = self.grid_is_known
+        return Facts(
+            num_heads=self.num_heads,
+            decoder_num_heads=self.decoder_num_heads,
+            num_frames=grid.time * options.tubelet_size if known else None,
+            image_height=grid.rows * options.patch_size if known else None,
+            image_width=grid.cols * options.patch_size if known else None,
+            labels=self.labels,
+            norm_eps=self.norm_eps,
+            last_norm_eps=self.last_norm_eps,
+        )
+
+    def size(self) -> ModelSize:
+        """Return width, depth and heads of both parts; a classifier's decoder is the one that goes with it.
+
+        Raises:
+            UserError: The number of heads cannot be told.
+        """
+        if self.num_heads is None or (self.kind == "autoencoder" and self.decoder_num_heads is None):
+            raise UserError(
+                f"the number of attention heads is not in weights of width {self.width} (decoder "
+                f"{self.decoder_width}), and is known for {sorted(SIZES)} and multiples of {HEAD_WIDTH}; convert "
+                "from a run, a Hugging Face folder, or a file of `everest convert`, which say it"
+            )
+        return self._size(self.num_heads, self.decoder_num_heads)
+
+    def _size(self, num_heads: int, decoder_num_heads: int | None) -> ModelSize:
+        return ModelSize(
+            width=self.width,
+            depth=self.depth,
+            num_heads=num_heads,
+            decoder_width=self.decoder_width or self.width // 2,
+            decoder_num_heads=decoder_num_heads or max(1, num_heads // 2),
+        )
+
+    def build(self) -> EverestAutoencoder | EverestClassifier:
+        """Return a freshly initialised model, its positions laid out and its norms computed as these weights' are.
+
+        Raises:
+            UserError: The number of heads cannot be told, or it is an encoder alone.
+        """
+        model = self._build(self.size())
+        for name, module in model.named_modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = self.last_norm_eps if name in LAST_NORMS else self.norm_eps
+        return model
+
+    @cached_property
+    def expected_shapes(self) -> dict[str, torch.Size]:
+        """The names and shapes of a complete model; heads do not matter here.
+
+        Raises:
+            UserError: It is an encoder alone, which is no model of ours.
+        """
+        with torch.device("meta"):
+            model = self._build(self._size(1, 1))
+        return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+    def _build(self, size: ModelSize) -> EverestAutoencoder | EverestClassifier:
+        if self.kind == "autoencoder":
+            return EverestAutoencoder(size, self.grid, self.options, decoder_depth=self.decoder_depth or 0)
+        if self.kind == "classifier":
+            return EverestClassifier(size, self.grid, self.options, num_classes=self.num_classes or 0, keep_ratio=1)
+        raise UserError(
+            "these weights are an encoder alone, neither a pre-training model nor a classifier; start a run from "
+            "them with --init-from"
+        )
+
+
+def infer_architecture(tensors: Mapping[str, Tensor], facts: Facts, source: str) -> Architecture:
+    """Read an architecture off tensors under our names.
+
+    Args:
+        tensors: Weights under our names, of any kind; they need not be complete.
+        facts: What came with them.
+        source: Where they are from, for errors.
+
+    Raises:
+        UserError: They are of no model that we know.
+    """
+    kind = kind_of(tensors)
+    trunk = "encoder." if kind == "autoencoder" else ""
+    depth = count_blocks(tensors, f"{trunk}blocks")
+    kernels = _kernels(tensors, f"{trunk}patch_embed.")
+    if not depth:
+        known = ", ".join(sorted(tensors)[:4])
+        raise UserError(
+            f"{source} holds no weights of a layout that is known: it has {known or 'no tensors'}; expected the "
+            "official names (encoder.blocks.0..., blocks.0...) or Hugging Face's (videomae.encoder.layer.0...)"
+        )
+    if not kernels:
+        raise UserError(f"{source} lacks {trunk}patch_embed.proj.weight, five-dimensional, or a layer before it")
+    width = tensors[f"{trunk}patch_embed.proj.weight"].shape[0]
+    patch_size = 1
+    for kernel in kernels:
+        patch_size *= kernel[1]
+    options = EncoderOptions(tubelet_size=kernels[0][0], patch_size=patch_size, embedding_layers=len(kernels))
+    decoder_width = _decoder_width(tensors) if kind == "autoencoder" else None
+    head = tensors.get("head.weight", tensors.get("head.bias"))
+    return Architecture(
+        kind=kind,
+        width=width,
+        depth=depth,
+        num_heads=facts.num_heads or heads_of_width(width),
+        heads_are_known=facts.num_heads is not None,
+        options=options,
+        grid=_grid(facts, options, source),
+        grid_is_known=None not in (facts.num_frames, facts.image_height, facts.image_width),
+        decoder_width=decoder_width,
+        decoder_depth=count_blocks(tensors, "decoder.blocks") if kind == "autoencoder" else None,
+        decoder_num_heads=(facts.decoder_num_heads or heads_of_width(decoder_width)) if decoder_width else None,
+        num_classes=head.shape[0] if kind == "classifier" and head is not None else None,
+        labels=facts.labels,
+        norm_eps=facts.norm_eps or NORM_EPS,
+        last_norm_eps=facts.last_norm_eps or NORM_EPS,
+    )
+
+
+def kind_of(names: Mapping[str, Any]) -> Kind:
+    """Return which kind of model has tensors of these names."""
+    if any(name.startswith(DECODER_MARKS) for name in names):
+        return "autoencoder"
+    return "classifier" if any(name.startswith(("head.", "fc_norm.")) for name in names) else "encoder"
+
+
+def count_blocks(names: Mapping[str, Any], stem: str) -> int:
+    """Return how many blocks there are, by the highest index."""
+    found = [re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in names]
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def heads_of_width(width: int) -> int | None:
+    """Return the heads of a named model of this width, else one for 64 channels; None if that does not divide."""
+    for size in SIZES.values():
+        if width == size.width:
+            return size.num_heads
+        if width == size.decoder_width:
+            return size.decoder_num_heads
+    return width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else None
+
+
+def name_of_width(width: int) -> str:
+    """Return the width, and the model that has it."""
+    named = [f"ViT-{name}, " for name, size in SIZES.items() if size.width == width]
+    return f"{''.join(named)}width {width}"
+
+
+def _kernels(tensors: Mapping[str, Tensor], prefix: str) -> list[tuple[int, ...]]:
+    """Return the kernels of the embedding's layers, (frames, rows, columns), or nothing."""
+    names = [f"{prefix}stem.{i}.weight" for i in range(count_blocks(tensors, f"{prefix}stem"))]
+    weights = [tensors.get(name) for name in [*names, f"{prefix}proj.weight"]]
+    if any(weight is None or weight.ndim != 5 for weight in weights):
+        return []
+    return [tuple(weight.shape[2:]) for weight in weights if weight is not None]
+
+
+def _decoder_width(tensors: Mapping[str, Tensor]) -> int | None:
+    """Return the decoder's width, from whichever tensor that tells it is there."""
+    for name, axis in (("mask_token", -1), ("encoder_to_decoder.weight", 0), ("decoder.norm.weight", 0)):
+        if name in tensors and tensors[name].ndim:
+            return tensors[name].shape[axis]
+    return None
+
+
+def _grid(facts: Facts, options: EncoderOptions, source: str) -> TokenGrid:
+    tubelet, patch = options.tubelet_size, options.patch_size
+    if facts.num_frames is None or facts.image_height is None or facts.image_width is None:
+        edge = max(1, OFFICIAL_IMAGE_SIZE // patch)
+        return TokenGrid(time=max(1, OFFICIAL_NUM_FRAMES // tubelet), rows=edge, cols=edge)
+    try:
+        return TokenGrid.of_clip(
+            num_frames=facts.num_frames,
+            height=facts.image_height,
+            width=facts.image_width,
+            tubelet_size=tubelet,
+            patch_size=patch,
+        )
+    except UserError as error:
+        raise UserError(f"{source}: the clips of these weights do not fit their tubelets: {error}") from error

@@ -1,0 +1,128 @@
+"""Weights out: one safetensors file, the official layout, or a folder that Hugging Face's `from_pretrained` loads.
+
+Place in the flow: complete Weights -> `write_weights` -> files, under a temporary name first and never over others.
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from everest_ds.errors import UserError
+from everest_ds.model.foreign import CONFIG, FACTS_KEY
+from everest_ds.model.huggingface import config_for, to_huggingface
+from everest_ds.model.weights import Weights
+
+Layout = Literal["everest", "videomae", "hf"]
+SUFFIXES: dict[Layout, tuple[str, ...]] = {"everest": (".safetensors",), "videomae": (".pth", ".pt"), "hf": ("",)}
+
+
+def require_target(target: Path, layout: Layout) -> None:
+    """Refuse a target of another kind or one that exists, before anything long is done.
+
+    Raises:
+        UserError: It must be mended.
+    """
+    if target.exists():
+        raise UserError(f"{target} exists; remove it or name another")
+    suffixes = SUFFIXES[layout]
+    if layout == "hf" and target.suffix in (".safetensors", ".pth", ".pt", ".bin"):
+        raise UserError(f"{target} is named like a file; a Hugging Face model is a folder")
+    if layout != "hf" and target.suffix not in suffixes:
+        raise UserError(f"{target} must end in {' or '.join(suffixes)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        key_map: Names where the weights came from and names written, with one row for all blocks.
+        notes: What there is to know of the layout.
+    """
+
+    key_map: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
+
+
+def write_weights(weights: Weights, target: Path, layout: Layout) -> Written:
+    """Write the weights of one whole model.
+
+    Args:
+        weights: From `everest_ds.model.weights.require_complete`.
+        target: A new file, or a new folder for hf.
+        layout: everest: our names in one float32 safetensors file; its metadata hold what shapes do not say and the
+            configuration of the run that they are from; videomae: the official state dict under 'model'; hf:
+            model.safetensors and config.json.
+
+    Raises:
+        UserError: The target exists or cannot be written, or the layout has no place for this model.
+    """
+    require_target(target, layout)
+    facts = weights.architecture.facts().dump()
+    made_of: dict[str, tuple[str, ...]] = {name: (name,) for name in weights.tensors}
+    notes: tuple[str, ...] = ()
+    if layout == "everest":
+        metadata = {FACTS_KEY: facts} | ({} if weights.config is None else {"config": weights.config})
+        _write(target, lambda path: _save_safetensors(weights.tensors, path, metadata))
+    elif layout == "videomae":
+        _require_official(weights)
+        _write(target, lambda path: torch.save({"model": weights.tensors, FACTS_KEY: facts}, path))
+    else:
+        translated, config = to_huggingface(weights.tensors, weights.architecture), config_for(weights.architecture)
+        made_of, notes = translated.sources, translated.notes
+        _write(target, lambda path: _save_folder(translated.tensors, config, path))
+    return Written(key_map=tuple(key_map(weights, made_of)), notes=notes)
+
+
+def key_map(weights: Weights, made_of: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:
+    """Return pairs of names, there and written, with one row for all blocks."""
+    rows: dict[tuple[str, str], None] = {}
+    for written, ours in made_of.items():
+        there = [name for our in ours for name in weights.sources.get(our, (our,))]
+        pair = " + ".join(there) or "(zeros)", written
+        rows[_numberless(pair[0]), _numberless(pair[1])] = None
+    return list(rows)
+
+
+def _numberless(names: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".N", names)
+
+
+def _require_official(weights: Weights) -> None:
+    layers = weights.architecture.options.embedding_layers
+    if layers > 1:
+        raise UserError(
+            f"the tubelet embedding has {layers} layers, the official layout has one; convert to everest instead"
+        )
+
+
+def _save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
+
+
+def _save_folder(tensors: Mapping[str, Tensor], config: str, path: Path) -> None:
+    path.mkdir()
+    _save_safetensors(tensors, path / "model.safetensors", {})
+    (path / CONFIG).write_text(config)
+
+
+def _write(target: Path, save: Callable[[Path], None]) -> None:
+    temporary = target.with_name(f"{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save(temporary)
+        temporary.rename(target)
+    except (OSError, RuntimeError) as error:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {target}: {error}") from error

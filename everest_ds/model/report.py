@@ -1,0 +1,102 @@
+"""What became of weights, and what differs between those that are there and those that a model wants.
+
+Place in the flow: `everest_ds.model.weights` and `everest_ds.model.loading` decide by what is compared here.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsReport:
+    """What became of weights.
+
+    Attributes:
+        source: Where they are from, in which layout, of which model.
+        loaded: Names of the model's that got a value.
+        fresh: Names of the model's that did not.
+        interpolated: What is resampled from one grid of tokens to another.
+        ignored: What is in the source and not used.
+        notes: What else there is to know.
+    """
+
+    source: str
+    loaded: tuple[str, ...]
+    fresh: tuple[str, ...] = ()
+    interpolated: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """Return the report, for people."""
+        total = len(self.loaded) + len(self.fresh)
+        lines = [
+            f"weights of {self.source}",
+            f"  loaded        {len(self.loaded)} of {total} tensors",
+            f"  left fresh    {_grouped(self.fresh)}",
+            f"  interpolated  {', '.join(self.interpolated) or 'none'}",
+            f"  ignored       {_grouped(self.ignored)}",
+        ]
+        return "\n".join(lines + [f"  note          {note}" for note in self.notes])
+
+
+def compare(
+    expected: Mapping[str, torch.Size], given: Mapping[str, Tensor]
+) -> tuple[list[str], list[str], list[str]]:
+    """Return names that are missing, that are too many, and whose shapes differ."""
+    missing = [name for name in expected if name not in given]
+    extra = [name for name in given if name not in expected]
+    misshapen = [name for name in expected if name in given and given[name].shape != expected[name]]
+    return missing, extra, misshapen
+
+
+def is_allowed(name: str, allow: Collection[str]) -> bool:
+    """Return whether a name, or a module that it belongs to, is allowed."""
+    return any(name == entry or name.startswith(f"{entry}.") for entry in allow)
+
+
+def unneeded(allow: Collection[str], used: Sequence[str]) -> tuple[str, ...]:
+    """Return a note on what was allowed without need."""
+    idle = [entry for entry in allow if not any(is_allowed(name, [entry]) for name in used)]
+    return (f"allowed and not needed: {', '.join(idle)}",) if idle else ()
+
+
+def part_of(name: str) -> str:
+    """Return the part of the model that a name belongs to: decoder, encoder.norm, fc_norm, ..."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "encoder" else parts[0]
+
+
+def _grouped(names: Sequence[str]) -> str:
+    """Return a part's name and number of tensors for each part."""
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[part_of(name)] = counts.get(part_of(name), 0) + 1
+    return ", ".join(f"{part} ({n})" if n > 1 else part for part, n in counts.items()) or "none"
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
+    return f"{', '.join(names[:MAX_NAMES_SHOWN])}{more}"
+
+
+def describe_difference(source: str, missing: Sequence[str], unknown: Sequence[str], way_out: str) -> str:
+    """Return what is missing and what is too much; ``way_out`` ends in a flag when names are to follow it."""
+    parts = []
+    if missing:
+        parts.append(f"lacks {_few(missing)}")
+    if unknown:
+        parts.append(f"has, unlike the model, {_few(unknown)}")
+    names = dict.fromkeys(part_of(name) for name in [*missing, *unknown])
+    words = f" {' '.join(names)}" if "--" in way_out else ""
+    return f"{source} {' and '.join(parts)}; {way_out}{words}"
+
+
+def describe_shapes(source: str, name: str, given: torch.Size, expected: torch.Size) -> str:
+    """Return how a tensor's shape differs."""
+    return f"{source}: {name} has shape {tuple(given)}, this model's has {tuple(expected)}"

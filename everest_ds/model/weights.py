@@ -1,0 +1,142 @@
+"""Weights in: any file or folder under our names, as weights of a model that is known.
+
+Place in the flow: PATH -> `read_weights` -> Weights -> `everest_ds.model.loading` into a model that exists, or
+`Weights.architecture.build()`, or `everest_ds.model.export`. Reads the official VideoMAE and EVEREST files, Hugging
+Face folders and what `everest convert` wrote; runs and their shards are read by `everest_ds.train.consolidated`.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from everest_ds.errors import UserError
+from everest_ds.model.architecture import Architecture, infer_architecture
+from everest_ds.model.facts import Facts
+from everest_ds.model.foreign import read_raw
+from everest_ds.model.huggingface import facts_of_config, from_huggingface, is_huggingface, notes_of_config
+from everest_ds.model.report import (
+    WeightsReport,
+    compare,
+    describe_difference,
+    describe_shapes,
+    is_allowed,
+    unneeded,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Weights under our names, float32.
+
+    Attributes:
+        source: Where they are from.
+        layout: Whose names they had.
+        tensors: By our name; what has none keeps its own.
+        sources: The names in the file that each was made of, where not its own.
+        architecture: The model that they fill.
+        ignored: What else was there.
+        notes: What else there is to know.
+        config: The configuration of the run that they are from, as one line of JSON.
+    """
+
+    source: str
+    layout: str
+    tensors: dict[str, Tensor]
+    architecture: Architecture
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    config: str | None = None
+
+    def title(self) -> str:
+        """Return where they are from, of which model and in which layout."""
+        return f"{self.source}: {self.architecture.describe()}; layout {self.layout}"
+
+
+def read_weights(path: Path) -> Weights:
+    """Read weights of any layout but a run's.
+
+    Args:
+        path: An official .pth or .pt file, a safetensors file, or a folder of Hugging Face or of DeepSpeed.
+
+    Raises:
+        UserError: There is nothing to read, a pickle wants to run code, or the layout is not known.
+    """
+    raw = read_raw(path)
+    layout, facts = "ours and the official one", raw.facts
+    sources: dict[str, tuple[str, ...]] = {short: (name,) for short, name in raw.names.items() if short != name}
+    weights = raw.tensors
+    ignored = list(raw.beside)
+    notes = list(raw.notes)
+    if raw.wrapper is not None:
+        layout += f", under {raw.wrapper!r}"
+    if is_huggingface(raw.tensors):
+        layout = "Hugging Face's"
+        translated = from_huggingface(raw.tensors, raw.config, str(path))
+        weights, sources = translated.tensors, translated.sources
+        ignored += translated.ignored
+        notes += translated.notes
+        facts = facts_of_config(raw.config, str(path)) if raw.config is not None else facts
+    architecture = infer_architecture(weights, facts, str(path))
+    if is_huggingface(raw.tensors) and raw.config is not None:
+        notes += notes_of_config(raw.config, architecture.kind)
+    return as_weights(
+        Weights(
+            source=str(path),
+            layout=layout,
+            tensors=weights,
+            architecture=architecture,
+            sources=sources,
+            ignored=tuple(ignored),
+            notes=tuple(notes),
+        )
+    )
+
+
+def weights_of_run(tensors: dict[str, Tensor], facts: Facts, source: str, config: str | None = None) -> Weights:
+    """Return a run's own weights, whose facts its configuration knows."""
+    architecture = infer_architecture(tensors, facts, source)
+    return as_weights(
+        Weights(source=source, layout="a run's", tensors=tensors, architecture=architecture, config=config)
+    )
+
+
+def as_weights(weights: Weights) -> Weights:
+    """Widen every tensor to float32, and say so where it was another type."""
+    others = sorted({str(t.dtype).removeprefix("torch.") for t in weights.tensors.values()} - {"float32"})
+    notes = (f"stored in {', '.join(others)}, widened to float32",) if others else ()
+    tensors = {name: tensor.detach().float().contiguous() for name, tensor in weights.tensors.items()}
+    return replace(weights, tensors=tensors, notes=weights.notes + notes)
+
+
+def require_complete(weights: Weights, allow: Collection[str] = ()) -> tuple[Weights, WeightsReport]:
+    """Check weights against the whole model that they are of.
+
+    Args:
+        weights: What was read.
+        allow: Names, or modules, that may be there and are left out; a missing one has no substitute here.
+
+    Returns:
+        The weights of exactly that model, and the report.
+
+    Raises:
+        UserError: A tensor is missing, unknown, or of another shape.
+    """
+    expected = weights.architecture.expected_shapes
+    missing, extra, misshapen = compare(expected, weights.tensors)
+    unknown = [name for name in extra if not is_allowed(name, allow)]
+    if missing or unknown:
+        way_out = "expected every tensor of the model" if missing else "to leave that out, --allow"
+        raise UserError(describe_difference(weights.source, missing, unknown, way_out))
+    for name in misshapen:
+        raise UserError(describe_shapes(weights.source, name, weights.tensors[name].shape, expected[name]))
+    complete = replace(weights, tensors={name: weights.tensors[name] for name in expected})
+    report = WeightsReport(
+        source=weights.title(),
+        loaded=tuple(expected),
+        ignored=weights.ignored + tuple(extra),
+        notes=weights.notes + unneeded(allow, extra),
+    )
+    return complete, report
