@@ -69,14 +69,14 @@ def write_weights(weights: Weights, target: Path, layout: Layout) -> Written:
     notes: tuple[str, ...] = ()
     if layout == "everest":
         metadata = {FACTS_KEY: facts} | ({} if weights.config is None else {"config": weights.config})
-        _write(target, lambda path: _save_safetensors(weights.tensors, path, metadata))
+        write_whole(target, lambda path: save_safetensors(weights.tensors, path, metadata))
     elif layout == "videomae":
         _require_official(weights)
-        _write(target, lambda path: torch.save({"model": weights.tensors, FACTS_KEY: facts}, path))
+        write_whole(target, lambda path: torch.save({"model": weights.tensors, FACTS_KEY: facts}, path))
     else:
         translated, config = to_huggingface(weights.tensors, weights.architecture), config_for(weights.architecture)
         made_of, notes = translated.sources, translated.notes
-        _write(target, lambda path: _save_folder(translated.tensors, config, path))
+        write_whole(target, lambda path: _save_folder(translated.tensors, config, path))
     return Written(key_map=tuple(key_map(weights, made_of)), notes=notes)
 
 
@@ -102,7 +102,8 @@ def _require_official(weights: Weights) -> None:
         )
 
 
-def _save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write one safetensors file, marked as torch's."""
     from safetensors.torch import save_file
 
     save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
@@ -110,17 +111,24 @@ def _save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[
 
 def _save_folder(tensors: Mapping[str, Tensor], config: str, path: Path) -> None:
     path.mkdir()
-    _save_safetensors(tensors, path / "model.safetensors", {})
+    save_safetensors(tensors, path / "model.safetensors", {})
     (path / CONFIG).write_text(config)
 
 
-def _write(target: Path, save: Callable[[Path], None]) -> None:
+def write_whole(target: Path, save: Callable[[Path], None]) -> None:
+    """Write a file or folder beside its place and then give it its name, so that it is there whole or not at all.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    from safetensors import SafetensorError
+
     temporary = target.with_name(f"{target.name}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         save(temporary)
         temporary.rename(target)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of them
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:

@@ -19,6 +19,7 @@ from everest_ds.errors import UserError
 from everest_ds.geometry import TokenGrid
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
+from everest_ds.model.export import save_safetensors, write_whole
 from everest_ds.model.facts import Facts
 from everest_ds.model.foreign import FACTS_KEY
 from everest_ds.model.loading import load_weights
@@ -112,8 +113,6 @@ def export_fp32(source: Path, target: Path) -> Path:
     Raises:
         UserError: The source is no complete, sound checkpoint, or the target exists or cannot be written.
     """
-    from safetensors.torch import save_file
-
     if target.suffix != ".safetensors":
         raise UserError(f"{target} must end in .safetensors")
     if target.exists():
@@ -121,19 +120,12 @@ def export_fp32(source: Path, target: Path) -> Path:
     checkpoint = find_source(source)
     config = load_config(checkpoint.parent.parent / "config.json")
     facts = {
-        "format": "pt",
         "step": str(read_state(checkpoint).step),
         "config": _one_line(config),
         FACTS_KEY: facts_of_run(config).dump(),
     }
-    temporary = target.with_name(f"{target.name}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(read_fp32_weights(checkpoint), temporary, metadata=facts)
-        temporary.replace(target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {target}: {error}") from error
+    weights = read_fp32_weights(checkpoint)
+    write_whole(target, lambda path: save_safetensors(weights, path, facts))
     return checkpoint
 
 
