@@ -30,8 +30,8 @@ def convert(source: Path, target: Path, to: Target, allow: tuple[str, ...] = ())
         checkpoint = export_fp32(source, target)
         print(f"float32 weights of {checkpoint} -> {target} ({_mebibytes(target):.1f} MiB)")
         return
-    from everest_ds.model.export import require_target, write_weights
-    from everest_ds.model.weights import require_complete
+    from everest_ds.model.weights.export import require_target, write_weights
+    from everest_ds.model.weights.reading import require_complete
 
     require_target(target, to)
     weights, report = require_complete(read_any_weights(source), allow)

@@ -19,13 +19,13 @@ from everest_ds.errors import UserError
 from everest_ds.geometry import TokenGrid
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
-from everest_ds.model.export import save_safetensors, write_whole
-from everest_ds.model.facts import Facts
-from everest_ds.model.foreign import FACTS_KEY
-from everest_ds.model.loading import load_weights
-from everest_ds.model.report import WeightsReport
 from everest_ds.model.sizes import get_size
-from everest_ds.model.weights import Weights, read_weights, weights_of_run
+from everest_ds.model.weights.export import save_safetensors, write_whole
+from everest_ds.model.weights.facts import Facts
+from everest_ds.model.weights.foreign import FACTS_KEY
+from everest_ds.model.weights.loading import load_weights
+from everest_ds.model.weights.reading import Weights, read_weights, weights_of_run
+from everest_ds.model.weights.report import WeightsReport
 from everest_ds.train.checkpoint import folder_of, list_checkpoints, read_state
 from everest_ds.train.seal import find_damage, is_sealed
 from everest_ds.train.tasks import PretrainTask
@@ -147,7 +147,7 @@ def facts_of_run(config: Config) -> Facts:
 
 
 def read_any_weights(path: Path) -> Weights:
-    """Read the weights of a run, a checkpoint, or anything that `everest_ds.model.weights` reads.
+    """Read the weights of a run, a checkpoint, or anything that `everest_ds.model.weights.reading` reads.
 
     Raises:
         UserError: There are none, they are damaged, or their layout is not known.

@@ -87,10 +87,9 @@ def test_python_example_runs() -> None:
 def test_files_and_links_exist() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (REPOSITORY / target).exists(), target
-    for name in re.findall(r"^  (\w+)/ ", README, flags=re.MULTILINE):
+    for name in re.findall(r"^  ([\w/]+)/ ", README, flags=re.MULTILINE):
         assert (REPOSITORY / "everest_ds" / name).is_dir(), name
-    listed = {
-        m for line in re.findall(r"^  (?:data|model|train|commands)/ +(.*)$", README, re.M) for m in line.split()
-    }
-    found = {path.stem for path in (REPOSITORY / "everest_ds").glob("*/*.py")} - {"__init__"}
+    lines = re.findall(r"^  (?:data|model|model/weights|train|commands)/ +(.*)$", README, re.M)
+    listed = {name for line in lines for name in line.split()}
+    found = {path.stem for path in (REPOSITORY / "everest_ds").glob("*/**/*.py")} - {"__init__"}
     assert listed == found

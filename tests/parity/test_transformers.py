@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from everest_ds.model.autoencoder import EverestAutoencoder
-from everest_ds.model.export import Layout, write_weights
-from everest_ds.model.loading import load_weights
 from everest_ds.model.selection import Selection, TokenIndex
 from everest_ds.model.tubelets import standardise
-from everest_ds.model.weights import Weights, read_weights, require_complete
+from everest_ds.model.weights.export import Layout, write_weights
+from everest_ds.model.weights.loading import load_weights
+from everest_ds.model.weights.reading import Weights, read_weights, require_complete
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[hf])")
 pytestmark = pytest.mark.parity

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from everest_ds.errors import UserError
 from everest_ds.geometry import TokenGrid
-from everest_ds.model.architecture import name_of_width
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import TokenEncoder
-from everest_ds.model.report import (
+from everest_ds.model.weights.architecture import name_of_width
+from everest_ds.model.weights.reading import Weights
+from everest_ds.model.weights.report import (
     WeightsReport,
     compare,
     describe_difference,
@@ -24,7 +25,6 @@ from everest_ds.model.report import (
     part_of,
     unneeded,
 )
-from everest_ds.model.weights import Weights
 
 # Names that `allow` knows besides those of tensors.
 POSITIONS, HEADS = "positions", "num_heads"

@@ -6,7 +6,7 @@ import pytest
 from safetensors import SafetensorError
 
 from everest_ds.errors import UserError
-from everest_ds.model.export import write_whole
+from everest_ds.model.weights.export import write_whole
 
 
 def test_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from everest_ds.geometry import TokenGrid
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
-from everest_ds.model.export import write_weights
-from everest_ds.model.facts import Facts
-from everest_ds.model.loading import load_weights
-from everest_ds.model.weights import Weights, read_weights, require_complete, weights_of_run
+from everest_ds.model.weights.export import write_weights
+from everest_ds.model.weights.facts import Facts
+from everest_ds.model.weights.loading import load_weights
+from everest_ds.model.weights.reading import Weights, read_weights, require_complete, weights_of_run
 from tests.conftest import GOLDEN, make_size
 
 KEYS = json.loads((GOLDEN / "checkpoint_keys_vit_base.json").read_text())

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from everest_ds.errors import UserError
-from everest_ds.model.architecture import Architecture, Kind, count_blocks
-from everest_ds.model.facts import Facts
 from everest_ds.model.transformer import MLP_RATIO, Block
+from everest_ds.model.weights.architecture import Architecture, Kind, count_blocks
+from everest_ds.model.weights.facts import Facts
 
 TRUNK = "videomae."
 ENCODER_BLOCKS, DECODER_BLOCKS = f"{TRUNK}encoder.layer", "decoder.decoder_layers"

@@ -1,6 +1,6 @@
 """What became of weights, and what differs between those that are there and those that a model wants.
 
-Place in the flow: `everest_ds.model.weights` and `everest_ds.model.loading` decide by what is compared here.
+Place in the flow: `reading` and `loading` decide by what is compared here.
 """
 
 from collections.abc import Collection, Mapping, Sequence

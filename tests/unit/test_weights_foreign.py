@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from everest_ds.errors import UserError
-from everest_ds.model.foreign import DEEPSPEED_STATES, read_raw
-from everest_ds.model.weights import read_weights, require_complete
+from everest_ds.model.weights.foreign import DEEPSPEED_STATES, read_raw
+from everest_ds.model.weights.reading import read_weights, require_complete
 from tests.conftest import GoldenModel
 
 WRAPS: dict[str, Callable[[dict[str, Tensor]], Any]] = {

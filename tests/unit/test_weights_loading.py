@@ -12,13 +12,13 @@ from torch import Tensor
 
 from everest_ds.errors import UserError
 from everest_ds.geometry import TokenGrid
-from everest_ds.model.architecture import heads_of_width
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
-from everest_ds.model.loading import load_weights
 from everest_ds.model.sizes import SIZES
-from everest_ds.model.weights import Weights, read_weights, require_complete
+from everest_ds.model.weights.architecture import heads_of_width
+from everest_ds.model.weights.loading import load_weights
+from everest_ds.model.weights.reading import Weights, read_weights, require_complete
 from tests.conftest import GOLDEN, GoldenModel, make_size
 
 KEYS = json.loads((GOLDEN / "checkpoint_keys_vit_base.json").read_text())

@@ -1,7 +1,7 @@
 """What a set of weights is a model of: read off names and shapes, and off the few facts that shapes do not hold.
 
-Place in the flow: `everest_ds.model.foreign` and `everest_ds.model.huggingface` bring tensors under our names; this
-module says which model they fill, and builds it. `everest_ds.model.weights` loads them.
+Place in the flow: `foreign` and `huggingface` bring tensors under our names; this module says which model they
+fill, and builds it; `loading` loads them.
 """
 
 import re
@@ -18,9 +18,9 @@ from everest_ds.geometry import TokenGrid
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
-from everest_ds.model.facts import Facts
 from everest_ds.model.sizes import SIZES, ModelSize
 from everest_ds.model.transformer import NORM_EPS
+from everest_ds.model.weights.facts import Facts
 
 Kind = Literal["autoencoder", "classifier", "encoder"]
 DESCRIPTIONS: dict[Kind, str] = {

@@ -1,8 +1,8 @@
 """Weights in: any file or folder under our names, as weights of a model that is known.
 
-Place in the flow: PATH -> `read_weights` -> Weights -> `everest_ds.model.loading` into a model that exists, or
-`Weights.architecture.build()`, or `everest_ds.model.export`. Reads the official VideoMAE and EVEREST files, Hugging
-Face folders and what `everest convert` wrote; runs and their shards are read by `everest_ds.train.consolidated`.
+Place in the flow: PATH -> `read_weights` -> Weights -> `loading` into a model that exists, or
+`Weights.architecture.build()`, or `export`. Reads the official VideoMAE and EVEREST files, Hugging Face folders and
+what `everest convert` wrote; runs and their shards are read by `everest_ds.train.consolidated`.
 """
 
 from collections.abc import Collection
@@ -12,11 +12,11 @@ from pathlib import Path
 from torch import Tensor
 
 from everest_ds.errors import UserError
-from everest_ds.model.architecture import Architecture, infer_architecture
-from everest_ds.model.facts import Facts
-from everest_ds.model.foreign import read_raw
-from everest_ds.model.huggingface import facts_of_config, from_huggingface, is_huggingface, notes_of_config
-from everest_ds.model.report import (
+from everest_ds.model.weights.architecture import Architecture, infer_architecture
+from everest_ds.model.weights.facts import Facts
+from everest_ds.model.weights.foreign import read_raw
+from everest_ds.model.weights.huggingface import facts_of_config, from_huggingface, is_huggingface, notes_of_config
+from everest_ds.model.weights.report import (
     WeightsReport,
     compare,
     describe_difference,

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from everest_ds.errors import UserError
-from everest_ds.model.foreign import CONFIG, FACTS_KEY
-from everest_ds.model.huggingface import config_for, to_huggingface
-from everest_ds.model.weights import Weights
+from everest_ds.model.weights.foreign import CONFIG, FACTS_KEY
+from everest_ds.model.weights.huggingface import config_for, to_huggingface
+from everest_ds.model.weights.reading import Weights
 
 Layout = Literal["everest", "videomae", "hf"]
 SUFFIXES: dict[Layout, tuple[str, ...]] = {"everest": (".safetensors",), "videomae": (".pth", ".pt"), "hf": ("",)}
@@ -54,7 +54,7 @@ def write_weights(weights: Weights, target: Path, layout: Layout) -> Written:
     """Write the weights of one whole model.
 
     Args:
-        weights: From `everest_ds.model.weights.require_complete`.
+        weights: From `everest_ds.model.weights.reading.require_complete`.
         target: A new file, or a new folder for hf.
         layout: everest: our names in one float32 safetensors file; its metadata hold what shapes do not say and the
             configuration of the run that they are from; videomae: the official state dict under 'model'; hf:
