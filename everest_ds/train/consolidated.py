@@ -65,7 +65,8 @@ def read_fp32_weights(checkpoint: Path) -> dict[str, Tensor]:
     else:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its inner life
+        quiet = io.StringIO()  # it prints its inner life
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     return {name.removeprefix(PREFIX): tensor.detach().float().contiguous() for name, tensor in weights.items()}
 
