@@ -54,6 +54,10 @@ def steps_recorded(run_dir: Path) -> int:
     return len(metrics(run_dir)) if (run_dir / "metrics.jsonl").is_file() else 0
 
 
+def sealed(run_dir: Path) -> list[Path]:
+    return sorted(path.parent for path in (run_dir / "checkpoints").glob("step-*/complete.json"))
+
+
 def is_saving(run_dir: Path) -> bool:
     return any((run_dir / "checkpoints").glob("tmp-*"))
 
@@ -74,47 +78,17 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
     require_same_run(tmp_path / "run", uninterrupted[2])
 
 
-def test_killed_run_with_a_damaged_checkpoint_ends_as_if_nothing_had_happened(
-    uninterrupted: dict[int, Path], demo_folder: Path, tmp_path: Path
-) -> None:
-    """A rank is killed, then 64 bytes of the newest checkpoint flip; the same command goes on from before."""
-    broken = tmp_path / "broken"
-    killed = kill_a_rank_after(recovery_command(demo_folder, broken), broken, step=7)
-    assert killed not in (0, 2)
-    newest = sorted((broken / "checkpoints").glob("step-*/complete.json"))[-1].parent
-    shard = next(newest.glob("*rank_1*optim_states.pt"))
-    damaged = bytearray(shard.read_bytes())
-    damaged[1000:1064] = bytes(byte ^ 0xFF for byte in damaged[1000:1064])
-    shard.write_bytes(damaged)
-    done = launch(recovery_command(demo_folder, broken), processes=2)
-    assert done.returncode == 0, done.stderr
-    assert f"checkpoint {newest} is damaged: the checksum of {shard.name} differs; passing it over" in done.stdout
-    require_same_run(broken, uninterrupted[2])
-
-
-def kill_a_rank_after(arguments: list[str], run_dir: Path, *, step: int) -> int:
-    """Start two processes, kill -9 rank one once a step is recorded, and return the launcher's exit code."""
-    with start(arguments, processes=2) as process:
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if (run_dir / "metrics.jsonl").is_file() and len(metrics(run_dir)) >= step:
-                break
-            time.sleep(0.02)
-        ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "everest_ds" in p.cmdline()]
-        victim = next(p for p in ranks if p.environ().get("RANK") == "1")
-        victim.kill()
-        return process.wait(timeout=120)
-
-
-def kill_once(arguments: list[str], run_dir: Path, draw: random.Random, *, within_save: bool) -> bool:
+def kill_once(
+    arguments: list[str], run_dir: Path, draw: random.Random, *, within_save: bool, complete: int = 0
+) -> bool:
     """Start the command and kill -9 a rank; return whether it was killed before the run's end.
 
-    Within a save, the moment is drawn from the time that the temporary folder exists; otherwise from the time
-    that the run takes.
+    Within a save, the moment is drawn from the time that the temporary folder exists, once that many checkpoints
+    are complete; otherwise from the time that the run takes.
     """
     with start(arguments, processes=2) as process:
         if within_save:
-            wait_until(lambda: is_saving(run_dir), process)
+            wait_until(lambda: is_saving(run_dir) and len(sealed(run_dir)) >= complete, process)
             time.sleep(draw.uniform(0, 0.08))
         else:
             wait_until(lambda: len(ranks_of(process)) == 2, process)
@@ -127,15 +101,23 @@ def kill_once(arguments: list[str], run_dir: Path, draw: random.Random, *, withi
         return killed
 
 
-def test_run_killed_within_a_save_ends_as_if_nothing_had_happened(
+def test_run_killed_within_a_save_and_then_damaged_ends_as_if_nothing_had_happened(
     uninterrupted: dict[int, Path], demo_folder: Path, tmp_path: Path
 ) -> None:
-    """The short campaign: one kill within a save; the same command again goes on."""
+    """The short campaign: a kill within the third save, then 64 bytes of the newest checkpoint flip."""
     seed = int(os.environ.get("EVEREST_KILL_SEED", time.time_ns() % 10**6))
     print(f"EVEREST_KILL_SEED={seed}")
     broken = tmp_path / "broken"
-    assert kill_once(recovery_command(demo_folder, broken), broken, random.Random(seed), within_save=True)
-    run_to_the_end(recovery_command(demo_folder, broken))
+    arguments = recovery_command(demo_folder, broken)
+    assert kill_once(arguments, broken, random.Random(seed), within_save=True, complete=2)
+    newest = sealed(broken)[-1]
+    shard = next(newest.glob("*rank_1*optim_states.pt"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[1000:1064] = bytes(byte ^ 0xFF for byte in damaged[1000:1064])
+    shard.write_bytes(damaged)
+    done = launch(arguments, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert f"checkpoint {newest} is damaged: the checksum of {shard.name} differs; passing it over" in done.stdout
     require_same_run(broken, uninterrupted[2])
 
 
