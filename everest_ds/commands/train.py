@@ -17,7 +17,7 @@ from everest_ds.data.index import VideoRow, fingerprint, read_list, require_reac
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train.checkpoint import TrainState, set_aside, unfinished_saves
-from everest_ds.train.run_dir import find_resume, require_shared, warn_of_pointer, write_run_files
+from everest_ds.train.run_dir import find_pointer_fault, find_resume, require_shared, write_run_files
 from everest_ds.train.signals import EXIT_STOPPED
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def _open_run(
         flush=True,
     )
     print(describe_estimate(estimate_memory(config, ds_config, world_size=world.size)), flush=True)
-    pointer_fault = warn_of_pointer(trainer.run_dir)
+    pointer_fault = find_pointer_fault(trainer.run_dir)
     if pointer_fault:
         print(f"warning: {pointer_fault}; the newest complete checkpoint counts", flush=True)
     for folder in unfinished_saves(trainer.run_dir):

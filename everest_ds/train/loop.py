@@ -1,7 +1,7 @@
 """The training loop: one for every task.
 
 Place in the flow: loader -> task in the DeepSpeed engine -> optimiser step -> metrics, checkpoints. Between log
-steps the loop itself never waits for the device; DeepSpeed does, once a step, to see that the gradient is finite.
+steps the loop itself never waits for the device; the engine's step does, once, to see that the gradient is finite.
 """
 
 import json

@@ -146,6 +146,7 @@ def smallest_change(
     """Return what would fit where nothing does: larger GPUs, or more of them."""
 
     def leanest_on(count: int) -> Setting:
+        """Return the setting that needs least memory on that many GPUs, one clip at a time."""
         settings = (
             make_setting(config, name, options, num_gpus=count, micro_size=1, checkpointing=checkpointing)
             for name, options in systems.items()

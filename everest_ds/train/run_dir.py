@@ -109,7 +109,7 @@ def _named_checkpoint(out: Path | None, config: Config, named: Path) -> Resume:
     return Resume(run_dir=run_dir, candidates=(checkpoint,), exact=True)
 
 
-def warn_of_pointer(run_dir: Path) -> str | None:
+def find_pointer_fault(run_dir: Path) -> str | None:
     """Return what is wrong with a used run's `latest`, though its checkpoints do not depend on it."""
     if not list_checkpoints(run_dir):
         return None

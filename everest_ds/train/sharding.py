@@ -66,6 +66,7 @@ class ParameterCounts:
         """Elements of the parameters that lie at least in part in a process's partition, where that is most."""
 
         def of_rank(rank: int) -> Iterator[int]:
+            """Yield the elements of each parameter that a rank's partition touches."""
             for group, flat in zip(self.groups, self.aligned(world_size), strict=True):
                 start, begin, end = 0, rank * flat // world_size, (rank + 1) * flat // world_size
                 for count in group:

@@ -12,9 +12,9 @@ from everest_ds.errors import UserError
 from everest_ds.train.run_dir import (
     FREE_ON_RESUME,
     Resume,
+    find_pointer_fault,
     find_resume,
     require_shared,
-    warn_of_pointer,
     write_run_files,
 )
 
@@ -99,10 +99,10 @@ def test_run_or_its_checkpoints_stand_for_the_latest_checkpoint(tmp_path: Path) 
     pointer.write_text("../elsewhere\n")
     with pytest.raises(UserError, match=r"latest names '../elsewhere', which is no complete checkpoint"):
         find_resume(None, CONFIG, str(tmp_path / "run"))
-    assert "no complete checkpoint" in str(warn_of_pointer(tmp_path / "run"))
+    assert "no complete checkpoint" in str(find_pointer_fault(tmp_path / "run"))
     pointer.unlink()
     with pytest.raises(UserError, match=r"latest cannot be read"):
         find_resume(None, CONFIG, str(pointer.parent))
     pointer.write_text(f"{older.name}\n")  # a save that died just before the pointer moved
-    assert warn_of_pointer(tmp_path / "run") is None
+    assert find_pointer_fault(tmp_path / "run") is None
     assert find_resume(None, CONFIG, "auto").candidates == ()
