@@ -11,8 +11,10 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from everest_ds.config import Config
+from everest_ds.config import Config, FinetuneConfig, PretrainConfig
 from everest_ds.errors import UserError, nearest_hint
+
+CONFIGS: dict[str, type[Config]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 
 
 def dump_config(config: Config) -> str:
@@ -49,12 +51,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def config_from_dict(raw: Any, *, source: str = "config") -> Config:
     """Build a configuration from nested dictionaries, strictly; see `load_config`."""
-    return typing.cast(Config, _build(Config, raw, where="", source=source))
+    if not isinstance(raw, dict):
+        raise UserError(f"{source}: the file must be an object, got {type(raw).__name__}")
+    task = raw.get("task")
+    if task not in CONFIGS:
+        raise UserError(f"{source}: task={task!r} must be one of {', '.join(CONFIGS)}")
+    return typing.cast(Config, _build(CONFIGS[task], raw, where="", source=source))
 
 
 def _build(cls: Any, raw: Any, *, where: str, source: str) -> Any:
     if not isinstance(raw, dict):
-        raise UserError(f"{source}: {where or 'the file'} must be an object, got {type(raw).__name__}")
+        raise UserError(f"{source}: {where} must be an object, got {type(raw).__name__}")
     hints = typing.get_type_hints(cls)
     names = [item.name for item in dataclasses.fields(cls)]
     for key in raw:

@@ -147,10 +147,9 @@ def _document(
 def _print_table(config: Config, options: PlanOptions, rows: list[dict[str, Any]]) -> None:
     from everest_ds.train.sharding import count_parameters
 
-    parameters, tokens = count_parameters(config).total, config.grid.num_tokens
+    parameters = count_parameters(config).total
     print(
-        f"{config.recipe}: ViT-{config.model.size}, {parameters / 1e6:.1f} M parameters; a clip has {tokens} "
-        f"tokens, {config.num_selected} selected, {config.num_visible} visible; "
+        f"{config.recipe}: ViT-{config.model.size}, {parameters / 1e6:.1f} M parameters; {config.tokens}; "
         f"batch {config.batch.global_size} on {options.gpus} GPUs of {options.gpu_memory_gib:g} GiB\n\n"
         "Estimated peak of one GPU in GiB, at the largest micro-batch that fits (* not even one clip does).\n"
         "total = params + grads + optim + input + comm + work + over. work: the largest of activations (activ, of\n"

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from everest_ds.config import Config
 from everest_ds.config_file import dump_config
-from everest_ds.recipes import PRETRAIN_RECIPES
+from everest_ds.recipes import RECIPES
 
 
 def list_recipes() -> None:
     """Print each recipe with the first line of its document."""
-    for name, recipe in PRETRAIN_RECIPES.items():
+    for name, recipe in RECIPES.items():
         print(f"{name:<14} {(recipe.__doc__ or '').splitlines()[0]}")
 
 
@@ -28,13 +28,10 @@ def show_recipe(config: Config, *, num_gpus: int, ds_config: Path | None) -> Non
     resolved = resolve_ds_config(systems, config, world_size=num_gpus, precision="auto", device_type="cuda")
     grid, batch = config.grid, config.batch
     peak = config.optim.base_lr * batch.global_size / 256
-    recipe = PRETRAIN_RECIPES.get(config.recipe)
+    recipe = RECIPES.get(config.recipe)
     print(inspect.getdoc(recipe) if recipe else f"{config.recipe}: not a recipe of this version")
     print(f"\nconfiguration\n{dump_config(config)}")
-    print(
-        f"tokens of a clip: {grid.time} x {grid.rows} x {grid.cols} = {grid.num_tokens}; selected "
-        f"{config.num_selected}, visible {config.num_visible}, targets {config.num_targets}"
-    )
+    print(f"tokens: {grid.time} x {grid.rows} x {grid.cols} = {config.tokens}")
     print(
         f"batch: {batch.global_size} = {batch.micro_size} a process x {num_gpus} processes x "
         f"{batch.accumulation_steps(num_gpus)} accumulation steps; peak learning rate {config.optim.base_lr} x "

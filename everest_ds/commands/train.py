@@ -47,7 +47,7 @@ class LaunchOptions:
     """auto: as the DeepSpeed file says, else bf16 on a GPU and fp32 on a CPU."""
 
 
-def pretrain(config: Config, options: LaunchOptions, world: World) -> int:
+def train(config: Config, options: LaunchOptions, world: World) -> int:
     """Run or continue a pre-training.
 
     Returns:
@@ -147,10 +147,10 @@ def _build(
     from everest_ds.train.engine import build_engine
     from everest_ds.train.loop import Trainer
     from everest_ds.train.schedule import Schedule
-    from everest_ds.train.tasks import PretrainTask
+    from everest_ds.train.tasks import make_task
 
     torch.manual_seed(config.run.seed)
-    task = PretrainTask(config)
+    task = make_task(config)
     with start.ready(task, world) as load:
         engine = build_engine(task, config, ds_config, device, universal=start.reshards)
         load(engine)
@@ -184,7 +184,7 @@ def _batches(trainer: "Trainer") -> Any:
         start_step=schedule.start_step,
         end_step=schedule.end_step,
     )
-    dataset = trainer.task.make_dataset(trainer.rows, config)
+    dataset = trainer.task.make_dataset(trainer.rows)
     with children_ignore_stop_signals():
         pin_memory = trainer.device.type == "cuda"
         return iter(make_loader(dataset, sampler, pin_memory=pin_memory, worker_init=ignore_stop_signals))
@@ -226,9 +226,8 @@ def _open_run(
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.task.parameters())
     accumulation = config.batch.accumulation_steps(world.size)
     print(
-        f"{config.recipe}: ViT-{config.model.size}, {parameters / 1e6:.1f} M parameters, {config.grid.num_tokens} "
-        f"tokens a clip, {config.num_selected} selected, {config.num_visible} visible, "
-        f"{config.num_targets} targets\n"
+        f"{config.recipe}: ViT-{config.model.size}, {parameters / 1e6:.1f} M parameters, "
+        f"{config.tokens}\n"
         f"{world.size} x {trainer.device.type}, ZeRO-{state.zero_stage}, {state.dtype}, attention {backend}, "
         f"batch {config.batch.global_size} = {config.batch.micro_size} x {world.size} x {accumulation}, "
         f"{schedule.end_step} steps of {schedule.steps_per_epoch} an epoch",

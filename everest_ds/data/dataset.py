@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from everest_ds.config import DataConfig
+from everest_ds.config import PretrainDataConfig
 from everest_ds.data.index import VideoRow
 from everest_ds.data.sampling import SampleKey, Stream, keyed_generator, stride_indices
 from everest_ds.data.transforms import draw_crop, make_clip
@@ -117,7 +117,9 @@ class ClipDataset(Dataset[Clip]):
         noise_length: Selection noise values that come with each clip.
     """
 
-    def __init__(self, rows: Sequence[VideoRow], config: DataConfig, *, seed: int, noise_length: int) -> None:
+    def __init__(
+        self, rows: Sequence[VideoRow], config: PretrainDataConfig, *, seed: int, noise_length: int
+    ) -> None:
         self.rows = rows
         self.config = config
         self.seed = seed

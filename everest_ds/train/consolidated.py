@@ -28,7 +28,7 @@ from everest_ds.model.weights.reading import Weights, read_weights, weights_of_r
 from everest_ds.model.weights.report import WeightsReport
 from everest_ds.train.checkpoint import folder_of, list_checkpoints, read_state
 from everest_ds.train.seal import find_damage, is_sealed
-from everest_ds.train.tasks import PretrainTask
+from everest_ds.train.tasks import make_task
 
 # DeepSpeed wraps the task, whose model carries this prefix in shards; weights leave without it.
 PREFIX = "model."
@@ -79,7 +79,7 @@ def _unsharded_weights(checkpoint: Path, dtype: str) -> dict[str, Tensor]:
         return weights
     config = load_config(checkpoint.parent.parent / "config.json")
     with torch.device("meta"):
-        task = PretrainTask(config)
+        task = make_task(config)
     names = {id(parameter): name for name, parameter in task.named_parameters()}
     for group, masters in zip(task.parameter_groups(), states["optimizer"]["fp32_groups"], strict=True):
         parameters: list[nn.Parameter] = group["params"]  # type: ignore[assignment]

@@ -19,7 +19,7 @@ from everest_ds.config import Config
 from everest_ds.config_file import read_json_object
 from everest_ds.errors import UserError, nearest_hint
 from everest_ds.train.optim import make_optimizer
-from everest_ds.train.tasks import PretrainTask
+from everest_ds.train.tasks import Task
 
 PrecisionName = Literal["auto", "bf16", "fp32"]
 Systems = dict[str, Any]
@@ -167,7 +167,7 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
 
 
 def build_engine(
-    task: PretrainTask, config: Config, ds_config: dict[str, Any], device: torch.device, *, universal: bool = False
+    task: Task, config: Config, ds_config: dict[str, Any], device: torch.device, *, universal: bool = False
 ) -> Any:
     """Return the DeepSpeed engine around a task, with torch's AdamW.
 

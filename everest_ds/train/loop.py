@@ -29,7 +29,7 @@ from everest_ds.train.optim import learning_rate
 from everest_ds.train.progress import Window, measure, print_progress
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import EXIT_STOPPED, StopRequest
-from everest_ds.train.tasks import ClipCost, PretrainTask
+from everest_ds.train.tasks import ClipCost, Task
 
 MAX_PATHS_SHOWN = 4
 
@@ -53,7 +53,7 @@ class Trainer:
     """
 
     engine: Any
-    task: PretrainTask
+    task: Task
     config: Config
     schedule: Schedule
     world: World

@@ -8,7 +8,7 @@ DeepSpeed nor a GPU is needed. What building the engine and saving a checkpoint 
 from dataclasses import dataclass
 from typing import Any
 
-from everest_ds.config import Config
+from everest_ds.config import Config, PretrainConfig
 from everest_ds.model.activations import TokenCounts, activation_bytes, ranking_bytes
 from everest_ds.model.sizes import get_size
 from everest_ds.train.sharding import Sharding, bytes_sent, count_parameters
@@ -90,6 +90,7 @@ def estimate_memory(config: Config, ds_config: dict[str, Any], *, world_size: in
         ds_config: As `train.engine.resolve_ds_config` returns it.
         world_size: Processes, one a GPU.
     """
+    assert isinstance(config, PretrainConfig)
     sharding = Sharding.of(ds_config, world_size)
     counts = count_parameters(config)
     states = model_states(counts, sharding)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from everest_ds.config import BatchConfig, Config, OptimConfig, RunConfig
+from everest_ds.config import BatchConfig, Config, OptimConfig, PretrainConfig, RunConfig
 from everest_ds.train.optim import parameter_groups
 from everest_ds.train.tasks import build_autoencoder
 
@@ -148,6 +148,7 @@ def count_parameters(config: Config) -> ParameterCounts:
 
 @lru_cache(maxsize=8)
 def _count(config: Config) -> ParameterCounts:
+    assert isinstance(config, PretrainConfig)
     with torch.device("meta"):
         model = build_autoencoder(config)
     groups = [group["params"] for group in parameter_groups(model, config.optim.weight_decay)]

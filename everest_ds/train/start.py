@@ -18,7 +18,7 @@ from everest_ds.train.checkpoint import (
 from everest_ds.train.consolidated import load_initial_weights
 from everest_ds.train.reshard import load_resharded, needs_resharding, universal_copy
 from everest_ds.train.run_dir import Resume
-from everest_ds.train.tasks import PretrainTask
+from everest_ds.train.tasks import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Start:
     reshards: bool = False
 
     @contextlib.contextmanager
-    def ready(self, task: PretrainTask, world: World) -> Iterator[Callable[[Any], None]]:
+    def ready(self, task: Task, world: World) -> Iterator[Callable[[Any], None]]:
         """Prepare what is restored, and provide what brings a new engine to it; all ranks take part.
 
         Raises:

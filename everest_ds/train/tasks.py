@@ -4,13 +4,14 @@ Place in the flow: ClipBatch on the device -> task -> loss. Axes: B clips, C T H
 tokens of a clip.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from everest_ds.config import Config
+from everest_ds.config import Config, PretrainConfig
 from everest_ds.data.dataset import ClipBatch, ClipDataset
 from everest_ds.data.index import VideoRow
 from everest_ds.model.autoencoder import EverestAutoencoder
@@ -34,13 +35,38 @@ class ClipCost:
     train_flops: float
 
 
-class PretrainTask(nn.Module):
-    """Masked reconstruction.
+class Task(nn.Module, ABC):
+    """What is trained: a model and how a batch becomes its loss.
 
     DeepSpeed wraps this module, so its parameters carry the prefix ``model.`` in checkpoints.
     """
 
-    def __init__(self, config: Config) -> None:
+    model: EverestAutoencoder
+    config: Config
+
+    @abstractmethod
+    def parameter_groups(self) -> list[dict[str, object]]:
+        """Return the optimiser's groups."""
+
+    @abstractmethod
+    def inputs(self, batch: ClipBatch, device: torch.device) -> tuple[Tensor, ...]:
+        """Move what `forward` takes to the device, as bytes."""
+
+    @abstractmethod
+    def make_dataset(self, rows: Sequence[VideoRow]) -> ClipDataset:
+        """Return the training clips."""
+
+    @abstractmethod
+    def clip_cost(self) -> ClipCost:
+        """Return what one clip costs."""
+
+
+class PretrainTask(Task):
+    """Masked reconstruction."""
+
+    config: PretrainConfig
+
+    def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
         self.config = config
         self.keep_visible_as_target = config.selection.targets == "selected"
@@ -67,9 +93,9 @@ class PretrainTask(nn.Module):
             batch.noise_BS.to(device, non_blocking=True),
         )
 
-    @staticmethod
-    def make_dataset(rows: Sequence[VideoRow], config: Config) -> ClipDataset:
+    def make_dataset(self, rows: Sequence[VideoRow]) -> ClipDataset:
         """Return the training clips, each with its selection noise."""
+        config = self.config
         return ClipDataset(rows, config.data, seed=config.run.seed, noise_length=config.num_selected)
 
     def clip_cost(self) -> ClipCost:
@@ -84,7 +110,13 @@ class PretrainTask(nn.Module):
         return ClipCost(tokens=config.num_visible, train_flops=2 * (counts.embedding_all + 3 * with_gradient))
 
 
-def build_autoencoder(config: Config) -> EverestAutoencoder:
+def make_task(config: Config) -> Task:
+    """Return the task that a configuration is of, its model freshly initialised from torch's global generator."""
+    assert isinstance(config, PretrainConfig)
+    return PretrainTask(config)
+
+
+def build_autoencoder(config: PretrainConfig) -> EverestAutoencoder:
     """Return the autoencoder that a configuration describes, freshly initialised from torch's global generator."""
     return EverestAutoencoder(
         get_size(config.model.size),

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 from everest_ds import distributed
-from everest_ds.config import BatchConfig, Config, DataConfig, ModelConfig
+from everest_ds.config import BatchConfig, PretrainConfig, PretrainDataConfig, PretrainModelConfig
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
 from everest_ds.train.memory import estimate_memory
@@ -29,8 +29,8 @@ from everest_ds.train.tasks import PretrainTask
 ACCUMULATION = 2
 CONFIG = replace(
     get_recipe("k400_vit_s"),
-    data=DataConfig(image_size=64, num_frames=4),
-    model=ModelConfig(size="small"),
+    data=PretrainDataConfig(image_size=64, num_frames=4),
+    model=PretrainModelConfig(size="small"),
 )
 BUCKET = 5_000_000
 
@@ -85,7 +85,7 @@ def watch_step(engine: Any, look: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def run_case(config: Config, ds_config: dict[str, Any], device: torch.device) -> dict[str, int]:
+def run_case(config: PretrainConfig, ds_config: dict[str, Any], device: torch.device) -> dict[str, int]:
     """Take a step, go through a second one up to its update, and return what was held on the way."""
     before = set(storages())
     torch.manual_seed(0)

@@ -14,10 +14,10 @@ from everest_ds import __version__, cli
 from everest_ds.commands import flops
 from everest_ds.commands.plan import PlanOptions
 from everest_ds.commands.train import LaunchOptions
-from everest_ds.config import Config, RunConfig
+from everest_ds.config import PretrainConfig, RunConfig
 from everest_ds.config_file import dump_config
 from everest_ds.data.demo import DemoConfig
-from everest_ds.recipes import PRETRAIN_RECIPES
+from everest_ds.recipes import RECIPES
 
 # Scripts, notebooks and habits rely on these; changing one is a decision, not an accident.
 COMMANDS = ["doctor", "demo-data", "recipes", "plan", "pretrain", "convert", "benchmark"]
@@ -34,7 +34,7 @@ CONFIG_FIELDS = {
     "run": "seed max_steps log_every_steps save_every_epochs save_every_steps keep_checkpoints "
     "keep_every_epochs max_skipped_steps",
 }
-RECIPES = [
+ALL_RECIPES = [
     "k400_vit_s", "k400_vit_b", "k400_vit_l", "k400_vit_h", "ssv2_vit_b", "ucf101_vit_b", "hmdb51_vit_b",
     "oscc_vit_b", "demo",
 ]  # fmt: skip
@@ -44,8 +44,8 @@ def test_command_line_is_frozen() -> None:
     assert list(cli.COMMANDS) == COMMANDS
     assert [f.name for f in dataclasses.fields(LaunchOptions)] == LAUNCH_OPTIONS
     assert [f.name for f in dataclasses.fields(PlanOptions)] == PLAN_OPTIONS
-    assert list(PRETRAIN_RECIPES) == RECIPES
-    config = Config(recipe="demo")
+    assert list(RECIPES) == ALL_RECIPES
+    config = PretrainConfig(recipe="demo")
     sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "recipe"}
     found = {name: " ".join(f.name for f in dataclasses.fields(value)) for name, value in sections.items()}
     assert found == CONFIG_FIELDS
@@ -73,9 +73,9 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_flags_reach_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Config, LaunchOptions]] = []
+    seen: list[tuple[PretrainConfig, LaunchOptions]] = []
     monkeypatch.setattr(
-        "everest_ds.commands.train.pretrain", lambda config, options, world: seen.append((config, options)) or 0
+        "everest_ds.commands.train.train", lambda config, options, world: seen.append((config, options)) or 0
     )
     words = (
         "pretrain k400_vit_l --optim.base-lr 1e-3 --data.no-flip --model.attention sdpa --out runs/x --resume never"
@@ -91,9 +91,7 @@ def test_flags_reach_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_names_that_may_differ_reach_the_run_and_the_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
-    monkeypatch.setattr(
-        "everest_ds.commands.train.pretrain", lambda config, options, world: seen.append(options) or 0
-    )
+    monkeypatch.setattr("everest_ds.commands.train.train", lambda config, options, world: seen.append(options) or 0)
     monkeypatch.setattr("everest_ds.commands.convert.convert", lambda *given: seen.append(given))
     assert (
         cli.main(
@@ -120,12 +118,10 @@ def test_names_that_may_differ_reach_the_run_and_the_conversion(monkeypatch: pyt
 
 
 def test_config_of_a_run_can_stand_in_a_recipes_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = dataclasses.replace(PRETRAIN_RECIPES["demo"](), run=RunConfig(seed=7))
+    config = dataclasses.replace(RECIPES["demo"](), run=RunConfig(seed=7))
     (tmp_path / "config.json").write_text(dump_config(config))
-    seen: list[Config] = []
-    monkeypatch.setattr(
-        "everest_ds.commands.train.pretrain", lambda config, options, world: seen.append(config) or 0
-    )
+    seen: list[PretrainConfig] = []
+    monkeypatch.setattr("everest_ds.commands.train.train", lambda config, options, world: seen.append(config) or 0)
     assert cli.main(["pretrain", str(tmp_path / "config.json"), "--run.max-steps", "3"]) == 0
     assert seen == [dataclasses.replace(config, run=RunConfig(seed=7, max_steps=3))]
 
@@ -159,7 +155,7 @@ def test_demo_data_command_writes_the_dataset(tmp_path: Path, capsys: pytest.Cap
 def test_recipes_command_lists_and_resolves(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == 0
     listed = capsys.readouterr().out
-    assert [line.split()[0] for line in listed.splitlines()] == RECIPES
+    assert [line.split()[0] for line in listed.splitlines()] == ALL_RECIPES
     assert cli.main(["recipes", "k400_vit_l", "--gpus", "4"]) == 0
     shown = capsys.readouterr().out
     assert "8 x 14 x 14 = 1568; selected 470, visible 156, targets 314" in shown
@@ -210,9 +206,9 @@ def test_disk_without_room_is_a_message_and_other_faults_of_ours_are_not(
     def fail(number: int) -> None:
         raise OSError(number, os.strerror(number), "runs/x/metrics.jsonl")
 
-    monkeypatch.setattr("everest_ds.commands.train.pretrain", lambda *arguments: fail(errno.ENOSPC))
+    monkeypatch.setattr("everest_ds.commands.train.train", lambda *arguments: fail(errno.ENOSPC))
     assert cli.main(["pretrain", "demo"]) == 2
     assert "error: No space left on device: runs/x/metrics.jsonl; make room" in capsys.readouterr().err
-    monkeypatch.setattr("everest_ds.commands.train.pretrain", lambda *arguments: fail(errno.EIO))
+    monkeypatch.setattr("everest_ds.commands.train.train", lambda *arguments: fail(errno.EIO))
     with pytest.raises(OSError, match="Input/output"):
         cli.main(["pretrain", "demo"])

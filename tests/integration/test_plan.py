@@ -12,7 +12,7 @@ import pytest
 from everest_ds import cli
 from everest_ds.commands.plan import config_flags
 from everest_ds.commands.train import LaunchOptions
-from everest_ds.config import BatchConfig, Config, DataConfig, RunConfig
+from everest_ds.config import BatchConfig, PretrainConfig, PretrainDataConfig, RunConfig
 from everest_ds.config_file import dump_config
 from everest_ds.recipes import get_recipe
 from tests.conftest import REPOSITORY
@@ -42,9 +42,9 @@ def test_plan_prints_a_fitting_setting_and_a_command_that_runs_it(
     assert chosen["bytes"]["total"] <= 80 * 2**30
     assert f"of {80}" in shown
 
-    seen: list[tuple[Config, LaunchOptions]] = []
+    seen: list[tuple[PretrainConfig, LaunchOptions]] = []
     monkeypatch.setattr(
-        "everest_ds.commands.train.pretrain", lambda config, options, world: seen.append((config, options)) or 0
+        "everest_ds.commands.train.train", lambda config, options, world: seen.append((config, options)) or 0
     )
     after_module = command.split("everest_ds ", 1)[1]
     assert cli.main(shlex.split(after_module)) == 0
@@ -81,7 +81,7 @@ def test_nothing_fits_exits_with_1_and_the_smallest_change(capsys: pytest.Captur
 
 def test_file_and_config_of_a_run_can_be_planned_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Only that file is looked at, and the command names it and the run's config."""
-    config = replace(get_recipe("k400_vit_b"), data=DataConfig(train_list="a b.csv", flip=False))
+    config = replace(get_recipe("k400_vit_b"), data=PretrainDataConfig(train_list="a b.csv", flip=False))
     (tmp_path / "config.json").write_text(dump_config(config))
     path = tmp_path / "mine.json"
     path.write_text((REPOSITORY / "ds_configs" / "zero1.json").read_text())
@@ -98,11 +98,11 @@ def test_flags_turn_one_configuration_into_another(monkeypatch: pytest.MonkeyPat
     base = get_recipe("k400_vit_b")
     config = replace(
         base,
-        data=DataConfig(train_list="a b.csv", crop_scales=(1.0, 0.5), flip=False),
+        data=PretrainDataConfig(train_list="a b.csv", crop_scales=(1.0, 0.5), flip=False),
         run=RunConfig(seed=3, max_steps=7),
     )
-    seen: list[Config] = []
-    monkeypatch.setattr("everest_ds.commands.train.pretrain", lambda config, *others: seen.append(config) or 0)
+    seen: list[PretrainConfig] = []
+    monkeypatch.setattr("everest_ds.commands.train.train", lambda config, *others: seen.append(config) or 0)
     assert cli.main(["pretrain", "k400_vit_b", *config_flags(config, base)]) == 0
     assert seen == [config]
 

@@ -11,8 +11,8 @@ import pytest
 
 from everest_ds import cli
 from everest_ds.commands.train import LaunchOptions
-from everest_ds.config import Config
-from everest_ds.recipes import PRETRAIN_RECIPES
+from everest_ds.config import PretrainConfig
+from everest_ds.recipes import RECIPES
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -36,9 +36,9 @@ def everest_words(command: str) -> list[str] | None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Config, LaunchOptions]] = []
+    calls: list[tuple[PretrainConfig, LaunchOptions]] = []
     monkeypatch.setattr(
-        "everest_ds.commands.train.pretrain", lambda config, options, world: calls.append((config, options)) or 0
+        "everest_ds.commands.train.train", lambda config, options, world: calls.append((config, options)) or 0
     )
     conversions: list[tuple[object, ...]] = []
     monkeypatch.setattr("everest_ds.commands.convert.convert", lambda *given: conversions.append(given))
@@ -59,13 +59,11 @@ def test_there_are_commands_to_test() -> None:
     assert len(COMMANDS) >= 7
 
 
-@pytest.mark.parametrize("name", sorted(PRETRAIN_RECIPES))
+@pytest.mark.parametrize("name", sorted(RECIPES))
 def test_command_in_a_recipes_document_is_understood(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Config] = []
-    monkeypatch.setattr(
-        "everest_ds.commands.train.pretrain", lambda config, options, world: calls.append(config) or 0
-    )
-    document = (PRETRAIN_RECIPES[name].__doc__ or "").replace("\\\n", " ")
+    calls: list[PretrainConfig] = []
+    monkeypatch.setattr("everest_ds.commands.train.train", lambda config, options, world: calls.append(config) or 0)
+    document = (RECIPES[name].__doc__ or "").replace("\\\n", " ")
     (line,) = (line for line in document.splitlines() if "deepspeed" in line)
     words = everest_words(line)
     assert words is not None

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from everest_ds.config import Config, DataConfig, ModelConfig
+from everest_ds.config import PretrainConfig, PretrainDataConfig, PretrainModelConfig
 from everest_ds.model.activations import ActivationBytes, TokenCounts, activation_bytes, ranking_bytes
 from everest_ds.model.sizes import get_size
 from everest_ds.recipes import get_recipe
@@ -60,12 +60,12 @@ class LiveStorages(TorchDispatchMode):
         self.now -= self.bytes_of.pop(address, 0)
 
 
-def make_config(size: str, *, checkpointing: bool, **model: Any) -> Config:
+def make_config(size: str, *, checkpointing: bool, **model: Any) -> PretrainConfig:
     model = {"size": size, "activation_checkpointing": checkpointing, **model}
-    return replace(get_recipe("k400_vit_l"), model=ModelConfig(**model))
+    return replace(get_recipe("k400_vit_l"), model=PretrainModelConfig(**model))
 
 
-def estimate(config: Config, dtype: torch.dtype) -> ActivationBytes:
+def estimate(config: PretrainConfig, dtype: torch.dtype) -> ActivationBytes:
     return activation_bytes(
         get_size(config.model.size),
         encoder_options(config),
@@ -76,7 +76,7 @@ def estimate(config: Config, dtype: torch.dtype) -> ActivationBytes:
 
 
 def make_run(
-    config: Config, dtype: torch.dtype
+    config: PretrainConfig, dtype: torch.dtype
 ) -> tuple[PretrainTask, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """A task with gradients in place, clips, noise, and all tensors that are there before a forward pass."""
     with torch.device("meta"):
@@ -93,7 +93,7 @@ def make_run(
     return task, clips, noise, [*task.parameters(), *task.buffers(), *gradients, clips, noise]
 
 
-def measure(config: Config, dtype: torch.dtype) -> tuple[int, int]:
+def measure(config: PretrainConfig, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that autograd keeps for backward, and the most alive at once in forward and backward.
 
     Of neither what was there before; ranking, which forward also does, is measured by itself.
@@ -155,7 +155,7 @@ def test_bytes_are_those_that_autograd_keeps_and_that_are_alive(
 )
 def test_saved_bytes_follow_the_models_options(changes: dict[str, int]) -> None:
     config = make_config("tiny", checkpointing=False, **changes)
-    config = replace(config, data=DataConfig(image_size=64, num_frames=8))
+    config = replace(config, data=PretrainDataConfig(image_size=64, num_frames=8))
     saved, _ = measure(config, torch.float32)
     assert estimate(config, torch.float32).saved == pytest.approx(saved, rel=SAVED_RTOL)
 
@@ -170,7 +170,7 @@ def test_attention_is_its_four_matrices_and_a_number_a_head() -> None:
 @pytest.mark.parametrize("embedding_layers", [1, 3])
 def test_ranking_bytes_are_those_alive(embedding_layers: int) -> None:
     config = make_config("small", checkpointing=False, embedding_layers=embedding_layers)
-    config = replace(config, data=DataConfig(image_size=112))
+    config = replace(config, data=PretrainDataConfig(image_size=112))
     task, clips, _, known = make_run(config, torch.float32)
     with LiveStorages(known) as live:
         task.model.encoder.rank(clips, config.grid)

@@ -7,14 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from everest_ds.config import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig, SelectionConfig
+from everest_ds.config import (
+    BatchConfig,
+    OptimConfig,
+    PretrainConfig,
+    PretrainDataConfig,
+    PretrainModelConfig,
+    SelectionConfig,
+)
 from everest_ds.config_file import config_from_dict, dump_config, load_config
 from everest_ds.errors import UserError
 from everest_ds.geometry import TokenGrid
-from everest_ds.recipes import PRETRAIN_RECIPES, get_recipe
+from everest_ds.recipes import RECIPES, get_recipe
 
 
-@pytest.mark.parametrize("name", sorted(PRETRAIN_RECIPES))
+@pytest.mark.parametrize("name", sorted(RECIPES))
 def test_every_recipe_survives_a_round_trip_through_json(name: str, tmp_path: Path) -> None:
     config = get_recipe(name)
     (tmp_path / "config.json").write_text(dump_config(config))
@@ -84,14 +91,14 @@ def test_counts_of_a_recipe_are_the_papers() -> None:
     ],
 )
 def test_bad_setting_is_refused_with_its_name(section: str, change: dict[str, object], message: str) -> None:
-    config = Config(recipe="k400_vit_b")
+    config = PretrainConfig(recipe="k400_vit_b")
     with pytest.raises(UserError) as caught:
         dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **change)})
     assert message in str(caught.value)
 
 
 def test_load_refuses_unknown_key_with_the_nearest_name() -> None:
-    raw = json.loads(dump_config(Config(recipe="demo")))
+    raw = json.loads(dump_config(PretrainConfig(recipe="demo")))
     raw["optim"]["base_ler"] = 1e-3
     with pytest.raises(UserError, match=r"unknown key optim\.base_ler; did you mean 'base_lr'\?"):
         config_from_dict(raw)
@@ -112,7 +119,7 @@ def test_load_refuses_unknown_key_with_the_nearest_name() -> None:
     ],
 )
 def test_load_refuses_a_value_of_another_type(path: tuple[str, ...], value: object, message: str) -> None:
-    raw = json.loads(dump_config(Config(recipe="demo")))
+    raw = json.loads(dump_config(PretrainConfig(recipe="demo")))
     section = raw
     for key in path[:-1]:
         section = section[key]
@@ -123,7 +130,7 @@ def test_load_refuses_a_value_of_another_type(path: tuple[str, ...], value: obje
 
 
 def test_load_refuses_a_missing_key_a_missing_file_and_no_json(tmp_path: Path) -> None:
-    raw = json.loads(dump_config(Config(recipe="demo")))
+    raw = json.loads(dump_config(PretrainConfig(recipe="demo")))
     del raw["batch"]["micro_size"]
     with pytest.raises(UserError, match=r"key batch\.micro_size is missing"):
         config_from_dict(raw)
@@ -161,25 +168,25 @@ def test_impossible_batch_names_settings_that_work(batch: BatchConfig, world: in
 
 
 def test_documents_of_recipes_say_what_to_expect() -> None:
-    for name, recipe in PRETRAIN_RECIPES.items():
+    for name, recipe in RECIPES.items():
         document = recipe.__doc__ or ""
         assert f"pretrain {name} " in document
         assert "not rerun" in document or "No expected result" in document or name == "demo"
 
 
 def test_sections_are_frozen() -> None:
-    for section in (DataConfig(), ModelConfig(), OptimConfig()):
+    for section in (PretrainDataConfig(), PretrainModelConfig(), OptimConfig()):
         with pytest.raises(dataclasses.FrozenInstanceError):
             section.epochs = 1  # type: ignore[misc,union-attr]
 
 
 def test_positions_are_laid_out_for_the_runs_clips_or_for_those_of_its_weights() -> None:
-    config = Config(recipe="demo", data=DataConfig(num_frames=32, image_size=384))
+    config = PretrainConfig(recipe="demo", data=PretrainDataConfig(num_frames=32, image_size=384))
     assert config.position_grid == config.grid == TokenGrid(time=16, rows=24, cols=24)
-    config = dataclasses.replace(config, model=ModelConfig(position_frames=16, position_size=224))
+    config = dataclasses.replace(config, model=PretrainModelConfig(position_frames=16, position_size=224))
     assert config.grid == TokenGrid(time=16, rows=24, cols=24)
     assert config.position_grid == TokenGrid(time=8, rows=14, cols=14)
     with pytest.raises(UserError, match="num_frames=15 is not a positive multiple of tubelet_size=2"):
-        dataclasses.replace(config, model=ModelConfig(position_frames=15))
+        dataclasses.replace(config, model=PretrainModelConfig(position_frames=15))
     with pytest.raises(UserError, match=r"model\.position_size=0 must be at least 1"):
-        ModelConfig(position_size=0)
+        PretrainModelConfig(position_size=0)

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from everest_ds.config import DataConfig
+from everest_ds.config import PretrainDataConfig
 from everest_ds.data.dataset import MAX_REPLACEMENTS, Clip, ClipBatch, ClipDataset, make_loader
 from everest_ds.data.index import VideoRow, read_list
 from everest_ds.data.sampling import GlobalBatchSampler, SampleKey
 from everest_ds.errors import UserError
 
-CONFIG = DataConfig(num_frames=8, sampling_stride=2, image_size=32, num_workers=0)
+CONFIG = PretrainDataConfig(num_frames=8, sampling_stride=2, image_size=32, num_workers=0)
 
 
-def make_dataset(folder: Path, *, seed: int = 0, config: DataConfig = CONFIG) -> ClipDataset:
+def make_dataset(folder: Path, *, seed: int = 0, config: PretrainDataConfig = CONFIG) -> ClipDataset:
     return ClipDataset(read_list(folder / "train.csv"), config, seed=seed, noise_length=5)
 
 

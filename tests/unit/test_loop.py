@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from everest_ds.config import BatchConfig, Config, OptimConfig, RunConfig
+from everest_ds.config import BatchConfig, OptimConfig, PretrainConfig, RunConfig
 from everest_ds.data.dataset import BadSample, ClipBatch
 from everest_ds.data.index import VideoRow
 from everest_ds.distributed import World
@@ -104,7 +104,7 @@ def batches(bad_at: dict[int, int]) -> Iterator[ClipBatch]:
         yield ClipBatch(clips_BCTHW=empty, noise_BS=empty, label_B=empty, index_B=index_B, bad=bad)
 
 
-def make_config(run: RunConfig, *, micro_size: int = 8) -> Config:
+def make_config(run: RunConfig, *, micro_size: int = 8) -> PretrainConfig:
     return replace(
         get_recipe("demo"),
         optim=OptimConfig(base_lr=1.0, warmup_epochs=1, epochs=4),

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from everest_ds.config import BatchConfig, Config
+from everest_ds.config import BatchConfig, PretrainConfig
 from everest_ds.recipes import get_recipe
 from everest_ds.train.engine import resolve_ds_config
 from everest_ds.train.memory import GIB, MemoryEstimate, describe_estimate, describe_peak, estimate_memory
@@ -17,14 +17,14 @@ from everest_ds.train.systems import shipped_systems
 SYSTEMS = shipped_systems()
 
 
-def estimate(config: Config, name: str, *, gpus: int = 8, **zero: object) -> MemoryEstimate:
+def estimate(config: PretrainConfig, name: str, *, gpus: int = 8, **zero: object) -> MemoryEstimate:
     systems = SYSTEMS[name]
     systems = systems | {"zero_optimization": systems["zero_optimization"] | zero}
     resolved = resolve_ds_config(systems, config, world_size=gpus, precision="auto", device_type="cuda")
     return estimate_memory(config, resolved, world_size=gpus)
 
 
-def plan(config: Config, *, gpus: int, gib: float) -> list[Setting]:
+def plan(config: PretrainConfig, *, gpus: int, gib: float) -> list[Setting]:
     return plan_settings(config, SYSTEMS, num_gpus=gpus, memory_bytes=int(gib * GIB))
 
 

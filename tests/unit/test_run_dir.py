@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from everest_ds.config import Config, DataConfig, OptimConfig, RunConfig
+from everest_ds.config import OptimConfig, PretrainConfig, PretrainDataConfig, RunConfig
 from everest_ds.config_file import dump_config
 from everest_ds.errors import UserError
 from everest_ds.train.run_dir import (
@@ -18,7 +18,7 @@ from everest_ds.train.run_dir import (
     write_run_files,
 )
 
-CONFIG = Config(recipe="demo", data=DataConfig(train_list="a.csv"))
+CONFIG = PretrainConfig(recipe="demo", data=PretrainDataConfig(train_list="a.csv"))
 
 
 def make_run(folder: Path, steps: list[int]) -> list[Path]:

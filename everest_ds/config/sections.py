@@ -1,21 +1,13 @@
-"""The configuration of a run: frozen dataclasses that are checked when they are built.
+"""Sections that pre-training and fine-tuning have in common, each checked by itself when it is built."""
 
-Every field is a command-line flag (``--optim.base-lr 1e-3``). A leaf without torch, so that a wrong setting is
-refused before anything heavy is imported. Learning rate, batch and the like live here; how they are sharded
-lives in ds_configs/. `everest_ds.config_file` writes and reads them.
-"""
-
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
-
-import tyro
+from dataclasses import dataclass
+from typing import Literal
 
 from everest_ds.errors import UserError
-from everest_ds.geometry import TokenGrid, ratio_to_count
 
 AttentionName = Literal["auto", "varlen", "flash", "sdpa"]
+TaskName = Literal["pretrain", "finetune"]
 SizeName = Literal["tiny", "small", "base", "large", "huge"]
-TargetName = Literal["masked", "selected"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +22,6 @@ class DataConfig:
     """Source frames from one clip frame to the next (paper Table 7: sampling stride)."""
     image_size: int = 224
     """Height and width of a clip in pixels."""
-    crop_scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
-    """MultiScaleCrop: crop edges as shares of the shorter side."""
     flip: bool = True
     """Mirror half of the clips left to right."""
     num_workers: int = 8
@@ -45,15 +35,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check each field by itself."""
-        _require(self.num_frames >= 1, "data.num_frames", self.num_frames, "at least 1")
-        _require(self.sampling_stride >= 1, "data.sampling_stride", self.sampling_stride, "at least 1")
-        _require(self.image_size >= 1, "data.image_size", self.image_size, "at least 1")
-        scales_ok = bool(self.crop_scales) and all(0 < scale <= 1 for scale in self.crop_scales)
-        _require(scales_ok, "data.crop_scales", self.crop_scales, "one or more shares in (0, 1]")
-        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "at least 0")
-        _require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "at least 1")
-        _require(self.timeout_s > 0, "data.timeout_s", self.timeout_s, "above 0")
-        _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "a share in [0, 1]")
+        require(self.num_frames >= 1, "data.num_frames", self.num_frames, "at least 1")
+        require(self.sampling_stride >= 1, "data.sampling_stride", self.sampling_stride, "at least 1")
+        require(self.image_size >= 1, "data.image_size", self.image_size, "at least 1")
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "at least 0")
+        require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "at least 1")
+        require(self.timeout_s > 0, "data.timeout_s", self.timeout_s, "above 0")
+        require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "a share in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +56,6 @@ class ModelConfig:
     """Frames of a tubelet."""
     embedding_layers: Literal[1, 2, 3] = 1
     """Conv3d layers of the tubelet embedding (paper Table 15)."""
-    decoder_depth: int = 4
-    """Decoder blocks; the paper's costs are those of 4, VideoMAE's own large and huge models have 12."""
     attention: AttentionName = "auto"
     """Attention backend; auto takes the first that serves: varlen, flash, sdpa."""
     activation_checkpointing: bool = False
@@ -81,38 +67,15 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check each field by itself."""
-        for name in ("patch_size", "tubelet_size", "decoder_depth", "position_frames", "position_size"):
+        for name in ("patch_size", "tubelet_size", "position_frames", "position_size"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"model.{name}", value, "at least 1")
+            require(value is None or value >= 1, f"model.{name}", value, "at least 1")
         shrunk = {1: 1, 2: 4, 3: 8}.get(self.embedding_layers)
-        _require(shrunk is not None, "model.embedding_layers", self.embedding_layers, "1, 2 or 3")
+        require(shrunk is not None, "model.embedding_layers", self.embedding_layers, "1, 2 or 3")
         if self.patch_size % (shrunk or 1):
             raise UserError(
                 f"model.patch_size={self.patch_size} must be a multiple of {shrunk} for "
                 f"model.embedding_layers={self.embedding_layers}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelectionConfig:
-    """Which tokens are kept (paper Sec. 4.1)."""
-
-    selected_ratio: float = 0.3
-    """rho_pre: share of a clip's tokens that ReRo selects; the decoder sees these."""
-    visible_ratio: float = 0.1
-    """rho_pre * rho_post: share of a clip's tokens that the encoder sees, drawn from the selected ones."""
-    targets: TargetName = "masked"
-    """Reconstruct the selected tokens that are not visible (official code) or all selected ones (Eq. 3)."""
-
-    def __post_init__(self) -> None:
-        """Check each ratio, and one against the other."""
-        for name in ("selected_ratio", "visible_ratio"):
-            ratio = getattr(self, name)
-            _require(0 < ratio <= 1, f"selection.{name}", ratio, "a share of the clip's tokens in (0, 1]")
-        if self.visible_ratio > self.selected_ratio:
-            raise UserError(
-                f"selection.visible_ratio={self.visible_ratio} is above selection.selected_ratio="
-                f"{self.selected_ratio}; the visible tokens are drawn from the selected ones: lower it"
             )
 
 
@@ -142,11 +105,11 @@ class OptimConfig:
     def __post_init__(self) -> None:
         """Check each field, and the warm-up against the schedule."""
         for name in ("base_lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "max_grad_norm"):
-            _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "at least 0")
-        _require(self.eps > 0, "optim.eps", self.eps, "above 0")
-        _require(self.epochs >= 1, "optim.epochs", self.epochs, "at least 1")
+            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "at least 0")
+        require(self.eps > 0, "optim.eps", self.eps, "above 0")
+        require(self.epochs >= 1, "optim.epochs", self.epochs, "at least 1")
         betas_ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        _require(betas_ok, "optim.betas", self.betas, "two numbers in [0, 1)")
+        require(betas_ok, "optim.betas", self.betas, "two numbers in [0, 1)")
         if self.warmup_epochs > self.epochs:
             raise UserError(
                 f"optim.warmup_epochs={self.warmup_epochs} is above optim.epochs={self.epochs}; shorten the warm-up"
@@ -164,8 +127,8 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         """Check each field by itself."""
-        _require(self.global_size >= 1, "batch.global_size", self.global_size, "at least 1")
-        _require(self.micro_size >= 1, "batch.micro_size", self.micro_size, "at least 1")
+        require(self.global_size >= 1, "batch.global_size", self.global_size, "at least 1")
+        require(self.micro_size >= 1, "batch.micro_size", self.micro_size, "at least 1")
 
     def accumulation_steps(self, world_size: int) -> int:
         """Return the micro-steps of one optimiser step on ``world_size`` processes.
@@ -212,7 +175,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check each field by itself."""
-        _require(0 <= self.seed < 2**63, "run.seed", self.seed, "in [0, 2**63)")
+        require(0 <= self.seed < 2**63, "run.seed", self.seed, "in [0, 2**63)")
         for name in (
             "max_steps",
             "log_every_steps",
@@ -222,78 +185,11 @@ class RunConfig:
             "keep_every_epochs",
         ):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"run.{name}", value, "at least 1")
-        _require(self.max_skipped_steps >= 0, "run.max_skipped_steps", self.max_skipped_steps, "at least 0")
+            require(value is None or value >= 1, f"run.{name}", value, "at least 1")
+        require(self.max_skipped_steps >= 0, "run.max_skipped_steps", self.max_skipped_steps, "at least 0")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """One pre-training run, resolved: what RUN/config.json holds."""
-
-    recipe: Annotated[str, tyro.conf.Suppress]
-    """Name of the recipe that this started from."""
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    selection: SelectionConfig = field(default_factory=SelectionConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-
-    def __post_init__(self) -> None:
-        """Check what depends on several sections at once."""
-        grid, _ = self.grid, self.position_grid  # both must divide into tubelets
-        if grid.time < 2:
-            raise UserError(
-                f"data.num_frames={self.data.num_frames} is one time step of model.tubelet_size="
-                f"{self.model.tubelet_size}; importance compares a step with the one before: use at least "
-                f"{2 * self.model.tubelet_size} frames"
-            )
-        if self.num_visible < 1:
-            raise UserError(
-                f"selection.visible_ratio={self.selection.visible_ratio} of {grid.num_tokens} tokens keeps "
-                f"none; use at least {1 / grid.num_tokens:.4g}"
-            )
-        if self.selection.targets == "masked" and self.num_visible == self.num_selected:
-            raise UserError(
-                f"selection.visible_ratio={self.selection.visible_ratio} shows all {self.num_selected} selected "
-                "tokens to the encoder and leaves none to reconstruct; lower it, or use "
-                "selection.targets=selected"
-            )
-
-    @property
-    def grid(self) -> TokenGrid:
-        """The token grid of one clip."""
-        return self._grid(self.data.num_frames, self.data.image_size)
-
-    @property
-    def position_grid(self) -> TokenGrid:
-        """The token grid that positions are laid out for."""
-        frames, edge = self.model.position_frames, self.model.position_size
-        return self._grid(frames or self.data.num_frames, edge or self.data.image_size)
-
-    def _grid(self, num_frames: int, edge: int) -> TokenGrid:
-        tubelet, patch = self.model.tubelet_size, self.model.patch_size
-        return TokenGrid.of_clip(
-            num_frames=num_frames, height=edge, width=edge, tubelet_size=tubelet, patch_size=patch
-        )
-
-    @property
-    def num_selected(self) -> int:
-        """Tokens of a clip that ReRo selects."""
-        return ratio_to_count(self.grid.num_tokens, self.selection.selected_ratio)
-
-    @property
-    def num_visible(self) -> int:
-        """Tokens of a clip that the encoder sees."""
-        return ratio_to_count(self.grid.num_tokens, self.selection.visible_ratio)
-
-    @property
-    def num_targets(self) -> int:
-        """Tokens of a clip that the decoder predicts."""
-        hidden = self.num_selected - self.num_visible
-        return hidden if self.selection.targets == "masked" else self.num_selected
-
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
+def require(condition: bool, name: str, value: object, expected: str) -> None:
+    """Refuse the value of a field by its name."""
     if not condition:
         raise UserError(f"{name}={value} must be {expected}")

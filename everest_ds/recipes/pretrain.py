@@ -1,58 +1,38 @@
-"""Named recipes: each function returns the complete configuration of one pre-training run of the paper.
+"""Pre-training: the settings of Table 7.
 
-The settings are those of Table 7. A recipe's docstring is its document: the paper's row, the command, the
-result. Every result below is the paper's value, not rerun. `micro_size` is what eight processes need for one
-micro-step; on fewer, accumulation makes up the global batch.
+A recipe's docstring is its document: the paper's row, the command, the result. Every result below is the paper's
+value, not rerun. `micro_size` is what eight processes need for one micro-step; on fewer, accumulation makes up the
+global batch.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from everest_ds.config import (
     BatchConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
     OptimConfig,
+    PretrainConfig,
+    PretrainDataConfig,
+    PretrainModelConfig,
     RunConfig,
     SelectionConfig,
     SizeName,
 )
-from everest_ds.errors import UserError, nearest_hint
-
-Recipe = Callable[[], Config]
-PRETRAIN_RECIPES: dict[str, Recipe] = {}
+from everest_ds.recipes.registry import register
 
 
-def get_recipe(name: str) -> Config:
-    """Return the configuration of a named recipe.
-
-    Raises:
-        UserError: There is no such recipe; the nearest name is given.
-    """
-    if name not in PRETRAIN_RECIPES:
-        raise UserError(f"unknown recipe {name!r}{nearest_hint(name, PRETRAIN_RECIPES)}")
-    return PRETRAIN_RECIPES[name]()
-
-
-def _register(recipe: Recipe) -> Recipe:
-    PRETRAIN_RECIPES[recipe.__name__] = recipe
-    return recipe
-
-
-def _k400(recipe: str, *, size: SizeName, base_lr: float, global_size: int) -> Config:
-    return Config(
+def _k400(recipe: str, *, size: SizeName, base_lr: float, global_size: int) -> PretrainConfig:
+    return PretrainConfig(
         recipe=recipe,
-        data=DataConfig(sampling_stride=4, flip=True),
-        model=ModelConfig(size=size),
+        data=PretrainDataConfig(sampling_stride=4, flip=True),
+        model=PretrainModelConfig(size=size),
         selection=SelectionConfig(selected_ratio=0.3, visible_ratio=0.1),
         optim=OptimConfig(base_lr=base_lr, warmup_epochs=40, epochs=200),
         batch=BatchConfig(global_size=global_size, micro_size=global_size // 8),
     )
 
 
-@_register
-def k400_vit_s() -> Config:
+@register("pretrain")
+def k400_vit_s() -> PretrainConfig:
     r"""Kinetics-400, ViT-S: Table 7, 200 epochs, batch 1024, lr 1.5e-4 (75.9 top-1 fine-tuned, Table 1).
 
     deepspeed --no_local_rank --module everest_ds pretrain k400_vit_s --data.train-list k400/train.csv \
@@ -62,8 +42,8 @@ def k400_vit_s() -> Config:
     return _k400("k400_vit_s", size="small", base_lr=1.5e-4, global_size=1024)
 
 
-@_register
-def k400_vit_b() -> Config:
+@register("pretrain")
+def k400_vit_b() -> PretrainConfig:
     r"""Kinetics-400, ViT-B: Table 7, 200 epochs, batch 1024, lr 3e-4 (79.2 top-1 fine-tuned, Table 1).
 
     deepspeed --no_local_rank --module everest_ds pretrain k400_vit_b --data.train-list k400/train.csv \
@@ -73,8 +53,8 @@ def k400_vit_b() -> Config:
     return _k400("k400_vit_b", size="base", base_lr=3e-4, global_size=1024)
 
 
-@_register
-def k400_vit_l() -> Config:
+@register("pretrain")
+def k400_vit_l() -> PretrainConfig:
     r"""Kinetics-400, ViT-L: Table 7, 200 epochs, batch 512, lr 1.5e-4 (82.1 top-1 fine-tuned, Table 1).
 
     deepspeed --no_local_rank --module everest_ds pretrain k400_vit_l --data.train-list k400/train.csv \
@@ -84,8 +64,8 @@ def k400_vit_l() -> Config:
     return _k400("k400_vit_l", size="large", base_lr=1.5e-4, global_size=512)
 
 
-@_register
-def k400_vit_h() -> Config:
+@register("pretrain")
+def k400_vit_h() -> PretrainConfig:
     r"""Kinetics-400, ViT-H: not in the paper; the settings of its ViT-L row, with activation checkpointing.
 
     deepspeed --no_local_rank --module everest_ds pretrain k400_vit_h --data.train-list k400/train.csv \
@@ -93,39 +73,39 @@ def k400_vit_h() -> Config:
     No expected result.
     """
     config = _k400("k400_vit_h", size="huge", base_lr=1.5e-4, global_size=512)
-    return replace(config, model=ModelConfig(size="huge", activation_checkpointing=True))
+    return replace(config, model=PretrainModelConfig(size="huge", activation_checkpointing=True))
 
 
-@_register
-def ssv2_vit_b() -> Config:
+@register("pretrain")
+def ssv2_vit_b() -> PretrainConfig:
     r"""Something-Something v2, ViT-B: Table 7, 200 epochs, batch 256, no flip (64.6 top-1, Table 2).
 
     deepspeed --no_local_rank --module everest_ds pretrain ssv2_vit_b --data.train-list ssv2/train.csv \
         --ds-config ds_configs/zero1.json --out runs/ssv2_b
     Paper value, not rerun.
     """
-    return Config(
+    return PretrainConfig(
         recipe="ssv2_vit_b",
-        data=DataConfig(sampling_stride=2, flip=False),
-        model=ModelConfig(size="base"),
+        data=PretrainDataConfig(sampling_stride=2, flip=False),
+        model=PretrainModelConfig(size="base"),
         selection=SelectionConfig(selected_ratio=0.3, visible_ratio=0.1),
         optim=OptimConfig(base_lr=1.5e-4, warmup_epochs=40, epochs=200),
         batch=BatchConfig(global_size=256, micro_size=32),
     )
 
 
-@_register
-def ucf101_vit_b() -> Config:
+@register("pretrain")
+def ucf101_vit_b() -> PretrainConfig:
     r"""UCF101, ViT-B: Table 7, 3200 epochs, batch 192, lr 1e-3 (93.4 top-1 fine-tuned, Table 2).
 
     deepspeed --no_local_rank --module everest_ds pretrain ucf101_vit_b --data.train-list ucf101/train.csv \
         --ds-config ds_configs/zero1.json --out runs/ucf101_b
     Paper value, not rerun.
     """
-    return Config(
+    return PretrainConfig(
         recipe="ucf101_vit_b",
-        data=DataConfig(sampling_stride=4, flip=True),
-        model=ModelConfig(size="base"),
+        data=PretrainDataConfig(sampling_stride=4, flip=True),
+        model=PretrainModelConfig(size="base"),
         selection=SelectionConfig(selected_ratio=0.3, visible_ratio=0.1),
         optim=OptimConfig(base_lr=1e-3, warmup_epochs=40, epochs=3200),
         batch=BatchConfig(global_size=192, micro_size=24),
@@ -133,18 +113,18 @@ def ucf101_vit_b() -> Config:
     )
 
 
-@_register
-def hmdb51_vit_b() -> Config:
+@register("pretrain")
+def hmdb51_vit_b() -> PretrainConfig:
     r"""HMDB51, ViT-B: Table 7, 4800 epochs, batch 192, lr 1e-3, stride 2 (68.1 top-1 fine-tuned, Table 2).
 
     deepspeed --no_local_rank --module everest_ds pretrain hmdb51_vit_b --data.train-list hmdb51/train.csv \
         --ds-config ds_configs/zero1.json --out runs/hmdb51_b
     Paper value, not rerun.
     """
-    return Config(
+    return PretrainConfig(
         recipe="hmdb51_vit_b",
-        data=DataConfig(sampling_stride=2, flip=True),
-        model=ModelConfig(size="base"),
+        data=PretrainDataConfig(sampling_stride=2, flip=True),
+        model=PretrainModelConfig(size="base"),
         selection=SelectionConfig(selected_ratio=0.3, visible_ratio=0.1),
         optim=OptimConfig(base_lr=1e-3, warmup_epochs=40, epochs=4800),
         batch=BatchConfig(global_size=192, micro_size=24),
@@ -152,8 +132,8 @@ def hmdb51_vit_b() -> Config:
     )
 
 
-@_register
-def oscc_vit_b() -> Config:
+@register("pretrain")
+def oscc_vit_b() -> PretrainConfig:
     r"""Ego4D OSCC, ViT-B: Table 7, 400 epochs, batch 256, rho_pre 0.5, lr 1e-3 (76.2 accuracy, Table 6).
 
     deepspeed --no_local_rank --module everest_ds pretrain oscc_vit_b --data.train-list oscc/train.csv \
@@ -161,28 +141,28 @@ def oscc_vit_b() -> Config:
     Paper value, not rerun. The paper's value also uses frame selection (Sec. 4.2, alpha = 1.5), which this
     version does not have: without it the paper reports 73.2 instead of 73.9 after 100 epochs (Table 13).
     """
-    return Config(
+    return PretrainConfig(
         recipe="oscc_vit_b",
-        data=DataConfig(sampling_stride=4, flip=True),
-        model=ModelConfig(size="base"),
+        data=PretrainDataConfig(sampling_stride=4, flip=True),
+        model=PretrainModelConfig(size="base"),
         selection=SelectionConfig(selected_ratio=0.5, visible_ratio=0.1),
         optim=OptimConfig(base_lr=1e-3, warmup_epochs=20, epochs=400),
         batch=BatchConfig(global_size=256, micro_size=32),
     )
 
 
-@_register
-def demo() -> Config:
+@register("pretrain")
+def demo() -> PretrainConfig:
     r"""The videos of `everest demo-data`, a tiny model: minutes on two CPU cores.
 
     deepspeed --no_local_rank --num_gpus 2 --module everest_ds pretrain demo --data.train-list demo/train.csv \
         --ds-config ds_configs/zero2.json --precision fp32 --out runs/demo
     The loss falls by at least a tenth; launch/quickstart.sh runs it and checks.
     """
-    return Config(
+    return PretrainConfig(
         recipe="demo",
-        data=DataConfig(num_frames=16, sampling_stride=1, image_size=48, flip=False, num_workers=1),
-        model=ModelConfig(size="tiny", patch_size=8, decoder_depth=2, activation_checkpointing=True),
+        data=PretrainDataConfig(num_frames=16, sampling_stride=1, image_size=48, flip=False, num_workers=1),
+        model=PretrainModelConfig(size="tiny", patch_size=8, decoder_depth=2, activation_checkpointing=True),
         selection=SelectionConfig(selected_ratio=0.3, visible_ratio=0.1),
         optim=OptimConfig(base_lr=4e-3, min_lr=1e-4, warmup_epochs=1, epochs=16),
         batch=BatchConfig(global_size=32, micro_size=16),

@@ -1,0 +1,161 @@
+"""One function a command: its words into arguments, its module imported, its exit code returned."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from everest_ds.cli.parsing import find_recipe, leave, parse, recipe_and_flags
+from everest_ds.config import PretrainConfig
+from everest_ds.distributed import World
+from everest_ds.errors import UserError, nearest_hint
+
+
+def doctor(rest: list[str], world: World) -> int:
+    """Check this machine."""
+
+    @dataclass(frozen=True)
+    class Arguments:
+        """Check this machine."""
+
+    parse(Arguments, rest, "everest doctor", world)
+    from everest_ds.commands import doctor as command
+
+    return command.doctor()
+
+
+def demo_data(rest: list[str], world: World) -> int:
+    """Make the demo dataset."""
+    from everest_ds.data.demo import DemoConfig
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Make the demo dataset."""
+
+        folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+        """Where to write it."""
+        demo: Annotated[DemoConfig, tyro.conf.arg(name="")] = field(default_factory=DemoConfig)
+
+    arguments = parse(Arguments, rest, "everest demo-data", world)
+    from everest_ds.commands import demo_data as command
+
+    command.demo_data(arguments.folder, arguments.demo)
+    return 0
+
+
+def recipes(rest: list[str], world: World) -> int:
+    """List the recipes, or show one."""
+    from everest_ds.commands import recipes as command
+
+    if not rest or rest[0].startswith("-"):
+        parse(_NoArguments, rest, "everest recipes [RECIPE]", world)
+        command.list_recipes()
+        return 0
+    config = find_recipe(rest[0])
+    kind = type(config)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Show one recipe as it would run."""
+
+        config: Annotated[kind, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+        gpus: int = 8
+        """Processes to do the batch arithmetic for."""
+        ds_config: Path | None = None
+        """File of ds_configs/; plain ZeRO-2 without one."""
+
+    arguments = parse(Arguments, rest[1:], "everest recipes RECIPE", world, config=config)
+    if arguments.gpus < 1:
+        raise UserError(f"--gpus {arguments.gpus} must be at least 1")
+    command.show_recipe(arguments.config, num_gpus=arguments.gpus, ds_config=arguments.ds_config)
+    return 0
+
+
+def plan(rest: list[str], world: World) -> int:
+    """Estimate memory."""
+    from everest_ds.commands import plan as command
+
+    config, flags = recipe_and_flags("plan", rest)
+    kind = type(config)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Estimate what a recipe takes on some GPUs. Defaults shown are the recipe's."""
+
+        config: Annotated[kind, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+        options: Annotated[command.PlanOptions, tyro.conf.arg(name="")]
+
+    required = command.PlanOptions(gpus=tyro.MISSING, gpu_memory_gib=tyro.MISSING)
+    arguments = parse(Arguments, flags, "everest plan RECIPE", world, config=config, options=required)
+    return command.plan(arguments.config, arguments.options, recipe=rest[0], base=config)
+
+
+def pretrain(rest: list[str], world: World) -> int:
+    """Pre-train a recipe."""
+    from everest_ds.commands import train as command
+    from everest_ds.commands.train import LaunchOptions as Launch
+
+    config, flags = recipe_and_flags("pretrain", rest, "pretrain")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Pre-train a recipe. Defaults shown are the recipe's."""
+
+        config: Annotated[PretrainConfig, tyro.conf.arg(name="")]
+        launch: Annotated[Launch, tyro.conf.arg(name="")] = field(default_factory=Launch)
+
+    arguments = parse(Arguments, flags, "everest pretrain RECIPE", world, config=config)
+    code = command.train(arguments.config, arguments.launch, world)
+    return leave(code, at_once=world.size > 1)
+
+
+def convert(rest: list[str], world: World) -> int:
+    """Convert weights."""
+    from everest_ds.commands import convert as command
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Write weights in another layout, and say what was read and which name became which."""
+
+        source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
+        """A run directory, for its newest checkpoint; a checkpoint; an official .pth file; a Hugging Face folder; a
+        file of this command."""
+        target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
+        """What to write; it must not exist."""
+        to: command.Target
+        """everest: a float32 .safetensors file; videomae: a .pth file in the official layout; hf: a Hugging Face
+        folder; deepspeed-fp32: everest with a run's step and configuration."""
+        allow: tuple[str, ...] = ()
+        """Tensors or modules that may be in SRC and are left out."""
+
+    arguments = parse(Arguments, rest, "everest convert", world)
+    command.convert(arguments.source, arguments.target, arguments.to, arguments.allow)
+    return 0
+
+
+def benchmark(rest: list[str], world: World) -> int:
+    """Run a benchmark."""
+    what = rest[0] if rest else ""
+    if what in ("-h", "--help"):
+        rest = ["flops", what]
+    elif what != "flops":
+        raise UserError(f"benchmark what? got {what!r}{nearest_hint(what, ['flops'])}")
+
+    @dataclass(frozen=True)
+    class Arguments:
+        """Count multiply-accumulates by a profiler and print them beside the paper's tables."""
+
+        json: bool = False
+        """One JSON line a row instead of a table."""
+
+    arguments = parse(Arguments, rest[1:], "everest benchmark flops", world)
+    from everest_ds.commands.flops import benchmark_flops
+
+    benchmark_flops(as_json=arguments.json)
+    return 0
+
+
+@dataclass(frozen=True)
+class _NoArguments:
+    """List the recipes; `everest recipes RECIPE --help` has the options for one."""

@@ -1,0 +1,79 @@
+"""The command line: `everest COMMAND ...`. Parses, calls a module of `everest_ds.commands`, no logic of its own.
+
+Exit codes: 0 done; 1 a check found a fault (`everest doctor`, `everest plan`) or we failed; 2 a fault of the
+user's, with one message and no traceback; 75 a signal stopped a run, all saved, and the same command goes on.
+Modules are imported when their command runs.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+from everest_ds import __version__
+from everest_ds.cli import handlers
+from everest_ds.cli.parsing import leave, say
+from everest_ds.distributed import World
+from everest_ds.errors import UserError, nearest_hint
+
+COMMANDS = {
+    "doctor": "devices, attention backends, decoders, DeepSpeed, versions; exits 1 when something is missing",
+    "demo-data": "a small labelled H.264 dataset with train.csv, val.csv, test.csv",
+    "recipes": "the recipes; with a name: resolved config, token counts, batch arithmetic, DeepSpeed JSON",
+    "plan": "will a recipe fit N GPUs, what takes the memory, and the command; exits 1 when nothing fits",
+    "pretrain": "pre-train a recipe; every config field is a flag",
+    "convert": "weights in and out: runs, official .pth files, Hugging Face folders, safetensors",
+    "benchmark": "flops: the paper's tables beside our counts",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    world = World.from_environment()
+    try:
+        return _dispatch(words, world)
+    except UserError as error:
+        say(f"everest: error: {error}\n", world)
+        return leave(2)
+    except BrokenPipeError:  # the reader of a listing, `head` for instance, has seen enough
+        if words[0] == "pretrain":
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return leave(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        say(f"everest: error: {error.strerror}: {error.filename or 'see the run directory'}; make room\n", world)
+        return leave(2)
+
+
+def _dispatch(words: list[str], world: World) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        say(_usage(), world, to_stdout=True)
+        return 0
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    command, rest = words[0], words[1:]
+    if command.startswith("--local"):
+        raise UserError(
+            f"got {command} before the sub-command; start with `deepspeed --no_local_rank --module ...`"
+        )
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command!r}{nearest_hint(command, COMMANDS)}")
+    run = {
+        "doctor": handlers.doctor,
+        "demo-data": handlers.demo_data,
+        "recipes": handlers.recipes,
+        "plan": handlers.plan,
+        "pretrain": handlers.pretrain,
+        "convert": handlers.convert,
+        "benchmark": handlers.benchmark,
+    }
+    return run[command](rest, world)
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    return f"usage: everest COMMAND ...\n\n{rows}\n\n`everest COMMAND --help` shows its options.\n"

@@ -1,0 +1,53 @@
+"""The configuration of a run: frozen dataclasses that are checked when they are built.
+
+Every field is a command-line flag (``--optim.base-lr 1e-3``). A leaf without torch, so that a wrong setting is
+refused before anything heavy is imported. Learning rate, batch and the like live here; how they are sharded
+lives in ds_configs/. `everest_ds.config_file` writes and reads them.
+"""
+
+from everest_ds.config.base import Config
+from everest_ds.config.finetune import (
+    FinetuneConfig,
+    FinetuneDataConfig,
+    FinetuneModelConfig,
+    FinetuneOptimConfig,
+    FinetuneRunConfig,
+    FinetuneSelectionConfig,
+    SamplingName,
+    ViewsConfig,
+)
+from everest_ds.config.pretrain import PretrainConfig, PretrainDataConfig, PretrainModelConfig, SelectionConfig
+from everest_ds.config.sections import (
+    AttentionName,
+    BatchConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SizeName,
+    TaskName,
+)
+
+__all__ = [
+    "AttentionName",
+    "BatchConfig",
+    "Config",
+    "DataConfig",
+    "FinetuneConfig",
+    "FinetuneDataConfig",
+    "FinetuneModelConfig",
+    "FinetuneOptimConfig",
+    "FinetuneRunConfig",
+    "FinetuneSelectionConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PretrainConfig",
+    "PretrainDataConfig",
+    "PretrainModelConfig",
+    "RunConfig",
+    "SamplingName",
+    "SelectionConfig",
+    "SizeName",
+    "TaskName",
+    "ViewsConfig",
+]

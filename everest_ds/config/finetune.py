@@ -1,0 +1,198 @@
+"""The configuration of a fine-tuning run (paper Table 8), and of how its classifier is evaluated."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from everest_ds.config.base import Config
+from everest_ds.config.sections import DataConfig, ModelConfig, OptimConfig, RunConfig, require
+from everest_ds.errors import UserError
+from everest_ds.geometry import ratio_to_count
+
+SamplingName = Literal["dense", "segment"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneDataConfig(DataConfig):
+    """Which videos, and how a clip is cut from one and augmented."""
+
+    val_list: str | None = None
+    """List of the videos that score the model during training; without one nothing is scored."""
+    test_list: str | None = None
+    """List of the videos that `everest evaluate` scores."""
+    class_names: str | None = None
+    """File with one class name a line; without one, classes.txt beside the training list where there is one."""
+    num_classes: int | None = None
+    """Classes; without it, those of the names, or one more than the largest label of the training list."""
+    sampling: SamplingName = "dense"
+    """dense: frames at a stride from one random place; segment: one frame of each of num_frames equal parts."""
+    repeats: int = 1
+    """Clips that an epoch draws of each video (repeated sampling); they count as clips of the global batch."""
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """Area of a random crop as a share of the frame, from and to."""
+    crop_aspect: tuple[float, float] = (0.75, 4 / 3)
+    """Width of a random crop over its height, from and to."""
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """RandAugment in timm's notation; the official code has rand-m7-n4-mstd0.5-inc1."""
+    erase_prob: float = 0.0
+    """Share of clips of which a box of random size is erased in all frames (the official code has 0.25)."""
+    mixup_alpha: float = 0.0
+    """Mixup's beta distribution; 0 mixes nothing (the official code has 0.8)."""
+    cutmix_alpha: float = 0.0
+    """CutMix's beta distribution; 0 mixes nothing (the official code has 1.0). With mixup, either at even odds."""
+
+    def __post_init__(self) -> None:
+        """Check each field by itself."""
+        super().__post_init__()
+        classes = self.num_classes
+        require(classes is None or classes >= 2, "data.num_classes", classes, "at least 2")
+        require(self.repeats >= 1, "data.repeats", self.repeats, "at least 1")
+        low, high = self.crop_area
+        require(0 < low <= high <= 1, "data.crop_area", self.crop_area, "two shares in (0, 1], the smaller first")
+        low, high = self.crop_aspect
+        require(0 < low <= high, "data.crop_aspect", self.crop_aspect, "two ratios above 0, the smaller first")
+        require(0 <= self.erase_prob <= 1, "data.erase_prob", self.erase_prob, "a share in [0, 1]")
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "at least 0")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether clips are mixed in pairs."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneModelConfig(ModelConfig):
+    """The encoder and its head."""
+
+    drop_path: float = 0.1
+    """Share of clips that skip a branch of the last block; falls linearly to 0 at the first (stochastic depth)."""
+    head_init_scale: float = 0.001
+    """Factor on the head's initial weights (official `init_scale`)."""
+    freeze_encoder: bool = False
+    """Train the last norm and the head alone (linear probe)."""
+
+    def __post_init__(self) -> None:
+        """Check each field by itself, and drop path against freezing."""
+        super().__post_init__()
+        require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "a share in [0, 1)")
+        require(self.head_init_scale >= 0, "model.head_init_scale", self.head_init_scale, "at least 0")
+        if self.freeze_encoder and self.drop_path:
+            raise UserError(
+                f"model.freeze_encoder with model.drop_path={self.drop_path}: a frozen encoder drops no branches; "
+                "set model.drop_path=0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSelectionConfig:
+    """Which tokens are kept (paper Sec. 4.1)."""
+
+    keep_ratio: float = 0.6
+    """rho_pre of fine-tuning: share of a clip's tokens that ReRo keeps; 1 keeps all, as plain VideoMAE does."""
+
+    def __post_init__(self) -> None:
+        """Check the ratio."""
+        require(0 < self.keep_ratio <= 1, "selection.keep_ratio", self.keep_ratio, "a share in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptimConfig(OptimConfig):
+    """AdamW with layer decay, warm-up and cosine decay."""
+
+    base_lr: float = 1e-3
+    """Peak learning rate of the head for 256 clips a step; the peak is base_lr * global_batch_size / 256."""
+    min_lr: float = 1e-6
+    """Learning rate at the end of the cosine, for 256 clips a step (the official default)."""
+    warmup_epochs: float = 5
+    """Epochs of linear warm-up."""
+    epochs: int = 50
+    """Epochs of the schedule and of the run."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's momentum terms."""
+    layer_decay: float = 0.75
+    """Learning rate of each layer as a share of the next one's; 1 gives all the same."""
+    label_smoothing: float = 0.1
+    """Share of the target that is spread over all classes."""
+    ema_decay: float | None = None
+    """Also keep an exponential moving average of the weights, with this decay a step; validation scores it."""
+
+    def __post_init__(self) -> None:
+        """Check each field by itself."""
+        super().__post_init__()
+        require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "in (0, 1]")
+        require(0 <= self.label_smoothing < 1, "optim.label_smoothing", self.label_smoothing, "a share in [0, 1)")
+        decay_ok = self.ema_decay is None or 0 < self.ema_decay < 1
+        require(decay_ok, "optim.ema_decay", self.ema_decay, "in (0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRunConfig(RunConfig):
+    """What the run writes, when it is scored, and when it ends."""
+
+    save_every_epochs: int = 5
+    """Epochs from one checkpoint to the next; the last step always saves."""
+    validate_every_epochs: int = 1
+    """Epochs from one scoring of data.val_list to the next; the last step always scores. The best one is saved."""
+
+    def __post_init__(self) -> None:
+        """Check each field by itself."""
+        super().__post_init__()
+        value = self.validate_every_epochs
+        require(value >= 1, "run.validate_every_epochs", value, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsConfig:
+    """The views of a test video whose softmax is averaged: every temporal one with every spatial one."""
+
+    num_temporal: int = 5
+    """Clips spread evenly over the video; 1 is the one in the middle."""
+    num_spatial: int = 3
+    """Crops spread evenly over the longer side; 1 is the one in the middle."""
+
+    def __post_init__(self) -> None:
+        """Check each field by itself."""
+        for name in ("num_temporal", "num_spatial"):
+            require(getattr(self, name) >= 1, f"views.{name}", getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(Config):
+    """One fine-tuning run, resolved: what RUN/config.json holds."""
+
+    task: Annotated[Literal["finetune"], tyro.conf.Suppress] = "finetune"
+    """What is trained."""
+    data: FinetuneDataConfig = field(default_factory=FinetuneDataConfig)
+    model: FinetuneModelConfig = field(default_factory=FinetuneModelConfig)
+    selection: FinetuneSelectionConfig = field(default_factory=FinetuneSelectionConfig)
+    optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
+    run: FinetuneRunConfig = field(default_factory=FinetuneRunConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+
+    def __post_init__(self) -> None:
+        """Check what depends on several sections at once."""
+        super().__post_init__()
+        if self.num_kept < self.grid.num_tokens:
+            self._require_two_steps()
+        if self.num_kept < 1:
+            raise UserError(
+                f"selection.keep_ratio={self.selection.keep_ratio} of {self.grid.num_tokens} tokens keeps none; "
+                f"use at least {1 / self.grid.num_tokens:.4g}"
+            )
+        if self.data.mixes and self.batch.micro_size % 2:
+            raise UserError(
+                f"batch.micro_size={self.batch.micro_size} must be even: data.mixup_alpha and data.cutmix_alpha "
+                "mix clips in pairs"
+            )
+
+    @property
+    def num_kept(self) -> int:
+        """Tokens of a clip that the encoder sees."""
+        return ratio_to_count(self.grid.num_tokens, self.selection.keep_ratio)
+
+    @property
+    def tokens(self) -> str:
+        """What becomes of a clip's tokens, in words."""
+        return f"{super().tokens}, {self.num_kept} kept"
