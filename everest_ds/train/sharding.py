@@ -153,7 +153,7 @@ def _count(config: Config) -> ParameterCounts:
         model = build_autoencoder(config)
     groups = [group["params"] for group in parameter_groups(model, config.optim.weight_decay)]
     return ParameterCounts(
-        groups=tuple(tuple(p.numel() for p in group) for group in groups),  # type: ignore[attr-defined]
+        groups=tuple(tuple(p.numel() for p in group) for group in groups),
         buffers=sum(buffer.numel() for buffer in model.buffers()),
     )
 
