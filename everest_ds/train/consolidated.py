@@ -26,7 +26,8 @@ from everest_ds.model.weights.foreign import FACTS_KEY
 from everest_ds.model.weights.loading import load_weights
 from everest_ds.model.weights.reading import Weights, read_weights, weights_of_run
 from everest_ds.model.weights.report import WeightsReport
-from everest_ds.train.checkpoint import folder_of, list_checkpoints, read_state
+from everest_ds.train.checkpoint import list_checkpoints, read_state
+from everest_ds.train.pointers import folder_of
 from everest_ds.train.seal import find_damage, is_sealed
 from everest_ds.train.tasks import make_task
 
