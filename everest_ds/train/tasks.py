@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.config import Config, PretrainConfig
+from everest_ds.data.cuts import PretrainCut
 from everest_ds.data.dataset import ClipBatch, ClipDataset
 from everest_ds.data.index import VideoRow
 from everest_ds.model.autoencoder import EverestAutoencoder
@@ -96,7 +97,7 @@ class PretrainTask(Task):
     def make_dataset(self, rows: Sequence[VideoRow]) -> ClipDataset:
         """Return the training clips, each with its selection noise."""
         config = self.config
-        return ClipDataset(rows, config.data, seed=config.run.seed, noise_length=config.num_selected)
+        return ClipDataset(rows, PretrainCut(config.data), seed=config.run.seed, noise_length=config.num_selected)
 
     def clip_cost(self) -> ClipCost:
         """Return what one clip of the recipe costs; counted with SDPA, the one backend that needs no device."""
