@@ -8,8 +8,6 @@ from everest_ds.data.index import VideoRow, read_list, require_reachable
 from everest_ds.data.labels import Classes, require_known_labels, resolve_classes
 from everest_ds.errors import UserError
 
-NUM_SHOWN = 5
-
 
 @dataclass(frozen=True, kw_only=True)
 class Lists:
@@ -69,8 +67,5 @@ def _read(name: str) -> list[VideoRow]:
 
 
 def _describe_untrained(classes: Classes, trained: set[int]) -> str | None:
-    untrained = [classes.name_of(label) for label in range(classes.num) if label not in trained]
-    if not untrained:
-        return None
-    shown = ", ".join(untrained[:NUM_SHOWN]) + (" ..." if len(untrained) > NUM_SHOWN else "")
-    return f"{len(untrained)} of {classes.num} classes have no training video: {shown}"
+    untrained = classes.untrained(trained)
+    return f"no training video for {classes.describe_all(untrained)}" if untrained else None

@@ -7,13 +7,16 @@ tokens of a clip.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig
-from everest_ds.data.dataset import ClipBatch, ClipDataset, FinetuneCut, PretrainCut
+from everest_ds.data.augment import PairMixer
+from everest_ds.data.cuts import FinetuneCut, PretrainCut
+from everest_ds.data.dataset import ClipBatch, ClipDataset
 from everest_ds.data.index import VideoRow
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
@@ -47,7 +50,7 @@ class Task(nn.Module, ABC):
     config: Config
 
     @abstractmethod
-    def parameter_groups(self) -> list[dict[str, object]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimiser's groups."""
 
     @abstractmethod
@@ -85,7 +88,7 @@ class PretrainTask(Task):
         )
         return output.loss
 
-    def parameter_groups(self) -> list[dict[str, object]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimiser's groups: parameters with and without weight decay."""
         return parameter_groups(self, self.config.optim.weight_decay)
 
@@ -99,7 +102,7 @@ class PretrainTask(Task):
     def make_dataset(self, rows: Sequence[VideoRow]) -> ClipDataset:
         """Return the training clips, each with its selection noise."""
         config = self.config
-        return ClipDataset(rows, config.data, seed=config.run.seed, noise_length=config.num_selected)
+        return ClipDataset(rows, PretrainCut(config.data), seed=config.run.seed, noise_length=config.num_selected)
 
     def clip_cost(self) -> ClipCost:
         """Return what one clip of the recipe costs; counted with SDPA, the one backend that needs no device."""
@@ -141,7 +144,7 @@ class FinetuneTask(Task):
             return logits_BK
         return F.cross_entropy(logits_BK, target, label_smoothing=self.config.optim.label_smoothing)
 
-    def parameter_groups(self) -> list[dict[str, object]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimiser's groups: by layer, with and without weight decay; frozen parameters in none."""
         optim = self.config.optim
         return parameter_groups(self, optim.weight_decay, optim.layer_decay)
@@ -153,9 +156,10 @@ class FinetuneTask(Task):
 
     def make_dataset(self, rows: Sequence[VideoRow]) -> ClipDataset:
         """Return the training clips, each with its draws for drop path."""
-        config = self.config
+        config, seed = self.config, self.config.run.seed
+        mixer = PairMixer.of(config.data, seed=seed, num_classes=self.model.num_classes)
         return ClipDataset(
-            rows, FinetuneCut(config.data), seed=config.run.seed, noise_length=self.model.num_noise
+            rows, FinetuneCut(config.data), seed=seed, noise_length=self.model.num_noise, mixer=mixer
         )
 
     def clip_cost(self) -> ClipCost:

@@ -66,8 +66,8 @@ def test_keyed_generators_repeat_and_differ_by_every_part_of_the_key() -> None:
 
 
 def test_draws_of_one_sample_do_not_run_into_the_next() -> None:
-    many = keyed_generator(0, Stream.SELECTION, 0, 0).random(10_000)
-    following = keyed_generator(0, Stream.SELECTION, 0, 1).random(10_000)
+    many = keyed_generator(0, Stream.NOISE, 0, 0).random(10_000)
+    following = keyed_generator(0, Stream.NOISE, 0, 1).random(10_000)
     assert not np.intersect1d(many, following).size
 
 
