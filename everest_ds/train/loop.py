@@ -34,7 +34,7 @@ from everest_ds.train.progress import Window, measure, print_progress
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import EXIT_STOPPED, StopRequest
 from everest_ds.train.tasks import ClipCost, Task
-from everest_ds.train.validation import Validation
+from everest_ds.train.validation import Validation, describe, to_metrics
 
 MAX_PATHS_SHOWN = 4
 
@@ -195,12 +195,12 @@ class Trainer:
                 taken,
                 epoch=round(taken / self.schedule.steps_per_epoch, 4),
                 weights="model" if self.average is None else "ema",
-                **scores.summary(),
+                **to_metrics(scores),
                 is_best=is_best,
                 best_step=self.best_step,
                 took_s=round(time.perf_counter() - started, 2),
             )
-            print(f"step {taken}  {scores.describe()}{', the best so far' if is_best else ''}", flush=True)
+            print(f"step {taken}  {describe(scores)}{', the best so far' if is_best else ''}", flush=True)
         return is_best
 
     def _count_skipped(self, taken: int, losses: list[Tensor], rows_seen: list[int]) -> None:
