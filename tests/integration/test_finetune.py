@@ -21,7 +21,8 @@ LOSS_RTOL = 1e-6
 NUM_STEPS = 8
 DRAWS = (
     "--model.drop-path", "0.2", "--data.mixup-alpha", "0.8", "--data.cutmix-alpha", "1.0",
-    "--data.erase-prob", "0.25", "--data.repeats", "2", "--data.rand-augment", "rand-m7-n4-mstd0.5-inc1", "--optim.ema-decay", "0.9",
+    "--data.erase-prob", "0.25", "--data.repeats", "2", "--data.rand-augment", "rand-m7-n4-mstd0.5-inc1",
+    "--optim.ema-decay", "0.9",
 )  # fmt: skip
 
 
