@@ -221,6 +221,8 @@ def make_loader(
 
 def _mix_pairs(clips: Sequence[Clip], mixer: PairMixer) -> tuple[list[Tensor], list[Tensor]]:
     """Return the clips and their targets, those that were lost left out."""
+    if len(clips) % 2:
+        raise ValueError(f"{len(clips)} clips do not make pairs to mix; batch.micro_size must be even")
     pixels: list[Tensor] = []
     targets: list[Tensor] = []
     for first, second in zip(clips[::2], clips[1::2], strict=True):
