@@ -71,7 +71,9 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
     zero: dict[str, Any] = {"stage": int(stage)}
     if stage == "3":  # some parameters stay gathered, some do not
         zero["stage3_param_persistence_threshold"] = 2000
-    systems = {"zero_optimization": zero, "data_types": {"grad_accum_dtype": "fp32"}}
+    systems: dict[str, Any] = {"zero_optimization": zero}
+    if stage != "0":
+        systems["data_types"] = {"grad_accum_dtype": "fp32"}
     ds_config = engines.resolve_ds_config(
         systems, config, world_size=world.size, precision=precision, device_type="cpu"
     )
