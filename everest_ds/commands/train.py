@@ -65,11 +65,14 @@ def train(config: Config, options: LaunchOptions, world: World) -> int:
     config.batch.accumulation_steps(world.size)
     resume = find_resume(options.out, config, options.resume)
 
-    # 2. What needs torch and DeepSpeed: the systems file, the schedule, the attention backend.
+    # 2. What needs torch and DeepSpeed: augmentation, the systems file, the schedule, the attention backend.
+    from everest_ds.data.augment import check_rand_augment
     from everest_ds.train import engine as engines
     from everest_ds.train.schedule import Schedule
     from everest_ds.train.start import choose_start
 
+    if isinstance(config, FinetuneConfig) and config.data.rand_augment is not None:
+        check_rand_augment(config.data.rand_augment)
     systems = engines.load_systems(options.ds_config)
     engines.check_sections(systems, str(options.ds_config))
     Schedule.of(config, len(lists.train))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from everest_ds import distributed
 from everest_ds.config import Config, FinetuneRunConfig
-from everest_ds.data.dataset import BadSample, ClipBatch
+from everest_ds.data.dataset import BadSample, ClipBatch, next_batch
 from everest_ds.data.index import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
@@ -139,15 +139,7 @@ class Trainer:
 
     def _next_batch(self, batches: Iterator[ClipBatch]) -> ClipBatch:
         waiting_since = time.perf_counter()
-        try:
-            batch = next(batches)
-        except RuntimeError as error:
-            if "timed out" not in str(error):
-                raise
-            raise UserError(
-                f"no batch from the loader for data.timeout_s={self.config.data.timeout_s}: a video may hang its "
-                "decoder, or the storage does not answer; the last checkpoint is kept"
-            ) from error
+        batch = next_batch(batches, self.config.data.timeout_s)
         self.window.data_wait_s += time.perf_counter() - waiting_since
         self.window.bad += batch.bad
         if batch.num_lost:
