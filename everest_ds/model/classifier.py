@@ -121,9 +121,11 @@ def mean_per_clip(x_MD: Tensor, index: TokenIndex) -> Tensor:
     Raises:
         ValueError: A clip has no tokens.
     """
-    packing = index.packing
-    if min(packing.lengths, default=0) < 1:
+    lengths = index.packing.lengths
+    if min(lengths, default=0) < 1:
         raise ValueError("a clip without tokens has no mean")
-    sums_BD = x_MD.new_zeros(len(packing.lengths), x_MD.shape[1]).index_add(0, index.clip_M, x_MD)
-    lengths_B = (packing.cu_seqlens[1:] - packing.cu_seqlens[:-1]).to(x_MD.dtype)
-    return sums_BD / lengths_B[:, None]
+    if len(set(lengths)) == 1:  # sums in float32 whatever the dtype, keeps nothing for backward, and repeats
+        return x_MD.view(len(lengths), lengths[0], -1).mean(dim=1)
+    sums_BD = torch.zeros(len(lengths), x_MD.shape[1], device=x_MD.device).index_add(0, index.clip_M, x_MD.float())
+    cu_seqlens = index.packing.cu_seqlens
+    return (sums_BD / (cu_seqlens[1:] - cu_seqlens[:-1])[:, None]).to(x_MD.dtype)

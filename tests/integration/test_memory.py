@@ -24,6 +24,7 @@ COPIED_BETWEEN_LOOKS = ("zero1:fp32", "zero2:fp32")
 
 NAMES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 DEFAULT_CASES = ["zero2:bf16", "zero3:bf16"]
+FINETUNE_CASES = [f"{name}:bf16:{kind}" for kind in ("finetune", "probe") for name in NAMES[:4]]
 OTHER_CASES = [case for name in NAMES for case in (f"{name}:bf16", f"{name}:fp32") if case not in DEFAULT_CASES]
 
 
@@ -43,7 +44,12 @@ def scan(cases: list[str]) -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(
-    "cases", [DEFAULT_CASES, pytest.param(OTHER_CASES, marks=pytest.mark.slow)], ids=["default", "others"]
+    "cases",
+    [
+        pytest.param(DEFAULT_CASES, id="default"),
+        pytest.param(OTHER_CASES, marks=pytest.mark.slow, id="others"),
+        pytest.param(FINETUNE_CASES, marks=pytest.mark.slow, id="fine-tuning"),
+    ],
 )
 def test_model_states_are_what_deepspeed_holds_on_each_rank(cases: list[str]) -> None:
     seen = scan(cases)
