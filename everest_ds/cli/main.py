@@ -22,6 +22,7 @@ COMMANDS = {
     "recipes": "the recipes; with a name: resolved config, token counts, batch arithmetic, DeepSpeed JSON",
     "plan": "will a recipe fit N GPUs, what takes the memory, and the command; exits 1 when nothing fits",
     "pretrain": "pre-train a recipe; every config field is a flag",
+    "evaluate": "score a run, a checkpoint or weights over a list, several views a video",
     "convert": "weights in and out: runs, official .pth files, Hugging Face folders, safetensors",
     "benchmark": "flops: the paper's tables beside our counts",
 }
@@ -68,6 +69,7 @@ def _dispatch(words: list[str], world: World) -> int:
         "recipes": handlers.recipes,
         "plan": handlers.plan,
         "pretrain": handlers.pretrain,
+        "evaluate": handlers.evaluate,
         "convert": handlers.convert,
         "benchmark": handlers.benchmark,
     }
