@@ -24,7 +24,8 @@ COPIED_BETWEEN_LOOKS = ("zero1:fp32", "zero2:fp32")
 
 NAMES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 DEFAULT_CASES = ["zero2:bf16", "zero3:bf16"]
-FINETUNE_CASES = [f"{name}:bf16:{kind}" for kind in ("finetune", "probe") for name in NAMES[:4]]
+FINETUNE_CASES = ["zero1:bf16:finetune", "zero3:bf16:finetune"]
+FINETUNE_CASES += [f"zero{stage}:bf16:probe" for stage in range(4)]
 OTHER_CASES = [case for name in NAMES for case in (f"{name}:bf16", f"{name}:fp32") if case not in DEFAULT_CASES]
 
 
@@ -65,6 +66,6 @@ def test_model_states_are_what_deepspeed_holds_on_each_rank(cases: list[str]) ->
             assert measured["step"] <= expected["step"] * (1 + STATES_RTOL)
             if case not in COPIED_BETWEEN_LOOKS:
                 assert expected["step"] == pytest.approx(measured["step"], rel=STATES_RTOL), (case, line["rank"])
-            if case.startswith("zero3"):
+            if case.startswith("zero3") and case not in FINETUNE_CASES:  # whose activations are more
                 gathered = measured["forward"] - measured["states"]
                 assert expected["gathered"] == pytest.approx(gathered, rel=GATHERED_RTOL), (case, line["rank"])
