@@ -129,6 +129,29 @@ def finetune(rest: list[str], world: World) -> int:
     return leave(code, at_once=world.size > 1)
 
 
+def evaluate(rest: list[str], world: World) -> int:
+    """Score a model."""
+    from everest_ds.commands import evaluate as command
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Score a trained model over a list of videos, softmax averaged over several views of each.
+
+        Writes summary.json, predictions.csv and confusion.png.
+        """
+
+        source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+        """A run directory, for its best checkpoint where it has one, else its newest; a checkpoint; or weights with
+        a classification head in any layout, which need --recipe."""
+        options: Annotated[command.EvaluateOptions, tyro.conf.arg(name="")] = field(
+            default_factory=command.EvaluateOptions
+        )
+
+    arguments = parse(Arguments, rest, "everest evaluate", world)
+    code = command.evaluate(arguments.source, arguments.options, world)
+    return leave(code, at_once=world.size > 1)
+
+
 def convert(rest: list[str], world: World) -> int:
     """Convert weights."""
     from everest_ds.commands import convert as command

@@ -66,7 +66,7 @@ def _describe_classes(trainer: "Trainer", lists: Lists) -> None:
     if classes.names is not None:
         (trainer.run_dir / "classes.txt").write_text("\n".join(classes.names) + "\n", encoding="utf-8")
     every = trainer.config.run.validate_every_epochs  # type: ignore[attr-defined]
-    scored = f"scored on {len(lists.val)} videos every {every} epochs" if lists.val else "not scored during training"
+    scored = f"scored on {len(lists.val)} every {every} epochs" if lists.val else "not scored during training"
     print(f"{classes.num} classes, {len(lists.train)} training videos, {scored}", flush=True)
     if lists.note:
         print(f"warning: {lists.note}", flush=True)

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from everest_ds import distributed
-from everest_ds.config import Config, FinetuneConfig, PretrainConfig
 from everest_ds.commands.lists import Lists, read_lists
 from everest_ds.commands.record import close_run, compare_memory, open_run
+from everest_ds.config import Config, FinetuneConfig, PretrainConfig
 from everest_ds.data.index import fingerprint
 from everest_ds.distributed import World
-from everest_ds.errors import UserError
 from everest_ds.train.checkpoint import TrainState, set_aside
 from everest_ds.train.pointers import point_to_best
 from everest_ds.train.run_dir import find_resume, require_shared
@@ -66,11 +65,14 @@ def train(config: Config, options: LaunchOptions, world: World) -> int:
     config.batch.accumulation_steps(world.size)
     resume = find_resume(options.out, config, options.resume)
 
-    # 2. What needs torch and DeepSpeed: the systems file, the schedule, the attention backend.
+    # 2. What needs torch and DeepSpeed: augmentation, the systems file, the schedule, the attention backend.
+    from everest_ds.data.augment import check_rand_augment
     from everest_ds.train import engine as engines
     from everest_ds.train.schedule import Schedule
     from everest_ds.train.start import choose_start
 
+    if isinstance(config, FinetuneConfig) and config.data.rand_augment is not None:
+        check_rand_augment(config.data.rand_augment)
     systems = engines.load_systems(options.ds_config)
     engines.check_sections(systems, str(options.ds_config))
     Schedule.of(config, len(lists.train))
@@ -168,7 +170,7 @@ def _find_best(trainer: "Trainer") -> None:
     if step is not None and not found[0]:
         trainer.best_step = trainer.best_score = None
         if trainer.world.is_main:
-            print(f"warning: the best checkpoint so far, of step {step}, is gone; the next score counts", flush=True)
+            print(f"warning: the best checkpoint, of step {step}, is gone; the next score counts", flush=True)
 
 
 def _batches(trainer: "Trainer") -> Any:
@@ -208,5 +210,3 @@ def _attention_backend(config: Config, device_type: str, dtype_name: str) -> str
     dtype = torch.bfloat16 if dtype_name == "bfloat16" else torch.float32
     names = [choose_backend(config.model.attention, torch.device(device_type), dtype, head).name for head in heads]
     return names[0]
-
-

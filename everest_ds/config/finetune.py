@@ -183,8 +183,8 @@ class FinetuneConfig(Config):
             )
         if self.batch.global_size % self.data.repeats:
             raise UserError(
-                f"batch.global_size={self.batch.global_size} must be a multiple of data.repeats={self.data.repeats}: "
-                "a step takes all clips of its videos"
+                f"batch.global_size={self.batch.global_size} must be a multiple of data.repeats="
+                f"{self.data.repeats}: a step takes all clips of its videos"
             )
         if self.data.mixes and self.batch.micro_size % 2:
             raise UserError(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
@@ -102,6 +102,7 @@ def rand_augment(frames_THWC: NDArray[np.uint8], text: str, generator: np.random
 
     Source: official code, `create_random_augment`: bicubic, and grey (128) moves in from outside the frame. Its
     translate_const has no effect on RandAugment's operations and is not passed.
+    Differs from the official code: Posterize keeps at least one bit, where the strongest made a clip all black.
     """
     transform = _rand_augment_transform(text)
     seed = draw_seed(generator)
@@ -240,4 +241,13 @@ class PairMixer:
 def _rand_augment_transform(text: str) -> Any:
     from timm.data.auto_augment import rand_augment_transform
 
-    return rand_augment_transform(text, {"interpolation": Image.Resampling.BICUBIC})
+    transform = rand_augment_transform(text, {"interpolation": Image.Resampling.BICUBIC})
+    for operation in transform.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
+    """Keep at least one bit: timm asks for none at the ends of its scale, which Pillow 13 refuses."""
+    return ImageOps.posterize(image, min(max(bits_to_keep, 1), 8))

@@ -5,9 +5,10 @@ video is replaced by another sample, drawn by key, and reported with the batch; 
 Axes: B clips, C T H W of a clip, S noise values, K classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from everest_ds.data.index import VideoRow
 from everest_ds.data.sampling import SampleKey, Stream, keyed_generator
 from everest_ds.data.video import Video, VideoReadError
 from everest_ds.errors import UserError
+
+T = TypeVar("T")
 
 MAX_REPLACEMENTS = 10
 
@@ -219,8 +222,28 @@ def make_loader(
     )
 
 
+def next_batch(batches: Iterator[T], timeout_s: float) -> T:
+    """Return the next batch of a loader.
+
+    Raises:
+        UserError: A loader process does not answer within ``timeout_s`` seconds, data.timeout_s.
+        StopIteration: There is none left.
+    """
+    try:
+        return next(batches)
+    except RuntimeError as error:
+        if "timed out" not in str(error):
+            raise
+        raise UserError(
+            f"no batch from the loader for data.timeout_s={timeout_s}: a video may hang its decoder, or the "
+            "storage does not answer; the last checkpoint is kept"
+        ) from error
+
+
 def _mix_pairs(clips: Sequence[Clip], mixer: PairMixer) -> tuple[list[Tensor], list[Tensor]]:
     """Return the clips and their targets, those that were lost left out."""
+    if len(clips) % 2:
+        raise ValueError(f"{len(clips)} clips do not make pairs to mix; batch.micro_size must be even")
     pixels: list[Tensor] = []
     targets: list[Tensor] = []
     for first, second in zip(clips[::2], clips[1::2], strict=True):

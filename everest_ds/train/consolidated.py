@@ -83,7 +83,7 @@ def _unsharded_weights(checkpoint: Path, dtype: str) -> dict[str, Tensor]:
         task = make_task(config)
     names = {id(parameter): name for name, parameter in task.named_parameters()}
     for group, masters in zip(task.parameter_groups(), states["optimizer"]["fp32_groups"], strict=True):
-        parameters: list[nn.Parameter] = group["params"]  # type: ignore[assignment]
+        parameters: list[nn.Parameter] = group["params"]
         weights |= {names[id(p)]: master for p, master in zip(parameters, masters, strict=True)}
     return weights
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from everest_ds import distributed
 from everest_ds.config import Config, FinetuneRunConfig
-from everest_ds.data.dataset import BadSample, ClipBatch
+from everest_ds.data.dataset import BadSample, ClipBatch, next_batch
 from everest_ds.data.index import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
@@ -34,7 +34,7 @@ from everest_ds.train.progress import Window, measure, print_progress
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import EXIT_STOPPED, StopRequest
 from everest_ds.train.tasks import ClipCost, Task
-from everest_ds.train.validation import Validation
+from everest_ds.train.validation import Validation, describe, to_metrics
 
 MAX_PATHS_SHOWN = 4
 
@@ -139,15 +139,7 @@ class Trainer:
 
     def _next_batch(self, batches: Iterator[ClipBatch]) -> ClipBatch:
         waiting_since = time.perf_counter()
-        try:
-            batch = next(batches)
-        except RuntimeError as error:
-            if "timed out" not in str(error):
-                raise
-            raise UserError(
-                f"no batch from the loader for data.timeout_s={self.config.data.timeout_s}: a video may hang its "
-                "decoder, or the storage does not answer; the last checkpoint is kept"
-            ) from error
+        batch = next_batch(batches, self.config.data.timeout_s)
         self.window.data_wait_s += time.perf_counter() - waiting_since
         self.window.bad += batch.bad
         if batch.num_lost:
@@ -195,12 +187,12 @@ class Trainer:
                 taken,
                 epoch=round(taken / self.schedule.steps_per_epoch, 4),
                 weights="model" if self.average is None else "ema",
-                **scores.summary(),
+                **to_metrics(scores),
                 is_best=is_best,
                 best_step=self.best_step,
                 took_s=round(time.perf_counter() - started, 2),
             )
-            print(f"step {taken}  {scores.describe()}{', the best so far' if is_best else ''}", flush=True)
+            print(f"step {taken}  {describe(scores)}{', the best so far' if is_best else ''}", flush=True)
         return is_best
 
     def _count_skipped(self, taken: int, losses: list[Tensor], rows_seen: list[int]) -> None:

@@ -19,7 +19,7 @@ def read_latest(run_dir: Path) -> Path:
 
 
 def find_best(run_dir: Path) -> Path | None:
-    """Return the checkpoint with the highest validation score; None where nothing was scored; see `read_pointer`."""
+    """Return the checkpoint with the highest validation score; None without scores; see `read_pointer`."""
     return read_pointer(run_dir, BEST) if (folder_of(run_dir) / BEST).is_file() else None
 
 

@@ -133,7 +133,8 @@ def _require_same_run(run_dir: Path, config: Config) -> None:
     stored, given = (_flatten(asdict(item)) for item in (load_config(run_dir / "config.json"), config))
     if stored["task"] != given["task"]:
         raise UserError(
-            f"{run_dir} holds another run: its task is {stored['task']}, this one's {given['task']}; use another --out"
+            f"{run_dir} holds another run: its task is {stored['task']}, this one's {given['task']}; use "
+            "another --out"
         )
     changed = [key for key in stored if stored[key] != given[key] and key not in FREE_ON_RESUME]
     if changed:

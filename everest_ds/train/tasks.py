@@ -129,9 +129,7 @@ class FinetuneTask(Task):
         if config.model.freeze_encoder:
             self.model.freeze_encoder()
 
-    def forward(
-        self, clips_BCTHW: Tensor, target: Tensor | None = None, noise_BL: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, clips_BCTHW: Tensor, target: Tensor | None = None, noise_BL: Tensor | None = None) -> Tensor:
         """Return the loss of a micro-batch, or its logits (B, K) in float32 where there is no target.
 
         Args:

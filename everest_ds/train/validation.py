@@ -8,11 +8,10 @@ import torch
 
 from everest_ds.config import FinetuneConfig, ViewsConfig
 from everest_ds.data.index import VideoRow
-from everest_ds.data.views import ViewDataset
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.train.engine import shards_parameters
 from everest_ds.train.scoring import Scores, score
+from everest_ds.train.signals import children_ignore_stop_signals, ignore_stop_signals
 
 MIDDLE = ViewsConfig(num_temporal=1, num_spatial=1)
 
@@ -23,7 +22,7 @@ class Validation:
 
     Attributes:
         rows: The list.
-        config: The run.
+        config: The run, its classes counted.
         world: This process's place.
         device: Its device.
     """
@@ -36,26 +35,54 @@ class Validation:
     def run(self, engine: Any) -> Scores:
         """Score the engine's model as it stands; all ranks take part and get the same scores.
 
+        Unreadable videos are left out and counted: a night's training should not end for one of them.
+
         Raises:
             UserError: More of the videos are unreadable than data.max_bad_share allows.
         """
+        data = self.config.data
+        assert data.num_classes is not None
         engine.eval()
-        with torch.no_grad():
+        with children_ignore_stop_signals():
             scores = score(
                 engine,
-                ViewDataset(self.rows, self.config.data, MIDDLE),
+                self.rows,
+                data=data,
+                views=MIDDLE,
+                num_classes=data.num_classes,
                 world=self.world,
                 device=self.device,
                 group_size=self.config.batch.micro_size,
-                same_rounds=shards_parameters(engine),
                 allow_unreadable=True,
+                same_rounds=engine.zero_optimization_stage() == 3,
+                progress="validation",
+                worker_init=ignore_stop_signals,
             )
         engine.train()
-        share = self.config.data.max_bad_share
-        if scores.num_unreadable > share * len(self.rows):
+        if len(scores.unreadable) > data.max_bad_share * len(self.rows):
             first = scores.unreadable[0]
             raise UserError(
-                f"{scores.num_unreadable} of {len(self.rows)} validation videos cannot be read, more than "
-                f"data.max_bad_share={share}; the first is {first.path}: {first.reason}"
+                f"{len(scores.unreadable)} of {len(self.rows)} videos of {data.val_list} cannot be read, more than "
+                f"data.max_bad_share={data.max_bad_share}; the first is {first.path}: {first.reason}"
             )
         return scores
+
+
+def to_metrics(scores: Scores) -> dict[str, Any]:
+    """Return the values of a line of metrics."""
+    return {
+        "top1": scores.top1,
+        "top5": scores.top5,
+        "loss": scores.loss,
+        "mean_class_accuracy": scores.mean_class_accuracy,
+        "num_scored": scores.num_scored,
+        "num_unreadable": len(scores.unreadable),
+    }
+
+
+def describe(scores: Scores) -> str:
+    """Return the scores in words."""
+    top5 = "" if scores.top5 is None else f"  top-5 {scores.top5:.2%}"
+    unreadable = f", {len(scores.unreadable)} unreadable" if scores.unreadable else ""
+    shown = f"top-1 {scores.top1:.2%}{top5}  loss {scores.loss:.4f}"
+    return f"validation  {shown}  on {scores.num_scored} videos{unreadable}"

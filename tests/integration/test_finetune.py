@@ -1,7 +1,7 @@
 """Fine-tuning through the real launchers: worlds and ZeRO stages against one process, resume, best checkpoint.
 
-Everything that draws is on: drop path, mixup and CutMix, random erasing, repeated sampling, RandAugment; so are layer
-decay and the moving average. Measured worst relative differences in float32 over eight steps stand beside each test.
+Everything that draws is on: drop path, mixup and CutMix, random erasing, repeated sampling, RandAugment; so are
+layer decay and the moving average.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from tests.integration.launch import contents, ds_config, launch, losses, metric
 LOSS_RTOL = 1e-6
 NUM_STEPS = 8
 DRAWS = (
-    "--model.drop-path", "0.2", "--data.mixup-alpha", "0.8", "--data.cutmix-alpha", "1.0", "--data.erase-prob", "0.25",
-    "--data.repeats", "2", "--data.rand-augment", "rand-m7-n4-mstd0.5-inc1", "--optim.ema-decay", "0.9",
+    "--model.drop-path", "0.2", "--data.mixup-alpha", "0.8", "--data.cutmix-alpha", "1.0",
+    "--data.erase-prob", "0.25", "--data.repeats", "2", "--data.rand-augment", "rand-m7-n4-mstd0.5-inc1",
+    "--optim.ema-decay", "0.9",
 )  # fmt: skip
 
 

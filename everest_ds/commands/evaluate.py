@@ -1,0 +1,245 @@
+"""`everest evaluate`: a trained model over a list of videos, several views each, into scores and files.
+
+What can be refused is refused before torch is imported. Works alone and under any launcher; each process reads the
+weights itself and scores its share of the list.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from everest_ds import __version__, distributed
+from everest_ds.config import Config
+from everest_ds.config.finetune import FinetuneConfig
+from everest_ds.data.index import VideoRow, fingerprint, read_list, require_reachable
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
+from everest_ds.train.inference import (
+    ClipSettings,
+    InferenceOptions,
+    Origin,
+    clip_settings,
+    identify,
+    locate,
+    weights_kind,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from everest_ds.train.scoring import Scores
+    from everest_ds.train.trained import Trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(InferenceOptions):
+    """What is scored, how, and where the results go."""
+
+    list: Path | None = None
+    """List of videos to score; without one, data.test_list of the run or the recipe."""
+    out: Path | None = None
+    """Folder for the results; without one, evaluation-LIST in the run directory or beside the weights."""
+    protocol: Literal["head", "knn", "linear"] = "head"
+    """head: the classifier itself; knn, linear: nearest neighbours or a linear probe on its frozen features."""
+    train_list: Path | None = None
+    """List of videos that knn and linear learn from."""
+    knn_k: int = 20
+    """Neighbours that vote (knn)."""
+    knn_temperature: float = 0.07
+    """Temperature of their votes, exp(cosine / temperature) (knn)."""
+    linear_l2: float = 1e-3
+    """Weight of half the squared norm of the probe's weights in its loss (linear)."""
+
+    def __post_init__(self) -> None:
+        """Check that the training list and the protocol go together."""
+        super().__post_init__()
+        if (self.protocol == "head") != (self.train_list is None):
+            given = "needs --train-list" if self.train_list is None else "takes no --train-list"
+            raise UserError(f"--protocol {self.protocol} {given}")
+        if self.knn_k < 1 or self.knn_temperature <= 0 or self.linear_l2 <= 0:
+            raise UserError("--knn-k must be at least 1, --knn-temperature and --linear-l2 above 0")
+
+
+def find_recipe(name: str | None) -> Config | None:
+    """Return a recipe by name, or a configuration by its path."""
+    if name is None:
+        return None
+    if name.endswith(".json"):
+        from everest_ds.config_file import load_config
+
+        return load_config(Path(name))
+    from everest_ds.recipes import get_recipe
+
+    return get_recipe(name)
+
+
+def evaluate(source: Path, options: EvaluateOptions, world: World) -> int:
+    """Score a model over a list and write the results.
+
+    Args:
+        source: A run directory, a checkpoint, or weights.
+        options: What, how, and where to.
+        world: This process's place.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UserError: Anything the user can mend: paths, labels, unreadable videos, weights without a head.
+    """
+    began = time.perf_counter()
+    origin, recipe = locate(source), find_recipe(options.recipe)
+    settings = clip_settings(origin, recipe, options)
+    test_list = _test_list(origin, recipe, options)
+    rows, train_rows = _rows_of(test_list), _rows_of(options.train_list)
+    out = options.out or (origin.run_dir or origin.weights.parent) / f"evaluation-{test_list.stem}"
+    kind = weights_kind(origin, options.weights)
+    identity = {
+        "protocol": _protocol(options),
+        "checkpoint": identify(origin, kind),
+        "list": {"path": str(test_list), "videos": fingerprint(rows)},
+    }
+
+    # Whatever can be refused is refused before the processes meet, so that all of them end alike.
+    on_gpu = distributed.select_accelerator()
+    import torch
+
+    from everest_ds.train import evaluation
+    from everest_ds.train.trained import load_trained
+
+    trained = load_trained(origin, settings, options, torch.device("cuda" if on_gpu else "cpu"))
+    if options.protocol == "head":
+        _require_head(trained, rows, test_list)
+    summary = identity | {"views": evaluation.view_recipe(settings, trained.num_kept)}
+    evaluation.require_own(out, summary)
+
+    device = distributed.start(world)
+    trained.model.to(device)
+    if world.is_main:
+        print(trained.report)
+        print(
+            f"{origin.choice}: {origin.weights}, weights {kind}, {'bf16' if trained.bf16 else 'fp32'}, attention "
+            f"{trained.attention}\n{len(rows)} videos x {settings.num_views} views on {world.size} x {device.type}",
+            flush=True,
+        )
+    scores, names = _score(trained, settings, options, (rows, train_rows), world, device)
+    if world.is_main:
+        summary |= evaluation.score_summary(scores, names, len(rows)) | {
+            "classes": list(names),
+            "precision": "bf16" if trained.bf16 else "fp32",
+            "attention": trained.attention,
+            "batch_rows": options.batch_rows,
+            "versions": _versions(),
+        }
+        _write(out, summary, scores, rows, names, began)
+        _record(origin, summary)
+        print(f"{evaluation.table(scores, names)}\n{out}", flush=True)
+    distributed.finish()
+    return 0
+
+
+def _require_head(trained: "Trained", rows: list[VideoRow], test_list: Path) -> None:
+    from everest_ds.train.evaluation import require_labels
+
+    if not trained.has_head:
+        raise UserError(
+            "these weights have no classification head; fine-tune them (`everest finetune`), or score their "
+            "features with --protocol knn or linear"
+        )
+    require_labels(rows, len(trained.class_names), test_list)
+
+
+def _score(
+    trained: "Trained",
+    settings: ClipSettings,
+    options: EvaluateOptions,
+    lists: tuple[list[VideoRow], list[VideoRow]],
+    world: World,
+    device: "torch.device",
+) -> tuple["Scores", tuple[str, ...]]:
+    """Return the scores by the chosen protocol, and the names of the classes."""
+    from everest_ds.train.scoring import score
+
+    rows, _ = lists
+    if options.protocol != "head":
+        raise UserError(f"--protocol {options.protocol} is not there yet")
+    scores = score(
+        trained.wrap(trained.model),
+        rows,
+        data=settings.data,
+        views=settings.views,
+        num_classes=len(trained.class_names),
+        world=world,
+        device=device,
+        group_size=options.batch_rows,
+        allow_unreadable=options.allow_unreadable,
+        progress="scored",
+    )
+    return scores, trained.class_names
+
+
+def _test_list(origin: Origin, recipe: Config | None, options: EvaluateOptions) -> Path:
+    if options.list is not None:
+        return options.list
+    config = origin.config if isinstance(origin.config, FinetuneConfig) else recipe
+    if isinstance(config, FinetuneConfig) and config.data.test_list is not None:
+        return Path(config.data.test_list)
+    raise UserError("which videos? give --list FILE; the run's data.test_list is not set")
+
+
+def _rows_of(path: Path | None) -> list[VideoRow]:
+    if path is None:
+        return []
+    rows = read_list(path)
+    require_reachable(rows, path)
+    return rows
+
+
+def _protocol(options: EvaluateOptions) -> dict[str, Any]:
+    """Return the protocol and what it depends on."""
+    if options.protocol == "head" or options.train_list is None:
+        return {"name": options.protocol}
+    own = {"k": options.knn_k, "temperature": options.knn_temperature}
+    learnt = {"path": str(options.train_list), "videos": fingerprint(_rows_of(options.train_list))}
+    return {"name": options.protocol, "train_list": learnt} | (
+        own if options.protocol == "knn" else {"l2": options.linear_l2}
+    )
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    packages = ("torch", "torchvision", "decord")
+    return {"everest_ds": __version__} | {package: version(package) for package in packages}
+
+
+def _write(
+    out: Path,
+    summary: dict[str, Any],
+    scores: "Scores",
+    rows: list[VideoRow],
+    names: tuple[str, ...],
+    began: float,
+) -> None:
+    from everest_ds.train.confusion import save_confusion
+    from everest_ds.train.evaluation import SUMMARY, write_predictions
+    from everest_ds.train.run_dir import _environment
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_predictions(scores, rows, names, out / "predictions.csv")
+    save_confusion(scores.confusion, names, out / "confusion.png")
+    environment = _environment() | {"seconds": round(time.perf_counter() - began, 1)}
+    (out / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def _record(origin: Origin, summary: dict[str, Any]) -> None:
+    """Append the scores to the run's record."""
+    if origin.run_dir is None or not (origin.run_dir / "metrics.jsonl").is_file():
+        return
+    names = ("top1", "top5", "loss", "mean_class_accuracy", "num_scored", "num_unreadable", "protocol", "list")
+    line = {"kind": "test", "step": summary["checkpoint"]["step"], "time_s": round(time.time(), 3)}
+    with (origin.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line | {name: summary[name] for name in names}) + "\n")

@@ -1,0 +1,152 @@
+"""The files of an evaluation, and what identifies it. Rank zero writes them.
+
+OUT/summary.json       scores, the whole view recipe, the checkpoint's identity: the same on any number of processes
+    predictions.csv    one line a row of the list
+    confusion.png      true classes by predicted ones
+    environment.json   command, machine, time
+"""
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from everest_ds.data.index import VideoRow
+from everest_ds.errors import UserError
+from everest_ds.train.inference import ClipSettings
+from everest_ds.train.scoring import Scores
+
+SUMMARY = "summary.json"
+COLUMNS = (
+    "row", "path", "label", "label_name", "predicted", "predicted_name", "probability", "top5",
+    "top5_probabilities", "correct", "readable",
+)  # fmt: skip
+_NUM_LISTED = 5
+
+
+def view_recipe(settings: ClipSettings, num_kept: int) -> dict[str, Any]:
+    """Return everything that says which pixels the model saw."""
+    data, views = settings.data, settings.views
+    return {
+        "num_frames": data.num_frames,
+        "sampling": data.sampling,
+        "sampling_stride": data.sampling_stride if data.sampling == "dense" else None,
+        "image_size": data.image_size,
+        "num_temporal": views.num_temporal,
+        "num_spatial": views.num_spatial,
+        "keep_ratio": settings.keep_ratio,
+        "tokens_kept": num_kept,
+    }
+
+
+def require_own(out: Path, summary: dict[str, Any]) -> None:
+    """Refuse a folder that holds the evaluation of something else; the same one may be done again.
+
+    Raises:
+        UserError: It does, or its summary is none of ours.
+    """
+    path = out / SUMMARY
+    if not path.is_file():
+        return
+    try:
+        earlier = _identity(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not of an evaluation; name another folder with --out") from error
+    now = _identity(summary)
+    differs = [key for key in now if earlier[key] != now[key]]
+    if differs:
+        key = differs[0]
+        raise UserError(
+            f"{out} holds an evaluation of another {key} ({json.dumps(earlier[key])}, now {json.dumps(now[key])}); "
+            "name another folder with --out, or remove it"
+        )
+
+
+def _identity(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be alike for an evaluation to take the place of an earlier one, wherever files lie."""
+    return {
+        "protocol": summary["protocol"],
+        "checkpoint": {key: summary["checkpoint"][key] for key in ("name", "weights", "sha256")},
+        "list": summary["list"]["videos"],
+        "view recipe": summary["views"],
+    }
+
+
+def score_summary(scores: Scores, class_names: Sequence[str], num_rows: int) -> dict[str, Any]:
+    """Return the scores as the summary has them; shares in [0, 1], null for what is not defined."""
+    return {
+        "top1": scores.top1,
+        "top5": scores.top5,
+        "loss": scores.loss if math.isfinite(scores.loss) else None,
+        "mean_class_accuracy": scores.mean_class_accuracy,
+        "num_rows": num_rows,
+        "num_scored": scores.num_scored,
+        "num_unreadable": len(scores.unreadable),
+        "unreadable": [{"row": bad.row, "path": bad.path, "reason": bad.reason} for bad in scores.unreadable],
+        "per_class": [
+            {"name": name, "count": entry.count, "correct": entry.correct, "accuracy": entry.accuracy}
+            for name, entry in zip(class_names, scores.per_class, strict=True)
+        ],
+        "confusion": [list(counts) for counts in scores.confusion],
+    }
+
+
+def write_predictions(scores: Scores, rows: Sequence[VideoRow], class_names: Sequence[str], path: Path) -> None:
+    """Write one line a row of the list, unreadable ones among them.
+
+    Probabilities have six digits: how many threads a process has may change bits behind them.
+    """
+    by_row = {prediction.row: prediction for prediction in scores.predictions}
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for i, row in enumerate(rows):
+            start = [i, str(row.path), row.label, class_names[row.label]]
+            if i not in by_row:
+                writer.writerow([*start, *[""] * 6, "false"])
+                continue
+            prediction = by_row[i]
+            ranking, predicted = prediction.ranking, prediction.predicted
+            shown = [f"{probability:.6f}" for probability in ranking.probabilities[:5]]
+            classes = " ".join(str(k) for k in ranking.classes[:5])
+            values = [predicted, class_names[predicted], shown[0], classes, " ".join(shown)]
+            writer.writerow([*start, *values, "true" if prediction.is_correct else "false", "true"])
+
+
+def table(scores: Scores, class_names: Sequence[str]) -> str:
+    """Return the scores for people: in percent, with the classes that are recognised worst."""
+    lines = [f"top-1  {scores.top1:7.2%}"]
+    if scores.top5 is not None:
+        lines.append(f"top-5  {scores.top5:7.2%}")
+    lines.append(f"mean class accuracy {scores.mean_class_accuracy:.2%} over {scores.num_scored} videos")
+    if math.isfinite(scores.loss):
+        lines[-1] += f", loss {scores.loss:.4f}"
+    present = [(entry.accuracy, k) for k, entry in enumerate(scores.per_class) if entry.accuracy is not None]
+    worst = sorted(present)[: min(_NUM_LISTED, len(present) - 1)]
+    if worst:
+        lines.append("worst classes:")
+    for accuracy, k in worst:
+        entry = scores.per_class[k]
+        mistaken = [(count, -j) for j, count in enumerate(scores.confusion[k]) if count and j != k]
+        taken_for = f", most often taken for {class_names[-max(mistaken)[1]]}" if mistaken else ""
+        lines.append(f"  {accuracy:7.2%}  {class_names[k]} ({entry.correct} of {entry.count}){taken_for}")
+    if scores.unreadable:
+        bad = scores.unreadable
+        lines.append(f"NOT SCORED: {len(bad)} unreadable, the first is {bad[0].path}: {bad[0].reason}")
+    return "\n".join(lines)
+
+
+def require_labels(rows: Sequence[VideoRow], num_classes: int, source: Path) -> None:
+    """Refuse a list with a label that is none of the model's classes.
+
+    Raises:
+        UserError: Names the list, the first such row, and the range.
+    """
+    wrong = [row for row in rows if not 0 <= row.label < num_classes]
+    if wrong:
+        raise UserError(
+            f"{source}: {wrong[0].path} has label {wrong[0].label}, and {len(wrong) - 1} more are outside the "
+            f"model's {num_classes} classes, 0 to {num_classes - 1}; score it with the list it was made for"
+        )

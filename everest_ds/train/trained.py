@@ -1,0 +1,147 @@
+"""A trained model, ready to look at videos.
+
+Place in the flow: Origin and ClipSettings -> `load_trained` -> a model in evaluation mode, in the chosen precision.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from everest_ds.errors import UserError
+from everest_ds.geometry import TokenGrid, ratio_to_count
+from everest_ds.model.attention import choose_backend
+from everest_ds.model.classifier import EverestClassifier
+from everest_ds.model.weights.architecture import Architecture
+from everest_ds.model.weights.loading import load_weights
+from everest_ds.model.weights.reading import Weights
+from everest_ds.train.consolidated import read_any_weights
+from everest_ds.train.inference import (
+    AVERAGE,
+    CLASSES,
+    ClipSettings,
+    InferenceOptions,
+    Origin,
+    weights_kind,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A model in evaluation mode, on the CPU until it is moved.
+
+    Attributes:
+        model: The classifier; its head is fresh where the weights have none.
+        has_head: Whether they have one.
+        class_names: Of each class; empty without a head.
+        kind: Which weights these are: model or ema.
+        bf16: Whether it computes in bfloat16.
+        attention: The backend that serves.
+        num_kept: Tokens of a clip that go through the encoder.
+        report: What was loaded, for people.
+    """
+
+    model: EverestClassifier
+    has_head: bool
+    class_names: tuple[str, ...]
+    kind: Literal["model", "ema"]
+    bf16: bool
+    attention: str
+    num_kept: int
+    report: str
+
+    def wrap(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Return a method of the model that computes in the chosen precision and returns float32."""
+
+        def run(clips_BCTHW: Tensor) -> Tensor:
+            with torch.autocast(clips_BCTHW.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+                return function(clips_BCTHW).float()
+
+        return run
+
+
+def load_trained(
+    origin: Origin, settings: ClipSettings, options: InferenceOptions, device: torch.device
+) -> Trained:
+    """Read weights, checked against their seal, and build their model, on the CPU.
+
+    The model is that of the weights, with their norms, heads and positions; where they do not say what positions
+    are laid out for, the settings do.
+
+    Args:
+        origin: Where they are.
+        settings: What the model looks at.
+        options: Which of a checkpoint's weights, and the precision.
+        device: Where it will run.
+
+    Raises:
+        UserError: Weights are damaged or incomplete, clips do not fit their tubelets, or a backend cannot serve.
+    """
+    kind = weights_kind(origin, options.weights)
+    weights = _read(origin, kind)
+    shape, data = weights.architecture, settings.data
+    grid = _grid(shape, data.num_frames, data.image_size)
+    if not shape.grid_is_known:
+        shape = replace(shape, grid=_grid(shape, settings.position_frames, settings.position_size))
+        weights = replace(weights, architecture=shape)
+    has_head = shape.kind == "classifier" and shape.num_classes is not None
+    model = replace(
+        shape,
+        kind="classifier",
+        num_classes=shape.num_classes if has_head else 1,
+        options=replace(shape.options, attention=settings.attention),
+    ).build()
+    assert isinstance(model, EverestClassifier)
+    model.keep_ratio = settings.keep_ratio
+    report = load_weights(model, weights, clip_grid=grid)
+    bf16 = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    backend = choose_backend(settings.attention, device, dtype, shape.width // (shape.num_heads or 1))
+    return Trained(
+        model=model.eval().requires_grad_(False),
+        has_head=has_head,
+        class_names=_class_names(origin, weights, model.num_classes) if has_head else (),
+        kind=kind,
+        bf16=bf16,
+        attention=backend.name,
+        num_kept=ratio_to_count(grid.num_tokens, settings.keep_ratio),
+        report=report.describe(),
+    )
+
+
+def _grid(shape: Architecture, num_frames: int, edge: int) -> TokenGrid:
+    """Return the tokens of clips of this length and size in a model."""
+    options = shape.options
+    return TokenGrid.of_clip(
+        num_frames=num_frames,
+        height=edge,
+        width=edge,
+        tubelet_size=options.tubelet_size,
+        patch_size=options.patch_size,
+    )
+
+
+def _read(origin: Origin, kind: str) -> Weights:
+    weights = read_any_weights(origin.weights)
+    if kind == "model":
+        return weights
+    # Weights that were not trained have no average.
+    average = load_file(origin.weights / AVERAGE)
+    return replace(weights, tensors=weights.tensors | average, source=f"{weights.source}, {AVERAGE}")
+
+
+def _class_names(origin: Origin, weights: Weights, num_classes: int) -> tuple[str, ...]:
+    """Return a name for each class: the run's, else the weights', else numbers."""
+    names, source = weights.architecture.labels, weights.source
+    if origin.run_dir is not None and (origin.run_dir / CLASSES).is_file():
+        source = str(origin.run_dir / CLASSES)
+        names = tuple((origin.run_dir / CLASSES).read_text(encoding="utf-8").splitlines())
+    if names is None:
+        return tuple(str(k) for k in range(num_classes))
+    if len(names) != num_classes:
+        raise UserError(f"{source} names {len(names)} classes, the head has {num_classes}; mend the names")
+    return names
