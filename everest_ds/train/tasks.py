@@ -164,7 +164,7 @@ class FinetuneTask(Task):
         """Return what one clip costs; counted with SDPA. A frozen encoder goes forward only."""
         config = replace(self.config, model=replace(self.config.model, attention="sdpa"))
         with torch.device("meta"):
-            model = build_classifier(config)
+            model = build_classifier(config).eval()  # no draws for drop path
         counts = classifier_macs(model, config.grid)
         passes = 1 if config.model.freeze_encoder else 3
         ranking = counts.embedding_all if counts.ranks else 0
