@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.integration.launch import cpu_environment, free_port
 
-# The average against one in float64, relative to the value plus 1e-3: measured 1.4e-6.
+# The average against one in float64, relative to the value plus 1e-3: measured 1.6e-6.
 AVERAGE_RTOL = 1e-5
 # The loss inside the swap against that of a model without DeepSpeed: measured identical in float32 and in bfloat16.
 LOSS_RTOL = {"fp32": 1e-6, "bf16": 1e-6}

@@ -1,7 +1,7 @@
 """Bytes of a classifier's activations by arithmetic against what autograd saves and what is alive.
 
 Measured worst differences at 16x224x224, S and B, float32 and bf16, with and without checkpointing and drop path:
-WORST_PLACEHOLDER. With a frozen encoder FROZEN_PLACEHOLDER.
+saved 0.06 %, peak 2.8 % (the estimate is the larger one). With a frozen encoder, saved 0.2 %, peak 0.06 %.
 """
 
 from __future__ import annotations
