@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": "will a recipe fit N GPUs, what takes the memory, and the command; exits 1 when nothing fits",
     "pretrain": "pre-train a recipe; every config field is a flag",
     "evaluate": "score a run, a checkpoint or weights over a list, several views a video",
+    "predict": "labels or features of new videos, files or folders",
     "convert": "weights in and out: runs, official .pth files, Hugging Face folders, safetensors",
     "benchmark": "flops: the paper's tables beside our counts",
 }
@@ -70,6 +71,7 @@ def _dispatch(words: list[str], world: World) -> int:
         "plan": handlers.plan,
         "pretrain": handlers.pretrain,
         "evaluate": handlers.evaluate,
+        "predict": handlers.predict,
         "convert": handlers.convert,
         "benchmark": handlers.benchmark,
     }
