@@ -24,6 +24,7 @@ COMMANDS = {
     "pretrain": "pre-train a recipe; every config field is a flag",
     "finetune": "fine-tune a recipe on labelled videos, scoring it on the way",
     "evaluate": "score a run, a checkpoint or weights over a list, several views a video",
+    "predict": "labels or features of new videos, files or folders",
     "convert": "weights in and out: runs, official .pth files, Hugging Face folders, safetensors",
     "benchmark": "flops: the paper's tables beside our counts",
 }
@@ -72,6 +73,7 @@ def _dispatch(words: list[str], world: World) -> int:
         "pretrain": handlers.pretrain,
         "finetune": handlers.finetune,
         "evaluate": handlers.evaluate,
+        "predict": handlers.predict,
         "convert": handlers.convert,
         "benchmark": handlers.benchmark,
     }

@@ -152,6 +152,27 @@ def evaluate(rest: list[str], world: World) -> int:
     return leave(code, at_once=world.size > 1)
 
 
+def predict(rest: list[str], world: World) -> int:
+    """Say what is in new videos."""
+    from everest_ds.commands import predict as command
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Print the likeliest classes of new videos, or write their features."""
+
+        source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
+        """A run directory, a checkpoint, or weights in any layout, which need --recipe."""
+        videos: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="VIDEO...")]
+        """Video files, and folders that are searched for them."""
+        options: Annotated[command.PredictOptions, tyro.conf.arg(name="")] = field(
+            default_factory=command.PredictOptions
+        )
+
+    arguments = parse(Arguments, rest, "everest predict", world)
+    code = command.predict(arguments.source, arguments.videos, arguments.options, world)
+    return leave(code, at_once=world.size > 1)
+
+
 def convert(rest: list[str], world: World) -> int:
     """Convert weights."""
     from everest_ds.commands import convert as command

@@ -17,6 +17,7 @@ from everest_ds.data.index import VideoRow, fingerprint, read_list, require_reac
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train.inference import (
+    CLASSES,
     ClipSettings,
     InferenceOptions,
     Origin,
@@ -75,6 +76,20 @@ def find_recipe(name: str | None) -> Config | None:
     return get_recipe(name)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is to be done, known before torch is imported."""
+
+    origin: Origin
+    settings: ClipSettings
+    options: EvaluateOptions
+    test_list: Path
+    rows: list[VideoRow]
+    train_rows: list[VideoRow]
+    out: Path
+    identity: dict[str, Any]
+
+
 def evaluate(source: Path, options: EvaluateOptions, world: World) -> int:
     """Score a model over a list and write the results.
 
@@ -90,17 +105,7 @@ def evaluate(source: Path, options: EvaluateOptions, world: World) -> int:
         UserError: Anything the user can mend: paths, labels, unreadable videos, weights without a head.
     """
     began = time.perf_counter()
-    origin, recipe = locate(source), find_recipe(options.recipe)
-    settings = clip_settings(origin, recipe, options)
-    test_list = _test_list(origin, recipe, options)
-    rows, train_rows = _rows_of(test_list), _rows_of(options.train_list)
-    out = options.out or (origin.run_dir or origin.weights.parent) / f"evaluation-{test_list.stem}"
-    kind = weights_kind(origin, options.weights)
-    identity = {
-        "protocol": _protocol(options),
-        "checkpoint": identify(origin, kind),
-        "list": {"path": str(test_list), "videos": fingerprint(rows)},
-    }
+    plan = _make_plan(source, options)
 
     # Whatever can be refused is refused before the processes meet, so that all of them end alike.
     on_gpu = distributed.select_accelerator()
@@ -109,75 +114,106 @@ def evaluate(source: Path, options: EvaluateOptions, world: World) -> int:
     from everest_ds.train import evaluation
     from everest_ds.train.trained import load_trained
 
-    trained = load_trained(origin, settings, options, torch.device("cuda" if on_gpu else "cpu"))
-    if options.protocol == "head":
-        _require_head(trained, rows, test_list)
-    summary = identity | {"views": evaluation.view_recipe(settings, trained.num_kept)}
-    evaluation.require_own(out, summary)
+    trained = load_trained(plan.origin, plan.settings, options, torch.device("cuda" if on_gpu else "cpu"))
+    names = _class_names(trained, plan)
+    evaluation.require_labels(plan.rows, len(names), plan.test_list)
+    summary = plan.identity | {"views": evaluation.view_recipe(plan.settings, trained.num_kept)}
+    evaluation.require_own(plan.out, summary)
 
     device = distributed.start(world)
     trained.model.to(device)
     if world.is_main:
         print(trained.report)
         print(
-            f"{origin.choice}: {origin.weights}, weights {kind}, {'bf16' if trained.bf16 else 'fp32'}, attention "
-            f"{trained.attention}\n{len(rows)} videos x {settings.num_views} views on {world.size} x {device.type}",
+            f"{plan.origin.choice}: {plan.origin.weights}, weights {trained.kind}, {trained.precision}, attention "
+            f"{trained.attention}\n{len(plan.rows)} videos x {plan.settings.num_views} views on {world.size} x "
+            f"{device.type}",
             flush=True,
         )
-    scores, names = _score(trained, settings, options, (rows, train_rows), world, device)
+    scores, of_training = _score(plan, trained, len(names), world, device)
     if world.is_main:
-        summary |= evaluation.score_summary(scores, names, len(rows)) | {
-            "classes": list(names),
-            "precision": "bf16" if trained.bf16 else "fp32",
-            "attention": trained.attention,
-            "batch_rows": options.batch_rows,
-            "versions": _versions(),
-        }
-        _write(out, summary, scores, rows, names, began)
-        _record(origin, summary)
-        print(f"{evaluation.table(scores, names)}\n{out}", flush=True)
+        summary |= evaluation.score_summary(scores, names, len(plan.rows)) | of_training
+        summary |= {"classes": list(names), "precision": trained.precision, "attention": trained.attention}
+        summary |= {"batch_rows": options.batch_rows, "versions": _versions()}
+        _write(plan, summary, scores, names, began)
+        _record(plan.origin, summary)
+        print(f"{evaluation.table(scores, names)}\n{plan.out}", flush=True)
     distributed.finish()
     return 0
 
 
-def _require_head(trained: "Trained", rows: list[VideoRow], test_list: Path) -> None:
-    from everest_ds.train.evaluation import require_labels
-
-    if not trained.has_head:
-        raise UserError(
-            "these weights have no classification head; fine-tune them (`everest finetune`), or score their "
-            "features with --protocol knn or linear"
-        )
-    require_labels(rows, len(trained.class_names), test_list)
+def _make_plan(source: Path, options: EvaluateOptions) -> _Plan:
+    origin, recipe = locate(source), find_recipe(options.recipe)
+    settings = clip_settings(origin, recipe, options)
+    test_list = _test_list(origin, recipe, options)
+    rows, train_rows = _rows_of(test_list), _rows_of(options.train_list)
+    return _Plan(
+        origin=origin,
+        settings=settings,
+        options=options,
+        test_list=test_list,
+        rows=rows,
+        train_rows=train_rows,
+        out=options.out or (origin.run_dir or origin.weights.parent) / f"evaluation-{test_list.stem}",
+        identity={
+            "protocol": _protocol(options, train_rows),
+            "checkpoint": identify(origin, weights_kind(origin, options.weights)),
+            "list": {"path": str(test_list), "videos": fingerprint(rows)},
+        },
+    )
 
 
 def _score(
-    trained: "Trained",
-    settings: ClipSettings,
-    options: EvaluateOptions,
-    lists: tuple[list[VideoRow], list[VideoRow]],
-    world: World,
-    device: "torch.device",
-) -> tuple["Scores", tuple[str, ...]]:
-    """Return the scores by the chosen protocol, and the names of the classes."""
+    plan: _Plan, trained: "Trained", num_classes: int, world: World, device: "torch.device"
+) -> tuple["Scores", dict[str, Any]]:
+    """Return the scores by the chosen protocol, and what the summary says of training videos."""
+    from everest_ds.train.probing import score_knn, score_linear
     from everest_ds.train.scoring import score
+    from everest_ds.train.trained import extract_features
 
-    rows, _ = lists
-    if options.protocol != "head":
-        raise UserError(f"--protocol {options.protocol} is not there yet")
-    scores = score(
-        trained.wrap(trained.model),
-        rows,
-        data=settings.data,
-        views=settings.views,
-        num_classes=len(trained.class_names),
-        world=world,
-        device=device,
-        group_size=options.batch_rows,
-        allow_unreadable=options.allow_unreadable,
-        progress="scored",
+    settings, options = plan.settings, plan.options
+    if options.protocol == "head":
+        scores = score(
+            trained.wrap(trained.model),
+            plan.rows,
+            data=settings.data,
+            views=settings.views,
+            num_classes=num_classes,
+            world=world,
+            device=device,
+            group_size=options.batch_rows,
+            allow_unreadable=options.allow_unreadable,
+            progress="scored",
+        )
+        return scores, {}
+    train, test = (
+        extract_features(trained, rows, settings, options, world, device, progress=what)
+        for rows, what in ((plan.train_rows, "training features"), (plan.rows, "test features"))
     )
-    return scores, trained.class_names
+    lists = (train, plan.train_rows, test, plan.rows)
+    of_training = {"num_train": len(train.results), "num_train_unreadable": len(train.unreadable)}
+    if options.protocol == "knn":
+        return score_knn(*lists, num_classes, k=options.knn_k, temperature=options.knn_temperature), of_training
+    return score_linear(*lists, num_classes, l2=options.linear_l2), of_training
+
+
+def _class_names(trained: "Trained", plan: _Plan) -> tuple[str, ...]:
+    """Return a name for each class: the head's, or those of the training list."""
+    from everest_ds.train.evaluation import require_labels
+
+    train_list = plan.options.train_list
+    if train_list is None:
+        if not trained.has_head:
+            raise UserError(
+                "these weights have no classification head; fine-tune them (`everest finetune`), or score their "
+                "features with --protocol knn or linear"
+            )
+        return trained.class_names
+    num_classes = 1 + max(row.label for row in plan.train_rows)
+    require_labels(plan.train_rows, num_classes, train_list)
+    beside = train_list.parent / CLASSES
+    listed = tuple(beside.read_text(encoding="utf-8").splitlines()) if beside.is_file() else ()
+    return listed if len(listed) == num_classes else tuple(str(k) for k in range(num_classes))
 
 
 def _test_list(origin: Origin, recipe: Config | None, options: EvaluateOptions) -> Path:
@@ -197,13 +233,12 @@ def _rows_of(path: Path | None) -> list[VideoRow]:
     return rows
 
 
-def _protocol(options: EvaluateOptions) -> dict[str, Any]:
+def _protocol(options: EvaluateOptions, train_rows: list[VideoRow]) -> dict[str, Any]:
     """Return the protocol and what it depends on."""
-    if options.protocol == "head" or options.train_list is None:
-        return {"name": options.protocol}
+    if options.protocol == "head":
+        return {"name": "head"}
     own = {"k": options.knn_k, "temperature": options.knn_temperature}
-    learnt = {"path": str(options.train_list), "videos": fingerprint(_rows_of(options.train_list))}
-    return {"name": options.protocol, "train_list": learnt} | (
+    return {"name": options.protocol, "train_videos": fingerprint(train_rows)} | (
         own if options.protocol == "knn" else {"l2": options.linear_l2}
     )
 
@@ -215,20 +250,14 @@ def _versions() -> dict[str, str]:
     return {"everest_ds": __version__} | {package: version(package) for package in packages}
 
 
-def _write(
-    out: Path,
-    summary: dict[str, Any],
-    scores: "Scores",
-    rows: list[VideoRow],
-    names: tuple[str, ...],
-    began: float,
-) -> None:
+def _write(plan: _Plan, summary: dict[str, Any], scores: "Scores", names: tuple[str, ...], began: float) -> None:
     from everest_ds.train.confusion import save_confusion
     from everest_ds.train.evaluation import SUMMARY, write_predictions
     from everest_ds.train.run_dir import _environment
 
+    out = plan.out
     out.mkdir(parents=True, exist_ok=True)
-    write_predictions(scores, rows, names, out / "predictions.csv")
+    write_predictions(scores, plan.rows, names, out / "predictions.csv")
     save_confusion(scores.confusion, names, out / "confusion.png")
     environment = _environment() | {"seconds": round(time.perf_counter() - began, 1)}
     (out / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")

@@ -75,11 +75,14 @@ def _identity(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def score_summary(scores: Scores, class_names: Sequence[str], num_rows: int) -> dict[str, Any]:
-    """Return the scores as the summary has them; shares in [0, 1], null for what is not defined."""
+    """Return the scores as the summary has them; shares in [0, 1], null for what is not defined.
+
+    The loss has six digits: how many threads a process has may change bits behind them.
+    """
     return {
         "top1": scores.top1,
         "top5": scores.top5,
-        "loss": scores.loss if math.isfinite(scores.loss) else None,
+        "loss": round(scores.loss, 6) if math.isfinite(scores.loss) else None,
         "mean_class_accuracy": scores.mean_class_accuracy,
         "num_rows": num_rows,
         "num_scored": scores.num_scored,

@@ -1,21 +1,27 @@
 """A trained model, ready to look at videos.
 
 Place in the flow: Origin and ClipSettings -> `load_trained` -> a model in evaluation mode, in the chosen precision.
+Axes: B clips, C T H W of a clip, V views of a video, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from everest_ds.data.index import VideoRow
+from everest_ds.data.views import ViewDataset
+from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.geometry import TokenGrid, ratio_to_count
 from everest_ds.model.attention import choose_backend
-from everest_ds.model.classifier import EverestClassifier
+from everest_ds.model.classifier import EverestClassifier, mean_per_clip
+from everest_ds.model.encoder import TokenEncoder
 from everest_ds.model.weights.architecture import Architecture
 from everest_ds.model.weights.loading import load_weights
 from everest_ds.model.weights.reading import Weights
@@ -28,6 +34,7 @@ from everest_ds.train.inference import (
     Origin,
     weights_kind,
 )
+from everest_ds.train.passes import RowResults, map_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +61,11 @@ class Trained:
     num_kept: int
     report: str
 
+    @property
+    def precision(self) -> str:
+        """What it computes in."""
+        return "bf16" if self.bf16 else "fp32"
+
     def wrap(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Return a method of the model that computes in the chosen precision and returns float32."""
 
@@ -62,6 +74,40 @@ class Trained:
                 return function(clips_BCTHW).float()
 
         return run
+
+
+def pool(model: EverestClassifier, clips_BCTHW: Tensor) -> Tensor:
+    """Return each clip's mean token before the last norm, (B, D): the features of the frozen encoder."""
+    grid = model.grid_of(clips_BCTHW)
+    kept = model.select(clips_BCTHW, grid)
+    return mean_per_clip(TokenEncoder.forward(model, clips_BCTHW, kept, grid), kept)
+
+
+def extract_features(
+    trained: Trained,
+    rows: Sequence[VideoRow],
+    settings: ClipSettings,
+    options: InferenceOptions,
+    world: World,
+    device: torch.device,
+    *,
+    progress: str | None = None,
+) -> RowResults[Tensor]:
+    """Return each video's features, averaged over its views, (D,) float32; all ranks take part and get all.
+
+    Raises:
+        UserError: A video cannot be read, and `options.allow_unreadable` is off.
+    """
+    return map_rows(
+        trained.wrap(partial(pool, trained.model)),
+        lambda row, features_VD: features_VD.double().mean(dim=0).float(),
+        ViewDataset(rows, settings.data, settings.views),
+        group_size=options.batch_rows,
+        world=world,
+        device=device,
+        allow_unreadable=options.allow_unreadable,
+        progress=progress,
+    )
 
 
 def load_trained(

@@ -1,4 +1,4 @@
-"""`everest evaluate` from outside: the same scores on any number of processes, each row once, faults in words."""
+"""`everest evaluate` and `predict` from outside: the same scores on any number of processes, each row once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from everest_ds.data.index import VideoRow, read_list
@@ -20,7 +21,7 @@ from everest_ds.model.weights.export import write_weights
 from everest_ds.model.weights.reading import read_weights
 from everest_ds.recipes import get_recipe
 from everest_ds.train.evaluation import require_own
-from everest_ds.train.tasks import encoder_options
+from everest_ds.train.tasks import build_autoencoder, encoder_options
 from tests.integration.launch import launch
 from tests.integration.test_bad_input import refused
 
@@ -212,3 +213,59 @@ def test_another_evaluation_is_not_overwritten(
     require_own(out, summary)  # the same again is welcome
     (out / "summary.json").write_text("{}")
     assert "is not of an evaluation" in refused(words(weights, eleven, "--out", out), capsys)
+
+
+def test_predict_says_of_files_and_folders_what_evaluate_says(
+    weights: Path, eleven: Path, outs: dict[int, Path], tmp_path: Path
+) -> None:
+    """On two processes, with a file that is no video: it is named, the others are done, the exit code is 2."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "broken.mp4").write_bytes(b"no video")
+    videos = [str(row.path) for row in read_list(eleven)]
+    done = launch(
+        ["predict", weights, *videos, folder, "--recipe", "demo_ft", "--json", "--top", "2", "--batch-rows", "2"],
+        processes=2,
+    )
+    assert done.returncode == 2, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line["path"] for line in lines] == [*videos, str(folder / "broken.mp4")]
+    assert "predictions" not in lines[-1]
+    assert lines[-1]["error"]
+    for line, expected in zip(lines, read_predictions(outs[1]), strict=False):
+        assert [str(entry["class"]) for entry in line["predictions"]] == expected["top5"].split()[:2]
+        shown = [f"{entry['probability']:.6f}" for entry in line["predictions"]]
+        assert shown == expected["top5_probabilities"].split()[:2]
+
+
+def test_predict_writes_features_that_pretrained_weights_have_too(eleven: Path, tmp_path: Path) -> None:
+    config = get_recipe("demo")
+    torch.manual_seed(0)
+    save_file(build_autoencoder(config).state_dict(), tmp_path / "pt.safetensors")
+    videos = [row.path for row in read_list(eleven)[:3]]
+    (tmp_path / "broken.mp4").touch()
+    given = ["predict", tmp_path / "pt.safetensors", videos[0], tmp_path / "broken.mp4", *videos[1:]]
+    given += ["--recipe", "demo", "--features", tmp_path / "f.safetensors", "--allow-unreadable"]
+    done = launch(given)
+    assert done.returncode == 0, done.stderr
+    assert f"cannot read {tmp_path / 'broken.mp4'}" in done.stderr
+    with safe_open(tmp_path / "f.safetensors", "pt") as file:
+        metadata, features = file.metadata(), file.get_tensor("features")
+    assert json.loads(metadata["paths"]) == [str(path) for path in videos]
+    assert json.loads(metadata["views"])["num_temporal"] == 1
+    assert (features.shape, features.dtype) == ((3, 128), torch.float32)
+    assert len(features.unique(dim=0)) == 3
+
+
+def test_neighbours_of_pretrained_features_recognise_their_own(eleven: Path, tmp_path: Path) -> None:
+    """With the test list as training list each video is its own nearest neighbour: every one is right."""
+    config = get_recipe("demo")
+    torch.manual_seed(0)
+    save_file(build_autoencoder(config).state_dict(), tmp_path / "pt.safetensors")
+    given = ["evaluate", tmp_path / "pt.safetensors", "--recipe", "demo", "--list", eleven, "--train-list", eleven]
+    done = launch([*given, "--protocol", "knn", "--knn-k", "1", "--out", tmp_path / "out"], processes=2)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["top1"], summary["num_scored"], summary["num_train"]) == (1.0, 11, 11)
+    assert summary["protocol"]["name"] == "knn"
+    assert summary["classes"] == list("01234567")
