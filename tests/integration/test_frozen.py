@@ -14,7 +14,7 @@ from everest_ds.train.consolidated import read_fp32_weights
 from tests.integration.launch import ds_config, launch, metrics
 
 HEAD = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
-RTOL = 1e-6  # losses in another world and stage: measured identical
+RTOL = 1e-6  # losses in another world and stage: measured identical; without restoring, 0.7 % apart
 
 
 def probe(
