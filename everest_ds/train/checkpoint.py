@@ -91,7 +91,8 @@ def save_checkpoint(
     folder = folder_of(run_dir)
     name = f"step-{state.step:08d}"
     temporary, final = folder / f"tmp-{name}", folder / name
-    _all_must(world, folder, lambda: _make_room(folder, checkpoint_bytes(engine.module)) if world.is_main else None)
+    needed = checkpoint_bytes(engine.module, averages=save_more is not None)
+    _all_must(world, folder, lambda: _make_room(folder, needed) if world.is_main else None)
     distributed.barrier()
     try:
         engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
@@ -108,10 +109,16 @@ def save_checkpoint(
     return final
 
 
-def checkpoint_bytes(module: Any) -> int:
-    """Return about how many bytes a checkpoint takes: float32 weights, two moments, the weights themselves."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.element_size()) for p in module.parameters()]
-    return sum(count * (12 + itemsize) for count, itemsize in sizes)
+def checkpoint_bytes(module: Any, *, averages: bool = False) -> int:
+    """Return about how many bytes a checkpoint takes.
+
+    The weights, and of those that are trained also float32 ones, two moments, and an average where one is kept.
+    """
+    total = 0
+    for parameter in module.parameters():
+        trained = 12 + 4 * averages if parameter.requires_grad else 0
+        total += getattr(parameter, "ds_numel", parameter.numel()) * (parameter.element_size() + trained)
+    return total
 
 
 def prune_checkpoints(
