@@ -9,6 +9,7 @@ import pytest
 
 from everest_ds.config import (
     BatchConfig,
+    FinetuneConfig,
     OptimConfig,
     PretrainConfig,
     PretrainDataConfig,
@@ -170,8 +171,8 @@ def test_impossible_batch_names_settings_that_work(batch: BatchConfig, world: in
 def test_documents_of_recipes_say_what_to_expect() -> None:
     for name, recipe in RECIPES.items():
         document = recipe.__doc__ or ""
-        assert f"pretrain {name} " in document
-        assert "not rerun" in document or "No expected result" in document or name == "demo"
+        assert f"{recipe().task} {name} " in document
+        assert "not rerun" in document or "No expected result" in document or name in ("demo", "demo_ft")
 
 
 def test_sections_are_frozen() -> None:
@@ -190,3 +191,33 @@ def test_positions_are_laid_out_for_the_runs_clips_or_for_those_of_its_weights()
         dataclasses.replace(config, model=PretrainModelConfig(position_frames=15))
     with pytest.raises(UserError, match=r"model\.position_size=0 must be at least 1"):
         PretrainModelConfig(position_size=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "base_lr", "batch", "epochs", "rho", "stride", "views"),
+    [
+        ("k400_vit_s_ft", 5e-4, 384, 75, 0.6, 4, (2, 3)),
+        ("k400_vit_b_ft", 1e-3, 384, 35, 0.6, 4, (2, 3)),
+        ("k400_vit_l_ft", 2e-3, 128, 35, 0.6, 4, (2, 3)),
+        ("ssv2_vit_b_ft", 5e-4, 48, 50, 0.8, None, (2, 3)),
+        ("ucf101_vit_b_ft", 1e-3, 128, 100, 0.6, 4, (5, 3)),
+        ("hmdb51_vit_b_ft", 1e-3, 128, 50, 0.6, 2, (10, 3)),
+        ("oscc_vit_b_ft", 1e-4, 32, 30, 1.0, 10, (2, 3)),
+    ],
+)
+def test_fine_tuning_recipes_are_those_of_table_8(
+    name: str, base_lr: float, batch: int, epochs: int, rho: float, stride: int | None, views: tuple[int, int]
+) -> None:
+    config = get_recipe(name)
+    assert isinstance(config, FinetuneConfig)
+    optim, data = config.optim, config.data
+    assert (optim.base_lr, optim.epochs, config.batch.global_size) == (base_lr, epochs, batch)
+    assert (optim.betas, optim.weight_decay, optim.warmup_epochs) == ((0.9, 0.999), 0.05, 5)
+    assert (optim.layer_decay, optim.label_smoothing, config.model.drop_path) == (0.75, 0.1, 0.1)
+    assert config.selection.keep_ratio == rho
+    assert data.sampling == ("dense" if stride else "segment")
+    assert stride is None or data.sampling_stride == stride
+    assert data.flip is (name != "ssv2_vit_b_ft")
+    assert data.rand_augment is not None and data.rand_augment.startswith("rand-m9-mstd0.5")
+    assert (config.views.num_temporal, config.views.num_spatial) == views
+    assert not data.mixes and data.erase_prob == 0 and data.repeats == 1  # not in the table

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from everest_ds.config import OptimConfig, PretrainConfig, PretrainDataConfig, RunConfig
+from everest_ds.config import FinetuneConfig, OptimConfig, PretrainConfig, PretrainDataConfig, RunConfig
 from everest_ds.config_file import dump_config
 from everest_ds.errors import UserError
 from everest_ds.train.run_dir import (
@@ -68,8 +68,9 @@ def test_settings_that_change_the_result_are_refused_and_others_are_free(tmp_pat
     assert "optim.base_lr was 0.00015 and is now 1.0, optim.epochs was 200 and is now 77" in str(caught.value)
     free = replace(CONFIG, run=RunConfig(max_steps=3, log_every_steps=1, keep_checkpoints=9))
     assert find_resume(tmp_path / "run", free, "auto").candidates
-    fields = {f"{s}.{k}" for s, part in json.loads(dump_config(CONFIG)).items() if s != "recipe" for k in part}
-    assert fields >= FREE_ON_RESUME
+    dumps = [json.loads(dump_config(config)) for config in (CONFIG, FinetuneConfig(recipe="demo_ft"))]
+    sections = [item for dump in dumps for item in dump.items() if item[0] not in ("recipe", "task")]
+    assert {f"{section}.{key}" for section, part in sections for key in part} >= FREE_ON_RESUME
     assert not any(name.startswith(("optim.", "selection.")) for name in FREE_ON_RESUME)
 
 
