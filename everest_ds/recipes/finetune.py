@@ -166,7 +166,7 @@ def demo_ft() -> FinetuneConfig:
         recipe="demo_ft",
         data=FinetuneDataConfig(
             num_frames=16,
-            sampling_stride=1,
+            sampling_stride=2,
             image_size=48,
             flip=False,
             num_workers=1,
@@ -175,8 +175,8 @@ def demo_ft() -> FinetuneConfig:
         ),
         model=FinetuneModelConfig(size="tiny", patch_size=8, drop_path=0.0),
         selection=FinetuneSelectionConfig(keep_ratio=0.3),
-        optim=FinetuneOptimConfig(base_lr=4e-3, warmup_epochs=1, epochs=20),
+        optim=FinetuneOptimConfig(base_lr=8e-3, warmup_epochs=1, epochs=40),
         batch=BatchConfig(global_size=32, micro_size=16),
-        run=FinetuneRunConfig(log_every_steps=10),
+        run=FinetuneRunConfig(log_every_steps=20, save_every_epochs=40, validate_every_epochs=10),
         views=ViewsConfig(num_temporal=2, num_spatial=1),
     )
