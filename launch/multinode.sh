@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Pre-train on a few nodes through a hostfile, started once, on the first of them.
+# Train on a few nodes through a hostfile, started once, on the first of them.
 #
 #   bash launch/multinode.sh HOSTFILE k400_vit_l k400/train.csv /shared/runs/k400_l [FLAGS OF everest pretrain]
+#   (a recipe of fine-tuning, k400_vit_l_ft, takes the flags of everest finetune: --data.val-list, --init-from)
 #
 # HOSTFILE has a line for each node:        node1 slots=8
 # What all nodes need:
@@ -18,10 +19,11 @@
 set -euo pipefail
 hostfile=$1 recipe=$2 list=$3 out=$4
 shift 4
+[[ $recipe == *_ft ]] && task=finetune || task=pretrain
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 alone=()
 if [ -n "${NODE_RANK:-}" ]; then
   alone=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
 fi
-exec deepspeed --hostfile "$hostfile" ${alone[@]+"${alone[@]}"} --no_local_rank --module everest_ds pretrain "$recipe" \
-  --data.train-list "$list" --ds-config "$here/ds_configs/zero2.json" --out "$out" "$@"
+exec deepspeed --hostfile "$hostfile" ${alone[@]+"${alone[@]}"} --no_local_rank --module everest_ds "$task" \
+  "$recipe" --data.train-list "$list" --ds-config "$here/ds_configs/zero2.json" --out "$out" "$@"

@@ -1,5 +1,5 @@
 """The command line: `everest COMMAND ...`."""
 
-from everest_ds.cli.main import main
+from everest_ds.cli.dispatch import COMMANDS, main
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]

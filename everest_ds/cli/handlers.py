@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from everest_ds.cli.parsing import find_recipe, leave, parse, recipe_and_flags
-from everest_ds.config import PretrainConfig
+from everest_ds.config import FinetuneConfig, PretrainConfig
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, nearest_hint
 
@@ -106,6 +106,25 @@ def pretrain(rest: list[str], world: World) -> int:
         launch: Annotated[Launch, tyro.conf.arg(name="")] = field(default_factory=Launch)
 
     arguments = parse(Arguments, flags, "everest pretrain RECIPE", world, config=config)
+    code = command.train(arguments.config, arguments.launch, world)
+    return leave(code, at_once=world.size > 1)
+
+
+def finetune(rest: list[str], world: World) -> int:
+    """Fine-tune a recipe."""
+    from everest_ds.commands import train as command
+    from everest_ds.commands.train import LaunchOptions as Launch
+
+    config, flags = recipe_and_flags("finetune", rest, "finetune")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Fine-tune a recipe on labelled videos. Defaults shown are the recipe's."""
+
+        config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+        launch: Annotated[Launch, tyro.conf.arg(name="")] = field(default_factory=Launch)
+
+    arguments = parse(Arguments, flags, "everest finetune RECIPE", world, config=config)
     code = command.train(arguments.config, arguments.launch, world)
     return leave(code, at_once=world.size > 1)
 

@@ -7,21 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from everest_ds.config import Config
+from everest_ds.config import Config, FinetuneConfig
 from everest_ds.errors import UserError
 
 # On one node; more GPUs need a host file.
 MAX_GPUS_OF_A_NODE = 8
 PARTS = (
-    "parameters", "gradients", "optimizer", "gathered", "activations", "attention", "ranking", "step", "input",
-    "communication", "transient", "overhead", "allocated", "total", "host", "sent",
+    "parameters", "gradients", "optimizer", "average", "gathered", "activations", "attention", "ranking", "step",
+    "input", "communication", "transient", "overhead", "allocated", "total", "host", "sent",
 )  # fmt: skip
 # Heads of the table, and the part that each shows.
 COLUMNS = {
-    "params": "parameters", "grads": "gradients", "optim": "optimizer", "input": "input", "comm": "communication",
-    "work": "transient", "over": "overhead", "total": "total", "activ": "activations", "attn": "attention",
-    "sent": "sent", "host": "host",
+    "params": "parameters", "grads": "gradients", "optim": "optimizer", "ema": "average", "input": "input",
+    "comm": "communication", "work": "transient", "over": "overhead", "total": "total", "activ": "activations",
+    "attn": "attention", "sent": "sent", "host": "host",
 }  # fmt: skip
+
+SUMMANDS = ("params", "grads", "optim", "ema", "input", "comm", "work", "over")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,19 +147,18 @@ def _document(
 
 
 def _print_table(config: Config, options: PlanOptions, rows: list[dict[str, Any]]) -> None:
-    from everest_ds.train.sharding import count_parameters
-
-    parameters = count_parameters(config).total
+    columns = {head: part for head, part in COLUMNS.items() if head != "ema" or any(r["bytes"][part] for r in rows)}
+    summands = " + ".join(head for head in columns if head in SUMMANDS)
     print(
-        f"{config.recipe}: ViT-{config.model.size}, {parameters / 1e6:.1f} M parameters; {config.tokens}; "
+        f"{config.recipe}: ViT-{config.model.size}, {_describe_parameters(config)}; {config.tokens}\n"
         f"batch {config.batch.global_size} on {options.gpus} GPUs of {options.gpu_memory_gib:g} GiB\n\n"
         "Estimated peak of one GPU in GiB, at the largest micro-batch that fits (* not even one clip does).\n"
-        "total = params + grads + optim + input + comm + work + over. work: the largest of activations (activ, of\n"
+        f"total = {summands}. work: the largest of activations (activ, of\n"
         "them attn attention's), ranking and step, and gathered parameters. sent: what a GPU sends in a step.\n"
     )
-    print(f"{'ds_config':<14}{'ckpt':>5}{'micro':>6}{'accum':>6}" + "".join(f"{name:>7}" for name in COLUMNS))
+    print(f"{'ds_config':<14}{'ckpt':>5}{'micro':>6}{'accum':>6}" + "".join(f"{name:>7}" for name in columns))
     for row in rows:
-        shown = "".join(f"{row['bytes'][part] / 2**30:>7.2f}" for part in COLUMNS.values())
+        shown = "".join(f"{row['bytes'][part] / 2**30:>7.2f}" for part in columns.values())
         recomputes = "yes" if row["activation_checkpointing"] else "no"
         micro = f"{row['micro_size']}{'' if row['fits'] else '*'}"
         print(f"{Path(row['ds_config']).stem:<14}{recomputes:>5}{micro:>6}{row['accumulation_steps']:>6}{shown}")
@@ -165,6 +166,18 @@ def _print_table(config: Config, options: PlanOptions, rows: list[dict[str, Any]
     if unknown:
         print(f"\nwarning: not counted: {', '.join(sorted(unknown))}")
     print("\nAssumed, not yet measured: `over`, 1.5 GiB for CUDA and NCCL and 5 % for fragmentation.")
+
+
+def _describe_parameters(config: Config) -> str:
+    from everest_ds.train.sharding import ASSUMED_CLASSES, count_parameters
+
+    counts = count_parameters(config)
+    said = f"{counts.total / 1e6:.1f} M parameters"
+    if counts.frozen:
+        said += f" ({sum(counts.trained) / 1e6:.2g} M trained)"
+    if isinstance(config, FinetuneConfig) and config.data.num_classes is None:
+        said += f", {ASSUMED_CLASSES} classes assumed"
+    return said
 
 
 def _advice(chosen: Any, command: str | None, change: Any, options: PlanOptions) -> str:
@@ -190,10 +203,12 @@ def _command(setting: Any, recipe: str, base: Config, ds_config: str) -> str:
     """Return the command that runs a setting: the recipe, and a flag for every field that differs from it."""
     gpus = setting.num_gpus
     where = ["--num_gpus", str(gpus)] if gpus <= MAX_GPUS_OF_A_NODE else ["--hostfile", "HOSTFILE"]
-    words = ["deepspeed", "--no_local_rank", *where, "--module", "everest_ds", "pretrain", recipe]
+    words = ["deepspeed", "--no_local_rank", *where, "--module", "everest_ds", setting.config.task, recipe]
     words += config_flags(setting.config, base)
     if setting.config.data.train_list is None:
         words += ["--data.train-list", "LIST"]
+    if setting.config.task == "finetune":
+        words += ["--init-from", "WEIGHTS"]
     return shlex.join([*words, "--ds-config", ds_config, "--out", f"runs/{setting.config.recipe}"])
 
 
@@ -201,7 +216,7 @@ def config_flags(config: Config, base: Config) -> list[str]:
     """Return the flags that turn one configuration into another."""
     flags = []
     for section in dataclasses.fields(config):
-        if section.name == "recipe":
+        if section.name in ("recipe", "task"):
             continue
         ours, theirs = getattr(config, section.name), getattr(base, section.name)
         for field in dataclasses.fields(ours):

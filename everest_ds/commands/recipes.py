@@ -6,13 +6,13 @@ from pathlib import Path
 
 from everest_ds.config import Config
 from everest_ds.config_file import dump_config
-from everest_ds.recipes import RECIPES
+from everest_ds.recipes import RECIPES, recipes_of
 
 
 def list_recipes() -> None:
     """Print each recipe with the first line of its document."""
-    for name, recipe in RECIPES.items():
-        print(f"{name:<14} {(recipe.__doc__ or '').splitlines()[0]}")
+    for name in [*recipes_of("pretrain"), *recipes_of("finetune")]:
+        print(f"{name:<16} {(RECIPES[name].__doc__ or '').splitlines()[0]}")
 
 
 def show_recipe(config: Config, *, num_gpus: int, ds_config: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""`everest pretrain`: from a resolved configuration to a trained run directory.
+"""`everest pretrain` and `everest finetune`: from a resolved configuration to a trained run directory.
 
 The order matters: everything that can be refused is refused before torch is imported and before any process
 joins the others, so that a wrong setting costs seconds and ends all ranks alike.
@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from everest_ds import distributed
-from everest_ds.config import Config
-from everest_ds.data.index import VideoRow, fingerprint, read_list, require_reachable
+from everest_ds.commands.lists import Lists, read_lists
+from everest_ds.commands.record import close_run, compare_memory, open_run
+from everest_ds.config import Config, FinetuneConfig, PretrainConfig
+from everest_ds.data.index import fingerprint
 from everest_ds.distributed import World
-from everest_ds.errors import UserError
-from everest_ds.train.checkpoint import TrainState, set_aside, unfinished_saves
-from everest_ds.train.run_dir import find_pointer_fault, find_resume, require_shared, write_run_files
+from everest_ds.train.checkpoint import TrainState, set_aside
+from everest_ds.train.pointers import point_to_best
+from everest_ds.train.run_dir import find_resume, require_shared
 from everest_ds.train.signals import EXIT_STOPPED
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from everest_ds.train.loop import Trainer
     from everest_ds.train.start import Start
+    from everest_ds.train.validation import Validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ class LaunchOptions:
 
 
 def train(config: Config, options: LaunchOptions, world: World) -> int:
-    """Run or continue a pre-training.
+    """Run or continue a training of either task.
 
     Returns:
         The exit code: 0, or `EXIT_STOPPED` when a signal stopped the run before its end, all saved.
@@ -57,18 +60,22 @@ def train(config: Config, options: LaunchOptions, world: World) -> int:
         UserError: Anything the user can mend: lists, batch, run directory, DeepSpeed file, too many bad videos.
     """
     # 1. What needs neither torch nor the other processes.
-    rows = _read_rows(config)
+    lists = read_lists(config)
+    config = lists.config
     config.batch.accumulation_steps(world.size)
     resume = find_resume(options.out, config, options.resume)
 
-    # 2. What needs torch and DeepSpeed: the systems file, the schedule, the attention backend.
+    # 2. What needs torch and DeepSpeed: augmentation, the systems file, the schedule, the attention backend.
+    from everest_ds.data.augment import check_rand_augment
     from everest_ds.train import engine as engines
     from everest_ds.train.schedule import Schedule
     from everest_ds.train.start import choose_start
 
+    if isinstance(config, FinetuneConfig) and config.data.rand_augment is not None:
+        check_rand_augment(config.data.rand_augment)
     systems = engines.load_systems(options.ds_config)
     engines.check_sections(systems, str(options.ds_config))
-    Schedule.of(config, len(rows))
+    Schedule.of(config, len(lists.train))
     device_type = "cuda" if distributed.select_accelerator() else "cpu"
     bf16 = engines.uses_bf16(systems, options.precision, device_type)
     backend = _attention_backend(config, device_type, "bfloat16" if bf16 else "float32")
@@ -82,60 +89,28 @@ def train(config: Config, options: LaunchOptions, world: World) -> int:
         world_size=world.size,
         zero_stage=engines.zero_stage(ds_config),
         dtype="bfloat16" if bf16 else "float32",
-        videos=fingerprint(rows),
+        videos=fingerprint(lists.train),
     )
     began = time.perf_counter()
     start = choose_start(resume, now, world, options.init_from, options.init_allow)
-    trainer = _build(config, rows, ds_config, start, world, device)
+    trainer = _build(lists, ds_config, start, world, device)
 
     # 4. Write down what this is, and go.
     if world.is_main:
         set_aside(start.damaged)
-        _open_run(trainer, ds_config, start, backend, ready_s=time.perf_counter() - began)
+        open_run(trainer, lists, ds_config, start, backend, ready_s=time.perf_counter() - began)
     distributed.barrier()
     require_shared(start.run_dir)
+    _find_best(trainer)
     taken = trainer.run(_batches(trainer)) if trainer.schedule.num_left > 0 else start.state.step
-    _compare_memory(trainer, ds_config, taken)
-    _close_run(trainer, taken)
+    compare_memory(trainer, ds_config, taken)
+    close_run(trainer, taken)
     distributed.finish()
     return 0 if taken >= trainer.schedule.end_step else EXIT_STOPPED
 
 
-def _close_run(trainer: "Trainer", taken: int) -> None:
-    """Say how the run ended and close its record. Rank zero only."""
-    schedule, log = trainer.schedule, trainer.log
-    if log is None:
-        return
-    if schedule.num_left <= 0:
-        print(f"nothing left to do: step {schedule.start_step} of {schedule.end_step}", flush=True)
-    if taken >= schedule.end_step:
-        log.write("event", taken, event="end")
-        print(f"done: {trainer.run_dir}", flush=True)
-    log.close()
-
-
-def _compare_memory(trainer: "Trainer", ds_config: dict[str, Any], taken: int) -> None:
-    """Record the peak of the process that held most beside what `everest plan` expects of it."""
-    from everest_ds.train.memory import GIB, describe_peak, estimate_memory
-    from everest_ds.train.metrics import peak_memory_gib
-
-    peak_gib = max(distributed.gather_objects(peak_memory_gib(trainer.device)))
-    if trainer.log is None:
-        return
-    estimate = estimate_memory(trainer.config, ds_config, world_size=trainer.world.size)
-    values = {"peak_gib": round(peak_gib, 3), "estimated_gib": round(estimate.allocated / GIB, 3)}
-    trainer.log.write("event", taken, event="memory", device=trainer.device.type, **values)
-    if trainer.device.type == "cuda":
-        print(describe_peak(estimate, peak_gib), flush=True)
-    else:  # Python and its libraries are in it
-        print(
-            f"peak resident memory {peak_gib:.2f} GiB, tensors estimated {values['estimated_gib']:.2f}", flush=True
-        )
-
-
 def _build(
-    config: Config,
-    rows: list[VideoRow],
+    lists: Lists,
     ds_config: dict[str, Any],
     start: "Start",
     world: World,
@@ -144,28 +119,58 @@ def _build(
     """Build model and engine and bring them to where the run starts."""
     import torch
 
+    from everest_ds.train.ema import WeightAverage
     from everest_ds.train.engine import build_engine
     from everest_ds.train.loop import Trainer
+    from everest_ds.train.optim import describe_groups
     from everest_ds.train.schedule import Schedule
     from everest_ds.train.tasks import make_task
 
+    config = lists.config
     torch.manual_seed(config.run.seed)
     task = make_task(config)
+    groups = describe_groups(task.parameter_groups())
     with start.ready(task, world) as load:
         engine = build_engine(task, config, ds_config, device, universal=start.reshards)
         load(engine)
+    average = None
+    if isinstance(config, FinetuneConfig) and config.optim.ema_decay is not None:
+        average = WeightAverage(engine, config.optim.ema_decay)
+        if start.checkpoint is not None:
+            average.load(start.checkpoint)
     return Trainer(
         engine=engine,
         task=task,
         config=config,
-        schedule=Schedule.of(config, len(rows), start_step=start.state.step),
+        schedule=Schedule.of(config, len(lists.train), start_step=start.state.step),
         world=world,
         device=device,
         run_dir=start.run_dir,
         log=None,
         start=start.state,
-        rows=rows,
+        rows=lists.train,
+        groups=groups,
+        validation=_validation(lists, world, device),
+        average=average,
     )
+
+
+def _validation(lists: Lists, world: World, device: "torch.device") -> "Validation | None":
+    from everest_ds.train.validation import Validation
+
+    if lists.val is None or not isinstance(lists.config, FinetuneConfig):
+        return None
+    return Validation(rows=lists.val, config=lists.config, world=world, device=device)
+
+
+def _find_best(trainer: "Trainer") -> None:
+    """Go on without a best score when its checkpoint is gone; all ranks agree."""
+    step = trainer.best_step
+    found = distributed.gather_objects(point_to_best(trainer.run_dir, step) if trainer.world.is_main else False)
+    if step is not None and not found[0]:
+        trainer.best_step = trainer.best_score = None
+        if trainer.world.is_main:
+            print(f"warning: the best checkpoint, of step {step}, is gone; the next score counts", flush=True)
 
 
 def _batches(trainer: "Trainer") -> Any:
@@ -176,6 +181,7 @@ def _batches(trainer: "Trainer") -> Any:
     config, world, schedule = trainer.config, trainer.world, trainer.schedule
     sampler = GlobalBatchSampler(
         num_samples=len(trainer.rows),
+        repeats=config.clips_per_video,
         global_size=config.batch.global_size,
         micro_size=config.batch.micro_size,
         rank=world.rank,
@@ -190,17 +196,6 @@ def _batches(trainer: "Trainer") -> Any:
         return iter(make_loader(dataset, sampler, pin_memory=pin_memory, worker_init=ignore_stop_signals))
 
 
-def _read_rows(config: Config) -> list[VideoRow]:
-    if config.data.train_list is None:
-        raise UserError(
-            "data.train_list is not set; give --data.train-list FILE (`everest demo-data DIR` makes one to try)"
-        )
-    path = Path(config.data.train_list)
-    rows = read_list(path)
-    require_reachable(rows, path)
-    return rows
-
-
 def _attention_backend(config: Config, device_type: str, dtype_name: str) -> str:
     """Return the attention backend that will run; refuses one that cannot serve encoder and decoder."""
     import torch
@@ -209,51 +204,9 @@ def _attention_backend(config: Config, device_type: str, dtype_name: str) -> str
     from everest_ds.model.sizes import get_size
 
     size = get_size(config.model.size)
-    heads = (size.width // size.num_heads, size.decoder_width // size.decoder_num_heads)
+    heads = [size.width // size.num_heads]
+    if isinstance(config, PretrainConfig):
+        heads.append(size.decoder_width // size.decoder_num_heads)
     dtype = torch.bfloat16 if dtype_name == "bfloat16" else torch.float32
     names = [choose_backend(config.model.attention, torch.device(device_type), dtype, head).name for head in heads]
     return names[0]
-
-
-def _open_run(
-    trainer: "Trainer", ds_config: dict[str, Any], start: "Start", backend: str, *, ready_s: float
-) -> None:
-    """Write the run's files, open its record, and say what is about to run. Rank zero only."""
-    from everest_ds.train.memory import describe_estimate, estimate_memory
-    from everest_ds.train.metrics import MetricsLog, drop_later_bad_samples
-
-    config, world, schedule, state = trainer.config, trainer.world, trainer.schedule, trainer.start
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.task.parameters())
-    accumulation = config.batch.accumulation_steps(world.size)
-    print(
-        f"{config.recipe}: ViT-{config.model.size}, {parameters / 1e6:.1f} M parameters, "
-        f"{config.tokens}\n"
-        f"{world.size} x {trainer.device.type}, ZeRO-{state.zero_stage}, {state.dtype}, attention {backend}, "
-        f"batch {config.batch.global_size} = {config.batch.micro_size} x {world.size} x {accumulation}, "
-        f"{schedule.end_step} steps of {schedule.steps_per_epoch} an epoch",
-        flush=True,
-    )
-    print(describe_estimate(estimate_memory(config, ds_config, world_size=world.size)), flush=True)
-    pointer_fault = find_pointer_fault(trainer.run_dir)
-    if pointer_fault:
-        print(f"warning: {pointer_fault}; the newest complete checkpoint counts", flush=True)
-    for folder in unfinished_saves(trainer.run_dir):
-        print(f"warning: {folder} is a save that did not come to its end; passing it over", flush=True)
-    write_run_files(trainer.run_dir, config, ds_config)
-    drop_later_bad_samples(trainer.run_dir / "bad_samples.jsonl", state.num_bad)
-    trainer.log = MetricsLog(trainer.run_dir, schedule.start_step)
-    restored = start.describe()
-    if restored:
-        print(f"{restored}; ready in {ready_s:.1f} s", flush=True)
-    trainer.log.write(
-        "event",
-        schedule.start_step,
-        event="resume" if start.checkpoint else "start",
-        world_size=world.size,
-        zero_stage=state.zero_stage,
-        dtype=state.dtype,
-        attention=backend,
-        parameters=parameters,
-        ready_s=round(ready_s, 2),
-        init_from=None if start.init_from is None else str(start.init_from),
-    )

@@ -40,6 +40,11 @@ class Config:
         return self._grid(frames or self.data.num_frames, edge or self.data.image_size)
 
     @property
+    def clips_per_video(self) -> int:
+        """Clips that an epoch draws of each video."""
+        return 1
+
+    @property
     def tokens(self) -> str:
         """What becomes of a clip's tokens, in words."""
         return f"{self.grid.num_tokens} tokens a clip"

@@ -181,11 +181,21 @@ class FinetuneConfig(Config):
                 f"selection.keep_ratio={self.selection.keep_ratio} of {self.grid.num_tokens} tokens keeps none; "
                 f"use at least {1 / self.grid.num_tokens:.4g}"
             )
+        if self.batch.global_size % self.data.repeats:
+            raise UserError(
+                f"batch.global_size={self.batch.global_size} must be a multiple of data.repeats="
+                f"{self.data.repeats}: a step takes all clips of its videos"
+            )
         if self.data.mixes and self.batch.micro_size % 2:
             raise UserError(
                 f"batch.micro_size={self.batch.micro_size} must be even: data.mixup_alpha and data.cutmix_alpha "
                 "mix clips in pairs"
             )
+
+    @property
+    def clips_per_video(self) -> int:
+        """Clips that an epoch draws of each video."""
+        return self.data.repeats
 
     @property
     def num_kept(self) -> int:

@@ -1,24 +1,29 @@
 """Clips for training: a map from sample keys to clips, and the loader around it.
 
-Place in the flow: SampleKey -> video -> frames -> clip_CTHW uint8 and selection noise -> ClipBatch. An
-unreadable video is replaced by another sample, drawn by key, and reported with the batch; it is never dropped
-silently.
+Place in the flow: SampleKey -> video -> clip_CTHW uint8 (cuts.py) and the task's noise -> ClipBatch. An unreadable
+video is replaced by another sample, drawn by key, and reported with the batch; it is never dropped silently.
+Axes: B clips, C T H W of a clip, S noise values, K classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from everest_ds.config import PretrainDataConfig
+from everest_ds.config.sections import DataConfig
+from everest_ds.data.augment import PairMixer
+from everest_ds.data.cuts import Cut
 from everest_ds.data.index import VideoRow
-from everest_ds.data.sampling import SampleKey, Stream, keyed_generator, stride_indices
-from everest_ds.data.transforms import draw_crop, make_clip
+from everest_ds.data.sampling import SampleKey, Stream, keyed_generator
 from everest_ds.data.video import Video, VideoReadError
 from everest_ds.errors import UserError
+
+T = TypeVar("T")
 
 MAX_REPLACEMENTS = 10
 
@@ -39,9 +44,10 @@ class Clip:
 
     Attributes:
         clip_CTHW: uint8; None when no replacement could be read.
-        noise_S: float32 in [0, 1), the selection noise.
+        noise_S: float32 in [0, 1), as many values as the task asked for.
         label: Class of the list's row.
         index: Row of the list.
+        key: What was asked for; another row where that one could not be read.
         bad: Draws that could not be read before this one.
     """
 
@@ -49,6 +55,7 @@ class Clip:
     noise_S: Tensor | None
     label: int
     index: int
+    key: SampleKey
     bad: tuple[BadSample, ...] = ()
 
 
@@ -58,9 +65,10 @@ class ClipBatch:
 
     Attributes:
         clips_BCTHW: uint8.
-        noise_BS: float32 in [0, 1), the selection noise of each clip.
+        noise_BS: float32 in [0, 1), the values that the task asked for with each clip.
         label_B: int64.
         index_B: int64, rows of the list.
+        target_BK: float32, the shares of the classes in each clip; None where no clips are mixed.
         bad: Draws that could not be read while this batch was made.
         num_lost: Samples that are missing because no replacement could be read either.
     """
@@ -69,20 +77,29 @@ class ClipBatch:
     noise_BS: Tensor
     label_B: Tensor
     index_B: Tensor
+    target_BK: Tensor | None = None
     bad: list[BadSample] = field(default_factory=list)
     num_lost: int = 0
 
     @classmethod
-    def collate(cls, clips: Sequence[Clip]) -> "ClipBatch":
-        """Stack samples into a batch; samples that no replacement was found for are left out."""
-        pixels = [clip.clip_CTHW for clip in clips if clip.clip_CTHW is not None]
+    def collate(cls, clips: Sequence[Clip], mixer: PairMixer | None = None) -> "ClipBatch":
+        """Stack samples into a batch; samples that no replacement was found for are left out.
+
+        With a mixer the first is mixed with the second, the third with the fourth and so on; one that has lost its
+        neighbour stays as it is.
+        """
         noise = [clip.noise_S for clip in clips if clip.noise_S is not None]
         read = [clip for clip in clips if clip.clip_CTHW is not None]
+        pixels = [clip.clip_CTHW for clip in clips if clip.clip_CTHW is not None]
+        targets: list[Tensor] = []
+        if mixer:
+            pixels, targets = _mix_pairs(clips, mixer)
         return cls(
             clips_BCTHW=torch.stack(pixels) if pixels else torch.empty(0, dtype=torch.uint8),
             noise_BS=torch.stack(noise) if noise else torch.empty(0),
             label_B=torch.tensor([clip.label for clip in read]),
             index_B=torch.tensor([clip.index for clip in read]),
+            target_BK=torch.stack(targets) if targets else None,
             bad=[bad for clip in clips for bad in clip.bad],
             num_lost=len(clips) - len(read),
         )
@@ -104,6 +121,8 @@ class ClipBatch:
         """Move the tensors to pinned memory (called by the loader)."""
         self.clips_BCTHW = self.clips_BCTHW.pin_memory()
         self.noise_BS = self.noise_BS.pin_memory()
+        if self.target_BK is not None:
+            self.target_BK = self.target_BK.pin_memory()
         return self
 
 
@@ -112,18 +131,31 @@ class ClipDataset(Dataset[Clip]):
 
     Args:
         rows: The list of videos.
-        config: How a clip is cut.
+        cut: Turns an opened video into a clip.
         seed: Seed of every draw.
-        noise_length: Selection noise values that come with each clip.
+        noise_length: Noise values that come with each clip.
+        mixer: Mixes the clips of a micro-batch in pairs.
     """
 
     def __init__(
-        self, rows: Sequence[VideoRow], config: PretrainDataConfig, *, seed: int, noise_length: int
+        self,
+        rows: Sequence[VideoRow],
+        cut: Cut,
+        *,
+        seed: int,
+        noise_length: int,
+        mixer: PairMixer | None = None,
     ) -> None:
         self.rows = rows
-        self.config = config
+        self.cut = cut
         self.seed = seed
         self.noise_length = noise_length
+        self.mixer = mixer
+
+    @property
+    def config(self) -> DataConfig:
+        """How clips are cut and loaded."""
+        return self.cut.config
 
     def __len__(self) -> int:
         """Return the number of videos."""
@@ -140,35 +172,27 @@ class ClipDataset(Dataset[Clip]):
         replacements = keyed_generator(self.seed, Stream.REPLACEMENT, key.epoch, key.index, key.repeat)
         while len(bad) <= MAX_REPLACEMENTS:
             try:
-                return self._read(SampleKey(key.epoch, index, key.repeat), tuple(bad))
+                return self._read(SampleKey(key.epoch, index, key.repeat), key, tuple(bad))
             except VideoReadError as error:
                 bad.append(BadSample(str(error.path), error.reason, key.epoch, index))
             index = int(replacements.integers(len(self.rows)))
-        return Clip(clip_CTHW=None, noise_S=None, label=-1, index=key.index, bad=tuple(bad))
+        return Clip(clip_CTHW=None, noise_S=None, label=-1, index=key.index, key=key, bad=tuple(bad))
 
-    def _read(self, key: SampleKey, bad: tuple[BadSample, ...]) -> Clip:
+    def _read(self, key: SampleKey, asked: SampleKey, bad: tuple[BadSample, ...]) -> Clip:
         row = self.rows[key.index]
-        video = Video(row.path)
-        frame_idx = stride_indices(
-            video.num_frames, self.config.num_frames, self.config.sampling_stride, self._draws(Stream.FRAMES, key)
-        )
-        frames_THWC = video.read(frame_idx)
-        height, width = frames_THWC.shape[1:3]
-        size = self.config.image_size
-        crop = draw_crop(width, height, size, self.config.crop_scales, self._draws(Stream.CROP, key))
-        if min(crop[2:]) < 1:
-            raise VideoReadError(row.path, f"its frames of {width}x{height} pixels are too small to crop")
-        mirror = self.config.flip and self._draws(Stream.FLIP, key).random() < 0.5
-        noise = self._draws(Stream.SELECTION, key).random(self.noise_length, dtype="float32")
+        draws = partial(self._draws, key)
+        clip_CTHW = self.cut(Video(row.path), draws)
+        noise = draws(Stream.NOISE).random(self.noise_length, dtype="float32")
         return Clip(
-            clip_CTHW=make_clip(frames_THWC, crop, size, mirror=mirror),
+            clip_CTHW=clip_CTHW,
             noise_S=torch.from_numpy(noise),
             label=row.label,
             index=key.index,
+            key=asked,
             bad=bad,
         )
 
-    def _draws(self, stream: Stream, key: SampleKey) -> np.random.Generator:
+    def _draws(self, key: SampleKey, stream: Stream) -> np.random.Generator:
         return keyed_generator(self.seed, stream, key.epoch, key.index, key.repeat)
 
 
@@ -188,7 +212,7 @@ def make_loader(
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=ClipBatch.collate,
+        collate_fn=partial(ClipBatch.collate, mixer=dataset.mixer),
         num_workers=workers,
         prefetch_factor=dataset.config.prefetch_batches if workers else None,
         multiprocessing_context="forkserver" if workers else None,
@@ -196,3 +220,41 @@ def make_loader(
         worker_init_fn=worker_init,
         timeout=dataset.config.timeout_s if workers else 0,
     )
+
+
+def next_batch(batches: Iterator[T], timeout_s: float) -> T:
+    """Return the next batch of a loader.
+
+    Raises:
+        UserError: A loader process does not answer within ``timeout_s`` seconds, data.timeout_s.
+        StopIteration: There is none left.
+    """
+    try:
+        return next(batches)
+    except RuntimeError as error:
+        if "timed out" not in str(error):
+            raise
+        raise UserError(
+            f"no batch from the loader for data.timeout_s={timeout_s}: a video may hang its decoder, or the "
+            "storage does not answer; the last checkpoint is kept"
+        ) from error
+
+
+def _mix_pairs(clips: Sequence[Clip], mixer: PairMixer) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the clips and their targets, those that were lost left out."""
+    if len(clips) % 2:
+        raise ValueError(f"{len(clips)} clips do not make pairs to mix; batch.micro_size must be even")
+    pixels: list[Tensor] = []
+    targets: list[Tensor] = []
+    for first, second in zip(clips[::2], clips[1::2], strict=True):
+        if first.clip_CTHW is not None and second.clip_CTHW is not None:
+            labels = (first.label, second.label)
+            clips_BCTHW, target_BK = mixer.mix(first.clip_CTHW, second.clip_CTHW, labels, first.key)
+            pixels += clips_BCTHW.unbind()
+            targets += target_BK.unbind()
+            continue
+        for clip in (first, second):
+            if clip.clip_CTHW is not None:
+                pixels.append(clip.clip_CTHW)
+                targets.append(mixer.target(clip.label))
+    return pixels, targets

@@ -13,14 +13,21 @@ from torch.utils.data import Sampler
 
 
 class Stream(IntEnum):
-    """What a draw is for; each purpose has its own stream, so that adding a draw to one shifts no other."""
+    """What a draw is for; each purpose has its own stream, so that adding a draw to one shifts no other.
+
+    NOISE is what the task takes with each clip, and MIX belongs to a pair of clips, by its first; the others belong
+    to a sample, ORDER to an epoch.
+    """
 
     ORDER = 0
     FRAMES = 1
     CROP = 2
     FLIP = 3
-    SELECTION = 4
+    NOISE = 4
     REPLACEMENT = 5
+    AUGMENT = 6
+    ERASE = 7
+    MIX = 8
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,46 @@ def stride_indices(num_frames: int, clip_length: int, stride: int, generator: np
     return [start + min(step, last_reachable) * stride for step in range(clip_length)]
 
 
+def dense_indices(num_frames: int, clip_length: int, stride: int, generator: np.random.Generator) -> list[int]:
+    """Return the frames of one fine-tuning clip: spread over ``clip_length * stride`` frames at a random place.
+
+    From the first of these frames to the last, so that they lie a little more than ``stride`` apart (4.27 for 16
+    frames at stride 4); the video's last frame is not reached. A video that is not longer than that gives a frame
+    for each of its whole strides, spread over all of it, and then its last frame to the end of the clip.
+
+    Source: official code, the fine-tuning loader's training indices (golden frame_sampling.json,
+    finetune_dense_train_and_val).
+    """
+    if num_frames < 1:
+        raise ValueError(f"num_frames={num_frames} must be at least 1")
+    length = clip_length * stride
+    if num_frames > length:
+        end = int(generator.integers(length, num_frames))
+        start, num_spread = end - length, clip_length
+    else:
+        end = num_frames
+        start, num_spread = 0, num_frames // stride
+    spread = np.linspace(start, end, num=num_spread).astype(int).tolist()
+    padding = [end] * (clip_length - num_spread)
+    return [min(index, end - 1) for index in spread + padding]
+
+
+def segment_indices(num_frames: int, num_segments: int, generator: np.random.Generator) -> list[int]:
+    """Return one random frame of each of ``num_segments`` equal parts; what is left at the end is not reached.
+
+    A video with fewer frames than that gives its first frame every time.
+
+    Source: official code, the training indices of Something-Something (golden frame_sampling.json, ssv2_segment).
+    """
+    if num_frames < 1:
+        raise ValueError(f"num_frames={num_frames} must be at least 1")
+    length = num_frames // num_segments
+    if length == 0:
+        return [0] * num_segments
+    offsets = generator.integers(length, size=num_segments)
+    return [segment * length + int(offset) for segment, offset in enumerate(offsets)]
+
+
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order of all samples in an epoch; depends on the seed and the epoch alone."""
     return keyed_generator(seed, Stream.ORDER, epoch).permutation(num_samples)
@@ -72,6 +119,9 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
     Micro-step a of process r takes the slice ``(a * world_size + r) * micro_size`` of each global batch, so the
     global batch is the same whatever the number of processes. The rest of an epoch that makes no whole batch is
     left out; another order leaves out others.
+
+    With repeated sampling a global batch holds ``global_size / repeats`` videos, all of them as repeat 0, then all
+    as repeat 1 and so on: neighbours are different videos.
     """
 
     num_samples: int
@@ -80,6 +130,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
     rank: int
     world_size: int
     seed: int
+    repeats: int = 1
     start_step: int = 0
     end_step: int
 
@@ -89,9 +140,13 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
             raise ValueError(
                 f"micro_size={self.micro_size} x world_size={self.world_size} does not divide {self.global_size}"
             )
-        self.steps_per_epoch = self.num_samples // self.global_size
+        if self.repeats < 1 or self.global_size % self.repeats:
+            raise ValueError(f"repeats={self.repeats} does not divide global_size={self.global_size}")
+        self.steps_per_epoch = self.num_samples * self.repeats // self.global_size
         if self.steps_per_epoch == 0:
-            raise ValueError(f"{self.num_samples} samples make no batch of {self.global_size}")
+            raise ValueError(
+                f"{self.num_samples} samples, drawn {self.repeats} times, make no batch of {self.global_size}"
+            )
 
     def __len__(self) -> int:
         """Return the number of micro-batches that are left."""
@@ -99,11 +154,13 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         order_epoch, order = -1, np.empty(0, dtype=np.int64)
+        num_videos = self.global_size // self.repeats
         for step in range(self.start_step, self.end_step):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
                 order_epoch, order = epoch, epoch_order(self.num_samples, self.seed, epoch)
-            batch = order[step_in_epoch * self.global_size :][: self.global_size]
+            videos = order[step_in_epoch * num_videos :][:num_videos]
+            batch = [SampleKey(epoch, int(index), repeat) for repeat in range(self.repeats) for index in videos]
             first = self.rank * self.micro_size
             for start in range(first, self.global_size, self.world_size * self.micro_size):
-                yield [SampleKey(epoch, int(index)) for index in batch[start : start + self.micro_size]]
+                yield batch[start : start + self.micro_size]

@@ -1,4 +1,4 @@
-"""Bytes that one micro-batch holds while it goes through the autoencoder, counted by arithmetic.
+"""Bytes that one micro-batch holds while it goes through a model, counted by arithmetic.
 
 What autograd keeps of each layer for backward is written down here as a table; tests compare it with what torch's
 saved-tensor hooks see, and the peak with all storages alive during a forward and backward pass. M tokens of the
@@ -25,6 +25,9 @@ BLOCK_WIDTHS = 1 + 1 + ATTENTION_WIDTHS + 1 + 1 + 2 * MLP_RATIO
 # Widths of D beyond what is kept while a block's MLP goes backward: the gradients of its output, of the residual
 # and of the hidden layer.
 BACKWARD_WIDTHS = 2 + MLP_RATIO
+# Widths of D while a block's MLP goes forward and nothing is kept: the first block's input and this one's, the
+# residual, the norm's output, and the hidden layer before and after the GELU.
+FORWARD_WIDTHS = 4 + 2 * MLP_RATIO
 # float32 copies of the pixels at once in `standardise`: scaled, by channel, and stacked.
 STANDARDISE_COPIES = 3
 # Copies of the embeddings at once in `rero_importance`: themselves, the differences, and one of the norm.
@@ -122,15 +125,8 @@ def activation_bytes(
     Source lines: `TokenEncoder.forward`, `PretrainEncoder.forward`, `Decoder.forward`, `Reconstruction.loss`.
     """
     visible, targets = counts.clips * counts.visible, counts.clips * counts.targets
-    pixels = 3 * options.tubelet_size * options.patch_size**2
-    encoder = _Stack(
-        tokens=visible,
-        width=size.width,
-        num_heads=size.num_heads,
-        depth=size.depth,
-        dtype_bytes=dtype_bytes,
-        checkpointing=options.activation_checkpointing,
-    )
+    pixels = _pixels(options)
+    encoder = _encoder(size, options, visible, dtype_bytes)
     decoder = _Stack(
         tokens=visible + targets,
         width=size.decoder_width,
@@ -157,6 +153,47 @@ def activation_bytes(
     return ActivationBytes(saved=saved, peak=max(moments), attention=attention)
 
 
+def classifier_activation_bytes(
+    size: ModelSize,
+    options: EncoderOptions,
+    *,
+    clips: int,
+    kept: int,
+    num_classes: int,
+    drop_path: bool,
+    frozen: bool,
+    dtype_bytes: int,
+) -> ActivationBytes:
+    """Return what one micro-batch of the classifier keeps and needs at most.
+
+    Args:
+        size: Width, depth and heads.
+        options: Tubelets and checkpointing.
+        clips: Clips of the micro-batch.
+        kept: Tokens of a clip that the encoder sees.
+        num_classes: Outputs of the head.
+        drop_path: Whether branches are scaled by clip: a factor of each token and branch is kept.
+        frozen: Whether the encoder goes forward only, and keeps nothing.
+        dtype_bytes: Bytes of a number in the model's precision, 2 or 4.
+
+    Source lines: `TokenEncoder.forward`, `EverestClassifier.pool`, `FinetuneTask.forward`.
+    """
+    tokens = clips * kept
+    encoder = _encoder(size, options, tokens, dtype_bytes)
+    # Inputs of the norm and the head, mean and deviation, and the logarithm of the softmax.
+    head = clips * (2 * size.width * dtype_bytes + (2 + num_classes) * FLOAT32_BYTES)
+    if frozen:
+        pixels = tokens * _pixels(options)  # as bytes, standardised, and then as the embedding's input
+        standardising = pixels + STANDARDISE_COPIES * pixels * FLOAT32_BYTES
+        peak = max(FORWARD_WIDTHS * encoder.rows + pixels * dtype_bytes, standardising) + head
+        return ActivationBytes(saved=head, peak=peak, attention=encoder.attention)
+    masks = 2 * size.depth * tokens * dtype_bytes if drop_path else 0
+    embedding = tokens * _embedding_values(options, size.width) * dtype_bytes
+    saved = embedding + encoder.saved + masks + head
+    blocks = 1 if options.activation_checkpointing else size.depth
+    return ActivationBytes(saved=saved, peak=saved + encoder.backward, attention=blocks * encoder.attention)
+
+
 def ranking_bytes(grid: TokenGrid, options: EncoderOptions, *, width: int, clips: int) -> int:
     """Return what ranking all tokens in float32 needs at most, a few clips at a time (`TokenEncoder.rank`)."""
     clip_values = 3 * grid.num_tokens * options.tubelet_size * options.patch_size**2
@@ -167,10 +204,25 @@ def ranking_bytes(grid: TokenGrid, options: EncoderOptions, *, width: int, clips
     return clips_at_once * values * FLOAT32_BYTES
 
 
+def _encoder(size: ModelSize, options: EncoderOptions, tokens: int, dtype_bytes: int) -> _Stack:
+    return _Stack(
+        tokens=tokens,
+        width=size.width,
+        num_heads=size.num_heads,
+        depth=size.depth,
+        dtype_bytes=dtype_bytes,
+        checkpointing=options.activation_checkpointing,
+    )
+
+
+def _pixels(options: EncoderOptions) -> int:
+    """Return the values of one tubelet's pixels."""
+    return 3 * options.tubelet_size * options.patch_size**2
+
+
 def _embedding_values(options: EncoderOptions, width: int) -> int:
     """Return the values that embedding one tubelet keeps: its pixels, and each stem layer's output twice (GELU)."""
-    pixels = 3 * options.tubelet_size * options.patch_size**2
-    return pixels + sum(2 * positions * width for positions in _stem_positions(options))
+    return _pixels(options) + sum(2 * positions * width for positions in _stem_positions(options))
 
 
 def _stem_positions(options: EncoderOptions) -> list[int]:

@@ -48,7 +48,7 @@ class PretrainEncoder(TokenEncoder):
         super().__init__(size, grid, options)
         self.norm = nn.LayerNorm(size.width, eps=NORM_EPS)
 
-    def forward(self, clips_BCTHW: Tensor, index: TokenIndex, grid: TokenGrid) -> Tensor:
+    def forward(self, clips_BCTHW: Tensor, index: TokenIndex, grid: TokenGrid) -> Tensor:  # type: ignore[override]
         """Encode the tokens of the index: (L, D)."""
         return self.norm(super().forward(clips_BCTHW, index, grid))
 

@@ -1,7 +1,7 @@
 """The encoder that pre-training and fine-tuning share: rank tubelets, embed the chosen ones, run the blocks.
 
 Place in the flow: clips and a TokenIndex in, encoded tokens out. Axes: B clips, C T H W of a clip,
-N tokens of a clip, M chosen tokens of the batch in one packed row, D width.
+N tokens of a clip, M chosen tokens of the batch in one packed row, D width, L branches (two a block).
 """
 
 import contextlib
@@ -99,14 +99,25 @@ class TokenEncoder(nn.Module):
                 ]
             )
 
-    def forward(self, clips_BCTHW: Tensor, index: TokenIndex, grid: TokenGrid) -> Tensor:
-        """Embed the tokens of the index with gradient, add positions, run the blocks: (M, D)."""
+    def forward(
+        self, clips_BCTHW: Tensor, index: TokenIndex, grid: TokenGrid, scale_BL: Tensor | None = None
+    ) -> Tensor:
+        """Embed the tokens of the index with gradient, add positions, run the blocks: (M, D).
+
+        Args:
+            clips_BCTHW: uint8, or floats in [0, 1].
+            index: The tokens.
+            grid: The clips' token grid.
+            scale_BL: Factors of each clip's branches (`branch_scales`); None scales nothing.
+        """
         dtype = self.patch_embed.proj.weight.dtype
         pixels_MCTHW = standardise(self.gather(clips_BCTHW, index)).to(dtype)
         positions_ND = interpolate_positions(self.positions_ND, self.grid, grid).to(dtype)
         x_MD = self.patch_embed(pixels_MCTHW).squeeze(1) + positions_ND[index.position_M]
         tokens = PackedTokens(x_MD, index.packing)
-        return run_blocks(self.blocks, tokens, checkpointing=self.options.activation_checkpointing)
+        scale_LM = None if scale_BL is None else scale_BL.to(dtype).T[:, index.clip_M]
+        checkpointing = self.options.activation_checkpointing
+        return run_blocks(self.blocks, tokens, checkpointing=checkpointing, scale_LM=scale_LM)
 
 
 @contextlib.contextmanager

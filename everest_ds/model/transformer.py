@@ -1,7 +1,8 @@
 """Pre-norm ViT blocks over packed tokens, and the stack that encoder, decoder and classifier share.
 
 Place in the flow: PackedTokens -> blocks -> PackedTokens. Axes: M packed tokens, D width, E = 3 D, A heads,
-K = D / A channels of a head. Parameter names are the official ones.
+K = D / A channels of a head, B clips, L branches (attention and MLP of each block, in order). Parameter names are
+the official ones.
 """
 
 import torch
@@ -66,10 +67,19 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width, MLP_RATIO * width)
 
-    def forward(self, x_MD: Tensor, packing: Packing) -> Tensor:
-        """Transform (M, D) -> (M, D)."""
-        x_MD = x_MD + self.attn(self.norm1(x_MD), packing)
-        return x_MD + self.mlp(self.norm2(x_MD))
+    def forward(self, x_MD: Tensor, packing: Packing, scale_2M: Tensor | None = None) -> Tensor:
+        """Transform (M, D) -> (M, D).
+
+        Args:
+            x_MD: Tokens.
+            packing: The clips that they belong to.
+            scale_2M: Factor of each token's attention and MLP branch (`branch_scales`); None scales nothing.
+        """
+        if scale_2M is None:
+            x_MD = x_MD + self.attn(self.norm1(x_MD), packing)
+            return x_MD + self.mlp(self.norm2(x_MD))
+        x_MD = x_MD + scale_2M[0, :, None] * self.attn(self.norm1(x_MD), packing)
+        return x_MD + scale_2M[1, :, None] * self.mlp(self.norm2(x_MD))
 
 
 def make_blocks(*, width: int, depth: int, num_heads: int, backend: str) -> nn.ModuleList:
@@ -77,17 +87,42 @@ def make_blocks(*, width: int, depth: int, num_heads: int, backend: str) -> nn.M
     return nn.ModuleList(Block(width, num_heads, backend=backend) for _ in range(depth))
 
 
-def run_blocks(blocks: nn.ModuleList, tokens: PackedTokens, *, checkpointing: bool) -> Tensor:
+def branch_scales(noise_BL: Tensor, drop_path: float) -> Tensor:
+    """Return what each clip's branches are multiplied by: 0 where dropped, 1 / (1 - rate) where kept, (B, L).
+
+    The rate of a block rises linearly from 0 at the first to ``drop_path`` at the last; a branch is kept where
+    noise >= rate.
+
+    Args:
+        noise_BL: Uniform in [0, 1), float32: attention and MLP branch of each block, in order.
+        drop_path: Rate of the last block, in [0, 1).
+
+    Source: the official `drop_path_rate`, timm's `DropPath`.
+    Differs from the official code: the draws are handed in, so they belong to the sample and not to the process.
+    """
+    depth = noise_BL.shape[1] // 2
+    rate_L = torch.linspace(0, drop_path, depth, device=noise_BL.device).repeat_interleave(2)
+    return (noise_BL >= rate_L) / (1 - rate_L)
+
+
+def run_blocks(
+    blocks: nn.ModuleList, tokens: PackedTokens, *, checkpointing: bool, scale_LM: Tensor | None = None
+) -> Tensor:
     """Run tokens through a stack and return (M, D).
 
-    With ``checkpointing``, each block keeps only its input and is computed again in backward.
+    Args:
+        blocks: The stack.
+        tokens: What goes in.
+        checkpointing: Each block keeps only its input and is computed again in backward.
+        scale_LM: Factors of each token's branches, two a block; None scales nothing.
     """
     x_MD = tokens.x_MD
-    for block in blocks:
+    for number, block in enumerate(blocks):
+        scale_2M = None if scale_LM is None else scale_LM[2 * number : 2 * number + 2]
         if checkpointing and torch.is_grad_enabled():
-            x_MD = checkpoint(block, x_MD, tokens.packing, use_reentrant=False)
+            x_MD = checkpoint(block, x_MD, tokens.packing, scale_2M, use_reentrant=False)
         else:
-            x_MD = block(x_MD, tokens.packing)
+            x_MD = block(x_MD, tokens.packing, scale_2M)
     return x_MD
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from everest_ds import distributed
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
+from everest_ds.train.pointers import LATEST, folder_of, point
 from everest_ds.train.seal import (
     SEAL,
     find_damage,
@@ -27,7 +28,7 @@ from everest_ds.train.seal import (
     write_durably,
 )
 
-STATE, LATEST = "state.json", "latest"
+STATE = "state.json"
 # Version of the folder's layout and of state.json; raise it when an older reader would misread a newer folder.
 FORMAT = 1
 # Where torch's file writer reports that a disk takes no more; it raises a RuntimeError.
@@ -44,6 +45,8 @@ class TrainState:
         samples: Clips seen.
         num_bad: Unreadable draws so far.
         num_skipped: Steps among them that changed no weight, because a gradient was not finite.
+        best_step: Where the validation score was highest so far; None where nothing was scored yet.
+        best_score: That score.
         world_size: Processes that wrote the shards.
         zero_stage: How they are sharded.
         dtype: What the model computes in.
@@ -56,6 +59,8 @@ class TrainState:
     samples: int = 0
     num_bad: int = 0
     num_skipped: int = 0
+    best_step: int | None = None
+    best_score: float | None = None
     world_size: int
     zero_stage: int
     dtype: str
@@ -63,18 +68,22 @@ class TrainState:
     format: int = FORMAT
 
 
-def folder_of(run_dir: Path) -> Path:
-    """Return the folder of a run's checkpoints."""
-    return run_dir / "checkpoints"
-
-
 def universal_of(checkpoint: Path) -> Path:
     """Return where a checkpoint's copy for other worlds and stages is kept, and removed with it."""
     return checkpoint.with_name(f"universal-{checkpoint.name}")
 
 
-def save_checkpoint(engine: Any, run_dir: Path, state: TrainState, world: World) -> Path:
+def save_checkpoint(
+    engine: Any, run_dir: Path, state: TrainState, world: World, *, save_more: Callable[[Path], None] | None = None
+) -> Path:
     """Save a checkpoint; all ranks take part. Returns its folder.
+
+    Args:
+        engine: The DeepSpeed engine.
+        run_dir: The run directory.
+        state: Where the run stands.
+        world: This process's place.
+        save_more: Writes further files into the folder before it is sealed; called on every rank.
 
     Raises:
         UserError: The disk is full or cannot be written to; earlier checkpoints are as they were.
@@ -91,6 +100,8 @@ def save_checkpoint(engine: Any, run_dir: Path, state: TrainState, world: World)
         if isinstance(error, OSError) or any(name in str(error) for name in TORCH_WRITER):
             raise UserError(_unwritten(folder, str(error).splitlines()[0])) from error
         raise
+    if save_more is not None:
+        _all_must(world, folder, lambda: save_more(temporary))
     _all_must(world, folder, lambda: _write_state(temporary, state) if world.is_main else None)
     _all_must(world, folder, lambda: seal(temporary, world))
     _all_must(world, folder, lambda: _publish(temporary, final) if world.is_main else None)
@@ -103,14 +114,17 @@ def checkpoint_bytes(module: Any) -> int:
     return sum(count * (12 + itemsize) for count, itemsize in sizes)
 
 
-def prune_checkpoints(run_dir: Path, *, keep_last: int, keep_every_steps: int | None = None) -> list[Path]:
-    """Remove complete checkpoints but the newest ``keep_last`` and every multiple of ``keep_every_steps``.
+def prune_checkpoints(
+    run_dir: Path, *, keep_last: int, keep_every_steps: int | None = None, keep_step: int | None = None
+) -> list[Path]:
+    """Remove complete checkpoints but the newest ``keep_last``, multiples of ``keep_every_steps``, and one step's.
 
     Called by rank zero, after a save. Returns what was removed.
     """
     removed = []
     for checkpoint in list_checkpoints(run_dir)[max(keep_last, 1) :]:
-        if keep_every_steps and read_state(checkpoint).step % keep_every_steps == 0:
+        step = read_state(checkpoint).step
+        if step == keep_step or (keep_every_steps and step % keep_every_steps == 0):
             continue
         remove_sealed(universal_of(checkpoint))
         remove_sealed(checkpoint)
@@ -131,24 +145,6 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, newest first."""
     sealed = sorted(path.parent for path in folder_of(run_dir).glob(f"step-*/{SEAL}"))
     return sealed[::-1]
-
-
-def read_latest(run_dir: Path) -> Path:
-    """Return the checkpoint that a run's pointer names.
-
-    Raises:
-        UserError: There is no pointer, or it is empty, or names no complete checkpoint.
-    """
-    pointer = folder_of(run_dir) / LATEST
-    try:
-        name = pointer.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{pointer} cannot be read: {error}") from error
-    if not name:
-        raise UserError(f"{pointer} is empty")
-    if Path(name).name != name or not is_sealed(pointer.parent / name):
-        raise UserError(f"{pointer} names {name!r}, which is no complete checkpoint")
-    return pointer.parent / name
 
 
 def unfinished_saves(run_dir: Path) -> list[Path]:
@@ -258,10 +254,7 @@ def _publish(temporary: Path, final: Path) -> None:
         remove_sealed(final)
     temporary.rename(final)
     sync_folder(final.parent)
-    pointer = final.parent / LATEST
-    write_durably(pointer.with_name("latest.tmp"), final.name + "\n")
-    pointer.with_name("latest.tmp").replace(pointer)
-    sync_folder(final.parent)
+    point(final.parent / LATEST, final)
 
 
 def _all_must(world: World, folder: Path, action: Callable[[], object]) -> None:

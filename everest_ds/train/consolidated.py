@@ -26,9 +26,10 @@ from everest_ds.model.weights.foreign import FACTS_KEY
 from everest_ds.model.weights.loading import load_weights
 from everest_ds.model.weights.reading import Weights, read_weights, weights_of_run
 from everest_ds.model.weights.report import WeightsReport
-from everest_ds.train.checkpoint import folder_of, list_checkpoints, read_state
+from everest_ds.train.checkpoint import list_checkpoints, read_state
+from everest_ds.train.pointers import folder_of
 from everest_ds.train.seal import find_damage, is_sealed
-from everest_ds.train.tasks import make_task
+from everest_ds.train.tasks import Task, make_task
 
 # DeepSpeed wraps the task, whose model carries this prefix in shards; weights leave without it.
 PREFIX = "model."
@@ -68,6 +69,8 @@ def read_fp32_weights(checkpoint: Path) -> dict[str, Tensor]:
         quiet = io.StringIO()  # it prints its inner life
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    if state.zero_stage == 1:  # DeepSpeed (0.19.8) notes frozen parameters from stage 2 on
+        weights = _read_module(checkpoint) | weights
     return {name.removeprefix(PREFIX): tensor.detach().float().contiguous() for name, tensor in weights.items()}
 
 
@@ -82,7 +85,7 @@ def _unsharded_weights(checkpoint: Path, dtype: str) -> dict[str, Tensor]:
         task = make_task(config)
     names = {id(parameter): name for name, parameter in task.named_parameters()}
     for group, masters in zip(task.parameter_groups(), states["optimizer"]["fp32_groups"], strict=True):
-        parameters: list[nn.Parameter] = group["params"]  # type: ignore[assignment]
+        parameters: list[nn.Parameter] = group["params"]
         weights |= {names[id(p)]: master for p, master in zip(parameters, masters, strict=True)}
     return weights
 
@@ -92,8 +95,8 @@ def _fragmented_weights(checkpoint: Path, world_size: int) -> dict[str, Tensor]:
 
     Each rank's shard says where in its flat groups which part of a parameter lies; parts follow in rank order.
     """
-    module = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
-    parts: dict[str, list[Tensor]] = {name: [] for name in module}
+    module = _read_module(checkpoint)
+    parts: dict[str, list[Tensor]] = {}
     for rank in range(world_size):
         path = checkpoint / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         shard = torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"]
@@ -101,8 +104,29 @@ def _fragmented_weights(checkpoint: Path, world_size: int) -> dict[str, Tensor]:
             shard["single_partition_of_fp32_groups"], shard["param_slice_mappings"], strict=True
         ):
             for name, place in places.items():
-                parts[name].append(flat.narrow(0, place.start, place.numel))
+                parts.setdefault(name, []).append(flat.narrow(0, place.start, place.numel))
     return {name: torch.cat(pieces).view(module[name].shape) for name, pieces in parts.items()}
+
+
+def _read_module(checkpoint: Path) -> dict[str, Tensor]:
+    """Read the whole model, in the model's precision, that ZeRO-0 to 2 write beside the optimiser's shards."""
+    states = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+    module: dict[str, Tensor] = states["module"]
+    return module
+
+
+def restore_frozen_weights(task: Task, checkpoint: Path) -> None:
+    """Bring a task's frozen weights, if it has any, to those of a verified checkpoint, before its engine is made.
+
+    DeepSpeed's universal checkpoints hold what the optimiser updates and nothing else.
+    """
+    frozen = {name: p for name, p in task.named_parameters() if not p.requires_grad}
+    if not frozen:
+        return
+    weights = read_fp32_weights(checkpoint)
+    with torch.no_grad():
+        for name, parameter in frozen.items():
+            parameter.copy_(weights[name.removeprefix(PREFIX)])
 
 
 def export_fp32(source: Path, target: Path) -> Path:

@@ -186,12 +186,17 @@ def build_engine(
     logger.setLevel(logging.ERROR)
     offloaded = "offload_optimizer" in ds_config.get("zero_optimization", {})
     optimizer_device = torch.device("cpu") if offloaded else device
+    groups = task.parameter_groups()
+    expected = [(group["lr_scale"], group["weight_decay"]) for group in groups]
     engine, *_ = deepspeed.initialize(
         model=task,
-        optimizer=make_optimizer(task.parameter_groups(), config.optim, optimizer_device),
+        optimizer=make_optimizer(groups, config.optim, optimizer_device),
         config={**ds_config, "checkpoint": {"load_universal": universal}},
         dist_init_required=False,
     )
+    found = [(group["lr_scale"], group["weight_decay"]) for group in engine.optimizer.param_groups]
+    if found != expected:
+        raise RuntimeError(f"DeepSpeed changed the parameter groups: {found}, expected {expected}")
     if zero_stage(ds_config) == 0 and ds_config["bf16"]["enabled"]:
         # DeepSpeed 0.19.8 makes the moments by a step on zero gradients here, and leaves the step counted: AdamW's
         # bias correction would be off by one for the whole run.

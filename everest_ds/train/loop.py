@@ -4,11 +4,13 @@ Place in the flow: loader -> task in the DeepSpeed engine -> optimiser step -> m
 steps the loop itself never waits for the device; the engine's step does, once, to see that the gradient is finite.
 """
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -17,19 +19,22 @@ import torch
 from torch import Tensor
 
 from everest_ds import distributed
-from everest_ds.config import Config
-from everest_ds.data.dataset import BadSample, ClipBatch
+from everest_ds.config import Config, FinetuneRunConfig
+from everest_ds.data.dataset import BadSample, ClipBatch, next_batch
 from everest_ds.data.index import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train import engine as engines
 from everest_ds.train.checkpoint import TrainState, prune_checkpoints, save_checkpoint
+from everest_ds.train.ema import WeightAverage
 from everest_ds.train.metrics import MetricsLog
-from everest_ds.train.optim import learning_rate
+from everest_ds.train.optim import learning_rate, require_scaled_rates
+from everest_ds.train.pointers import point_to_best
 from everest_ds.train.progress import Window, measure, print_progress
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import EXIT_STOPPED, StopRequest
 from everest_ds.train.tasks import ClipCost, Task
+from everest_ds.train.validation import Validation, describe, to_metrics
 
 MAX_PATHS_SHOWN = 4
 
@@ -49,6 +54,9 @@ class Trainer:
         log: The metrics, on rank zero only.
         start: Where the run stands at the start, and how it computes.
         rows: The training list.
+        groups: What the optimiser's groups come to, for the record.
+        validation: What scores the model during training, if anything does.
+        average: The moving average of the weights, if one is kept; it is scored in the model's place.
         stop: Whether somebody asked the run to stop.
     """
 
@@ -62,16 +70,20 @@ class Trainer:
     log: MetricsLog | None
     start: TrainState
     rows: Sequence[VideoRow]
+    groups: Sequence[Mapping[str, float]] = ()
+    validation: Validation | None = None
+    average: WeightAverage | None = None
     stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
         """Start counting where the run stands."""
         self.num_bad = self.start.num_bad
         self.num_skipped = self.start.num_skipped
+        self.best_step, self.best_score = self.start.best_step, self.start.best_score
         self.cost: ClipCost = self.task.clip_cost()
 
     def run(self, batches: Iterator[ClipBatch]) -> int:
-        """Train to the end of the schedule, logging and saving on the way.
+        """Train to the end of the schedule, logging, scoring and saving on the way.
 
         Returns:
             The steps taken: those of the schedule, or fewer when a signal stopped the run, all of them saved.
@@ -92,17 +104,20 @@ class Trainer:
                 self._take_step(step, batches)
                 taken = step + 1
                 saves = self.schedule.saves_after(taken, self.config.run)
-                if saves or taken % self.config.run.log_every_steps == 0:
+                validation = self.validation if self._validates_after(taken) else None
+                if saves or validation or taken % self.config.run.log_every_steps == 0:
                     self._report(taken)
+                if validation and self._validate(validation, taken):
+                    saves = True
                 if saves:
                     self._save(taken)
                     last_saved = taken
+                if saves or validation:
                     self.window = Window(self.device)
         return self.schedule.end_step
 
     def _take_step(self, step: int, batches: Iterator[ClipBatch]) -> None:
-        rate = learning_rate(step, self.config.optim, self.config.batch, self.schedule.steps_per_epoch)
-        engines.set_learning_rate(self.engine, rate)
+        engines.set_learning_rate(self.engine, self._rate(step))
         losses, rows_seen = [], []
         for _ in range(self.engine.gradient_accumulation_steps()):
             batch = self._next_batch(batches)
@@ -114,20 +129,17 @@ class Trainer:
         self.window.steps += 1
         if result.applied:
             self.window.add(losses, result.grad_norm)
+            if self.average is not None:
+                self.average.update()
         else:
             self._count_skipped(step + 1, losses, rows_seen)
 
+    def _rate(self, step: int) -> float:
+        return learning_rate(step, self.config.optim, self.config.batch, self.schedule.steps_per_epoch)
+
     def _next_batch(self, batches: Iterator[ClipBatch]) -> ClipBatch:
         waiting_since = time.perf_counter()
-        try:
-            batch = next(batches)
-        except RuntimeError as error:
-            if "timed out" not in str(error):
-                raise
-            raise UserError(
-                f"no batch from the loader for data.timeout_s={self.config.data.timeout_s}: a video may hang its "
-                "decoder, or the storage does not answer; the last checkpoint is kept"
-            ) from error
+        batch = next_batch(batches, self.config.data.timeout_s)
         self.window.data_wait_s += time.perf_counter() - waiting_since
         self.window.bad += batch.bad
         if batch.num_lost:
@@ -147,11 +159,41 @@ class Trainer:
             raise UserError(f"not finite at step {taken}: {', '.join(broken)}; the last checkpoint is kept")
         if self.log is None:
             return
-        rate = self.engine.optimizer.param_groups[0]["lr"]
+        groups = self.engine.optimizer.param_groups
+        require_scaled_rates(groups, self._rate(taken - 1))
+        rates = [group["lr"] for group in groups]
         mean = sum(losses) / len(losses)
-        values = measure(window, taken, mean, rate, self.config, self.schedule, self.cost, self.world.size)
+        values = measure(window, taken, mean, rates, self.config, self.schedule, self.cost, self.world.size)
         self.log.write("train", taken, **values)
         print_progress(taken, self.schedule.end_step, values)
+
+    def _validates_after(self, taken: int) -> bool:
+        run = self.config.run
+        return isinstance(run, FinetuneRunConfig) and self.schedule.validates_after(
+            taken, run.validate_every_epochs
+        )
+
+    def _validate(self, validation: Validation, taken: int) -> bool:
+        """Score the model, or its average where one is kept; return whether it is the best so far."""
+        started = time.perf_counter()
+        with contextlib.nullcontext() if self.average is None else self.average.swapped():
+            scores = validation.run(self.engine)
+        is_best = self.best_score is None or scores.top1 > self.best_score
+        if is_best:
+            self.best_step, self.best_score = taken, scores.top1
+        if self.log is not None:
+            self.log.write(
+                "val",
+                taken,
+                epoch=round(taken / self.schedule.steps_per_epoch, 4),
+                weights="model" if self.average is None else "ema",
+                **to_metrics(scores),
+                is_best=is_best,
+                best_step=self.best_step,
+                took_s=round(time.perf_counter() - started, 2),
+            )
+            print(f"step {taken}  {describe(scores)}{', the best so far' if is_best else ''}", flush=True)
+        return is_best
 
     def _count_skipped(self, taken: int, losses: list[Tensor], rows_seen: list[int]) -> None:
         """Record a step that changed no weight and the samples that may be at fault; stop at one too many."""
@@ -219,15 +261,20 @@ class Trainer:
             samples=taken * self.config.batch.global_size,
             num_bad=self.num_bad,
             num_skipped=self.num_skipped,
+            best_step=self.best_step,
+            best_score=self.best_score,
         )
         started = time.perf_counter()
-        folder = save_checkpoint(self.engine, self.run_dir, state, self.world)
+        save_more = None if self.average is None else partial(self.average.save, world=self.world)
+        folder = save_checkpoint(self.engine, self.run_dir, state, self.world, save_more=save_more)
         if self.world.is_main:
+            point_to_best(self.run_dir, self.best_step)
             epochs = self.config.run.keep_every_epochs
             prune_checkpoints(
                 self.run_dir,
                 keep_last=self.config.run.keep_checkpoints,
                 keep_every_steps=epochs * self.schedule.steps_per_epoch if epochs else None,
+                keep_step=self.best_step,
             )
         if self.log is not None:
             took_s = round(time.perf_counter() - started, 2)

@@ -8,10 +8,17 @@ DeepSpeed nor a GPU is needed. What building the engine and saving a checkpoint 
 from dataclasses import dataclass
 from typing import Any
 
-from everest_ds.config import Config, PretrainConfig
-from everest_ds.model.activations import TokenCounts, activation_bytes, ranking_bytes
+from everest_ds.config import Config, FinetuneConfig, PretrainConfig
+from everest_ds.model.activations import (
+    FLOAT32_BYTES,
+    ActivationBytes,
+    TokenCounts,
+    activation_bytes,
+    classifier_activation_bytes,
+    ranking_bytes,
+)
 from everest_ds.model.sizes import get_size
-from everest_ds.train.sharding import Sharding, bytes_sent, count_parameters
+from everest_ds.train.sharding import Sharding, bytes_sent, count_parameters, num_classes
 from everest_ds.train.states import model_states
 from everest_ds.train.tasks import encoder_options
 
@@ -30,12 +37,13 @@ class MemoryEstimate:
         parameters: Parameters as the model computes with them (stage 3: this process's share and the small ones).
         gradients: Gradients, held from backward to the step.
         optimizer: Master weights and both moments of Adam.
+        average: This process's share of the weights' moving average.
         gathered: Parameters of other processes during forward and backward (stage 3).
         activations: The most that forward and backward need at once.
         attention: The part of ``activations`` that is attention's own.
         ranking: What ranking all tokens in float32 needs, before any activation is there.
         step: What reducing gradients and stepping need, after the activations are gone.
-        input: The micro-batch: uint8 clips and selection noise.
+        input: The micro-batch: uint8 clips, noise, and labels.
         communication: Buffers that gradients are communicated in.
         host: Host memory that offload takes for one GPU, pinned.
         sent: Bytes that one GPU sends in one optimiser step.
@@ -45,6 +53,7 @@ class MemoryEstimate:
     parameters: int
     gradients: int
     optimizer: int
+    average: int
     gathered: int
     activations: int
     attention: int
@@ -58,8 +67,8 @@ class MemoryEstimate:
 
     @property
     def states(self) -> int:
-        """Parameters, gradients and optimiser states."""
-        return self.parameters + self.gradients + self.optimizer
+        """Parameters, gradients, optimiser states and moving average."""
+        return self.parameters + self.gradients + self.optimizer + self.average
 
     @property
     def transient(self) -> int:
@@ -90,34 +99,68 @@ def estimate_memory(config: Config, ds_config: dict[str, Any], *, world_size: in
         ds_config: As `train.engine.resolve_ds_config` returns it.
         world_size: Processes, one a GPU.
     """
-    assert isinstance(config, PretrainConfig)
     sharding = Sharding.of(ds_config, world_size)
     counts = count_parameters(config)
     states = model_states(counts, sharding)
     size, options, clips = get_size(config.model.size), encoder_options(config), config.batch.micro_size
-    activations = activation_bytes(
-        size,
-        options,
-        TokenCounts(clips=clips, visible=config.num_visible, targets=config.num_targets),
-        decoder_depth=config.model.decoder_depth,
-        dtype_bytes=sharding.model_bytes,
-    )
-    pixels = 3 * config.data.num_frames * config.data.image_size**2
+    activations = _activations(config, sharding.model_bytes)
     return MemoryEstimate(
         parameters=states.parameters,
         gradients=states.gradients,
         optimizer=states.optimizer,
+        average=_average_bytes(config, sum(counts.trained), world_size),
         gathered=states.gathered,
         activations=activations.peak,
         attention=activations.attention,
-        ranking=ranking_bytes(config.grid, options, width=size.width, clips=clips),
+        ranking=ranking_bytes(config.grid, options, width=size.width, clips=clips) if _ranks(config) else 0,
         step=states.step,
-        input=clips * (pixels + 4 * config.num_selected),
+        input=clips * _clip_bytes(config),
         communication=states.buckets,
         host=states.host,
         sent=bytes_sent(counts, sharding),
         not_modelled=sharding.not_modelled,
     )
+
+
+def _activations(config: Config, dtype_bytes: int) -> ActivationBytes:
+    size, options, clips = get_size(config.model.size), encoder_options(config), config.batch.micro_size
+    if isinstance(config, FinetuneConfig):
+        return classifier_activation_bytes(
+            size,
+            options,
+            clips=clips,
+            kept=config.num_kept,
+            num_classes=num_classes(config),
+            drop_path=config.model.drop_path > 0,
+            frozen=config.model.freeze_encoder,
+            dtype_bytes=dtype_bytes,
+        )
+    assert isinstance(config, PretrainConfig)
+    counts = TokenCounts(clips=clips, visible=config.num_visible, targets=config.num_targets)
+    return activation_bytes(
+        size, options, counts, decoder_depth=config.model.decoder_depth, dtype_bytes=dtype_bytes
+    )
+
+
+def _ranks(config: Config) -> bool:
+    """Return whether all tokens are ranked."""
+    return not isinstance(config, FinetuneConfig) or config.num_kept < config.grid.num_tokens
+
+
+def _average_bytes(config: Config, trained: int, world_size: int) -> int:
+    averages = isinstance(config, FinetuneConfig) and config.optim.ema_decay is not None
+    return -(-trained // world_size) * FLOAT32_BYTES if averages else 0
+
+
+def _clip_bytes(config: Config) -> int:
+    """Return the bytes of one clip as it comes: uint8 pixels, float32 noise, a label or shares of the classes."""
+    pixels = 3 * config.data.num_frames * config.data.image_size**2
+    if isinstance(config, FinetuneConfig):
+        noise = 2 * get_size(config.model.size).depth if config.model.drop_path else 0
+        target = num_classes(config) * FLOAT32_BYTES if config.data.mixes else 8
+        return pixels + noise * FLOAT32_BYTES + target
+    assert isinstance(config, PretrainConfig)
+    return pixels + config.num_selected * FLOAT32_BYTES
 
 
 def describe_estimate(estimate: MemoryEstimate) -> str:
@@ -126,6 +169,7 @@ def describe_estimate(estimate: MemoryEstimate) -> str:
         "parameters": estimate.parameters,
         "gradients": estimate.gradients,
         "optimiser": estimate.optimizer,
+        "moving average": estimate.average,
         "gathered": estimate.gathered,
         "activations": estimate.activations,
         "ranking": estimate.ranking,

@@ -1,6 +1,9 @@
 """Parameter groups and the learning rate, the latter a pure function of the step."""
 
 import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,30 +12,90 @@ from everest_ds.config import BatchConfig, OptimConfig
 
 # Parameters besides biases and norms that have no weight decay (official `no_weight_decay`).
 NO_DECAY_NAMES = ("mask_token",)
+RATE_RTOL = 1e-9
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split the trainable parameters into those with and those without weight decay.
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Split the trainable parameters by weight decay and by learning rate.
 
-    Vectors (biases, norms) and the mask token have none. Call before ZeRO-3 partitions the parameters: the rule
-    looks at their shapes.
+    Vectors (biases, norms) and the mask token have no weight decay. With layer decay, the embedding is layer 0,
+    block i layer i + 1, and everything after the blocks layer depth + 1, whose scale is 1; each layer's is
+    ``layer_decay`` times the next one's. Call before ZeRO-3 partitions the parameters: the rule looks at their
+    shapes.
 
-    Source: official code, `get_parameter_groups` (golden optim_schedule.json).
+    Args:
+        model: A model, or a task whose model's names begin with ``model.``.
+        weight_decay: Of matrices.
+        layer_decay: Learning rate of a layer as a share of the next one's, in (0, 1]; 1 needs no blocks.
+
+    Returns:
+        As few groups as there are pairs of ``lr_scale`` and ``weight_decay``, none empty, the largest scale first.
+        The first group's learning rate is thus the schedule's own wherever a head is trained.
+
+    Raises:
+        ValueError: Layer decay for a model without `blocks.0`, such as an autoencoder.
+
+    Source: official code, `get_parameter_groups`, `get_num_layer_for_vit` (golden optim_schedule.json).
     """
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
+    scale_of = _layer_scales([name for name, _ in model.named_parameters()], layer_decay)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_plain = parameter.ndim == 1 or name.endswith(".bias") or name.endswith(NO_DECAY_NAMES)
-        (no_decay if is_plain else decay).append(parameter)
+        key = (scale_of[name], 0.0 if is_plain else weight_decay)
+        groups.setdefault(key, []).append(parameter)
+    order = sorted(groups, key=lambda key: (-key[0], key[1]))
+    return [{"params": groups[scale, decay], "weight_decay": decay, "lr_scale": scale} for scale, decay in order]
+
+
+def _layer_scales(names: Sequence[str], layer_decay: float) -> dict[str, float]:
+    """Return each parameter's share of the learning rate."""
+    if layer_decay == 1:
+        return dict.fromkeys(names, 1.0)
+    blocks = {name: re.match(r"(?:model\.)?blocks\.(\d+)\.", name) for name in names}
+    depth = 1 + max((int(match[1]) for match in blocks.values() if match), default=-1)
+    if depth == 0:
+        raise ValueError(f"layer_decay={layer_decay} needs a model with blocks.0, such as a classifier")
+
+    def layer_of(name: str) -> int:
+        match = blocks[name]
+        if match:
+            return int(match[1]) + 1
+        return 0 if name.removeprefix("model.").startswith("patch_embed.") else depth + 1
+
+    return {name: layer_decay ** (depth + 1 - layer_of(name)) for name in names}
+
+
+def describe_groups(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Return what each group comes to, for a log: lr_scale, weight_decay, num_tensors, num_parameters.
+
+    Of groups as `parameter_groups` returns them, or of a bare optimiser's; ZeRO flattens a group to few tensors.
+    """
     return [
-        {"params": no_decay, "weight_decay": 0.0},
-        {"params": decay, "weight_decay": weight_decay},
+        {
+            "lr_scale": float(group.get("lr_scale", 1.0)),
+            "weight_decay": float(group["weight_decay"]),
+            "num_tensors": len(group["params"]),
+            "num_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in group["params"]),
+        }
+        for group in groups
     ]
 
 
-def make_optimizer(groups: list[dict[str, object]], config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
+def require_scaled_rates(groups: Sequence[Mapping[str, Any]], rate: float) -> None:
+    """Check that every group of an optimiser learns at the schedule's rate times its own scale.
+
+    Raises:
+        ValueError: One does not; names the group.
+    """
+    for number, group in enumerate(groups):
+        expected = rate * group.get("lr_scale", 1.0)
+        if not math.isclose(group["lr"], expected, rel_tol=RATE_RTOL):
+            raise ValueError(f"parameter group {number} has learning rate {group['lr']}, expected {expected}")
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
     """Return torch's AdamW, fused on a GPU; DeepSpeed compiles nothing for it."""
     return torch.optim.AdamW(
         groups,

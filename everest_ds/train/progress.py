@@ -37,10 +37,10 @@ class Window:
 
 
 def measure(
-    window: Window, taken: int, loss: float, rate: float, config: Config, schedule: Schedule, cost: ClipCost,
+    window: Window, taken: int, loss: float, rates: list[float], config: Config, schedule: Schedule, cost: ClipCost,
     world_size: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the values of a line of metrics, units in their names."""
+    """Return the values of a line of metrics, units in their names; rates are those of the parameter groups."""
     device = window.loss_sum.device
     seconds = (time.perf_counter() - window.started) / window.steps
     clips_per_s = config.batch.global_size / seconds
@@ -51,7 +51,8 @@ def measure(
         "samples": taken * config.batch.global_size,
         "loss": loss,
         "grad_norm": None if window.grad_norm is None else float(window.grad_norm),
-        "lr": rate,
+        "lr": max(rates),
+        **({"lr_min": min(rates)} if min(rates) < max(rates) else {}),
         "weight_decay": config.optim.weight_decay,
         "clips_per_s": round(clips_per_s, 3),
         "tokens_per_s": round(clips_per_s * cost.tokens, 1),

@@ -20,7 +20,8 @@ from everest_ds import __version__, distributed
 from everest_ds.config import Config
 from everest_ds.config_file import dump_config, load_config
 from everest_ds.errors import UserError
-from everest_ds.train.checkpoint import folder_of, list_checkpoints, read_latest
+from everest_ds.train.checkpoint import list_checkpoints
+from everest_ds.train.pointers import folder_of, read_latest
 from everest_ds.train.seal import SEAL, is_sealed
 
 # A network file system may show a new file to other nodes only after a while (NFS: up to a minute by default).
@@ -33,6 +34,7 @@ FREE_ON_RESUME = frozenset(
         "data.max_bad_share",
         "data.num_workers",
         "data.prefetch_batches",
+        "data.test_list",
         "data.timeout_s",
         "model.activation_checkpointing",
         "model.attention",
@@ -43,6 +45,9 @@ FREE_ON_RESUME = frozenset(
         "run.max_steps",
         "run.save_every_epochs",
         "run.save_every_steps",
+        "run.validate_every_epochs",
+        "views.num_spatial",
+        "views.num_temporal",
     }
 )
 
@@ -126,6 +131,11 @@ def _is_used(run_dir: Path) -> bool:
 
 def _require_same_run(run_dir: Path, config: Config) -> None:
     stored, given = (_flatten(asdict(item)) for item in (load_config(run_dir / "config.json"), config))
+    if stored["task"] != given["task"]:
+        raise UserError(
+            f"{run_dir} holds another run: its task is {stored['task']}, this one's {given['task']}; use "
+            "another --out"
+        )
     changed = [key for key in stored if stored[key] != given[key] and key not in FREE_ON_RESUME]
     if changed:
         shown = ", ".join(f"{key} was {stored[key]!r} and is now {given[key]!r}" for key in changed[:4])

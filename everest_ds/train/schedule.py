@@ -32,10 +32,11 @@ class Schedule:
         Raises:
             UserError: The list is shorter than one global batch.
         """
-        steps_per_epoch = num_samples // config.batch.global_size
+        steps_per_epoch = num_samples * config.clips_per_video // config.batch.global_size
         if steps_per_epoch == 0:
+            repeated = f" times data.repeats={config.clips_per_video}" if config.clips_per_video > 1 else ""
             raise UserError(
-                f"the training list has {num_samples} videos, fewer than batch.global_size="
+                f"the training list has {num_samples} videos{repeated}, fewer than batch.global_size="
                 f"{config.batch.global_size}; lower the batch or extend the list"
             )
         end_step = config.optim.epochs * steps_per_epoch
@@ -50,3 +51,7 @@ class Schedule:
         if run.save_every_steps is not None and taken % run.save_every_steps == 0:
             return True
         return taken % (run.save_every_epochs * self.steps_per_epoch) == 0
+
+    def validates_after(self, taken: int, every_epochs: int) -> bool:
+        """Return whether a scoring is due once this many steps are taken."""
+        return taken == self.end_step or taken % (every_epochs * self.steps_per_epoch) == 0

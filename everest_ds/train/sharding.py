@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from everest_ds.config import BatchConfig, Config, OptimConfig, PretrainConfig, RunConfig
-from everest_ds.train.optim import parameter_groups
-from everest_ds.train.tasks import build_autoencoder
+from everest_ds.config import BatchConfig, Config, FinetuneConfig
+from everest_ds.train.tasks import make_task
 
 FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
 # DeepSpeed's own defaults (runtime/zero/config.py).
 DEFAULT_REUSE = 1_000_000_000
 DEFAULT_PERSISTENCE = 100_000
+# Of Kinetics-400, where a fine-tuning does not know its classes yet.
+ASSUMED_CLASSES = 400
 # Flat buffers are padded to this many elements times the processes (nccl_start_alignment_factor).
 ALIGNMENT = 2
 # Options that the arithmetic below follows, and those that do not change how much is held.
@@ -36,12 +37,14 @@ class ParameterCounts:
     """Elements of the model.
 
     Attributes:
-        groups: Elements of each parameter, by optimiser group.
+        groups: Elements of each trained parameter, by optimiser group.
         buffers: Elements of the buffers (position tables).
+        frozen: Elements of each parameter that is not trained: no gradient, no optimiser states.
     """
 
     groups: tuple[tuple[int, ...], ...]
     buffers: int
+    frozen: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
@@ -51,6 +54,11 @@ class ParameterCounts:
     @property
     def all(self) -> list[int]:
         """Elements of every parameter."""
+        return [*self.trained, *self.frozen]
+
+    @property
+    def trained(self) -> list[int]:
+        """Elements of every trained parameter."""
         return [count for group in self.groups for count in group]
 
     def aligned(self, world_size: int) -> list[int]:
@@ -141,20 +149,33 @@ def _offloads(options: dict[str, Any], name: str) -> bool:
 
 
 def count_parameters(config: Config) -> ParameterCounts:
-    """Count the model that a configuration describes, built on the meta device."""
-    model = replace(config.model, activation_checkpointing=False, attention="sdpa")
-    return _count(replace(config, model=model, batch=BatchConfig(), run=RunConfig(), optim=OptimConfig()))
+    """Count the model that a configuration describes, built on the meta device.
+
+    A fine-tuning whose classes are not known yet, as in a recipe, is counted with `ASSUMED_CLASSES`.
+    """
+    plain: dict[str, Any] = {"batch": BatchConfig(), "run": type(config.run)()}
+    plain["model"] = replace(config.model, activation_checkpointing=False, attention="sdpa")
+    plain["optim"] = type(config.optim)()
+    if isinstance(config, FinetuneConfig):
+        plain["optim"] = replace(plain["optim"], layer_decay=config.optim.layer_decay)
+        plain["data"] = replace(config.data, num_classes=num_classes(config))
+    return _count(replace(config, **plain))
+
+
+def num_classes(config: FinetuneConfig) -> int:
+    """Return the classes of a fine-tuning, or `ASSUMED_CLASSES` where they are not known yet."""
+    return config.data.num_classes or ASSUMED_CLASSES
 
 
 @lru_cache(maxsize=8)
 def _count(config: Config) -> ParameterCounts:
-    assert isinstance(config, PretrainConfig)
     with torch.device("meta"):
-        model = build_autoencoder(config)
-    groups = [group["params"] for group in parameter_groups(model, config.optim.weight_decay)]
+        task = make_task(config)
+    groups = [group["params"] for group in task.parameter_groups()]
     return ParameterCounts(
-        groups=tuple(tuple(p.numel() for p in group) for group in groups),  # type: ignore[attr-defined]
-        buffers=sum(buffer.numel() for buffer in model.buffers()),
+        groups=tuple(tuple(p.numel() for p in group) for group in groups),
+        buffers=sum(buffer.numel() for buffer in task.buffers()),
+        frozen=tuple(p.numel() for p in task.parameters() if not p.requires_grad),
     )
 
 
@@ -171,10 +192,11 @@ def bytes_sent(counts: ParameterCounts, sharding: Sharding) -> int:
     DeepSpeed's calls: stages 0 and 1 all-reduce once a step; stage 2 all-reduces in every micro-step (it does not
     scatter); stages 1 and 2 gather the parameters after the step; stage 3 reduce-scatters in every micro-step and
     gathers the parameters once in it, or twice where they are released between forward and backward. Checkpointing
-    adds no gather.
+    adds no gather, and frozen parameters are not gathered for backward or after a step.
     """
     world, steps, total = sharding.world_size, sharding.accumulation_steps, counts.total
-    gradients, parameters = total * sharding.communication_bytes, total * sharding.model_bytes
+    trained = sum(counts.trained)
+    gradients, parameters = trained * sharding.communication_bytes, trained * sharding.model_bytes
     if sharding.stage == 0:
         moved = 2 * gradients
     elif sharding.stage < 3:
@@ -182,6 +204,6 @@ def bytes_sent(counts: ParameterCounts, sharding: Sharding) -> int:
     else:
         persistent = persistent_elements(counts, sharding) * sharding.model_bytes
         reuse = int(sharding.options.get("stage3_max_reuse_distance", DEFAULT_REUSE))
-        gathers = 1 if 2 * total <= reuse else 2
-        moved = steps * (gathers * (parameters - persistent) + gradients) + persistent
+        gathers = 1 if counts.frozen or 2 * total <= reuse else 2
+        moved = steps * (gathers * (total * sharding.model_bytes - persistent) + gradients) + persistent
     return moved * (world - 1) // world

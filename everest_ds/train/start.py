@@ -15,7 +15,7 @@ from everest_ds.train.checkpoint import (
     read_state,
     require_same_start,
 )
-from everest_ds.train.consolidated import load_initial_weights
+from everest_ds.train.consolidated import load_initial_weights, restore_frozen_weights
 from everest_ds.train.reshard import load_resharded, needs_resharding, universal_copy
 from everest_ds.train.run_dir import Resume
 from everest_ds.train.tasks import Task
@@ -61,6 +61,7 @@ class Start:
             yield lambda engine: None
         elif self.reshards:
             num_updates = self.was.step - self.was.num_skipped
+            restore_frozen_weights(task, self.checkpoint)
             with universal_copy(self.checkpoint, world) as copy:
                 yield lambda engine: load_resharded(engine, copy, num_updates)
         else:

@@ -12,6 +12,8 @@ counts them again. Beyond the textbook's 16 bytes a parameter (bf16):
 * Stage 3 keeps every gathered parameter until backward is through, where max_reuse_distance is as large as in
   ds_configs/zero3.json: the whole model in bf16. It also keeps small parameters whole (persistence threshold), and
   copies its gradient partition for the step.
+* Frozen parameters are counted as gathered, though ZeRO-3 lets go of them between modules: they are not needed in
+  backward (measured 3 % of the estimate; so it is on the safe side).
 * Offload keeps a second, float32 gradient partition in host memory.
 """
 
@@ -69,13 +71,12 @@ def model_states(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
 
 def _plain(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
     """Stage 0: torch's AdamW in float32, `FP16_UnfusedOptimizer` in bf16."""
-    total, model = counts.total, sharding.model_bytes
-    reduced = (
-        min(total, DEFAULT_BUCKET + max(counts.all)) * model
-    )  # gradients are copied into buckets to reduce them
+    total, model = sum(counts.trained), sharding.model_bytes
+    # Gradients are copied into buckets to reduce them.
+    reduced = min(total, DEFAULT_BUCKET + max(counts.trained)) * model
     in_float32 = model == FLOAT32_BYTES
     return ModelStates(
-        parameters=total * model,
+        parameters=counts.total * model,
         gradients=total * model,
         optimizer=total * (ADAM_BYTES if in_float32 else MASTER_BYTES + ADAM_BYTES),
         step=reduced if in_float32 else max(reduced, total * FLOAT32_BYTES),
@@ -87,8 +88,8 @@ def _bf16_optimizer(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
     flat = sum(counts.aligned(sharding.world_size))
     cast = sharding.communication_bytes if sharding.communication_bytes != FLOAT32_BYTES else 0
     return ModelStates(
-        parameters=flat * sharding.model_bytes,
-        gradients=flat * FLOAT32_BYTES + counts.total * sharding.model_bytes,
+        parameters=(flat + sum(counts.frozen)) * sharding.model_bytes,
+        gradients=flat * FLOAT32_BYTES + sum(counts.trained) * sharding.model_bytes,
         optimizer=flat // sharding.world_size * (MASTER_BYTES + ADAM_BYTES),
         step=flat * (FLOAT32_BYTES + cast),
     )
@@ -107,12 +108,12 @@ def _stages_1_and_2(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
         gradients = counts.touching(world) * model
         step = max(aligned) // world * (model + (FLOAT32_BYTES if model != FLOAT32_BYTES else 0))
         if sharding.stage == 1 and sharding.accumulation_steps > 1:
-            gradients = counts.total * model  # not reduced before the last micro-step
+            gradients = sum(counts.trained) * model  # not reduced before the last micro-step
     buffers = 2 if options.get("overlap_comm") else 1
     bucket = int(options.get("reduce_bucket_size", DEFAULT_BUCKET))
     contiguous = options.get("contiguous_gradients", True)
     return ModelStates(
-        parameters=sum(aligned) * model,
+        parameters=(sum(aligned) + sum(counts.frozen)) * model,
         gradients=gradients,
         optimizer=partition * (MASTER_BYTES + ADAM_BYTES),
         buckets=buffers * bucket * model if contiguous else 0,
@@ -125,14 +126,17 @@ def _stage_3(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
     world, model, options = sharding.world_size, sharding.model_bytes, sharding.options
     groups = counts.partitioned(world)
     partition, total = sum(groups), counts.total
+    frozen = sum(-(-count // world) for count in counts.frozen)
     persistent = persistent_elements(counts, sharding)
     bucket = int(options.get("reduce_bucket_size", DEFAULT_BUCKET))
     kept = max(
         int(options.get("stage3_max_live_parameters", DEFAULT_LIVE)),
         int(options.get("stage3_max_reuse_distance", DEFAULT_REUSE)) // 2,  # there in forward, and back in backward
     )
-    sub_group = min(max(groups), int(options.get("sub_group_size", DEFAULT_SUB_GROUP)) + max(counts.all) // world)
-    shards, gradients = partition * model, partition * sharding.accumulation_bytes
+    sub_group = min(
+        max(groups), int(options.get("sub_group_size", DEFAULT_SUB_GROUP)) + max(counts.trained) // world
+    )
+    shards, gradients = (partition + frozen) * model, partition * sharding.accumulation_bytes
     optimizer, host, step = partition * (MASTER_BYTES + ADAM_BYTES), 0, sub_group * FLOAT32_BYTES
     if sharding.offloads_optimizer:
         host += gradients + optimizer + partition * FLOAT32_BYTES
@@ -140,7 +144,9 @@ def _stage_3(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
     if sharding.offloads_parameters:
         host += shards
         shards = 0
-    reduced = min(bucket, total) * sharding.communication_bytes  # rearranged by rank, and this rank's share
+    reduced = (
+        min(bucket, sum(counts.trained)) * sharding.communication_bytes
+    )  # rearranged by rank, and this rank's share
     return ModelStates(
         parameters=shards + persistent * model,
         gradients=gradients,

@@ -7,16 +7,21 @@ tokens of a clip.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from everest_ds.config import Config, PretrainConfig
+from everest_ds.config import Config, FinetuneConfig, PretrainConfig
+from everest_ds.data.augment import PairMixer
+from everest_ds.data.cuts import FinetuneCut, PretrainCut
 from everest_ds.data.dataset import ClipBatch, ClipDataset
 from everest_ds.data.index import VideoRow
 from everest_ds.model.autoencoder import EverestAutoencoder
+from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
-from everest_ds.model.flops import autoencoder_macs
+from everest_ds.model.flops import autoencoder_macs, classifier_macs
 from everest_ds.model.sizes import get_size
 from everest_ds.train.optim import parameter_groups
 
@@ -41,11 +46,11 @@ class Task(nn.Module, ABC):
     DeepSpeed wraps this module, so its parameters carry the prefix ``model.`` in checkpoints.
     """
 
-    model: EverestAutoencoder
+    model: EverestAutoencoder | EverestClassifier
     config: Config
 
     @abstractmethod
-    def parameter_groups(self) -> list[dict[str, object]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimiser's groups."""
 
     @abstractmethod
@@ -64,6 +69,7 @@ class Task(nn.Module, ABC):
 class PretrainTask(Task):
     """Masked reconstruction."""
 
+    model: EverestAutoencoder
     config: PretrainConfig
 
     def __init__(self, config: PretrainConfig) -> None:
@@ -82,7 +88,7 @@ class PretrainTask(Task):
         )
         return output.loss
 
-    def parameter_groups(self) -> list[dict[str, object]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimiser's groups: parameters with and without weight decay."""
         return parameter_groups(self, self.config.optim.weight_decay)
 
@@ -96,7 +102,7 @@ class PretrainTask(Task):
     def make_dataset(self, rows: Sequence[VideoRow]) -> ClipDataset:
         """Return the training clips, each with its selection noise."""
         config = self.config
-        return ClipDataset(rows, config.data, seed=config.run.seed, noise_length=config.num_selected)
+        return ClipDataset(rows, PretrainCut(config.data), seed=config.run.seed, noise_length=config.num_selected)
 
     def clip_cost(self) -> ClipCost:
         """Return what one clip of the recipe costs; counted with SDPA, the one backend that needs no device."""
@@ -110,10 +116,87 @@ class PretrainTask(Task):
         return ClipCost(tokens=config.num_visible, train_flops=2 * (counts.embedding_all + 3 * with_gradient))
 
 
+class FinetuneTask(Task):
+    """Classification by label."""
+
+    model: EverestClassifier
+    config: FinetuneConfig
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = build_classifier(config)
+        if config.model.freeze_encoder:
+            self.model.freeze_encoder()
+
+    def forward(self, clips_BCTHW: Tensor, target: Tensor | None = None, noise_BL: Tensor | None = None) -> Tensor:
+        """Return the loss of a micro-batch, or its logits (B, K) in float32 where there is no target.
+
+        Args:
+            clips_BCTHW: uint8.
+            target: Labels (B,), int64, or shares of the classes (B, K) that sum to 1.
+            noise_BL: Uniform draws for drop path.
+        """
+        logits_BK = self.model(clips_BCTHW, noise_BL).float()
+        if target is None:
+            return logits_BK
+        return F.cross_entropy(logits_BK, target, label_smoothing=self.config.optim.label_smoothing)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the optimiser's groups: by layer, with and without weight decay; frozen parameters in none."""
+        optim = self.config.optim
+        return parameter_groups(self, optim.weight_decay, optim.layer_decay)
+
+    def inputs(self, batch: ClipBatch, device: torch.device) -> tuple[Tensor, ...]:
+        """Move what `forward` takes to the device, clips as bytes."""
+        target = batch.label_B if batch.target_BK is None else batch.target_BK
+        return tuple(part.to(device, non_blocking=True) for part in (batch.clips_BCTHW, target, batch.noise_BS))
+
+    def make_dataset(self, rows: Sequence[VideoRow]) -> ClipDataset:
+        """Return the training clips, each with its draws for drop path."""
+        config, seed = self.config, self.config.run.seed
+        mixer = PairMixer.of(config.data, seed=seed, num_classes=self.model.num_classes)
+        return ClipDataset(
+            rows, FinetuneCut(config.data), seed=seed, noise_length=self.model.num_noise, mixer=mixer
+        )
+
+    def clip_cost(self) -> ClipCost:
+        """Return what one clip costs; counted with SDPA. A frozen encoder goes forward only."""
+        config = replace(self.config, model=replace(self.config.model, attention="sdpa"))
+        with torch.device("meta"):
+            model = build_classifier(config).eval()  # no draws for drop path
+        counts = classifier_macs(model, config.grid)
+        passes = 1 if config.model.freeze_encoder else 3
+        ranking = counts.embedding_all if counts.ranks else 0
+        operations = ranking + passes * (counts.embedding_chosen + counts.rest)
+        return ClipCost(tokens=config.num_kept, train_flops=2 * operations)
+
+
 def make_task(config: Config) -> Task:
     """Return the task that a configuration is of, its model freshly initialised from torch's global generator."""
+    if isinstance(config, FinetuneConfig):
+        return FinetuneTask(config)
     assert isinstance(config, PretrainConfig)
     return PretrainTask(config)
+
+
+def build_classifier(config: FinetuneConfig) -> EverestClassifier:
+    """Return the classifier that a configuration describes, freshly initialised from torch's global generator.
+
+    Raises:
+        ValueError: The number of classes is not resolved yet.
+    """
+    if config.data.num_classes is None:
+        raise ValueError("data.num_classes is not resolved; it comes from the training list")
+    return EverestClassifier(
+        get_size(config.model.size),
+        config.position_grid,
+        encoder_options(config),
+        num_classes=config.data.num_classes,
+        keep_ratio=config.selection.keep_ratio,
+        head_init_scale=config.model.head_init_scale,
+        drop_path=config.model.drop_path,
+    )
 
 
 def build_autoencoder(config: PretrainConfig) -> EverestAutoencoder:

@@ -19,11 +19,20 @@ from unittest import mock
 import torch
 
 from everest_ds import distributed
-from everest_ds.config import BatchConfig, PretrainConfig, PretrainDataConfig, PretrainModelConfig
+from everest_ds.config import (
+    BatchConfig,
+    Config,
+    FinetuneConfig,
+    FinetuneDataConfig,
+    FinetuneModelConfig,
+    PretrainConfig,
+    PretrainDataConfig,
+    PretrainModelConfig,
+)
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
 from everest_ds.train.memory import estimate_memory
-from everest_ds.train.tasks import PretrainTask
+from everest_ds.train.tasks import make_task
 
 # ViT-S with its decoder over small clips: 24 M parameters, and activations that do not count.
 ACCUMULATION = 2
@@ -32,6 +41,14 @@ CONFIG = replace(
     data=PretrainDataConfig(image_size=64, num_frames=4),
     model=PretrainModelConfig(size="small"),
 )
+SMALL_CLIPS = {"image_size": 64, "num_frames": 4}
+FINETUNE = replace(get_recipe("k400_vit_s_ft"), data=FinetuneDataConfig(num_classes=400, **SMALL_CLIPS))
+# What a case trains besides PRECISION: the autoencoder, a classifier with layer decay, or its head alone.
+CONFIGS = {
+    "pretrain": CONFIG,
+    "finetune": FINETUNE,
+    "probe": replace(FINETUNE, model=FinetuneModelConfig(size="small", drop_path=0.0, freeze_encoder=True)),
+}
 BUCKET = 5_000_000
 
 
@@ -85,16 +102,25 @@ def watch_step(engine: Any, look: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def run_case(config: PretrainConfig, ds_config: dict[str, Any], device: torch.device) -> dict[str, int]:
+def others(config: Config) -> tuple[torch.Tensor, ...]:
+    """What a task takes besides one clip: noise, or a label and noise."""
+    if isinstance(config, FinetuneConfig):
+        values = 2 * 12 if config.model.drop_path else 0
+        return torch.zeros(1, dtype=torch.int64), torch.rand(1, values)
+    assert isinstance(config, PretrainConfig)
+    return (torch.rand(1, config.num_selected),)
+
+
+def run_case(config: Config, ds_config: dict[str, Any], device: torch.device) -> dict[str, int]:
     """Take a step, go through a second one up to its update, and return what was held on the way."""
     before = set(storages())
     torch.manual_seed(0)
-    engine = engines.build_engine(PretrainTask(config), config, ds_config, device)
+    engine = engines.build_engine(make_task(config), config, ds_config, device)
     engine.train()
     edge = config.data.image_size
     clips = torch.randint(0, 256, (1, 3, config.data.num_frames, edge, edge), dtype=torch.uint8)
-    noise = torch.rand(1, config.num_selected)
-    before |= {clips.untyped_storage().data_ptr(), noise.untyped_storage().data_ptr()}
+    inputs = (clips, *others(config))
+    before |= {tensor.untyped_storage().data_ptr() for tensor in inputs}
 
     def held() -> int:
         apart = before | buckets(engine.optimizer)
@@ -106,7 +132,7 @@ def run_case(config: PretrainConfig, ds_config: dict[str, Any], device: torch.de
         seen[moment] = max(seen[moment], held())
 
     def micro_step(note: Callable[[str], None]) -> None:
-        loss = engine(clips, noise)
+        loss = engine(*inputs)
         note("forward")
         engine.backward(loss)
         del loss
@@ -123,12 +149,13 @@ def run_case(config: PretrainConfig, ds_config: dict[str, Any], device: torch.de
 
 
 def main(folder: Path, cases: list[str]) -> None:
-    """Run each case, FILE:PRECISION."""
+    """Run each case, FILE:PRECISION or FILE:PRECISION:CONFIG."""
     world = distributed.World.from_environment()
     device = distributed.start(world)
-    config = replace(CONFIG, batch=BatchConfig(global_size=world.size * ACCUMULATION, micro_size=1))
     for case in cases:
-        name, precision = case.split(":")
+        name, precision, *kind = case.split(":")
+        batch = BatchConfig(global_size=world.size * ACCUMULATION, micro_size=1)
+        config = replace(CONFIGS[kind[0] if kind else "pretrain"], batch=batch)
         systems = engines.load_systems(folder / f"{name}.json")
         if "reduce_bucket_size" in systems["zero_optimization"]:
             systems["zero_optimization"]["reduce_bucket_size"] = BUCKET

@@ -30,6 +30,76 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(captured.err.split())
 
 
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        (["--selection.keep-ratio", "0"], ["selection.keep_ratio=0.0", "(0, 1]"]),
+        (["--selection.keep-ratio", "0.001"], ["keep_ratio=0.001 of 288 tokens keeps none", "0.003472"]),
+        (["--model.drop-path", "1"], ["model.drop_path=1.0", "[0, 1)"]),
+        (["--model.freeze-encoder", "--model.drop-path", "0.1"], ["freeze_encoder", "set model.drop_path=0"]),
+        (["--optim.layer-decay", "0"], ["optim.layer_decay=0.0", "(0, 1]"]),
+        (["--optim.label-smoothing", "1"], ["optim.label_smoothing=1.0", "[0, 1)"]),
+        (["--optim.ema-decay", "1"], ["optim.ema_decay=1.0", "(0, 1)"]),
+        (["--data.mixup-alpha", "1", "--batch.micro-size", "1"], ["micro_size=1 must be even", "pairs"]),
+        (["--data.repeats", "3"], ["global_size=32 must be a multiple of data.repeats=3"]),
+        (["--data.crop-area", "0.5", "0.2"], ["data.crop_area=(0.5, 0.2)", "smaller first"]),
+        (["--data.erase-prob", "2"], ["data.erase_prob=2.0", "[0, 1]"]),
+        (["--data.rand-augment", "rand-x9"], ["data.rand_augment", "rand-x9"]),
+        (["--data.num-classes", "1"], ["data.num_classes=1", "at least 2"]),
+        (["--data.num-classes", "5"], ["data.num_classes=5", "names 8 classes"]),
+        (["--data.class-names", "absent.txt"], ["absent.txt", "No such file"]),
+        (["--data.val-list", "absent.csv"], ["absent.csv", "No such file"]),
+        (["--views.num-temporal", "0"], ["views.num_temporal=0", "at least 1"]),
+        (["--run.validate-every-epochs", "0"], ["run.validate_every_epochs=0", "at least 1"]),
+    ],
+)
+def test_bad_fine_tuning_is_refused_before_it_starts(
+    flags: list[str],
+    messages: list[str],
+    train_list: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    said = refused(["finetune", "demo_ft", "--data.train-list", train_list, "--out", str(out), *flags], capsys)
+    assert all(message in said for message in messages), said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "messages"),
+    [
+        ("a.mp4 0\nb.mp4 -1\n", None, ["train.csv, line 2", "label -1", "0 to 0"]),
+        ("a.mp4 0\nb.mp4 1\n", "a.mp4 2\n", ["val.csv, line 1", "label 2", "0 to 1"]),
+        ("a.mp4 0\nb.mp4 2\n", "a.mp4 0\nb.mp4 1\n", ["val.csv, line 2", "class 1", "no video of class 1"]),
+        ("a.mp4 0\nb.mp4 0\n", None, ["one class only"]),
+    ],
+)
+def test_labels_that_do_not_fit_are_named(
+    train: str, val: str | None, messages: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(b"not looked into")
+    words = ["finetune", "demo_ft", "--out", str(tmp_path / "run")]
+    for name, text in (("train", train), ("val", val)):
+        if text is not None:
+            (tmp_path / f"{name}.csv").write_text(text)
+            words += [f"--data.{name}-list", str(tmp_path / f"{name}.csv")]
+    said = refused(words, capsys)
+    assert all(message in said for message in messages), said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "recipe", "meant"), [("finetune", "demo", "demo_ft"), ("pretrain", "demo_ft", "demo")]
+)
+def test_recipe_of_the_other_task_is_refused(
+    command: str, recipe: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused([command, recipe], capsys)
+    assert f"not for `everest {command}`; did you mean {meant!r}?" in said
+
+
 @pytest.fixture
 def train_list(demo_folder: Path) -> str:
     return str(demo_folder / "train.csv")

@@ -14,29 +14,45 @@ from everest_ds import __version__, cli
 from everest_ds.commands import flops
 from everest_ds.commands.plan import PlanOptions
 from everest_ds.commands.train import LaunchOptions
-from everest_ds.config import PretrainConfig, RunConfig
+from everest_ds.config import Config, FinetuneConfig, PretrainConfig, RunConfig
 from everest_ds.config_file import dump_config
 from everest_ds.data.demo import DemoConfig
 from everest_ds.recipes import RECIPES
 
 # Scripts, notebooks and habits rely on these; changing one is a decision, not an accident.
-COMMANDS = ["doctor", "demo-data", "recipes", "plan", "pretrain", "convert", "benchmark"]
+COMMANDS = [
+    "doctor", "demo-data", "recipes", "plan", "pretrain", "finetune", "evaluate", "predict", "convert", "benchmark",
+]  # fmt: skip
 PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "json"]
 LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "init_allow", "precision"]
-CONFIG_FIELDS = {
-    "data": "train_list num_frames sampling_stride image_size crop_scales flip num_workers prefetch_batches "
-    "timeout_s max_bad_share",
-    "model": "size patch_size tubelet_size embedding_layers decoder_depth attention activation_checkpointing "
-    "position_frames position_size",
+PRETRAIN_FIELDS = {
+    "data": "train_list num_frames sampling_stride image_size flip num_workers prefetch_batches timeout_s "
+    "max_bad_share crop_scales",
+    "model": "size patch_size tubelet_size embedding_layers attention activation_checkpointing position_frames "
+    "position_size decoder_depth",
     "selection": "selected_ratio visible_ratio targets",
     "optim": "base_lr min_lr warmup_lr warmup_epochs epochs weight_decay betas eps max_grad_norm",
     "batch": "global_size micro_size",
     "run": "seed max_steps log_every_steps save_every_epochs save_every_steps keep_checkpoints "
     "keep_every_epochs max_skipped_steps",
 }
+FINETUNE_FIELDS = {
+    "data": "train_list num_frames sampling_stride image_size flip num_workers prefetch_batches timeout_s "
+    "max_bad_share val_list test_list class_names num_classes sampling repeats crop_area crop_aspect rand_augment "
+    "erase_prob mixup_alpha cutmix_alpha",
+    "model": "size patch_size tubelet_size embedding_layers attention activation_checkpointing position_frames "
+    "position_size drop_path head_init_scale freeze_encoder",
+    "selection": "keep_ratio",
+    "optim": f"{PRETRAIN_FIELDS['optim']} layer_decay label_smoothing ema_decay",
+    "batch": PRETRAIN_FIELDS["batch"],
+    "run": f"{PRETRAIN_FIELDS['run']} validate_every_epochs",
+    "views": "num_temporal num_spatial",
+}
+FIELDS = {"pretrain": PRETRAIN_FIELDS, "finetune": FINETUNE_FIELDS}
 ALL_RECIPES = [
     "k400_vit_s", "k400_vit_b", "k400_vit_l", "k400_vit_h", "ssv2_vit_b", "ucf101_vit_b", "hmdb51_vit_b",
-    "oscc_vit_b", "demo",
+    "oscc_vit_b", "demo", "k400_vit_s_ft", "k400_vit_b_ft", "k400_vit_l_ft", "k400_vit_h_ft", "ssv2_vit_b_ft",
+    "ucf101_vit_b_ft", "hmdb51_vit_b_ft", "oscc_vit_b_ft", "demo_ft",
 ]  # fmt: skip
 
 
@@ -44,24 +60,33 @@ def test_command_line_is_frozen() -> None:
     assert list(cli.COMMANDS) == COMMANDS
     assert [f.name for f in dataclasses.fields(LaunchOptions)] == LAUNCH_OPTIONS
     assert [f.name for f in dataclasses.fields(PlanOptions)] == PLAN_OPTIONS
-    assert list(RECIPES) == ALL_RECIPES
-    config = PretrainConfig(recipe="demo")
-    sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "recipe"}
-    found = {name: " ".join(f.name for f in dataclasses.fields(value)) for name, value in sections.items()}
-    assert found == CONFIG_FIELDS
+    assert sorted(RECIPES) == sorted(ALL_RECIPES)
 
 
-def test_every_field_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("config", [PretrainConfig(recipe="demo"), FinetuneConfig(recipe="demo_ft")])
+def test_configuration_is_frozen(config: Config) -> None:
+    sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    found = {
+        name: " ".join(f.name for f in dataclasses.fields(value))
+        for name, value in sections.items()
+        if name not in ("recipe", "task")
+    }
+    assert found == FIELDS[config.task]
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_every_field_is_a_flag_with_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["pretrain", "--help"])
+        cli.main([command, "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for section, names in CONFIG_FIELDS.items():
+    for section, names in FIELDS[command].items():
         for name in names.split():
             assert f"--{section}.{name.replace('_', '-')}" in shown
     for option in LAUNCH_OPTIONS:
         assert f"--{option.replace('_', '-')}" in shown
     assert "--recipe" not in shown
+    assert "--task" not in shown
 
 
 def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +183,7 @@ def test_recipes_command_lists_and_resolves(capsys: pytest.CaptureFixture[str]) 
     assert [line.split()[0] for line in listed.splitlines()] == ALL_RECIPES
     assert cli.main(["recipes", "k400_vit_l", "--gpus", "4"]) == 0
     shown = capsys.readouterr().out
-    assert "8 x 14 x 14 = 1568; selected 470, visible 156, targets 314" in shown
+    assert "8 x 14 x 14 = 1568 tokens a clip, 470 selected, 156 visible, 314 targets" in shown
     assert "512 = 64 a process x 4 processes x 2 accumulation steps" in shown
     assert '"gradient_accumulation_steps": 2' in shown
 

@@ -14,6 +14,7 @@ from tests.integration.launch import cpu_environment, free_port
 
 # Measured over all ways of sharding, precisions and ranks: at most 0.31 % (float32 at stage 2, where the two ranks
 # hold whole gradients of different parameters and the estimate is for the one that holds more), else 0.006 %.
+# Fine-tuning with layer decay 0.003 %, a frozen encoder 0.00007 %.
 STATES_RTOL = 0.01
 # What forward adds at stage 3 is the gathered parameters and the activations of one small clip, which are not
 # estimated here: measured 1.7 % in bf16, 1.6 % in float32.
@@ -24,6 +25,8 @@ COPIED_BETWEEN_LOOKS = ("zero1:fp32", "zero2:fp32")
 
 NAMES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 DEFAULT_CASES = ["zero2:bf16", "zero3:bf16"]
+FINETUNE_CASES = ["zero1:bf16:finetune", "zero3:bf16:finetune"]
+FINETUNE_CASES += [f"zero{stage}:bf16:probe" for stage in range(4)]
 OTHER_CASES = [case for name in NAMES for case in (f"{name}:bf16", f"{name}:fp32") if case not in DEFAULT_CASES]
 
 
@@ -43,7 +46,12 @@ def scan(cases: list[str]) -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(
-    "cases", [DEFAULT_CASES, pytest.param(OTHER_CASES, marks=pytest.mark.slow)], ids=["default", "others"]
+    "cases",
+    [
+        pytest.param(DEFAULT_CASES, id="default"),
+        pytest.param(OTHER_CASES, marks=pytest.mark.slow, id="others"),
+        pytest.param(FINETUNE_CASES, marks=pytest.mark.slow, id="fine-tuning"),
+    ],
 )
 def test_model_states_are_what_deepspeed_holds_on_each_rank(cases: list[str]) -> None:
     seen = scan(cases)
@@ -57,8 +65,8 @@ def test_model_states_are_what_deepspeed_holds_on_each_rank(cases: list[str]) ->
             print(f"  in the step: held {measured['step']}, estimated {expected['step']}")
             assert expected["states"] == pytest.approx(measured["states"], rel=STATES_RTOL), (case, line["rank"])
             assert measured["step"] <= expected["step"] * (1 + STATES_RTOL)
-            if case not in COPIED_BETWEEN_LOOKS:
+            if case not in COPIED_BETWEEN_LOOKS and not case.endswith("probe"):  # whose gradients are too small
                 assert expected["step"] == pytest.approx(measured["step"], rel=STATES_RTOL), (case, line["rank"])
-            if case.startswith("zero3"):
+            if case.startswith("zero3") and case not in FINETUNE_CASES:  # whose activations are more
                 gathered = measured["forward"] - measured["states"]
                 assert expected["gathered"] == pytest.approx(gathered, rel=GATHERED_RTOL), (case, line["rank"])

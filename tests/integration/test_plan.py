@@ -12,7 +12,7 @@ import pytest
 from everest_ds import cli
 from everest_ds.commands.plan import config_flags
 from everest_ds.commands.train import LaunchOptions
-from everest_ds.config import BatchConfig, PretrainConfig, PretrainDataConfig, RunConfig
+from everest_ds.config import BatchConfig, FinetuneConfig, PretrainConfig, PretrainDataConfig, RunConfig
 from everest_ds.config_file import dump_config
 from everest_ds.recipes import get_recipe
 from tests.conftest import REPOSITORY
@@ -54,6 +54,35 @@ def test_plan_prints_a_fitting_setting_and_a_command_that_runs_it(
     assert config.model.activation_checkpointing == chosen["activation_checkpointing"]
     assert options.ds_config == Path(chosen["ds_config"])
     assert options.ds_config.is_file()
+
+
+def test_plan_of_a_fine_tuning_prints_a_command_that_runs_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    words = "plan k400_vit_l_ft --gpus 8 --gpu-memory-gib 80 --optim.ema-decay 0.999"
+    assert cli.main(words.split()) == 0
+    shown = capsys.readouterr().out
+    assert all(len(line) <= 125 or line.startswith("deepspeed") for line in shown.splitlines())
+    assert "304.3 M parameters, 400 classes assumed; 1568 tokens a clip, 940 kept" in shown
+    assert "total = params + grads + optim + ema + input" in shown
+    (command,) = (line for line in shown.splitlines() if line.startswith("deepspeed"))
+    found = plan_json(words, capsys)
+    seen: list[tuple[FinetuneConfig, LaunchOptions]] = []
+    monkeypatch.setattr(
+        "everest_ds.commands.train.train", lambda config, options, world: seen.append((config, options)) or 0
+    )
+    assert cli.main(shlex.split(command.split("everest_ds ", 1)[1])) == 0
+    ((config, options),) = seen
+    assert config.optim.ema_decay == 0.999
+    assert config.batch == BatchConfig(global_size=128, micro_size=found["recommended"]["micro_size"])
+    assert options.init_from == Path("WEIGHTS")
+
+
+def test_plan_says_what_of_a_model_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "plan k400_vit_l_ft --gpus 8 --gpu-memory-gib 8 --model.freeze-encoder --model.drop-path 0"
+    assert cli.main([*words.split(), "--data.num-classes", "400"]) == 0
+    assert "304.3 M parameters (0.41 M trained); 1568 tokens a clip, 940 kept" in capsys.readouterr().out
 
 
 def test_json_has_every_part_of_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from everest_ds import cli
 from everest_ds.commands.train import LaunchOptions
-from everest_ds.config import PretrainConfig
+from everest_ds.config import Config
 from everest_ds.recipes import RECIPES
 from tests.conftest import REPOSITORY
 
@@ -36,12 +36,15 @@ def everest_words(command: str) -> list[str] | None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[PretrainConfig, LaunchOptions]] = []
+    calls: list[tuple[Config, LaunchOptions]] = []
     monkeypatch.setattr(
         "everest_ds.commands.train.train", lambda config, options, world: calls.append((config, options)) or 0
     )
     conversions: list[tuple[object, ...]] = []
     monkeypatch.setattr("everest_ds.commands.convert.convert", lambda *given: conversions.append(given))
+    others: list[tuple[object, ...]] = []
+    for name in ("evaluate", "predict"):
+        monkeypatch.setattr(f"everest_ds.commands.{name}.{name}", lambda *given, **named: others.append(given) or 0)
     monkeypatch.chdir(REPOSITORY)
     words = everest_words(command)
     if words is None:
@@ -49,7 +52,8 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) ->
         assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
         return
     assert cli.main(words) == 0
-    if words[0] == "pretrain":
+    assert bool(others) == (words[0] in ("evaluate", "predict"))
+    if words[0] in ("pretrain", "finetune"):
         ((_, options),) = calls
         assert options.ds_config is None or options.ds_config.is_file()
     assert bool(conversions) == (words[0] == "convert")
@@ -61,7 +65,7 @@ def test_there_are_commands_to_test() -> None:
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_command_in_a_recipes_document_is_understood(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[PretrainConfig] = []
+    calls: list[Config] = []
     monkeypatch.setattr("everest_ds.commands.train.train", lambda config, options, world: calls.append(config) or 0)
     document = (RECIPES[name].__doc__ or "").replace("\\\n", " ")
     (line,) = (line for line in document.splitlines() if "deepspeed" in line)
@@ -87,7 +91,7 @@ def test_files_and_links_exist() -> None:
         assert (REPOSITORY / target).exists(), target
     for name in re.findall(r"^  ([\w/]+)/ ", README, flags=re.MULTILINE):
         assert (REPOSITORY / "everest_ds" / name).is_dir(), name
-    lines = re.findall(r"^  (?:data|model|model/weights|train|commands)/ +(.*)$", README, re.M)
+    lines = re.findall(r"^  (?:cli|config|recipes|data|model|model/weights|train|commands)/ +(.*)$", README, re.M)
     listed = {name for line in lines for name in line.split()}
     found = {path.stem for path in (REPOSITORY / "everest_ds").glob("*/**/*.py")} - {"__init__"}
     assert listed == found

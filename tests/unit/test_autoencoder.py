@@ -195,6 +195,15 @@ def test_classifier_pools_each_clip_over_its_own_tokens() -> None:
         mean_per_clip(torch.zeros(1, 1), empty)
 
 
+@pytest.mark.parametrize("counts", [[900, 900], [900, 100]], ids=["equal", "unequal"])
+def test_mean_of_many_bfloat16_tokens_is_as_exact_as_one(counts: list[int]) -> None:
+    """Summed in bfloat16, 900 tokens around 1 would come to a stop at 256."""
+    index = TokenIndex.of_mask(torch.arange(900) < torch.tensor(counts)[:, None])
+    x_MD = (1 + 0.1 * torch.rand(sum(counts), 3)).to(torch.bfloat16)
+    expected = torch.stack([part.double().mean(dim=0) for part in x_MD.split(counts)])
+    assert torch.equal(mean_per_clip(x_MD, index), expected.to(torch.bfloat16))
+
+
 def test_classifier_keeps_the_share_that_it_was_told() -> None:
     torch.manual_seed(0)
     clips = random_clips(3)

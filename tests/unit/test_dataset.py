@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from everest_ds.config import PretrainDataConfig
+from everest_ds.data.cuts import PretrainCut
 from everest_ds.data.dataset import MAX_REPLACEMENTS, Clip, ClipBatch, ClipDataset, make_loader
 from everest_ds.data.index import VideoRow, read_list
 from everest_ds.data.sampling import GlobalBatchSampler, SampleKey
@@ -16,7 +17,7 @@ CONFIG = PretrainDataConfig(num_frames=8, sampling_stride=2, image_size=32, num_
 
 
 def make_dataset(folder: Path, *, seed: int = 0, config: PretrainDataConfig = CONFIG) -> ClipDataset:
-    return ClipDataset(read_list(folder / "train.csv"), config, seed=seed, noise_length=5)
+    return ClipDataset(read_list(folder / "train.csv"), PretrainCut(config), seed=seed, noise_length=5)
 
 
 def same(a: Clip, b: Clip) -> bool:
@@ -70,12 +71,13 @@ def test_unreadable_video_is_replaced_and_named(demo_folder: Path) -> None:
     (bad,) = clip.bad
     assert (bad.path, bad.reason, bad.epoch, bad.index) == (str(missing), "no such file", 1, 0)
     assert clip.index != 0
+    assert clip.key == SampleKey(1, 0)
     assert same(clip, dataset[SampleKey(1, 0)])  # the replacement is drawn by key
     assert ClipBatch.collate([clip, clip]).bad == [bad, bad]
 
 
 def test_videos_that_all_fail_are_an_error_of_the_batch(tmp_path: Path) -> None:
-    dataset = ClipDataset([VideoRow(tmp_path / "gone.mp4", 0)], CONFIG, seed=0, noise_length=5)
+    dataset = ClipDataset([VideoRow(tmp_path / "gone.mp4", 0)], PretrainCut(CONFIG), seed=0, noise_length=5)
     batch = ClipBatch.collate([dataset[SampleKey(0, 0)]])
     assert len(batch.bad) == MAX_REPLACEMENTS + 1
     with pytest.raises(UserError, match=r"11 videos drawn one after another cannot be read.*no such file"):
@@ -102,7 +104,7 @@ def test_bad_real_clips_are_replaced_without_a_crash(real_clips: Path, demo_fold
     bad_files = sorted(path for path in (real_clips / "bad").iterdir() if path.suffix != ".csv")
     assert len(bad_files) == 28
     for path in bad_files:
-        dataset = ClipDataset([VideoRow(path, 0), *good], CONFIG, seed=0, noise_length=5)
+        dataset = ClipDataset([VideoRow(path, 0), *good], PretrainCut(CONFIG), seed=0, noise_length=5)
         clip = dataset[SampleKey(0, 0)]
         assert clip.clip_CTHW is not None
         assert clip.clip_CTHW.shape == (3, 8, 32, 32)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from everest_ds.data.index import VideoRow, fingerprint, read_list, require_reachable
+from everest_ds.data.index import VideoRow, find_videos, fingerprint, read_list, require_reachable
 from everest_ds.errors import UserError
 
 
@@ -93,3 +93,31 @@ def test_fingerprint_changes_with_names_labels_and_order_but_not_with_folders() 
 def test_path_that_the_file_system_refuses_is_no_traceback(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none of 1 files probed"):
         require_reachable([VideoRow(tmp_path / ("a" * 300), 0)], tmp_path / "list.csv")
+
+
+def test_rows_carry_their_line_which_does_not_tell_them_apart(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("a.mp4 0\n\nb.mp4 1\n")
+    rows = read_list(tmp_path / "list.csv")
+    assert [row.line for row in rows] == [1, 3]
+    assert rows[1] == VideoRow(tmp_path / "b.mp4", 1)
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_find_videos_takes_files_as_given_and_searches_folders_in_order(tmp_path: Path) -> None:
+    touch(tmp_path, "b/2.MP4", "b/1.avi", "b/a/3.webm", "b/notes.txt", "b/.hidden.mp4", "b/.cache/4.mp4", "odd.bin")
+    found = find_videos([tmp_path / "odd.bin", tmp_path / "b", tmp_path / "b" / "1.avi"])
+    names = [str(path.relative_to(tmp_path)) for path in found]
+    assert names == ["odd.bin", "b/1.avi", "b/2.MP4", "b/a/3.webm"]
+
+
+def test_find_videos_refuses_a_missing_path_and_a_folder_without_videos(tmp_path: Path) -> None:
+    touch(tmp_path, "empty/notes.txt", "good/1.mp4")
+    with pytest.raises(UserError, match=r"absent is neither a file nor a folder"):
+        find_videos([tmp_path / "good", tmp_path / "absent"])
+    with pytest.raises(UserError, match=r"empty holds no video: no file .* ends in one of .*\.mp4"):
+        find_videos([tmp_path / "good", tmp_path / "empty"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,14 @@ import torch
 
 import everest_ds.model.registry  # noqa: F401  (registers the models)
 from everest_ds.config import BatchConfig, OptimConfig
-from everest_ds.train.optim import learning_rate, make_optimizer, parameter_groups
+from everest_ds.train.engine import set_learning_rate
+from everest_ds.train.optim import (
+    describe_groups,
+    learning_rate,
+    make_optimizer,
+    parameter_groups,
+    require_scaled_rates,
+)
 from tests.conftest import GoldenModel
 
 SCHEDULE_RTOL = 1e-12
@@ -23,20 +31,93 @@ def test_groups_are_the_official_ones(golden_json: Callable[[str], Any]) -> None
     official = golden_json("optim_schedule")["pretrain_vit_base"]
     for group, key in zip(parameter_groups(model, 0.05), ("no_decay", "decay"), strict=True):
         assert group["weight_decay"] == official[key]["weight_decay"]
-        assert sorted(names[id(p)] for p in group["params"]) == sorted(official[key]["params"])  # type: ignore[attr-defined]
+        assert sorted(names[id(p)] for p in group["params"]) == sorted(official[key]["params"])
 
 
 def test_mask_token_of_a_wrapped_model_has_no_decay(mini64: GoldenModel) -> None:
     wrapped = torch.nn.ModuleDict({"model": mini64.autoencoder()})
     no_decay, _ = parameter_groups(wrapped, 0.05)
-    assert any(p is wrapped["model"].mask_token for p in no_decay["params"])  # type: ignore[attr-defined]
+    assert any(p is wrapped["model"].mask_token for p in no_decay["params"])
 
 
 def test_frozen_parameters_are_in_no_group(mini64: GoldenModel) -> None:
     model = mini64.autoencoder()
     model.encoder.requires_grad_(False)
-    grouped = [p for group in parameter_groups(model, 0.05) for p in group["params"]]  # type: ignore[attr-defined]
+    grouped = [p for group in parameter_groups(model, 0.05) for p in group["params"]]
     assert len(grouped) == sum(p.requires_grad for p in model.parameters())
+
+
+def finetune_vit_base() -> torch.nn.Module:
+    with torch.device("meta"):
+        return timm.create_model("everest_vit_base_patch16_224", num_classes=400)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["classifier", "task"])
+@pytest.mark.parametrize("layer_decay", [0.75, 0.9])
+def test_layer_decayed_groups_are_the_official_ones(
+    layer_decay: float, wrapped: bool, golden_json: Callable[[str], Any]
+) -> None:
+    """Scales, weight decays and members, all exactly; the names of a task begin with `model.`."""
+    official = golden_json("optim_schedule")["finetune_vit_base_layer_decay"][str(layer_decay)]
+    model = finetune_vit_base()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    outer = torch.nn.ModuleDict({"model": model}) if wrapped else model
+    groups = parameter_groups(outer, 0.05, layer_decay)
+    found = {(g["lr_scale"], g["weight_decay"]): sorted(names[id(p)] for p in g["params"]) for g in groups}
+    expected = {(g["lr_scale"], g["weight_decay"]): sorted(g["params"]) for g in official.values()}
+    assert len(groups) == len(found) == 28
+    assert found == expected
+    assert [g["lr_scale"] for g in groups] == sorted((g["lr_scale"] for g in groups), reverse=True)
+    assert groups[0]["lr_scale"] == 1.0
+
+
+def test_groups_without_layer_decay_are_the_official_ones(golden_json: Callable[[str], Any]) -> None:
+    official = golden_json("optim_schedule")["finetune_vit_base_no_layer_decay"]
+    found = describe_groups(parameter_groups(finetune_vit_base(), 0.05))
+    for group, key in zip(found, ("no_decay", "decay"), strict=True):
+        assert group["num_tensors"] == official[key]["n_params"]
+        assert (group["lr_scale"], group["weight_decay"]) == (1.0, official[key]["weight_decay"])
+
+
+@pytest.mark.parametrize(("depth", "decay"), [(12, 0.75), (24, 0.75), (32, 0.75), (12, 0.7)])
+def test_scales_of_every_depth_are_the_official_ones(
+    depth: int, decay: float, golden_json: Callable[[str], Any]
+) -> None:
+    official = golden_json("optim_schedule")["layer_decay_values_depth"][f"depth{depth}_decay{decay}"]
+    blocks = torch.nn.ModuleList(torch.nn.Linear(1, 1, bias=False) for _ in range(depth))
+    parts = {"patch_embed": torch.nn.Linear(1, 1), "blocks": blocks, "head": torch.nn.Linear(1, 1)}
+    groups = parameter_groups(torch.nn.ModuleDict(parts), 0.05, decay)
+    assert sorted({group["lr_scale"] for group in groups}) == official
+
+
+def test_frozen_layers_leave_no_empty_group() -> None:
+    model = finetune_vit_base()
+    model.freeze_encoder()
+    assert describe_groups(parameter_groups(model, 0.05, 0.75)) == [
+        {"lr_scale": 1.0, "weight_decay": 0.0, "num_tensors": 3, "num_parameters": 2 * 768 + 400},
+        {"lr_scale": 1.0, "weight_decay": 0.05, "num_tensors": 1, "num_parameters": 768 * 400},
+    ]
+    assert len(parameter_groups(model, 0.0, 0.75)) == 1  # nothing tells them apart
+
+
+def test_layer_decay_of_an_autoencoder_is_refused(mini64: GoldenModel) -> None:
+    with pytest.raises(ValueError, match=r"layer_decay=0\.75 needs a model with blocks\.0"):
+        parameter_groups(mini64.autoencoder(), 0.05, 0.75)
+
+
+def test_each_group_learns_at_its_own_scale(mini64: GoldenModel) -> None:
+    """The engine's rule, on torch's own optimiser, at several steps of a schedule."""
+    groups = parameter_groups(mini64.classifier(0.6), 0.05, 0.5)
+    optimizer = make_optimizer(groups, OptimConfig(), torch.device("cpu"))
+    config = OptimConfig(warmup_epochs=1, epochs=3)
+    for step in range(0, 30, 7):
+        rate = learning_rate(step, config, BatchConfig(global_size=256), 10)
+        set_learning_rate(SimpleNamespace(optimizer=optimizer), rate)
+        require_scaled_rates(optimizer.param_groups, rate)
+        assert {g["lr"] / g["lr_scale"] for g in optimizer.param_groups} == {rate}
+    optimizer.param_groups[1]["lr"] *= 1.001
+    with pytest.raises(ValueError, match="parameter group 1 has learning rate"):
+        require_scaled_rates(optimizer.param_groups, rate)
 
 
 def test_schedule_equals_official(golden_json: Callable[[str], Any]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from everest_ds.config import BatchConfig, PretrainConfig
+from everest_ds.config import BatchConfig, Config, FinetuneConfig
 from everest_ds.recipes import get_recipe
 from everest_ds.train.engine import resolve_ds_config
 from everest_ds.train.memory import GIB, MemoryEstimate, describe_estimate, describe_peak, estimate_memory
@@ -17,14 +17,14 @@ from everest_ds.train.systems import shipped_systems
 SYSTEMS = shipped_systems()
 
 
-def estimate(config: PretrainConfig, name: str, *, gpus: int = 8, **zero: object) -> MemoryEstimate:
+def estimate(config: Config, name: str, *, gpus: int = 8, **zero: object) -> MemoryEstimate:
     systems = SYSTEMS[name]
     systems = systems | {"zero_optimization": systems["zero_optimization"] | zero}
     resolved = resolve_ds_config(systems, config, world_size=gpus, precision="auto", device_type="cuda")
     return estimate_memory(config, resolved, world_size=gpus)
 
 
-def plan(config: PretrainConfig, *, gpus: int, gib: float) -> list[Setting]:
+def plan(config: Config, *, gpus: int, gib: float) -> list[Setting]:
     return plan_settings(config, SYSTEMS, num_gpus=gpus, memory_bytes=int(gib * GIB))
 
 
@@ -40,6 +40,63 @@ def test_parameters_are_counted_and_partitioned_as_by_hand() -> None:
     # Ranks hold 2 and 6 elements of the groups; the last group's end at 6, 12, 18: rank 0 touches 5 and 10, rank 1
     # touches 5, 10, 1 and 7, rank 2 touches 5, 3 and 7, rank 3 touches 3 and nothing but padding.
     assert counts.touching(4) == 5 + 10 + 1 + 7
+
+
+def linear_probe() -> FinetuneConfig:
+    config = get_recipe("k400_vit_l_ft")
+    assert isinstance(config, FinetuneConfig)
+    return replace(config, model=replace(config.model, drop_path=0.0, freeze_encoder=True))
+
+
+def test_parameters_of_a_fine_tuning_are_counted_by_layer() -> None:
+    """A recipe does not know its classes yet; 400 are assumed."""
+    config = get_recipe("k400_vit_l_ft")
+    block = 12 * 1024**2 + 12 * 1024  # qkv, proj and the MLP; norms, the two biases of qkv, the other three
+    head = 2 * 1024 + 1024 * 400 + 400
+    counts = count_parameters(config)
+    assert counts.total == sum(counts.trained) == 1537 * 1024 + 24 * block + head
+    assert len(counts.groups) == 2 * (24 + 2)
+    with_classes = replace(config, data=replace(config.data, num_classes=10))
+    assert count_parameters(with_classes).total == counts.total - 390 * 1025
+    probe = count_parameters(linear_probe())
+    assert sum(probe.trained) == head
+    assert probe.total == counts.total
+    assert sorted(map(sum, probe.groups)) == [2 * 1024 + 400, 1024 * 400]
+
+
+def test_frozen_parameters_cost_their_weights_alone() -> None:
+    head, world = 2 * 1024 + 1024 * 400 + 400, 8
+    whole, probe = estimate(get_recipe("k400_vit_l_ft"), "zero2"), estimate(linear_probe(), "zero2")
+    assert probe.parameters == pytest.approx(whole.parameters, rel=1e-5)
+    assert probe.optimizer == pytest.approx(12 * head / world, rel=1e-3)
+    assert probe.gradients == pytest.approx(4 * head / world, rel=1e-3)
+    assert probe.activations < 0.05 * whole.activations
+    assert probe.sent < 0.01 * whole.sent
+    sharded = estimate(linear_probe(), "zero3")
+    assert sharded.parameters == pytest.approx(estimate(get_recipe("k400_vit_l_ft"), "zero3").parameters, rel=1e-3)
+    assert sharded.optimizer == pytest.approx(12 * head / world, rel=1e-3)
+
+
+def test_moving_average_costs_four_bytes_a_parameter_over_the_processes() -> None:
+    config = get_recipe("k400_vit_l_ft")
+    averaged = replace(config, optim=replace(config.optim, ema_decay=0.999))
+    for name in SYSTEMS:
+        plain, found = estimate(config, name), estimate(averaged, name)
+        assert plain.average == 0
+        assert found.average == 4 * -(-count_parameters(config).total // 8)
+        assert found.allocated == plain.allocated + found.average
+    assert "moving average 0.14" in describe_estimate(found)
+
+
+def test_all_tokens_kept_means_nothing_is_ranked() -> None:
+    config = get_recipe("oscc_vit_b_ft")
+    assert estimate(config, "zero2").ranking == 0
+    fewer = replace(config, selection=replace(config.selection, keep_ratio=0.6))
+    assert estimate(fewer, "zero2").ranking > 0
+    clip, noise, label = 3 * 16 * 224**2, 2 * 12 * 4, 8
+    assert estimate(config, "zero2").input == config.batch.micro_size * (clip + noise + label)
+    mixed = replace(config, data=replace(config.data, mixup_alpha=0.8, num_classes=5))
+    assert estimate(mixed, "zero2").input == config.batch.micro_size * (clip + noise + 5 * 4)
 
 
 def test_parts_make_the_total_and_say_so() -> None:

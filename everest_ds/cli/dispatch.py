@@ -22,6 +22,7 @@ COMMANDS = {
     "recipes": "the recipes; with a name: resolved config, token counts, batch arithmetic, DeepSpeed JSON",
     "plan": "will a recipe fit N GPUs, what takes the memory, and the command; exits 1 when nothing fits",
     "pretrain": "pre-train a recipe; every config field is a flag",
+    "finetune": "fine-tune a recipe on labelled videos, scoring it on the way",
     "evaluate": "score a run, a checkpoint or weights over a list, several views a video",
     "predict": "labels or features of new videos, files or folders",
     "convert": "weights in and out: runs, official .pth files, Hugging Face folders, safetensors",
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"everest: error: {error}\n", world)
         return leave(2)
     except BrokenPipeError:  # the reader of a listing, `head` for instance, has seen enough
-        if words[0] == "pretrain":
+        if words[0] in ("pretrain", "finetune"):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return leave(1)
@@ -70,6 +71,7 @@ def _dispatch(words: list[str], world: World) -> int:
         "recipes": handlers.recipes,
         "plan": handlers.plan,
         "pretrain": handlers.pretrain,
+        "finetune": handlers.finetune,
         "evaluate": handlers.evaluate,
         "predict": handlers.predict,
         "convert": handlers.convert,

@@ -1,0 +1,71 @@
+"""The lists of a run, read and checked before anything heavy is imported."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from everest_ds.config import Config, FinetuneConfig
+from everest_ds.data.index import VideoRow, read_list, require_reachable
+from everest_ds.data.labels import Classes, require_known_labels, resolve_classes
+from everest_ds.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lists:
+    """What the lists of a run hold.
+
+    Attributes:
+        config: The run, its classes counted.
+        train: Training videos.
+        val: Videos that score the model during training, if there are any.
+        classes: The classes; None in pre-training.
+        note: What people should know of the lists; None when there is nothing.
+    """
+
+    config: Config
+    train: list[VideoRow]
+    val: list[VideoRow] | None = None
+    classes: Classes | None = None
+    note: str | None = None
+
+
+def read_lists(config: Config) -> Lists:
+    """Read the lists that a configuration names.
+
+    Raises:
+        UserError: A list is missing, empty or leads to no files, or a label does not fit the classes.
+    """
+    train_list = config.data.train_list
+    if train_list is None:
+        raise UserError(
+            "data.train_list is not set; give --data.train-list FILE (`everest demo-data DIR` makes one to try)"
+        )
+    train = _read(train_list)
+    if not isinstance(config, FinetuneConfig):
+        return Lists(config=config, train=train)
+    data = config.data
+    classes = resolve_classes(train, Path(train_list), data.class_names, data.num_classes)
+    trained = {row.label for row in train}
+    others = {}
+    for name in (data.val_list, data.test_list):
+        if name is not None:
+            others[name] = _read(name)
+            require_known_labels(others[name], Path(name), classes, trained)
+    return Lists(
+        config=replace(config, data=replace(data, num_classes=classes.num)),
+        train=train,
+        val=others.get(data.val_list or ""),
+        classes=classes,
+        note=_describe_untrained(classes, trained),
+    )
+
+
+def _read(name: str) -> list[VideoRow]:
+    path = Path(name)
+    rows = read_list(path)
+    require_reachable(rows, path)
+    return rows
+
+
+def _describe_untrained(classes: Classes, trained: set[int]) -> str | None:
+    untrained = classes.untrained(trained)
+    return f"no training video for {classes.describe_all(untrained)}" if untrained else None

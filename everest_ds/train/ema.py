@@ -1,0 +1,170 @@
+"""An exponential moving average of the weights, sharded over the processes, for validation and export.
+
+Place in the flow: engine step -> `update`; validation inside `swapped`; `save` into a checkpoint's folder before it
+is sealed; `load` in any world and stage.
+
+Every process averages the slice of each trainable parameter that it also holds at ZeRO-3: rank r of N has elements
+[r n, (r + 1) n) with n = ceil(size / N). So an update needs no communication, and the memory is 4 bytes x trainable
+parameters / N at every stage, on the weights' device; while swapped, as much again in the weights' own precision.
+What is averaged are the weights that the model computes with. In bfloat16 these are rounded from the optimiser's
+float32 ones; the average itself is float32.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
+from everest_ds.model.weights.export import save_safetensors
+
+FILE = "ema.safetensors"
+PREFIX = "model."
+
+
+class WeightAverage:
+    """The moving average of an engine's trainable weights; it starts as a copy of them.
+
+    Args:
+        engine: The DeepSpeed engine, its weights as the run starts with them.
+        decay: Share of the average that each update keeps, in (0, 1).
+
+    Source: the official code's `--model_ema` (timm's `ModelEma`), of which this is the sharded form.
+    """
+
+    def __init__(self, engine: Any, decay: float) -> None:
+        self.decay = decay
+        self._engine = engine
+        trained = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+        self._parameters: dict[str, nn.Parameter] = {name.removeprefix(PREFIX): p for name, p in trained}
+        self._slices = {name: _slice(p).detach().float().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights that an optimiser step has just changed."""
+        for name, parameter in self._parameters.items():
+            self._slices[name].lerp_(_slice(parameter).float(), 1 - self.decay)
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Compute with the averages in place of the weights; all ranks take part, between two steps.
+
+        Afterwards the weights are what they were, bit for bit. An error inside leaves the averages in place: it may
+        have struck one rank only, and putting the weights back needs all.
+        """
+        kept = {name: _slice(parameter).detach().clone() for name, parameter in self._parameters.items()}
+        self._put(self._slices)
+        yield
+        self._put(kept)
+
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each average in its parameter's shape, float32, on the engine's device; all ranks take part."""
+        for name, parameter in self._parameters.items():
+            yield name, _gather(self._slices[name], parameter, self._engine.device)
+
+    def save(self, folder: Path, world: World) -> None:
+        """Write the averages, whole, as one file of a folder; all ranks take part, rank zero writes.
+
+        Rank zero holds all of them in host memory for that.
+
+        Raises:
+            OSError: The file cannot be written (on rank zero).
+        """
+        from safetensors import SafetensorError
+
+        tensors = {}
+        for name, tensor in self.whole():
+            if world.is_main:
+                tensors[name] = tensor.cpu()
+        if world.is_main:
+            try:
+                save_safetensors(tensors, folder / FILE, {"decay": str(self.decay)})
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+
+    def load(self, folder: Path) -> None:
+        """Go on from the averages of a checkpoint, whatever world and stage wrote it.
+
+        Raises:
+            UserError: There are none, or they are of other parameters than are trained here.
+        """
+        tensors = read_average(folder)
+        shapes = {name: tuple(_shape(parameter)) for name, parameter in self._parameters.items()}
+        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
+            odd = sorted(tensors.keys() ^ shapes.keys()) or [n for n in shapes if tensors[n].shape != shapes[n]]
+            raise UserError(
+                f"{folder / FILE} holds averages of other weights than are trained here: {', '.join(odd[:4])}"
+            )
+        for name, parameter in self._parameters.items():
+            start, count = _place(parameter)
+            self._slices[name].copy_(tensors[name].flatten()[start : start + count])
+
+    @torch.no_grad()
+    def _put(self, slices: dict[str, Tensor]) -> None:
+        """Make slices the weights that forward reads: gathered, or at ZeRO-3 also the partitions themselves."""
+        partitioned = _is_partitioned(self._parameters.values())
+        if partitioned:  # nothing stays gathered, not even the small parameters
+            self._engine.optimizer.checkpoint_event_prologue()
+        for name, parameter in self._parameters.items():
+            if partitioned:
+                _slice(parameter).copy_(slices[name])
+            else:
+                whole = _gather(slices[name].to(parameter.dtype), parameter, self._engine.device)
+                parameter.copy_(whole)
+        if partitioned:  # and the small ones are gathered anew
+            self._engine.optimizer.checkpoint_event_epilogue()
+
+
+def read_average(folder: Path) -> dict[str, Tensor]:
+    """Return the averages in a checkpoint's folder, float32, under the model's own names; frozen weights have none.
+
+    Raises:
+        UserError: There are none.
+    """
+    from safetensors.torch import load_file
+
+    path = folder / FILE
+    if not path.is_file():
+        raise UserError(f"{folder} has no {FILE}: the run was trained without optim.ema_decay")
+    return load_file(path)
+
+
+def _is_partitioned(parameters: Any) -> bool:
+    return any(hasattr(parameter, "ds_tensor") for parameter in parameters)
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _place(parameter: nn.Parameter) -> tuple[int, int]:
+    """Return where this process's slice of a flattened parameter starts, and its length."""
+    numel = _shape(parameter).numel()
+    each = -(-numel // dist.get_world_size())
+    start = min(dist.get_rank() * each, numel)
+    return start, min(each, numel - start)
+
+
+def _slice(parameter: nn.Parameter) -> Tensor:
+    """Return this process's slice, a view: of the partition at ZeRO-3, without its padding, else of the whole."""
+    start, count = _place(parameter)
+    partition = getattr(parameter, "ds_tensor", None)
+    if partition is not None:
+        return partition.data[:count]
+    return parameter.data.view(-1)[start : start + count]
+
+
+def _gather(local: Tensor, parameter: nn.Parameter, device: torch.device) -> Tensor:
+    """Return the whole of every process's slice, in the parameter's shape."""
+    shape, world = _shape(parameter), dist.get_world_size()
+    each = -(-shape.numel() // world)
+    padded = torch.zeros(each, dtype=local.dtype, device=device)
+    padded[: len(local)] = local
+    flat = torch.empty(each * world, dtype=local.dtype, device=device)
+    dist.all_gather_into_tensor(flat, padded)
+    return flat[: shape.numel()].view(shape)

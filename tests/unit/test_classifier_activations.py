@@ -1,0 +1,126 @@
+"""Bytes of a classifier's activations by arithmetic against what autograd saves and what is alive.
+
+Measured worst differences at 16x224x224, S and B, float32 and bf16, with and without checkpointing and drop path:
+saved 0.06 %, peak 2.8 % (the estimate is the larger one). With a frozen encoder, saved 0.2 %, peak 0.06 %.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from everest_ds.config import FinetuneConfig, FinetuneDataConfig, FinetuneModelConfig, FinetuneSelectionConfig
+from everest_ds.model.activations import ActivationBytes, classifier_activation_bytes
+from everest_ds.model.sizes import get_size
+from everest_ds.recipes import get_recipe
+from everest_ds.train.tasks import FinetuneTask, encoder_options
+from tests.unit.test_activations import LiveStorages, one_thread  # noqa: F401  (a fixture)
+
+SAVED_RTOL = 0.01
+PEAK_RTOL = 0.05
+NUM_CLIPS = 2
+NUM_CLASSES = 50
+
+
+def make_config(size: str, *, keep_ratio: float = 0.6, image_size: int = 224, **model: Any) -> FinetuneConfig:
+    recipe = get_recipe("k400_vit_l_ft")
+    assert isinstance(recipe, FinetuneConfig)
+    return replace(
+        recipe,
+        data=FinetuneDataConfig(num_classes=NUM_CLASSES, image_size=image_size),
+        model=FinetuneModelConfig(size=size, **model),
+        selection=FinetuneSelectionConfig(keep_ratio=keep_ratio),
+    )
+
+
+def estimate(config: FinetuneConfig, dtype: torch.dtype) -> ActivationBytes:
+    return classifier_activation_bytes(
+        get_size(config.model.size),
+        encoder_options(config),
+        clips=NUM_CLIPS,
+        kept=config.num_kept,
+        num_classes=NUM_CLASSES,
+        drop_path=config.model.drop_path > 0,
+        frozen=config.model.freeze_encoder,
+        dtype_bytes=dtype.itemsize,
+    )
+
+
+def measure(config: FinetuneConfig, dtype: torch.dtype, *, forward_too: bool = False) -> tuple[int, int]:
+    """Bytes that autograd keeps for backward, and the most alive at once in backward, or in forward too."""
+    with torch.device("meta"):
+        task = FinetuneTask(config).to(dtype)
+    task = task.to_empty(device="cpu")  # what the numbers are does not matter
+    for tensor in (*task.parameters(), *task.buffers()):
+        torch.nn.init.constant_(tensor, 0.01)
+    for parameter in task.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    edge = config.data.image_size
+    clips = torch.randint(0, 256, (NUM_CLIPS, 3, config.data.num_frames, edge, edge), dtype=torch.uint8)
+    inputs = clips, torch.zeros(NUM_CLIPS, dtype=torch.int64), torch.rand(NUM_CLIPS, task.model.num_noise)
+    gradients = [parameter.grad for parameter in task.parameters() if parameter.grad is not None]
+    known = [*task.parameters(), *task.buffers(), *gradients, *inputs]
+    there = {tensor.untyped_storage().data_ptr() for tensor in known}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in there:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = task(*inputs)
+    del loss
+    with LiveStorages(known) as live:
+        loss = task(*inputs)
+        if not forward_too:
+            live.peak = live.now
+        loss.backward()
+    return sum(saved.values()), live.peak
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "drop_path", "checkpointing"),
+    [
+        pytest.param(
+            *case,
+            marks=[] if case[0] == "small" and (case[1] == torch.bfloat16) else pytest.mark.slow,
+            id=" ".join(str(value).removeprefix("torch.") for value in case),
+        )
+        for case in (
+            (size, dtype, drop_path, checkpointing)
+            for size in ("small", "base")
+            for dtype in (torch.bfloat16, torch.float32)
+            for drop_path in (0.0, 0.1)
+            for checkpointing in (False, True)
+        )
+    ],
+)
+def test_bytes_are_those_that_autograd_keeps_and_that_are_alive(
+    size: str, dtype: torch.dtype, drop_path: float, checkpointing: bool
+) -> None:
+    config = make_config(size, drop_path=drop_path, activation_checkpointing=checkpointing)
+    saved, peak = measure(config, dtype)
+    expected = estimate(config, dtype)
+    shown = [f"{value / 2**20:.2f}" for value in (saved, expected.saved, peak, expected.peak)]
+    print(f"saved {shown[0]} MiB, estimated {shown[1]}; peak {shown[2]}, {shown[3]}", end=" ")
+    print(f"SAVED {expected.saved / saved - 1:+.2%} PEAK {expected.peak / peak - 1:+.2%}")
+    assert expected.saved == pytest.approx(saved, rel=SAVED_RTOL)
+    assert expected.peak == pytest.approx(peak, rel=PEAK_RTOL)
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_frozen_encoder_keeps_next_to_nothing(size: str) -> None:
+    """All tokens are kept, so that nothing is ranked; what forward needs for a moment is the peak."""
+    config = make_config(size, keep_ratio=1.0, image_size=64, drop_path=0.0, freeze_encoder=True)
+    saved, peak = measure(config, torch.bfloat16, forward_too=True)
+    expected = estimate(config, torch.bfloat16)
+    print(f"saved {saved}, estimated {expected.saved}; PEAK {expected.peak / peak - 1:+.2%}")
+    assert expected.saved == pytest.approx(saved, rel=0.05)
+    assert expected.peak == pytest.approx(peak, rel=PEAK_RTOL)
+    assert expected.saved < 0.01 * estimate(make_config(size, image_size=64), torch.bfloat16).saved
