@@ -14,10 +14,10 @@ from everest_ds import __version__, distributed
 from everest_ds.config import Config
 from everest_ds.config.finetune import FinetuneConfig
 from everest_ds.data.index import VideoRow, fingerprint, read_list, require_reachable
+from everest_ds.data.labels import Classes, require_known_labels, resolve_classes
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train.inference import (
-    CLASSES,
     ClipSettings,
     InferenceOptions,
     Origin,
@@ -116,7 +116,6 @@ def evaluate(source: Path, options: EvaluateOptions, world: World) -> int:
 
     trained = load_trained(plan.origin, plan.settings, options, torch.device("cuda" if on_gpu else "cpu"))
     names = _class_names(trained, plan)
-    evaluation.require_labels(plan.rows, len(names), plan.test_list)
     summary = plan.identity | {"views": evaluation.view_recipe(plan.settings, trained.num_kept)}
     evaluation.require_own(plan.out, summary)
 
@@ -198,22 +197,19 @@ def _score(
 
 
 def _class_names(trained: "Trained", plan: _Plan) -> tuple[str, ...]:
-    """Return a name for each class: the head's, or those of the training list."""
-    from everest_ds.train.evaluation import require_labels
-
+    """Return a name for each class, the head's or those of the training list; refuses other labels."""
     train_list = plan.options.train_list
-    if train_list is None:
-        if not trained.has_head:
-            raise UserError(
-                "these weights have no classification head; fine-tune them (`everest finetune`), or score their "
-                "features with --protocol knn or linear"
-            )
-        return trained.class_names
-    num_classes = 1 + max(row.label for row in plan.train_rows)
-    require_labels(plan.train_rows, num_classes, train_list)
-    beside = train_list.parent / CLASSES
-    listed = tuple(beside.read_text(encoding="utf-8").splitlines()) if beside.is_file() else ()
-    return listed if len(listed) == num_classes else tuple(str(k) for k in range(num_classes))
+    if train_list is not None:
+        classes = resolve_classes(plan.train_rows, train_list, None, None)
+    elif trained.has_head:
+        classes = Classes(len(trained.class_names), trained.class_names)
+    else:
+        raise UserError(
+            "these weights have no classification head; fine-tune them (`everest finetune`), or score their "
+            "features with --protocol knn or linear"
+        )
+    require_known_labels(plan.rows, plan.test_list, classes, range(classes.num))
+    return classes.names or tuple(str(k) for k in range(classes.num))
 
 
 def _test_list(origin: Origin, recipe: Config | None, options: EvaluateOptions) -> Path:

@@ -139,17 +139,3 @@ def table(scores: Scores, class_names: Sequence[str]) -> str:
         bad = scores.unreadable
         lines.append(f"NOT SCORED: {len(bad)} unreadable, the first is {bad[0].path}: {bad[0].reason}")
     return "\n".join(lines)
-
-
-def require_labels(rows: Sequence[VideoRow], num_classes: int, source: Path) -> None:
-    """Refuse a list with a label that is none of the model's classes.
-
-    Raises:
-        UserError: Names the list, the first such row, and the range.
-    """
-    wrong = [row for row in rows if not 0 <= row.label < num_classes]
-    if wrong:
-        raise UserError(
-            f"{source}: {wrong[0].path} has label {wrong[0].label}, and {len(wrong) - 1} more are outside the "
-            f"model's {num_classes} classes, 0 to {num_classes - 1}; score it with the list it was made for"
-        )

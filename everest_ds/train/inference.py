@@ -12,10 +12,11 @@ from typing import Any, Literal
 from everest_ds.config import Config, FinetuneConfig, FinetuneDataConfig, FinetuneSelectionConfig, ViewsConfig
 from everest_ds.config_file import load_config
 from everest_ds.errors import UserError
-from everest_ds.train.checkpoint import folder_of, list_checkpoints, read_state
+from everest_ds.train.checkpoint import list_checkpoints, read_state
+from everest_ds.train.pointers import find_best, folder_of
 from everest_ds.train.seal import SEAL, is_sealed, sha256
 
-BEST, AVERAGE, CLASSES = "best", "ema.safetensors", "classes.txt"
+AVERAGE = "ema.safetensors"
 WeightsName = Literal["auto", "model", "ema"]
 
 
@@ -101,13 +102,8 @@ def locate(path: Path) -> Origin:
     """
     if folder_of(path).is_dir():
         config = load_config(path / "config.json")
-        pointer = folder_of(path) / BEST
-        if pointer.is_file():
-            best = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-            if best.parent != pointer.parent or not is_sealed(best):
-                raise UserError(
-                    f"{pointer} names {best.name!r}, which is no complete checkpoint; name one yourself"
-                )
+        best = find_best(path)
+        if best is not None:
             return Origin(given=path, weights=best, run_dir=path, config=config, choice="the best")
         complete = list_checkpoints(path)
         if not complete:

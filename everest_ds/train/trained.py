@@ -7,28 +7,26 @@ Axes: B clips, C T H W of a clip, V views of a video, D width.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from everest_ds.data.index import VideoRow
+from everest_ds.data.labels import NAMES_FILE, read_class_names
 from everest_ds.data.views import ViewDataset
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.geometry import TokenGrid, ratio_to_count
 from everest_ds.model.attention import choose_backend
-from everest_ds.model.classifier import EverestClassifier, mean_per_clip
-from everest_ds.model.encoder import TokenEncoder
+from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.weights.architecture import Architecture
 from everest_ds.model.weights.loading import load_weights
 from everest_ds.model.weights.reading import Weights
 from everest_ds.train.consolidated import read_any_weights
+from everest_ds.train.ema import read_average
 from everest_ds.train.inference import (
     AVERAGE,
-    CLASSES,
     ClipSettings,
     InferenceOptions,
     Origin,
@@ -76,13 +74,6 @@ class Trained:
         return run
 
 
-def pool(model: EverestClassifier, clips_BCTHW: Tensor) -> Tensor:
-    """Return each clip's mean token before the last norm, (B, D): the features of the frozen encoder."""
-    grid = model.grid_of(clips_BCTHW)
-    kept = model.select(clips_BCTHW, grid)
-    return mean_per_clip(TokenEncoder.forward(model, clips_BCTHW, kept, grid), kept)
-
-
 def extract_features(
     trained: Trained,
     rows: Sequence[VideoRow],
@@ -99,7 +90,7 @@ def extract_features(
         UserError: A video cannot be read, and `options.allow_unreadable` is off.
     """
     return map_rows(
-        trained.wrap(partial(pool, trained.model)),
+        trained.wrap(trained.model.pool),
         lambda row, features_VD: features_VD.double().mean(dim=0).float(),
         ViewDataset(rows, settings.data, settings.views),
         group_size=options.batch_rows,
@@ -176,16 +167,16 @@ def _read(origin: Origin, kind: str) -> Weights:
     if kind == "model":
         return weights
     # Weights that were not trained have no average.
-    average = load_file(origin.weights / AVERAGE)
+    average = read_average(origin.weights)
     return replace(weights, tensors=weights.tensors | average, source=f"{weights.source}, {AVERAGE}")
 
 
 def _class_names(origin: Origin, weights: Weights, num_classes: int) -> tuple[str, ...]:
     """Return a name for each class: the run's, else the weights', else numbers."""
     names, source = weights.architecture.labels, weights.source
-    if origin.run_dir is not None and (origin.run_dir / CLASSES).is_file():
-        source = str(origin.run_dir / CLASSES)
-        names = tuple((origin.run_dir / CLASSES).read_text(encoding="utf-8").splitlines())
+    if origin.run_dir is not None and (origin.run_dir / NAMES_FILE).is_file():
+        source = str(origin.run_dir / NAMES_FILE)
+        names = read_class_names(origin.run_dir / NAMES_FILE)
     if names is None:
         return tuple(str(k) for k in range(num_classes))
     if len(names) != num_classes:

@@ -188,8 +188,7 @@ def test_label_outside_the_classes_is_refused(
     rows = read_list(eleven)
     videos = write_list(tmp_path / "labels.csv", [*rows[:3], VideoRow(rows[3].path, 8)])
     said = refused(words(weights, videos), capsys)
-    assert f"labels.csv: {rows[3].path} has label 8" in said
-    assert "8 classes, 0 to 7" in said
+    assert f"labels.csv, line 4: label 8 of {rows[3].path} is not in the range 0 to 7" in said
 
 
 def test_weights_without_a_head_are_refused(

@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from everest_ds.commands.evaluate import _record
 from everest_ds.commands.predict import PredictOptions, find_videos
 from everest_ds.data.index import VideoRow
 from everest_ds.errors import UserError
 from everest_ds.train.confusion import draw_confusion, save_confusion
-from everest_ds.train.evaluation import require_labels, require_own, score_summary, table, write_predictions
+from everest_ds.train.evaluation import require_own, score_summary, table, write_predictions
+from everest_ds.train.inference import Origin
 from everest_ds.train.passes import RowResults, UnreadableRow
 from everest_ds.train.scoring import Scores, rank_classes, summarise
 
@@ -94,11 +96,14 @@ def test_the_same_evaluation_may_be_done_again_from_elsewhere(tmp_path: Path) ->
     require_own(tmp_path, summary_of(checkpoint=moved, list={"path": "/b/test.csv", "videos": "5 videos, abc"}))
 
 
-@pytest.mark.parametrize("label", [-1, 3])
-def test_label_of_no_class_is_refused(label: int) -> None:
-    rows = [ROWS[0], VideoRow(Path("x.mp4"), label)]
-    with pytest.raises(UserError, match=rf"test\.csv: x\.mp4 has label {label}.*3 classes, 0 to 2"):
-        require_labels(rows, 3, Path("test.csv"))
+def test_scores_of_a_run_are_added_to_its_record(scores: Scores, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 8}\n')
+    summary = summary_of(checkpoint={"step": 8}) | score_summary(scores, NAMES, len(ROWS))
+    _record(Origin(given=tmp_path, weights=tmp_path, run_dir=tmp_path), summary)
+    _record(Origin(given=tmp_path, weights=tmp_path), summary)  # weights that belong to no run have no record
+    first, line = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first == {"kind": "train", "step": 8}
+    assert (line["kind"], line["step"], line["top1"], line["num_unreadable"]) == ("test", 8, 0.5, 1)
 
 
 @pytest.mark.parametrize("num_classes", [2, 8, 101, 400])
