@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from everest_ds.cli.parsing import find_recipe, leave, parse, recipe_and_flags
+from everest_ds.cli.parsing import leave, parse, recipe_and_flags
 from everest_ds.config import FinetuneConfig, PretrainConfig
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, nearest_hint
@@ -52,7 +52,9 @@ def recipes(rest: list[str], world: World) -> int:
         parse(_NoArguments, rest, "everest recipes [RECIPE]", world)
         command.list_recipes()
         return 0
-    config = find_recipe(rest[0])
+    from everest_ds.recipes import find_config
+
+    config = find_config(rest[0])
     kind = type(config)
 
     @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import sys
-from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -22,30 +21,19 @@ def recipe_and_flags(command: str, rest: list[str], task: TaskName | None = None
     Raises:
         UserError: There is no recipe, or one of another task than the command's.
     """
-    if rest and rest[0] in ("-h", "--help"):
-        return find_recipe("demo_ft" if task == "finetune" else "demo"), rest
-    from everest_ds.recipes import RECIPES, recipes_of
+    from everest_ds.recipes import RECIPES, find_config, recipes_of
 
+    if rest and rest[0] in ("-h", "--help"):
+        return find_config("demo_ft" if task == "finetune" else "demo"), rest
     if not rest or rest[0].startswith("-"):
         known = sorted(recipes_of(task) if task else RECIPES)
         raise UserError(f"{command} needs a recipe first; known: {', '.join(known)}")
-    config = find_recipe(rest[0])
+    config = find_config(rest[0])
     if task and config.task != task:
         other = f"{rest[0]}_ft" if task == "finetune" else rest[0].removesuffix("_ft")
         hint = f"; did you mean {other!r}?" if other in recipes_of(task) else ""
         raise UserError(f"{rest[0]} is a recipe for `everest {config.task}`, not for `everest {task}`{hint}")
     return config, rest[1:]
-
-
-def find_recipe(name: str) -> Config:
-    """Return a recipe by name, or the configuration of a run by the path of its config.json."""
-    if name.endswith(".json"):
-        from everest_ds.config_file import load_config
-
-        return load_config(Path(name))
-    from everest_ds.recipes import get_recipe
-
-    return get_recipe(name)
 
 
 def parse(cls: type[T], words: list[str], prog: str, world: World, **defaults: Any) -> T:

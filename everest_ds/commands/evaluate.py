@@ -17,6 +17,7 @@ from everest_ds.data.index import VideoRow, fingerprint, read_list, require_reac
 from everest_ds.data.labels import Classes, require_known_labels, resolve_classes
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
+from everest_ds.recipes import find_config
 from everest_ds.train.inference import (
     ClipSettings,
     InferenceOptions,
@@ -61,19 +62,6 @@ class EvaluateOptions(InferenceOptions):
             raise UserError(f"--protocol {self.protocol} {given}")
         if self.knn_k < 1 or self.knn_temperature <= 0 or self.linear_l2 <= 0:
             raise UserError("--knn-k must be at least 1, --knn-temperature and --linear-l2 above 0")
-
-
-def find_recipe(name: str | None) -> Config | None:
-    """Return a recipe by name, or a configuration by its path."""
-    if name is None:
-        return None
-    if name.endswith(".json"):
-        from everest_ds.config_file import load_config
-
-        return load_config(Path(name))
-    from everest_ds.recipes import get_recipe
-
-    return get_recipe(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +130,7 @@ def evaluate(source: Path, options: EvaluateOptions, world: World) -> int:
 
 
 def _make_plan(source: Path, options: EvaluateOptions) -> _Plan:
-    origin, recipe = locate(source), find_recipe(options.recipe)
+    origin, recipe = locate(source), find_config(options.recipe) if options.recipe else None
     settings = clip_settings(origin, recipe, options)
     test_list = _test_list(origin, recipe, options)
     rows, train_rows = _rows_of(test_list), _rows_of(options.train_list)
@@ -249,13 +237,13 @@ def _versions() -> dict[str, str]:
 def _write(plan: _Plan, summary: dict[str, Any], scores: "Scores", names: tuple[str, ...], began: float) -> None:
     from everest_ds.train.confusion import save_confusion
     from everest_ds.train.evaluation import SUMMARY, write_predictions
-    from everest_ds.train.run_dir import _environment
+    from everest_ds.train.run_dir import describe_environment
 
     out = plan.out
     out.mkdir(parents=True, exist_ok=True)
     write_predictions(scores, plan.rows, names, out / "predictions.csv")
     save_confusion(scores.confusion, names, out / "confusion.png")
-    environment = _environment() | {"seconds": round(time.perf_counter() - began, 1)}
+    environment = describe_environment() | {"seconds": round(time.perf_counter() - began, 1)}
     (out / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
     (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
 

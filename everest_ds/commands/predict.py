@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everest_ds import distributed
-from everest_ds.commands.evaluate import find_recipe
 from everest_ds.data.index import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
+from everest_ds.recipes import find_config
 from everest_ds.train.inference import (
     ClipSettings,
     InferenceOptions,
@@ -79,7 +79,7 @@ def predict(source: Path, videos: Sequence[Path], options: PredictOptions, world
     """
     rows = [VideoRow(path, -1) for path in find_videos(videos)]
     origin = locate(source)
-    settings = clip_settings(origin, find_recipe(options.recipe), options)
+    settings = clip_settings(origin, find_config(options.recipe) if options.recipe else None, options)
     on_gpu = distributed.select_accelerator()
     import torch
 

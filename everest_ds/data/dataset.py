@@ -5,7 +5,7 @@ video is replaced by another sample, drawn by key, and reported with the batch; 
 Axes: B clips, C T H W of a clip, S noise values, K classes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -236,8 +236,19 @@ def next_batch(batches: Iterator[T], timeout_s: float) -> T:
             raise
         raise UserError(
             f"no batch from the loader for data.timeout_s={timeout_s}: a video may hang its decoder, or the "
-            "storage does not answer; the last checkpoint is kept"
+            "storage does not answer"
         ) from error
+
+
+def each_batch(batches: Iterable[T], timeout_s: float) -> Iterator[T]:
+    """Yield the batches of a loader; see `next_batch`."""
+    iterator = iter(batches)
+    while True:
+        try:
+            batch = next_batch(iterator, timeout_s)
+        except StopIteration:
+            return
+        yield batch
 
 
 def _mix_pairs(clips: Sequence[Clip], mixer: PairMixer) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,9 +1,11 @@
 """Recipes by name. The names of both tasks are apart, so that one name says what is trained."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from everest_ds.config import Config, TaskName
+from everest_ds.config_file import load_config
 from everest_ds.errors import UserError, nearest_hint
 
 Recipe = Callable[[], Config]
@@ -33,6 +35,15 @@ def get_recipe(name: str) -> Config:
     if name not in RECIPES:
         raise UserError(f"unknown recipe {name!r}{nearest_hint(name, RECIPES)}")
     return RECIPES[name]()
+
+
+def find_config(name: str) -> Config:
+    """Return a recipe by name, or the configuration of a run by the path of its config.json.
+
+    Raises:
+        UserError: There is no such recipe, or the file is none of ours.
+    """
+    return load_config(Path(name)) if name.endswith(".json") else get_recipe(name)
 
 
 def recipes_of(task: TaskName) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from everest_ds import distributed
+from everest_ds.data.dataset import each_batch
 from everest_ds.data.views import RowViews, ViewDataset, make_view_loader
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
@@ -86,7 +87,7 @@ def map_rows(
     results: dict[int, T] = {}
     unreadable: list[UnreadableRow] = []
     with torch.no_grad():
-        for group in loader:
+        for group in each_batch(loader, dataset.data.timeout_s):
             for row in group:
                 if row.bad is not None:
                     unreadable.append(_report(dataset, row, allow_unreadable))

@@ -160,7 +160,7 @@ def write_run_files(run_dir: Path, config: Config, ds_config: dict[str, Any]) ->
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.json").write_text(dump_config(config))
     (run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
-    (run_dir / "environment.json").write_text(json.dumps(_environment(), indent=2) + "\n")
+    (run_dir / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
 
 
 def require_shared(run_dir: Path) -> None:
@@ -178,7 +178,8 @@ def require_shared(run_dir: Path) -> None:
         raise UserError(f"{fault}; put the run directory on a file system that all nodes share")
 
 
-def _environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
+    """Return command, commit, versions and hardware of this process."""
     from importlib.metadata import PackageNotFoundError, version
 
     import torch

@@ -77,7 +77,7 @@ def test_gradient_is_zero_at_the_solution(l2: float) -> None:
     x_ND = (features_ND.double() - features_ND.double().mean(0)) / probe.deviation_D
     error_NK = (x_ND @ probe.weight_DK + probe.bias_K).softmax(1) - torch.eye(3, dtype=torch.float64)[label_N]
     gradient_DK = x_ND.T @ error_NK / 60 + l2 * probe.weight_DK
-    assert gradient_DK.abs().max() < 1e-7  # measured: below 2e-9
+    assert gradient_DK.abs().max() < 1e-7
     assert error_NK.mean(dim=0).abs().max() < 1e-7
 
 
