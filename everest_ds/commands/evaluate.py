@@ -18,7 +18,7 @@ from everest_ds.data.labels import Classes, require_known_labels, resolve_classe
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.recipes import find_config
-from everest_ds.train.inference import (
+from everest_ds.train.evaluation.inference import (
     ClipSettings,
     InferenceOptions,
     Origin,
@@ -31,8 +31,8 @@ from everest_ds.train.inference import (
 if TYPE_CHECKING:
     import torch
 
-    from everest_ds.train.scoring import Scores
-    from everest_ds.train.trained import Trained
+    from everest_ds.train.evaluation.scoring import Scores
+    from everest_ds.train.evaluation.trained import Trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +99,13 @@ def evaluate(source: Path, options: EvaluateOptions, world: World) -> int:
     on_gpu = distributed.select_accelerator()
     import torch
 
-    from everest_ds.train import evaluation
-    from everest_ds.train.trained import load_trained
+    from everest_ds.train.evaluation import files
+    from everest_ds.train.evaluation.trained import load_trained
 
     trained = load_trained(plan.origin, plan.settings, options, torch.device("cuda" if on_gpu else "cpu"))
     names = _class_names(trained, plan)
-    summary = plan.identity | {"views": evaluation.view_recipe(plan.settings, trained.num_kept)}
-    evaluation.require_own(plan.out, summary)
+    summary = plan.identity | {"views": files.view_recipe(plan.settings, trained.num_kept)}
+    files.require_own(plan.out, summary)
 
     device = distributed.start(world)
     trained.model.to(device)
@@ -119,12 +119,12 @@ def evaluate(source: Path, options: EvaluateOptions, world: World) -> int:
         )
     scores, of_training = _score(plan, trained, len(names), world, device)
     if world.is_main:
-        summary |= evaluation.score_summary(scores, names, len(plan.rows)) | of_training
+        summary |= files.score_summary(scores, names, len(plan.rows)) | of_training
         summary |= {"classes": list(names), "precision": trained.precision, "attention": trained.attention}
         summary |= {"batch_rows": options.batch_rows, "versions": _versions()}
         _write(plan, summary, scores, names, began)
         _record(plan.origin, summary)
-        print(f"{evaluation.table(scores, names)}\n{plan.out}", flush=True)
+        print(f"{files.table(scores, names)}\n{plan.out}", flush=True)
     distributed.finish()
     return 0
 
@@ -154,9 +154,9 @@ def _score(
     plan: _Plan, trained: "Trained", num_classes: int, world: World, device: "torch.device"
 ) -> tuple["Scores", dict[str, Any]]:
     """Return the scores by the chosen protocol, and what the summary says of training videos."""
-    from everest_ds.train.probing import score_knn, score_linear
-    from everest_ds.train.scoring import score
-    from everest_ds.train.trained import extract_features
+    from everest_ds.train.evaluation.probing import score_knn, score_linear
+    from everest_ds.train.evaluation.scoring import score
+    from everest_ds.train.evaluation.trained import extract_features
 
     settings, options = plan.settings, plan.options
     if options.protocol == "head":
@@ -235,8 +235,8 @@ def _versions() -> dict[str, str]:
 
 
 def _write(plan: _Plan, summary: dict[str, Any], scores: "Scores", names: tuple[str, ...], began: float) -> None:
-    from everest_ds.train.confusion import save_confusion
-    from everest_ds.train.evaluation import SUMMARY, write_predictions
+    from everest_ds.train.evaluation.confusion import save_confusion
+    from everest_ds.train.evaluation.files import SUMMARY, write_predictions
     from everest_ds.train.run_dir import describe_environment
 
     out = plan.out

@@ -12,7 +12,7 @@ from everest_ds.data.index import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.recipes import find_config
-from everest_ds.train.inference import (
+from everest_ds.train.evaluation.inference import (
     ClipSettings,
     InferenceOptions,
     clip_settings,
@@ -24,8 +24,8 @@ from everest_ds.train.inference import (
 if TYPE_CHECKING:
     import torch
 
-    from everest_ds.train.passes import UnreadableRow
-    from everest_ds.train.trained import Trained
+    from everest_ds.train.evaluation.passes import UnreadableRow
+    from everest_ds.train.evaluation.trained import Trained
 
 # What is looked for in folders; a file that is named outright may end in anything.
 VIDEO_SUFFIXES = (
@@ -83,7 +83,7 @@ def predict(source: Path, videos: Sequence[Path], options: PredictOptions, world
     on_gpu = distributed.select_accelerator()
     import torch
 
-    from everest_ds.train.trained import load_trained
+    from everest_ds.train.evaluation.trained import load_trained
 
     trained = load_trained(origin, settings, options, torch.device("cuda" if on_gpu else "cpu"))
     if options.features is None and not trained.has_head:
@@ -136,8 +136,8 @@ def _labels(
     device: "torch.device",
 ) -> "tuple[UnreadableRow, ...]":
     from everest_ds.data.views import ViewDataset
-    from everest_ds.train.passes import map_rows
-    from everest_ds.train.scoring import Ranking, rank_classes
+    from everest_ds.train.evaluation.passes import map_rows
+    from everest_ds.train.evaluation.scoring import Ranking, rank_classes
 
     names, top = trained.class_names, options.top
     outputs = map_rows(
@@ -190,8 +190,8 @@ def _features(
     import torch
 
     from everest_ds.model.weights.export import save_safetensors, write_whole
-    from everest_ds.train.evaluation import view_recipe
-    from everest_ds.train.trained import extract_features
+    from everest_ds.train.evaluation.files import view_recipe
+    from everest_ds.train.evaluation.trained import extract_features
 
     anyway = replace(options, allow_unreadable=True)
     outputs = extract_features(trained, rows, settings, anyway, world, device, progress="features of")

@@ -25,9 +25,9 @@ from everest_ds.train.signals import EXIT_STOPPED
 if TYPE_CHECKING:
     import torch
 
+    from everest_ds.train.evaluation.validation import Validation
     from everest_ds.train.loop import Trainer
     from everest_ds.train.start import Start
-    from everest_ds.train.validation import Validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def _build(
 
 
 def _validation(lists: Lists, world: World, device: "torch.device") -> "Validation | None":
-    from everest_ds.train.validation import Validation
+    from everest_ds.train.evaluation.validation import Validation
 
     if lists.val is None or not isinstance(lists.config, FinetuneConfig):
         return None

@@ -27,6 +27,7 @@ from everest_ds.errors import UserError
 from everest_ds.train import engine as engines
 from everest_ds.train.checkpoint import TrainState, prune_checkpoints, save_checkpoint
 from everest_ds.train.ema import WeightAverage
+from everest_ds.train.evaluation.validation import Validation, describe, to_metrics
 from everest_ds.train.metrics import MetricsLog
 from everest_ds.train.optim import learning_rate, require_scaled_rates
 from everest_ds.train.pointers import point_to_best
@@ -34,7 +35,6 @@ from everest_ds.train.progress import Window, measure, print_progress
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import EXIT_STOPPED, StopRequest
 from everest_ds.train.tasks import ClipCost, Task
-from everest_ds.train.validation import Validation, describe, to_metrics
 
 MAX_PATHS_SHOWN = 4
 

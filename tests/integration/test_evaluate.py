@@ -20,7 +20,7 @@ from everest_ds.model.sizes import get_size
 from everest_ds.model.weights.export import write_weights
 from everest_ds.model.weights.reading import read_weights
 from everest_ds.recipes import get_recipe
-from everest_ds.train.evaluation import require_own
+from everest_ds.train.evaluation.files import require_own
 from everest_ds.train.tasks import build_autoencoder, encoder_options
 from tests.integration.launch import launch
 from tests.integration.test_bad_input import refused

@@ -14,11 +14,11 @@ from everest_ds.commands.evaluate import _record
 from everest_ds.commands.predict import PredictOptions, find_videos
 from everest_ds.data.index import VideoRow
 from everest_ds.errors import UserError
-from everest_ds.train.confusion import draw_confusion, save_confusion
-from everest_ds.train.evaluation import require_own, score_summary, table, write_predictions
-from everest_ds.train.inference import Origin
-from everest_ds.train.passes import RowResults, UnreadableRow
-from everest_ds.train.scoring import Scores, rank_classes, summarise
+from everest_ds.train.evaluation.confusion import draw_confusion, save_confusion
+from everest_ds.train.evaluation.files import require_own, score_summary, table, write_predictions
+from everest_ds.train.evaluation.inference import Origin
+from everest_ds.train.evaluation.passes import RowResults, UnreadableRow
+from everest_ds.train.evaluation.scoring import Scores, rank_classes, summarise
 
 NAMES = ("cut, slowly", "fold", "pour")
 ROWS = [VideoRow(Path(f"{i}.mp4"), label) for i, label in enumerate((0, 0, 1, 2, 1))]

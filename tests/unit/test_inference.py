@@ -19,12 +19,12 @@ from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.sizes import get_size
 from everest_ds.model.weights.reading import weights_of_run
 from everest_ds.recipes import get_recipe
-from everest_ds.train import trained as trained_module
 from everest_ds.train.checkpoint import TrainState
 from everest_ds.train.consolidated import facts_of_run
-from everest_ds.train.inference import InferenceOptions, clip_settings, identify, locate, weights_kind
+from everest_ds.train.evaluation import trained as trained_module
+from everest_ds.train.evaluation.inference import InferenceOptions, clip_settings, identify, locate, weights_kind
+from everest_ds.train.evaluation.trained import load_trained
 from everest_ds.train.tasks import encoder_options
-from everest_ds.train.trained import load_trained
 
 CPU = torch.device("cpu")
 OPTIONS = InferenceOptions()

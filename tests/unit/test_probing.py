@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from everest_ds.data.index import VideoRow
-from everest_ds.train import probing
-from everest_ds.train.passes import RowResults, UnreadableRow
-from everest_ds.train.probing import LinearProbe, knn_probabilities, score_knn, score_linear
+from everest_ds.train.evaluation import probing
+from everest_ds.train.evaluation.passes import RowResults, UnreadableRow
+from everest_ds.train.evaluation.probing import LinearProbe, knn_probabilities, score_knn, score_linear
 
 # Sums in another order; measured worst difference 4e-16.
 SHARE_ATOL = 1e-13

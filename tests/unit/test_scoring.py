@@ -15,9 +15,9 @@ from everest_ds.data.index import VideoRow, read_list
 from everest_ds.data.views import ViewDataset
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.train import passes
-from everest_ds.train.passes import RowResults, map_rows
-from everest_ds.train.scoring import Ranking, Scores, rank_classes, score, summarise
+from everest_ds.train.evaluation import passes
+from everest_ds.train.evaluation.passes import RowResults, map_rows
+from everest_ds.train.evaluation.scoring import Ranking, Scores, rank_classes, score, summarise
 
 DATA = FinetuneDataConfig(num_frames=4, sampling_stride=2, image_size=32, num_workers=0)
 VIEWS = ViewsConfig(num_temporal=2, num_spatial=1)

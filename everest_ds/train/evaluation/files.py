@@ -15,8 +15,8 @@ from typing import Any
 
 from everest_ds.data.index import VideoRow
 from everest_ds.errors import UserError
-from everest_ds.train.inference import ClipSettings
-from everest_ds.train.scoring import Scores
+from everest_ds.train.evaluation.inference import ClipSettings
+from everest_ds.train.evaluation.scoring import Scores
 
 SUMMARY = "summary.json"
 COLUMNS = (

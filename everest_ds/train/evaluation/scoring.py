@@ -19,7 +19,7 @@ from everest_ds.data.index import VideoRow
 from everest_ds.data.views import RowViews, ViewDataset
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.train.passes import RowResults, UnreadableRow, map_rows
+from everest_ds.train.evaluation.passes import RowResults, UnreadableRow, map_rows
 
 DEFAULT_TOP = 5
 

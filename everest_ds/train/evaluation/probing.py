@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from everest_ds.data.index import VideoRow
-from everest_ds.train.passes import RowResults
-from everest_ds.train.scoring import DEFAULT_TOP, Ranking, Scores, rank_classes, summarise
+from everest_ds.train.evaluation.passes import RowResults
+from everest_ds.train.evaluation.scoring import DEFAULT_TOP, Ranking, Scores, rank_classes, summarise
 
 # Similarities that are held at once (128 MiB).
 _PAIRS_AT_ONCE = 2**24

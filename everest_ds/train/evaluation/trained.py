@@ -25,14 +25,14 @@ from everest_ds.model.weights.loading import load_weights
 from everest_ds.model.weights.reading import Weights
 from everest_ds.train.consolidated import read_any_weights
 from everest_ds.train.ema import read_average
-from everest_ds.train.inference import (
+from everest_ds.train.evaluation.inference import (
     AVERAGE,
     ClipSettings,
     InferenceOptions,
     Origin,
     weights_kind,
 )
-from everest_ds.train.passes import RowResults, map_rows
+from everest_ds.train.evaluation.passes import RowResults, map_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """What a trained model is and how it is to look at videos: a run, a checkpoint, or any file of weights.
 
-Place in the flow: PATH -> `locate` -> Origin -> `clip_settings` -> ClipSettings -> `everest_ds.train.trained`.
+Place in the flow: PATH -> `locate` -> Origin -> `clip_settings` -> ClipSettings -> `evaluation.trained`.
 Needs no torch, so that what is wrong is refused before it is imported.
 """
 

@@ -10,7 +10,7 @@ from everest_ds.config import FinetuneConfig, ViewsConfig
 from everest_ds.data.index import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.train.scoring import Scores, score
+from everest_ds.train.evaluation.scoring import Scores, score
 from everest_ds.train.signals import children_ignore_stop_signals, ignore_stop_signals
 
 MIDDLE = ViewsConfig(num_temporal=1, num_spatial=1)

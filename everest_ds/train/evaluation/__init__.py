@@ -1,0 +1,1 @@
+"""Trained models over lists of videos: which weights, forward passes, scores, probes, and the files they become."""
