@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everest_ds import distributed
-from everest_ds.data.index import VideoRow
+from everest_ds.data.index import VideoRow, find_videos
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.recipes import find_config
@@ -27,11 +27,6 @@ if TYPE_CHECKING:
     from everest_ds.train.evaluation.passes import UnreadableRow
     from everest_ds.train.evaluation.trained import Trained
 
-# What is looked for in folders; a file that is named outright may end in anything.
-VIDEO_SUFFIXES = (
-    ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts",
-    ".vob", ".webm", ".wmv",
-)  # fmt: skip
 EXIT_UNREADABLE = 2
 
 
@@ -77,6 +72,8 @@ def predict(source: Path, videos: Sequence[Path], options: PredictOptions, world
     Raises:
         UserError: There are no videos, or the weights cannot be used.
     """
+    if not videos:
+        raise UserError("predict needs a video or a folder of videos")
     rows = [VideoRow(path, -1) for path in find_videos(videos)]
     origin = locate(source)
     settings = clip_settings(origin, find_config(options.recipe) if options.recipe else None, options)
@@ -104,27 +101,6 @@ def predict(source: Path, videos: Sequence[Path], options: PredictOptions, world
             print(f"cannot read {bad.path}: {bad.reason}", file=sys.stderr, flush=True)
     distributed.finish()
     return EXIT_UNREADABLE if len(unreadable) > (len(rows) - 1 if options.allow_unreadable else 0) else 0
-
-
-def find_videos(paths: Sequence[Path]) -> list[Path]:
-    """Return the files, and those in the folders whose names end like a video's, in order.
-
-    Raises:
-        UserError: Nothing was named, or a folder has no such file.
-    """
-    found: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
-        if not inside:
-            known = " ".join(VIDEO_SUFFIXES)
-            raise UserError(f"{path} has no videos in it; looked for names that end in {known}")
-        found += inside
-    if not found:
-        raise UserError("predict needs a video or a folder of videos")
-    return found
 
 
 def _labels(

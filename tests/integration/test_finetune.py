@@ -74,6 +74,21 @@ def test_validation_is_recorded_and_the_best_is_kept(alone: Path) -> None:
     assert (alone / "checkpoints" / f"step-{best['step']:08d}" / "complete.json").is_file()
 
 
+def test_evaluate_takes_the_best_checkpoint_and_its_average(
+    alone: Path, labelled_folder: Path, tmp_path: Path
+) -> None:
+    words = ["evaluate", alone, "--list", labelled_folder / "val.csv", "--out", tmp_path / "evaluation"]
+    done = launch([*words, "--num-temporal", "1", "--num-spatial", "1", "--num-workers", "0", "--batch-rows", "24"])
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "evaluation" / "summary.json").read_text())
+    best = (alone / "checkpoints" / "best").read_text().strip()
+    assert (summary["checkpoint"]["name"], summary["checkpoint"]["weights"]) == (best, "ema")
+    (scored,) = (line for line in metrics(alone, "val") if line["is_best"] and f"{line['step']:08d}" in best)
+    assert summary["loss"] == pytest.approx(scored["loss"], rel=1e-5)  # written with six digits
+    assert summary["top1"] == scored["top1"]
+    assert summary["classes"] == (labelled_folder / "classes.txt").read_text().split()
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_processes_equal_one(stage: int, alone: Path, labelled_folder: Path, tmp_path: Path) -> None:
     """Losses, scores and averages."""

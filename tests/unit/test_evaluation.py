@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from everest_ds.commands.evaluate import _record
-from everest_ds.commands.predict import PredictOptions, find_videos
+from everest_ds.commands.predict import PredictOptions
 from everest_ds.data.index import VideoRow
 from everest_ds.errors import UserError
 from everest_ds.train.evaluation.confusion import draw_confusion, save_confusion
@@ -126,17 +126,6 @@ def test_confusion_is_dark_where_videos_are(num_classes: int, tmp_path: Path) ->
 def test_confusion_shortens_long_names() -> None:
     short, long = (draw_confusion([[1, 0], [0, 1]], [name, "b"]).size for name in ("x" * 28, "x" * 500))
     assert long[0] <= short[0] + 10
-
-
-def test_videos_of_folders_are_found_in_order(tmp_path: Path) -> None:
-    for name in ("b/2.MP4", "b/1.avi", "a/x.webm", "a/notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    odd = tmp_path / "a" / "notes.txt"
-    assert find_videos([odd, tmp_path]) == [odd, *(tmp_path / n for n in ("a/x.webm", "b/1.avi", "b/2.MP4"))]
-    with pytest.raises(UserError, match="has no videos in it"):
-        (tmp_path / "empty").mkdir()
-        find_videos([tmp_path / "empty"])
 
 
 @pytest.mark.parametrize(
