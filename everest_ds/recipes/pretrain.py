@@ -164,7 +164,7 @@ def demo() -> PretrainConfig:
         data=PretrainDataConfig(num_frames=16, sampling_stride=2, image_size=48, flip=False, num_workers=1),
         model=PretrainModelConfig(size="tiny", patch_size=8, decoder_depth=2, activation_checkpointing=True),
         selection=SelectionConfig(selected_ratio=0.3, visible_ratio=0.1),
-        optim=OptimConfig(base_lr=1.6e-2, min_lr=1e-4, warmup_epochs=10, epochs=100, max_grad_norm=1.0),
+        optim=OptimConfig(base_lr=1.6e-2, min_lr=1e-4, warmup_epochs=6, epochs=80, max_grad_norm=1.0),
         batch=BatchConfig(global_size=32, micro_size=16),
         run=RunConfig(log_every_steps=20, save_every_epochs=20),
     )
