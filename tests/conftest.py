@@ -21,6 +21,7 @@ from everest_ds.model.sizes import ModelSize
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
 CLIPS = REPOSITORY.parent / "shared" / "clips"
+SHARED_GOLDEN = REPOSITORY.parent / "shared" / "golden"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -87,6 +88,14 @@ def mini64() -> GoldenModel:
 @pytest.fixture(scope="session")
 def golden_json() -> Callable[[str], Any]:
     return lambda name: json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def whole_golden_set() -> Path:
+    """Where the golden set lies in full; tests/golden has what fits."""
+    if not SHARED_GOLDEN.is_dir():
+        pytest.skip(f"the whole golden set is not at {SHARED_GOLDEN}")
+    return SHARED_GOLDEN
 
 
 @pytest.fixture(scope="session")
