@@ -175,8 +175,8 @@ def demo_ft() -> FinetuneConfig:
         ),
         model=FinetuneModelConfig(size="tiny", patch_size=8, drop_path=0.0),
         selection=FinetuneSelectionConfig(keep_ratio=0.3),
-        optim=FinetuneOptimConfig(base_lr=1.6e-2, warmup_epochs=1, epochs=36),
+        optim=FinetuneOptimConfig(base_lr=1.6e-2, warmup_epochs=1, epochs=44),
         batch=BatchConfig(global_size=32, micro_size=16),
-        run=FinetuneRunConfig(log_every_steps=20, save_every_epochs=36, validate_every_epochs=6),
+        run=FinetuneRunConfig(log_every_steps=20, save_every_epochs=44, validate_every_epochs=11),
         views=ViewsConfig(num_temporal=2, num_spatial=1),
     )
