@@ -112,7 +112,7 @@ def check_files(out: Path, videos: Path) -> None:
     assert summary["views"] == {
         "num_frames": 16,
         "sampling": "dense",
-        "sampling_stride": 1,
+        "sampling_stride": 2,
         "image_size": 48,
         "num_temporal": 2,
         "num_spatial": 1,

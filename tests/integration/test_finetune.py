@@ -39,7 +39,14 @@ def finetune(folder: Path, out: Path, *extra: str, steps: int = NUM_STEPS, stage
     words = ["finetune", "demo_ft", "--data.train-list", str(folder / "train.csv"), "--out", str(out)]
     words += ["--data.val-list", str(folder / "val.csv"), "--data.num-workers", "0", "--precision", "fp32"]
     words += ["--batch.global-size", "48", "--batch.micro-size", "24", "--run.log-every-steps", "1"]
-    words += ["--run.max-steps", str(steps), "--ds-config", ds_config(f"zero{stage}")]
+    words += [
+        "--run.validate-every-epochs",
+        "1",
+        "--run.max-steps",
+        str(steps),
+        "--ds-config",
+        ds_config(f"zero{stage}"),
+    ]
     return [*words, *DRAWS, *extra]
 
 
