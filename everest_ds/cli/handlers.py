@@ -184,8 +184,8 @@ def convert(rest: list[str], world: World) -> int:
         """Write weights in another layout, and say what was read and which name became which."""
 
         source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
-        """A run directory, for its newest checkpoint; a checkpoint; an official .pth file; a Hugging Face folder; a
-        file of this command."""
+        """A run directory, for its best checkpoint or else its newest; a checkpoint; an official .pth file; a
+        Hugging Face folder; a file of this command."""
         target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
         """What to write; it must not exist."""
         to: command.Target

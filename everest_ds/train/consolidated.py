@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from everest_ds.config import Config
 from everest_ds.config_file import dump_config, load_config
+from everest_ds.data.labels import NAMES_FILE, read_class_names
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.geometry import TokenGrid
@@ -27,7 +28,7 @@ from everest_ds.model.weights.loading import load_weights
 from everest_ds.model.weights.reading import Weights, read_weights, weights_of_run
 from everest_ds.model.weights.report import WeightsReport
 from everest_ds.train.checkpoint import list_checkpoints, read_state
-from everest_ds.train.pointers import folder_of
+from everest_ds.train.pointers import find_best, folder_of
 from everest_ds.train.seal import find_damage, is_sealed
 from everest_ds.train.tasks import Task, make_task
 
@@ -37,7 +38,7 @@ ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
 
 
 def find_source(path: Path) -> Path:
-    """Return the checkpoint that a path names: a run directory stands for its newest complete one.
+    """Return the checkpoint that a path names: a run stands for its best one where it has one, else its newest.
 
     Raises:
         UserError: There is none, or its files are not what its seal says.
@@ -47,7 +48,7 @@ def find_source(path: Path) -> Path:
         complete = list_checkpoints(path)
         if not complete:
             raise UserError(f"{path} has no complete checkpoint")
-        checkpoint = complete[0]
+        checkpoint = find_best(path) or complete[0]
     if not is_sealed(checkpoint):
         raise UserError(f"{path} is neither a run directory nor a complete checkpoint of one")
     fault = find_damage(checkpoint, ALONE)
@@ -130,7 +131,7 @@ def restore_frozen_weights(task: Task, checkpoint: Path) -> None:
 
 
 def export_fp32(source: Path, target: Path) -> Path:
-    """Write the float32 weights of a run's newest checkpoint, or of a named one, as one safetensors file.
+    """Write the float32 weights of a run (see `find_source`), or of a checkpoint, as one safetensors file.
 
     Returns:
         The checkpoint that was read.
@@ -147,7 +148,7 @@ def export_fp32(source: Path, target: Path) -> Path:
     facts = {
         "step": str(read_state(checkpoint).step),
         "config": _one_line(config),
-        FACTS_KEY: facts_of_run(config).dump(),
+        FACTS_KEY: facts_of_run(config, _class_names(checkpoint)).dump(),
     }
     weights = read_fp32_weights(checkpoint)
     write_whole(target, lambda path: save_safetensors(weights, path, facts))
@@ -158,8 +159,13 @@ def _one_line(config: Config) -> str:
     return json.dumps(json.loads(dump_config(config)))
 
 
-def facts_of_run(config: Config) -> Facts:
-    """Return what a run's configuration says of its model and its weights do not."""
+def _class_names(checkpoint: Path) -> tuple[str, ...] | None:
+    names = checkpoint.parent.parent / NAMES_FILE
+    return read_class_names(names) if names.is_file() else None
+
+
+def facts_of_run(config: Config, labels: tuple[str, ...] | None = None) -> Facts:
+    """Return what a run says of its model and its weights do not: its configuration, and its classes' names."""
     size, model = get_size(config.model.size), config.model
     edge = model.position_size or config.data.image_size
     return Facts(
@@ -168,6 +174,7 @@ def facts_of_run(config: Config) -> Facts:
         num_frames=model.position_frames or config.data.num_frames,
         image_height=edge,
         image_width=edge,
+        labels=labels,
     )
 
 
@@ -182,9 +189,8 @@ def read_any_weights(path: Path) -> Weights:
         return read_weights(path)
     checkpoint = find_source(path)
     config = load_config(checkpoint.parent.parent / "config.json")
-    return weights_of_run(
-        read_fp32_weights(checkpoint), facts_of_run(config), str(checkpoint), config=_one_line(config)
-    )
+    facts = facts_of_run(config, _class_names(checkpoint))
+    return weights_of_run(read_fp32_weights(checkpoint), facts, str(checkpoint), config=_one_line(config))
 
 
 def load_initial_weights(

@@ -6,7 +6,9 @@ for the result is written out here, because DeepSpeed's own defaults change betw
 0.0 and is 1.0).
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -235,11 +237,24 @@ def step(engine: Any) -> StepResult:
         return StepResult()
     skipped_before = engine.skipped_steps
     norm = None
+    clipping: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if not hasattr(engine.optimizer, "_global_grad_norm"):
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
         if not norm.isfinite():
             engine.optimizer.zero_grad()  # without gradients the optimiser leaves weights and moments alone
             engine.skipped_steps += 1
-    engine.step()
+            clipping = _without_clipping(engine)
+    with clipping:
+        engine.step()
     norm = engine.get_global_grad_norm() if norm is None else norm
     return StepResult(grad_norm=norm, applied=engine.skipped_steps == skipped_before)
+
+
+@contextlib.contextmanager
+def _without_clipping(engine: Any) -> Iterator[None]:
+    """Clip nothing: DeepSpeed 0.19.8 fails to clip where no parameter has a gradient."""
+    before, engine._config.gradient_clipping = engine._config.gradient_clipping, 0.0
+    try:
+        yield
+    finally:
+        engine._config.gradient_clipping = before

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from everest_ds.data.demo import DemoConfig, write_demo_data
-from everest_ds.train.consolidated import read_fp32_weights
+from everest_ds.train.consolidated import read_any_weights, read_fp32_weights
 from tests.integration.launch import contents, ds_config, launch, losses, metrics
 
 LOSS_RTOL = 1e-6
@@ -94,6 +94,14 @@ def test_evaluate_takes_the_best_checkpoint_and_its_average(
     assert summary["loss"] == pytest.approx(scored["loss"], rel=1e-5)  # written with six digits
     assert summary["top1"] == scored["top1"]
     assert summary["classes"] == (labelled_folder / "classes.txt").read_text().split()
+
+
+def test_weights_of_the_run_are_the_best_ones_with_their_class_names(alone: Path, labelled_folder: Path) -> None:
+    weights = read_any_weights(alone)
+    assert weights.architecture.labels == tuple((labelled_folder / "classes.txt").read_text().split())
+    best = alone / "checkpoints" / (alone / "checkpoints" / "best").read_text().strip()
+    assert str(best) in weights.source
+    assert all(torch.equal(weights.tensors[name], tensor) for name, tensor in read_fp32_weights(best).items())
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -101,7 +101,7 @@ class Task(torch.nn.Module):
         self.linear = torch.nn.Linear(8, 8)
 
     def parameter_groups(self):
-        return [{"params": list(self.parameters())}]
+        return [{"params": list(self.parameters()), "weight_decay": 0.0, "lr_scale": 1.0}]
 
     def forward(self, x):
         return self.linear(x).square().mean()
