@@ -121,6 +121,7 @@ class ClipBatch:
         """Move the tensors to pinned memory (called by the loader)."""
         self.clips_BCTHW = self.clips_BCTHW.pin_memory()
         self.noise_BS = self.noise_BS.pin_memory()
+        self.label_B = self.label_B.pin_memory()
         if self.target_BK is not None:
             self.target_BK = self.target_BK.pin_memory()
         return self
