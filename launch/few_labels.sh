@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Does pre-training help where labels are few? Fine-tunes the demo from pre-trained and from random weights, on the same
 # few videos of each class, for the same number of steps, over several seeds; a table of top-1 on the test videos.
-# It takes the data and the pre-trained run of launch/quickstart.sh, and goes on where it was when started again.
+# It takes the data and the pre-trained run of launch/quickstart.sh, and goes on where it was when started again. With
+# UNLABELLED, it pre-trains another run on so many videos of its own, for PRETRAIN_STEPS.
 #
-#   [EVEREST_OUT=FOLDER] [SHOTS="5 20"] [SEEDS="0 1 2"] [STEPS=400] bash launch/few_labels.sh
+#   [EVEREST_OUT=FOLDER] [SHOTS="5 20"] [SEEDS="0 1 2"] [STEPS=400] [UNLABELLED=4000] [PRETRAIN_STEPS=3000] \
+#     bash launch/few_labels.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
@@ -12,14 +14,22 @@ ensure_environment ""
 out=${EVEREST_OUT:-quickstart}
 data=quickstart/data
 shots=${SHOTS:-5 20} seeds=${SEEDS:-0 1 2} steps=${STEPS:-400}
-if [ ! -f "$out/pretrained/checkpoints/latest" ]; then
-  echo "no pre-trained run in $out/pretrained; run launch/quickstart.sh first" >&2
-  exit 2
-fi
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 0 ]; then precision=bf16; else
   export DS_ACCELERATOR=cpu
   precision=fp32
+fi
+pretrained=$out/pretrained results=$out/few_labels
+if [ -n "${UNLABELLED:-}" ]; then
+  pretrained=$out/pretrained-$UNLABELLED results=$out/few_labels-$UNLABELLED
+  everest demo-data "quickstart/data-$UNLABELLED" --train "$UNLABELLED" --val 0 --test 0 --seed 1
+  deepspeed --no_local_rank --num_gpus $((gpus > 0 ? gpus : 2)) --module everest_ds pretrain demo \
+    --data.train-list "quickstart/data-$UNLABELLED/train.csv" --ds-config ds_configs/zero2.json \
+    --precision "$precision" --batch.micro-size $((32 / (gpus > 0 ? gpus : 2))) \
+    --optim.epochs $((${PRETRAIN_STEPS:-3000} / (UNLABELLED / 32))) --optim.warmup-epochs 1 --out "$pretrained"
+elif [ ! -f "$pretrained/checkpoints/latest" ]; then
+  echo "no pre-trained run in $pretrained; run launch/quickstart.sh first" >&2
+  exit 2
 fi
 last=$(printf 'checkpoints/step-%08d' "$steps")
 
@@ -39,14 +49,14 @@ PYTHON
 
 for count in $shots; do
   for seed in $seeds; do
-    mkdir -p "$out/few_labels"
-    list=$out/few_labels/train-$count-$seed.csv
+    mkdir -p "$results"
+    list=$results/train-$count-$seed.csv
     draw "$count" "$seed" "$list"
     per_epoch=$(($(wc -l < "$list") / 32))
     epochs=$((steps / per_epoch))
     for start in pretrained random; do
-      run=$out/few_labels/$start-$count-$seed
-      if [ "$start" = pretrained ]; then weights=(--init-from "$out/pretrained"); else weights=(); fi
+      run=$results/$start-$count-$seed
+      if [ "$start" = pretrained ]; then weights=(--init-from "$pretrained"); else weights=(); fi
       everest finetune demo_ft --data.train-list "$list" --data.class-names "$data/classes.txt" \
         --data.val-list "$data/val.csv" --run.validate-every-epochs $((epochs / 4)) --run.seed "$seed" \
         --optim.epochs "$epochs" --run.save-every-epochs "$epochs" --precision "$precision" \
@@ -56,7 +66,7 @@ for count in $shots; do
   done
 done
 
-python - "$out/few_labels" "$shots" "$seeds" <<'PYTHON'
+python - "$results" "$shots" "$seeds" <<'PYTHON'
 import json, pathlib, statistics, sys
 folder, shots, seeds = pathlib.Path(sys.argv[1]), sys.argv[2].split(), sys.argv[3].split()
 print(f"\n{'labels a class':<15}{'start':<12}{'top-1, mean':>12}{'deviation':>11}   each seed; on the way (validation)")
