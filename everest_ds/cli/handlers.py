@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from everest_ds.cli.parsing import leave, parse, recipe_and_flags
-from everest_ds.config import FinetuneConfig, PretrainConfig
+from everest_ds.config import TaskName
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, nearest_hint
 
@@ -95,38 +95,29 @@ def plan(rest: list[str], world: World) -> int:
 
 def pretrain(rest: list[str], world: World) -> int:
     """Pre-train a recipe."""
-    from everest_ds.commands import train as command
-    from everest_ds.commands.train import LaunchOptions as Launch
-
-    config, flags = recipe_and_flags("pretrain", rest, "pretrain")
-
-    @dataclass(frozen=True, kw_only=True)
-    class Arguments:
-        """Pre-train a recipe. Defaults shown are the recipe's."""
-
-        config: Annotated[PretrainConfig, tyro.conf.arg(name="")]
-        launch: Annotated[Launch, tyro.conf.arg(name="")] = field(default_factory=Launch)
-
-    arguments = parse(Arguments, flags, "everest pretrain RECIPE", world, config=config)
-    code = command.train(arguments.config, arguments.launch, world)
-    return leave(code, at_once=world.size > 1)
+    return _train("pretrain", rest, world)
 
 
 def finetune(rest: list[str], world: World) -> int:
-    """Fine-tune a recipe."""
+    """Fine-tune a recipe on labelled videos."""
+    return _train("finetune", rest, world)
+
+
+def _train(task: TaskName, rest: list[str], world: World) -> int:
     from everest_ds.commands import train as command
     from everest_ds.commands.train import LaunchOptions as Launch
 
-    config, flags = recipe_and_flags("finetune", rest, "finetune")
+    config, flags = recipe_and_flags(task, rest, task)
+    kind = type(config)
 
     @dataclass(frozen=True, kw_only=True)
     class Arguments:
-        """Fine-tune a recipe on labelled videos. Defaults shown are the recipe's."""
+        """Train a recipe. Defaults shown are the recipe's."""
 
-        config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+        config: Annotated[kind, tyro.conf.arg(name="")]  # type: ignore[valid-type]
         launch: Annotated[Launch, tyro.conf.arg(name="")] = field(default_factory=Launch)
 
-    arguments = parse(Arguments, flags, "everest finetune RECIPE", world, config=config)
+    arguments = parse(Arguments, flags, f"everest {task} RECIPE", world, config=config)
     code = command.train(arguments.config, arguments.launch, world)
     return leave(code, at_once=world.size > 1)
 
