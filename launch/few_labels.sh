@@ -19,6 +19,7 @@ if [ "$gpus" -gt 0 ]; then precision=bf16; else
   export DS_ACCELERATOR=cpu
   precision=fp32
 fi
+everest demo-data quickstart/data
 pretrained=$out/pretrained results=$out/few_labels
 if [ -n "${UNLABELLED:-}" ]; then
   pretrained=$out/pretrained-$UNLABELLED results=$out/few_labels-$UNLABELLED
