@@ -29,6 +29,8 @@ from everest_ds.train.seal import (
 )
 
 STATE = "state.json"
+# The moving average of the weights, where one is kept.
+AVERAGE = "ema.safetensors"
 # Version of the folder's layout and of state.json; raise it when an older reader would misread a newer folder.
 FORMAT = 1
 # Where torch's file writer reports that a disk takes no more; it raises a RuntimeError.

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.model.weights.export import save_safetensors
+from everest_ds.train.checkpoint import AVERAGE
 
-FILE = "ema.safetensors"
 PREFIX = "model."
 
 
@@ -83,7 +83,7 @@ class WeightAverage:
                 tensors[name] = tensor.cpu()
         if world.is_main:
             try:
-                save_safetensors(tensors, folder / FILE, {"decay": str(self.decay)})
+                save_safetensors(tensors, folder / AVERAGE, {"decay": str(self.decay)})
             except SafetensorError as error:
                 raise OSError(str(error)) from error
 
@@ -98,7 +98,7 @@ class WeightAverage:
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
             odd = sorted(tensors.keys() ^ shapes.keys()) or [n for n in shapes if tensors[n].shape != shapes[n]]
             raise UserError(
-                f"{folder / FILE} holds averages of other weights than are trained here: {', '.join(odd[:4])}"
+                f"{folder / AVERAGE} holds averages of other weights than are trained here: {', '.join(odd[:4])}"
             )
         for name, parameter in self._parameters.items():
             start, count = _place(parameter)
@@ -128,9 +128,9 @@ def read_average(folder: Path) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
-    path = folder / FILE
+    path = folder / AVERAGE
     if not path.is_file():
-        raise UserError(f"{folder} has no {FILE}: the run was trained without optim.ema_decay")
+        raise UserError(f"{folder} has no {AVERAGE}: the run was trained without optim.ema_decay")
     return load_file(path)
 
 

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.train.ema import FILE, WeightAverage, read_average
+from everest_ds.train.checkpoint import AVERAGE
+from everest_ds.train.ema import WeightAverage, read_average
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
 
@@ -65,6 +66,6 @@ def test_averages_of_other_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_file_that_cannot_be_written_is_the_disks_fault(tmp_path: Path) -> None:
-    (tmp_path / FILE).mkdir()
+    (tmp_path / AVERAGE).mkdir()
     with pytest.raises(OSError, match="directory"):
         WeightAverage(make_engine(), 0.9).save(tmp_path, ALONE)

@@ -12,11 +12,10 @@ from typing import Any, Literal
 from everest_ds.config import Config, FinetuneConfig, FinetuneDataConfig, FinetuneSelectionConfig, ViewsConfig
 from everest_ds.config_file import load_config
 from everest_ds.errors import UserError
-from everest_ds.train.checkpoint import list_checkpoints, read_state
+from everest_ds.train.checkpoint import AVERAGE, list_checkpoints, read_state
 from everest_ds.train.pointers import find_best, folder_of
 from everest_ds.train.seal import SEAL, is_sealed, sha256
 
-AVERAGE = "ema.safetensors"
 WeightsName = Literal["auto", "model", "ema"]
 
 

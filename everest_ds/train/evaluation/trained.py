@@ -23,10 +23,10 @@ from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.weights.architecture import Architecture
 from everest_ds.model.weights.loading import load_weights
 from everest_ds.model.weights.reading import Weights
+from everest_ds.train.checkpoint import AVERAGE
 from everest_ds.train.consolidated import read_any_weights
 from everest_ds.train.ema import read_average
 from everest_ds.train.evaluation.inference import (
-    AVERAGE,
     ClipSettings,
     InferenceOptions,
     Origin,
