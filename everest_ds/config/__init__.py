@@ -12,11 +12,10 @@ from everest_ds.config.finetune import (
     FinetuneModelConfig,
     FinetuneOptimConfig,
     FinetuneRunConfig,
-    FinetuneSelectionConfig,
     SamplingName,
     ViewsConfig,
 )
-from everest_ds.config.pretrain import PretrainConfig, PretrainDataConfig, PretrainModelConfig, SelectionConfig
+from everest_ds.config.pretrain import PretrainConfig, PretrainDataConfig, PretrainModelConfig
 from everest_ds.config.sections import (
     AttentionName,
     BatchConfig,
@@ -27,6 +26,7 @@ from everest_ds.config.sections import (
     SizeName,
     TaskName,
 )
+from everest_ds.config.selection import FinetuneSelectionConfig, SelectionConfig
 
 __all__ = [
     "AttentionName",

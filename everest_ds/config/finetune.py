@@ -7,8 +7,9 @@ import tyro
 
 from everest_ds.config.base import Config
 from everest_ds.config.sections import DataConfig, ModelConfig, OptimConfig, RunConfig, require
+from everest_ds.config.selection import FinetuneSelectionConfig
+from everest_ds.counts import count_kept
 from everest_ds.errors import UserError
-from everest_ds.geometry import ratio_to_count
 
 SamplingName = Literal["dense", "segment"]
 
@@ -83,18 +84,6 @@ class FinetuneModelConfig(ModelConfig):
                 f"model.freeze_encoder with model.drop_path={self.drop_path}: a frozen encoder drops no branches; "
                 "set model.drop_path=0"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneSelectionConfig:
-    """Which tokens are kept (paper Sec. 4.1)."""
-
-    keep_ratio: float = 0.6
-    """rho_pre of fine-tuning: share of a clip's tokens that ReRo keeps; 1 keeps all, as plain VideoMAE does."""
-
-    def __post_init__(self) -> None:
-        """Check the ratio."""
-        require(0 < self.keep_ratio <= 1, "selection.keep_ratio", self.keep_ratio, "a share in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +163,7 @@ class FinetuneConfig(Config):
     def __post_init__(self) -> None:
         """Check what depends on several sections at once."""
         super().__post_init__()
-        if self.num_kept < self.grid.num_tokens:
+        if self.num_kept < self.grid.num_tokens and self.selection.measures_change:
             self._require_two_steps()
         if self.num_kept < 1:
             raise UserError(
@@ -200,7 +189,7 @@ class FinetuneConfig(Config):
     @property
     def num_kept(self) -> int:
         """Tokens of a clip that the encoder sees."""
-        return ratio_to_count(self.grid.num_tokens, self.selection.keep_ratio)
+        return count_kept(self.selection.strategy, self.grid, self.selection.keep_ratio)
 
     @property
     def tokens(self) -> str:

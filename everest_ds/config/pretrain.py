@@ -7,10 +7,10 @@ import tyro
 
 from everest_ds.config.base import Config
 from everest_ds.config.sections import DataConfig, ModelConfig, require
+from everest_ds.config.selection import SelectionConfig
+from everest_ds.counts import ClipCounts, bound_counts, count_candidate_steps, count_selection
 from everest_ds.errors import UserError
-from everest_ds.geometry import ratio_to_count
-
-TargetName = Literal["masked", "selected"]
+from everest_ds.geometry import TokenGrid, ratio_to_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,29 +41,6 @@ class PretrainModelConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectionConfig:
-    """Which tokens are kept (paper Sec. 4.1)."""
-
-    selected_ratio: float = 0.3
-    """rho_pre: share of a clip's tokens that ReRo selects; the decoder sees these."""
-    visible_ratio: float = 0.1
-    """rho_pre * rho_post: share of a clip's tokens that the encoder sees, drawn from the selected ones."""
-    targets: TargetName = "masked"
-    """Reconstruct the selected tokens that are not visible (official code) or all selected ones (Eq. 3)."""
-
-    def __post_init__(self) -> None:
-        """Check each ratio, and one against the other."""
-        for name in ("selected_ratio", "visible_ratio"):
-            ratio = getattr(self, name)
-            require(0 < ratio <= 1, f"selection.{name}", ratio, "a share of the clip's tokens in (0, 1]")
-        if self.visible_ratio > self.selected_ratio:
-            raise UserError(
-                f"selection.visible_ratio={self.visible_ratio} is above selection.selected_ratio="
-                f"{self.selected_ratio}; the visible tokens are drawn from the selected ones: lower it"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
 class PretrainConfig(Config):
     """One pre-training run, resolved: what RUN/config.json holds."""
 
@@ -76,39 +53,84 @@ class PretrainConfig(Config):
     def __post_init__(self) -> None:
         """Check what depends on several sections at once."""
         super().__post_init__()
-        self._require_two_steps()
+        if self.selection.measures_change:
+            self._require_two_steps()
+        selection, num_tokens = self.selection, self.grid.num_tokens
         if self.num_visible < 1:
             raise UserError(
-                f"selection.visible_ratio={self.selection.visible_ratio} of {self.grid.num_tokens} tokens keeps "
-                f"none; use at least {1 / self.grid.num_tokens:.4g}"
+                f"selection.visible_ratio={selection.visible_ratio} of {num_tokens} tokens keeps none; use at "
+                f"least {1 / num_tokens:.4g}"
             )
-        if self.selection.targets == "masked" and self.num_visible == self.num_selected:
+        if self.num_targets < 1:
             raise UserError(
-                f"selection.visible_ratio={self.selection.visible_ratio} shows all {self.num_selected} selected "
-                "tokens to the encoder and leaves none to reconstruct; lower it, or use "
-                "selection.targets=selected"
+                f"selection.visible_ratio={selection.visible_ratio} shows all {self.num_selected} selected tokens "
+                "to the encoder and leaves none to reconstruct; lower it, or use selection.targets=selected"
+            )
+        least = self._bound(selection.least_ratio, upper=False)
+        if least.visible < 1 or least.targets < 1:
+            raise UserError(
+                f"selection.floor={selection.least_ratio} keeps {least.selected} of {num_tokens} tokens, too few "
+                "for one that the encoder sees and one to reconstruct; raise it"
             )
 
     @property
+    def candidate_steps(self) -> int:
+        """Time steps that frames are chosen from; those of the clip where none are chosen."""
+        return count_candidate_steps(self.grid.time, self.selection.alpha)
+
+    @property
+    def candidate_frames(self) -> int:
+        """Frames that are read of a video."""
+        return self.candidate_steps * self.model.tubelet_size
+
+    @property
+    def candidate_grid(self) -> TokenGrid:
+        """The token grid of the frames that are read."""
+        return TokenGrid(time=self.candidate_steps, rows=self.grid.rows, cols=self.grid.cols)
+
+    @property
+    def counts(self) -> ClipCounts:
+        """Tokens of a clip; of the average clip where clips may differ (`SelectionConfig.budget`)."""
+        selection = self.selection
+        return count_selection(
+            selection.strategy, self.grid, selection.selected_ratio, selection.visible_ratio, selection.targets
+        )
+
+    @property
+    def most(self) -> ClipCounts:
+        """Tokens of a clip at most."""
+        return self._bound(self.selection.most_ratio, upper=True)
+
+    @property
     def num_selected(self) -> int:
-        """Tokens of a clip that ReRo selects."""
-        return ratio_to_count(self.grid.num_tokens, self.selection.selected_ratio)
+        """Tokens of a clip that are selected."""
+        return self.counts.selected
 
     @property
     def num_visible(self) -> int:
         """Tokens of a clip that the encoder sees."""
-        return ratio_to_count(self.grid.num_tokens, self.selection.visible_ratio)
+        return self.counts.visible
 
     @property
     def num_targets(self) -> int:
         """Tokens of a clip that the decoder predicts."""
-        hidden = self.num_selected - self.num_visible
-        return hidden if self.selection.targets == "masked" else self.num_selected
+        return self.counts.targets
 
     @property
     def tokens(self) -> str:
         """What becomes of a clip's tokens, in words."""
-        return (
-            f"{super().tokens}, {self.num_selected} selected, {self.num_visible} visible, "
+        chosen = f" of {self.candidate_frames} candidate frames" if self.candidate_steps > self.grid.time else ""
+        counts = (
+            f"{super().tokens}{chosen}, {self.num_selected} selected, {self.num_visible} visible, "
             f"{self.num_targets} targets"
         )
+        if not self.selection.varies:
+            return counts
+        most = self.most
+        return f"{counts} on average; at most {most.selected}, {most.visible}, {most.targets}"
+
+    def _bound(self, ratio: float, *, upper: bool) -> ClipCounts:
+        if not self.selection.varies:
+            return self.counts
+        selected = ratio_to_count(self.grid.num_tokens, ratio)
+        return bound_counts(self.counts, selected, self.selection.targets, upper=upper)

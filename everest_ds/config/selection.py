@@ -1,0 +1,158 @@
+"""Which tokens are kept: the choices that both tasks have, and those of each. Checked when they are built."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from everest_ds.config.sections import require
+from everest_ds.counts import DistanceName, OrderName, StrategyName, TargetName
+from everest_ds.errors import UserError
+
+BudgetName = Literal["clip", "batch", "threshold"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenChoiceConfig:
+    """What tokens are chosen by."""
+
+    strategy: StrategyName = "rero"
+    """rero: by change; random: ST-MAE; tube: VideoMAE, the same places in all steps; running_cell: VideoMAE V2, a
+    tube for the encoder and running cells for the decoder; all: every token (with a ratio of 1)."""
+    order: OrderName = "descending"
+    """Of rero: the most changing tokens first, or the least changing ones (Table 16)."""
+    distance: DistanceName = "l2"
+    """What change is measured by, between a token and the one before it at its place (Table 9)."""
+
+    def __post_init__(self) -> None:
+        """Check the order against the strategy."""
+        if self.strategy != "rero" and self.order != "descending":
+            raise UserError(
+                f"selection.order={self.order} has no effect with selection.strategy={self.strategy}; remove it, "
+                "or use selection.strategy=rero"
+            )
+        if not self.measures_change and self.distance != "l2":
+            raise UserError(
+                f"selection.distance={self.distance} has no effect with selection.strategy={self.strategy}; remove "
+                "it, or use selection.strategy=rero"
+            )
+
+    @property
+    def measures_change(self) -> bool:
+        """Whether tokens are compared with those before them."""
+        return self.strategy == "rero"
+
+    def _require_ratio(self, name: str) -> None:
+        """Refuse a ratio that the strategy cannot keep whatever the clip."""
+        ratio = getattr(self, name)
+        require(0 < ratio <= 1, f"selection.{name}", ratio, "a share of the clip's tokens in (0, 1]")
+        if self.strategy == "all" and ratio != 1:
+            raise UserError(
+                f"selection.strategy=all keeps every token, and selection.{name}={ratio}; set it to 1, or use "
+                "selection.strategy=random"
+            )
+        if self.strategy == "running_cell" and ratio not in (0.25, 0.5, 0.75):
+            raise UserError(
+                f"selection.{name}={ratio} must be 0.25, 0.5 or 0.75 with selection.strategy=running_cell: one, "
+                "two or three of each cell's four places"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig(TokenChoiceConfig):
+    """Which tokens are kept in pre-training (paper Sec. 4.1), and of which frames (Sec. 4.2)."""
+
+    selected_ratio: float = 0.3
+    """rho_pre: share of a clip's tokens that is selected; the decoder sees these."""
+    visible_ratio: float = 0.1
+    """rho_pre * rho_post: share of a clip's tokens that the encoder sees, drawn from the selected ones."""
+    targets: TargetName = "masked"
+    """Reconstruct the selected tokens that are not visible (official code) or all selected ones (Eq. 3)."""
+    budget: BudgetName = "clip"
+    """clip: every clip keeps selected_ratio; batch: all clips of a micro-step, on all processes, share one budget
+    and the most changing tokens win; threshold: tokens above a running quantile of importance, so that cost follows
+    content."""
+    floor: float | None = None
+    """With budget batch or threshold: share that a clip keeps at least; half of selected_ratio without one."""
+    ceiling: float | None = None
+    """With budget batch or threshold: share that a clip keeps at most; twice selected_ratio without one."""
+    quantile_decay: float = 0.99
+    """With budget threshold: how much of the running quantile stays from one micro-step to the next."""
+    alpha: float = 1.0
+    """Choose each clip's frames from alpha times as many candidates, by change (Sec. 4.2); 1 chooses none."""
+
+    def __post_init__(self) -> None:
+        """Check each field, and one against the other."""
+        super().__post_init__()
+        self._require_ratio("selected_ratio")
+        require(
+            0 < self.visible_ratio <= 1, "selection.visible_ratio", self.visible_ratio,
+            "a share of the clip's tokens in (0, 1]",
+        )  # fmt: skip
+        if self.visible_ratio > self.selected_ratio:
+            raise UserError(
+                f"selection.visible_ratio={self.visible_ratio} is above selection.selected_ratio="
+                f"{self.selected_ratio}; the visible tokens are drawn from the selected ones: lower it"
+            )
+        require(self.alpha >= 1, "selection.alpha", self.alpha, "at least 1 (1 chooses no frames)")
+        self._check_budget()
+
+    @property
+    def varies(self) -> bool:
+        """Whether clips may keep different numbers of tokens."""
+        return self.budget != "clip"
+
+    @property
+    def least_ratio(self) -> float:
+        """Share of its tokens that a clip keeps at least."""
+        if not self.varies:
+            return self.selected_ratio
+        return self.selected_ratio / 2 if self.floor is None else self.floor
+
+    @property
+    def most_ratio(self) -> float:
+        """Share of its tokens that a clip keeps at most."""
+        if not self.varies:
+            return self.selected_ratio
+        return min(1.0, 2 * self.selected_ratio) if self.ceiling is None else self.ceiling
+
+    @property
+    def measures_change(self) -> bool:
+        """Whether tokens are compared with those before them, to choose tokens or frames."""
+        return self.strategy == "rero" or self.alpha > 1
+
+    def _check_budget(self) -> None:
+        """Check what clips may differ in."""
+        for name in ("floor", "ceiling"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            require(0 < value <= 1, f"selection.{name}", value, "a share of the clip's tokens in (0, 1]")
+            if not self.varies:
+                raise UserError(
+                    f"selection.{name}={value} has no effect with selection.budget=clip; remove it, or use "
+                    "selection.budget=batch or threshold"
+                )
+        require(0 <= self.quantile_decay < 1, "selection.quantile_decay", self.quantile_decay, "in [0, 1)")
+        if self.varies and self.strategy != "rero":
+            raise UserError(
+                f"selection.budget={self.budget} compares the change of tokens, which selection.strategy="
+                f"{self.strategy} does not go by; use selection.strategy=rero or selection.budget=clip"
+            )
+        if not self.least_ratio <= self.selected_ratio <= self.most_ratio:
+            raise UserError(
+                f"selection.floor={self.least_ratio}, selection.selected_ratio={self.selected_ratio} and "
+                f"selection.ceiling={self.most_ratio} must not fall: no more than selected_ratio as the floor, no "
+                "less as the ceiling"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSelectionConfig(TokenChoiceConfig):
+    """Which tokens are kept in fine-tuning (paper Sec. 4.1)."""
+
+    keep_ratio: float = 0.6
+    """rho_pre of fine-tuning: share of a clip's tokens that is kept; 1 keeps all, as plain VideoMAE does."""
+
+    def __post_init__(self) -> None:
+        """Check the ratio."""
+        super().__post_init__()
+        self._require_ratio("keep_ratio")

@@ -1,0 +1,149 @@
+"""How many tokens each way of selecting keeps, in exact integers. A leaf without torch, like geometry.
+
+Place in the flow: a token grid and a strategy's ratios become counts, which config checks and prints, the model
+selects by, and the memory estimate is made of.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from everest_ds.errors import UserError
+from everest_ds.geometry import TokenGrid, ratio_to_count
+
+StrategyName = Literal["rero", "random", "tube", "running_cell", "all"]
+OrderName = Literal["descending", "ascending"]
+DistanceName = Literal["l2", "l1", "cosine", "cka"]
+TargetName = Literal["masked", "selected"]
+
+CELL_EDGE = 2
+CELL_TOKENS = CELL_EDGE**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipCounts:
+    """Tokens of one clip.
+
+    Attributes:
+        selected: What the strategy selects.
+        visible: What the encoder sees.
+        targets: What the decoder predicts.
+    """
+
+    selected: int
+    visible: int
+    targets: int
+
+
+def count_kept(strategy: StrategyName, grid: TokenGrid, ratio: float) -> int:
+    """Return how many of a clip's tokens a strategy keeps at a ratio.
+
+    rero and random: ``floor(tokens * ratio)``. tube: ``ceil(places * ratio)`` places of every step, which is
+    VideoMAE's count (it masks ``floor(places * 0.9)``). running_cell: so many of each cell's four places.
+    all: every token.
+
+    Raises:
+        UserError: The ratio is outside (0, 1], or none that the strategy can keep.
+    """
+    if strategy == "tube":
+        return grid.time * count_places(grid, ratio)
+    if strategy == "running_cell":
+        return grid.num_tokens * count_of_cell(grid, ratio) // CELL_TOKENS
+    if strategy == "all" and ratio != 1:
+        raise UserError(f"strategy=all keeps every token, and its ratio is {ratio}; set it to 1")
+    return ratio_to_count(grid.num_tokens, ratio)
+
+
+def count_selection(
+    strategy: StrategyName, grid: TokenGrid, selected_ratio: float, visible_ratio: float, targets: TargetName
+) -> ClipCounts:
+    """Return the counts of a clip in pre-training.
+
+    running_cell chooses for the decoder only: the encoder sees a tube, of which the cells keep their share too.
+
+    Raises:
+        UserError: See `count_kept`.
+    """
+    selected = count_kept(strategy, grid, selected_ratio)
+    visible = count_kept("tube" if strategy == "running_cell" else _with_ratio(strategy), grid, visible_ratio)
+    both = visible * count_of_cell(grid, selected_ratio) // CELL_TOKENS if strategy == "running_cell" else visible
+    return ClipCounts(
+        selected=selected, visible=visible, targets=selected - both if targets == "masked" else selected
+    )
+
+
+def bound_counts(average: ClipCounts, selected: int, targets: TargetName, *, upper: bool) -> ClipCounts:
+    """Return the least or the most counts of a clip that keeps another number of tokens than the average clip.
+
+    Its visible tokens keep their share of the selected ones, rounded down or up as it comes (`model.budgets`).
+    """
+    below, rest = divmod(selected * average.visible, average.selected)
+    above = below + (rest > 0)
+    hidden = selected if targets == "selected" else selected - (below if upper else above)
+    return ClipCounts(selected=selected, visible=above if upper else below, targets=hidden)
+
+
+def count_places(grid: TokenGrid, ratio: float) -> int:
+    """Return how many places of a time step a tube keeps: ``ceil(places * ratio)``."""
+    places = grid.tokens_per_step
+    missing = 1 - Fraction(repr(float(ratio)))
+    if not 0 <= missing < 1:
+        raise UserError(f"ratio={ratio} is outside (0, 1]; it is the share of a clip's tokens that is kept")
+    return places - int(places * missing)
+
+
+def count_of_cell(grid: TokenGrid, ratio: float) -> int:
+    """Return how many of a running cell's four places are kept in a time step.
+
+    Raises:
+        UserError: The ratio is not 0.25, 0.5 or 0.75, or cells do not fill the grid: it needs even rows and
+            columns, and time steps in fours, so that every place is kept equally often.
+    """
+    kept = ratio * CELL_TOKENS
+    if kept not in (1, 2, 3):
+        raise UserError(f"strategy=running_cell keeps 0.25, 0.5 or 0.75 of the tokens, its ratio is {ratio}")
+    if grid.rows % CELL_EDGE or grid.cols % CELL_EDGE or grid.time % CELL_TOKENS:
+        raise UserError(
+            f"strategy=running_cell needs even token rows and columns and a multiple of {CELL_TOKENS} time steps, "
+            f"the clip has {grid.rows} x {grid.cols} and {grid.time}; choose another data.image_size or "
+            "data.num_frames"
+        )
+    return int(kept)
+
+
+def noise_length(strategy: StrategyName, grid: TokenGrid, most_selected: int, candidate_steps: int = 0) -> int:
+    """Return how many uniform values a clip needs for its selection.
+
+    Args:
+        strategy: rero draws the visible tokens, one value a rank; random and all draw tokens, tube draws places,
+            running_cell draws places and then its phase.
+        grid: The clip's tokens.
+        most_selected: Selected tokens of a clip at most.
+        candidate_steps: Time steps that frames are chosen from, whose draws come last; 0 chooses none.
+    """
+    own = {
+        "rero": most_selected,
+        "random": grid.num_tokens,
+        "all": grid.num_tokens,
+        "tube": grid.tokens_per_step,
+        "running_cell": grid.tokens_per_step + 1,
+    }
+    return own[strategy] + candidate_steps
+
+
+def count_candidate_steps(time: int, alpha: float) -> int:
+    """Return how many time steps frames are chosen from: ``floor(alpha * time)``.
+
+    The paper's ``floor(2 * alpha * tau)`` frames; an odd one out makes no pair.
+
+    Raises:
+        UserError: alpha is below 1.
+    """
+    if not alpha >= 1:
+        raise UserError(f"alpha={alpha} must be at least 1: so many times a clip's frames are candidates")
+    return int(time * Fraction(repr(float(alpha))))
+
+
+def _with_ratio(strategy: StrategyName) -> StrategyName:
+    """Return a strategy that counts by ratio: all tokens are selected, but not all of them are visible."""
+    return "random" if strategy == "all" else strategy
