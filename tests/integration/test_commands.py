@@ -30,7 +30,8 @@ PRETRAIN_FIELDS = {
     "max_bad_share crop_scales",
     "model": "size patch_size tubelet_size embedding_layers attention activation_checkpointing position_frames "
     "position_size decoder_depth",
-    "selection": "selected_ratio visible_ratio targets",
+    "selection": "strategy order distance selected_ratio visible_ratio targets budget floor ceiling quantile_decay "
+    "alpha",
     "optim": "base_lr min_lr warmup_lr warmup_epochs epochs weight_decay betas eps max_grad_norm",
     "batch": "global_size micro_size",
     "run": "seed max_steps log_every_steps save_every_epochs save_every_steps keep_checkpoints "
@@ -42,7 +43,7 @@ FINETUNE_FIELDS = {
     "erase_prob mixup_alpha cutmix_alpha",
     "model": "size patch_size tubelet_size embedding_layers attention activation_checkpointing position_frames "
     "position_size drop_path head_init_scale freeze_encoder",
-    "selection": "keep_ratio",
+    "selection": "strategy order distance keep_ratio",
     "optim": f"{PRETRAIN_FIELDS['optim']} layer_decay label_smoothing ema_decay",
     "batch": PRETRAIN_FIELDS["batch"],
     "run": f"{PRETRAIN_FIELDS['run']} validate_every_epochs",

@@ -144,7 +144,7 @@ def test_mixed_classifier_pools_each_clip_by_itself(strategy: str) -> None:
             drop_path=0.3,
             head_init_scale=1.0,
             strategy=strategy,  # type: ignore[arg-type]
-        )  # fmt: skip
+        )
     ).train()
     assert isinstance(model, EverestClassifier)
     single_model = copy.deepcopy(model)
