@@ -1,0 +1,130 @@
+"""Which of a clip's candidate frames are trained on: information-intensive frame selection.
+
+Place in the flow: more frames are read than a clip has -> importance_BN of all of them -> tokens per time step ->
+drawn steps -> a clip of only these frames, from which tokens are selected as ever. Pure functions; nothing here
+waits for the device. Axes: B clips, N candidate tokens of a clip, C candidate time steps (of pixels: colour
+channels), T chosen time steps (of pixels: frames), J tokens of a step, H W pixels.
+
+Source: EVEREST Sec. 4.2, which leaves open how c_i is counted, how a draw without replacement goes on after its
+first step, and what the clip looks like afterwards. Here: the redundancy-robust tokens are the share rho_pre of all
+candidate tokens, ranked over the whole candidate set at once; c_i is how many of them time step i (frames 2i and
+2i + 1) holds; steps are drawn one after another with the probabilities renormalised over those that are left; the
+chosen ones are put in order of time and become steps 0, 1, ... of an ordinary clip, whose importance is computed
+anew between neighbours that may lie apart. Each clip is drawn afresh in every epoch, in pre-training only.
+
+Differs from the official code: that has none of this.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from everest_ds.geometry import TokenGrid
+from everest_ds.model.selection import rank_by_importance
+
+# Stands for "none": steps that hold no chosen token are drawn only after all that hold one.
+VANISHING_WEIGHT = 1e-30
+# Half of the smallest float32 step of uniform noise: where a noise of exactly 0 is taken to lie.
+LEAST_NOISE = 2.0**-25
+
+
+class FrameChoice(NamedTuple):
+    """The time steps that were chosen of each clip, and what they were chosen by.
+
+    A named tuple, because ZeRO-3 finds tensors in tuples but not in dataclasses.
+
+    Attributes:
+        steps_BT: Chosen time steps, int64, ascending.
+        counts_BC: Chosen tokens of each candidate step, int64.
+    """
+
+    steps_BT: Tensor
+    counts_BC: Tensor
+
+
+def count_per_step(importance_BN: Tensor, grid: TokenGrid, count: int) -> Tensor:
+    """Count how many of each clip's ``count`` most important tokens lie in each time step (c_i of the paper).
+
+    Args:
+        importance_BN: From the importance of all candidate tokens, float32.
+        grid: The candidates' token grid.
+        count: How many tokens are chosen over the whole candidate set.
+
+    Returns:
+        counts_BC, int64, its rows summing to ``count``.
+
+    Raises:
+        ValueError: A token count that is not the grid's, or a ``count`` that is not between 1 and it.
+    """
+    if importance_BN.ndim != 2 or importance_BN.shape[1] != grid.num_tokens:
+        raise ValueError(f"expected importance (B, {grid.num_tokens}) for {grid}, got {tuple(importance_BN.shape)}")
+    if not 1 <= count <= grid.num_tokens:
+        raise ValueError(f"count={count} must be between 1 and {grid.num_tokens}")
+    chosen_BS = rank_by_importance(importance_BN)[:, :count]
+    is_chosen_BN = torch.zeros_like(importance_BN, dtype=torch.int64).scatter_(1, chosen_BS, 1)
+    return rearrange(is_chosen_BN, "b (c j) -> b c j", c=grid.time).sum(dim=2)
+
+
+def draw_steps(counts_BC: Tensor, noise_BC: Tensor, num_steps: int) -> Tensor:
+    """Draw time steps without replacement, each with probability ``c_i / sum c`` over the steps that are left.
+
+    Done as an exponential race: step i arrives at time ``-log(u_i) / c_i``, u_i uniform, and the first
+    ``num_steps`` to arrive are taken. This is the sequential draw. Such a time is exponential with rate c_i, so the
+    first to arrive is i with probability c_i / sum c; and as an exponential time has no memory, what remains of
+    the others' is as if they all started then, so the next is drawn in the same way among those that are left.
+
+    Steps that hold no chosen token come only after all that hold one, uniformly, by the same noise: they fill the
+    clip where fewer than ``num_steps`` hold any.
+
+    Args:
+        counts_BC: From `count_per_step`, at least 0.
+        noise_BC: Uniform noise in [0, 1), float32, one value a step; u is 1 minus it, so that 0 is no infinity.
+            Computed with in float64, so that two devices agree on who is first.
+        num_steps: Steps of the clip (tau of the paper).
+
+    Returns:
+        steps_BT, int64, ascending; no step twice.
+
+    Raises:
+        ValueError: More steps than candidates, noise of another shape, or not float32 (two steps would often tie).
+    """
+    if counts_BC.ndim != 2 or noise_BC.shape != counts_BC.shape:
+        raise ValueError(f"counts of shape {tuple(counts_BC.shape)}, noise of shape {tuple(noise_BC.shape)}")
+    if noise_BC.dtype != torch.float32:
+        raise ValueError(f"frames are drawn by float32 noise, got {noise_BC.dtype}")
+    candidates = counts_BC.shape[1]
+    if not 1 <= num_steps <= candidates:
+        raise ValueError(f"num_steps={num_steps} must be between 1 and the {candidates} candidate steps")
+    # A time of 0 would beat every other, whatever the weights.
+    waiting_BC = -torch.log1p(-noise_BC.double().clamp_min(LEAST_NOISE))
+    arrival_BC = waiting_BC / counts_BC.double().clamp_min(VANISHING_WEIGHT)
+    return torch.argsort(arrival_BC, dim=1, stable=True)[:, :num_steps].sort(dim=1).values
+
+
+def gather_steps(clips_BCTHW: Tensor, steps_BT: Tensor, tubelet_size: int) -> Tensor:
+    """Cut time steps out of clips, copying nothing else.
+
+    Args:
+        clips_BCTHW: Candidate frames, uint8 or floats.
+        steps_BT: Time steps of each clip, int64, as `draw_steps` returns them.
+        tubelet_size: Frames of a time step.
+
+    Returns:
+        (B, C, T * tubelet_size, H, W) in the clips' dtype.
+
+    Raises:
+        ValueError: Frames that do not divide into steps, or steps for another number of clips.
+    """
+    num_clips, num_channels, num_frames = clips_BCTHW.shape[:3]
+    if num_frames % tubelet_size:
+        raise ValueError(f"{num_frames} frames are no whole number of steps of {tubelet_size} frames")
+    if steps_BT.ndim != 2 or len(steps_BT) != num_clips:
+        raise ValueError(f"{num_clips} clips, steps of shape {tuple(steps_BT.shape)}")
+    # One row a channel and step, so that a single gather makes the single copy.
+    rows = rearrange(clips_BCTHW, "b c (t p) h w -> (b c t) p h w", p=tubelet_size)
+    channel_BC = torch.arange(num_clips * num_channels, device=steps_BT.device).view(num_clips, num_channels)
+    row_BCT = channel_BC[:, :, None] * (num_frames // tubelet_size) + steps_BT[:, None, :]
+    chosen = rows.index_select(0, row_BCT.flatten())
+    return rearrange(chosen, "(b c t) p h w -> b c (t p) h w", b=num_clips, c=num_channels)
