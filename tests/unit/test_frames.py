@@ -262,7 +262,7 @@ def half_frozen_clips(config: PretrainConfig, frozen: Literal["first", "second"]
     return torch.stack(clips)
 
 
-# Measured: 1.000 in each, over all seeds. With two movers and the first half frozen it is 0.64 to 0.65: only 75 of the
+# Measured: 1.000 in each, over all seeds. With two movers and the first half frozen it is 0.64 to 0.65: only 75 of
 # 576 tokens change there, so 97 of the 172 that rho_pre selects do not, and these count in the first steps (see the
 # test of unchanging tokens).
 @pytest.mark.parametrize(("frozen", "movers"), [("second", 2), ("second", 12), ("first", 12)])
