@@ -141,6 +141,43 @@ def largest(value: int) -> int:
     return int(shared)
 
 
+def rank() -> int:
+    """Return this process's rank in the process group; 0 where there is none."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the processes of the process group; 1 where there is none."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather_rows(rows: "torch.Tensor") -> "torch.Tensor":
+    """Return the rows of all processes, in rank order, on the device; all have equally many. No gradient."""
+    import torch
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def sum_of(value: "torch.Tensor") -> "torch.Tensor":
+    """Return the sum of a tensor over all processes, on the device; the tensor itself stays."""
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total
+
+
 def gather_objects(value: T) -> list[T]:
     """Return one small object of every process, in rank order."""
     import torch.distributed as dist

@@ -153,7 +153,8 @@ def _count(row: PaperRow) -> ClipMacs:
         else:
             visible = ratio_to_count(grid.num_tokens, 0.1)
             hidden = ratio_to_count(grid.num_tokens, row.ratio) - visible
-        return autoencoder_macs(autoencoder, grid, num_visible=visible, num_targets=hidden)
+        ranked = None if row.ratio is None else grid
+        return autoencoder_macs(autoencoder, grid, num_visible=visible, num_targets=hidden, ranked=ranked)
 
 
 def benchmark_flops(*, as_json: bool) -> None:

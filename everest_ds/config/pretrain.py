@@ -102,6 +102,11 @@ class PretrainConfig(Config):
         return self._bound(self.selection.most_ratio, upper=True)
 
     @property
+    def least_selected(self) -> int:
+        """Tokens of a clip that are selected at least."""
+        return self._bound(self.selection.least_ratio, upper=False).selected
+
+    @property
     def num_selected(self) -> int:
         """Tokens of a clip that are selected."""
         return self.counts.selected

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from everest_ds.errors import UserError, nearest_hint
-from everest_ds.model.selection import Packing
+from everest_ds.model.packing import Packing
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 _MAX_KERNEL_HEAD = 256

@@ -5,18 +5,26 @@ C T H W of a clip, N tokens of a clip, S selected tokens, L packed visible token
 M both, D encoder or decoder width, P pixel values of a tubelet.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from everest_ds.counts import ClipCounts
 from everest_ds.geometry import TokenGrid
 from everest_ds.model.encoder import DEFAULT_OPTIONS, EncoderOptions, TokenEncoder
-from everest_ds.model.selection import PackedTokens, Packing, Selection, TokenIndex, select_rero
+from everest_ds.model.frames import FrameChoice
+from everest_ds.model.packing import PackedTokens, Packing, TokenIndex
+from everest_ds.model.rules import DEFAULT_RULE, SelectionRule
+from everest_ds.model.selection import Selection
 from everest_ds.model.sizes import ModelSize
 from everest_ds.model.transformer import NORM_EPS, init_linear_xavier, make_blocks, run_blocks
-from everest_ds.model.tubelets import interpolate_positions, reconstruction_target, sinusoid_positions
+from everest_ds.model.tubelets import ClipGroup, gather_positions, reconstruction_target, sinusoid_positions
+
+CountClips = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Sequence[ClipCounts]]]
+"""Takes importance_BN and noise_BS of each group of clips, returns each clip's counts (`model.budgets`)."""
 
 
 class Reconstruction(NamedTuple):
@@ -29,11 +37,13 @@ class Reconstruction(NamedTuple):
         prediction_RP: Standardised pixels as predicted, P over (frame, row, column, channel).
         target_RP: Standardised pixels of the video, float32.
         selection: The tokens that were visible and those that were predicted.
+        frames: Which time steps were drawn of each group's clips, where any were.
     """
 
     prediction_RP: Tensor
     target_RP: Tensor
     selection: Selection
+    frames: tuple[FrameChoice, ...] = ()
 
     @property
     def loss(self) -> Tensor:
@@ -48,9 +58,9 @@ class PretrainEncoder(TokenEncoder):
         super().__init__(size, grid, options)
         self.norm = nn.LayerNorm(size.width, eps=NORM_EPS)
 
-    def forward(self, clips_BCTHW: Tensor, index: TokenIndex, grid: TokenGrid) -> Tensor:  # type: ignore[override]
+    def forward(self, groups: Sequence[ClipGroup], index: TokenIndex) -> Tensor:  # type: ignore[override]
         """Encode the tokens of the index: (L, D)."""
-        return self.norm(super().forward(clips_BCTHW, index, grid))
+        return self.norm(super().forward(groups, index))
 
 
 class Decoder(nn.Module):
@@ -70,13 +80,16 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, 3 * options.tubelet_size * options.patch_size**2)
         self.register_buffer("positions_ND", sinusoid_positions(grid, width), persistent=False)
 
-    def forward(self, visible_LD: Tensor, mask_token_D: Tensor, selection: Selection, grid: TokenGrid) -> Tensor:
+    def forward(
+        self, visible_LD: Tensor, mask_token_D: Tensor, selection: Selection, groups: Sequence[ClipGroup]
+    ) -> Tensor:
         """Predict the pixels of the target tokens: (R, P)."""
-        positions_ND = interpolate_positions(self.positions_ND, self.grid, grid).to(visible_LD.dtype)
+
+        def positions(index: TokenIndex) -> Tensor:
+            return gather_positions(self.positions_ND, self.grid, groups, index, visible_LD.dtype)
+
         tokens, target_rows_R = interleave_clips(
-            visible_LD + positions_ND[selection.visible.position_M],
-            mask_token_D + positions_ND[selection.target.position_M],
-            selection,
+            visible_LD + positions(selection.visible), mask_token_D + positions(selection.target), selection
         )
         x_MD = run_blocks(self.blocks, tokens, checkpointing=self.activation_checkpointing)
         return self.head(self.norm(x_MD[target_rows_R]))
@@ -112,39 +125,53 @@ class EverestAutoencoder(nn.Module):
 
     def forward(
         self,
-        clips_BCTHW: Tensor,
-        noise_BS: Tensor,
-        *,
-        num_visible: int,
-        keep_visible_as_target: bool = False,
+        clips: Tensor | Sequence[Tensor],
+        noise: Tensor | Sequence[Tensor],
+        rule: SelectionRule = DEFAULT_RULE,
+        count_clips: CountClips | None = None,
     ) -> Reconstruction:
         """Select tokens of each clip, encode the visible ones, predict the target ones.
 
         Args:
-            clips_BCTHW: uint8, or floats in [0, 1]; not yet standardised.
-            noise_BS: Uniform noise; its width is the number of selected tokens, see `select_rero`.
-            num_visible: Tokens of a clip that the encoder sees.
-            keep_visible_as_target: Reconstruct the visible tokens too (Eq. 3).
+            clips: clips_BCTHW, uint8 or floats in [0, 1], not yet standardised; or several such batches of
+                different lengths and sizes, which are packed into one row.
+            noise: noise_BS, uniform in [0, 1), of each batch of clips: as many values a clip as the rule wants
+                (`SelectionRule.noise_length`), then one for each candidate step where it chooses frames.
+            rule: Which tokens are kept, and which frames.
+            count_clips: Says how many tokens each clip keeps where they differ; rero only.
 
         Raises:
             UserError: Frames or pixels that do not divide into tubelets.
-            ValueError: Counts that do not fit, see `select_rero`.
+            ValueError: Noise or counts that do not fit, see `SelectionRule.select`.
         """
-        importance_BN = self.encoder.rank(clips_BCTHW, self.encoder.grid_of(clips_BCTHW))
-        selection = select_rero(
-            importance_BN,
-            noise_BS,
-            num_visible=num_visible,
-            keep_visible_as_target=keep_visible_as_target,
-        )
-        return self.reconstruct(clips_BCTHW, selection)
+        groups = self.encoder.group(clips)
+        noises = [noise] if isinstance(noise, Tensor) else list(noise)
+        importance: list[Tensor | None] = [None] * len(groups)
+        frames: list[FrameChoice] = []
+        for g, group in enumerate(groups):
+            if rule.num_steps is not None and rule.num_steps != group.grid.time:
+                noise_BS, noise_BK = noises[g].tensor_split([-group.grid.time], dim=1)
+                groups[g], importance[g], choice = self.encoder.choose_frames(
+                    group, noise_BK, rule.num_steps, ratio=rule.selected_ratio, distance=rule.distance
+                )
+                noises[g] = noise_BS
+                frames.append(choice)
+            elif rule.strategy == "rero":
+                importance[g] = self.encoder.rank(group, rule.distance)
+        counts = None if count_clips is None else count_clips([i for i in importance if i is not None], noises)
+        parts = [
+            rule.select(group.grid, noises[g], importance[g], None if counts is None else counts[g])
+            for g, group in enumerate(groups)
+        ]
+        chosen = [group.clips_BCTHW for group in groups]
+        return self.reconstruct(chosen, Selection.join(parts))._replace(frames=tuple(frames))
 
-    def reconstruct(self, clips_BCTHW: Tensor, selection: Selection) -> Reconstruction:
+    def reconstruct(self, clips: Tensor | Sequence[Tensor], selection: Selection) -> Reconstruction:
         """Encode the visible tokens of any selection and predict its target tokens."""
-        grid = self.encoder.grid_of(clips_BCTHW)
-        visible_LD = self.encoder_to_decoder(self.encoder(clips_BCTHW, selection.visible, grid))
-        prediction_RP = self.decoder(visible_LD, self.mask_token[0, 0], selection, grid)
-        target_RP = reconstruction_target(self.encoder.gather(clips_BCTHW, selection.target))
+        groups = self.encoder.group(clips)
+        visible_LD = self.encoder_to_decoder(self.encoder(groups, selection.visible))
+        prediction_RP = self.decoder(visible_LD, self.mask_token[0, 0], selection, groups)
+        target_RP = reconstruction_target(self.encoder.gather(groups, selection.target))
         return Reconstruction(prediction_RP, target_RP, selection)
 
 

@@ -1,23 +1,32 @@
-"""The fine-tuning model: the encoder over ReRo-selected tokens, mean over each clip, norm, linear head.
+"""The fine-tuning model: the encoder over selected tokens, mean over each clip, norm, linear head.
 
-Place in the flow: clips in, logits out. Axes: B clips, C T H W of a clip, M packed kept tokens, D width,
-L branches (attention and MLP of each block, in order).
+Place in the flow: clips in, logits out. Clips may differ in length and size. Axes: B clips, C T H W of a clip, M
+packed kept tokens, D width, L branches (attention and MLP of each block, in order), S noise values of a clip.
 """
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from everest_ds.geometry import TokenGrid, ratio_to_count
+from everest_ds.counts import DistanceName, OrderName, StrategyName
+from everest_ds.geometry import TokenGrid
 from everest_ds.model.encoder import DEFAULT_OPTIONS, EncoderOptions, TokenEncoder
-from everest_ds.model.selection import TokenIndex, select_most_important
+from everest_ds.model.packing import TokenIndex
+from everest_ds.model.rules import SelectionRule
 from everest_ds.model.sizes import ModelSize
 from everest_ds.model.transformer import NORM_EPS, branch_scales, init_linear_normal
+from everest_ds.model.tubelets import ClipGroup
+
+Clips = Tensor | Sequence[Tensor]
+"""clips_BCTHW, uint8 or floats in [0, 1]; or several such batches of different lengths and sizes."""
+Noise = Tensor | Sequence[Tensor] | None
+"""noise_BS of each batch of clips."""
 
 
 class EverestClassifier(TokenEncoder):
-    """Video classifier over the tokens that changed most.
+    """Video classifier over a part of each clip's tokens, those that changed most unless told otherwise.
 
     Args:
         size: Width, depth and heads of the encoder.
@@ -25,6 +34,9 @@ class EverestClassifier(TokenEncoder):
         options: Tubelets, attention, checkpointing.
         num_classes: Outputs of the head.
         keep_ratio: rho_pre of fine-tuning, share of a clip's tokens in (0, 1]; 1 keeps all and ranks nothing.
+        strategy: What the tokens are chosen by (`SelectionRule`).
+        order: Of rero.
+        distance: Of rero.
         head_init_scale: Factor on the head's initial weights (official `init_scale`).
         drop_path: Share of clips that skip a branch of the last block in training, in [0, 1); falls linearly to 0
             at the first (stochastic depth).
@@ -40,6 +52,9 @@ class EverestClassifier(TokenEncoder):
         *,
         num_classes: int,
         keep_ratio: float = 0.6,
+        strategy: StrategyName = "rero",
+        order: OrderName = "descending",
+        distance: DistanceName = "l2",
         head_init_scale: float = 0.001,
         drop_path: float = 0.0,
     ) -> None:
@@ -48,7 +63,7 @@ class EverestClassifier(TokenEncoder):
             raise ValueError(f"drop_path={drop_path} must be in [0, 1)")
         self.drop_path = drop_path
         self.is_encoder_frozen = False
-        self.keep_ratio = keep_ratio
+        self.rule = SelectionRule(strategy=strategy, order=order, distance=distance, selected_ratio=keep_ratio)
         self.num_classes = num_classes
         self.fc_norm = nn.LayerNorm(size.width, eps=NORM_EPS)
         self.head = nn.Linear(size.width, num_classes)
@@ -57,9 +72,13 @@ class EverestClassifier(TokenEncoder):
             self.head.weight.mul_(head_init_scale)
 
     @property
-    def num_noise(self) -> int:
-        """Uniform values that training wants for each clip: one a branch, or none without drop path."""
+    def num_branch_noise(self) -> int:
+        """Uniform values that drop path wants for each clip in training: one a branch, or none without."""
         return 2 * len(self.blocks) if self.drop_path and not self.is_encoder_frozen else 0
+
+    def num_noise(self, grid: TokenGrid) -> int:
+        """Return the uniform values that training wants for each clip of a grid: of drop path, then of the rule."""
+        return self.num_branch_noise + self.rule.keep_noise_length(grid)
 
     def freeze_encoder(self) -> None:
         """Leave only the last norm and the head to train (linear probe); the encoder then keeps no activations.
@@ -71,48 +90,70 @@ class EverestClassifier(TokenEncoder):
         self.head.requires_grad_(True)
         self.is_encoder_frozen = True
 
-    def forward(self, clips_BCTHW: Tensor, noise_BL: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, clips: Clips, noise: Noise = None) -> Tensor:  # type: ignore[override]
         """Return logits (B, classes).
 
         Args:
-            clips_BCTHW: uint8 pixels or floats in [0, 1].
-            noise_BL: Uniform in [0, 1), float32, `num_noise` values a clip. Training with drop path needs it;
-                evaluation ignores it.
+            clips: One batch of clips, or several of different lengths and sizes.
+            noise: Uniform in [0, 1), float32, `num_noise` values a clip, for each batch. Training needs it where
+                there are draws; evaluation ignores it, and a rule that draws keeps the same tokens of every clip.
 
         Raises:
-            ValueError: Training with drop path, and the noise is missing or of another shape.
+            ValueError: Training that draws, and the noise is missing or of another shape.
         """
-        return self.head(self.forward_features(clips_BCTHW, noise_BL))
+        return self.head(self.forward_features(clips, noise))
 
-    def forward_features(self, clips_BCTHW: Tensor, noise_BL: Tensor | None = None) -> Tensor:
+    def forward_features(self, clips: Clips, noise: Noise = None) -> Tensor:
         """Return each clip's normalised mean token, (B, D)."""
-        return self.fc_norm(self.pool(clips_BCTHW, noise_BL))
+        return self.fc_norm(self.pool(clips, noise))
 
-    def pool(self, clips_BCTHW: Tensor, noise_BL: Tensor | None = None) -> Tensor:
+    def pool(self, clips: Clips, noise: Noise = None) -> Tensor:
         """Return the mean of each clip's encoded tokens, before the norm, (B, D): the encoder's features."""
-        grid = self.grid_of(clips_BCTHW)
-        scale_BL = self._branch_scales(len(clips_BCTHW), noise_BL)
+        groups = self.group(clips)
+        noises = self._noise_of(groups, noise)
+        branch = self.num_branch_noise if self.training else 0
+        scale_BL = branch_scales(torch.cat([n[:, :branch] for n in noises]), self.drop_path) if branch else None
         with torch.no_grad() if self.is_encoder_frozen else contextlib.nullcontext():
-            kept = self.select(clips_BCTHW, grid)
-            x_MD = super().forward(clips_BCTHW, kept, grid, scale_BL)
+            kept = TokenIndex.join(
+                [self.select(group, n[:, branch:]) for group, n in zip(groups, noises, strict=True)]
+            )
+            x_MD = super().forward(groups, kept, scale_BL)
             return mean_per_clip(x_MD, kept)
 
-    def _branch_scales(self, num_clips: int, noise_BL: Tensor | None) -> Tensor | None:
-        if not self.training or not self.num_noise:
-            return None
-        expected = (num_clips, self.num_noise)
-        if noise_BL is None or noise_BL.shape != expected:
-            given = "none" if noise_BL is None else f"noise of shape {tuple(noise_BL.shape)}"
-            raise ValueError(f"training with drop_path={self.drop_path} needs noise {expected}, got {given}")
-        return branch_scales(noise_BL, self.drop_path)
+    def ranks(self, grid: TokenGrid) -> bool:
+        """Return whether clips of a grid have their tokens ranked: rero that does not keep all of them."""
+        return self.rule.strategy == "rero" and self.rule.num_kept(grid) < grid.num_tokens
 
-    def select(self, clips_BCTHW: Tensor, grid: TokenGrid) -> TokenIndex:
+    def select(self, group: ClipGroup, noise_BS: Tensor | None = None) -> TokenIndex:
         """Return the tokens that are kept of each clip."""
-        count = ratio_to_count(grid.num_tokens, self.keep_ratio)
-        if count == grid.num_tokens:
-            position_N = torch.arange(count, device=clips_BCTHW.device)
-            return TokenIndex.of_equal_counts(position_N.expand(len(clips_BCTHW), -1))
-        return select_most_important(self.rank(clips_BCTHW, grid), count)
+        rule, clips_BCTHW = self.rule, group.clips_BCTHW
+        importance_BN = self.rank(group, rule.distance) if self.ranks(group.grid) else None
+        return rule.keep(group.grid, len(group), clips_BCTHW.device, noise_BS, importance_BN)
+
+    def _noise_of(self, groups: Sequence[ClipGroup], noise: Noise) -> list[Tensor]:
+        """Return the draws of each batch of clips; in evaluation the same ones for every clip."""
+        if not self.training:
+            return [_fixed_draws(group, self.rule.keep_noise_length(group.grid)) for group in groups]
+        given = [noise] * len(groups) if noise is None or isinstance(noise, Tensor) else list(noise)
+        checked = []
+        for group, noise_BS in zip(groups, given, strict=True):
+            expected = (len(group), self.num_noise(group.grid))
+            if noise_BS is None and not expected[1]:
+                noise_BS = group.clips_BCTHW.new_empty(expected, dtype=torch.float32)
+            if noise_BS is None or noise_BS.shape != expected:
+                has = "none" if noise_BS is None else f"noise of shape {tuple(noise_BS.shape)}"
+                raise ValueError(
+                    f"training with strategy={self.rule.strategy} and drop_path={self.drop_path} needs noise "
+                    f"{expected}, got {has}"
+                )
+            checked.append(noise_BS)
+        return checked
+
+
+def _fixed_draws(group: ClipGroup, length: int) -> Tensor:
+    """Return draws that are the same for every clip, process and run, (B, length)."""
+    draws = torch.rand(length, generator=torch.Generator().manual_seed(0), device="cpu")
+    return draws.to(group.clips_BCTHW.device).expand(len(group), -1)
 
 
 def mean_per_clip(x_MD: Tensor, index: TokenIndex) -> Tensor:

@@ -1,26 +1,31 @@
 """The encoder that pre-training and fine-tuning share: rank tubelets, embed the chosen ones, run the blocks.
 
-Place in the flow: clips and a TokenIndex in, encoded tokens out. Axes: B clips, C T H W of a clip,
-N tokens of a clip, M chosen tokens of the batch in one packed row, D width, L branches (two a block).
+Place in the flow: clips and a TokenIndex in, encoded tokens out. Clips may differ in length and size: those of one
+shape make a group. Axes: B clips, C T H W of a clip, N tokens of a clip, K candidate steps, M chosen tokens of
+the batch in one packed row, D width, L branches (two a block).
 """
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from everest_ds.geometry import TokenGrid
+from everest_ds.counts import DistanceName
+from everest_ds.geometry import TokenGrid, ratio_to_count
+from everest_ds.model.frames import FrameChoice, count_per_step, draw_steps, gather_steps
 from everest_ds.model.importance import rero_importance
-from everest_ds.model.selection import PackedTokens, TokenIndex
+from everest_ds.model.packing import PackedTokens, TokenIndex
 from everest_ds.model.sizes import ModelSize
 from everest_ds.model.transformer import make_blocks, run_blocks
 from everest_ds.model.tubelets import (
+    ClipGroup,
     TubeletEmbedding,
-    gather_tubelets,
+    gather_group_tubelets,
+    gather_positions,
     grid_of,
-    interpolate_positions,
     sinusoid_positions,
     standardise,
 )
@@ -77,43 +82,81 @@ class TokenEncoder(nn.Module):
         )
         self.register_buffer("positions_ND", sinusoid_positions(grid, size.width), persistent=False)
 
-    def grid_of(self, clips_BCTHW: Tensor) -> TokenGrid:
-        """Return the token grid of a batch of clips; refuses lengths that do not divide into tubelets."""
-        return grid_of(clips_BCTHW, tubelet_size=self.options.tubelet_size, patch_size=self.options.patch_size)
+    def group(self, clips: Tensor | Sequence[Tensor]) -> list[ClipGroup]:
+        """Return clips with their grids: those of one shape as one group, those of several as given.
 
-    def gather(self, clips_BCTHW: Tensor, index: TokenIndex) -> Tensor:
+        Raises:
+            UserError: Frames or pixels that do not divide into tubelets.
+        """
+        batches = [clips] if isinstance(clips, Tensor) else clips
+        tubelet, patch = self.options.tubelet_size, self.options.patch_size
+        return [ClipGroup(b, grid_of(b, tubelet_size=tubelet, patch_size=patch)) for b in batches]
+
+    def gather(self, groups: Sequence[ClipGroup], index: TokenIndex) -> Tensor:
         """Return the pixels of the tokens of the index, (M, C, tubelet, patch, patch)."""
-        return gather_tubelets(
-            clips_BCTHW, index, tubelet_size=self.options.tubelet_size, patch_size=self.options.patch_size
+        return gather_group_tubelets(
+            groups, index, tubelet_size=self.options.tubelet_size, patch_size=self.options.patch_size
         )
 
     @torch.no_grad()
-    def rank(self, clips_BCTHW: Tensor, grid: TokenGrid) -> Tensor:
+    def rank(self, group: ClipGroup, distance: DistanceName = "l2") -> Tensor:
         """Return importance_BN of all tokens: embedded in float32, a few clips at a time, nothing kept."""
-        clips_at_once = max(1, RANKING_CHUNK // clips_BCTHW[0].numel())
-        with full_float32(clips_BCTHW.device.type):
+        clips_at_once = max(1, RANKING_CHUNK // group.clips_BCTHW[0].numel())
+        with full_float32(group.clips_BCTHW.device.type):
             return torch.cat(
                 [
-                    rero_importance(self.patch_embed(standardise(chunk_BCTHW)), grid)
-                    for chunk_BCTHW in clips_BCTHW.split(clips_at_once)
+                    rero_importance(self.patch_embed(standardise(chunk_BCTHW)), group.grid, distance)
+                    for chunk_BCTHW in group.clips_BCTHW.split(clips_at_once)
                 ]
             )
 
-    def forward(
-        self, clips_BCTHW: Tensor, index: TokenIndex, grid: TokenGrid, scale_BL: Tensor | None = None
-    ) -> Tensor:
+    @torch.no_grad()
+    def choose_frames(
+        self, group: ClipGroup, noise_BK: Tensor, num_steps: int, *, ratio: float, distance: DistanceName = "l2"
+    ) -> tuple[ClipGroup, Tensor, FrameChoice]:
+        """Draw time steps of candidate clips by how much changes in them (`model.frames`).
+
+        Args:
+            group: Clips of K candidate time steps.
+            noise_BK: A uniform value of each candidate step.
+            num_steps: Steps to draw.
+            ratio: Share of the candidates' tokens that counts as changing.
+            distance: What change is measured by.
+
+        Returns:
+            The clips of the drawn steps, their importance_BN, and the choice.
+        """
+        time, count = group.grid.time, ratio_to_count(group.grid.num_tokens, ratio)
+        grid = replace(group.grid, time=num_steps)
+        importance, counts, steps = [], [], []
+        clips_at_once = max(1, RANKING_CHUNK // group.clips_BCTHW[0].numel())
+        chunks = zip(group.clips_BCTHW.split(clips_at_once), noise_BK.split(clips_at_once), strict=True)
+        with full_float32(group.clips_BCTHW.device.type):
+            for chunk_BCTHW, chunk_noise_BK in chunks:
+                x_BND = self.patch_embed(standardise(chunk_BCTHW))
+                counts_BK = count_per_step(rero_importance(x_BND, group.grid, distance), group.grid, count)
+                steps_BT = draw_steps(counts_BK, chunk_noise_BK, num_steps)
+                x_BKJD = rearrange(x_BND, "b (k j) d -> b k j d", k=time)
+                clip_B1 = torch.arange(len(x_BKJD), device=x_BKJD.device)[:, None]
+                importance.append(rero_importance(x_BKJD[clip_B1, steps_BT].flatten(1, 2), grid, distance))
+                counts.append(counts_BK)
+                steps.append(steps_BT)
+        choice = FrameChoice(torch.cat(steps), torch.cat(counts))
+        clips_BCTHW = gather_steps(group.clips_BCTHW, choice.steps_BT, self.options.tubelet_size)
+        return ClipGroup(clips_BCTHW, grid), torch.cat(importance), choice
+
+    def forward(self, groups: Sequence[ClipGroup], index: TokenIndex, scale_BL: Tensor | None = None) -> Tensor:
         """Embed the tokens of the index with gradient, add positions, run the blocks: (M, D).
 
         Args:
-            clips_BCTHW: uint8, or floats in [0, 1].
-            index: The tokens.
-            grid: The clips' token grid.
+            groups: The clips, of one shape or several.
+            index: The tokens, of all groups' clips in order.
             scale_BL: Factors of each clip's branches (`branch_scales`); None scales nothing.
         """
         dtype = self.patch_embed.proj.weight.dtype
-        pixels_MCTHW = standardise(self.gather(clips_BCTHW, index)).to(dtype)
-        positions_ND = interpolate_positions(self.positions_ND, self.grid, grid).to(dtype)
-        x_MD = self.patch_embed(pixels_MCTHW).squeeze(1) + positions_ND[index.position_M]
+        pixels_MCTHW = standardise(self.gather(groups, index)).to(dtype)
+        x_MD = self.patch_embed(pixels_MCTHW).squeeze(1)
+        x_MD = x_MD + gather_positions(self.positions_ND, self.grid, groups, index, dtype)
         tokens = PackedTokens(x_MD, index.packing)
         scale_LM = None if scale_BL is None else scale_BL.to(dtype).T[:, index.clip_M]
         checkpointing = self.options.activation_checkpointing

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from everest_ds.geometry import TokenGrid, ratio_to_count
+from everest_ds.geometry import TokenGrid
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import TokenEncoder
-from everest_ds.model.selection import Selection, TokenIndex
+from everest_ds.model.packing import TokenIndex
+from everest_ds.model.selection import Selection
+from everest_ds.model.tubelets import ClipGroup
 
 LAYER_NORM_MACS = 5
 
@@ -30,13 +31,14 @@ class ClipMacs:
         embedding_all: Embedding of all tokens of the clip.
         embedding_chosen: Embedding of the chosen tokens, with gradient.
         rest: Everything after the embedding.
-        ranks: Whether all tokens are embedded, without gradient, to rank them; not when all are kept.
+        ranking: Embedding of all tokens, or of all candidate frames, without gradient, to rank them; 0 where
+            nothing is ranked.
     """
 
     embedding_all: float
     embedding_chosen: float
     rest: float
-    ranks: bool
+    ranking: float
 
     @property
     def paper(self) -> float:
@@ -46,30 +48,59 @@ class ClipMacs:
     @property
     def executed(self) -> float:
         """What this implementation computes: chosen tokens are embedded a second time, with gradient."""
-        return self.embedding_all * self.ranks + self.embedding_chosen + self.rest
+        return self.ranking + self.embedding_chosen + self.rest
 
 
-def autoencoder_macs(model: EverestAutoencoder, grid: TokenGrid, *, num_visible: int, num_targets: int) -> ClipMacs:
+def autoencoder_macs(
+    model: EverestAutoencoder,
+    grid: TokenGrid,
+    *,
+    num_visible: int,
+    num_targets: int,
+    ranked: TokenGrid | None,
+) -> ClipMacs:
     """Count one clip through an autoencoder on the meta device.
 
     Which tokens are visible does not matter for the cost, only how many.
+
+    Args:
+        model: The autoencoder.
+        grid: The clip's tokens.
+        num_visible: Tokens that the encoder sees.
+        num_targets: Tokens that the decoder predicts.
+        ranked: The tokens that are ranked: the clip's, or those of its candidate frames; None where none are.
     """
-    clip = _meta_clip(model.encoder, grid)
+    encoder = model.encoder
     selection = Selection(visible=_some_tokens(num_visible), target=_some_tokens(num_targets))
-    embed = model.encoder.patch_embed
-    ranking, _ = _profile(lambda: model.encoder.rank(clip, grid), embed)
-    total, embedding = _profile(lambda: model.reconstruct(clip, selection), embed)
-    return ClipMacs(embedding_all=ranking, embedding_chosen=embedding, rest=total - embedding, ranks=True)
+    embedding_all = _ranking_macs(encoder, grid)
+    total, embedding = _profile(
+        lambda: model.reconstruct(_meta_clip(encoder, grid).clips_BCTHW, selection), encoder.patch_embed
+    )
+    return ClipMacs(
+        embedding_all=embedding_all,
+        embedding_chosen=embedding,
+        rest=total - embedding,
+        ranking=0 if ranked is None else _ranking_macs(encoder, ranked),
+    )
 
 
 def classifier_macs(model: EverestClassifier, grid: TokenGrid) -> ClipMacs:
     """Count one clip through a classifier on the meta device."""
     clip = _meta_clip(model, grid)
-    ranks = ratio_to_count(grid.num_tokens, model.keep_ratio) < grid.num_tokens
-    ranking, _ = _profile(lambda: model.rank(clip, grid), model.patch_embed)
-    total, embedding = _profile(lambda: model(clip), model.patch_embed)
-    chosen = embedding - ranking if ranks else embedding  # its forward ranks as well
-    return ClipMacs(embedding_all=ranking, embedding_chosen=chosen, rest=total - embedding, ranks=ranks)
+    embedding_all = _ranking_macs(model, grid)
+    ranking = embedding_all if model.ranks(grid) else 0
+    total, embedding = _profile(lambda: model(clip.clips_BCTHW), model.patch_embed)
+    return ClipMacs(
+        embedding_all=embedding_all,
+        embedding_chosen=embedding - ranking,  # its forward ranks as well
+        rest=total - embedding,
+        ranking=ranking,
+    )
+
+
+def _ranking_macs(encoder: TokenEncoder, grid: TokenGrid) -> float:
+    macs, _ = _profile(lambda: encoder.rank(_meta_clip(encoder, grid)), encoder.patch_embed)
+    return macs
 
 
 def _profile(run: Callable[[], object], part: torch.nn.Module) -> tuple[float, float]:
@@ -102,10 +133,10 @@ def _layer_norm_flops(input_shape: Any, *args: Any, out_shape: Any = None, **kwa
     return 2 * LAYER_NORM_MACS * elements
 
 
-def _meta_clip(encoder: TokenEncoder, grid: TokenGrid) -> Tensor:
+def _meta_clip(encoder: TokenEncoder, grid: TokenGrid) -> ClipGroup:
     tubelet, edge = encoder.options.tubelet_size, encoder.options.patch_size
     shape = (1, 3, grid.time * tubelet, grid.rows * edge, grid.cols * edge)
-    return torch.empty(shape, dtype=torch.uint8, device="meta")
+    return ClipGroup(torch.empty(shape, dtype=torch.uint8, device="meta"), grid)
 
 
 def _some_tokens(count: int) -> TokenIndex:

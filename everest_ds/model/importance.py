@@ -1,33 +1,40 @@
 """How much each token changed since the time step before: what the selection ranks by.
 
-Place in the flow: embeddings x_BND (no gradient, float32) -> importance_BN. Axes: B clips, N = time * J tokens.
+Place in the flow: embeddings x_BND (no gradient, float32) -> importance_BN. Axes: B clips, N = T * J tokens of T
+time steps, D width.
 """
+
+from collections.abc import Callable
 
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
+from everest_ds.counts import DistanceName
 from everest_ds.geometry import TokenGrid
 
 
-def rero_importance(x_BND: Tensor, grid: TokenGrid) -> Tensor:
-    """Return each token's l2 distance from the token at the same place one time step earlier.
+def rero_importance(x_BND: Tensor, grid: TokenGrid, distance: DistanceName = "l2") -> Tensor:
+    """Return each token's distance from the token at the same place one time step earlier.
 
     The first time step has no predecessor: it gets the values of the second, so every clip holds exact ties.
 
     Args:
         x_BND: Tubelet embeddings without positions, float32.
         grid: The clips' token grid, of at least two time steps.
+        distance: A name of `DISTANCES`.
 
     Returns:
-        importance_BN, float32, at least 0.
+        importance_BN, float32; larger is more change, in the range of the distance.
 
     Raises:
         ValueError: Not float32 (bfloat16 changes 1 to 14 % of the chosen tokens), a token count that is not
             the grid's, or a single time step.
 
-    Source: EVEREST Sec. 4.1, Eq. 2 with the l2 norm; the first step as in the official code.
-    Differs from the official code: any grid, always float32 (there half precision under autocast).
+    Source: EVEREST Sec. 4.1, Eq. 2, and Appendix B for the distances; the first step as in the official code.
+    Differs from the official code: any grid, always float32 (there half precision under autocast); the released
+    code has l2 only.
     """
     if x_BND.dtype != torch.float32:
         raise ValueError(f"importance needs float32 embeddings, got {x_BND.dtype}")
@@ -36,5 +43,43 @@ def rero_importance(x_BND: Tensor, grid: TokenGrid) -> Tensor:
     if grid.time < 2:
         raise ValueError("importance compares a time step with the one before; the clip has only one")
     x_BTJD = rearrange(x_BND, "b (t j) d -> b t j d", t=grid.time)
-    change = torch.linalg.vector_norm(x_BTJD[:, 1:] - x_BTJD[:, :-1], dim=-1)
+    change = DISTANCES[distance](x_BTJD[:, 1:], x_BTJD[:, :-1])
     return torch.cat((change[:, :1], change), dim=1).flatten(1)
+
+
+def l2_distance(x: Tensor, y: Tensor) -> Tensor:
+    """``sqrt(sum_d (x_d - y_d)^2)``, at least 0: the default (EVEREST Table 9)."""
+    return torch.linalg.vector_norm(x - y, dim=-1)
+
+
+def l1_distance(x: Tensor, y: Tensor) -> Tensor:
+    """``sum_d |x_d - y_d|``, at least 0 (EVEREST Table 9)."""
+    return torch.linalg.vector_norm(x - y, ord=1, dim=-1)
+
+
+def negative_cosine(x: Tensor, y: Tensor) -> Tensor:
+    """``-<x, y> / (|x| |y|)``, in [-1, 1]; a norm below 1e-8 counts as 1e-8 (EVEREST Table 9)."""
+    return -F.cosine_similarity(x, y, dim=-1)
+
+
+def negative_cka(x: Tensor, y: Tensor) -> Tensor:
+    """Negative linear CKA of two token embeddings, their D channels as the samples: ``-<x', y'>^2 / (|x'|^2
+    |y'|^2)``.
+
+    x' is x less its mean over the channels. Centred kernel alignment of kernels K and L is <K', L'> / (|K'| |L'|)
+    with Frobenius products of the centred kernels (Cortes et al., 2012); with K = x x^T and L = y y^T it comes
+    down to the squared correlation of the channels. In [-1, 0]; 0 where the channels of either are all alike.
+
+    Source: EVEREST Sec. 4.1 and Table 9. The paper does not say over which samples; a single token has no others
+    than its channels.
+    """
+    x, y = (z - z.mean(dim=-1, keepdim=True) for z in (x, y))
+    return -F.cosine_similarity(x, y, dim=-1).square()
+
+
+DISTANCES: dict[DistanceName, Callable[[Tensor, Tensor], Tensor]] = {
+    "l2": l2_distance,
+    "l1": l1_distance,
+    "cosine": negative_cosine,
+    "cka": negative_cka,
+}

@@ -1,8 +1,10 @@
-"""Which tokens the encoder sees and which the decoder predicts, and how they are packed.
+"""Which tokens the encoder sees and which the decoder predicts: every strategy as a small pure function.
 
-Place in the flow: importance_BN -> Selection(visible, target) -> gathered pixels -> PackedTokens.
-Small pure functions; how many tokens each clip has is known on the host, so nothing here waits for the device.
-Axes: B clips, N tokens of a clip, S selected tokens of a clip, L visible tokens and R target tokens of the batch.
+Place in the flow: importance_BN or a grid, and noise -> Selection(visible, target) -> gathered pixels ->
+PackedTokens.
+`model.rules` puts a strategy and its ratios together. Nothing here waits for the device, and clips do not see each
+other: a permutation of the clips permutes the result.
+Axes: B clips, N tokens of a clip, J of one time step, S selected tokens of a clip.
 """
 
 from collections.abc import Sequence
@@ -11,77 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Packing:
-    """How one row of tokens falls into clips.
-
-    Attributes:
-        lengths: Tokens of each clip, on the host.
-        cu_seqlens: (B + 1,) int32 on the device: where each clip starts, and the total.
-    """
-
-    lengths: tuple[int, ...]
-    cu_seqlens: Tensor
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> "Packing":
-        """Build the packing of clips of the given lengths."""
-        ends = [0]
-        for length in lengths:
-            if length < 0:
-                raise ValueError(f"a clip cannot have {length} tokens")
-            ends.append(ends[-1] + length)
-        if len(set(lengths)) == 1:  # made on the device, without a copy from the host
-            cu_seqlens = torch.arange(len(ends), dtype=torch.int32, device=device) * lengths[0]
-        else:
-            cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
-        return cls(tuple(lengths), cu_seqlens)
-
-    @property
-    def total(self) -> int:
-        """Tokens of all clips."""
-        return sum(self.lengths)
-
-    @property
-    def max_seqlen(self) -> int:
-        """Tokens of the longest clip."""
-        return max(self.lengths, default=0)
-
-    def clip_of_token(self) -> Tensor:
-        """Return each token's clip, (total,) int64."""
-        device = self.cu_seqlens.device
-        lengths = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).long()
-        return torch.arange(len(self.lengths), device=device).repeat_interleave(lengths, output_size=self.total)
-
-
-@dataclass(frozen=True)
-class TokenIndex:
-    """A set of tokens of a batch: clip after clip, positions ascending within a clip.
-
-    Attributes:
-        position_M: Position in its clip's grid, int64.
-        clip_M: Clip in the batch, int64.
-        packing: The clips' lengths.
-    """
-
-    position_M: Tensor
-    clip_M: Tensor
-    packing: Packing
-
-    @classmethod
-    def of_equal_counts(cls, position_BS: Tensor) -> "TokenIndex":
-        """Build the index of clips that keep equally many tokens; positions in any order."""
-        num_clips, count = position_BS.shape
-        packing = Packing.of([count] * num_clips, position_BS.device)
-        return cls(position_BS.sort(dim=1).values.flatten(), packing.clip_of_token(), packing)
-
-    @classmethod
-    def of_mask(cls, kept_BN: Tensor) -> "TokenIndex":
-        """Build the index of a boolean mask, True = kept; counts may differ by clip. Waits for the device."""
-        lengths = [int(count) for count in kept_BN.sum(dim=1).tolist()]
-        clip_M, position_M = kept_BN.nonzero(as_tuple=True)
-        return cls(position_M, clip_M, Packing.of(lengths, kept_BN.device))
+from everest_ds.counts import CELL_EDGE, CELL_TOKENS, ClipCounts, OrderName
+from everest_ds.geometry import TokenGrid
+from everest_ds.model.packing import TokenIndex
 
 
 @dataclass(frozen=True)
@@ -97,47 +31,40 @@ class Selection:
         if clips[0] != clips[1]:
             raise ValueError(f"visible tokens are of {clips[0]} clips, target tokens of {clips[1]}")
 
-
-@dataclass(frozen=True)
-class PackedTokens:
-    """Tokens of a batch in one row, with no padding.
-
-    Attributes:
-        x_MD: Embeddings.
-        packing: Where each clip starts and ends.
-    """
-
-    x_MD: Tensor
-    packing: Packing
+    @classmethod
+    def join(cls, parts: "Sequence[Selection]") -> "Selection":
+        """Put the clips of several batches one after another."""
+        visible = TokenIndex.join([part.visible for part in parts])
+        return cls(visible, TokenIndex.join([part.target for part in parts]))
 
 
-def rank_by_importance(importance_BN: Tensor) -> Tensor:
-    """Return each clip's positions from the most to the least important, (B, N) int64.
+def rank_by_importance(importance_BN: Tensor, order: OrderName = "descending") -> Tensor:
+    """Return each clip's positions from the most to the least important, or the other way, (B, N) int64.
 
-    Equal importance: lower position first.
+    Equal importance: lower position first, in either order.
 
     Differs from the official code: that sort is unstable, and 10 to 14 % of the ranks differ between runs.
     """
-    return torch.argsort(importance_BN, dim=1, descending=True, stable=True)
-
-
-def select_most_important(importance_BN: Tensor, count: int) -> TokenIndex:
-    """Return each clip's ``count`` most important tokens: the whole selection of fine-tuning."""
-    _require_count(count, importance_BN.shape[1], "count")
-    return TokenIndex.of_equal_counts(rank_by_importance(importance_BN)[:, :count])
+    return torch.argsort(importance_BN, dim=1, descending=order == "descending", stable=True)
 
 
 def select_rero(
-    importance_BN: Tensor, noise_BS: Tensor, *, num_visible: int, keep_visible_as_target: bool = False
+    importance_BN: Tensor,
+    noise_BS: Tensor,
+    *,
+    num_visible: int,
+    keep_visible_as_target: bool = False,
+    order: OrderName = "descending",
 ) -> Selection:
     """Redundancy-robust selection: the most important S tokens, of which random ones are visible.
 
     Args:
-        importance_BN: From `rero_importance`.
+        importance_BN: How much each token changed (`model.importance`).
         noise_BS: Uniform noise in [0, 1). Column r belongs to the token of rank r, not to a position; S is how
             many tokens are selected.
         num_visible: How many of the selected tokens the encoder sees: those with the lowest noise.
         keep_visible_as_target: Targets are all selected tokens (Eq. 3) instead of those that are not visible.
+        order: ascending takes the least important ones (Table 16).
 
     Returns:
         Visible and target tokens, equally many for every clip.
@@ -148,21 +75,150 @@ def select_rero(
     Source: EVEREST Sec. 4.1; the noise as in the official code, which reconstructs the masked tokens only.
     """
     num_selected = noise_BS.shape[1]
-    _require_count(num_selected, importance_BN.shape[1], "the noise's width (tokens selected)")
-    _require_count(num_visible, num_selected, "num_visible")
-    if noise_BS.shape[0] != importance_BN.shape[0]:
-        raise ValueError(f"noise for {noise_BS.shape[0]} clips, importance for {importance_BN.shape[0]}")
-    selected_BS = rank_by_importance(importance_BN)[:, :num_selected]
+    require_count(num_selected, importance_BN.shape[1], "the noise's width (tokens selected)")
+    _require_clips(noise_BS, importance_BN)
+    selected_BS = rank_by_importance(importance_BN, order)[:, :num_selected]
     shuffled_BS = selected_BS.gather(1, torch.argsort(noise_BS, dim=1, stable=True))
-    target_BS = shuffled_BS if keep_visible_as_target else shuffled_BS[:, num_visible:]
+    return select_first(shuffled_BS, num_selected, num_visible, keep_visible_as_target=keep_visible_as_target)
+
+
+def select_rero_varying(
+    importance_BN: Tensor,
+    noise_BS: Tensor,
+    counts: Sequence[ClipCounts],
+    *,
+    keep_visible_as_target: bool = False,
+    order: OrderName = "descending",
+) -> Selection:
+    """Redundancy-robust selection where clips keep different numbers of tokens (`model.budgets`).
+
+    Args:
+        importance_BN: How much each token changed.
+        noise_BS: As for `select_rero`; S is at least the largest number of selected tokens, and a clip that selects
+            fewer ignores the rest of its noise.
+        counts: Selected and visible tokens of each clip.
+        keep_visible_as_target: See `select_rero`.
+        order: See `select_rero`.
+
+    Raises:
+        ValueError: Counts that do not fit: more selected than noise or tokens, or more visible than selected.
+    """
+    _require_clips(noise_BS, importance_BN)
+    if len(counts) != len(importance_BN):
+        raise ValueError(f"counts of {len(counts)} clips, importance of {len(importance_BN)}")
+    for count in counts:
+        require_count(count.selected, min(noise_BS.shape[1], importance_BN.shape[1]), "selected")
+        require_count(count.visible, count.selected, "visible")
+    device, widest = importance_BN.device, max(count.selected for count in counts)
+    of_clip_B2 = torch.tensor([(count.selected, count.visible) for count in counts])
+    selected_B1, visible_B1 = of_clip_B2.to(device, non_blocking=True)[:, :, None].unbind(1)
+    column_S = torch.arange(widest, device=device)
+    # Ranks that a clip does not select come after all that it does.
+    noise_BS = noise_BS[:, :widest].masked_fill(column_S >= selected_B1, 2.0)
+    ranked_BS = rank_by_importance(importance_BN, order)[:, :widest]
+    shuffled_BS = ranked_BS.gather(1, torch.argsort(noise_BS, dim=1, stable=True))
+    is_visible_BS = column_S < visible_B1
+    is_target_BS = column_S < selected_B1
+    if not keep_visible_as_target:
+        is_target_BS = is_target_BS & ~is_visible_BS
+    nothing_BN = torch.zeros_like(importance_BN, dtype=torch.bool)
+    return Selection(
+        visible=TokenIndex.of_mask(
+            nothing_BN.scatter(1, shuffled_BS, is_visible_BS), [count.visible for count in counts]
+        ),
+        target=TokenIndex.of_mask(
+            nothing_BN.scatter(1, shuffled_BS, is_target_BS),
+            [count.selected - (0 if keep_visible_as_target else count.visible) for count in counts],
+        ),
+    )
+
+
+def select_first(
+    order_BN: Tensor, num_selected: int, num_visible: int, *, keep_visible_as_target: bool = False
+) -> Selection:
+    """Select the first tokens of an order, and show the very first of them.
+
+    Raises:
+        ValueError: More selected than tokens, more visible than selected, or no target left.
+    """
+    require_count(num_selected, order_BN.shape[1], "num_selected")
+    require_count(num_visible, num_selected, "num_visible")
+    target_BS = order_BN[:, (0 if keep_visible_as_target else num_visible) : num_selected]
     if target_BS.shape[1] == 0:
         raise ValueError(f"all {num_selected} selected tokens are visible; none is left to reconstruct")
     return Selection(
-        visible=TokenIndex.of_equal_counts(shuffled_BS[:, :num_visible]),
+        visible=TokenIndex.of_equal_counts(order_BN[:, :num_visible]),
         target=TokenIndex.of_equal_counts(target_BS),
     )
 
 
-def _require_count(count: int, available: int, name: str) -> None:
+def order_at_random(noise_BN: Tensor) -> Tensor:
+    """Return all tokens in the order of their noise, (B, N) int64: the random masking of ST-MAE."""
+    return torch.argsort(noise_BN, dim=1, stable=True)
+
+
+def order_tubes(noise_BJ: Tensor, grid: TokenGrid) -> Tensor:
+    """Return all tokens place after place in the order of the places' noise, each in all time steps, (B, N) int64.
+
+    The first ``k * grid.time`` are the tubes of k places: the masking of VideoMAE.
+    """
+    step_T = torch.arange(grid.time, device=noise_BJ.device) * grid.tokens_per_step
+    return (torch.argsort(noise_BJ, dim=1, stable=True)[:, :, None] + step_T).flatten(1)
+
+
+def running_cells(phase_B: Tensor, grid: TokenGrid, num_of_cell: int) -> Tensor:
+    """Return which tokens running cells keep, (B, N) bool: so many of each 2 x 2 cell, one place on with each step.
+
+    Args:
+        phase_B: Uniform in [0, 1): which of the four places a cell begins with.
+        grid: The clip's tokens, rows and columns even.
+        num_of_cell: Places kept of each cell in each step, 1 to 3.
+
+    Source: VideoMAE V2's dual masking, running cell masking (Qing et al., 2023).
+    """
+    device = phase_B.device
+    step_T, row_H, col_W = (torch.arange(n, device=device) for n in (grid.time, grid.rows, grid.cols))
+    place_HW = CELL_EDGE * (row_H % CELL_EDGE)[:, None] + col_W % CELL_EDGE
+    phase_B = (phase_B * CELL_TOKENS).long()
+    turn_BTHW = phase_B[:, None, None, None] + step_T[:, None, None] + place_HW
+    return (turn_BTHW % CELL_TOKENS < num_of_cell).flatten(1)
+
+
+def select_running_cells(
+    noise_BS: Tensor,
+    grid: TokenGrid,
+    counts: ClipCounts,
+    num_of_cell: int,
+    *,
+    keep_visible_as_target: bool = False,
+) -> Selection:
+    """Dual masking: the encoder sees tubes, the decoder predicts what running cells keep.
+
+    Args:
+        noise_BS: Uniform in [0, 1): a value for each place of a time step, then the cells' phase.
+        grid: The clip's tokens, rows and columns even, time steps in fours.
+        counts: What comes out: selected by the cells, visible in tubes, and targets.
+        num_of_cell: Places kept of each cell in each step.
+        keep_visible_as_target: Targets are all tokens of the cells instead of those that are not visible.
+
+    Source: VideoMAE V2 (Wang et al., 2023): its loss leaves out what the encoder has seen.
+    """
+    visible_BS = order_tubes(noise_BS[:, :-1], grid)[:, : counts.visible]
+    target_BN = running_cells(noise_BS[:, -1], grid, num_of_cell)
+    if not keep_visible_as_target:
+        target_BN = target_BN.scatter(1, visible_BS, False)
+    return Selection(
+        visible=TokenIndex.of_equal_counts(visible_BS),
+        target=TokenIndex.of_mask(target_BN, [counts.targets] * len(noise_BS)),
+    )
+
+
+def require_count(count: int, available: int, name: str) -> None:
+    """Refuse a number of tokens that cannot be had."""
     if not 1 <= count <= available:
         raise ValueError(f"{name}={count} must be between 1 and {available}")
+
+
+def _require_clips(noise_BS: Tensor, importance_BN: Tensor) -> None:
+    if noise_BS.shape[0] != importance_BN.shape[0]:
+        raise ValueError(f"noise for {noise_BS.shape[0]} clips, importance for {importance_BN.shape[0]}")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from everest_ds.model.attention import attention
-from everest_ds.model.selection import PackedTokens, Packing
+from everest_ds.model.packing import PackedTokens, Packing
 
 NORM_EPS = 1e-6
 MLP_RATIO = 4

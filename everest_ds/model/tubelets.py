@@ -6,6 +6,8 @@ D width.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -14,10 +16,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from everest_ds.geometry import TokenGrid
-from everest_ds.model.selection import TokenIndex
+from everest_ds.model.packing import TokenIndex
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ClipGroup:
+    """Clips of one shape, and their token grid. A batch of clips of several shapes is several groups, in order.
+
+    Attributes:
+        clips_BCTHW: uint8, or floats in [0, 1]; not yet standardised.
+        grid: The tokens of each.
+    """
+
+    clips_BCTHW: Tensor
+    grid: TokenGrid
+
+    def __len__(self) -> int:
+        """Return the number of clips."""
+        return len(self.clips_BCTHW)
 
 
 def grid_of(clips_BCTHW: Tensor, *, tubelet_size: int, patch_size: int) -> TokenGrid:
@@ -52,6 +71,18 @@ def gather_tubelets(clips_BCTHW: Tensor, index: TokenIndex, *, tubelet_size: int
     step_M = torch.div(index.position_M, rows * cols, rounding_mode="floor")
     row_M = torch.div(index.position_M, cols, rounding_mode="floor") % rows
     return blocks[index.clip_M, step_M, row_M, index.position_M % cols]
+
+
+def gather_group_tubelets(
+    groups: Sequence[ClipGroup], index: TokenIndex, *, tubelet_size: int, patch_size: int
+) -> Tensor:
+    """Cut the tubelets that an index names out of clips of one or several shapes; see `gather_tubelets`."""
+    parts = index.split([len(group) for group in groups])
+    cut = [
+        gather_tubelets(group.clips_BCTHW, part, tubelet_size=tubelet_size, patch_size=patch_size)
+        for group, part in zip(groups, parts, strict=True)
+    ]
+    return cut[0] if len(cut) == 1 else torch.cat(cut)
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
@@ -168,3 +199,23 @@ def interpolate_positions(table_ND: Tensor, grid: TokenGrid, to_grid: TokenGrid)
     size = (to_grid.time, to_grid.rows, to_grid.cols)
     resized = F.interpolate(volume.float(), size=size, mode="trilinear", align_corners=False)
     return rearrange(resized, "1 d t h w -> (t h w) d").to(table_ND.dtype)
+
+
+def gather_positions(
+    table_ND: Tensor, grid: TokenGrid, groups: Sequence[ClipGroup], index: TokenIndex, dtype: torch.dtype
+) -> Tensor:
+    """Return the position embedding of each token of an index, (M, D), each clip's laid out for its own grid.
+
+    Args:
+        table_ND: Positions of ``grid``.
+        grid: What they are laid out for; clips of other grids get them interpolated.
+        groups: The clips.
+        index: The tokens.
+        dtype: Of the result.
+    """
+    parts = index.split([len(group) for group in groups])
+    rows = [
+        interpolate_positions(table_ND, grid, group.grid).to(dtype)[part.position_M]
+        for group, part in zip(groups, parts, strict=True)
+    ]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)

@@ -32,7 +32,7 @@ STATE = "state.json"
 # The moving average of the weights, where one is kept.
 AVERAGE = "ema.safetensors"
 # Version of the folder's layout and of state.json; raise it when an older reader would misread a newer folder.
-FORMAT = 1
+FORMAT = 2
 # Where torch's file writer reports that a disk takes no more; it raises a RuntimeError.
 TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
 
@@ -49,6 +49,7 @@ class TrainState:
         num_skipped: Steps among them that changed no weight, because a gradient was not finite.
         best_step: Where the validation score was highest so far; None where nothing was scored yet.
         best_score: That score.
+        threshold: The running quantile of importance, where a budget goes by one.
         world_size: Processes that wrote the shards.
         zero_stage: How they are sharded.
         dtype: What the model computes in.
@@ -63,6 +64,7 @@ class TrainState:
     num_skipped: int = 0
     best_step: int | None = None
     best_score: float | None = None
+    threshold: float | None = None
     world_size: int
     zero_stage: int
     dtype: str

@@ -81,6 +81,7 @@ class Trainer:
         self.num_bad = self.start.num_bad
         self.num_skipped = self.start.num_skipped
         self.best_step, self.best_score = self.start.best_step, self.start.best_score
+        self.task.threshold = self.start.threshold
         self.cost: ClipCost = self.task.clip_cost()
         self.frame_log = FrameLog.of(self.config, self.run_dir, self.rows, is_main=self.world.is_main)
 
@@ -269,6 +270,7 @@ class Trainer:
             num_skipped=self.num_skipped,
             best_step=self.best_step,
             best_score=self.best_score,
+            threshold=self.task.threshold,
         )
         started = time.perf_counter()
         save_more = None if self.average is None else partial(self.average.save, world=self.world)

@@ -17,7 +17,9 @@ from everest_ds.model.activations import (
     classifier_activation_bytes,
     ranking_bytes,
 )
+from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.sizes import get_size
+from everest_ds.train.selecting import keep_rule, num_pretrain_noise
 from everest_ds.train.sharding import Sharding, bytes_sent, count_parameters, num_classes
 from everest_ds.train.states import model_states
 from everest_ds.train.tasks import encoder_options
@@ -102,7 +104,7 @@ def estimate_memory(config: Config, ds_config: dict[str, Any], *, world_size: in
     sharding = Sharding.of(ds_config, world_size)
     counts = count_parameters(config)
     states = model_states(counts, sharding)
-    size, options, clips = get_size(config.model.size), encoder_options(config), config.batch.micro_size
+    options, clips = encoder_options(config), config.batch.micro_size
     activations = _activations(config, sharding.model_bytes)
     return MemoryEstimate(
         parameters=states.parameters,
@@ -112,7 +114,7 @@ def estimate_memory(config: Config, ds_config: dict[str, Any], *, world_size: in
         gathered=states.gathered,
         activations=activations.peak,
         attention=activations.attention,
-        ranking=ranking_bytes(config.grid, options, width=size.width, clips=clips) if _ranks(config) else 0,
+        ranking=_ranking_bytes(config, options, clips),
         step=states.step,
         input=clips * _clip_bytes(config),
         communication=states.buckets,
@@ -136,15 +138,24 @@ def _activations(config: Config, dtype_bytes: int) -> ActivationBytes:
             dtype_bytes=dtype_bytes,
         )
     assert isinstance(config, PretrainConfig)
-    counts = TokenCounts(clips=clips, visible=config.num_visible, targets=config.num_targets)
+    # Where clips differ, the most that a process may get, not the average.
+    counts = TokenCounts(clips=clips, visible=config.most.visible, targets=config.most.targets)
     return activation_bytes(
         size, options, counts, decoder_depth=config.model.decoder_depth, dtype_bytes=dtype_bytes
     )
 
 
-def _ranks(config: Config) -> bool:
-    """Return whether all tokens are ranked."""
-    return not isinstance(config, FinetuneConfig) or config.num_kept < config.grid.num_tokens
+def _ranking_bytes(config: Config, options: EncoderOptions, clips: int) -> int:
+    """Return what ranking all tokens takes, of candidate frames where frames are chosen; 0 where nothing is
+    ranked."""
+    if isinstance(config, FinetuneConfig):
+        ranks, grid = config.num_kept < config.grid.num_tokens, config.grid
+    else:
+        assert isinstance(config, PretrainConfig)
+        ranks, grid = True, config.candidate_grid
+    if not (ranks and config.selection.measures_change):
+        return 0
+    return ranking_bytes(grid, options, width=get_size(config.model.size).width, clips=clips)
 
 
 def _average_bytes(config: Config, trained: int, world_size: int) -> int:
@@ -154,13 +165,18 @@ def _average_bytes(config: Config, trained: int, world_size: int) -> int:
 
 def _clip_bytes(config: Config) -> int:
     """Return the bytes of one clip as it comes: uint8 pixels, float32 noise, a label or shares of the classes."""
-    pixels = 3 * config.data.num_frames * config.data.image_size**2
+    pixels_of_frame = 3 * config.data.image_size**2
     if isinstance(config, FinetuneConfig):
+        pixels = config.data.num_frames * pixels_of_frame
         noise = 2 * get_size(config.model.size).depth if config.model.drop_path else 0
+        noise += keep_rule(config.selection).keep_noise_length(config.grid)
         target = num_classes(config) * FLOAT32_BYTES if config.data.mixes else 8
         return pixels + noise * FLOAT32_BYTES + target
     assert isinstance(config, PretrainConfig)
-    return pixels + config.num_selected * FLOAT32_BYTES
+    frames = config.candidate_frames
+    if frames > config.data.num_frames:
+        frames += config.data.num_frames  # the chosen ones are copied
+    return frames * pixels_of_frame + num_pretrain_noise(config) * FLOAT32_BYTES
 
 
 def describe_estimate(estimate: MemoryEstimate) -> str:

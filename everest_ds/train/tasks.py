@@ -22,8 +22,10 @@ from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.flops import autoencoder_macs, classifier_macs
+from everest_ds.model.frames import FrameChoice
 from everest_ds.model.sizes import get_size
 from everest_ds.train.optim import parameter_groups
+from everest_ds.train.selecting import Budget, num_pretrain_noise, pretrain_rule, share_of_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,10 @@ class Task(nn.Module, ABC):
 
     model: EverestAutoencoder | EverestClassifier
     config: Config
+    frame_choice: FrameChoice | None = None
+    """Which frames the last forward pass chose of its clips, where it chose any."""
+    threshold: float | None = None
+    """The running quantile that a budget goes by, which checkpoints keep; None where there is none."""
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -75,18 +81,32 @@ class PretrainTask(Task):
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
         self.config = config
-        self.keep_visible_as_target = config.selection.targets == "selected"
+        self.rule = pretrain_rule(config)
+        self.budget = Budget(config) if config.selection.varies else None
         self.model = build_autoencoder(config)
 
     def forward(self, clips_BCTHW: Tensor, noise_BS: Tensor) -> Tensor:
-        """Return the loss of a micro-batch."""
-        output = self.model(
-            clips_BCTHW,
-            noise_BS,
-            num_visible=self.config.num_visible,
-            keep_visible_as_target=self.keep_visible_as_target,
-        )
-        return output.loss
+        """Return the loss of a micro-batch.
+
+        Where clips keep different numbers of tokens, it is weighted so that the mean over all processes is the mean
+        over the target tokens of all.
+        """
+        output = self.model(clips_BCTHW, noise_BS, self.rule, self.budget)
+        self.frame_choice = output.frames[0] if output.frames else None
+        if self.budget is None:
+            return output.loss
+        return output.loss * share_of_loss(output.selection.target.packing.total, output.loss.device)
+
+    @property
+    def threshold(self) -> float | None:
+        """The running quantile of importance, for checkpoints; None where no budget has one."""
+        value = None if self.budget is None else self.budget.threshold
+        return None if value is None else float(value)
+
+    @threshold.setter
+    def threshold(self, value: float | None) -> None:
+        if value is not None and self.budget is not None:
+            self.budget.threshold = torch.tensor(value)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimiser's groups: parameters with and without weight decay."""
@@ -102,18 +122,24 @@ class PretrainTask(Task):
     def make_dataset(self, rows: Sequence[VideoRow]) -> ClipDataset:
         """Return the training clips, each with its selection noise."""
         config = self.config
-        return ClipDataset(rows, PretrainCut(config.data), seed=config.run.seed, noise_length=config.num_selected)
+        return ClipDataset(
+            rows, PretrainCut(config.data), seed=config.run.seed, noise_length=num_pretrain_noise(config)
+        )
 
     def clip_cost(self) -> ClipCost:
         """Return what one clip of the recipe costs; counted with SDPA, the one backend that needs no device."""
         config = replace(self.config, model=replace(self.config.model, attention="sdpa"))
         with torch.device("meta"):
             model = build_autoencoder(config)
-        counts = autoencoder_macs(
-            model, config.grid, num_visible=config.num_visible, num_targets=config.num_targets
+        macs = autoencoder_macs(
+            model,
+            config.grid,
+            num_visible=config.num_visible,
+            num_targets=config.num_targets,
+            ranked=config.candidate_grid if config.selection.measures_change else None,
         )
-        with_gradient = counts.embedding_chosen + counts.rest
-        return ClipCost(tokens=config.num_visible, train_flops=2 * (counts.embedding_all + 3 * with_gradient))
+        with_gradient = macs.embedding_chosen + macs.rest
+        return ClipCost(tokens=config.num_visible, train_flops=2 * (macs.ranking + 3 * with_gradient))
 
 
 class FinetuneTask(Task):
@@ -157,7 +183,7 @@ class FinetuneTask(Task):
         config, seed = self.config, self.config.run.seed
         mixer = PairMixer.of(config.data, seed=seed, num_classes=self.model.num_classes)
         return ClipDataset(
-            rows, FinetuneCut(config.data), seed=seed, noise_length=self.model.num_noise, mixer=mixer
+            rows, FinetuneCut(config.data), seed=seed, noise_length=self.model.num_noise(config.grid), mixer=mixer
         )
 
     def clip_cost(self) -> ClipCost:
@@ -167,8 +193,7 @@ class FinetuneTask(Task):
             model = build_classifier(config).eval()  # no draws for drop path
         counts = classifier_macs(model, config.grid)
         passes = 1 if config.model.freeze_encoder else 3
-        ranking = counts.embedding_all if counts.ranks else 0
-        operations = ranking + passes * (counts.embedding_chosen + counts.rest)
+        operations = counts.ranking + passes * (counts.embedding_chosen + counts.rest)
         return ClipCost(tokens=config.num_kept, train_flops=2 * operations)
 
 
@@ -194,6 +219,9 @@ def build_classifier(config: FinetuneConfig) -> EverestClassifier:
         encoder_options(config),
         num_classes=config.data.num_classes,
         keep_ratio=config.selection.keep_ratio,
+        strategy=config.selection.strategy,
+        order=config.selection.order,
+        distance=config.selection.distance,
         head_init_scale=config.model.head_init_scale,
         drop_path=config.model.drop_path,
     )

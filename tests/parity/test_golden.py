@@ -16,7 +16,8 @@ from torch import Tensor
 
 from everest_ds.model.autoencoder import EverestAutoencoder, Reconstruction
 from everest_ds.model.classifier import EverestClassifier
-from everest_ds.model.selection import Selection, TokenIndex, rank_by_importance, select_rero
+from everest_ds.model.packing import TokenIndex
+from everest_ds.model.selection import Selection, rank_by_importance, select_rero
 from everest_ds.model.tubelets import standardise
 from everest_ds.train.optim import parameter_groups
 from tests.conftest import GoldenModel
@@ -38,7 +39,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def run_everest(golden: GoldenModel, device: str = "cpu") -> tuple[EverestAutoencoder, Reconstruction]:
     model = golden.autoencoder().to(device)
     noise_BS = golden.outputs["everest.noise"].to(device)
-    return model, model(golden.clips_BCTHW.to(device), noise_BS, num_visible=golden.num_visible)
+    return model, model(golden.clips_BCTHW.to(device), noise_BS)
 
 
 def run_tube(golden: GoldenModel) -> tuple[EverestAutoencoder, Reconstruction]:
@@ -50,13 +51,13 @@ def run_tube(golden: GoldenModel) -> tuple[EverestAutoencoder, Reconstruction]:
 
 def encoder_output(model: EverestAutoencoder, golden: GoldenModel, selection: Selection) -> Tensor:
     device = model.mask_token.device
-    return model.encoder(golden.clips_BCTHW.to(device), selection.visible, golden.grid)
+    return model.encoder(model.encoder.group(golden.clips_BCTHW.to(device)), selection.visible)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_importance_equals_official(golden: GoldenModel, device: str) -> None:
     model = golden.autoencoder().to(device)
-    importance = model.encoder.rank(golden.clips_BCTHW.to(device), golden.grid).cpu()
+    importance = model.encoder.rank(*model.encoder.group(golden.clips_BCTHW.to(device))).cpu()
     torch.testing.assert_close(importance, golden.outputs["everest.importance"], rtol=IMPORTANCE_RTOL, atol=0)
 
 
@@ -159,7 +160,7 @@ def test_adamw_trajectory_equals_official(mini64: GoldenModel) -> None:
     for lr, noise_BS in zip(trajectory["lr"], mini64.outputs["traj.noise"], strict=True):
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = model(mini64.clips_BCTHW, noise_BS, num_visible=mini64.num_visible).loss
+        loss = model(mini64.clips_BCTHW, noise_BS).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -173,7 +174,7 @@ def test_classifier_logits_equal_official(mini64: GoldenModel, kind: str, keep_r
     logits = model(mini64.clips_BCTHW)
     torch.testing.assert_close(logits, mini64.outputs[f"{kind}.logits"], rtol=0, atol=LOGIT_ATOL)
     if keep_ratio < 1:
-        kept = model.select(mini64.clips_BCTHW, mini64.grid)
+        kept = model.select(*model.group(mini64.clips_BCTHW))
         expected = mini64.outputs["finetune_everest.kept_index"].long()
         assert torch.equal(kept.position_M.view(expected.shape), expected)
 
@@ -191,5 +192,5 @@ def test_classifier_logits_equal_official_over_1568_tokens(
     model.load_state_dict({k.removeprefix("finetune."): v for k, v in weights.items() if k.startswith("finetune.")})
     torch.testing.assert_close(model(clips_BCTHW), outputs[f"{kind}.logits"], rtol=0, atol=LOGIT_ATOL)
     if keep_ratio < 1:
-        kept = model.select(clips_BCTHW, golden.grid)
+        kept = model.select(*model.group(clips_BCTHW))
         assert torch.equal(kept.position_M.view(2, -1), outputs["finetune_everest.kept_index"].long())

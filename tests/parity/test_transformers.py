@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from everest_ds.model.autoencoder import EverestAutoencoder
-from everest_ds.model.selection import Selection, TokenIndex
+from everest_ds.model.packing import TokenIndex
+from everest_ds.model.selection import Selection
 from everest_ds.model.tubelets import standardise
 from everest_ds.model.weights.export import Layout, write_weights
 from everest_ds.model.weights.loading import load_weights

@@ -173,7 +173,7 @@ def test_ranking_bytes_are_those_alive(embedding_layers: int) -> None:
     config = replace(config, data=PretrainDataConfig(image_size=112))
     task, clips, _, known = make_run(config, torch.float32)
     with LiveStorages(known) as live:
-        task.model.encoder.rank(clips, config.grid)
+        task.model.encoder.rank(*task.model.encoder.group(clips))
     expected = ranking_bytes(config.grid, encoder_options(config), width=384, clips=NUM_CLIPS)
     assert expected == pytest.approx(live.peak, rel=PEAK_RTOL)
 

@@ -7,7 +7,7 @@ import torch
 
 from everest_ds.errors import UserError
 from everest_ds.model.attention import BACKENDS, attention, choose_backend
-from everest_ds.model.selection import Packing
+from everest_ds.model.packing import Packing
 
 LENGTHS = [[4, 4, 4], [1, 7, 3, 7], [0, 5, 0, 2], [9], [1]]
 # Against float64 plain softmax; measured 4e-7.

@@ -11,7 +11,9 @@ from everest_ds.model.attention import BACKENDS
 from everest_ds.model.autoencoder import EverestAutoencoder, interleave_clips
 from everest_ds.model.classifier import EverestClassifier, mean_per_clip
 from everest_ds.model.encoder import EncoderOptions
-from everest_ds.model.selection import Selection, TokenIndex
+from everest_ds.model.packing import TokenIndex
+from everest_ds.model.rules import DEFAULT_RULE, SelectionRule
+from everest_ds.model.selection import Selection
 from tests.conftest import make_size
 
 # Packed against clip by clip, float32: measured 1.7e-6 forward, 1.1e-6 in gradients.
@@ -74,7 +76,7 @@ def test_packed_equals_clip_by_clip_forward_and_gradients(
         target=_to(selection.target, device),
     )
     packed = packed_model.reconstruct(clips, moved)
-    encoded = packed_model.encoder(clips, moved.visible, GRID)
+    encoded = packed_model.encoder(packed_model.encoder.group(clips), moved.visible)
     (packed.prediction_RP - packed.target_RP).square().sum().backward()
     for b, (tokens, predictions, targets) in enumerate(
         zip(encoded.split(visible), packed.prediction_RP.split(target), packed.target_RP.split(target), strict=True)
@@ -84,7 +86,7 @@ def test_packed_equals_clip_by_clip_forward_and_gradients(
         single = single_model.reconstruct(clips[b : b + 1], alone)
         assert torch.equal(single.target_RP, targets)
         torch.testing.assert_close(predictions, single.prediction_RP, rtol=0, atol=PACKED_ATOL)
-        encoded_alone = single_model.encoder(clips[b : b + 1], alone.visible, GRID)
+        encoded_alone = single_model.encoder(single_model.encoder.group(clips[b : b + 1]), alone.visible)
         torch.testing.assert_close(tokens, encoded_alone, rtol=0, atol=PACKED_ATOL)
         (single.prediction_RP - single.target_RP).square().sum().backward()
     for (name, p), q in zip(packed_model.named_parameters(), single_model.parameters(), strict=True):
@@ -131,45 +133,48 @@ def test_interleaving_puts_each_clips_tokens_side_by_side() -> None:
 
 
 def test_checkpointing_changes_no_number() -> None:
-    clips, noise = random_clips(2), torch.rand(2, 20)
+    clips, noise = random_clips(2), torch.rand(2, 19)
     grads = []
     for checkpointing in (False, True):
         model = make_autoencoder(checkpointing=checkpointing)
-        model(clips, noise, num_visible=6).loss.backward()
+        model(clips, noise).loss.backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_ranking_leaves_no_gradient_and_visible_tokens_do() -> None:
     model = make_autoencoder()
-    importance = model.encoder.rank(random_clips(2), GRID)
+    importance = model.encoder.rank(*model.encoder.group(random_clips(2)))
     assert importance.dtype == torch.float32
     assert not importance.requires_grad
-    model(random_clips(2), torch.rand(2, 20), num_visible=6).loss.backward()
+    model(random_clips(2), torch.rand(2, 19)).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
 def test_ranking_in_chunks_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     model, clips = make_autoencoder(), random_clips(5)
-    whole = model.encoder.rank(clips, GRID)
+    whole = model.encoder.rank(*model.encoder.group(clips))
     monkeypatch.setattr("everest_ds.model.encoder.RANKING_CHUNK", 2 * clips[0].numel())
-    torch.testing.assert_close(model.encoder.rank(clips, GRID), whole, rtol=1e-6, atol=0)
+    torch.testing.assert_close(model.encoder.rank(*model.encoder.group(clips)), whole, rtol=1e-6, atol=0)
 
 
 def test_other_frames_and_sizes_run_with_interpolated_positions() -> None:
     model = make_autoencoder()
     for frames, size in ((16, 32), (4, 48), (8, 16)):
-        output = model(random_clips(2, size=size, frames=frames), torch.rand(2, 4), num_visible=2)
+        clips = random_clips(2, size=size, frames=frames)
+        (group,) = model.encoder.group(clips)
+        output = model(clips, torch.rand(2, DEFAULT_RULE.noise_length(group.grid)))
         assert torch.isfinite(output.loss)
     with pytest.raises(UserError, match="num_frames=7"):
-        model(random_clips(1, frames=7), torch.rand(1, 4), num_visible=2)
+        model(random_clips(1, frames=7), torch.rand(1, 4))
 
 
 def test_bfloat16_weights_still_rank_in_float32() -> None:
     model = make_autoencoder().bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        importance = model.encoder.rank(random_clips(2), GRID)
-    exact = copy.deepcopy(model).float().encoder.rank(random_clips(2), GRID)
+        importance = model.encoder.rank(*model.encoder.group(random_clips(2)))
+    float32 = copy.deepcopy(model).float().encoder
+    exact = float32.rank(*float32.group(random_clips(2)))
     assert torch.equal(importance, exact)
 
 
@@ -177,13 +182,13 @@ def test_a_bias_of_the_key_would_change_nothing() -> None:
     """Why the key has none: softmax ignores what shifts all scores of a query alike."""
     model, clips = make_autoencoder().double(), random_clips(1)
     selection = random_selection([9], [3])
-    before = model.encoder(clips, selection.visible, GRID)
+    before = model.encoder(model.encoder.group(clips), selection.visible)
     block = model.encoder.blocks[0].attn
     width = block.q_bias.numel()
     block.qkv.register_forward_hook(
         lambda module, args, out: out + torch.cat([torch.zeros(width), torch.ones(width), torch.zeros(width)])
     )
-    torch.testing.assert_close(model.encoder(clips, selection.visible, GRID), before)
+    torch.testing.assert_close(model.encoder(model.encoder.group(clips), selection.visible), before)
 
 
 def test_classifier_pools_each_clip_over_its_own_tokens() -> None:
@@ -209,5 +214,5 @@ def test_classifier_keeps_the_share_that_it_was_told() -> None:
     clips = random_clips(3)
     for ratio, count in ((0.6, 38), (1.0, 64)):
         model = EverestClassifier(make_size(), GRID, EncoderOptions(patch_size=8), num_classes=5, keep_ratio=ratio)
-        assert model.select(clips, GRID).packing.lengths == (count,) * 3
+        assert model.select(*model.group(clips)).packing.lengths == (count,) * 3
         assert model(clips).shape == (3, 5)

@@ -44,8 +44,8 @@ def clips_and_noise() -> tuple[Tensor, Tensor]:
 
 def plain_logits(model: EverestClassifier, clip_CTHW: Tensor, draws: list[float], drop_path: float) -> Tensor:
     """One clip through the model's weights by plain operations: a dropped branch is not computed at all."""
-    kept = model.select(clip_CTHW[None], GRID)
-    pixels = (model.gather(clip_CTHW[None], kept).float() / 255).transpose(1, -1)
+    kept = model.select(*model.group(clip_CTHW[None]))
+    pixels = (model.gather(model.group(clip_CTHW[None]), kept).float() / 255).transpose(1, -1)
     pixels = (pixels - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     x = F.linear(pixels.transpose(1, -1).flatten(1), model.patch_embed.proj.weight.flatten(1))
     x = x + model.patch_embed.proj.bias + model.positions_ND[kept.position_M]
@@ -110,10 +110,10 @@ def test_noise_is_ignored_in_evaluation_and_without_drop_path(drop_path: float) 
     model, (clips, noise) = make_classifier(drop_path=drop_path), clips_and_noise()
     plain = make_classifier(drop_path=0.0).train()(clips)
     if drop_path == 0:
-        assert model.num_noise == 0
+        assert model.num_noise(GRID) == 0
         assert torch.equal(model.train()(clips, noise[:, :0]), plain)
     else:
-        assert model.num_noise == 2 * DEPTH
+        assert model.num_noise(GRID) == 2 * DEPTH
         assert not torch.allclose(model.train()(clips, noise), plain, atol=1e-3)
     assert torch.equal(model.eval()(clips), plain)
     assert torch.equal(model(clips, noise), plain)
@@ -121,7 +121,7 @@ def test_noise_is_ignored_in_evaluation_and_without_drop_path(drop_path: float) 
 
 def test_training_without_its_noise_is_refused() -> None:
     model, (clips, noise) = make_classifier().train(), clips_and_noise()
-    with pytest.raises(ValueError, match=r"drop_path=0.4 needs noise \(4, 6\), got none"):
+    with pytest.raises(ValueError, match=r"strategy=rero and drop_path=0.4 needs noise \(4, 6\), got none"):
         model(clips)
     for wrong in (noise[:2], noise[:, :5]):
         with pytest.raises(ValueError, match=r"needs noise \(4, 6\), got noise of shape"):
@@ -154,7 +154,7 @@ def test_frozen_encoder_trains_norm_and_head_alone_and_keeps_nothing() -> None:
     model.freeze_encoder()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
-    assert model.num_noise == 0  # and drops nothing
+    assert model.num_noise(GRID) == 0  # and drops nothing
     kept: list[int] = []
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

@@ -61,7 +61,11 @@ def measure(config: FinetuneConfig, dtype: torch.dtype, *, forward_too: bool = F
             parameter.grad = torch.zeros_like(parameter)
     edge = config.data.image_size
     clips = torch.randint(0, 256, (NUM_CLIPS, 3, config.data.num_frames, edge, edge), dtype=torch.uint8)
-    inputs = clips, torch.zeros(NUM_CLIPS, dtype=torch.int64), torch.rand(NUM_CLIPS, task.model.num_noise)
+    inputs = (
+        clips,
+        torch.zeros(NUM_CLIPS, dtype=torch.int64),
+        torch.rand(NUM_CLIPS, task.model.num_noise(task.config.grid)),
+    )
     gradients = [parameter.grad for parameter in task.parameters() if parameter.grad is not None]
     known = [*task.parameters(), *task.buffers(), *gradients, *inputs]
     there = {tensor.untyped_storage().data_ptr() for tensor in known}

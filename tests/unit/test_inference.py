@@ -103,10 +103,10 @@ def test_weights_need_a_recipe_and_runs_refuse_one(tmp_path: Path) -> None:
 def test_options_override_the_configuration(tmp_path: Path) -> None:
     run = locate(make_run(tmp_path / "run"))
     plain = clip_settings(run, None, OPTIONS)
-    assert (plain.data, plain.views, plain.keep_ratio) == (demo_ft().data, demo_ft().views, 0.3)
+    assert (plain.data, plain.views, plain.selection.keep_ratio) == (demo_ft().data, demo_ft().views, 0.3)
     given = clip_settings(run, None, InferenceOptions(num_temporal=7, keep_ratio=1.0, num_workers=0))
     assert (given.views.num_temporal, given.views.num_spatial, given.num_views) == (7, 1, 7)
-    assert (given.keep_ratio, given.data) == (1.0, replace(demo_ft().data, num_workers=0))
+    assert (given.selection.keep_ratio, given.data) == (1.0, replace(demo_ft().data, num_workers=0))
 
 
 def test_pretraining_says_how_long_and_large_clips_are(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_pretraining_says_how_long_and_large_clips_are(tmp_path: Path) -> None:
     assert isinstance(settings.data, FinetuneDataConfig)
     for name in ("num_frames", "sampling_stride", "image_size", "num_workers"):
         assert getattr(settings.data, name) == getattr(config.data, name)
-    assert (settings.num_views, settings.keep_ratio) == (1, 0.6)
+    assert (settings.num_views, settings.selection.keep_ratio) == (1, 0.6)
 
 
 def test_average_is_taken_where_there_is_one(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_run_gives_its_model_and_its_names(run_of: tuple[Any, EverestClassifier]
     loaded = load_trained(origin, settings, OPTIONS, CPU)
     assert same(loaded.model, model)
     assert (loaded.has_head, loaded.kind, loaded.precision, loaded.attention) == (True, "model", "fp32", "sdpa")
-    assert (loaded.model.keep_ratio, loaded.num_kept, loaded.model.training) == (0.3, 86, False)
+    assert (loaded.model.rule.selected_ratio, loaded.num_kept, loaded.model.training) == (0.3, 86, False)
     assert loaded.class_names == tuple("01234567")
     (origin.run_dir / "classes.txt").write_text("a b\nc\nd\ne\nf\ng\nh\ni\n")
     assert load_trained(origin, settings, OPTIONS, CPU).class_names == ("a b", *"cdefghi")

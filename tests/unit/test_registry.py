@@ -44,7 +44,7 @@ def test_options_reach_the_model() -> None:
     with torch.device("meta"):
         model = timm.create_model("everest_vit_small_patch16_224", num_classes=7, num_frames=24, keep_ratio=0.5)
     assert isinstance(model, EverestClassifier)
-    assert (model.num_classes, model.grid.time, model.keep_ratio) == (7, 12, 0.5)
+    assert (model.num_classes, model.grid.time, model.rule.selected_ratio) == (7, 12, 0.5)
 
 
 def test_pretrained_weights_and_unknown_options_are_refused() -> None:

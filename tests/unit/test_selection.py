@@ -9,14 +9,9 @@ import torch
 
 from everest_ds.geometry import TokenGrid, ratio_to_count
 from everest_ds.model.importance import rero_importance
-from everest_ds.model.selection import (
-    Packing,
-    Selection,
-    TokenIndex,
-    rank_by_importance,
-    select_most_important,
-    select_rero,
-)
+from everest_ds.model.packing import Packing, TokenIndex
+from everest_ds.model.rules import SelectionRule
+from everest_ds.model.selection import Selection, rank_by_importance, select_rero
 
 IMPORTANCE_RTOL = 1e-5
 
@@ -32,7 +27,8 @@ def test_selection_cases_with_ties_equal_the_golden_set(golden_json: Callable[[s
         assert rank_by_importance(importance).tolist() == case["order_stable"]
         count = ratio_to_count(grid.num_tokens, case["rho"])
         assert count == case["num_selected"]
-        index = select_most_important(importance, count)
+        rule = SelectionRule(selected_ratio=case["rho"])
+        index = rule.keep(grid, len(expected), importance.device, None, importance)
         assert index.position_M.view(len(expected), -1).tolist() == case["selected_sorted"]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from everest_ds.model.attention import BACKENDS
+from everest_ds.model.rules import SelectionRule
 from everest_ds.recipes import get_recipe
 from everest_ds.train.tasks import PretrainTask
 
@@ -25,6 +26,6 @@ def test_loss_is_the_models_for_either_kind_of_target() -> None:
     for targets in ("masked", "selected"):
         torch.manual_seed(0)
         task = PretrainTask(replace(config, selection=replace(config.selection, targets=targets)))
-        output = task.model(clips, noise, num_visible=28, keep_visible_as_target=targets == "selected")
+        output = task.model(clips, noise, SelectionRule(targets=targets))
         assert torch.equal(task(clips, noise), output.loss)
         assert len(output.target_RP) == 2 * task.config.num_targets

@@ -6,7 +6,7 @@ import torch
 
 from everest_ds.errors import UserError
 from everest_ds.geometry import TokenGrid
-from everest_ds.model.selection import TokenIndex
+from everest_ds.model.packing import TokenIndex
 from everest_ds.model.tubelets import (
     IMAGENET_MEAN,
     IMAGENET_STD,

@@ -10,6 +10,7 @@ import csv
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def view_recipe(settings: ClipSettings, num_kept: int) -> dict[str, Any]:
         "image_size": data.image_size,
         "num_temporal": views.num_temporal,
         "num_spatial": views.num_spatial,
-        "keep_ratio": settings.keep_ratio,
+        "selection": asdict(settings.selection),
         "tokens_kept": num_kept,
     }
 

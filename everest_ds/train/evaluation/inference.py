@@ -74,7 +74,7 @@ class ClipSettings:
     Attributes:
         data: Length, stride, size and sampling of clips, and the loader's settings.
         views: How many clips of a video.
-        keep_ratio: Share of a clip's tokens that is kept.
+        selection: Which tokens are kept.
         attention: Attention backend.
         position_frames: Frames of the clips that positions are laid out for, where the weights do not say.
         position_size: Height and width of those clips.
@@ -82,7 +82,7 @@ class ClipSettings:
 
     data: FinetuneDataConfig
     views: ViewsConfig
-    keep_ratio: float
+    selection: FinetuneSelectionConfig
     attention: str
     position_frames: int
     position_size: int
@@ -139,21 +139,21 @@ def clip_settings(origin: Origin, recipe: Config | None, options: InferenceOptio
             "remove it"
         )
     if isinstance(config, FinetuneConfig):
-        data, views, keep_ratio = config.data, config.views, config.selection.keep_ratio
+        data, views, selection = config.data, config.views, config.selection
     else:
         names = ("num_frames", "sampling_stride", "image_size", "num_workers", "prefetch_batches", "timeout_s")
         data = FinetuneDataConfig(**{name: getattr(config.data, name) for name in names})
         views = ViewsConfig(num_temporal=1, num_spatial=1)
-        keep_ratio = FinetuneSelectionConfig().keep_ratio
+        selection = FinetuneSelectionConfig()
     given = {"num_temporal": options.num_temporal, "num_spatial": options.num_spatial}
     if options.keep_ratio is not None:
-        keep_ratio = FinetuneSelectionConfig(keep_ratio=options.keep_ratio).keep_ratio
+        selection = replace(selection, keep_ratio=options.keep_ratio)
     if options.num_workers is not None:
         data = replace(data, num_workers=options.num_workers)
     return ClipSettings(
         data=data,
         views=replace(views, **{name: value for name, value in given.items() if value is not None}),
-        keep_ratio=keep_ratio,
+        selection=selection,
         attention=config.model.attention,
         position_frames=config.model.position_frames or config.data.num_frames,
         position_size=config.model.position_size or config.data.image_size,

@@ -17,7 +17,7 @@ from everest_ds.data.labels import NAMES_FILE, read_class_names
 from everest_ds.data.views import ViewDataset
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.geometry import TokenGrid, ratio_to_count
+from everest_ds.geometry import TokenGrid
 from everest_ds.model.attention import choose_backend
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.weights.architecture import Architecture
@@ -33,6 +33,7 @@ from everest_ds.train.evaluation.inference import (
     weights_kind,
 )
 from everest_ds.train.evaluation.passes import RowResults, map_rows
+from everest_ds.train.selecting import keep_rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,7 @@ def load_trained(
         options=replace(shape.options, attention=settings.attention),
     ).build()
     assert isinstance(model, EverestClassifier)
-    model.keep_ratio = settings.keep_ratio
+    model.rule = keep_rule(settings.selection)
     report = load_weights(model, weights, clip_grid=grid)
     bf16 = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -145,7 +146,7 @@ def load_trained(
         kind=kind,
         bf16=bf16,
         attention=backend.name,
-        num_kept=ratio_to_count(grid.num_tokens, settings.keep_ratio),
+        num_kept=model.rule.num_kept(grid),
         report=report.describe(),
     )
 

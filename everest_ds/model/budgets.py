@@ -1,0 +1,118 @@
+"""How many tokens each clip keeps where clips compete, or where cost follows content.
+
+Place in the flow: importance_BN of all clips of a micro-step -> counts of each clip -> `SelectionRule.select`.
+Counts go to the host, once a micro-step: they are the lengths of packed rows. Clips may come in groups of
+different grids.
+Axes: B clips of a group, N their tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from everest_ds.counts import ClipCounts, TargetName
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipBudget:
+    """What a clip may keep.
+
+    Attributes:
+        average: What it would keep if all clips kept the same share.
+        least: Tokens that it selects at least.
+        most: Tokens that it selects at most.
+        targets: Whether the decoder predicts what is selected and not visible, or all that is selected.
+    """
+
+    average: ClipCounts
+    least: int
+    most: int
+    targets: TargetName = "masked"
+
+    def with_selected(self, selected: int, visible: int) -> ClipCounts:
+        """Return the counts of a clip that selects and shows so many."""
+        hidden = selected if self.targets == "selected" else selected - visible
+        return ClipCounts(selected=selected, visible=visible, targets=hidden)
+
+
+def share_budget(
+    importance: Sequence[Tensor], draws: Sequence[Tensor], budgets: Sequence[ClipBudget]
+) -> list[list[ClipCounts]]:
+    """Share one budget among clips: the most important tokens win wherever they are.
+
+    Every clip first gets its ``least`` most important tokens. What is left of the budget, the sum of the
+    averages, goes to the most important tokens of all clips, up to ``most`` a clip. The visible tokens, as many
+    in all as the averages have, are shared out in proportion to the selected ones, rounded by largest remainder.
+    So both totals are exact whatever the content, and a permutation of the clips permutes the counts.
+
+    Args:
+        importance: importance_BN of each group of clips; larger wins.
+        draws: A uniform value of each clip, (B,), which decides between clips where importance or remainders tie.
+        budgets: Of the clips of each group.
+
+    Returns:
+        Counts of each clip of each group.
+    """
+    budget_of = [b for b, group in zip(budgets, importance, strict=True) for _ in range(len(group))]
+    draw_B = torch.cat(list(draws))
+    by_draw = torch.argsort(draw_B, stable=True)
+    left = sum(b.average.selected - b.least for b in budget_of)
+    width = max(b.most - b.least for b in budgets)
+    # Beyond its least tokens, each clip's scores in falling order; what it may not have comes last.
+    rest_BR = torch.cat([_rest(group, b, width) for group, b in zip(importance, budgets, strict=True)])
+    # Rank by rank, so that of equal scores lower ranks come first, and clips in the order of their draws.
+    by_score = torch.argsort(rest_BR[by_draw].T.flatten(), descending=True, stable=True)
+    won_B = torch.zeros_like(by_draw).index_add(0, by_score[:left] % len(by_draw), by_draw.new_ones(left))
+    won_B = torch.empty_like(won_B).scatter(0, by_draw, won_B)
+    won = won_B.tolist()
+    selected = [b.least + extra for b, extra in zip(budget_of, won, strict=True)]
+    total_visible = sum(b.average.visible for b in budget_of)
+    visible = apportion(total_visible, selected, by_draw.tolist())
+    counts = iter(
+        b.with_selected(chosen, shown) for b, chosen, shown in zip(budget_of, selected, visible, strict=True)
+    )
+    return [[next(counts) for _ in range(len(group))] for group in importance]
+
+
+def count_above(importance: Tensor, threshold: Tensor, budget: ClipBudget) -> list[ClipCounts]:
+    """Let each clip of a group keep its tokens above a threshold, between its least and its most.
+
+    Its visible tokens keep their share of the selected ones, rounded down. Clips do not depend on each other.
+    """
+    above = (importance > threshold).sum(dim=1).clamp(budget.least, budget.most).tolist()
+    average = budget.average
+    return [budget.with_selected(chosen, chosen * average.visible // average.selected) for chosen in above]
+
+
+def upper_quantile(importance: Sequence[Tensor], budgets: Sequence[ClipBudget]) -> Tensor:
+    """Return the importance above which lie as many tokens of these clips as their averages select; a scalar.
+
+    Fewer where tokens tie with it. Where all tokens are selected, a value below them all.
+    """
+    count = sum(len(group) * b.average.selected for group, b in zip(importance, budgets, strict=True))
+    falling = torch.cat([group.flatten() for group in importance]).sort(descending=True).values
+    return falling[count] if count < len(falling) else falling[-1] - 1
+
+
+def apportion(total: int, weights: Sequence[int], priority: Sequence[int]) -> list[int]:
+    """Share out a whole number in proportion to weights, by largest remainder.
+
+    Args:
+        total: What is shared out.
+        weights: At least 0, not all 0.
+        priority: The places, first those that win where remainders tie.
+    """
+    whole = sum(weights)
+    shares = [divmod(total * weight, whole) for weight in weights]
+    ranked = sorted(priority, key=lambda place: -shares[place][1])  # sorted is stable
+    missing = total - sum(share for share, _ in shares)
+    first = set(ranked[:missing])
+    return [share + (place in first) for place, (share, _) in enumerate(shares)]
+
+
+def _rest(importance_BN: Tensor, budget: ClipBudget, width: int) -> Tensor:
+    falling = importance_BN.sort(dim=1, descending=True).values[:, budget.least : budget.most]
+    return F.pad(falling, (0, width - falling.shape[1]), value=float("-inf"))

@@ -1,0 +1,126 @@
+"""Packed tokens: how one row of tokens falls into clips, and which of its clip's tokens each one is.
+
+Place in the flow: a selection's indices -> gathered pixels -> PackedTokens -> blocks. How many tokens each clip
+has is known on the host, so that nothing that follows waits for the device.
+Axes: B clips, N tokens of a clip, M tokens of the batch in one row, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How one row of tokens falls into clips.
+
+    Attributes:
+        lengths: Tokens of each clip, on the host.
+        cu_seqlens: (B + 1,) int32 on the device: where each clip starts, and the total.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "Packing":
+        """Build the packing of clips of the given lengths."""
+        ends = [0]
+        for length in lengths:
+            if length < 0:
+                raise ValueError(f"a clip cannot have {length} tokens")
+            ends.append(ends[-1] + length)
+        if len(set(lengths)) == 1:  # made on the device, without a copy from the host
+            cu_seqlens = torch.arange(len(ends), dtype=torch.int32, device=device) * lengths[0]
+        else:
+            cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
+        return cls(tuple(lengths), cu_seqlens)
+
+    @property
+    def total(self) -> int:
+        """Tokens of all clips."""
+        return sum(self.lengths)
+
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens of the longest clip."""
+        return max(self.lengths, default=0)
+
+    def clip_of_token(self) -> Tensor:
+        """Return each token's clip, (total,) int64."""
+        device = self.cu_seqlens.device
+        lengths = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).long()
+        return torch.arange(len(self.lengths), device=device).repeat_interleave(lengths, output_size=self.total)
+
+
+@dataclass(frozen=True)
+class TokenIndex:
+    """A set of tokens of a batch: clip after clip, positions ascending within a clip.
+
+    Attributes:
+        position_M: Position in its clip's grid, int64.
+        clip_M: Clip in the batch, int64.
+        packing: The clips' lengths.
+    """
+
+    position_M: Tensor
+    clip_M: Tensor
+    packing: Packing
+
+    @classmethod
+    def of_equal_counts(cls, position_BS: Tensor) -> "TokenIndex":
+        """Build the index of clips that keep equally many tokens; positions in any order."""
+        num_clips, count = position_BS.shape
+        packing = Packing.of([count] * num_clips, position_BS.device)
+        return cls(position_BS.sort(dim=1).values.flatten(), packing.clip_of_token(), packing)
+
+    @classmethod
+    def of_mask(cls, kept_BN: Tensor, lengths: Sequence[int] | None = None) -> "TokenIndex":
+        """Build the index of a boolean mask, True = kept; counts may differ by clip.
+
+        Waits for the device, unless the host knows the ``lengths`` already.
+        """
+        if lengths is None:
+            lengths = [int(count) for count in kept_BN.sum(dim=1).tolist()]
+        packing = Packing.of(lengths, kept_BN.device)
+        kept_first = torch.argsort(kept_BN.flatten(), descending=True, stable=True)
+        position_M = kept_first[: packing.total] % kept_BN.shape[1]
+        return cls(position_M, packing.clip_of_token(), packing)
+
+    @classmethod
+    def join(cls, parts: "Sequence[TokenIndex]") -> "TokenIndex":
+        """Put the clips of several batches one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        lengths = [length for part in parts for length in part.packing.lengths]
+        packing = Packing.of(lengths, parts[0].position_M.device)
+        return cls(torch.cat([part.position_M for part in parts]), packing.clip_of_token(), packing)
+
+    def split(self, num_clips: Sequence[int]) -> "list[TokenIndex]":
+        """Take apart what `join` has put together, so many clips each; clips are numbered from 0 again."""
+        if sum(num_clips) != len(self.packing.lengths):
+            raise ValueError(f"expected {len(self.packing.lengths)} clips in all, got {sum(num_clips)}")
+        if len(num_clips) == 1:
+            return [self]
+        parts, clip, row = [], 0, 0
+        for count in num_clips:
+            packing = Packing.of(self.packing.lengths[clip : clip + count], self.position_M.device)
+            rows = slice(row, row + packing.total)
+            parts.append(TokenIndex(self.position_M[rows], self.clip_M[rows] - clip, packing))
+            clip, row = clip + count, rows.stop
+        return parts
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Tokens of a batch in one row, with no padding.
+
+    Attributes:
+        x_MD: Embeddings.
+        packing: Where each clip starts and ends.
+    """
+
+    x_MD: Tensor
+    packing: Packing

@@ -1,0 +1,96 @@
+"""From the configuration to the model's selection: rules, and budgets that all processes share.
+
+Place in the flow: importance_BN of this process's clips -> (all processes') -> counts of its clips. The clips of
+one micro-step on all processes compete or are measured together, so that two processes with half of them each
+choose what one process with all of them would. Axes: B clips, N tokens of a clip.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from everest_ds import distributed
+from everest_ds.config import FinetuneSelectionConfig, PretrainConfig
+from everest_ds.counts import ClipCounts, noise_length
+from everest_ds.model.budgets import ClipBudget, count_above, share_budget, upper_quantile
+from everest_ds.model.rules import SelectionRule
+
+
+def pretrain_rule(config: PretrainConfig) -> SelectionRule:
+    """Return which tokens and frames a pre-training run keeps."""
+    selection = config.selection
+    return SelectionRule(
+        strategy=selection.strategy,
+        order=selection.order,
+        distance=selection.distance,
+        selected_ratio=selection.selected_ratio,
+        visible_ratio=selection.visible_ratio,
+        targets=selection.targets,
+        num_steps=config.grid.time if config.candidate_steps > config.grid.time else None,
+    )
+
+
+def keep_rule(selection: FinetuneSelectionConfig) -> SelectionRule:
+    """Return which tokens a classifier keeps."""
+    return SelectionRule(
+        strategy=selection.strategy,
+        order=selection.order,
+        distance=selection.distance,
+        selected_ratio=selection.keep_ratio,
+    )
+
+
+def num_pretrain_noise(config: PretrainConfig) -> int:
+    """Return the uniform values that come with each clip of a pre-training run."""
+    candidates = config.candidate_steps if config.candidate_steps > config.grid.time else 0
+    return noise_length(config.selection.strategy, config.grid, config.most.selected, candidates)
+
+
+class Budget:
+    """Says how many tokens each clip of a micro-step keeps, where clips differ; all processes take part.
+
+    Attributes:
+        threshold: The running quantile of importance, a float32 scalar on the device; None before the first
+            micro-step.
+            It is the same on all processes and belongs into checkpoints.
+    """
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        self.threshold: Tensor | None = None
+        self.clip = ClipBudget(
+            average=config.counts,
+            least=config.least_selected,
+            most=config.most.selected,
+            targets=config.selection.targets,
+        )
+
+    def __call__(self, importance: Sequence[Tensor], noise: Sequence[Tensor]) -> list[list[ClipCounts]]:
+        """Return the counts of this process's clips; see `EverestAutoencoder.forward`.
+
+        Which clip wins where two tie is decided by its first value of noise.
+        """
+        (own_BN,), (noise_BS,) = importance, noise
+        score_BN = own_BN if self.config.selection.order == "descending" else -own_BN
+        all_BN = distributed.gather_rows(score_BN)
+        if self.config.selection.budget == "batch":
+            draw_B = distributed.gather_rows(noise_BS[:, 0].contiguous())
+            (everyone,) = share_budget([all_BN], [draw_B], [self.clip])
+            first = distributed.rank() * len(own_BN)
+            return [everyone[first : first + len(own_BN)]]
+        now = upper_quantile([all_BN], [self.clip])
+        decay = self.config.selection.quantile_decay
+        before = now if self.threshold is None else self.threshold.to(now.device)
+        self.threshold = decay * before + (1 - decay) * now
+        return [count_above(score_BN, self.threshold, self.clip)]
+
+
+def share_of_loss(num_targets: int, device: torch.device) -> Tensor:
+    """Return what a process's mean over its target tokens counts in the mean of all processes' losses.
+
+    Its share of all target tokens of this micro-step, times the processes: their mean is then the mean over all
+    target tokens. 1 where all have equally many. Nothing waits for the device.
+    """
+    own = torch.tensor(float(num_targets), device=device)
+    return own * distributed.world_size() / distributed.sum_of(own)
