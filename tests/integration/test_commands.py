@@ -52,7 +52,7 @@ FIELDS = {"pretrain": PRETRAIN_FIELDS, "finetune": FINETUNE_FIELDS}
 ALL_RECIPES = [
     "k400_vit_s", "k400_vit_b", "k400_vit_l", "k400_vit_h", "ssv2_vit_b", "ucf101_vit_b", "hmdb51_vit_b",
     "oscc_vit_b", "demo", "k400_vit_s_ft", "k400_vit_b_ft", "k400_vit_l_ft", "k400_vit_h_ft", "ssv2_vit_b_ft",
-    "ucf101_vit_b_ft", "hmdb51_vit_b_ft", "oscc_vit_b_ft", "demo_ft",
+    "ucf101_vit_b_ft", "hmdb51_vit_b_ft", "oscc_vit_b_ft", "demo_ft", "ucf101_vit_b_24f", "ucf101_vit_b_24f_ft",
 ]  # fmt: skip
 
 
