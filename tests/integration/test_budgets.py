@@ -63,7 +63,7 @@ def test_two_processes_with_unequal_tokens_equal_one(
 
 
 def test_tokens_are_as_announced(whole: dict[str, Path]) -> None:
-    """Under `batch` the total of every step is exact; under `threshold` it follows the content, within its bound."""
+    """Under `batch` every total is exact; under `threshold` it follows the content, within its bound."""
     config = load_config(whole["threshold"] / "config.json")
     assert isinstance(config, PretrainConfig)
     totals = {
