@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
 CLIPS = REPOSITORY.parent / "shared" / "clips"
 SHARED_GOLDEN = REPOSITORY.parent / "shared" / "golden"
+
+# The same examples in every run, and no time limit on an example: machines differ.
+hypothesis.settings.register_profile("everest", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("everest")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

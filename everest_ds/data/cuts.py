@@ -1,12 +1,12 @@
 """Cuts: what turns an opened video into a training clip, one for each task.
 
-Place in the flow: Video and the sample's draws -> clip_CTHW uint8. Cuts are small and picklable: each loader
-process gets a copy. Axes: T frames, H W pixels, C colour channels.
+Place in the flow: Video and the sample's draws -> clip_CTHW uint8 and the frames of the video that it is made of.
+Cuts are small and picklable: each loader process gets a copy. Axes: T frames, H W pixels, C colour channels.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -22,6 +22,18 @@ Draws = Callable[[Stream], np.random.Generator]
 """Gives the sample's generator for a purpose."""
 
 
+class CutClip(NamedTuple):
+    """A clip, and where it comes from.
+
+    Attributes:
+        clip_CTHW: uint8.
+        frame_idx: Frame of the video that each frame of the clip is; a short video's last one may repeat.
+    """
+
+    clip_CTHW: Tensor
+    frame_idx: list[int]
+
+
 class Cut(Protocol):
     """Turns an opened video into a clip."""
 
@@ -29,8 +41,8 @@ class Cut(Protocol):
     def config(self) -> DataConfig:
         """How a clip is cut."""
 
-    def __call__(self, video: Video, draws: Draws) -> Tensor:
-        """Return a clip_CTHW, uint8.
+    def __call__(self, video: Video, draws: Draws) -> CutClip:
+        """Cut a clip.
 
         Raises:
             VideoReadError: No clip can be had of the video.
@@ -39,22 +51,27 @@ class Cut(Protocol):
 
 @dataclass(frozen=True)
 class PretrainCut:
-    """Frames at a stride, MultiScaleCrop, flip."""
+    """Frames at a stride, one MultiScaleCrop and one flip for all of them.
+
+    Attributes:
+        config: How a clip is cut.
+        num_frames: Frames that are read: those of a clip, or more, from which the model chooses the clip's
+            (`PretrainConfig.candidate_frames`).
+    """
 
     config: PretrainDataConfig
+    num_frames: int
 
-    def __call__(self, video: Video, draws: Draws) -> Tensor:
-        """Return a clip_CTHW, uint8."""
+    def __call__(self, video: Video, draws: Draws) -> CutClip:
+        """Cut a clip of ``num_frames`` frames."""
         config = self.config
-        frame_idx = stride_indices(
-            video.num_frames, config.num_frames, config.sampling_stride, draws(Stream.FRAMES)
-        )
+        frame_idx = stride_indices(video.num_frames, self.num_frames, config.sampling_stride, draws(Stream.FRAMES))
         frames_THWC = video.read(frame_idx)
         height, width = frames_THWC.shape[1:3]
         crop = draw_crop(width, height, config.image_size, config.crop_scales, draws(Stream.CROP))
         _require_pixels(video, crop, width, height)
         mirror = config.flip and draws(Stream.FLIP).random() < 0.5
-        return make_clip(frames_THWC, crop, config.image_size, mirror=mirror)
+        return CutClip(make_clip(frames_THWC, crop, config.image_size, mirror=mirror), frame_idx)
 
 
 @dataclass(frozen=True)
@@ -74,10 +91,11 @@ class FinetuneCut:
         if self.config.rand_augment is not None:
             check_rand_augment(self.config.rand_augment)
 
-    def __call__(self, video: Video, draws: Draws) -> Tensor:
-        """Return a clip_CTHW, uint8."""
+    def __call__(self, video: Video, draws: Draws) -> CutClip:
+        """Cut a clip of ``config.num_frames`` frames."""
         config = self.config
-        frames_THWC = video.read(self._frame_idx(video.num_frames, draws(Stream.FRAMES)))
+        frame_idx = self._frame_idx(video.num_frames, draws(Stream.FRAMES))
+        frames_THWC = video.read(frame_idx)
         height, width = frames_THWC.shape[1:3]
         if config.rand_augment is not None:
             frames_THWC = rand_augment(frames_THWC, config.rand_augment, draws(Stream.AUGMENT))
@@ -87,7 +105,7 @@ class FinetuneCut:
         clip_CTHW = make_clip(frames_THWC, crop, config.image_size, mirror=mirror)
         if config.erase_prob > 0:
             clip_CTHW = erase(clip_CTHW, config.erase_prob, draws(Stream.ERASE))
-        return clip_CTHW
+        return CutClip(clip_CTHW, frame_idx)
 
     def _frame_idx(self, num_frames: int, generator: np.random.Generator) -> list[int]:
         if self.config.sampling == "segment":

@@ -1,8 +1,8 @@
 """Clips for training: a map from sample keys to clips, and the loader around it.
 
-Place in the flow: SampleKey -> video -> clip_CTHW uint8 (cuts.py) and the task's noise -> ClipBatch. An unreadable
-video is replaced by another sample, drawn by key, and reported with the batch; it is never dropped silently.
-Axes: B clips, C T H W of a clip, S noise values, K classes.
+Place in the flow: SampleKey -> video -> clip_CTHW uint8 and its frames (cuts.py), the task's noise -> ClipBatch. An
+unreadable video is replaced by another sample, drawn by key, and reported with the batch; it is never dropped
+silently. Axes: B clips, C T H W of a clip, S noise values, K classes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,6 +44,7 @@ class Clip:
 
     Attributes:
         clip_CTHW: uint8; None when no replacement could be read.
+        frames_T: int64, the frame of the video that each frame of the clip is; None as above.
         noise_S: float32 in [0, 1), as many values as the task asked for.
         label: Class of the list's row.
         index: Row of the list.
@@ -52,6 +53,7 @@ class Clip:
     """
 
     clip_CTHW: Tensor | None
+    frames_T: Tensor | None
     noise_S: Tensor | None
     label: int
     index: int
@@ -65,6 +67,7 @@ class ClipBatch:
 
     Attributes:
         clips_BCTHW: uint8.
+        frames_BT: int64, the frame of its video that each frame of a clip is; for a mixed clip, of its own video.
         noise_BS: float32 in [0, 1), the values that the task asked for with each clip.
         label_B: int64.
         index_B: int64, rows of the list.
@@ -74,6 +77,7 @@ class ClipBatch:
     """
 
     clips_BCTHW: Tensor
+    frames_BT: Tensor
     noise_BS: Tensor
     label_B: Tensor
     index_B: Tensor
@@ -89,6 +93,7 @@ class ClipBatch:
         neighbour stays as it is.
         """
         noise = [clip.noise_S for clip in clips if clip.noise_S is not None]
+        frames = [clip.frames_T for clip in clips if clip.frames_T is not None]
         read = [clip for clip in clips if clip.clip_CTHW is not None]
         pixels = [clip.clip_CTHW for clip in clips if clip.clip_CTHW is not None]
         targets: list[Tensor] = []
@@ -96,6 +101,7 @@ class ClipBatch:
             pixels, targets = _mix_pairs(clips, mixer)
         return cls(
             clips_BCTHW=torch.stack(pixels) if pixels else torch.empty(0, dtype=torch.uint8),
+            frames_BT=torch.stack(frames) if frames else torch.empty(0, dtype=torch.int64),
             noise_BS=torch.stack(noise) if noise else torch.empty(0),
             label_B=torch.tensor([clip.label for clip in read]),
             index_B=torch.tensor([clip.index for clip in read]),
@@ -120,6 +126,7 @@ class ClipBatch:
     def pin_memory(self) -> "ClipBatch":
         """Move the tensors to pinned memory (called by the loader)."""
         self.clips_BCTHW = self.clips_BCTHW.pin_memory()
+        self.frames_BT = self.frames_BT.pin_memory()
         self.noise_BS = self.noise_BS.pin_memory()
         self.label_B = self.label_B.pin_memory()
         if self.target_BK is not None:
@@ -178,15 +185,16 @@ class ClipDataset(Dataset[Clip]):
             except VideoReadError as error:
                 bad.append(BadSample(str(error.path), error.reason, key.epoch, index))
             index = int(replacements.integers(len(self.rows)))
-        return Clip(clip_CTHW=None, noise_S=None, label=-1, index=key.index, key=key, bad=tuple(bad))
+        return Clip(clip_CTHW=None, frames_T=None, noise_S=None, label=-1, index=key.index, key=key, bad=tuple(bad))
 
     def _read(self, key: SampleKey, asked: SampleKey, bad: tuple[BadSample, ...]) -> Clip:
         row = self.rows[key.index]
         draws = partial(self._draws, key)
-        clip_CTHW = self.cut(self._open(key.index), draws)
+        clip_CTHW, frame_idx = self.cut(self._open(key.index), draws)
         noise = draws(Stream.NOISE).random(self.noise_length, dtype="float32")
         return Clip(
             clip_CTHW=clip_CTHW,
+            frames_T=torch.tensor(frame_idx),
             noise_S=torch.from_numpy(noise),
             label=row.label,
             index=key.index,

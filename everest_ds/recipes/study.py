@@ -1,6 +1,6 @@
 """The study in miniature: what `everest study` varies, on the demo data's harder variant, in seconds a run.
 
-A nano model, clips of 8 x 6 x 6 tokens, frames as they are in the file: nothing is resized, and decoded frames are
+A nano model, clips of 4 x 8 x 8 tokens, frames as they are in the file: nothing is resized, and decoded frames are
 kept. Rates are for 256 clips, a batch has 16. The commands are in the output of `everest study`.
 """
 
@@ -28,24 +28,23 @@ _NEVER = 10_000
 
 @register("pretrain")
 def study() -> PretrainConfig:
-    r"""The baseline of `everest study`: the paper's selection, 31 of 288 tokens visible, 703 steps of 16 clips.
+    r"""The baseline of `everest study`: the paper's selection, 32 of 256 tokens visible, 703 steps of 16 clips.
 
     everest pretrain study --data.train-list STUDY/data/train.csv --precision fp32 --out runs/study
-    0.111 shows as many tokens as four places of each step, which is what tubes keep.
     """
     return PretrainConfig(
         recipe="study",
         data=PretrainDataConfig(
-            num_frames=16,
+            num_frames=8,
             sampling_stride=1,
-            image_size=48,
+            image_size=64,
             flip=False,
             num_workers=0,
             keep_decoded=True,
             crop_scales=(1.0,),
         ),
         model=PretrainModelConfig(size="nano", patch_size=8, decoder_depth=1),
-        selection=SelectionConfig(selected_ratio=0.3, visible_ratio=0.111),
+        selection=SelectionConfig(selected_ratio=0.3, visible_ratio=0.125),
         optim=OptimConfig(base_lr=6.4e-2, min_lr=6.4e-4, warmup_epochs=2, epochs=19, max_grad_norm=1.0),
         batch=BatchConfig(global_size=16, micro_size=16),
         run=RunConfig(log_every_steps=50, save_every_epochs=_NEVER),
@@ -62,9 +61,9 @@ def study_ft() -> FinetuneConfig:
     return FinetuneConfig(
         recipe="study_ft",
         data=FinetuneDataConfig(
-            num_frames=16,
+            num_frames=8,
             sampling_stride=1,
-            image_size=48,
+            image_size=64,
             flip=False,
             num_workers=0,
             keep_decoded=True,

@@ -28,6 +28,7 @@ from everest_ds.train import engine as engines
 from everest_ds.train.checkpoint import TrainState, prune_checkpoints, save_checkpoint
 from everest_ds.train.ema import WeightAverage
 from everest_ds.train.evaluation.validation import Validation, describe, to_metrics
+from everest_ds.train.media import FrameLog
 from everest_ds.train.metrics import MetricsLog
 from everest_ds.train.optim import learning_rate, require_scaled_rates
 from everest_ds.train.pointers import point_to_best
@@ -82,6 +83,7 @@ class Trainer:
         self.best_step, self.best_score = self.start.best_step, self.start.best_score
         self.task.threshold = self.start.threshold
         self.cost: ClipCost = self.task.clip_cost()
+        self.frame_log = FrameLog.of(self.config, self.run_dir, self.rows, is_main=self.world.is_main)
 
     def run(self, batches: Iterator[ClipBatch]) -> int:
         """Train to the end of the schedule, logging, scoring and saving on the way.
@@ -127,6 +129,8 @@ class Trainer:
             result = engines.step(self.engine)
             losses.append(loss.detach())
             rows_seen += batch.index_B.tolist()
+        if self.frame_log is not None:
+            self.frame_log.see(batch)
         self.window.steps += 1
         if result.applied:
             self.window.add(losses, result.grad_norm)
@@ -166,6 +170,8 @@ class Trainer:
         mean = sum(losses) / len(losses)
         values = measure(window, taken, mean, rates, self.config, self.schedule, self.cost, self.world.size)
         self.log.write("train", taken, **values)
+        if self.frame_log is not None:
+            self.frame_log.write(taken, self.task.frame_choice)
         print_progress(taken, self.schedule.end_step, values)
 
     def _validates_after(self, taken: int) -> bool:

@@ -12,7 +12,7 @@ from everest_ds.model.autoencoder import EverestAutoencoder, interleave_clips
 from everest_ds.model.classifier import EverestClassifier, mean_per_clip
 from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.packing import TokenIndex
-from everest_ds.model.rules import DEFAULT_RULE, SelectionRule
+from everest_ds.model.rules import DEFAULT_RULE
 from everest_ds.model.selection import Selection
 from tests.conftest import make_size
 

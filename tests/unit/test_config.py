@@ -37,6 +37,7 @@ TABLE_7 = {
     "k400_vit_l": (1.5e-4, 512, 40, 200, 0.3, 4, True),
     "ssv2_vit_b": (1.5e-4, 256, 40, 200, 0.3, 2, False),
     "ucf101_vit_b": (1e-3, 192, 40, 3200, 0.3, 4, True),
+    "ucf101_vit_b_24f": (1e-3, 192, 40, 3200, 0.3, 4, True),
     "hmdb51_vit_b": (1e-3, 192, 40, 4800, 0.3, 2, True),
     "oscc_vit_b": (1e-3, 256, 20, 400, 0.5, 4, True),
 }
@@ -56,6 +57,21 @@ def test_recipe_has_the_settings_of_table_7(name: str) -> None:
     )
     assert (config.optim.betas, config.optim.weight_decay) == ((0.9, 0.95), 0.05)
     assert config.batch.accumulation_steps(8) == 1
+
+
+def test_24_frame_recipes_have_the_tokens_of_table_12() -> None:
+    """235 tokens into the encoder, 705 into the decoder, 1411 in fine-tuning: its GFLOPs come of these."""
+    before, after = get_recipe("ucf101_vit_b_24f"), get_recipe("ucf101_vit_b_24f_ft")
+    assert (before.num_visible, before.num_selected, before.data.num_frames) == (235, 705, 24)
+    assert (after.num_kept, after.data.num_frames) == (1411, 24)
+    assert before.grid == after.grid == TokenGrid(time=12, rows=14, cols=14)
+
+
+def test_only_the_oscc_recipe_chooses_frames() -> None:
+    chooses = {name for name, recipe in RECIPES.items() if getattr(recipe().selection, "alpha", 1) != 1}
+    assert chooses == {"oscc_vit_b"}
+    config = get_recipe("oscc_vit_b")
+    assert (config.selection.alpha, config.candidate_frames, config.data.num_frames) == (1.5, 24, 16)
 
 
 def test_unknown_recipe_names_the_nearest() -> None:
@@ -201,6 +217,7 @@ def test_positions_are_laid_out_for_the_runs_clips_or_for_those_of_its_weights()
         ("k400_vit_l_ft", 2e-3, 128, 35, 0.6, 4, (2, 3)),
         ("ssv2_vit_b_ft", 5e-4, 48, 50, 0.8, None, (2, 3)),
         ("ucf101_vit_b_ft", 1e-3, 128, 100, 0.6, 4, (5, 3)),
+        ("ucf101_vit_b_24f_ft", 1e-3, 128, 100, 0.6, 4, (5, 3)),
         ("hmdb51_vit_b_ft", 1e-3, 128, 50, 0.6, 2, (10, 3)),
         ("oscc_vit_b_ft", 1e-4, 32, 30, 1.0, 10, (2, 3)),
     ],

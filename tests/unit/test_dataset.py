@@ -3,21 +3,38 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from everest_ds.config import PretrainDataConfig
-from everest_ds.data.cuts import PretrainCut
+from everest_ds.config import FinetuneDataConfig, PretrainDataConfig
+from everest_ds.data.augment import PairMixer
+from everest_ds.data.cuts import Cut, FinetuneCut, PretrainCut
 from everest_ds.data.dataset import MAX_REPLACEMENTS, Clip, ClipBatch, ClipDataset, make_loader
+from everest_ds.data.demo import encode_h264
 from everest_ds.data.index import VideoRow, read_list
 from everest_ds.data.sampling import GlobalBatchSampler, SampleKey
 from everest_ds.errors import UserError
 
 CONFIG = PretrainDataConfig(num_frames=8, sampling_stride=2, image_size=32, num_workers=0)
+CUT = PretrainCut(CONFIG, num_frames=8)
+LEVELS_PER_FRAME = 3  # of the counting video
+PIECE_LEVELS = 4  # by which the codec and the resizing may change a piece of it; measured worst: 3
 
 
 def make_dataset(folder: Path, *, seed: int = 0, config: PretrainDataConfig = CONFIG) -> ClipDataset:
-    return ClipDataset(read_list(folder / "train.csv"), PretrainCut(config), seed=seed, noise_length=5)
+    cut = PretrainCut(config, num_frames=config.num_frames)
+    return ClipDataset(read_list(folder / "train.csv"), cut, seed=seed, noise_length=5)
+
+
+@pytest.fixture(scope="module")
+def counting_row(tmp_path_factory: pytest.TempPathFactory) -> VideoRow:
+    """A still slope that brightens by three levels a frame: each frame says which one it is."""
+    slope_HW = np.add.outer(np.arange(64), np.arange(64)) // 4
+    frames_THWC = slope_HW[None, :, :, None] + LEVELS_PER_FRAME * np.arange(60)[:, None, None, None]
+    path = tmp_path_factory.mktemp("counting") / "counting.mp4"
+    encode_h264(path, np.repeat(frames_THWC, 3, axis=3).astype(np.uint8))
+    return VideoRow(path, 3)
 
 
 def same(a: Clip, b: Clip) -> bool:
@@ -32,8 +49,69 @@ def test_sample_has_the_promised_shapes(demo_folder: Path) -> None:
     assert clip.noise_S is not None
     assert (clip.clip_CTHW.shape, clip.clip_CTHW.dtype) == ((3, 8, 32, 32), torch.uint8)
     assert (clip.noise_S.shape, clip.noise_S.dtype) == ((5,), torch.float32)
+    assert clip.frames_T is not None
+    assert (clip.frames_T.shape, clip.frames_T.dtype) == ((8,), torch.int64)
     assert 0 <= clip.noise_S.min() <= clip.noise_S.max() < 1
     assert (clip.label, clip.index, clip.bad) == (9 % 8, 9, ())
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        CUT,
+        PretrainCut(CONFIG, num_frames=12),
+        PretrainCut(CONFIG, num_frames=40),  # more than the video has at this stride
+        FinetuneCut(FinetuneDataConfig(num_frames=8, sampling_stride=4, image_size=32, rand_augment=None)),
+        FinetuneCut(FinetuneDataConfig(num_frames=8, sampling="segment", image_size=32, rand_augment=None)),
+    ],
+    ids=["clip", "candidates", "short", "dense", "segment"],
+)
+def test_frames_of_a_sample_are_those_that_its_clip_shows_through_one_crop(
+    counting_row: VideoRow, cut: Cut
+) -> None:
+    dataset = ClipDataset([counting_row], cut, seed=0, noise_length=5)
+    starts = set()
+    for epoch in range(10):
+        clip = dataset[SampleKey(epoch, 0)]
+        assert clip.clip_CTHW is not None
+        assert clip.frames_T is not None
+        frames = clip.frames_T.tolist()
+        starts.add(frames[0])
+        assert clip.clip_CTHW.shape[1] == len(frames) == getattr(cut, "num_frames", 8)
+        assert frames == sorted(frames)
+        level_T = clip.clip_CTHW.double().mean(dim=(0, 2, 3))
+        shown = (level_T - level_T[0]) / LEVELS_PER_FRAME + frames[0]
+        assert shown.round().tolist() == frames
+        # Less its brightness every frame shows the same piece of the slope.
+        pieces = clip.clip_CTHW.double() - LEVELS_PER_FRAME * clip.frames_T[:, None, None]
+        assert (pieces - pieces[:, :1]).abs().max() <= PIECE_LEVELS
+    assert len(starts) > 1 or len(frames) == 40
+
+
+def test_batch_keeps_each_clips_frames_also_where_clips_are_lost_or_mixed(counting_row: VideoRow) -> None:
+    dataset = ClipDataset([counting_row], CUT, seed=0, noise_length=5)
+    first, second = (dataset[SampleKey(epoch, 0)] for epoch in (0, 1))
+    lost = Clip(clip_CTHW=None, frames_T=None, noise_S=None, label=-1, index=0, key=SampleKey(2, 0))
+    assert first.frames_T is not None
+    assert second.frames_T is not None
+    both = [first.frames_T.tolist(), second.frames_T.tolist()]
+    assert both[0] != both[1]
+    for mixer in (None, PairMixer(seed=0, num_classes=4, mixup_alpha=0.8, cutmix_alpha=1.0)):
+        assert ClipBatch.collate([first, second], mixer).frames_BT.tolist() == both
+        assert ClipBatch.collate([first, lost, lost, second], mixer).frames_BT.tolist() == both
+        nothing = ClipBatch.collate([lost, lost], mixer)
+        assert (nothing.frames_BT.shape, nothing.frames_BT.dtype) == ((0,), torch.int64)
+
+
+@pytest.mark.gpu
+def test_pinned_batch_holds_the_same_in_pinned_memory(counting_row: VideoRow) -> None:
+    dataset = ClipDataset([counting_row], CUT, seed=0, noise_length=5)
+    mixer = PairMixer(seed=0, num_classes=4, mixup_alpha=0.8, cutmix_alpha=1.0)
+    clips = [dataset[SampleKey(epoch, 0)] for epoch in (0, 1)]
+    plain, pinned = ClipBatch.collate(clips, mixer), ClipBatch.collate(clips, mixer).pin_memory()
+    for name in ("clips_BCTHW", "frames_BT", "noise_BS", "label_B", "target_BK"):
+        assert torch.equal(getattr(plain, name), getattr(pinned, name))
+        assert getattr(pinned, name).is_pinned(), name
 
 
 def test_sample_depends_on_its_key_alone(demo_folder: Path) -> None:
@@ -58,6 +136,7 @@ def test_clips_do_not_depend_on_the_number_of_workers(demo_folder: Path) -> None
     assert len(batches[0]) == 3
     for alone, parallel in zip(batches[0], batches[2], strict=True):
         assert torch.equal(alone.clips_BCTHW, parallel.clips_BCTHW)
+        assert torch.equal(alone.frames_BT, parallel.frames_BT)
         assert torch.equal(alone.noise_BS, parallel.noise_BS)
         assert torch.equal(alone.index_B, parallel.index_B)
 
@@ -77,7 +156,7 @@ def test_unreadable_video_is_replaced_and_named(demo_folder: Path) -> None:
 
 
 def test_videos_that_all_fail_are_an_error_of_the_batch(tmp_path: Path) -> None:
-    dataset = ClipDataset([VideoRow(tmp_path / "gone.mp4", 0)], PretrainCut(CONFIG), seed=0, noise_length=5)
+    dataset = ClipDataset([VideoRow(tmp_path / "gone.mp4", 0)], CUT, seed=0, noise_length=5)
     batch = ClipBatch.collate([dataset[SampleKey(0, 0)]])
     assert len(batch.bad) == MAX_REPLACEMENTS + 1
     with pytest.raises(UserError, match=r"11 videos drawn one after another cannot be read.*no such file"):
@@ -104,7 +183,7 @@ def test_bad_real_clips_are_replaced_without_a_crash(real_clips: Path, demo_fold
     bad_files = sorted(path for path in (real_clips / "bad").iterdir() if path.suffix != ".csv")
     assert len(bad_files) == 28
     for path in bad_files:
-        dataset = ClipDataset([VideoRow(path, 0), *good], PretrainCut(CONFIG), seed=0, noise_length=5)
+        dataset = ClipDataset([VideoRow(path, 0), *good], CUT, seed=0, noise_length=5)
         clip = dataset[SampleKey(0, 0)]
         assert clip.clip_CTHW is not None
         assert clip.clip_CTHW.shape == (3, 8, 32, 32)

@@ -186,7 +186,7 @@ def test_batch_without_mixing_has_no_soft_targets(demo_folder: Path) -> None:
 def test_clip_that_lost_its_neighbour_stays_unmixed(demo_folder: Path) -> None:
     dataset = make_dataset(demo_folder)
     good = [dataset[SampleKey(0, index)] for index in range(3)]
-    lost = Clip(clip_CTHW=None, noise_S=None, label=-1, index=7, key=SampleKey(0, 7))
+    lost = Clip(clip_CTHW=None, frames_T=None, noise_S=None, label=-1, index=7, key=SampleKey(0, 7))
     batch = ClipBatch.collate([good[0], lost, good[1], good[2]], dataset.mixer)
     assert batch.target_BK is not None
     assert (batch.num_lost, batch.index_B.tolist()) == (1, [0, 1, 2])

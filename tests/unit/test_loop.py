@@ -101,7 +101,7 @@ def batches(bad_at: dict[int, int]) -> Iterator[ClipBatch]:
         bad = [BadSample(f"{i}.mp4", "broken", 0, i) for i in range(bad_at.get(number, 0))]
         empty = torch.zeros(0)
         index_B = torch.tensor([2 * number, 2 * number + 1]) % DATASET_SIZE
-        yield ClipBatch(clips_BCTHW=empty, noise_BS=empty, label_B=empty, index_B=index_B, bad=bad)
+        yield ClipBatch(clips_BCTHW=empty, frames_BT=empty, noise_BS=empty, label_B=empty, index_B=index_B, bad=bad)
 
 
 def make_config(run: RunConfig, *, micro_size: int = 8) -> PretrainConfig:
