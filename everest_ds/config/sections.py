@@ -31,7 +31,7 @@ class DataConfig:
     timeout_s: float = 600.0
     """Seconds to wait for a loader process before the run stops; a decoder can hang on a broken video."""
     keep_decoded: bool = False
-    """Keep the decoded frames of every video in memory, in each loader process: for small datasets of short videos."""
+    """Keep the decoded frames of every video in memory, in each loader process: for small datasets."""
     max_bad_share: float = 0.01
     """Unreadable draws as a share of the list (or of all draws so far, if more) above which the run stops."""
 

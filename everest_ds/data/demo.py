@@ -145,9 +145,7 @@ def _move(
         more=config.distractors,
     )
     velocities = draw_velocities(generator, len(sprites))
-    return render_movers(
-        background, sprites, label=label, velocities=velocities, num_frames=config.num_frames
-    )
+    return render_movers(background, sprites, label=label, velocities=velocities, num_frames=config.num_frames)
 
 
 def write_demo_data(

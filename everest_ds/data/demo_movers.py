@@ -1,7 +1,7 @@
 """The demo's harder scenes: what moves is the class, among things of every class that stand still.
 
-Discs of every kind of texture lie on the frame, equally many of each; those of one kind drift, each its own way, and
-that kind is the class. Kinds, places, colours and which disc covers which are drawn before it is known what moves,
+Discs of every kind of texture lie on the frame, equally many of each; those of one kind drift, each its own way,
+and that kind is the class. Kinds, places, colours and which disc covers which are drawn before it is known what moves,
 and places are uniform on the wrapped frame: a single frame is as likely under every class, and no count of shapes
 tells one from another. Clutter and camera shake serve the other kind of classes, too.
 """
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 KINDS = ("rows", "columns", "diagonal", "checks")
 
-# Pixels a frame, (down, right). In the two frames of a tubelet none goes a multiple of the textures' period: seen at
-# stride 1, a disc that came as far would look as if it had not changed.
+# Pixels a frame, (down, right). In the two frames of a tubelet none goes a multiple of the textures' period: a disc
+# that came as far would, at stride 1, look as if it had not changed.
 VELOCITIES = tuple(
     (down * speed, right * speed) for down, right in ((0, 1), (0, -1), (1, 0), (-1, 0)) for speed in (1, 3)
 )
@@ -85,9 +85,7 @@ def draw_velocities(generator: np.random.Generator, count: int) -> list[tuple[in
     return [VELOCITIES[place] for place in generator.integers(len(VELOCITIES), size=count)]
 
 
-def add_clutter(
-    generator: np.random.Generator, background_HWC: NDArray[np.uint8], count: int
-) -> NDArray[np.uint8]:
+def add_clutter(generator: np.random.Generator, background_HWC: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
     """Return the background with small shapes of random pixels on it: detail that stands still."""
     size = len(background_HWC)
     for _ in range(count):
@@ -100,10 +98,8 @@ def add_clutter(
     return background_HWC
 
 
-def shake_camera(
-    generator: np.random.Generator, frames_THWC: NDArray[np.uint8], reach: int
-) -> NDArray[np.uint8]:
-    """Return the frames, each moved as a whole by up to ``reach`` pixels down and right or back, around its edges."""
+def shake_camera(generator: np.random.Generator, frames_THWC: NDArray[np.uint8], reach: int) -> NDArray[np.uint8]:
+    """Return the frames, each moved as a whole by up to ``reach`` pixels each way, around its edges."""
     shifts = generator.integers(-reach, reach, size=(len(frames_THWC), 2), endpoint=True)
     moved = [
         np.roll(frame, (int(down), int(right)), axis=(0, 1))

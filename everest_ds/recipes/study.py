@@ -28,7 +28,7 @@ _NEVER = 10_000
 
 @register("pretrain")
 def study() -> PretrainConfig:
-    r"""The baseline of `everest study`: the paper's selection, 32 of 256 tokens visible, 703 steps of 16 clips.
+    r"""The baseline of `everest study`: the paper's selection, 32 of 256 tokens visible, 592 steps of 16 clips.
 
     everest pretrain study --data.train-list STUDY/data/train.csv --precision fp32 --out runs/study
     """
@@ -45,7 +45,7 @@ def study() -> PretrainConfig:
         ),
         model=PretrainModelConfig(size="nano", patch_size=8, decoder_depth=1),
         selection=SelectionConfig(selected_ratio=0.3, visible_ratio=0.125),
-        optim=OptimConfig(base_lr=6.4e-2, min_lr=6.4e-4, warmup_epochs=2, epochs=19, max_grad_norm=1.0),
+        optim=OptimConfig(base_lr=6.4e-2, min_lr=6.4e-4, warmup_epochs=2, epochs=16, max_grad_norm=1.0),
         batch=BatchConfig(global_size=16, micro_size=16),
         run=RunConfig(log_every_steps=50, save_every_epochs=_NEVER),
     )
@@ -53,7 +53,7 @@ def study() -> PretrainConfig:
 
 @register("finetune")
 def study_ft() -> FinetuneConfig:
-    r"""The fine-tuning of `everest study`: few labels, 300 steps of 16 clips, scored once, at the end.
+    r"""The fine-tuning of `everest study`: few labels, 250 steps of 16 clips, scored once, at the end.
 
     everest finetune study_ft --data.train-list STUDY/data/labelled.csv --data.val-list STUDY/data/test.csv \
         --init-from runs/study --precision fp32 --out runs/study_ft
@@ -73,7 +73,7 @@ def study_ft() -> FinetuneConfig:
         ),
         model=FinetuneModelConfig(size="nano", patch_size=8, drop_path=0.0),
         selection=FinetuneSelectionConfig(keep_ratio=0.3),
-        optim=FinetuneOptimConfig(base_lr=3.2e-2, min_lr=3.2e-4, warmup_epochs=3, epochs=30, max_grad_norm=1.0),
+        optim=FinetuneOptimConfig(base_lr=3.2e-2, min_lr=3.2e-4, warmup_epochs=3, epochs=25, max_grad_norm=1.0),
         batch=BatchConfig(global_size=16, micro_size=16),
         run=FinetuneRunConfig(log_every_steps=50, save_every_epochs=_NEVER, validate_every_epochs=_NEVER),
         views=ViewsConfig(num_temporal=1, num_spatial=1),
