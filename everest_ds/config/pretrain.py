@@ -56,6 +56,11 @@ class PretrainConfig(Config):
         if self.selection.measures_change:
             self._require_two_steps()
         selection, num_tokens = self.selection, self.grid.num_tokens
+        if selection.alpha > 1 and self.candidate_steps == self.grid.time:
+            raise UserError(
+                f"selection.alpha={selection.alpha} of {self.grid.time} time steps adds none to choose from; use "
+                f"at least {1 + 1 / self.grid.time:.4g}, or 1 to choose no frames"
+            )
         if self.num_visible < 1:
             raise UserError(
                 f"selection.visible_ratio={selection.visible_ratio} of {num_tokens} tokens keeps none; use at "

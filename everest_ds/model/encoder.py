@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from everest_ds.counts import DistanceName
 from everest_ds.geometry import TokenGrid, ratio_to_count
 from everest_ds.model.frames import FrameChoice, count_per_step, draw_steps, gather_steps
-from everest_ds.model.importance import rero_importance
+from everest_ds.model.importance import NO_CHANGE, rero_importance
 from everest_ds.model.packing import PackedTokens, TokenIndex
 from everest_ds.model.sizes import ModelSize
 from everest_ds.model.transformer import make_blocks, run_blocks
@@ -134,7 +134,8 @@ class TokenEncoder(nn.Module):
         with full_float32(group.clips_BCTHW.device.type):
             for chunk_BCTHW, chunk_noise_BK in chunks:
                 x_BND = self.patch_embed(standardise(chunk_BCTHW))
-                counts_BK = count_per_step(rero_importance(x_BND, group.grid, distance), group.grid, count)
+                importance_BN = rero_importance(x_BND, group.grid, distance)
+                counts_BK = count_per_step(importance_BN, group.grid, count, no_change=NO_CHANGE[distance])
                 steps_BT = draw_steps(counts_BK, chunk_noise_BK, num_steps)
                 x_BKJD = rearrange(x_BND, "b (k j) d -> b k j d", k=time)
                 clip_B1 = torch.arange(len(x_BKJD), device=x_BKJD.device)[:, None]

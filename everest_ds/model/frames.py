@@ -44,16 +44,20 @@ class FrameChoice(NamedTuple):
     counts_BC: Tensor
 
 
-def count_per_step(importance_BN: Tensor, grid: TokenGrid, count: int) -> Tensor:
+def count_per_step(importance_BN: Tensor, grid: TokenGrid, count: int, *, no_change: float = 0.0) -> Tensor:
     """Count how many of each clip's ``count`` most important tokens lie in each time step (c_i of the paper).
+
+    A token that did not change at all counts nowhere, though it be among them: where fewer tokens change than are
+    counted, the rest would tie, and lower positions, the clip's first steps, would get them all.
 
     Args:
         importance_BN: From the importance of all candidate tokens, float32.
         grid: The candidates' token grid.
         count: How many tokens are chosen over the whole candidate set.
+        no_change: Importance of a token that did not change (`importance.NO_CHANGE`).
 
     Returns:
-        counts_BC, int64, its rows summing to ``count``.
+        counts_BC, int64, its rows summing to ``count`` at most.
 
     Raises:
         ValueError: A token count that is not the grid's, or a ``count`` that is not between 1 and it.
@@ -63,7 +67,8 @@ def count_per_step(importance_BN: Tensor, grid: TokenGrid, count: int) -> Tensor
     if not 1 <= count <= grid.num_tokens:
         raise ValueError(f"count={count} must be between 1 and {grid.num_tokens}")
     chosen_BS = rank_by_importance(importance_BN)[:, :count]
-    is_chosen_BN = torch.zeros_like(importance_BN, dtype=torch.int64).scatter_(1, chosen_BS, 1)
+    is_chosen_BN = torch.zeros_like(importance_BN, dtype=torch.bool).scatter_(1, chosen_BS, True)
+    is_chosen_BN &= importance_BN > no_change
     return rearrange(is_chosen_BN, "b (c j) -> b c j", c=grid.time).sum(dim=2)
 
 

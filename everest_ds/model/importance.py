@@ -77,6 +77,9 @@ def negative_cka(x: Tensor, y: Tensor) -> Tensor:
     return -F.cosine_similarity(x, y, dim=-1).square()
 
 
+# Importance of a token that is as it was. Cosines are rounded: that of a token with itself is not exactly 1.
+NO_CHANGE: dict[DistanceName, float] = {"l2": 0.0, "l1": 0.0, "cosine": -1 + 1e-6, "cka": -1 + 1e-6}
+
 DISTANCES: dict[DistanceName, Callable[[Tensor, Tensor], Tensor]] = {
     "l2": l2_distance,
     "l1": l1_distance,

@@ -35,7 +35,7 @@ from everest_ds.train.pointers import point_to_best
 from everest_ds.train.progress import Window, measure, print_progress
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import EXIT_STOPPED, StopRequest
-from everest_ds.train.tasks import ClipCost, Task
+from everest_ds.train.tasks import Task
 
 MAX_PATHS_SHOWN = 4
 
@@ -82,7 +82,7 @@ class Trainer:
         self.num_skipped = self.start.num_skipped
         self.best_step, self.best_score = self.start.best_step, self.start.best_score
         self.task.threshold = self.start.threshold
-        self.cost: ClipCost = self.task.clip_cost()
+        self.clip_flops = self.task.clip_flops()
         self.frame_log = FrameLog.of(self.config, self.run_dir, self.rows, is_main=self.world.is_main)
 
     def run(self, batches: Iterator[ClipBatch]) -> int:
@@ -128,6 +128,7 @@ class Trainer:
             self.engine.backward(loss)
             result = engines.step(self.engine)
             losses.append(loss.detach())
+            self.window.tokens += self.task.visible_tokens
             rows_seen += batch.index_B.tolist()
         if self.frame_log is not None:
             self.frame_log.see(batch)
@@ -155,7 +156,8 @@ class Trainer:
     def _report(self, taken: int) -> None:
         """Reduce the window over all ranks, check it, write a line, print one, start the next window."""
         window, self.window = self.window, Window(self.device)
-        losses = distributed.gather_objects(window.mean_loss())
+        reports = distributed.gather_objects((window.mean_loss(), window.tokens))
+        losses = [loss for loss, _ in reports]
         self._record_bad(window.bad, taken)
         broken = [f"loss of rank {rank}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         if window.grad_norm is not None and not math.isfinite(float(window.grad_norm)):
@@ -167,8 +169,10 @@ class Trainer:
         groups = self.engine.optimizer.param_groups
         require_scaled_rates(groups, self._rate(taken - 1))
         rates = [group["lr"] for group in groups]
-        mean = sum(losses) / len(losses)
-        values = measure(window, taken, mean, rates, self.config, self.schedule, self.cost, self.world.size)
+        loss, tokens = sum(losses) / len(losses), sum(tokens for _, tokens in reports)
+        values = measure(
+            window, taken, loss, tokens, rates, self.config, self.schedule, self.clip_flops / self.world.size
+        )
         self.log.write("train", taken, **values)
         if self.frame_log is not None:
             self.frame_log.write(taken, self.task.frame_choice)

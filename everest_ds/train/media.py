@@ -6,7 +6,7 @@ Place in the flow: batch and the task's last FrameChoice -> a line, at every log
     path                 the video: the first clip of this process's last micro-batch of the step
     candidate_frames     its frames that were read, as numbers of the video's own
     counts               chosen tokens of each candidate time step
-    probabilities        of each candidate step to be drawn first: counts by their sum
+    probabilities        of each candidate step to be drawn first: counts by their sum; null where nothing changes
     steps                the candidate steps that were drawn, ascending
     frames               their frames, as numbers of the video's own
 """
@@ -84,7 +84,7 @@ def describe_choice(candidate_frames: Sequence[int], choice: FrameChoice) -> dic
     return {
         "candidate_frames": list(candidate_frames),
         "counts": counts,
-        "probabilities": [round(count / total, 6) for count in counts],
+        "probabilities": [round(count / total, 6) if total else None for count in counts],
         "steps": steps,
         "frames": [
             candidate_frames[step * tubelet_size + place] for step in steps for place in range(tubelet_size)

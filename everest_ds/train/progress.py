@@ -10,7 +10,6 @@ from everest_ds.config import Config
 from everest_ds.data.dataset import BadSample
 from everest_ds.train.metrics import format_duration, peak_memory_gib, peak_tflops
 from everest_ds.train.schedule import Schedule
-from everest_ds.train.tasks import ClipCost
 
 
 class Window:
@@ -19,6 +18,7 @@ class Window:
     def __init__(self, device: torch.device) -> None:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.steps = 0
+        self.tokens = 0
         self.updates = 0
         self.data_wait_s = 0.0
         self.grad_norm: Tensor | float | None = None
@@ -37,15 +37,26 @@ class Window:
 
 
 def measure(
-    window: Window, taken: int, loss: float, rates: list[float], config: Config, schedule: Schedule, cost: ClipCost,
-    world_size: int,
+    window: Window, taken: int, loss: float, tokens: int, rates: list[float], config: Config, schedule: Schedule,
+    flops: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the values of a line of metrics, units in their names; rates are those of the parameter groups."""
+    """Return the values of a line of metrics, units in their names.
+
+    Args:
+        window: What happened on this process.
+        taken: Steps gone by.
+        loss: Mean of all processes.
+        tokens: Visible tokens of the window, of all processes.
+        rates: Learning rates of the parameter groups.
+        config: The run.
+        schedule: Its steps.
+        flops: Operations of a clip that fall to one process.
+    """
     device = window.loss_sum.device
     seconds = (time.perf_counter() - window.started) / window.steps
     clips_per_s = config.batch.global_size / seconds
     peak = peak_tflops(device)
-    used = clips_per_s * cost.train_flops / world_size / 1e12
+    used = clips_per_s * flops / 1e12
     return {
         "epoch": round(taken / schedule.steps_per_epoch, 4),
         "samples": taken * config.batch.global_size,
@@ -55,7 +66,7 @@ def measure(
         **({"lr_min": min(rates)} if min(rates) < max(rates) else {}),
         "weight_decay": config.optim.weight_decay,
         "clips_per_s": round(clips_per_s, 3),
-        "tokens_per_s": round(clips_per_s * cost.tokens, 1),
+        "tokens_per_s": round(tokens / window.steps / seconds, 1),
         "data_wait_ms": round(window.data_wait_s / window.steps * 1e3, 2),
         "step_ms": round(seconds * 1e3, 2),
         "memory_gib": round(peak_memory_gib(device), 3),

@@ -6,7 +6,7 @@ tokens of a clip.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,20 +28,6 @@ from everest_ds.train.optim import parameter_groups
 from everest_ds.train.selecting import Budget, num_pretrain_noise, pretrain_rule, share_of_loss
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClipCost:
-    """What one clip costs.
-
-    Attributes:
-        tokens: Tokens that go through the encoder.
-        train_flops: Operations of a forward and a backward pass, two for a multiply-accumulate, recomputation of
-            checkpointed blocks not counted.
-    """
-
-    tokens: int
-    train_flops: float
-
-
 class Task(nn.Module, ABC):
     """What is trained: a model and how a batch becomes its loss.
 
@@ -50,6 +36,8 @@ class Task(nn.Module, ABC):
 
     model: EverestAutoencoder | EverestClassifier
     config: Config
+    visible_tokens: int = 0
+    """Tokens that went through the encoder in the last forward pass of this process."""
     frame_choice: FrameChoice | None = None
     """Which frames the last forward pass chose of its clips, where it chose any."""
     threshold: float | None = None
@@ -68,8 +56,11 @@ class Task(nn.Module, ABC):
         """Return the training clips."""
 
     @abstractmethod
-    def clip_cost(self) -> ClipCost:
-        """Return what one clip costs."""
+    def clip_flops(self) -> float:
+        """Return the operations of one clip, two for a multiply-accumulate, forward and backward.
+
+        Recomputation of checkpointed blocks is not counted.
+        """
 
 
 class PretrainTask(Task):
@@ -92,6 +83,7 @@ class PretrainTask(Task):
         over the target tokens of all.
         """
         output = self.model(clips_BCTHW, noise_BS, self.rule, self.budget)
+        self.visible_tokens = output.selection.visible.packing.total
         self.frame_choice = output.frames[0] if output.frames else None
         if self.budget is None:
             return output.loss
@@ -123,11 +115,14 @@ class PretrainTask(Task):
         """Return the training clips, each with its selection noise."""
         config = self.config
         return ClipDataset(
-            rows, PretrainCut(config.data), seed=config.run.seed, noise_length=num_pretrain_noise(config)
+            rows,
+            PretrainCut(config.data, num_frames=config.candidate_frames),
+            seed=config.run.seed,
+            noise_length=num_pretrain_noise(config),
         )
 
-    def clip_cost(self) -> ClipCost:
-        """Return what one clip of the recipe costs; counted with SDPA, the one backend that needs no device."""
+    def clip_flops(self) -> float:
+        """Return the operations of one clip, the average one; counted with SDPA, which needs no device."""
         config = replace(self.config, model=replace(self.config.model, attention="sdpa"))
         with torch.device("meta"):
             model = build_autoencoder(config)
@@ -139,7 +134,7 @@ class PretrainTask(Task):
             ranked=config.candidate_grid if config.selection.measures_change else None,
         )
         with_gradient = macs.embedding_chosen + macs.rest
-        return ClipCost(tokens=config.num_visible, train_flops=2 * (macs.ranking + 3 * with_gradient))
+        return 2 * (macs.ranking + 3 * with_gradient)
 
 
 class FinetuneTask(Task):
@@ -163,6 +158,7 @@ class FinetuneTask(Task):
             target: Labels (B,), int64, or shares of the classes (B, K) that sum to 1.
             noise_BL: Uniform draws for drop path.
         """
+        self.visible_tokens = len(clips_BCTHW) * self.config.num_kept
         logits_BK = self.model(clips_BCTHW, noise_BL).float()
         if target is None:
             return logits_BK
@@ -186,15 +182,15 @@ class FinetuneTask(Task):
             rows, FinetuneCut(config.data), seed=seed, noise_length=self.model.num_noise(config.grid), mixer=mixer
         )
 
-    def clip_cost(self) -> ClipCost:
-        """Return what one clip costs; counted with SDPA. A frozen encoder goes forward only."""
+    def clip_flops(self) -> float:
+        """Return the operations of one clip; counted with SDPA. A frozen encoder goes forward only."""
         config = replace(self.config, model=replace(self.config.model, attention="sdpa"))
         with torch.device("meta"):
             model = build_classifier(config).eval()  # no draws for drop path
         counts = classifier_macs(model, config.grid)
         passes = 1 if config.model.freeze_encoder else 3
         operations = counts.ranking + passes * (counts.embedding_chosen + counts.rest)
-        return ClipCost(tokens=config.num_kept, train_flops=2 * operations)
+        return 2 * operations
 
 
 def make_task(config: Config) -> Task:

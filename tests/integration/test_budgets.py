@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from everest_ds.config import PretrainConfig
+from everest_ds.config_file import load_config
 from tests.integration.launch import ds_config, flags, launch, losses, metrics
 
 RTOL = 1e-6
@@ -58,6 +60,19 @@ def test_two_processes_with_unequal_tokens_equal_one(
     both = (losses(out), losses(whole[name])), (norms, expected)
     worst = max(abs(a / b - 1) for ours, theirs in both for a, b in zip(ours, theirs, strict=True))
     print(f"{name}: {worst:.1e}")
+
+
+def test_tokens_are_as_announced(whole: dict[str, Path]) -> None:
+    """Under `batch` every total is exact; under `threshold` it follows the content, within its bound."""
+    config = load_config(whole["threshold"] / "config.json")
+    assert isinstance(config, PretrainConfig)
+    totals = {
+        name: [round(line["tokens_per_s"] * line["step_ms"] / 1e3) for line in metrics(whole[name])]
+        for name in ("batch", "threshold")
+    }
+    assert totals["batch"] == pytest.approx([32 * config.num_visible] * STEPS, abs=1)  # both are rounded
+    assert max(totals["threshold"]) <= 32 * config.most.visible
+    assert len(set(totals["threshold"])) > 2
 
 
 def test_running_quantile_goes_on_where_it_was(whole: dict[str, Path], demo_folder: Path, tmp_path: Path) -> None:

@@ -78,6 +78,12 @@ def test_floor_leaves_something_to_see_and_to_predict(fields: dict[str, Any], na
     assert all(part in str(caught.value) for part in named), caught.value
 
 
+def test_alpha_that_adds_no_candidate_is_refused() -> None:
+    with pytest.raises(UserError, match=r"selection.alpha=1.1 of 8 time steps adds none.*at least 1.125, or 1"):
+        replace(PRETRAIN, selection=SelectionConfig(alpha=1.1))
+    assert replace(PRETRAIN, selection=SelectionConfig(alpha=1.125)).candidate_steps == 9
+
+
 def test_cells_have_to_fill_the_grid() -> None:
     cells = SelectionConfig(strategy="running_cell", selected_ratio=0.5)
     for data in ({"image_size": 240}, {"num_frames": 12}):
@@ -108,7 +114,7 @@ def test_counts_and_bounds_are_known_before_launch(
     assert ("at most" in config.tokens) == (most != counts)
 
 
-@pytest.mark.parametrize(("alpha", "frames"), [(1.0, 16), (1.3, 20), (1.5, 24), (1.8, 28), (2.0, 32), (1.1, 16)])
+@pytest.mark.parametrize(("alpha", "frames"), [(1.0, 16), (1.3, 20), (1.5, 24), (1.8, 28), (2.0, 32)])
 def test_candidate_frames_are_whole_pairs(alpha: float, frames: int) -> None:
     """floor(2 * alpha * tau) frames, an odd one out left; 1.3 * 8 steps are 10, not the 10.4 - 1e-16 of floats."""
     config = replace(PRETRAIN, selection=SelectionConfig(alpha=alpha))

@@ -15,8 +15,7 @@ from everest_ds.train.tasks import PretrainTask
 def test_cost_of_a_clip_does_not_depend_on_the_attention_backend(backend: str) -> None:
     config = get_recipe("demo")
     task = PretrainTask(replace(config, model=replace(config.model, attention=backend)))
-    assert task.clip_cost() == PretrainTask(config).clip_cost()
-    assert task.clip_cost().tokens == 28
+    assert task.clip_flops() == PretrainTask(config).clip_flops() > 0
 
 
 def test_loss_is_the_models_for_either_kind_of_target() -> None:
