@@ -9,6 +9,7 @@ from typing import Any
 
 from everest_ds.commands.study_conditions import Condition
 from everest_ds.commands.study_jobs import Job, read_metrics
+from everest_ds.config import PretrainConfig
 from everest_ds.config_file import load_config
 from everest_ds.train.evaluation.files import SUMMARY
 
@@ -56,15 +57,16 @@ def read_result(folder: Path, condition: Condition, seed: int, jobs: Sequence[Jo
     if not all(job.is_done() for job in parts.values()):
         return None
     pretrain, finetune = parts["pretrain"].out, parts["finetune"].out
-    visible, pretrain_gmacs = clip_cost(pretrain)
+    config = load_config(pretrain / "config.json")
+    assert isinstance(config, PretrainConfig)
     return Result(
         condition=condition.name,
         seed=seed,
         probe_top1=_top1(parts["probe"].out),
         finetune_top1=_top1(finetune),
-        visible_tokens=visible,
-        pretrain_gmacs=pretrain_gmacs,
-        finetune_gmacs=clip_cost(finetune)[1],
+        visible_tokens=config.num_visible,
+        pretrain_gmacs=clip_gmacs(pretrain),
+        finetune_gmacs=clip_gmacs(finetune),
         pretrain_s=seconds_of_steps(read_metrics(pretrain, "train")),
         finetune_s=seconds_of_steps(read_metrics(finetune, "train")),
         commands=tuple(job.command for job in parts.values()),
@@ -81,12 +83,11 @@ def seconds_of_steps(lines: Sequence[dict[str, Any]]) -> float:
 
 
 @lru_cache
-def clip_cost(run_dir: Path) -> tuple[int, float]:
-    """Return the tokens that a run's encoder sees of a clip, and its GMACs, forward and backward."""
+def clip_gmacs(run_dir: Path) -> float:
+    """Return the GMACs of one clip of a run, forward and backward."""
     from everest_ds.train.tasks import make_task
 
-    cost = make_task(load_config(run_dir / "config.json")).clip_cost()
-    return cost.tokens, cost.train_flops / 2e9
+    return make_task(load_config(run_dir / "config.json")).clip_flops() / 2e9
 
 
 def _top1(out: Path) -> float:

@@ -1,9 +1,9 @@
 """The demo's harder scenes: what moves is the class, among things of every class that stand still.
 
 Discs of every kind of texture lie on the frame, equally many of each; those of one kind drift, each its own way,
-and that kind is the class. Kinds, places, colours and which disc covers which are drawn before it is known what moves,
-and places are uniform on the wrapped frame: a single frame is as likely under every class, and no count of shapes
-tells one from another. Clutter and camera shake serve the other kind of classes, too.
+and that kind is the class. Kinds, places, colours and which disc covers which are drawn before it is known what
+moves, and places are uniform on the wrapped frame: a single frame is as likely under every class, and no count of
+shapes tells one from another. Clutter and camera shake serve the other kind of classes, too.
 """
 
 from collections.abc import Sequence
