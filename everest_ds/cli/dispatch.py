@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": "score a run, a checkpoint or weights over a list, several views a video",
     "predict": "labels or features of new videos, files or folders",
     "convert": "weights in and out: runs, official .pth files, Hugging Face folders, safetensors",
+    "study": "the paper's comparisons in miniature, on demo data; exits 1 when a run failed",
     "benchmark": "flops: the paper's tables beside our counts",
 }
 
@@ -75,6 +76,7 @@ def _dispatch(words: list[str], world: World) -> int:
         "evaluate": handlers.evaluate,
         "predict": handlers.predict,
         "convert": handlers.convert,
+        "study": handlers.study,
         "benchmark": handlers.benchmark,
     }
     return run[command](rest, world)

@@ -190,6 +190,26 @@ def convert(rest: list[str], world: World) -> int:
     return 0
 
 
+def study(rest: list[str], world: World) -> int:
+    """Run the study in miniature."""
+    from everest_ds.commands import study as command
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Compare selections, ratios, distances and budgets on demo data, over seeds; go on where it was."""
+
+        folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+        """Where videos, runs and results go."""
+        options: Annotated[command.StudyOptions, tyro.conf.arg(name="")] = field(
+            default_factory=command.StudyOptions
+        )
+
+    if world.size > 1:
+        raise UserError("everest study starts its runs itself; start it without a launcher")
+    arguments = parse(Arguments, rest, "everest study", world)
+    return command.study(arguments.folder, arguments.options)
+
+
 def benchmark(rest: list[str], world: World) -> int:
     """Run a benchmark."""
     what = rest[0] if rest else ""

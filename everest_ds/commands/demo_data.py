@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from everest_ds.data.demo import CLASS_NAMES, DemoConfig, write_demo_data
+from everest_ds.data.demo import DemoConfig, write_demo_data
 
 
 def demo_data(folder: Path, config: DemoConfig) -> None:
@@ -17,4 +17,4 @@ def demo_data(folder: Path, config: DemoConfig) -> None:
 
     lists = write_demo_data(folder, config, on_progress=show)
     names = ", ".join(str(path) for path in lists)
-    print(f"{len(CLASS_NAMES)} classes in {folder}: {names}")
+    print(f"{len(config.class_names)} classes in {folder}: {names}")

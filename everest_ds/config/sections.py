@@ -7,7 +7,7 @@ from everest_ds.errors import UserError
 
 AttentionName = Literal["auto", "varlen", "flash", "sdpa"]
 TaskName = Literal["pretrain", "finetune"]
-SizeName = Literal["tiny", "small", "base", "large", "huge"]
+SizeName = Literal["nano", "tiny", "small", "base", "large", "huge"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class DataConfig:
     """Micro-batches that each loader process prepares ahead, in shared memory."""
     timeout_s: float = 600.0
     """Seconds to wait for a loader process before the run stops; a decoder can hang on a broken video."""
+    keep_decoded: bool = False
+    """Keep the decoded frames of every video in memory, in each loader process: for small datasets."""
     max_bad_share: float = 0.01
     """Unreadable draws as a share of the list (or of all draws so far, if more) above which the run stops."""
 

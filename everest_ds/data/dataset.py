@@ -20,7 +20,7 @@ from everest_ds.data.augment import PairMixer
 from everest_ds.data.cuts import Cut
 from everest_ds.data.index import VideoRow
 from everest_ds.data.sampling import SampleKey, Stream, keyed_generator
-from everest_ds.data.video import Video, VideoReadError
+from everest_ds.data.video import DecodedVideo, Video, VideoReadError
 from everest_ds.errors import UserError
 
 T = TypeVar("T")
@@ -159,6 +159,7 @@ class ClipDataset(Dataset[Clip]):
         self.seed = seed
         self.noise_length = noise_length
         self.mixer = mixer
+        self._decoded: dict[int, DecodedVideo] = {}
 
     @property
     def config(self) -> DataConfig:
@@ -189,7 +190,7 @@ class ClipDataset(Dataset[Clip]):
     def _read(self, key: SampleKey, asked: SampleKey, bad: tuple[BadSample, ...]) -> Clip:
         row = self.rows[key.index]
         draws = partial(self._draws, key)
-        clip_CTHW, frame_idx = self.cut(Video(row.path), draws)
+        clip_CTHW, frame_idx = self.cut(self._open(key.index), draws)
         noise = draws(Stream.NOISE).random(self.noise_length, dtype="float32")
         return Clip(
             clip_CTHW=clip_CTHW,
@@ -200,6 +201,14 @@ class ClipDataset(Dataset[Clip]):
             key=asked,
             bad=bad,
         )
+
+    def _open(self, index: int) -> Video:
+        """Open the video of a row, or take it from memory where decoded frames are kept."""
+        if not self.config.keep_decoded:
+            return Video(self.rows[index].path)
+        if index not in self._decoded:
+            self._decoded[index] = DecodedVideo(self.rows[index].path)
+        return self._decoded[index]
 
     def _draws(self, key: SampleKey, stream: Stream) -> np.random.Generator:
         return keyed_generator(self.seed, stream, key.epoch, key.index, key.repeat)

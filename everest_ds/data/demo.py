@@ -2,21 +2,31 @@
 
 Smooth textured discs drift over a smooth textured background; other discs stand still. The class is the direction
 (four) and the speed (two) of the drift. The movers wrap around the frame, so at every moment their positions
-are uniform whatever the class: no single frame gives the class away. Every video derives from (seed, split,
-number), and x264 is set so that the files repeat byte for byte.
+are uniform whatever the class: no single frame gives the class away. With `classes="mover"` the class is what
+moves instead of how (`demo_movers`), and with clutter and shake it is harder to find. Every video derives from
+(seed, split, number), and x264 is set so that the files repeat byte for byte.
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from everest_ds.data.demo_movers import (
+    KINDS,
+    add_clutter,
+    draw_sprites,
+    draw_velocities,
+    render_movers,
+    shake_camera,
+)
 from everest_ds.errors import UserError
 
 DIRECTIONS = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}
@@ -26,6 +36,8 @@ SPLITS = ("train", "val", "test")
 STAMP = "demo.json"
 
 _TEXTURE_CELLS = 4
+# Fields that came later: a stamp has them only where they are not at their default, as if they were not there.
+_LATER_FIELDS = ("classes", "clutter", "shake")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +62,20 @@ class DemoConfig:
     """Discs that stand still."""
     radius: int = 7
     """Radius of a disc in pixels."""
+    classes: Literal["motion", "mover"] = "motion"
+    """motion: direction and speed of the drift, eight classes; mover: which of four textures drifts, with `movers`
+    discs of every texture in the frame and `distractors` more of any that stand still."""
+    clutter: int = 0
+    """Small shapes of random pixels on the background."""
+    shake: int = 0
+    """Pixels by which the camera shakes from frame to frame, at most, down and right or back."""
 
     def __post_init__(self) -> None:
         """Check each field, and the disc against the frame."""
         for name in ("train", "num_frames", "movers", "radius"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("val", "test", "seed", "distractors"):
+        for name in ("val", "test", "seed", "distractors", "clutter", "shake"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0")
         if self.size % 2 or self.size < 4 * self.radius:
@@ -65,6 +84,22 @@ class DemoConfig:
     def count(self, split: str) -> int:
         """Return the number of videos of a split."""
         return int(getattr(self, split))
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, by label."""
+        return CLASS_NAMES if self.classes == "motion" else list(KINDS)
+
+    @property
+    def stamp(self) -> str:
+        """What `demo.json` holds: all settings, later ones where they are not at their default."""
+        defaults = {field.name: field.default for field in fields(self)}
+        kept = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in _LATER_FIELDS or value != defaults[name]
+        }
+        return json.dumps(kept, indent=2) + "\n"
 
 
 def velocity_of(label: int) -> tuple[int, int]:
@@ -79,13 +114,38 @@ def render_video(config: DemoConfig, split: str, number: int) -> NDArray[np.uint
     key = np.array([config.seed, SPLITS.index(split)], dtype=np.uint64)
     counter = np.array([0, number, 0, 0], dtype=np.uint64)
     generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
-    still = _texture(generator, config.size)
+    background = _texture(generator, config.size)
+    if config.clutter:
+        background = add_clutter(generator, background, config.clutter)
+    label = number % len(config.class_names)
+    draw = _drift if config.classes == "motion" else _move
+    frames = draw(generator, config, background, label)
+    return shake_camera(generator, frames, config.shake) if config.shake else frames
+
+
+def _drift(
+    generator: np.random.Generator, config: DemoConfig, still: NDArray[np.uint8], label: int
+) -> NDArray[np.uint8]:
     for _ in range(config.distractors):
         disc, mask = _disc(generator, config)
         still = np.where(mask, disc, still)
     movers = [_disc(generator, config) for _ in range(config.movers)]
-    down, right = velocity_of(number % len(CLASS_NAMES))
+    down, right = velocity_of(label)
     return np.stack([_draw(still, movers, (down * t, right * t)) for t in range(config.num_frames)])
+
+
+def _move(
+    generator: np.random.Generator, config: DemoConfig, background: NDArray[np.uint8], label: int
+) -> NDArray[np.uint8]:
+    sprites = draw_sprites(
+        generator,
+        size=config.size,
+        radius=config.radius,
+        of_each_kind=config.movers,
+        more=config.distractors,
+    )
+    velocities = draw_velocities(generator, len(sprites))
+    return render_movers(background, sprites, label=label, velocities=velocities, num_frames=config.num_frames)
 
 
 def write_demo_data(
@@ -99,15 +159,15 @@ def write_demo_data(
         UserError: The folder holds something else.
     """
     lists = [folder / f"{split}.csv" for split in SPLITS if config.count(split)]
-    stamp = json.dumps(asdict(config), indent=2) + "\n"
+    names = config.class_names
     if (folder / STAMP).is_file():
-        if (folder / STAMP).read_text() == stamp:
+        if (folder / STAMP).read_text() == config.stamp:
             return lists
         raise UserError(f"{folder} holds a demo dataset made with other settings; remove it or name another folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "classes.txt").is_file():
         raise UserError(f"{folder} is not empty and holds no demo dataset; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "classes.txt").write_text("\n".join(CLASS_NAMES) + "\n")
+    (folder / "classes.txt").write_text("\n".join(names) + "\n")
     done, total = 0, sum(config.count(split) for split in SPLITS)
     for split in SPLITS:
         if not config.count(split):
@@ -117,11 +177,11 @@ def write_demo_data(
         for number in range(config.count(split)):
             name = f"{split}/{number:05d}.mp4"
             encode_h264(folder / name, render_video(config, split, number))
-            rows.append(f"{name} {number % len(CLASS_NAMES)}\n")
+            rows.append(f"{name} {number % len(names)}\n")
             done += 1
             on_progress(done, total)
         (folder / f"{split}.csv").write_text("".join(rows))
-    (folder / STAMP).write_text(stamp)
+    (folder / STAMP).write_text(config.stamp)
     return lists
 
 

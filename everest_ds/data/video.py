@@ -68,13 +68,35 @@ class Video:
         """
         import decord
 
-        if min(indices) < 0 or max(indices) >= self.num_frames:
-            raise IndexError(f"{self.path} has {self.num_frames} frames, asked for {list(indices)}")
+        self._require_frames(indices)
         try:
             frames: NDArray[np.uint8] = self._reader.get_batch(list(indices)).asnumpy()
         except (RuntimeError, decord.DECORDError) as error:
             raise VideoReadError(self.path, _first_line(error)) from error
         return frames
+
+    def _require_frames(self, indices: Sequence[int]) -> None:
+        if min(indices) < 0 or max(indices) >= self.num_frames:
+            raise IndexError(f"{self.path} has {self.num_frames} frames, asked for {list(indices)}")
+
+
+class DecodedVideo(Video):
+    """A video whose frames are all in memory, as bytes; its reader is gone.
+
+    Raises:
+        VideoReadError: As `Video`, and where any frame cannot be decoded.
+    """
+
+    def __init__(self, path: Path) -> None:
+        video = Video(path)
+        self.path = path
+        self.num_frames = video.num_frames
+        self._frames_THWC = video.read(range(video.num_frames))
+
+    def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """Return the frames at the given indices; see `Video.read`."""
+        self._require_frames(indices)
+        return self._frames_THWC[list(indices)]
 
 
 def count_presentable(start_s: NDArray[np.floating]) -> int:

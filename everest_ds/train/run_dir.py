@@ -31,6 +31,7 @@ VISIBLE_WITHIN_S = 90
 FREE_ON_RESUME = frozenset(
     {
         "batch.micro_size",
+        "data.keep_decoded",
         "data.max_bad_share",
         "data.num_workers",
         "data.prefetch_batches",

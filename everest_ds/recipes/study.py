@@ -1,0 +1,80 @@
+"""The study in miniature: what `everest study` varies, on the demo data's harder variant, in seconds a run.
+
+A nano model, clips of 4 x 8 x 8 tokens, frames as they are in the file: nothing is resized, and decoded frames are
+kept. Rates are for 256 clips, a batch has 16. The commands are in the output of `everest study`.
+"""
+
+from everest_ds.config import (
+    BatchConfig,
+    FinetuneConfig,
+    FinetuneDataConfig,
+    FinetuneModelConfig,
+    FinetuneOptimConfig,
+    FinetuneRunConfig,
+    FinetuneSelectionConfig,
+    OptimConfig,
+    PretrainConfig,
+    PretrainDataConfig,
+    PretrainModelConfig,
+    RunConfig,
+    SelectionConfig,
+    ViewsConfig,
+)
+from everest_ds.recipes.registry import register
+
+# Nothing is saved before the end: a run takes a minute.
+_NEVER = 10_000
+
+
+@register("pretrain")
+def study() -> PretrainConfig:
+    r"""The baseline of `everest study`: the paper's selection, 32 of 256 tokens visible, 592 steps of 16 clips.
+
+    everest pretrain study --data.train-list STUDY/data/train.csv --precision fp32 --out runs/study
+    """
+    return PretrainConfig(
+        recipe="study",
+        data=PretrainDataConfig(
+            num_frames=8,
+            sampling_stride=1,
+            image_size=64,
+            flip=False,
+            num_workers=0,
+            keep_decoded=True,
+            crop_scales=(1.0,),
+        ),
+        model=PretrainModelConfig(size="nano", patch_size=8, decoder_depth=1),
+        selection=SelectionConfig(selected_ratio=0.3, visible_ratio=0.125),
+        optim=OptimConfig(base_lr=6.4e-2, min_lr=6.4e-4, warmup_epochs=2, epochs=16, max_grad_norm=1.0),
+        batch=BatchConfig(global_size=16, micro_size=16),
+        run=RunConfig(log_every_steps=50, save_every_epochs=_NEVER),
+    )
+
+
+@register("finetune")
+def study_ft() -> FinetuneConfig:
+    r"""The fine-tuning of `everest study`: few labels, 250 steps of 16 clips, scored once, at the end.
+
+    everest finetune study_ft --data.train-list STUDY/data/labelled.csv --data.val-list STUDY/data/test.csv \
+        --init-from runs/study --precision fp32 --out runs/study_ft
+    """
+    return FinetuneConfig(
+        recipe="study_ft",
+        data=FinetuneDataConfig(
+            num_frames=8,
+            sampling_stride=1,
+            image_size=64,
+            flip=False,
+            num_workers=0,
+            keep_decoded=True,
+            crop_area=(1.0, 1.0),
+            crop_aspect=(1.0, 1.0),
+            rand_augment=None,
+        ),
+        model=FinetuneModelConfig(size="nano", patch_size=8, drop_path=0.0),
+        selection=FinetuneSelectionConfig(keep_ratio=0.3),
+        optim=FinetuneOptimConfig(base_lr=3.2e-2, min_lr=3.2e-4, warmup_epochs=3, epochs=25, max_grad_norm=1.0),
+        batch=BatchConfig(global_size=16, micro_size=16),
+        run=FinetuneRunConfig(log_every_steps=50, save_every_epochs=_NEVER, validate_every_epochs=_NEVER),
+        views=ViewsConfig(num_temporal=1, num_spatial=1),
+    )
