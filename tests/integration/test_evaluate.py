@@ -116,7 +116,7 @@ def check_files(out: Path, videos: Path) -> None:
         "image_size": 48,
         "num_temporal": 2,
         "num_spatial": 1,
-        "keep_ratio": 0.3,
+        "selection": {"strategy": "rero", "order": "descending", "distance": "l2", "keep_ratio": 0.3},
         "tokens_kept": 86,
     }
     assert len(summary["checkpoint"]["sha256"]) == 64

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from everest_ds.config import FinetuneSelectionConfig, SelectionConfig
+from everest_ds.config import Config, SelectionConfig
 from everest_ds.counts import ClipCounts
 from everest_ds.errors import UserError
 from everest_ds.geometry import TokenGrid
@@ -18,63 +18,67 @@ FINETUNE = get_recipe("k400_vit_b_ft")
 
 
 @pytest.mark.parametrize(
-    ("fields", "named"),
+    ("recipe", "fields", "named"),
     [
-        ({"selected_ratio": 0.0}, ["selection.selected_ratio=0.0", "(0, 1]"]),
-        ({"selected_ratio": 1.1}, ["selection.selected_ratio=1.1"]),
-        ({"visible_ratio": -0.1}, ["selection.visible_ratio=-0.1"]),
-        ({"selected_ratio": float("nan")}, ["selection.selected_ratio=nan"]),
-        ({"visible_ratio": 0.4}, ["selection.visible_ratio=0.4", "selection.selected_ratio=0.3", "lower it"]),
-        ({"alpha": 0.9}, ["selection.alpha=0.9", "at least 1"]),
-        ({"alpha": float("nan")}, ["selection.alpha=nan"]),
-        ({"budget": "batch", "floor": 0.4}, ["selection.floor=0.4", "selection.selected_ratio=0.3"]),
-        ({"budget": "batch", "ceiling": 0.2}, ["selection.ceiling=0.2", "selection.selected_ratio=0.3"]),
-        ({"budget": "threshold", "floor": 0.0}, ["selection.floor=0.0", "(0, 1]"]),
-        ({"budget": "threshold", "ceiling": 1.5}, ["selection.ceiling=1.5", "(0, 1]"]),
-        ({"budget": "threshold", "quantile_decay": 1.0}, ["selection.quantile_decay=1.0", "[0, 1)"]),
-        ({"floor": 0.2}, ["selection.floor=0.2", "selection.budget=clip", "remove it"]),
-        ({"ceiling": 0.5}, ["selection.ceiling=0.5", "selection.budget=clip"]),
-        ({"strategy": "random", "budget": "batch"}, ["selection.budget=batch", "selection.strategy=random"]),
-        ({"strategy": "tube", "order": "ascending"}, ["selection.order=ascending", "selection.strategy=tube"]),
-        ({"strategy": "random", "distance": "cka"}, ["selection.distance=cka", "selection.strategy=random"]),
-        ({"strategy": "all"}, ["selection.strategy=all", "selection.selected_ratio=0.3", "set it to 1"]),
-        ({"strategy": "running_cell"}, ["selection.selected_ratio=0.3", "0.25, 0.5 or 0.75"]),
+        (PRETRAIN, {"selected_ratio": 0.0}, ["selection.selected_ratio=0.0", "(0, 1]"]),
+        (PRETRAIN, {"selected_ratio": 1.1}, ["selection.selected_ratio=1.1"]),
+        (PRETRAIN, {"visible_ratio": -0.1}, ["selection.visible_ratio=-0.1"]),
+        (PRETRAIN, {"selected_ratio": float("nan")}, ["selection.selected_ratio=nan"]),
+        (
+            PRETRAIN,
+            {"visible_ratio": 0.4},
+            ["selection.visible_ratio=0.4", "selection.selected_ratio=0.3", "lower it"],
+        ),
+        (PRETRAIN, {"alpha": 0.9}, ["selection.alpha=0.9", "at least 1"]),
+        (PRETRAIN, {"alpha": float("nan")}, ["selection.alpha=nan"]),
+        (PRETRAIN, {"budget": "batch", "floor": 0.4}, ["selection.floor=0.4", "selection.selected_ratio=0.3"]),
+        (PRETRAIN, {"budget": "batch", "ceiling": 0.2}, ["selection.ceiling=0.2", "selection.selected_ratio=0.3"]),
+        (PRETRAIN, {"budget": "threshold", "floor": 0.0}, ["selection.floor=0.0", "(0, 1]"]),
+        (PRETRAIN, {"budget": "threshold", "ceiling": 1.5}, ["selection.ceiling=1.5", "(0, 1]"]),
+        (PRETRAIN, {"budget": "threshold", "quantile_decay": 1.0}, ["selection.quantile_decay=1.0", "[0, 1)"]),
+        (PRETRAIN, {"floor": 0.2}, ["selection.floor=0.2", "selection.budget=clip", "remove it"]),
+        (PRETRAIN, {"ceiling": 0.5}, ["selection.ceiling=0.5", "selection.budget=clip"]),
+        (
+            PRETRAIN,
+            {"strategy": "random", "budget": "batch"},
+            ["selection.budget=batch", "selection.strategy=random"],
+        ),
+        (
+            PRETRAIN,
+            {"strategy": "tube", "order": "ascending"},
+            ["selection.order=ascending", "selection.strategy=tube"],
+        ),
+        (
+            PRETRAIN,
+            {"strategy": "random", "distance": "cka"},
+            ["selection.distance=cka", "selection.strategy=random"],
+        ),
+        (PRETRAIN, {"strategy": "all"}, ["selection.strategy=all", "selection.selected_ratio=0.3", "set it to 1"]),
+        (PRETRAIN, {"strategy": "running_cell"}, ["selection.selected_ratio=0.3", "0.25, 0.5 or 0.75"]),
+        (
+            PRETRAIN,
+            {"budget": "batch", "floor": 0.002},
+            ["selection.floor=0.002", "keeps 3 of 1568 tokens", "raise it"],
+        ),
+        (
+            PRETRAIN,
+            {"budget": "batch", "floor": 0.003, "visible_ratio": 0.299},
+            ["selection.floor=0.003", "keeps 4 of 1568 tokens"],
+        ),
+        (FINETUNE, {"strategy": "all"}, ["selection.strategy=all", "selection.keep_ratio=0.6"]),
+        (FINETUNE, {"strategy": "running_cell"}, ["selection.keep_ratio=0.6", "running_cell"]),
+        (FINETUNE, {"strategy": "random", "order": "ascending"}, ["selection.order=ascending"]),
+        (FINETUNE, {"keep_ratio": 0.0}, ["selection.keep_ratio=0.0"]),
+        (FINETUNE, {"keep_ratio": 0.0001}, ["selection.keep_ratio=0.0001", "keeps none"]),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "task", None) or str(value),
 )
-def test_settings_that_cannot_be_name_their_fields(fields: dict[str, Any], named: list[str]) -> None:
+def test_settings_that_cannot_be_name_their_fields(
+    recipe: Config, fields: dict[str, Any], named: list[str]
+) -> None:
+    section = type(recipe.selection)  # type: ignore[attr-defined]
     with pytest.raises(UserError) as caught:
-        replace(PRETRAIN, selection=SelectionConfig(**fields))
-    assert all(part in str(caught.value) for part in named), caught.value
-
-
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"strategy": "all"}, ["selection.strategy=all", "selection.keep_ratio=0.6"]),
-        ({"strategy": "running_cell"}, ["selection.keep_ratio=0.6", "running_cell"]),
-        ({"strategy": "random", "order": "ascending"}, ["selection.order=ascending"]),
-        ({"keep_ratio": 0.0}, ["selection.keep_ratio=0.0"]),
-        ({"keep_ratio": 0.0001}, ["selection.keep_ratio=0.0001", "keeps none"]),
-    ],
-    ids=str,
-)
-def test_fine_tuning_is_checked_alike(fields: dict[str, Any], named: list[str]) -> None:
-    with pytest.raises(UserError) as caught:
-        replace(FINETUNE, selection=FinetuneSelectionConfig(**fields))
-    assert all(part in str(caught.value) for part in named), caught.value
-
-
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"floor": 0.002}, ["selection.floor=0.002", "keeps 3 of 1568 tokens", "raise it"]),
-        ({"floor": 0.003, "visible_ratio": 0.299}, ["selection.floor=0.003", "keeps 4 of 1568 tokens"]),
-    ],
-)
-def test_floor_leaves_something_to_see_and_to_predict(fields: dict[str, Any], named: list[str]) -> None:
-    with pytest.raises(UserError) as caught:
-        replace(PRETRAIN, selection=SelectionConfig(budget="batch", **fields))
+        replace(recipe, selection=section(**fields))  # type: ignore[call-arg]
     assert all(part in str(caught.value) for part in named), caught.value
 
 

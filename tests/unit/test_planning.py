@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from everest_ds.config import BatchConfig, Config, FinetuneConfig
+from everest_ds.config import BatchConfig, Config, FinetuneConfig, PretrainConfig, SelectionConfig
 from everest_ds.recipes import get_recipe
 from everest_ds.train.engine import resolve_ds_config
 from everest_ds.train.memory import GIB, MemoryEstimate, describe_estimate, describe_peak, estimate_memory
@@ -97,6 +97,24 @@ def test_all_tokens_kept_means_nothing_is_ranked() -> None:
     assert estimate(config, "zero2").input == config.batch.micro_size * (clip + noise + label)
     mixed = replace(config, data=replace(config.data, mixup_alpha=0.8, num_classes=5))
     assert estimate(mixed, "zero2").input == config.batch.micro_size * (clip + noise + 5 * 4)
+
+
+def test_budgets_and_candidate_frames_are_planned_for_the_most_that_there_may_be() -> None:
+    config = get_recipe("k400_vit_b")
+    assert isinstance(config, PretrainConfig)
+    plain = estimate(config, "zero2")
+    found = {}
+    for ceiling in (0.3, 0.6, 1.0):
+        shared = SelectionConfig(budget="batch", ceiling=ceiling)
+        found[ceiling] = estimate(replace(config, selection=shared), "zero2")
+    assert found[0.3].activations == plain.activations
+    assert found[0.6].activations == pytest.approx(2 * plain.activations, rel=0.05)  # twice the tokens
+    assert found[1.0].activations > found[0.6].activations
+    chosen = estimate(replace(config, selection=SelectionConfig(alpha=1.5)), "zero2")
+    assert chosen.activations == plain.activations
+    pixels, noise = 3 * 224**2 * (24 + 16), 4 * (470 + 12)  # candidates, and those chosen of them
+    assert chosen.input == config.batch.micro_size * (pixels + noise)
+    assert estimate(replace(config, selection=SelectionConfig(strategy="tube")), "zero2").ranking == 0
 
 
 def test_parts_make_the_total_and_say_so() -> None:
