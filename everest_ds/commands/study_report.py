@@ -19,7 +19,7 @@ _NOTES = (
     "with other runs beside them. The paper's figures are of its own data and models: compare orders, not values."
 )
 # Layout of a plot, in pixels.
-_ROW, _LEFT, _WIDTH, _TOP, _BOTTOM, _RIGHT = 34, 290, 420, 58, 34, 24
+_ROW, _LEFT, _WIDTH, _TOP, _BOTTOM, _RIGHT = 34, 330, 420, 58, 34, 24
 _STYLE = """
   .paper { fill: #ffffff } .ink { fill: #1f2328 } .dim { fill: #59636e } .line { stroke: #d1d9e0 }
   .chance { stroke: #59636e } .tuned { stroke: #0969da; fill: #0969da } .probe { stroke: #bc4c00; fill: none }

@@ -19,6 +19,8 @@ from everest_ds.commands.study_report import Spread, draw_group, make_table, wri
 from everest_ds.commands.study_results import Result, seconds_of_steps
 from everest_ds.config import FinetuneConfig, PretrainConfig
 from everest_ds.errors import UserError
+from everest_ds.train.optim import learning_rate
+from everest_ds.train.schedule import Schedule
 
 
 def result(condition: str, seed: int, tuned: float, probe: float) -> Result:
@@ -62,6 +64,13 @@ def test_pretrainings_are_valid_and_show_the_encoder_equally_many_tokens(monkeyp
     assert (
         len({config.selection for config in configs.values()}) == len(configs) - 1
     )  # none selects as the baseline
+
+
+def test_no_pretraining_leaves_the_weights_as_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = make_jobs(Path("s"), CONDITIONS, [0], Scale())
+    config = parsed(next(job for job in jobs if job.name == "none-0" and job.kind == "pretrain"), monkeypatch)
+    assert Schedule.of(config, Scale().train).end_step == 1
+    assert learning_rate(0, config.optim, config.batch, steps_per_epoch=37) == 0
 
 
 def test_fine_tunings_are_valid_and_start_from_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
