@@ -21,6 +21,8 @@ from everest_ds.train.metrics import format_duration
 JobKind = Literal["pretrain", "finetune", "probe"]
 
 _POLL_S = 0.1
+# What a parser draws around its complaints.
+_FRAME = " ─│╭╮╰╯"
 # Seconds that a run of each kind takes on one core, for the first estimates.
 _GUESS_S = {"pretrain": 45.0, "finetune": 30.0, "probe": 15.0}
 
@@ -160,7 +162,7 @@ class Runner:
             log.close()
             if code or not job.is_complete():
                 self.failed.append(job)
-                why = f"exit code {code}: {_last_line(job.log)}"
+                why = f"exit code {code}: {_reason(job.log)}"
                 print(f"FAILED {job.kind} {job.name} ({why}); see {job.log}", flush=True)
                 continue
             self._done.add(id(job))
@@ -199,7 +201,9 @@ def read_metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def _last_line(path: Path) -> str:
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+def _reason(log: Path) -> str:
+    """Return the last line of a log that speaks of an error, or else its last line."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in (line.strip(_FRAME) for line in text.splitlines()) if line]
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or ["it said nothing"])[-1]

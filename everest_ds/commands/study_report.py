@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from everest_ds.commands.study_conditions import GROUPS, Group
+from everest_ds.commands.study_conditions import BASELINE, GROUPS, Group
 from everest_ds.commands.study_results import Result
 
 _HEADER = (
@@ -19,7 +19,7 @@ _NOTES = (
     "with other runs beside them. The paper's figures are of its own data and models: compare orders, not values."
 )
 # Layout of a plot, in pixels.
-_ROW, _LEFT, _WIDTH, _TOP, _BOTTOM, _RIGHT = 34, 290, 420, 58, 34, 24
+_ROW, _LEFT, _WIDTH, _TOP, _BOTTOM, _RIGHT = 34, 330, 420, 58, 34, 24
 _STYLE = """
   .paper { fill: #ffffff } .ink { fill: #1f2328 } .dim { fill: #59636e } .line { stroke: #d1d9e0 }
   .chance { stroke: #59636e } .tuned { stroke: #0969da; fill: #0969da } .probe { stroke: #bc4c00; fill: none }
@@ -82,13 +82,17 @@ def make_table(results: Sequence[Result], *, chance: float) -> str:
 
 
 def _rows_of(group: Group, results: Sequence[Result]) -> list[tuple[str, list[Result], float | None]]:
-    """Return label, results and the paper's figure of the group's rows; none if there is nothing to compare."""
-    rows = [
-        (row.label, [result for result in results if result.condition == row.condition], row.paper)
+    """Return label, results and the paper's figure of the rows that have results.
+
+    None where the baseline, which is in most groups, has nothing beside it; the first group has it anyway.
+    """
+    found = [
+        (row, own)
         for row in group.rows
+        if (own := [result for result in results if result.condition == row.condition])
     ]
-    found = [row for row in rows if row[1]]
-    return found if len(found) > 1 or (found and len(results) == len(found[0][1])) else []
+    is_worth_it = group is GROUPS[0] or any(row.condition != BASELINE for row, _ in found)
+    return [(row.label, own, row.paper) for row, own in found] if is_worth_it else []
 
 
 def _table_row(label: str, own: Sequence[Result], paper: float | None) -> str:

@@ -21,13 +21,14 @@ from everest_ds.recipes import RECIPES
 
 # Scripts, notebooks and habits rely on these; changing one is a decision, not an accident.
 COMMANDS = [
-    "doctor", "demo-data", "recipes", "plan", "pretrain", "finetune", "evaluate", "predict", "convert", "benchmark",
+    "doctor", "demo-data", "recipes", "plan", "pretrain", "finetune", "evaluate", "predict", "convert", "study",
+    "benchmark",
 ]  # fmt: skip
 PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "json"]
 LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "init_allow", "precision"]
 PRETRAIN_FIELDS = {
     "data": "train_list num_frames sampling_stride image_size flip num_workers prefetch_batches timeout_s "
-    "max_bad_share crop_scales",
+    "keep_decoded max_bad_share crop_scales",
     "model": "size patch_size tubelet_size embedding_layers attention activation_checkpointing position_frames "
     "position_size decoder_depth",
     "selection": "strategy order distance selected_ratio visible_ratio targets budget floor ceiling quantile_decay "
@@ -39,8 +40,8 @@ PRETRAIN_FIELDS = {
 }
 FINETUNE_FIELDS = {
     "data": "train_list num_frames sampling_stride image_size flip num_workers prefetch_batches timeout_s "
-    "max_bad_share val_list test_list class_names num_classes sampling repeats crop_area crop_aspect rand_augment "
-    "erase_prob mixup_alpha cutmix_alpha",
+    "keep_decoded max_bad_share val_list test_list class_names num_classes sampling repeats crop_area crop_aspect "
+    "rand_augment erase_prob mixup_alpha cutmix_alpha",
     "model": "size patch_size tubelet_size embedding_layers attention activation_checkpointing position_frames "
     "position_size drop_path head_init_scale freeze_encoder",
     "selection": "strategy order distance keep_ratio",
@@ -52,8 +53,9 @@ FINETUNE_FIELDS = {
 FIELDS = {"pretrain": PRETRAIN_FIELDS, "finetune": FINETUNE_FIELDS}
 ALL_RECIPES = [
     "k400_vit_s", "k400_vit_b", "k400_vit_l", "k400_vit_h", "ssv2_vit_b", "ucf101_vit_b", "ucf101_vit_b_24f",
-    "hmdb51_vit_b", "oscc_vit_b", "demo", "k400_vit_s_ft", "k400_vit_b_ft", "k400_vit_l_ft", "k400_vit_h_ft",
-    "ssv2_vit_b_ft", "ucf101_vit_b_ft", "ucf101_vit_b_24f_ft", "hmdb51_vit_b_ft", "oscc_vit_b_ft", "demo_ft",
+    "hmdb51_vit_b", "oscc_vit_b", "demo", "study", "k400_vit_s_ft", "k400_vit_b_ft", "k400_vit_l_ft",
+    "k400_vit_h_ft", "ssv2_vit_b_ft", "ucf101_vit_b_ft", "ucf101_vit_b_24f_ft", "hmdb51_vit_b_ft", "oscc_vit_b_ft",
+    "demo_ft", "study_ft",
 ]  # fmt: skip
 
 

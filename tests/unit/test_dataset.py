@@ -14,6 +14,7 @@ from everest_ds.data.dataset import MAX_REPLACEMENTS, Clip, ClipBatch, ClipDatas
 from everest_ds.data.demo import encode_h264
 from everest_ds.data.index import VideoRow, read_list
 from everest_ds.data.sampling import GlobalBatchSampler, SampleKey
+from everest_ds.data.video import DecodedVideo
 from everest_ds.errors import UserError
 
 CONFIG = PretrainDataConfig(num_frames=8, sampling_stride=2, image_size=32, num_workers=0)
@@ -188,3 +189,45 @@ def test_bad_real_clips_are_replaced_without_a_crash(real_clips: Path, demo_fold
         assert clip.clip_CTHW is not None
         assert clip.clip_CTHW.shape == (3, 8, 32, 32)
         assert all(sample.path == str(path) for sample in clip.bad)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kept_frames_give_the_same_batches_and_each_video_is_opened_once(
+    workers: int, demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    original = DecodedVideo.__init__
+
+    def count(self: DecodedVideo, path: Path) -> None:
+        opened.append(path)
+        original(self, path)
+
+    monkeypatch.setattr(DecodedVideo, "__init__", count)
+    loaders = []
+    for keep in (False, True):
+        config = replace(CONFIG, num_workers=workers, keep_decoded=keep)
+        rows = read_list(demo_folder / "train.csv")[:12]
+        dataset = ClipDataset(rows, PretrainCut(config, num_frames=config.num_frames), seed=3, noise_length=4)
+        sampler = GlobalBatchSampler(
+            num_samples=12, global_size=4, micro_size=4, rank=0, world_size=1, seed=3, end_step=9
+        )
+        loaders.append(make_loader(dataset, sampler, pin_memory=False))
+    for plain, kept in zip(*loaders, strict=True):
+        assert torch.equal(plain.clips_BCTHW, kept.clips_BCTHW)
+        assert torch.equal(plain.noise_BS, kept.noise_BS)
+        assert torch.equal(plain.index_B, kept.index_B)
+    if not workers:
+        assert len(opened) == len(set(opened)) == 12
+
+
+def test_video_that_cannot_be_decoded_is_replaced_where_frames_are_kept_too(
+    demo_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "torn.mp4").write_bytes((demo_folder / "train" / "00000.mp4").read_bytes()[:900])
+    rows = [VideoRow(tmp_path / "torn.mp4", 0), *read_list(demo_folder / "train.csv")[:3]]
+    config = replace(CONFIG, keep_decoded=True)
+    dataset = ClipDataset(rows, PretrainCut(config, num_frames=config.num_frames), seed=0, noise_length=1)
+    for epoch in range(2):
+        clip = dataset[SampleKey(epoch, 0, 0)]
+        assert Path(clip.bad[0].path).name == "torn.mp4"
+        assert clip.clip_CTHW is not None

@@ -1,0 +1,65 @@
+"""`everest study` from end to end, at a scale of seconds: two conditions, a failure, going on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from everest_ds.commands import study as command
+from everest_ds.commands import study_conditions
+from everest_ds.commands.study import Scale, StudyOptions, study
+from everest_ds.errors import UserError
+
+MICRO = Scale(train=16, labelled=4, test=4, pretrain_epochs=2, finetune_epochs=3)
+
+
+def test_study_runs_reports_a_failure_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    folder = tmp_path / "a study"  # the space is on purpose
+    tube, all_tokens = (
+        next(condition for condition in study_conditions.CONDITIONS if condition.name == name)
+        for name in ("tube", "tube-all")
+    )
+    broken = replace(all_tokens, finetune=("--selection.keep-ratio", "1.5"))
+    monkeypatch.setattr(StudyOptions, "conditions", [tube, broken])
+    options = StudyOptions(seeds=(2,), jobs=2)
+    assert study(folder, options, MICRO) == 1
+    said = capsys.readouterr().out
+    assert (
+        "FAILED finetune tube-all-2 (exit code 2: Error parsing config.selection: selection.keep_ratio=1.5" in said
+    )
+    assert f"see {folder}/runs/tube-all-2/finetune.log" in said
+    (row,) = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert (row["condition"], row["seed"], row["visible_tokens"]) == ("tube", 2, 32)
+    assert 0 <= row["probe_top1"] <= 1
+    assert row["finetune_gmacs"] > row["pretrain_gmacs"] / 10 > 0
+    assert row["pretrain_s"] > 0
+
+    finished = folder / "runs" / "tube-2" / "pretrain" / "metrics.jsonl"
+    before = finished.read_bytes()
+    monkeypatch.setattr(StudyOptions, "conditions", [tube, all_tokens])
+    assert study(folder, options, MICRO) == 0
+    said = capsys.readouterr().out
+    assert "3 of 4 runs are done already" in said
+    assert "[4/4] finetune tube-all-2: top-1" in said
+    assert finished.read_bytes() == before
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert [row["condition"] for row in rows] == ["tube", "tube-all"]
+    assert "tube, all predicted; fine-tuned on all tokens" in (folder / "table.md").read_text()
+    assert (folder / "selection.svg").is_file()
+    assert (folder / "commands.sh").read_text().count("python -m everest_ds") == 4
+    labelled = (folder / "labelled-2.csv").read_text().splitlines()
+    assert sorted(line.rsplit(" ", 1)[1] for line in labelled) == sorted("0123" * 4)
+    with pytest.raises(UserError, match="holds a study of other settings"):
+        study(folder, options, replace(MICRO, test=8))
+
+
+def test_folder_with_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="is not empty and holds no study"):
+        command.study(tmp_path, StudyOptions(), MICRO)
