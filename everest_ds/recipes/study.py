@@ -30,7 +30,8 @@ _NEVER = 10_000
 def study() -> PretrainConfig:
     r"""The baseline of `everest study`: the paper's selection, 32 of 256 tokens visible, 592 steps of 16 clips.
 
-    everest pretrain study --data.train-list STUDY/data/train.csv --precision fp32 --out runs/study
+    deepspeed --no_local_rank --num_gpus 1 --module everest_ds pretrain study \
+        --data.train-list study/data/train.csv --ds-config ds_configs/zero0.json --precision fp32 --out runs/study
     """
     return PretrainConfig(
         recipe="study",
@@ -55,8 +56,9 @@ def study() -> PretrainConfig:
 def study_ft() -> FinetuneConfig:
     r"""The fine-tuning of `everest study`: few labels, 250 steps of 16 clips, scored once, at the end.
 
-    everest finetune study_ft --data.train-list STUDY/data/labelled.csv --data.val-list STUDY/data/test.csv \
-        --init-from runs/study --precision fp32 --out runs/study_ft
+    deepspeed --no_local_rank --num_gpus 1 --module everest_ds finetune study_ft --init-from runs/study \
+        --data.train-list study/labelled-0.csv --data.val-list study/data/test.csv \
+        --ds-config ds_configs/zero0.json --precision fp32 --out runs/study_ft
     """
     return FinetuneConfig(
         recipe="study_ft",

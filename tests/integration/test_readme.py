@@ -91,9 +91,8 @@ def test_files_and_links_exist() -> None:
         assert (REPOSITORY / target).exists(), target
     for name in re.findall(r"^  ([\w/]+)/ ", README, flags=re.MULTILINE):
         assert (REPOSITORY / "everest_ds" / name).is_dir(), name
-    lines = re.findall(
-        r"^  (?:cli|config|recipes|data|model|model/weights|train|train/evaluation|commands)/ +(.*)$", README, re.M
-    )
+    folders = "cli|config|recipes|data|model|model/weights|train|train/evaluation|commands|commands/study"
+    lines = re.findall(rf"^  (?:{folders})/ +(.*)$", README, re.MULTILINE)
     listed = {name for line in lines for name in line.split()}
     found = {path.stem for path in (REPOSITORY / "everest_ds").glob("*/**/*.py")} - {"__init__"}
     assert listed == found

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from everest_ds.commands import study as command
-from everest_ds.commands import study_conditions
-from everest_ds.commands.study import Scale, StudyOptions, study
+from everest_ds.commands.study import Scale, StudyOptions, conditions, study
 from everest_ds.errors import UserError
 
 MICRO = Scale(train=16, labelled=4, test=4, pretrain_epochs=2, finetune_epochs=3)
@@ -22,7 +20,7 @@ def test_study_runs_reports_a_failure_and_goes_on(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     folder = tmp_path / "a study"  # the space is on purpose
     tube, all_tokens = (
-        next(condition for condition in study_conditions.CONDITIONS if condition.name == name)
+        next(condition for condition in conditions.CONDITIONS if condition.name == name)
         for name in ("tube", "tube-all")
     )
     broken = replace(all_tokens, finetune=("--selection.keep-ratio", "1.5"))
@@ -62,4 +60,4 @@ def test_study_runs_reports_a_failure_and_goes_on(
 def test_folder_with_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="is not empty and holds no study"):
-        command.study(tmp_path, StudyOptions(), MICRO)
+        study(tmp_path, StudyOptions(), MICRO)

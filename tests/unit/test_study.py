@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 
 from everest_ds import cli
-from everest_ds.commands import study_jobs
-from everest_ds.commands.study import Scale, StudyOptions, make_jobs
-from everest_ds.commands.study_conditions import BASELINE, CONDITIONS, GROUPS, PRETRAININGS
-from everest_ds.commands.study_jobs import Job, Runner
-from everest_ds.commands.study_report import Spread, draw_group, make_table, write_report
-from everest_ds.commands.study_results import Result, seconds_of_steps
+from everest_ds.commands.study import Scale, StudyOptions, jobs, make_jobs
+from everest_ds.commands.study.conditions import BASELINE, CONDITIONS, GROUPS, PRETRAININGS
+from everest_ds.commands.study.jobs import Job, Runner
+from everest_ds.commands.study.report import Spread, draw_group, make_table, write_report
+from everest_ds.commands.study.results import Result, seconds_of_steps
 from everest_ds.config import FinetuneConfig, PretrainConfig
 from everest_ds.errors import UserError
 from everest_ds.train.optim import learning_rate
@@ -201,13 +200,13 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
         "open(pathlib.Path(folder).parent / 'order.txt', 'a').write(name + os.environ['OMP_NUM_THREADS'] + ' ');"
         "sys.exit(1) if fails == '1' else (out / 'summary.json').write_text('{}')"
     )
-    real = study_jobs.subprocess.Popen
+    real = jobs.subprocess.Popen
 
     def popen(command: list[str], **options: object) -> object:
         folder = Path(options["stdout"].name).parent  # type: ignore[attr-defined]
         return real([sys.executable, "-c", program, *command[3:], str(folder)], **options)  # type: ignore[call-overload]
 
-    monkeypatch.setattr(study_jobs.subprocess, "Popen", popen)
+    monkeypatch.setattr(jobs.subprocess, "Popen", popen)
 
 
 @pytest.mark.usefixtures("scripts")

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from everest_ds.commands.study_conditions import BASELINE, GROUPS, Group
-from everest_ds.commands.study_results import Result
+from everest_ds.commands.study.conditions import BASELINE, GROUPS, Group
+from everest_ds.commands.study.results import Result
 
 _HEADER = (
     "| condition | fine-tuned top-1, % | linear probe top-1, % | n | GMACs of a clip, pre-training / fine-tuning | "

@@ -7,8 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from everest_ds.commands.study_conditions import Condition
-from everest_ds.commands.study_jobs import Job, read_metrics
+from everest_ds.commands.study.conditions import Condition
+from everest_ds.commands.study.jobs import Job, read_metrics
 from everest_ds.config import PretrainConfig
 from everest_ds.config_file import load_config
 from everest_ds.train.evaluation.files import SUMMARY

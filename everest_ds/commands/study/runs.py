@@ -1,4 +1,4 @@
-"""`everest study DIR`: the paper's comparisons in miniature, on the demo data, by this project's own commands.
+"""What `everest study` does: which runs there are, in which order, and what becomes of them.
 
 DIR/data/             the videos: the class is what moves, on a cluttered background
     labelled-0.csv    the few labelled videos of a seed
@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
-from everest_ds.commands.study_conditions import CONDITIONS, NO_PRETRAINING, PRETRAININGS, Condition
-from everest_ds.commands.study_jobs import Job, JobKind, Runner
-from everest_ds.commands.study_report import write_report
-from everest_ds.commands.study_results import describe, read_result
+from everest_ds.commands.study.conditions import CONDITIONS, NO_PRETRAINING, PRETRAININGS, Condition
+from everest_ds.commands.study.jobs import Job, JobKind, Runner
+from everest_ds.commands.study.report import write_report
+from everest_ds.commands.study.results import describe, read_result
 from everest_ds.data.demo import DemoConfig, write_demo_data
 from everest_ds.data.demo_movers import KINDS
 from everest_ds.data.index import read_list
