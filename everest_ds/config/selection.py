@@ -9,6 +9,8 @@ from everest_ds.errors import UserError
 
 BudgetName = Literal["clip", "batch", "threshold"]
 
+QUANTILE_DECAY = 0.99
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenChoiceConfig:
@@ -74,7 +76,7 @@ class SelectionConfig(TokenChoiceConfig):
     """With budget batch or threshold: share that a clip keeps at least; half of selected_ratio without one."""
     ceiling: float | None = None
     """With budget batch or threshold: share that a clip keeps at most; twice selected_ratio without one."""
-    quantile_decay: float = 0.99
+    quantile_decay: float = QUANTILE_DECAY
     """With budget threshold: how much of the running quantile stays from one micro-step to the next."""
     alpha: float = 1.0
     """Choose each clip's frames from alpha times as many candidates, by change (Sec. 4.2); 1 chooses none."""
@@ -132,6 +134,11 @@ class SelectionConfig(TokenChoiceConfig):
                     "selection.budget=batch or threshold"
                 )
         require(0 <= self.quantile_decay < 1, "selection.quantile_decay", self.quantile_decay, "in [0, 1)")
+        if self.quantile_decay != QUANTILE_DECAY and self.budget != "threshold":
+            raise UserError(
+                f"selection.quantile_decay={self.quantile_decay} has no effect with selection.budget={self.budget}; "
+                "remove it, or use selection.budget=threshold"
+            )
         if self.varies and self.strategy != "rero":
             raise UserError(
                 f"selection.budget={self.budget} compares the change of tokens, which selection.strategy="

@@ -85,7 +85,7 @@ class TokenIndex:
         if lengths is None:
             lengths = [int(count) for count in kept_BN.sum(dim=1).tolist()]
         packing = Packing.of(lengths, kept_BN.device)
-        kept_first = torch.argsort(kept_BN.flatten(), descending=True, stable=True)
+        kept_first = torch.argsort(kept_BN.flatten().byte(), descending=True, stable=True)
         position_M = kept_first[: packing.total] % kept_BN.shape[1]
         return cls(position_M, packing.clip_of_token(), packing)
 

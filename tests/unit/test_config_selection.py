@@ -37,6 +37,7 @@ FINETUNE = get_recipe("k400_vit_b_ft")
         (PRETRAIN, {"budget": "threshold", "ceiling": 1.5}, ["selection.ceiling=1.5", "(0, 1]"]),
         (PRETRAIN, {"budget": "threshold", "quantile_decay": 1.0}, ["selection.quantile_decay=1.0", "[0, 1)"]),
         (PRETRAIN, {"floor": 0.2}, ["selection.floor=0.2", "selection.budget=clip", "remove it"]),
+        (PRETRAIN, {"quantile_decay": 0.9}, ["selection.quantile_decay=0.9", "selection.budget=clip"]),
         (PRETRAIN, {"ceiling": 0.5}, ["selection.ceiling=0.5", "selection.budget=clip"]),
         (
             PRETRAIN,
