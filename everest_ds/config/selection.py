@@ -136,8 +136,8 @@ class SelectionConfig(TokenChoiceConfig):
         require(0 <= self.quantile_decay < 1, "selection.quantile_decay", self.quantile_decay, "in [0, 1)")
         if self.quantile_decay != QUANTILE_DECAY and self.budget != "threshold":
             raise UserError(
-                f"selection.quantile_decay={self.quantile_decay} has no effect with selection.budget={self.budget}; "
-                "remove it, or use selection.budget=threshold"
+                f"selection.quantile_decay={self.quantile_decay} has no effect with selection.budget={self.budget}"
+                "; remove it, or use selection.budget=threshold"
             )
         if self.varies and self.strategy != "rero":
             raise UserError(
