@@ -51,6 +51,15 @@ class Reconstruction(NamedTuple):
         return F.mse_loss(self.prediction_RP.float(), self.target_RP)
 
 
+class _Ranked(NamedTuple):
+    """Clips of one shape before tokens are selected."""
+
+    group: ClipGroup
+    noise_BS: Tensor
+    importance_BN: Tensor | None
+    frames: FrameChoice | None = None
+
+
 class PretrainEncoder(TokenEncoder):
     """The encoder with the norm that ends it in pre-training."""
 
@@ -144,27 +153,31 @@ class EverestAutoencoder(nn.Module):
             UserError: Frames or pixels that do not divide into tubelets.
             ValueError: Noise or counts that do not fit, see `SelectionRule.select`.
         """
-        groups = self.encoder.group(clips)
-        noises = [noise] if isinstance(noise, Tensor) else list(noise)
-        importance: list[Tensor | None] = [None] * len(groups)
-        frames: list[FrameChoice] = []
-        for g, group in enumerate(groups):
-            if rule.num_steps is not None and rule.num_steps != group.grid.time:
-                noise_BS, noise_BK = noises[g].tensor_split([-group.grid.time], dim=1)
-                groups[g], importance[g], choice = self.encoder.choose_frames(
-                    group, noise_BK, rule.num_steps, ratio=rule.selected_ratio, distance=rule.distance
-                )
-                noises[g] = noise_BS
-                frames.append(choice)
-            elif rule.strategy == "rero":
-                importance[g] = self.encoder.rank(group, rule.distance)
-        counts = None if count_clips is None else count_clips([i for i in importance if i is not None], noises)
-        parts = [
-            rule.select(group.grid, noises[g], importance[g], None if counts is None else counts[g])
-            for g, group in enumerate(groups)
-        ]
-        chosen = [group.clips_BCTHW for group in groups]
-        return self.reconstruct(chosen, Selection.join(parts))._replace(frames=tuple(frames))
+        noises = [noise] if isinstance(noise, Tensor) else noise
+        ranked = [self._rank(g, n, rule) for g, n in zip(self.encoder.group(clips), noises, strict=True)]
+        counts: Sequence[Sequence[ClipCounts] | None] = [None] * len(ranked)
+        if count_clips is not None:
+            importance = [r.importance_BN for r in ranked if r.importance_BN is not None]
+            counts = count_clips(importance, [r.noise_BS for r in ranked])
+        selection = Selection.join(
+            [
+                rule.select(r.group.grid, r.noise_BS, r.importance_BN, of_group)
+                for r, of_group in zip(ranked, counts, strict=True)
+            ]
+        )
+        frames = tuple(r.frames for r in ranked if r.frames is not None)
+        return self.reconstruct([r.group.clips_BCTHW for r in ranked], selection)._replace(frames=frames)
+
+    def _rank(self, group: ClipGroup, noise: Tensor, rule: SelectionRule) -> "_Ranked":
+        """Choose frames where the rule does, and rank tokens where its strategy goes by importance."""
+        if rule.num_steps is not None and rule.num_steps != group.grid.time:
+            noise_BS, noise_BK = noise.tensor_split([-group.grid.time], dim=1)
+            chosen, importance_BN, frames = self.encoder.choose_frames(
+                group, noise_BK, rule.num_steps, ratio=rule.selected_ratio, distance=rule.distance
+            )
+            return _Ranked(chosen, noise_BS, importance_BN, frames)
+        importance = self.encoder.rank(group, rule.distance) if rule.strategy == "rero" else None
+        return _Ranked(group, noise, importance)
 
     def reconstruct(self, clips: Tensor | Sequence[Tensor], selection: Selection) -> Reconstruction:
         """Encode the visible tokens of any selection and predict its target tokens."""
