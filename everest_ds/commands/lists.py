@@ -8,6 +8,8 @@ from everest_ds.data.index import VideoRow, read_list, require_reachable
 from everest_ds.data.labels import Classes, require_known_labels, resolve_classes
 from everest_ds.errors import UserError
 
+VideoKey = tuple[str, float | None, float | None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lists:
@@ -39,7 +41,8 @@ def read_lists(config: Config) -> Lists:
         raise UserError(
             "data.train_list is not set; give --data.train-list FILE (`everest demo-data DIR` makes one to try)"
         )
-    train = _read(train_list)
+    left_out = _read_quarantine(config.data.quarantine)
+    train = _read(train_list, left_out)
     if not isinstance(config, FinetuneConfig):
         return Lists(config=config, train=train)
     data = config.data
@@ -48,7 +51,7 @@ def read_lists(config: Config) -> Lists:
     others = {}
     for name in (data.val_list, data.test_list):
         if name is not None:
-            others[name] = _read(name)
+            others[name] = _read(name, left_out)
             require_known_labels(others[name], Path(name), classes, trained)
     return Lists(
         config=replace(config, data=replace(data, num_classes=classes.num)),
@@ -59,11 +62,22 @@ def read_lists(config: Config) -> Lists:
     )
 
 
-def _read(name: str) -> list[VideoRow]:
+def _read_quarantine(name: str | None) -> set[VideoKey]:
+    return set() if name is None else {_key(row) for row in read_list(Path(name))}
+
+
+def _read(name: str, left_out: set[VideoKey]) -> list[VideoRow]:
     path = Path(name)
-    rows = read_list(path)
+    rows = [row for row in read_list(path) if _key(row) not in left_out]
+    if not rows:
+        raise UserError(f"data.quarantine leaves no video of {path}; check that it is the right list")
     require_reachable(rows, path)
     return rows
+
+
+def _key(row: VideoRow) -> VideoKey:
+    """Return what tells a row's video from others, wherever the lists lie that name it."""
+    return str(row.path.resolve()), row.start_s, row.end_s
 
 
 def _describe_untrained(classes: Classes, trained: set[int]) -> str | None:

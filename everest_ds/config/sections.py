@@ -32,6 +32,8 @@ class DataConfig:
     """Seconds to wait for a loader process before the run stops; a decoder can hang on a broken video."""
     keep_decoded: bool = False
     """Keep the decoded frames of every video in memory, in each loader process: for small datasets."""
+    quarantine: str | None = None
+    """List of videos to leave out of every list, as `everest check-data` writes one."""
     max_bad_share: float = 0.01
     """Unreadable draws as a share of the list (or of all draws so far, if more) above which the run stops."""
 

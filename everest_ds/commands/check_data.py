@@ -1,0 +1,171 @@
+"""`everest check-data LIST`: which videos of a list can be trained on, before a run finds out.
+
+Every video is opened and sampled in a process that can be killed. OUT/ holds
+
+    findings.jsonl     one line a video, as they come: what a second call goes on from
+    report.csv         one line a row of the list
+    clean.csv          the list without what is bad
+    quarantine.csv     what is bad, as a list: --data.quarantine of a run leaves it out
+    summary.json       how many of each kind
+"""
+
+import csv
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from everest_ds.data.findings import Record, key_of
+from everest_ds.data.guarded import Outcome, run_guarded
+from everest_ds.data.index import VideoRow, read_list, write_list
+from everest_ds.data.probe import DEFAULT_BAD, FaultName, Finding, Kind, ProbeSettings, probe_video
+from everest_ds.errors import UserError
+from everest_ds.train.metrics import format_duration
+
+FINDINGS, REPORT, CLEAN, QUARANTINE, SUMMARY = (
+    "findings.jsonl", "report.csv", "clean.csv", "quarantine.csv", "summary.json",
+)  # fmt: skip
+_PROGRESS_EVERY_S = 10.0
+_COLUMNS = ("row", "path", "start_s", "end_s", "label", "kind", "bad", "detail", "frames", "width", "height")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """How a list is checked."""
+
+    out: Path | None = None
+    """Where to write; LIST without its suffix and with `-check` without this."""
+    processes: int | None = None
+    """Videos at a time; one a CPU core without this."""
+    timeout_s: float = 60.0
+    """Seconds that a video may take before its process is killed."""
+    samples: int = 8
+    """Frames that are decoded of each video, spread over it; the last eight are, besides."""
+    min_frames: int = 1
+    """Frames that a clip needs: num_frames times sampling_stride of a recipe."""
+    bad: tuple[FaultName, ...] = DEFAULT_BAD
+    """What goes into quarantine; the other kinds are named in the report alone."""
+    max_bad_share: float = 0.01
+    """Share of the list that may be bad; more makes the exit code 1."""
+
+    def __post_init__(self) -> None:
+        """Check each field by itself."""
+        for name, value in (
+            ("processes", self.processes),
+            ("samples", self.samples),
+            ("min-frames", self.min_frames),
+        ):
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value} must be at least 1")
+        if not self.timeout_s > 0:
+            raise UserError(f"--timeout-s {self.timeout_s} must be above 0")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(f"--max-bad-share {self.max_bad_share} must be a share in [0, 1]")
+
+    @property
+    def settings(self) -> ProbeSettings:
+        """How closely each video is looked at."""
+        return ProbeSettings(samples=self.samples, min_frames=self.min_frames)
+
+
+def check_data(source: Path, options: CheckOptions) -> int:
+    """Check a list, or what is left of it; return the exit code: 1 where more is bad than may be.
+
+    Raises:
+        UserError: The list cannot be read, or the folder holds the check of other settings.
+    """
+    rows = read_list(source)
+    out = options.out or source.with_name(f"{source.stem}-check")
+    out.mkdir(parents=True, exist_ok=True)
+    record = Record(out / FINDINGS, options.settings)
+    findings = record.read()
+    todo = list({key_of(row): row for row in rows if key_of(row) not in findings}.values())
+    known = sum(key_of(row) in findings for row in rows)
+    if known:
+        print(f"{known} of {len(rows)} rows are known already", flush=True)
+    outcomes = run_guarded(
+        partial(probe_video, settings=options.settings),
+        todo,
+        processes=options.processes or len(os.sched_getaffinity(0)),
+        timeout_s=options.timeout_s,
+    )
+    with record.appending() as append:
+        for outcome in _with_progress(outcomes, len(todo)):
+            finding = _finding_of(outcome)
+            findings[key_of(outcome.item)] = finding
+            append(outcome.item, finding)
+            if finding.kind in options.bad:
+                print(f"{finding.kind}: {outcome.item.path}: {finding.detail}", flush=True)
+    return _conclude(source, out, rows, [findings[key_of(row)] for row in rows], options)
+
+
+def _finding_of(outcome: Outcome[VideoRow, Finding]) -> Finding:
+    if outcome.result is not None:
+        return outcome.result
+    return Finding(kind=Kind.HANGING if outcome.hung else Kind.CRASHING, detail=outcome.fault or "")
+
+
+def _conclude(
+    source: Path, out: Path, rows: Sequence[VideoRow], findings: Sequence[Finding], options: CheckOptions
+) -> int:
+    """Write report, lists and summary, say what was found, and return the exit code."""
+    both = list(zip(rows, findings, strict=True))
+    is_bad = [finding.kind in options.bad for finding in findings]
+    _write_report(out / REPORT, both, is_bad)
+    for name, wanted in ((CLEAN, False), (QUARANTINE, True)):
+        chosen = [row for row, bad in zip(rows, is_bad, strict=True) if bad is wanted]
+        if chosen:
+            write_list(out / name, chosen)
+        else:
+            (out / name).unlink(missing_ok=True)
+    counts = Counter(finding.kind for finding in findings)
+    share = sum(is_bad) / len(rows)
+    summary = {
+        "list": str(source),
+        "rows": len(rows),
+        "bad": sum(is_bad),
+        "bad_kinds": list(options.bad),
+        "kinds": {str(kind): counts[kind] for kind in Kind if counts[kind]},
+        "duplicate_rows": len(rows) - len({key_of(row) for row in rows}),
+    }
+    (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    for kind in Kind:
+        if counts[kind]:
+            print(f"{counts[kind]:8} {kind}{' (bad)' if kind in options.bad else ''}")
+    if summary["duplicate_rows"]:
+        print(f"{summary['duplicate_rows']:8} rows name a video that an earlier row names")
+    print(f"{sum(is_bad)} of {len(rows)} rows are bad ({share:.2%}); {out / REPORT}")
+    if any(is_bad):
+        print(f"leave them out of a run with --data.quarantine {out / QUARANTINE}, or train on {out / CLEAN}")
+    if share > options.max_bad_share:
+        print(f"more than --max-bad-share {options.max_bad_share:.2%} are bad")
+        return 1
+    return 0
+
+
+def _write_report(path: Path, both: Iterable[tuple[VideoRow, Finding]], is_bad: Sequence[bool]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for number, ((row, finding), bad) in enumerate(zip(both, is_bad, strict=True)):
+            place = [number, str(row.path), row.start_s, row.end_s, row.label]
+            found = [finding.kind, str(bad).lower(), finding.detail, finding.frames, finding.width, finding.height]
+            writer.writerow([*place, *found])
+
+
+def _with_progress(
+    outcomes: Iterator[Outcome[VideoRow, Finding]], total: int
+) -> Iterator[Outcome[VideoRow, Finding]]:
+    """Pass outcomes on, and say now and then how far it is."""
+    started = said = time.monotonic()
+    for done, outcome in enumerate(outcomes, start=1):
+        yield outcome
+        now = time.monotonic()
+        if now - said > _PROGRESS_EVERY_S or (done == total and said > started):
+            left = format_duration((now - started) / done * (total - done))
+            print(f"{done}/{total} videos, {done / (now - started):.1f} a second, {left} left", flush=True)
+            said = now

@@ -1,0 +1,114 @@
+"""What is wrong with videos: made for the purpose, and the broken ones that the project was given."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from everest_ds.data.demo import encode_h264
+from everest_ds.data.index import VideoRow
+from everest_ds.data.probe import Container, Finding, Kind, ProbeSettings, _missing, probe_video, read_container
+
+# Which of the given files is what; flip20_mid has one damaged picture that no header and no decoder tells of, and
+# reschange changes its size midway, which is scaled to the first.
+GIVEN = {
+    Kind.GOOD: {"ok_faststart.mp4", "ok_moovend.mp4", "moov_erased.mp4", "single_frame.mp4"}
+    | {"flip20_mid.mp4", "reschange.ts"},
+    Kind.EDIT_LIST: {"editlist_cut.mp4"},
+    Kind.STARTS_LATE: {"start_not_key.ts"},
+    Kind.DUPLICATE_FRAMES: {"flip200.avi"},
+    Kind.TRUNCATED: {"trunc_half.avi", "trunc_half.mkv", "trunc_half.webm"},
+}
+
+
+def probe(path: Path, **settings: int) -> Finding:
+    return probe_video(VideoRow(path, 0), ProbeSettings(**settings))
+
+
+def moving_video(path: Path, num_frames: int = 20) -> Path:
+    levels = np.arange(num_frames) * 10
+    frames = np.broadcast_to(levels[:, None, None, None], (num_frames, 64, 96, 3)).astype(np.uint8)
+    encode_h264(path, frames)
+    return path
+
+
+def test_every_given_broken_file_is_what_it_is(real_clips: Path) -> None:
+    found: dict[Kind, set[str]] = {}
+    for path in sorted((real_clips / "bad").iterdir()):
+        if path.suffix != ".csv":
+            finding = probe(path)
+            found.setdefault(finding.kind, set()).add(path.name)
+            assert bool(finding.detail) == (finding.kind is not Kind.GOOD)
+    unreadable = found.pop(Kind.UNREADABLE)
+    assert found == GIVEN
+    assert len(unreadable) == 28 - sum(len(names) for names in GIVEN.values())
+
+
+def test_given_good_files_are_good(real_clips: Path) -> None:
+    kinds = {path.name: probe(path).kind for path in real_clips.iterdir() if path.suffix not in (".csv", ".md", "")}
+    odd = {name: kind for name, kind in kinds.items() if kind is not Kind.GOOD}
+    assert odd == {"decord__unordered.mov": Kind.DUPLICATE_FRAMES}  # four frames of one picture
+    assert len(kinds) == 46
+
+
+def test_good_video_tells_its_size(tmp_path: Path) -> None:
+    finding = probe(moving_video(tmp_path / "a.mp4"), min_frames=20)
+    assert finding == Finding(kind=Kind.GOOD, frames=20, width=96, height=64)
+    assert probe(tmp_path / "a.mp4", min_frames=21) == Finding(
+        kind=Kind.TOO_SHORT, detail="20 frames, a clip needs 21", frames=20, width=96, height=64
+    )
+
+
+def test_video_that_stands_still_at_its_end_has_duplicate_frames(tmp_path: Path) -> None:
+    frames = np.zeros((30, 64, 96, 3), dtype=np.uint8)
+    frames[:10] = (np.arange(10) * 20)[:, None, None, None]
+    encode_h264(tmp_path / "still.mp4", frames)
+    assert probe(tmp_path / "still.mp4").kind is Kind.DUPLICATE_FRAMES
+
+
+def test_missing_empty_and_odd_files(tmp_path: Path) -> None:
+    assert probe(tmp_path / "gone.mp4") == Finding(kind=Kind.MISSING, detail="no such file")
+    (tmp_path / "empty.mp4").touch()
+    assert probe(tmp_path / "empty.mp4").detail == "the file is empty"
+    os.mkfifo(tmp_path / "pipe.mp4")
+    assert probe(tmp_path / "pipe.mp4").kind is Kind.UNREADABLE
+    (tmp_path / "folder.mp4").mkdir()
+    assert probe(tmp_path / "folder.mp4").kind is Kind.UNREADABLE
+    assert probe(tmp_path / ("a" * 300)).kind is Kind.UNREADABLE
+
+
+def test_container_is_read_without_decoding(tmp_path: Path) -> None:
+    container = read_container(moving_video(tmp_path / "a.mp4"))
+    assert container is not None
+    assert (container.packets, container.declared, container.hidden) == (20, 20, 0)
+    assert container.starts_with_key
+    assert container.declared_s == pytest.approx(20 / 30, abs=0.01)
+    assert container.end_s == pytest.approx(20 / 30, abs=0.04)
+    (tmp_path / "text.mp4").write_text("no video")
+    assert read_container(tmp_path / "text.mp4") is None
+
+
+@pytest.mark.parametrize(
+    ("declared", "packets", "declared_s", "end_s", "says"),
+    [
+        (100, 100, 10.0, 10.0, None),
+        (0, 100, None, 10.0, None),
+        (100, 91, 10.0, 9.1, None),  # a tenth may be missing
+        (100, 89, None, 8.9, "announces 100 frames, it holds 89"),
+        (0, 50, 10.0, 5.0, "announces 10.0 s, its last frame ends at 5.0 s"),
+        (0, 10, 1.0, 0.6, None),  # less than half a second
+    ],
+)
+def test_what_a_header_announces_has_to_be_there(
+    declared: int, packets: int, declared_s: float | None, end_s: float, says: str | None
+) -> None:
+    found = _missing(
+        Container(
+            packets=packets, declared=declared, declared_s=declared_s, end_s=end_s, starts_with_key=True, hidden=0
+        )
+    )
+    assert (found is None) == (says is None)
+    assert says is None or says in (found or "")
