@@ -1,10 +1,11 @@
 """The lists of a run, read and checked before anything heavy is imported."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from everest_ds.config import Config, FinetuneConfig
-from everest_ds.data.index import VideoRow, read_list, require_reachable
+from everest_ds.data.index import VideoRow, describe_repeats, read_list, require_reachable
 from everest_ds.data.labels import Classes, require_known_labels, resolve_classes
 from everest_ds.errors import UserError
 
@@ -44,7 +45,7 @@ def read_lists(config: Config) -> Lists:
     left_out = _read_quarantine(config.data.quarantine)
     train = _read(train_list, left_out)
     if not isinstance(config, FinetuneConfig):
-        return Lists(config=config, train=train)
+        return Lists(config=config, train=train, note=_join(_describe_repeats({train_list: train})))
     data = config.data
     classes = resolve_classes(train, Path(train_list), data.class_names, data.num_classes)
     trained = {row.label for row in train}
@@ -58,7 +59,7 @@ def read_lists(config: Config) -> Lists:
         train=train,
         val=others.get(data.val_list or ""),
         classes=classes,
-        note=_describe_untrained(classes, trained),
+        note=_join([*_describe_repeats({train_list: train, **others}), _describe_untrained(classes, trained)]),
     )
 
 
@@ -78,6 +79,15 @@ def _read(name: str, left_out: set[VideoKey]) -> list[VideoRow]:
 def _key(row: VideoRow) -> VideoKey:
     """Return what tells a row's video from others, wherever the lists lie that name it."""
     return str(row.path.resolve()), row.start_s, row.end_s
+
+
+def _describe_repeats(lists: dict[str, list[VideoRow]]) -> list[str]:
+    notes = {name: describe_repeats(rows) for name, rows in lists.items()}
+    return [f"{name}: {note}" for name, note in notes.items() if note is not None]
+
+
+def _join(notes: Sequence[str | None]) -> str | None:
+    return "; ".join(note for note in notes if note is not None) or None
 
 
 def _describe_untrained(classes: Classes, trained: set[int]) -> str | None:

@@ -1,20 +1,30 @@
-"""Lists of videos, as VideoMAE users have them: one ``path label`` a line.
+"""Lists of videos, as VideoMAE users have them: one ``path label`` a line, read and written.
 
 The separator is a space, a tab or a comma; the label is the integer at the end, so paths may hold spaces and
 commas. Paths are absolute, or relative to the folder of the list. A path in double quotes loses them. Blank
-lines are skipped. For `everest predict`, videos are also found by folder.
+lines are skipped. After the label there may be a window, ``start end`` in seconds, both with a decimal point
+(``videos/a b.mp4 3 12.0 20.0``): then the row is that part of the video. For `everest predict`, videos are also
+found by folder.
 """
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 
 from everest_ds.errors import UserError
 
-_ROW = re.compile(r"^(?P<path>.*\S)\s*(?:,|\s)\s*(?P<label>-?\d+)$")
+_SEPARATOR = r"\s*(?:,|\s)\s*"
+_LABELLED = rf"(?P<path>.*\S){_SEPARATOR}(?P<label>-?\d+)"
+_TIME = r"[-+]?(?:\d+\.\d*|\.\d+)"
+# A row that ends in an integer ends in its label; times have a point, so that no such row has another meaning.
+_ROW = re.compile(rf"^{_LABELLED}$")
+_WINDOW_ROW = re.compile(rf"^{_LABELLED}{_SEPARATOR}(?P<start>{_TIME}){_SEPARATOR}(?P<end>{_TIME})$")
+_BYTE_ORDER_MARK = "\ufeff"
 _NUM_PROBED = 64
 _VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
@@ -30,18 +40,47 @@ class VideoRow:
         path: Absolute, or relative to where the program runs.
         label: Class.
         line: Line of the list, from 1; None where there is no list.
+        start_s: Where the row's part of the video starts, in seconds from 0; None, as ``end_s``, for all of it.
+        end_s: Where it ends, in seconds, after the start.
+
+    Raises:
+        UserError: Only one of the two times is given, one is not finite, or they make no window.
     """
 
     path: Path
     label: int
     line: int | None = field(default=None, compare=False)
+    start_s: float | None = None
+    end_s: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the window."""
+        fault = window_fault(self.start_s, self.end_s)
+        if fault is not None:
+            raise UserError(f"{self.path}: {fault}")
+
+
+def window_fault(start_s: float | None, end_s: float | None) -> str | None:
+    """Return what is wrong with a window of seconds, None for nothing and where there is no window."""
+    if start_s is None and end_s is None:
+        return None
+    if start_s is None or end_s is None:
+        return f"a window has a start and an end, got start {start_s} and end {end_s}; give both or neither"
+    if not (math.isfinite(start_s) and math.isfinite(end_s)):
+        return f"the window from {start_s} s to {end_s} s is not finite; expected two numbers of seconds"
+    if start_s < 0:
+        return f"the window starts at {start_s} s; expected 0 or later"
+    if end_s <= start_s:
+        return f"the window from {start_s} s to {end_s} s ends before it has begun; expected an end after the start"
+    return None
 
 
 def read_list(path: Path) -> list[VideoRow]:
     """Read a list of videos.
 
     Raises:
-        UserError: The list is missing, is empty, or has a row without a label (with its line number).
+        UserError: The list is missing, is empty, or has a row without a label or with times that make no window
+            (with its line number).
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -59,9 +98,65 @@ def read_list(path: Path) -> list[VideoRow]:
     return rows
 
 
+def write_list(path: Path, rows: Sequence[VideoRow]) -> None:
+    """Write a list that `read_list` reads as the same rows.
+
+    Raises:
+        UserError: There is no row, or a path cannot stand in a list.
+    """
+    path.write_text(format_list(path, rows), encoding="utf-8", newline="\n")
+
+
+def format_list(path: Path, rows: Sequence[VideoRow]) -> str:
+    """Return the text of a list.
+
+    Videos below the list's folder are named relative to it, so that they can move together; others by their
+    absolute path. A path with spaces, commas or a quote at an end stands in double quotes.
+
+    Args:
+        path: Where the list will be.
+        rows: Its rows.
+
+    Raises:
+        UserError: There is no row, or a path cannot stand in a list.
+    """
+    if not rows:
+        raise UserError(f"no video for the list {path}; expected at least one")
+    return "".join(f"{_format_row(row, path)}\n" for row in rows)
+
+
+def can_be_listed(path: Path) -> bool:
+    """Say whether a path can stand in a list: it has no line break of any kind, and its bytes are UTF-8."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return str(path).splitlines() == [str(path)]
+
+
+def describe_repeats(rows: Sequence[VideoRow]) -> str | None:
+    """Return what people should know of rows that repeat an earlier one's video and window; None without any.
+
+    They are kept: a video that is listed twice is seen, or scored, twice, which some want and most do not.
+    """
+    first: dict[tuple[Path, float | None, float | None], VideoRow] = {}
+    repeats = [
+        (row, earlier)
+        for row in rows
+        if (earlier := first.setdefault((row.path, row.start_s, row.end_s), row)) is not row
+    ]
+    if not repeats:
+        return None
+    row, earlier = repeats[0]
+    others = sum(row.label != earlier.label for row, earlier in repeats)
+    clash = f", {others} of them with another label" if others else ""
+    place = "" if row.line is None else f" in line {row.line}, listed in line {earlier.line} already"
+    return f"{len(repeats)} rows repeat an earlier one{clash}, the first is {row.path}{place}; all are kept"
+
+
 def fingerprint(rows: list[VideoRow]) -> str:
-    """Return how many videos a list has and a digest of their names and labels in order, not of their folders."""
-    text = "\n".join(f"{row.path.name} {row.label}" for row in rows)
+    """Return how many videos a list has, and a digest of names, labels and windows in order, without folders."""
+    text = "\n".join(f"{row.path.name} {row.label}{_format_window(row)}" for row in rows)
     return f"{len(rows)} videos, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -126,13 +221,44 @@ def _is_file(path: Path) -> bool:
 
 
 def _parse_row(line: str, source: Path, number: int) -> VideoRow:
-    match = _ROW.match(line)
+    match = _ROW.match(line) or _WINDOW_ROW.match(line)
     if match is None:
         raise UserError(
             f"{source}, line {number}: {line!r} has no label; expected `path label` with an integer label "
-            "(0 where there are no classes)"
+            "(0 where there are no classes), or `path label start end` with two times in seconds, both with a point"
         )
     name = match["path"].rstrip(",").rstrip()
     if len(name) > 2 and name[0] == name[-1] == '"':
         name = name[1:-1]
-    return VideoRow(source.parent / name, int(match["label"]), number)
+    window = match.groupdict()
+    start_s, end_s = (float(window[key]) if window.get(key) else None for key in ("start", "end"))
+    fault = window_fault(start_s, end_s)
+    if fault is not None:
+        raise UserError(f"{source}, line {number}: {line!r}: {fault}")
+    return VideoRow(source.parent / name, int(match["label"]), number, start_s, end_s)
+
+
+def _format_row(row: VideoRow, target: Path) -> str:
+    if not can_be_listed(row.path):
+        raise UserError(
+            f"{str(row.path)!r} cannot stand in the list {target}: it holds a line break or is not UTF-8; rename it"
+        )
+    name = str(
+        row.path.relative_to(target.parent) if row.path.is_relative_to(target.parent) else row.path.absolute()
+    )
+    plain = name.split() == [name] and "," not in name and not name.startswith(_BYTE_ORDER_MARK)
+    if not plain or name[0] == name[-1] == '"':
+        name = f'"{name}"'
+    return f"{name} {row.label}{_format_window(row)}"
+
+
+def _format_window(row: VideoRow) -> str:
+    if row.start_s is None or row.end_s is None:
+        return ""
+    return f" {_format_time(row.start_s)} {_format_time(row.end_s)}"
+
+
+def _format_time(time_s: float) -> str:
+    """Return a time with a point, without an exponent, in as many digits as it takes to read the same again."""
+    text = format(Decimal(repr(float(time_s))), "f")
+    return text if "." in text else f"{text}.0"

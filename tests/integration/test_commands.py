@@ -21,14 +21,14 @@ from everest_ds.recipes import RECIPES
 
 # Scripts, notebooks and habits rely on these; changing one is a decision, not an accident.
 COMMANDS = [
-    "doctor", "demo-data", "recipes", "plan", "pretrain", "finetune", "evaluate", "predict", "convert", "study",
+    "doctor", "demo-data", "check-data", "recipes", "plan", "pretrain", "finetune", "evaluate", "predict", "convert", "study",
     "benchmark",
 ]  # fmt: skip
 PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "json"]
 LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "init_allow", "precision"]
 PRETRAIN_FIELDS = {
     "data": "train_list num_frames sampling_stride image_size flip num_workers prefetch_batches timeout_s "
-    "keep_decoded max_bad_share crop_scales",
+    "keep_decoded quarantine max_bad_share crop_scales",
     "model": "size patch_size tubelet_size embedding_layers attention activation_checkpointing position_frames "
     "position_size decoder_depth",
     "selection": "strategy order distance selected_ratio visible_ratio targets budget floor ceiling quantile_decay "
@@ -40,7 +40,7 @@ PRETRAIN_FIELDS = {
 }
 FINETUNE_FIELDS = {
     "data": "train_list num_frames sampling_stride image_size flip num_workers prefetch_batches timeout_s "
-    "keep_decoded max_bad_share val_list test_list class_names num_classes sampling repeats crop_area crop_aspect "
+    "keep_decoded quarantine max_bad_share val_list test_list class_names num_classes sampling repeats crop_area crop_aspect "
     "rand_augment erase_prob mixup_alpha cutmix_alpha",
     "model": "size patch_size tubelet_size embedding_layers attention activation_checkpointing position_frames "
     "position_size drop_path head_init_scale freeze_encoder",
