@@ -21,8 +21,8 @@ from everest_ds.recipes import RECIPES
 
 # Scripts, notebooks and habits rely on these; changing one is a decision, not an accident.
 COMMANDS = [
-    "doctor", "demo-data", "check-data", "recipes", "plan", "pretrain", "finetune", "evaluate", "predict", "convert", "study",
-    "benchmark",
+    "doctor", "demo-data", "check-data", "recipes", "plan", "pretrain", "finetune", "evaluate", "predict",
+    "convert", "study", "benchmark",
 ]  # fmt: skip
 PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "json"]
 LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "init_allow", "precision"]
@@ -40,8 +40,8 @@ PRETRAIN_FIELDS = {
 }
 FINETUNE_FIELDS = {
     "data": "train_list num_frames sampling_stride image_size flip num_workers prefetch_batches timeout_s "
-    "keep_decoded quarantine max_bad_share val_list test_list class_names num_classes sampling repeats crop_area crop_aspect "
-    "rand_augment erase_prob mixup_alpha cutmix_alpha",
+    "keep_decoded quarantine max_bad_share val_list test_list class_names num_classes sampling repeats "
+    "crop_area crop_aspect rand_augment erase_prob mixup_alpha cutmix_alpha",
     "model": "size patch_size tubelet_size embedding_layers attention activation_checkpointing position_frames "
     "position_size drop_path head_init_scale freeze_encoder",
     "selection": "strategy order distance keep_ratio",
