@@ -19,6 +19,7 @@ from everest_ds.errors import UserError, nearest_hint
 COMMANDS = {
     "doctor": "devices, attention backends, decoders, DeepSpeed, versions; exits 1 when something is missing",
     "demo-data": "a small labelled H.264 dataset with train.csv, val.csv, test.csv",
+    "index": "a public dataset's own layout and split files into train, val and test lists",
     "recipes": "the recipes; with a name: resolved config, token counts, batch arithmetic, DeepSpeed JSON",
     "plan": "will a recipe fit N GPUs, what takes the memory, and the command; exits 1 when nothing fits",
     "pretrain": "pre-train a recipe; every config field is a flag",
@@ -69,6 +70,7 @@ def _dispatch(words: list[str], world: World) -> int:
     run = {
         "doctor": handlers.doctor,
         "demo-data": handlers.demo_data,
+        "index": handlers.index,
         "recipes": handlers.recipes,
         "plan": handlers.plan,
         "pretrain": handlers.pretrain,

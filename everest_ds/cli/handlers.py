@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from everest_ds.cli.parsing import leave, parse, recipe_and_flags
+from everest_ds.cli.parsing import leave, parse, recipe_and_flags, say
 from everest_ds.config import TaskName
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, nearest_hint
@@ -41,6 +41,40 @@ def demo_data(rest: list[str], world: World) -> int:
     from everest_ds.commands import demo_data as command
 
     command.demo_data(arguments.folder, arguments.demo)
+    return 0
+
+
+def index(rest: list[str], world: World) -> int:
+    """Turn a public dataset's layout into lists."""
+    from everest_ds.commands import index as command
+    from everest_ds.data.importers.registry import IMPORTERS
+
+    dataset = rest[0] if rest else ""
+    if dataset in ("-h", "--help"):
+        rows = "\n".join(f"  {name:<9} {importer.layout}" for name, importer in IMPORTERS.items())
+        usage = (
+            f"usage: everest index DATASET SRC --out DIR\n\n{rows}\n\n`everest index DATASET --help` shows more.\n"
+        )
+        say(usage, world, to_stdout=True)
+        return 0
+    if dataset not in IMPORTERS:
+        raise UserError(f"index which dataset? got {dataset!r}{nearest_hint(dataset, IMPORTERS)}")
+    kind = IMPORTERS[dataset].options
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Write train.csv, val.csv, test.csv (what the dataset has), classes.txt and summary.json."""
+
+        source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
+        """Folder of the dataset as downloaded; nothing is written there."""
+        out: Path
+        """Folder for the lists, made where there is none; only files of an earlier index are replaced."""
+        options: Annotated[kind, tyro.conf.arg(name="")] = field(default_factory=kind)  # type: ignore[valid-type]
+
+    if world.size > 1:
+        raise UserError("everest index runs in one process; start it without a launcher")
+    arguments = parse(Arguments, rest[1:], f"everest index {dataset}", world)
+    command.index(dataset, arguments.source, arguments.out, arguments.options)
     return 0
 
 

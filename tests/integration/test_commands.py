@@ -21,8 +21,8 @@ from everest_ds.recipes import RECIPES
 
 # Scripts, notebooks and habits rely on these; changing one is a decision, not an accident.
 COMMANDS = [
-    "doctor", "demo-data", "recipes", "plan", "pretrain", "finetune", "evaluate", "predict", "convert", "study",
-    "benchmark",
+    "doctor", "demo-data", "index", "recipes", "plan", "pretrain", "finetune", "evaluate", "predict", "convert",
+    "study", "benchmark",
 ]  # fmt: skip
 PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "json"]
 LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "init_allow", "precision"]
