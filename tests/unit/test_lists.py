@@ -28,10 +28,12 @@ def test_repeated_rows_of_every_list_are_kept_and_told(tmp_path: Path) -> None:
         tmp_path, train_list="a.mp4 0\nb.mp4 1\na.mp4 0\n", val_list="a.mp4 0\n", test_list="a.mp4 1\na.mp4 0\n"
     )
     assert len(lists.train) == 3
+    train, test = tmp_path / "train_list.csv", tmp_path / "test_list.csv"
+    place = f"the first is {tmp_path / 'a.mp4'} in line"
     assert lists.note == (
-        f"{tmp_path}/train_list.csv: 1 rows repeat an earlier one, the first is {tmp_path}/a.mp4 in line 3, listed in "
-        f"line 1 already; all are kept; {tmp_path}/test_list.csv: 1 rows repeat an earlier one, 1 of them with another "
-        f"label, the first is {tmp_path}/a.mp4 in line 2, listed in line 1 already; all are kept"
+        f"{train}: 1 rows repeat an earlier one, {place} 3, listed in line 1 already; all are kept; "
+        f"{test}: 1 rows repeat an earlier one, 1 of them with another label, {place} 2, listed in line 1 already; "
+        "all are kept"
     )
     assert read(tmp_path, train_list="a.mp4 0\nb.mp4 1\n").note is None
     note = read(tmp_path, "demo", train_list="a.mp4 0\na.mp4 1\n").note

@@ -67,8 +67,11 @@ def gather(source: SourceTree, options: KineticsOptions) -> Import:
 
 def _has_columns(path: Path) -> bool:
     """Say whether a file's first line names the columns; other CSV files may lie there, in any encoding."""
-    with path.open("rb") as file:
-        header = file.readline(4096).decode("utf-8-sig", errors="replace")
+    try:
+        with path.open("rb") as file:
+            header = file.readline(4096).decode("utf-8-sig", errors="replace")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     return set(_COLUMNS) <= {name.strip() for name in header.split(",")}
 
 
