@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from everest_ds import __version__
-from everest_ds.cli import handlers
+from everest_ds.cli import data_handlers, handlers
 from everest_ds.cli.parsing import leave, say
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, nearest_hint
@@ -19,6 +19,7 @@ from everest_ds.errors import UserError, nearest_hint
 COMMANDS = {
     "doctor": "devices, attention backends, decoders, DeepSpeed, versions; exits 1 when something is missing",
     "demo-data": "a small labelled H.264 dataset with train.csv, val.csv, test.csv",
+    "index": "a public dataset's own layout and split files into train, val and test lists",
     "check-data": "which videos of a list cannot be read, hang, are cut off; exits 1 when too many are bad",
     "recipes": "the recipes; with a name: resolved config, token counts, batch arithmetic, DeepSpeed JSON",
     "plan": "will a recipe fit N GPUs, what takes the memory, and the command; exits 1 when nothing fits",
@@ -69,8 +70,9 @@ def _dispatch(words: list[str], world: World) -> int:
         raise UserError(f"unknown command {command!r}{nearest_hint(command, COMMANDS)}")
     run = {
         "doctor": handlers.doctor,
-        "demo-data": handlers.demo_data,
-        "check-data": handlers.check_data,
+        "demo-data": data_handlers.demo_data,
+        "index": data_handlers.index,
+        "check-data": data_handlers.check_data,
         "recipes": handlers.recipes,
         "plan": handlers.plan,
         "pretrain": handlers.pretrain,

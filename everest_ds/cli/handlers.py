@@ -25,46 +25,6 @@ def doctor(rest: list[str], world: World) -> int:
     return command.doctor()
 
 
-def demo_data(rest: list[str], world: World) -> int:
-    """Make the demo dataset."""
-    from everest_ds.data.demo import DemoConfig
-
-    @dataclass(frozen=True, kw_only=True)
-    class Arguments:
-        """Make the demo dataset."""
-
-        folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
-        """Where to write it."""
-        demo: Annotated[DemoConfig, tyro.conf.arg(name="")] = field(default_factory=DemoConfig)
-
-    arguments = parse(Arguments, rest, "everest demo-data", world)
-    from everest_ds.commands import demo_data as command
-
-    command.demo_data(arguments.folder, arguments.demo)
-    return 0
-
-
-def check_data(rest: list[str], world: World) -> int:
-    """Check the videos of a list."""
-    from everest_ds.commands import check_data as command
-
-    @dataclass(frozen=True, kw_only=True)
-    class Arguments:
-        """Open and sample every video of a list, each in a process that can be killed; go on where it was.
-
-        Writes report.csv, clean.csv and quarantine.csv.
-        """
-
-        source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="LIST")]
-        """List of videos."""
-        options: Annotated[command.CheckOptions, tyro.conf.arg(name="")] = field(
-            default_factory=command.CheckOptions
-        )
-
-    arguments = parse(Arguments, rest, "everest check-data", world)
-    return command.check_data(arguments.source, arguments.options)
-
-
 def recipes(rest: list[str], world: World) -> int:
     """List the recipes, or show one."""
     from everest_ds.commands import recipes as command

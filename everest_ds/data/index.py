@@ -26,7 +26,7 @@ _ROW = re.compile(rf"^{_LABELLED}$")
 _WINDOW_ROW = re.compile(rf"^{_LABELLED}{_SEPARATOR}(?P<start>{_TIME}){_SEPARATOR}(?P<end>{_TIME})$")
 _BYTE_ORDER_MARK = "\ufeff"
 _NUM_PROBED = 64
-_VIDEO_SUFFIXES = (
+VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
     *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"),
 )
@@ -204,11 +204,11 @@ def _videos_below(folder: Path) -> list[Path]:
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [Path(parent) / name for name in names if not name.startswith(".")]
-        videos += [path for path in paths if path.suffix.lower() in _VIDEO_SUFFIXES]
+        videos += [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
     if not videos:
         raise UserError(
             f"{folder} holds no video: no file in it or below it ends in one of "
-            f"{', '.join(_VIDEO_SUFFIXES)}; name another folder, or the files themselves"
+            f"{', '.join(VIDEO_SUFFIXES)}; name another folder, or the files themselves"
         )
     return sorted(videos)
 

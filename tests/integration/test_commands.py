@@ -21,7 +21,7 @@ from everest_ds.recipes import RECIPES
 
 # Scripts, notebooks and habits rely on these; changing one is a decision, not an accident.
 COMMANDS = [
-    "doctor", "demo-data", "check-data", "recipes", "plan", "pretrain", "finetune", "evaluate", "predict",
+    "doctor", "demo-data", "index", "check-data", "recipes", "plan", "pretrain", "finetune", "evaluate", "predict",
     "convert", "study", "benchmark",
 ]  # fmt: skip
 PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "json"]

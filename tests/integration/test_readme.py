@@ -42,6 +42,8 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) ->
     )
     conversions: list[tuple[object, ...]] = []
     monkeypatch.setattr("everest_ds.commands.convert.convert", lambda *given: conversions.append(given))
+    imports: list[tuple[object, ...]] = []
+    monkeypatch.setattr("everest_ds.commands.index.index", lambda *given: imports.append(given))
     others: list[tuple[object, ...]] = []
     for name in ("evaluate", "predict"):
         monkeypatch.setattr(f"everest_ds.commands.{name}.{name}", lambda *given, **named: others.append(given) or 0)
@@ -57,6 +59,7 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) ->
         ((_, options),) = calls
         assert options.ds_config is None or options.ds_config.is_file()
     assert bool(conversions) == (words[0] == "convert")
+    assert bool(imports) == (words[0] == "index")
 
 
 def test_there_are_commands_to_test() -> None:
@@ -91,7 +94,9 @@ def test_files_and_links_exist() -> None:
         assert (REPOSITORY / target).exists(), target
     for name in re.findall(r"^  ([\w/]+)/ ", README, flags=re.MULTILINE):
         assert (REPOSITORY / "everest_ds" / name).is_dir(), name
-    folders = "cli|config|recipes|data|model|model/weights|train|train/evaluation|commands|commands/study"
+    folders = (
+        "cli|config|recipes|data|data/importers|model|model/weights|train|train/evaluation|commands|commands/study"
+    )
     lines = re.findall(rf"^  (?:{folders})/ +(.*)$", README, re.MULTILINE)
     listed = {name for line in lines for name in line.split()}
     found = {path.stem for path in (REPOSITORY / "everest_ds").glob("*/**/*.py")} - {"__init__"}

@@ -231,6 +231,7 @@ TIMES = st.floats(0, 1e9, allow_nan=False) | st.sampled_from([0.0, 1e-7, 1e22, 5
     times=st.none() | st.tuples(TIMES, TIMES).filter(lambda pair: pair[0] < pair[1]),
     below=st.booleans(),
 )
+@example(names=["\ufeffa.mp4"], label=0, times=None, below=True)
 @example(names=['"'], label=3, times=None, below=True)
 @example(names=['"a 3 1.0 2.0"'], label=0, times=(0.0, 1e-7), below=True)
 @example(names=["a 3", "b,", " c", "d ", "\ufeffe"], label=4, times=(1.0, 1e22), below=False)

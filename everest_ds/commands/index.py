@@ -1,0 +1,48 @@
+"""`everest index DATASET SRC --out DIR`: a dataset's own layout and split files -> lists, classes, a summary."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from everest_ds.data.importers.registry import IMPORTERS
+from everest_ds.data.importers.tree import SourceTree
+from everest_ds.data.importers.writer import LEFT_OUT_FILE, MISSING_FILE, SUMMARY_FILE, require_apart, write_import
+
+
+def index(dataset: str, source: Path, out: Path, options: Any) -> None:
+    """Write the lists of a dataset, and say what is in them, what is missing, and what was left out and why.
+
+    Args:
+        dataset: A key of IMPORTERS.
+        source: Folder of the dataset; nothing is written there.
+        out: Folder of the lists.
+        options: Those of the dataset, of the importer's dataclass.
+
+    Raises:
+        UserError: The dataset or its annotations are not as they should be, or a file of the user's is in the way.
+    """
+    require_apart(source, out)
+    tree = SourceTree(source)
+    found = IMPORTERS[dataset].gather(tree, options)
+    chosen = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    settings = {"dataset": dataset, "source": str(tree.root), "options": chosen}
+    print(_describe(write_import(found, out, settings), out))
+
+
+def _describe(summary: dict[str, Any], out: Path) -> str:
+    lines = [f"{summary['dataset']} in {summary['source']}: {summary['classes']} classes"]
+    for split, counts in summary["splits"].items():
+        windows = f", {counts['windows']} of them windows" if counts["windows"] else ""
+        lines.append(
+            f"  {split:<10}{counts['videos']} videos of {counts['classes']} classes{windows}: {out / split}.csv"
+        )
+    missing = summary["missing"]
+    if missing["count"]:
+        where = ", ".join(f"{count} of {split}" for split, count in missing["by_split"].items())
+        lines.append(f"  missing   {missing['count']} videos ({where}): {out / MISSING_FILE}")
+    for reason, left_out in summary["left_out"].items():
+        lines.append(f"  left out  {left_out['count']}, {reason}, e.g. {left_out['examples'][0]}")
+    if summary["left_out"]:
+        lines.append(f"  left out  all are in {out / LEFT_OUT_FILE}")
+    lines += [f"  note      {note}" for note in summary["notes"]]
+    return "\n".join([*lines, f"  summary   {out / SUMMARY_FILE}"])

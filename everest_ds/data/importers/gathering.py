@@ -1,0 +1,186 @@
+"""What an importer finds: rows by split, and an account of everything that is no row.
+
+Place in the flow: `SourceTree` and a dataset's annotations -> `Gathering` -> `Import` -> the writer.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from everest_ds.data.importers.tree import SourceTree
+from everest_ds.data.index import VideoRow, can_be_listed, window_fault
+from everest_ds.data.labels import read_class_names
+from everest_ds.errors import UserError
+
+SPLITS = ("train", "val", "test")
+UNLABELLED = -1
+
+# Why something is left out, as the summary says it.
+REPEATED = "named again in the same split"
+CONTRADICTED = "named again in the same split with another label"
+UNLISTABLE = "a path with a line break, or that is not UTF-8"
+NO_WINDOW = "times that make no window"
+UNNAMED = "a video that the annotations do not name"
+
+_SPLIT_WORDS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validate": "val", "validation": "val",
+    "test": "test", "testing": "test", "holdout": "test",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """A dataset as lists.
+
+    Attributes:
+        rows: Rows of each split that has any, train before val before test; paths are absolute.
+        class_names: Names of the classes, by label; empty where the dataset has none.
+        missing: Videos that the annotations name and the folder lacks, as (split, name).
+        left_out: What else became no row, by reason.
+        notes: What people should know.
+    """
+
+    rows: dict[str, list[VideoRow]]
+    class_names: tuple[str, ...]
+    missing: list[tuple[str, str]]
+    left_out: dict[str, list[str]]
+    notes: list[str]
+
+
+class Gathering:
+    """Collects the rows of an import, and accounts for what is none."""
+
+    def __init__(self, source: SourceTree) -> None:
+        self._source = source
+        self._rows: dict[str, list[VideoRow]] = {split: [] for split in SPLITS}
+        self._labels: dict[tuple[str, Path, float | None, float | None], int] = {}
+        self._missing: dict[tuple[str, str], None] = {}  # in order, each once
+        self._left_out: dict[str, list[str]] = defaultdict(list)
+        self._handled: set[Path] = set()
+        self._notes: list[str] = []
+
+    def add(
+        self,
+        split: str,
+        name: str,
+        path: Path | None,
+        label: int,
+        window: tuple[float | None, float | None] = (None, None),
+    ) -> None:
+        """Take a video that the annotations name.
+
+        Args:
+            split: train, val or test.
+            name: What the annotations call it.
+            path: Its file; None where there is none.
+            label: Its class, -1 for none.
+            window: Start and end in seconds, or Nones for all of it.
+        """
+        if path is None:
+            self._missing[split, _printable(name)] = None
+            return
+        self._handled.add(path)
+        key = (split, path, *window)
+        if not can_be_listed(path):
+            self.leave_out(UNLISTABLE, name)
+        elif window_fault(*window) is not None:
+            self.leave_out(NO_WINDOW, f"{name} {window[0]} {window[1]}")
+        elif key in self._labels:
+            self.leave_out(REPEATED if self._labels[key] == label else CONTRADICTED, f"{split} {name}")
+        else:
+            self._labels[key] = label
+            self._rows[split].append(VideoRow(path, label, start_s=window[0], end_s=window[1]))
+
+    def leave_out(self, reason: str, name: str, path: Path | None = None) -> None:
+        """Account for something that becomes no row, and for its file where it is one."""
+        self._left_out[reason].append(_printable(name))
+        if path is not None:
+            self._handled.add(path)
+
+    def note(self, text: str) -> None:
+        """Tell people something."""
+        self._notes.append(text)
+
+    def finish(self, class_names: tuple[str, ...]) -> Import:
+        """Return the import: with the videos that nobody named, and notes on what is odd about it.
+
+        Raises:
+            UserError: There is no row.
+        """
+        source = self._source
+        for path in source.videos:
+            if path not in self._handled:
+                self.leave_out(UNNAMED, str(path.relative_to(source.root)))
+        rows = {split: rows for split, rows in self._rows.items() if rows}
+        if not rows:
+            first = f"the first is {next(iter(self._missing))[1]}" if self._missing else "the annotations name none"
+            raise UserError(
+                f"{source.root} holds none of the {len(self._missing)} videos that the annotations name ({first}), "
+                f"and {len(source.videos)} others; point SRC at the folder that holds the videos"
+            )
+        return Import(
+            rows=rows,
+            class_names=class_names,
+            missing=list(self._missing),
+            left_out=dict(self._left_out),
+            notes=[*self._notes, *_describe_oddities(rows, class_names, source)],
+        )
+
+
+def split_of(word: str) -> str | None:
+    """Return which of train, val, test a word means; None for none of them."""
+    return _SPLIT_WORDS.get(word.strip().casefold())
+
+
+def resolve_names(found: Collection[str], names_file: Path | None) -> tuple[str, ...]:
+    """Return the names of the classes by label: those found, sorted, or those of a file, in its order.
+
+    Args:
+        found: Names that the dataset has.
+        names_file: File with one name a line, or None.
+
+    Raises:
+        UserError: The file is at fault, or lacks a name that was found.
+    """
+    if names_file is None:
+        return tuple(sorted(found))
+    names = read_class_names(names_file)
+    unknown = sorted(set(found) - set(names))
+    if unknown:
+        raise UserError(
+            f"{names_file} does not name {len(unknown)} classes that the dataset has, the first is {unknown[0]!r}; "
+            "add them, or leave out --class-names"
+        )
+    return names
+
+
+def _printable(name: str) -> str:
+    return name if can_be_listed(Path(name)) else repr(name)
+
+
+def _describe_oddities(
+    rows: dict[str, list[VideoRow]], class_names: tuple[str, ...], source: SourceTree
+) -> list[str]:
+    notes = []
+    labels = {split: Counter(row.label for row in listed) for split, listed in rows.items()}
+    for split, counts in labels.items():
+        if UNLABELLED in counts:
+            notes.append(f"{counts[UNLABELLED]} videos of {split} have no label (-1); they cannot be scored")
+    trained = labels.get("train")
+    if trained and class_names:
+        scored = set().union(*labels.values()) - set(trained) - {UNLABELLED}
+        if scored:
+            names = ", ".join(class_names[label] for label in sorted(scored)[:5])
+            notes.append(f"{len(scored)} classes are scored and have no training video, e.g. {names}")
+    splits_of = Counter(
+        cut for listed in rows.values() for cut in {(row.path, row.start_s, row.end_s) for row in listed}
+    )
+    shared = sorted(str(cut[0]) for cut, count in splits_of.items() if count > 1)
+    if shared:
+        notes.append(f"{len(shared)} videos are in more than one split, the first is {shared[0]}")
+    if source.num_ambiguous:
+        notes.append(
+            f"{source.num_ambiguous} names have several files; the first by path is listed, the others are left out"
+        )
+    return notes

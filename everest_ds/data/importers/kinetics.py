@@ -1,0 +1,97 @@
+"""Kinetics-400, -600 and -700: clips as downloaded, and the CSV files of the annotations.
+
+Files: any .csv whose header has ``youtube_id``, ``time_start`` and ``time_end``; ``label`` and ``split`` where
+there are such columns. Without a column ``split`` the file's name tells it (train.csv, kinetics-400_val.csv).
+Videos are named ``ID_000001_000011.mp4`` or ``ID.mp4``, in folders of classes or not; one named ``ID.mp4`` is
+taken to be the clip itself. Many videos are no longer to be had: the missing ones are counted and listed. Labels
+count the classes in the order of their names, as most published weights do.
+"""
+
+import csv
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from everest_ds.data.importers.gathering import UNLABELLED, Gathering, Import, resolve_names, split_of
+from everest_ds.data.importers.tree import SourceTree, annotations_of, read_text
+from everest_ds.errors import UserError
+
+_COLUMNS = ("youtube_id", "time_start", "time_end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KineticsOptions:
+    """Options of `everest index kinetics`."""
+
+    annotations: Path | None = None
+    """Folder of the CSV files, where that is not below SRC."""
+    class_names: Path | None = None
+    """File with one class name a line, in the order of the labels; by name without one."""
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """A row of the annotations; ``class_name`` is empty where there is none."""
+
+    split: str
+    class_name: str
+    youtube_id: str
+    name: str
+
+
+def gather(source: SourceTree, options: KineticsOptions) -> Import:
+    """Return the clips that were downloaded.
+
+    Raises:
+        UserError: The annotations are missing or at fault, or there is no video.
+    """
+    annotations = annotations_of(source, options.annotations)
+    tables = [path for path in annotations.find_files(r".+\.csv") if _has_columns(path)]
+    if not tables:
+        raise UserError(
+            f"{annotations.root} holds no .csv with the columns {', '.join(_COLUMNS)}; download the annotations of "
+            "Kinetics, or name their folder by --annotations"
+        )
+    clips = [clip for path in tables for clip in _read_clips(path)]
+    class_names = resolve_names({clip.class_name for clip in clips} - {""}, options.class_names)
+    labels = {name: label for label, name in enumerate(class_names)} | {"": UNLABELLED}
+    gathering = Gathering(source)
+    for clip in clips:
+        preferred = (clip.split, clip.class_name, clip.class_name.replace(" ", "_"))
+        path = source.find_video(clip.name, *preferred) or source.find_video(clip.youtube_id, *preferred)
+        name = f"{clip.class_name}/{clip.name}" if clip.class_name else clip.name
+        gathering.add(clip.split, name, path, labels[clip.class_name])
+    return gathering.finish(class_names)
+
+
+def _has_columns(path: Path) -> bool:
+    """Say whether a file's first line names the columns; other CSV files may lie there, in any encoding."""
+    try:
+        with path.open("rb") as file:
+            header = file.readline(4096).decode("utf-8-sig", errors="replace")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return set(_COLUMNS) <= {name.strip() for name in header.split(",")}
+
+
+def _read_clips(path: Path) -> Iterator[_Clip]:
+    table = csv.DictReader(read_text(path).splitlines(), skipinitialspace=True, restval="")
+    named = next((split for word in re.split(r"[^a-z]+", path.stem.lower()) if (split := split_of(word))), None)
+    for row in table:
+        place = f"{path}, line {table.line_num}"
+        split = split_of(row["split"]) if row.get("split") else named
+        if split is None:
+            raise UserError(
+                f"{place} says of no split; expected train, val or test in the column split, or in the file's name"
+            )
+        youtube_id = row["youtube_id"].strip()
+        try:
+            start_s, end_s = (int(float(row[key])) for key in ("time_start", "time_end"))
+        except (ValueError, OverflowError) as error:
+            times = f"{row['time_start']!r} and {row['time_end']!r}"
+            raise UserError(f"{place}: expected time_start and time_end in seconds, got {times}") from error
+        if not youtube_id:
+            raise UserError(f"{place} has no youtube_id")
+        class_name = (row.get("label") or "").strip()
+        yield _Clip(split, class_name, youtube_id, f"{youtube_id}_{start_s:06d}_{end_s:06d}")

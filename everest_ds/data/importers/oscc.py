@@ -1,0 +1,110 @@
+"""Ego4D object state change classification (OSCC): clips of 8 s, cut by seconds and not re-encoded.
+
+Files: fho_oscc-pnr_train.json, fho_oscc-pnr_val.json and fho_oscc-pnr_test_unannotated.json: an object with the
+list ``clips`` (or the list alone), whose objects have ``unique_id``, ``video_uid``, ``parent_start_sec`` and
+``parent_end_sec``, in seconds of the canonical video; ``state_change``, true or false, except in the test file;
+and where the clip's own file may be used, ``clip_uid``, ``clip_start_sec`` and ``clip_end_sec``, in seconds of
+that clip.
+
+A row is what there is of, in this order: UNIQUE_ID.mp4, cut already; VIDEO_UID.mp4 (full_scale) with a window;
+CLIP_UID.mp4 (clips) with a window. Class 0 is no change of state, 1 a change; -1 where the file does not say.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from everest_ds.data.importers.gathering import UNLABELLED, Gathering, Import
+from everest_ds.data.importers.tree import SourceTree, annotations_of, one_file, read_json, require_keys
+from everest_ds.errors import UserError
+
+CLASS_NAMES = ("no state change", "state change")
+_FILES = {"train": "train", "val": "val", "test": "test(?:_unannotated)?"}
+_KEYS = ("unique_id", "video_uid", "parent_start_sec", "parent_end_sec")
+_CLIP_KEYS = ("clip_start_sec", "clip_end_sec")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OsccOptions:
+    """Options of `everest index oscc`."""
+
+    annotations: Path | None = None
+    """Folder of the files fho_oscc-pnr_*.json, where that is not below SRC."""
+
+
+def gather(source: SourceTree, options: OsccOptions) -> Import:
+    """Return the clips of the splits that have a file.
+
+    Raises:
+        UserError: The annotations are missing or lack a key, or there is no video.
+    """
+    annotations = annotations_of(source, options.annotations)
+    gathering = Gathering(source)
+    kinds: Counter[str] = Counter()
+    found_any = False
+    for split, word in _FILES.items():
+        pattern = rf"fho_oscc-pnr_{word}\.json"
+        if not annotations.find_files(pattern):
+            gathering.note(f"there is no fho_oscc-pnr_{split} file, so no list for {split}")
+            continue
+        found_any = True
+        path = one_file(annotations, pattern, f"fho_oscc-pnr_{split}.json")
+        for number, clip in enumerate(_read_clips(path), start=1):
+            require_keys(clip, path, number, *_KEYS, *(() if split == "test" else ("state_change",)))
+            place = f"{path}, entry {number}"
+            kind, video, window = _find(source, clip, place)
+            kinds[kind] += video is not None
+            gathering.add(split, str(clip["unique_id"]), video, _label_of(clip, place), window)
+    if not found_any:
+        raise UserError(
+            f"{annotations.root} holds no fho_oscc-pnr_train.json, fho_oscc-pnr_val.json or "
+            "fho_oscc-pnr_test_unannotated.json; download the annotations, or name their folder by --annotations"
+        )
+    used = [f"{count} {kind}" for kind, count in kinds.items() if count]
+    if used:
+        gathering.note(f"clips found: {', '.join(used)}")
+    return gathering.finish(CLASS_NAMES)
+
+
+def _read_clips(path: Path) -> list[Any]:
+    content = read_json(path)
+    if isinstance(content, dict):
+        if "clips" not in content:
+            raise UserError(
+                f"{path} has no 'clips'; expected an object with a list of clips, got {', '.join(content)}"
+            )
+        content = content["clips"]
+    if not isinstance(content, list):
+        raise UserError(f"{path}: expected a list of clips, got {type(content).__name__}")
+    return content
+
+
+def _find(
+    source: SourceTree, clip: dict[str, Any], place: str
+) -> tuple[str, Path | None, tuple[float | None, float | None]]:
+    """Return how a clip was found, its video, and its window there."""
+    cut = source.find_video(str(clip["unique_id"]))
+    if cut is not None:
+        return "cut already", cut, (None, None)
+    whole = source.find_video(str(clip["video_uid"]))
+    if whole is None and clip.get("clip_uid") and all(key in clip for key in _CLIP_KEYS):
+        part = source.find_video(str(clip["clip_uid"]))
+        if part is not None:
+            return "in clips by seconds", part, _window(clip, *_CLIP_KEYS, place)
+    return "in whole videos by seconds", whole, _window(clip, "parent_start_sec", "parent_end_sec", place)
+
+
+def _window(clip: dict[str, Any], start: str, end: str, place: str) -> tuple[float, float]:
+    try:
+        return float(clip[start]), float(clip[end])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{place}: {start}={clip[start]!r} and {end}={clip[end]!r}; expected seconds") from error
+
+
+def _label_of(clip: dict[str, Any], place: str) -> int:
+    if "state_change" not in clip:
+        return UNLABELLED
+    if not isinstance(clip["state_change"], bool):
+        raise UserError(f"{place}: state_change={clip['state_change']!r}; expected true or false")
+    return int(clip["state_change"])

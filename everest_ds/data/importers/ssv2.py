@@ -1,0 +1,96 @@
+"""Something-Something v2: webm files by number, and the JSON files of the annotations.
+
+Files, with or without ``something-something-v2-`` before their names: train.json and validation.json, lists of
+objects with ``id`` and ``template`` (``Holding [something] next to [something]``; the brackets are not part of
+the class's name), test.json with ``id`` alone, and labels.json, an object of names and labels as text. Where
+there is the later test-answers.csv (``id;template``), the test videos have labels, otherwise -1.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from everest_ds.data.importers.gathering import UNLABELLED, Gathering, Import
+from everest_ds.data.importers.tree import SourceTree, annotations_of, one_file, read_json, read_lines, require_keys
+from everest_ds.errors import UserError
+
+_PREFIX = r"(?:something-something-v2-)?"
+_FILES = {"train": "train", "val": "validation", "test": "test"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ssv2Options:
+    """Options of `everest index ssv2`."""
+
+    annotations: Path | None = None
+    """Folder of labels.json, train.json, validation.json and test.json, where that is not below SRC."""
+
+
+def gather(source: SourceTree, options: Ssv2Options) -> Import:
+    """Return the videos of the splits that have a file.
+
+    Raises:
+        UserError: A file of the annotations is missing or at fault, or there is no video.
+    """
+    annotations = annotations_of(source, options.annotations)
+    labels = _read_labels(one_file(annotations, rf"{_PREFIX}labels\.json", "labels.json"))
+    answers = _read_answers(annotations, labels)
+    gathering = Gathering(source)
+    found_any = False
+    for split, word in _FILES.items():
+        if not annotations.find_files(rf"{_PREFIX}{word}\.json"):
+            gathering.note(f"there is no {word}.json, so no list for {split}")
+            continue
+        found_any = True
+        path = one_file(annotations, rf"{_PREFIX}{word}\.json", f"{word}.json")
+        entries = read_json(path)
+        if not isinstance(entries, list):
+            raise UserError(f"{path}: expected a list of videos, got {type(entries).__name__}")
+        for number, entry in enumerate(entries, start=1):
+            require_keys(entry, path, number, "id", *(() if split == "test" else ("template",)))
+            name = str(entry["id"])
+            label = answers.get(name, UNLABELLED)
+            if "template" in entry:
+                label = _label_of(entry["template"], labels, f"{path}, entry {number}")
+            gathering.add(split, name, source.find_video(name), label)
+    if not found_any:
+        raise UserError(
+            f"{annotations.root} holds none of train.json, validation.json and test.json; download them"
+        )
+    return gathering.finish(tuple(labels))
+
+
+def _read_labels(path: Path) -> dict[str, int]:
+    """Return labels by class name, in their order.
+
+    Raises:
+        UserError: The file is no object of names and labels from 0, each once.
+    """
+    given = read_json(path)
+    try:
+        labels = {str(name): int(label) for name, label in given.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f'{path}: expected an object like {{"Opening something": "0"}}: {error}') from error
+    if sorted(labels.values()) != list(range(len(labels))) or not labels:
+        raise UserError(f"{path}: expected the labels 0 to {len(labels) - 1}, each once; download it again")
+    return dict(sorted(labels.items(), key=lambda item: item[1]))
+
+
+def _read_answers(annotations: SourceTree, labels: dict[str, int]) -> dict[str, int]:
+    pattern = rf"{_PREFIX}test-answers\.csv"
+    if not annotations.find_files(pattern):
+        return {}
+    path = one_file(annotations, pattern, "test-answers.csv")
+    answers = {}
+    for number, line in read_lines(path):
+        name, separator, template = line.partition(";")
+        if not separator:
+            raise UserError(f"{path}, line {number}: {line!r}; expected `id;template`")
+        answers[name.strip()] = _label_of(template.strip().strip('"'), labels, f"{path}, line {number}")
+    return answers
+
+
+def _label_of(template: str, labels: dict[str, int], place: str) -> int:
+    name = str(template).replace("[", "").replace("]", "")
+    if name not in labels:
+        raise UserError(f"{place}: {template!r} is no class of labels.json; the files do not belong together")
+    return labels[name]

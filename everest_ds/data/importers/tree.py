@@ -1,0 +1,172 @@
+"""The files below a folder, and text, JSON and videos among them by name.
+
+Place in the flow: folder as downloaded -> `SourceTree` -> the importer of a dataset.
+"""
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from everest_ds.data.index import VIDEO_SUFFIXES
+from everest_ds.errors import UserError
+
+
+class SourceTree:
+    """All files below a folder, at any depth, in the order of their paths.
+
+    Hidden files and folders are passed over. Links to folders are followed, a folder that is met again is not.
+
+    Attributes:
+        root: The folder, absolute.
+        files: Its files.
+        num_ambiguous: How often `find_video` had several files to choose from.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """Read the names of all files.
+
+        Raises:
+            UserError: The folder is none, or one below it cannot be read.
+        """
+        if not root.is_dir():
+            raise UserError(f"{root} is no folder; expected the folder of the dataset")
+        self.root = root.resolve() if ".." in root.parts else root.absolute()
+        self.files = sorted(_walk(self.root))
+        self.num_ambiguous = 0
+
+    @cached_property
+    def videos(self) -> list[Path]:
+        """The files with a video's suffix."""
+        return [path for path in self.files if path.suffix.lower() in VIDEO_SUFFIXES]
+
+    def folders_of(self, path: Path) -> tuple[str, ...]:
+        """Return the names of the folders between the root and a file."""
+        return path.relative_to(self.root).parts[:-1]
+
+    def find_video(self, stem: str, *folders: str, others: Collection[str] = ()) -> Path | None:
+        """Return the video of a name without its suffix, so that re-encoded copies are found too; None without one.
+
+        Of several, one below the folders named wins, by the number of them in its path, then the first by path. The
+        others stay behind, to be reported as not named by the annotations.
+
+        Args:
+            stem: File name without suffix.
+            folders: Names, in any case, of folders that it should lie below.
+            others: Names of folders, unless they are among ``folders``, that it must not lie below: other
+                classes may have a video of the same name.
+        """
+        wanted = {name.casefold() for name in folders}
+        barred = {name.casefold() for name in others} - wanted
+        above = {path: {name.casefold() for name in self.folders_of(path)} for path in self._by_stem.get(stem, ())}
+        found = [path for path, names in above.items() if not names & barred]
+        if not found:
+            return None
+        scores = [len(wanted & above[path]) for path in found]
+        self.num_ambiguous += scores.count(max(scores)) > 1
+        return found[scores.index(max(scores))]
+
+    def find_files(self, pattern: str) -> list[Path]:
+        """Return the files whose whole names match a pattern."""
+        return [path for path in self.files if re.fullmatch(pattern, path.name)]
+
+    @cached_property
+    def _by_stem(self) -> dict[str, list[Path]]:
+        by_stem = defaultdict(list)
+        for path in self.videos:
+            by_stem[path.stem].append(path)
+        return dict(by_stem)
+
+
+def annotations_of(source: SourceTree, elsewhere: Path | None) -> SourceTree:
+    """Return where the annotations are looked for: the dataset's folder, or the one that the user names."""
+    return source if elsewhere is None else SourceTree(elsewhere)
+
+
+def one_file(tree: SourceTree, pattern: str, what: str) -> Path:
+    """Return the one file whose name matches a pattern.
+
+    Raises:
+        UserError: There is none, or more than one.
+    """
+    found = tree.find_files(pattern)
+    if not found:
+        raise UserError(f"{tree.root} holds no {what}; download it, or name its folder by --annotations")
+    if len(found) > 1:
+        raise UserError(
+            f"{tree.root} holds {len(found)} files that may be {what}: {found[0]} and {found[1]}; name the folder "
+            "of the right one by --annotations"
+        )
+    return found[0]
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """Return the lines of a text file that are not blank, stripped, with their numbers from 1.
+
+    Raises:
+        UserError: The file cannot be read, or is no UTF-8 text.
+    """
+    lines = enumerate(read_text(path).splitlines(), start=1)
+    return [(number, line.strip()) for number, line in lines if line.strip()]
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        UserError: The file cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is no JSON: {error.msg} in line {error.lineno}; download it again, it may be cut short"
+        ) from error
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file, without a byte order mark.
+
+    Raises:
+        UserError: The file cannot be read, or is no UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason}; download it again") from error
+
+
+def require_keys(entry: Any, path: Path, number: int, *keys: str) -> None:
+    """Check that an entry of a JSON list has some keys.
+
+    Raises:
+        UserError: It is no object, or a key is not there.
+    """
+    if not isinstance(entry, dict):
+        raise UserError(f"{path}, entry {number}: expected an object with {', '.join(keys)}, got {entry!r:.80}")
+    for key in keys:
+        if key not in entry:
+            raise UserError(
+                f"{path}, entry {number} has no {key!r}; expected {', '.join(keys)}, got {', '.join(entry)}"
+            )
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    visited = set()
+    for parent, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent) / name for name in names if not name.startswith("."))

@@ -1,0 +1,71 @@
+"""UCF101: videos by class, and the official ucfTrainTestlist.
+
+Files: classInd.txt (``1 ApplyEyeMakeup``), trainlist01.txt (``ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1``),
+testlist01.txt (the same without the number); 02 and 03 for the other splits. Labels are those of classInd.txt,
+from 0.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from everest_ds.data.importers.gathering import Gathering, Import
+from everest_ds.data.importers.tree import SourceTree, annotations_of, one_file, read_lines
+from everest_ds.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ucf101Options:
+    """Options of `everest index ucf101`."""
+
+    split: Literal[1, 2, 3] = 1
+    """Which official split."""
+    annotations: Path | None = None
+    """Folder of classInd.txt, trainlist0N.txt and testlist0N.txt, where that is not below SRC."""
+
+
+def gather(source: SourceTree, options: Ucf101Options) -> Import:
+    """Return the training and test videos of a split.
+
+    Raises:
+        UserError: A file of the annotations is missing or at fault, or there is no video.
+    """
+    annotations = annotations_of(source, options.annotations)
+    class_names = _read_classes(one_file(annotations, r"classInd\.txt", "classInd.txt"))
+    labels = {name: label for label, name in enumerate(class_names)}
+    gathering = Gathering(source)
+    for split in ("train", "test"):
+        file_name = f"{split}list{options.split:02d}.txt"
+        path = one_file(annotations, file_name.replace(".", r"\."), file_name)
+        for number, line in read_lines(path):
+            name, given = _parse_line(line)
+            if PurePosixPath(name).parent.name not in labels:
+                raise UserError(
+                    f"{path}, line {number}: {name!r} is of no class of classInd.txt; expected CLASS/VIDEO.avi"
+                )
+            video = PurePosixPath(name)
+            label = labels[video.parent.name]
+            if given is not None and given != label + 1:
+                raise UserError(
+                    f"{path}, line {number}: {name} is of class {given}, but {video.parent.name} is number "
+                    f"{label + 1} of classInd.txt; the files do not belong together"
+                )
+            found = source.find_video(video.stem, video.parent.name, others=class_names)
+            gathering.add(split, name, found, label)
+    return gathering.finish(class_names)
+
+
+def _read_classes(path: Path) -> tuple[str, ...]:
+    names: list[str] = []
+    for number, line in read_lines(path):
+        words = line.split()
+        if len(words) != 2 or words[0] != str(len(names) + 1) or words[1] in names:
+            raise UserError(f"{path}, line {number}: {line!r}; expected `{len(names) + 1} NAME`, each name once")
+        names.append(words[1])
+    return tuple(names)
+
+
+def _parse_line(line: str) -> tuple[str, int | None]:
+    """Return the name of a line, and the number of its class where it has one."""
+    name, _, last = line.rpartition(" ")
+    return (name.strip(), int(last)) if name and last.isdecimal() else (line, None)
