@@ -30,11 +30,15 @@ class VideoRow:
         path: Absolute, or relative to where the program runs.
         label: Class.
         line: Line of the list, from 1; None where there is no list.
+        start_s: Where the row's part of the video starts, in seconds from its first frame; None for its beginning.
+        end_s: Where that part ends, in seconds; None for the video's end.
     """
 
     path: Path
     label: int
     line: int | None = field(default=None, compare=False)
+    start_s: float | None = None
+    end_s: float | None = None
 
 
 def read_list(path: Path) -> list[VideoRow]:
