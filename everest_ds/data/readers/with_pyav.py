@@ -196,6 +196,6 @@ def _pixels(frame: Any) -> NDArray[np.uint8]:
 def _reason(error: Exception) -> str:
     """Return FFmpeg's own words, without its number and without the path."""
     if isinstance(error, av.FFmpegError) and error.strerror:
-        step = " in decoding" if error.filename == "avcodec_send_packet()" else ""
+        step = " (in decoding)" if error.filename == "avcodec_send_packet()" else ""
         return f"{error.strerror}{step}"
     return first_line(error)
