@@ -171,6 +171,23 @@ def test_doctor_exits_with_1_when_something_required_is_missing(
     assert "missing: no-such-package" in shown
 
 
+def test_doctor_lists_readers_and_misses_one_only_where_none_serves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faults = {"decord": "not installed; install it", "torchcodec": "does not import: no FFmpeg"}
+    monkeypatch.setattr("everest_ds.data.readers.choice.obstacle", faults.get)
+    assert cli.main(["doctor"]) == 0
+    lines = {line[9:].split("  ")[0]: line for line in capsys.readouterr().out.splitlines() if "reader" in line}
+    assert lines["reader decord"].startswith("-- ")
+    assert lines["reader decord"].endswith(faults["decord"])
+    assert lines["reader pyav"].startswith("ok ")
+    assert "auto" in lines["reader pyav"]
+    assert lines["reader torchcodec"].endswith("no FFmpeg")
+    faults["pyav"] = "not installed; pip install av"
+    assert cli.main(["doctor"]) == 1
+    assert "missing: reader of videos" in capsys.readouterr().out
+
+
 def test_demo_data_command_writes_the_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["demo-data", str(tmp_path / "demo"), "--train", "9", "--val", "0", "--test", "0", "--num-frames", "4"]
     assert cli.main(words) == 0

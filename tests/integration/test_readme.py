@@ -91,7 +91,9 @@ def test_files_and_links_exist() -> None:
         assert (REPOSITORY / target).exists(), target
     for name in re.findall(r"^  ([\w/]+)/ ", README, flags=re.MULTILINE):
         assert (REPOSITORY / "everest_ds" / name).is_dir(), name
-    folders = "cli|config|recipes|data|model|model/weights|train|train/evaluation|commands|commands/study"
+    folders = (
+        "cli|config|recipes|data|data/readers|model|model/weights|train|train/evaluation|commands|commands/study"
+    )
     lines = re.findall(rf"^  (?:{folders})/ +(.*)$", README, re.MULTILINE)
     listed = {name for line in lines for name in line.split()}
     found = {path.stem for path in (REPOSITORY / "everest_ds").glob("*/**/*.py")} - {"__init__"}

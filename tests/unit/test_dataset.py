@@ -237,7 +237,7 @@ def test_video_that_cannot_be_decoded_is_replaced_where_frames_are_kept_too(
 def test_default_reader_gives_the_clip_of_decords_own_frames(demo_folder: Path) -> None:
     """The frames that the dataset names, as decord itself reads them, make the same clip."""
     decord = pytest.importorskip("decord")
-    config = replace(CONFIG, image_size=48, crop_scales=(1.0,), flip=False)
+    config = replace(CONFIG, image_size=64, crop_scales=(1.0,), flip=False)
     dataset = make_dataset(demo_folder, config=config)
     for index in (0, 5, 77):
         clip = dataset[SampleKey(1, index)]

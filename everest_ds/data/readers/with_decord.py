@@ -2,7 +2,9 @@
 
 decord applies a file's rotation itself. Its length counts the frames before an edit list's start as well and fills
 the end with copies of the last frame; those are left out here. It hands no frames out that are 1, 16, 24, 48 or 72
-pixels wide, and knows no AV1: both are errors that name the reader that can.
+pixels wide (tried: 1 and the even widths from 16 to 400), and knows no AV1: both are errors that name the reader
+that can. In HEVC, transport streams and AVI with B-frames its seeks may miss by some frames
+(tests/unit/test_readers.py).
 """
 
 from collections.abc import Sequence
