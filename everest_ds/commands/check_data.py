@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from everest_ds.config.sections import ReaderName
 from everest_ds.data.findings import Record, key_of
 from everest_ds.data.guarded import Outcome, run_guarded
 from everest_ds.data.index import VideoRow, read_list, write_list
 from everest_ds.data.probe import DEFAULT_BAD, FaultName, Finding, Kind, ProbeSettings, probe_video
+from everest_ds.data.readers.choice import choose_reader
 from everest_ds.errors import UserError
 from everest_ds.train.metrics import format_duration
 
@@ -47,6 +49,8 @@ class CheckOptions:
     """Frames that are decoded of each video, spread over it; the last eight are, besides."""
     min_frames: int = 1
     """Frames that a clip needs: num_frames times sampling_stride of a recipe."""
+    reader: ReaderName = "auto"
+    """Library that reads the videos; the one that the run will have."""
     bad: tuple[FaultName, ...] = DEFAULT_BAD
     """What goes into quarantine; the other kinds are named in the report alone."""
     max_bad_share: float = 0.01
@@ -69,16 +73,17 @@ class CheckOptions:
     @property
     def settings(self) -> ProbeSettings:
         """How closely each video is looked at."""
-        return ProbeSettings(samples=self.samples, min_frames=self.min_frames)
+        return ProbeSettings(samples=self.samples, min_frames=self.min_frames, reader=self.reader)
 
 
 def check_data(source: Path, options: CheckOptions) -> int:
     """Check a list, or what is left of it; return the exit code: 1 where more is bad than may be.
 
     Raises:
-        UserError: The list cannot be read, or the folder holds the check of other settings.
+        UserError: The list cannot be read, the reader cannot serve here, or the folder holds the check of other settings.
     """
     rows = read_list(source)
+    choose_reader(options.reader)
     out = options.out or source.with_name(f"{source.stem}-check")
     out.mkdir(parents=True, exist_ok=True)
     record = Record(out / FINDINGS, options.settings)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 from everest_ds import distributed
+from everest_ds.errors import UserError
 
 OK, OPTIONAL, MISSING = "ok", "--", "MISSING"
-REQUIRED = ("torch", "torchvision", "timm", "deepspeed", "decord", "av", "einops", "tensorboard", "tyro")
+REQUIRED = ("torch", "torchvision", "timm", "deepspeed", "av", "einops", "tensorboard", "tyro")
 Row = tuple[str, str, str]
 
 
@@ -18,7 +19,7 @@ def doctor() -> int:
     distributed.select_accelerator()
     rows: list[Row] = [(OK, "python", platform.python_version())]
     rows += [_package(name) for name in REQUIRED]
-    for check in (_devices, _attention, _decoder, _launcher):
+    for check in (_devices, _attention, _readers, _launcher):
         rows += _guarded(check)
     for state, what, finding in rows:
         print(f"{state:<8} {what:<22} {finding}")
@@ -76,24 +77,39 @@ def _attention() -> list[Row]:
     return rows
 
 
-def _decoder() -> list[Row]:
-    """Encode a clip, decode it again, and look at the frames."""
+def _readers() -> list[Row]:
+    """Encode a clip, decode it again with each reader, and look at the frames."""
     import tempfile
     from pathlib import Path
 
     from everest_ds.data.demo import DemoConfig, encode_h264, render_video
+    from everest_ds.data.readers.choice import READERS, choose_reader, obstacle
     from everest_ds.data.video import Video, VideoReadError
 
+    try:
+        chosen = choose_reader("auto")
+    except UserError as error:
+        return [(MISSING, "reader of videos", str(error))]
+    rows: list[Row] = []
     frames = render_video(DemoConfig(num_frames=4), "train", 0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "probe.mp4"
         encode_h264(path, frames)
-        try:
-            decoded = Video(path).read([0, 3])
-        except VideoReadError as error:
-            return [(MISSING, "decoding H.264", error.reason)]
-    error_mean = abs(decoded.astype(int) - frames[[0, 3]].astype(int)).mean()
-    return [(OK, "decoding H.264", f"mean error {error_mean:.1f} of 255 after encoding")]
+        for name in READERS:
+            fault = obstacle(name)
+            if fault:
+                rows.append((OPTIONAL, f"reader {name}", fault))
+                continue
+            try:
+                decoded = Video(path, reader=name).read([0, 3])
+            except VideoReadError as error:
+                state = MISSING if name == chosen else OPTIONAL
+                rows.append((state, f"reader {name}", f"decoding H.264: {error.reason}"))
+                continue
+            error_mean = abs(decoded.astype(int) - frames[[0, 3]].astype(int)).mean()
+            role = "auto" if name == chosen else "serves"
+            rows.append((OK, f"reader {name}", f"{role}; decoding H.264: mean error {error_mean:.1f} of 255"))
+    return rows
 
 
 def _launcher() -> list[Row]:

@@ -16,16 +16,19 @@ def open_run(
     trainer: "Trainer", lists: Lists, ds_config: dict[str, Any], start: "Start", backend: str, *, ready_s: float
 ) -> None:
     """Write the run's files, open its record, and say what is about to run. Rank zero only."""
+    from everest_ds.data.readers.choice import choose_reader
     from everest_ds.train.memory import describe_estimate, estimate_memory
     from everest_ds.train.metrics import MetricsLog, drop_later_bad_samples
 
     config, world, schedule, state = trainer.config, trainer.world, trainer.schedule, trainer.start
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.task.parameters())
+    reader = choose_reader(config.data.reader)
     accumulation = config.batch.accumulation_steps(world.size)
     print(
         f"{config.recipe}: ViT-{config.model.size}, {parameters / 1e6:.1f} M parameters, "
         f"{config.tokens}\n"
         f"{world.size} x {trainer.device.type}, ZeRO-{state.zero_stage}, {state.dtype}, attention {backend}, "
+        f"videos by {reader}, "
         f"batch {config.batch.global_size} = {config.batch.micro_size} x {world.size} x {accumulation}, "
         f"{schedule.end_step} steps of {schedule.steps_per_epoch} an epoch",
         flush=True,
@@ -52,6 +55,7 @@ def open_run(
         zero_stage=state.zero_stage,
         dtype=state.dtype,
         attention=backend,
+        reader=reader,
         parameters=parameters,
         ready_s=round(ready_s, 2),
         init_from=None if start.init_from is None else str(start.init_from),

@@ -7,6 +7,7 @@ from everest_ds.errors import UserError
 
 AttentionName = Literal["auto", "varlen", "flash", "sdpa"]
 TaskName = Literal["pretrain", "finetune"]
+ReaderName = Literal["auto", "decord", "pyav", "torchcodec"]
 SizeName = Literal["nano", "tiny", "small", "base", "large", "huge"]
 
 
@@ -24,6 +25,8 @@ class DataConfig:
     """Height and width of a clip in pixels."""
     flip: bool = True
     """Mirror half of the clips left to right."""
+    reader: ReaderName = "auto"
+    """Library that reads videos; auto takes decord where it serves, else PyAV (`everest doctor` lists them)."""
     num_workers: int = 8
     """Loader processes of each training process; 0 decodes in the training process itself."""
     prefetch_batches: int = 2

@@ -19,6 +19,7 @@ from everest_ds.config.sections import DataConfig
 from everest_ds.data.augment import PairMixer
 from everest_ds.data.cuts import Cut
 from everest_ds.data.index import VideoRow
+from everest_ds.data.readers.choice import choose_reader
 from everest_ds.data.sampling import SampleKey, Stream, keyed_generator
 from everest_ds.data.video import DecodedVideo, Video, VideoReadError
 from everest_ds.errors import UserError
@@ -143,6 +144,9 @@ class ClipDataset(Dataset[Clip]):
         seed: Seed of every draw.
         noise_length: Noise values that come with each clip.
         mixer: Mixes the clips of a micro-batch in pairs.
+
+    Raises:
+        UserError: The reader of ``cut.config`` cannot serve on this machine.
     """
 
     def __init__(
@@ -154,6 +158,7 @@ class ClipDataset(Dataset[Clip]):
         noise_length: int,
         mixer: PairMixer | None = None,
     ) -> None:
+        choose_reader(cut.config.reader)
         self.rows = rows
         self.cut = cut
         self.seed = seed
@@ -205,9 +210,9 @@ class ClipDataset(Dataset[Clip]):
     def _open(self, index: int) -> Video:
         """Open the video of a row, or take it from memory where decoded frames are kept."""
         if not self.config.keep_decoded:
-            return Video(self.rows[index].path)
+            return Video.of_row(self.rows[index], self.config.reader)
         if index not in self._decoded:
-            self._decoded[index] = DecodedVideo(self.rows[index].path)
+            self._decoded[index] = DecodedVideo.of_row(self.rows[index], self.config.reader)
         return self._decoded[index]
 
     def _draws(self, key: SampleKey, stream: Stream) -> np.random.Generator:

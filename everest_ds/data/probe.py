@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from everest_ds.config.sections import ReaderName
 from everest_ds.data.index import VideoRow
 from everest_ds.data.video import Video, VideoReadError
 
@@ -52,10 +53,12 @@ class ProbeSettings:
     Attributes:
         samples: Frames that are decoded, spread over the video, its first and last among them.
         min_frames: Frames that a clip needs; a video with fewer is too short.
+        reader: What reads it, as in training.
     """
 
     samples: int = 8
     min_frames: int = 1
+    reader: ReaderName = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +106,7 @@ def probe_video(row: VideoRow, settings: ProbeSettings) -> Finding:
     try:
         if not row.path.exists():
             return Finding(kind=Kind.MISSING, detail="no such file")
-        video = Video(row.path)
+        video = Video.of_row(row, settings.reader)
         wanted = np.linspace(0, video.num_frames - 1, settings.samples).round().astype(int).tolist()
         tail = list(range(max(0, video.num_frames - _TAIL), video.num_frames))
         frames_THWC = video.read(sorted({*wanted, *tail}))

@@ -1,60 +1,75 @@
-"""Reading frames of a video by index, with decord.
+"""Reading frames of a video, or of a window of it, by index.
 
-Place in the flow: path -> frames_THWC uint8. Every failure, of whatever class decord chooses, is a
-`VideoReadError` with the path and the reason.
+Place in the flow: path -> frames_THWC uint8. Which library decodes is `everest_ds.data.readers`' concern; every
+failure, of whatever class it chooses, is a `VideoReadError` with the path and the reason.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Seconds before zero beyond which a timestamp is a container's "unknown", not a place in time. AVI files with
-# packed B-frames carry about -3e17.
-_UNKNOWN_TIME_S = -1e9
-_TIME_TOLERANCE_S = 1e-6
+from everest_ds.config.sections import ReaderName
+from everest_ds.data.index import VideoRow
+from everest_ds.data.readers.base import VideoReadError
+from everest_ds.data.readers.choice import open_reader
 
+__all__ = ["DecodedVideo", "Video", "VideoReadError"]
 
-class VideoReadError(Exception):
-    """A video that cannot be read."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = path
-        self.reason = reason
+# Half a millisecond and a bit: Matroska rounds times to milliseconds, and lists are written from rounded times.
+_WINDOW_TOLERANCE_S = 6e-4
 
 
 class Video:
     """An open video. Opened in the loader process, used for one clip, then dropped.
 
+    Args:
+        path: Where it is.
+        reader: What reads it.
+        start_s: Only frames that start at this time or later, in seconds from the first frame; None for all.
+        end_s: Only frames that start before this time, in seconds from the first frame; None for all.
+
     Attributes:
         path: Where it is.
-        num_frames: Frames that can be shown. decord's own length counts the frames before an edit list's start as
-            well and fills the end with copies of the last frame; those are left out here.
+        num_frames: Frames of the window that can be shown; see `everest_ds.data.readers.base.Reader`.
 
     Raises:
-        VideoReadError: The file is missing, is no video, or has no frame to show.
+        VideoReadError: The file is missing, is no video, or has no frame to show, in its window or at all.
+        UserError: The reader cannot serve on this machine.
     """
 
-    def __init__(self, path: Path) -> None:
-        import decord
-
-        decord.logging.set_level(decord.logging.FATAL)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        reader: ReaderName = "auto",
+        start_s: float | None = None,
+        end_s: float | None = None,
+    ) -> None:
         self.path = path
-        try:
-            if path.stat().st_size == 0:
-                raise VideoReadError(path, "the file is empty")
-            self._reader = decord.VideoReader(str(path), num_threads=1)
-            length = len(self._reader)
-            start_s = self._reader.get_frame_timestamp(list(range(length)))[:, 0] if length else np.zeros(0)
-        except FileNotFoundError as error:
-            raise VideoReadError(path, "no such file") from error
-        except (OSError, RuntimeError, decord.DECORDError) as error:
-            raise VideoReadError(path, _first_line(error)) from error
-        self.num_frames = count_presentable(start_s)
-        if self.num_frames == 0:
-            raise VideoReadError(path, f"none of its {length} frames can be shown")
+        self._reader = open_reader(path, reader)
+        self._first, self.num_frames = 0, self._reader.num_frames
+        if start_s is None and end_s is None:
+            return
+        times_s = self._reader.times_s()
+        window_s = (0.0 if start_s is None else start_s, float("inf") if end_s is None else end_s)
+        self._first, stop = (
+            int(place) for place in np.searchsorted(times_s, np.array(window_s) - _WINDOW_TOLERANCE_S)
+        )
+        self.num_frames = stop - self._first
+        if self.num_frames < 1:
+            raise VideoReadError(
+                path,
+                f"no frame starts in its window [{window_s[0]:g}, {window_s[1]:g}) s; the last of its "
+                f"{len(times_s)} frames starts at {times_s[-1]:.3f} s",
+            )
+
+    @classmethod
+    def of_row(cls, row: VideoRow, reader: ReaderName) -> Self:
+        """Open the video of a list's row, or the window of it that the row names."""
+        return cls(row.path, reader=reader, start_s=row.start_s, end_s=row.end_s)
 
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Return the frames at the given indices, in that order; repeats are allowed.
@@ -66,14 +81,8 @@ class Video:
             VideoReadError: A frame cannot be decoded.
             IndexError: An index is not below `num_frames`.
         """
-        import decord
-
         self._require_frames(indices)
-        try:
-            frames: NDArray[np.uint8] = self._reader.get_batch(list(indices)).asnumpy()
-        except (RuntimeError, decord.DECORDError) as error:
-            raise VideoReadError(self.path, _first_line(error)) from error
-        return frames
+        return self._reader.read([self._first + index for index in indices])
 
     def _require_frames(self, indices: Sequence[int]) -> None:
         if min(indices) < 0 or max(indices) >= self.num_frames:
@@ -81,14 +90,21 @@ class Video:
 
 
 class DecodedVideo(Video):
-    """A video whose frames are all in memory, as bytes; its reader is gone.
+    """A video whose frames, those of its window, are all in memory, as bytes; its reader is gone.
 
     Raises:
         VideoReadError: As `Video`, and where any frame cannot be decoded.
     """
 
-    def __init__(self, path: Path) -> None:
-        video = Video(path)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        reader: ReaderName = "auto",
+        start_s: float | None = None,
+        end_s: float | None = None,
+    ) -> None:
+        video = Video(path, reader=reader, start_s=start_s, end_s=end_s)
         self.path = path
         self.num_frames = video.num_frames
         self._frames_THWC = video.read(range(video.num_frames))
@@ -97,17 +113,3 @@ class DecodedVideo(Video):
         """Return the frames at the given indices; see `Video.read`."""
         self._require_frames(indices)
         return self._frames_THWC[list(indices)]
-
-
-def count_presentable(start_s: NDArray[np.floating]) -> int:
-    """Count the frames that can be shown, from the times in seconds at which they start.
-
-    Frames that start before zero precede an edit list; frames of unknown time count as shown.
-    """
-    hidden = (start_s < -_TIME_TOLERANCE_S) & (start_s > _UNKNOWN_TIME_S)
-    return int(len(start_s) - hidden.sum())
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

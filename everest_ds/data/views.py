@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from everest_ds.config import FinetuneDataConfig, ViewsConfig
 from everest_ds.data.index import VideoRow
+from everest_ds.data.readers.choice import choose_reader
 from everest_ds.data.video import Video, VideoReadError
 
 # Frames that are held at their own size at once; the whole of a long high-definition video would take gibibytes.
@@ -155,9 +156,13 @@ class ViewDataset(Dataset[RowViews]):
         rows: The list of videos.
         data: How long clips are, their frames and their size.
         views: How many there are.
+
+    Raises:
+        UserError: The reader of ``data`` cannot serve on this machine.
     """
 
     def __init__(self, rows: Sequence[VideoRow], data: FinetuneDataConfig, views: ViewsConfig) -> None:
+        choose_reader(data.reader)
         self.rows = rows
         self.data = data
         self.views = views
@@ -170,7 +175,7 @@ class ViewDataset(Dataset[RowViews]):
         """Read a row; an unreadable one is reported, never raised, which would bring a traceback as its message."""
         row = self.rows[index]
         try:
-            clips_VCTHW = read_views(Video(row.path), self.data, self.views)
+            clips_VCTHW = read_views(Video.of_row(row, self.data.reader), self.data, self.views)
         except VideoReadError as error:
             return RowViews(index=index, label=row.label, clips_VCTHW=None, bad=error.reason)
         return RowViews(index=index, label=row.label, clips_VCTHW=clips_VCTHW)

@@ -27,7 +27,7 @@ COMMANDS = [
 PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "json"]
 LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "init_allow", "precision"]
 PRETRAIN_FIELDS = {
-    "data": "train_list num_frames sampling_stride image_size flip num_workers prefetch_batches timeout_s "
+    "data": "train_list num_frames sampling_stride image_size flip reader num_workers prefetch_batches timeout_s "
     "keep_decoded quarantine max_bad_share crop_scales",
     "model": "size patch_size tubelet_size embedding_layers attention activation_checkpointing position_frames "
     "position_size decoder_depth",
@@ -39,7 +39,7 @@ PRETRAIN_FIELDS = {
     "keep_every_epochs max_skipped_steps",
 }
 FINETUNE_FIELDS = {
-    "data": "train_list num_frames sampling_stride image_size flip num_workers prefetch_batches timeout_s "
+    "data": "train_list num_frames sampling_stride image_size flip reader num_workers prefetch_batches timeout_s "
     "keep_decoded quarantine max_bad_share val_list test_list class_names num_classes sampling repeats "
     "crop_area crop_aspect rand_augment erase_prob mixup_alpha cutmix_alpha",
     "model": "size patch_size tubelet_size embedding_layers attention activation_checkpointing position_frames "
@@ -169,6 +169,23 @@ def test_doctor_exits_with_1_when_something_required_is_missing(
     shown = capsys.readouterr().out
     assert "MISSING  no-such-package" in shown
     assert "missing: no-such-package" in shown
+
+
+def test_doctor_lists_readers_and_misses_one_only_where_none_serves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faults = {"decord": "not installed; install it", "torchcodec": "does not import: no FFmpeg"}
+    monkeypatch.setattr("everest_ds.data.readers.choice.obstacle", faults.get)
+    assert cli.main(["doctor"]) == 0
+    lines = {line[9:].split("  ")[0]: line for line in capsys.readouterr().out.splitlines() if "reader" in line}
+    assert lines["reader decord"].startswith("-- ")
+    assert lines["reader decord"].endswith(faults["decord"])
+    assert lines["reader pyav"].startswith("ok ")
+    assert "auto" in lines["reader pyav"]
+    assert lines["reader torchcodec"].endswith("no FFmpeg")
+    faults["pyav"] = "not installed; pip install av"
+    assert cli.main(["doctor"]) == 1
+    assert "missing: reader of videos" in capsys.readouterr().out
 
 
 def test_demo_data_command_writes_the_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,7 +95,8 @@ def test_files_and_links_exist() -> None:
     for name in re.findall(r"^  ([\w/]+)/ ", README, flags=re.MULTILINE):
         assert (REPOSITORY / "everest_ds" / name).is_dir(), name
     folders = (
-        "cli|config|recipes|data|data/importers|model|model/weights|train|train/evaluation|commands|commands/study"
+        "cli|config|recipes|data|data/importers|data/readers|model|model/weights|train|train/evaluation|"
+        "commands|commands/study"
     )
     lines = re.findall(rf"^  (?:{folders})/ +(.*)$", README, re.MULTILINE)
     listed = {name for line in lines for name in line.split()}

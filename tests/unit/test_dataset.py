@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,9 +199,9 @@ def test_kept_frames_give_the_same_batches_and_each_video_is_opened_once(
     opened: list[Path] = []
     original = DecodedVideo.__init__
 
-    def count(self: DecodedVideo, path: Path) -> None:
+    def count(self: DecodedVideo, path: Path, **options: Any) -> None:
         opened.append(path)
-        original(self, path)
+        original(self, path, **options)
 
     monkeypatch.setattr(DecodedVideo, "__init__", count)
     loaders = []
@@ -231,3 +232,15 @@ def test_video_that_cannot_be_decoded_is_replaced_where_frames_are_kept_too(
         clip = dataset[SampleKey(epoch, 0, 0)]
         assert Path(clip.bad[0].path).name == "torn.mp4"
         assert clip.clip_CTHW is not None
+
+
+def test_default_reader_gives_the_clip_of_decords_own_frames(demo_folder: Path) -> None:
+    """The frames that the dataset names, as decord itself reads them, make the same clip."""
+    decord = pytest.importorskip("decord")
+    config = replace(CONFIG, image_size=64, crop_scales=(1.0,), flip=False)
+    dataset = make_dataset(demo_folder, config=config)
+    for index in (0, 5, 77):
+        clip = dataset[SampleKey(1, index)]
+        assert clip.frames_T is not None
+        frames = decord.VideoReader(str(dataset.rows[index].path), num_threads=1).get_batch(clip.frames_T.tolist())
+        assert torch.equal(clip.clip_CTHW, torch.from_numpy(frames.asnumpy()).permute(3, 0, 1, 2))

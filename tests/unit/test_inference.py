@@ -104,17 +104,18 @@ def test_options_override_the_configuration(tmp_path: Path) -> None:
     run = locate(make_run(tmp_path / "run"))
     plain = clip_settings(run, None, OPTIONS)
     assert (plain.data, plain.views, plain.selection.keep_ratio) == (demo_ft().data, demo_ft().views, 0.3)
-    given = clip_settings(run, None, InferenceOptions(num_temporal=7, keep_ratio=1.0, num_workers=0))
+    given = clip_settings(run, None, InferenceOptions(num_temporal=7, keep_ratio=1.0, num_workers=0, reader="pyav"))
     assert (given.views.num_temporal, given.views.num_spatial, given.num_views) == (7, 1, 7)
-    assert (given.selection.keep_ratio, given.data) == (1.0, replace(demo_ft().data, num_workers=0))
+    assert (given.selection.keep_ratio, given.data) == (1.0, replace(demo_ft().data, num_workers=0, reader="pyav"))
 
 
 def test_pretraining_says_how_long_and_large_clips_are(tmp_path: Path) -> None:
     (tmp_path / "w.pth").touch()
     config = get_recipe("demo")
+    config = replace(config, data=replace(config.data, reader="pyav"))
     settings = clip_settings(locate(tmp_path / "w.pth"), config, OPTIONS)
     assert isinstance(settings.data, FinetuneDataConfig)
-    for name in ("num_frames", "sampling_stride", "image_size", "num_workers"):
+    for name in ("num_frames", "sampling_stride", "image_size", "num_workers", "reader"):
         assert getattr(settings.data, name) == getattr(config.data, name)
     assert (settings.num_views, settings.selection.keep_ratio) == (1, 0.6)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from everest_ds.config import Config, FinetuneConfig, FinetuneDataConfig, FinetuneSelectionConfig, ViewsConfig
+from everest_ds.config.sections import ReaderName
 from everest_ds.config_file import load_config
 from everest_ds.errors import UserError
 from everest_ds.train.checkpoint import AVERAGE, list_checkpoints, read_state
@@ -39,6 +40,8 @@ class InferenceOptions:
     """Videos of one forward pass, with all their views. Results depend on it in their last bits."""
     num_workers: int | None = None
     """Loader processes of each process, instead of data.num_workers; 0 decodes in the process itself."""
+    reader: ReaderName | None = None
+    """Library that reads videos, instead of data.reader."""
     allow_unreadable: bool = False
     """Leave videos out that cannot be read, and list them, instead of stopping."""
 
@@ -141,7 +144,15 @@ def clip_settings(origin: Origin, recipe: Config | None, options: InferenceOptio
     if isinstance(config, FinetuneConfig):
         data, views, selection = config.data, config.views, config.selection
     else:
-        names = ("num_frames", "sampling_stride", "image_size", "num_workers", "prefetch_batches", "timeout_s")
+        names = (
+            "num_frames",
+            "sampling_stride",
+            "image_size",
+            "reader",
+            "num_workers",
+            "prefetch_batches",
+            "timeout_s",
+        )
         data = FinetuneDataConfig(**{name: getattr(config.data, name) for name in names})
         views = ViewsConfig(num_temporal=1, num_spatial=1)
         selection = FinetuneSelectionConfig()
@@ -150,6 +161,8 @@ def clip_settings(origin: Origin, recipe: Config | None, options: InferenceOptio
         selection = replace(selection, keep_ratio=options.keep_ratio)
     if options.num_workers is not None:
         data = replace(data, num_workers=options.num_workers)
+    if options.reader is not None:
+        data = replace(data, reader=options.reader)
     return ClipSettings(
         data=data,
         views=replace(views, **{name: value for name, value in given.items() if value is not None}),

@@ -1,0 +1,91 @@
+"""What a reader of videos is, and what all of them have in common.
+
+Place in the flow: `everest_ds.data.video` opens a reader and asks it for frames. Axes: T frames asked for, H W
+pixels, C colour.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Where a C++ library says at what time and on which line of its own it stands: "function, /source/file.cpp:41, " of
+# torchcodec, "[12:34:56] /source/file.cc:41: " of decord.
+_SOURCE_LINE = re.compile(r"^(?:(?:\[[\d:]+\] |\w+, )\S+\.(?:cpp|cc|h):\d+[:,] )+")
+
+
+class VideoReadError(Exception):
+    """A video that cannot be read.
+
+    Attributes:
+        path: Where it is.
+        reason: Why, in one line.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["VideoReadError"], tuple[Path, str]]:
+        """Let it pass from process to process."""
+        return type(self), (self.path, self.reason)
+
+
+class Reader(Protocol):
+    """An open video, as one library reads it. Opened where it is used, for one clip, and dropped.
+
+    Frames that are not to be shown (before the start of an edit list) do not count. A rotation that the file asks
+    for is applied.
+    """
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that can be shown, at least 1."""
+
+    def times_s(self) -> NDArray[np.float64]:
+        """Return when each of these frames starts, float64 seconds from the first one, ascending.
+
+        Raises:
+            VideoReadError: The times cannot be had.
+        """
+
+    def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """Return the frames at the given indices of 0 to ``num_frames - 1``, in that order; repeats are allowed.
+
+        Returns:
+            frames_THWC, uint8, RGB.
+
+        Raises:
+            VideoReadError: A frame cannot be decoded.
+        """
+
+
+def require_file(path: Path) -> None:
+    """Check what needs no library.
+
+    Raises:
+        VideoReadError: The file is missing or empty (a pipe counts as empty), or the file system refuses it.
+    """
+    try:
+        is_empty = path.stat().st_size == 0
+    except FileNotFoundError as error:
+        raise VideoReadError(path, "no such file") from error
+    except OSError as error:
+        raise VideoReadError(path, first_line(error)) from error
+    if is_empty:
+        raise VideoReadError(path, "the file is empty")
+
+
+def even_times_s(num_frames: int, frames_per_s: float) -> NDArray[np.float64]:
+    """Return the times in seconds of frames that the container gives no true times for: one after another."""
+    return np.arange(num_frames) / frames_per_s
+
+
+def first_line(error: Exception) -> str:
+    """Return what a library's message begins with, in one line; the error's class where there is none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return _SOURCE_LINE.sub("", lines[0]) if lines else type(error).__name__
