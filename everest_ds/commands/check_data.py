@@ -80,7 +80,8 @@ def check_data(source: Path, options: CheckOptions) -> int:
     """Check a list, or what is left of it; return the exit code: 1 where more is bad than may be.
 
     Raises:
-        UserError: The list cannot be read, the reader cannot serve here, or the folder holds the check of other settings.
+        UserError: The list cannot be read, the reader cannot serve here, or the folder holds the check of other
+            settings.
     """
     rows = read_list(source)
     choose_reader(options.reader)

@@ -40,8 +40,8 @@ class VideoRow:
         path: Absolute, or relative to where the program runs.
         label: Class.
         line: Line of the list, from 1; None where there is no list.
-        start_s: Where the row's part of the video starts, in seconds from its first frame; None, as ``end_s``, for all
-            of it.
+        start_s: Where the row's part of the video starts, in seconds from its first frame; None, as ``end_s``,
+            for all of it.
         end_s: Where it ends, in seconds, after the start.
 
     Raises:
