@@ -172,7 +172,7 @@ def test_another_size_is_refused_with_both_names(tmp_path: Path) -> None:
         small = EverestAutoencoder(SIZES["small"], GRID)
     with pytest.raises(UserError, match=r"ViT-tiny, width 128, 4 blocks.* is ViT-small, width 384, 12 blocks"):
         load_weights(small, weights)
-    with pytest.raises(UserError, match=r"width 64, 2 blocks.*this model is width 64, 3 blocks"):
+    with pytest.raises(UserError, match=r"width 64, 2 blocks.*this model is ViT-nano, width 64, 3 blocks"):
         load_weights(autoencoder(depth=3), read(random_state(autoencoder()), tmp_path))
 
 

@@ -77,7 +77,7 @@ class Architecture:
         """Return the model in one line."""
         options = self.options
         parts = [
-            f"{DESCRIPTIONS[self.kind]}, {name_of_width(self.width)}, {self.depth} blocks",
+            f"{DESCRIPTIONS[self.kind]}, {name_of_size(self.width, self.depth)}",
             f"tubelets {options.tubelet_size}x{options.patch_size}x{options.patch_size}",
         ]
         if self.kind == "autoencoder":
@@ -230,10 +230,10 @@ def heads_of_width(width: int) -> int | None:
     return width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else None
 
 
-def name_of_width(width: int) -> str:
-    """Return the width, and the model that has it."""
-    named = [f"ViT-{name}, " for name, size in SIZES.items() if size.width == width]
-    return f"{''.join(named)}width {width}"
+def name_of_size(width: int, depth: int) -> str:
+    """Return width and depth, and the model that has both."""
+    named = [f"ViT-{name}, " for name, size in SIZES.items() if (size.width, size.depth) == (width, depth)]
+    return f"{''.join(named)}width {width}, {depth} blocks"
 
 
 def _kernels(tensors: Mapping[str, Tensor], prefix: str) -> list[tuple[int, ...]]:

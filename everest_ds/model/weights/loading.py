@@ -14,7 +14,7 @@ from everest_ds.geometry import TokenGrid
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import TokenEncoder
-from everest_ds.model.weights.architecture import name_of_width
+from everest_ds.model.weights.architecture import name_of_size
 from everest_ds.model.weights.reading import Weights
 from everest_ds.model.weights.report import (
     WeightsReport,
@@ -117,7 +117,7 @@ def _require_same_size(
     width, depth = encoder.patch_embed.proj.weight.shape[0], len(encoder.blocks)
     if (theirs.width, theirs.depth) != (width, depth):
         raise UserError(
-            f"{weights.source} is {theirs.describe()}; this model is {name_of_width(width)}, {depth} blocks; use "
+            f"{weights.source} is {theirs.describe()}; this model is {name_of_size(width, depth)}; use "
             "weights of that size, or the model of these (--model.size)"
         )
     if _heads_differ(model, weights) and not is_allowed(HEADS, allow):
