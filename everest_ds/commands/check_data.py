@@ -5,7 +5,7 @@ Every video is opened and sampled in a process that can be killed. OUT/ holds
     findings.jsonl     one line a video, as they come: what a second call goes on from
     report.csv         one line a row of the list
     clean.csv          the list without what is bad
-    quarantine.csv     what is bad, as a list: --data.quarantine of a run leaves it out
+    quarantine.csv     what is bad, as a list, empty where nothing is: --data.quarantine of a run leaves it out
     summary.json       how many of each kind
 """
 
@@ -127,7 +127,7 @@ def _conclude(
         if chosen:
             write_list(out / name, chosen)
         else:
-            (out / name).unlink(missing_ok=True)
+            (out / name).write_text("")  # so that a script can name it in any case
     counts = Counter(finding.kind for finding in findings)
     share = sum(is_bad) / len(rows)
     summary = {

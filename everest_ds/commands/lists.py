@@ -64,7 +64,10 @@ def read_lists(config: Config) -> Lists:
 
 
 def _read_quarantine(name: str | None) -> set[VideoKey]:
-    return set() if name is None else {_key(row) for row in read_list(Path(name))}
+    """Read which videos to leave out; the file may be empty, as `everest check-data` leaves it where all is well."""
+    if name is None or (Path(name).is_file() and Path(name).stat().st_size == 0):
+        return set()
+    return {_key(row) for row in read_list(Path(name))}
 
 
 def _read(name: str, left_out: set[VideoKey]) -> list[VideoRow]:

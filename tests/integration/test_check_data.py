@@ -115,6 +115,17 @@ def test_quarantine_is_left_out_of_a_run(mixed_list: Path, tmp_path: Path) -> No
         read_lists(replace(recipe, data=replace(data, quarantine=str(mixed_list))))
 
 
+def test_quarantine_of_a_sound_list_is_empty_and_leaves_nothing_out(demo_folder: Path, tmp_path: Path) -> None:
+    source = demo_folder / "train.csv"
+    assert check_data(source, CheckOptions(processes=1, samples=2, out=tmp_path)) == 0
+    assert (tmp_path / "quarantine.csv").read_text() == ""
+    recipe = get_recipe("demo")
+    data = replace(recipe.data, train_list=str(source), quarantine=str(tmp_path / "quarantine.csv"))
+    assert len(read_lists(replace(recipe, data=data)).train) == len(read_list(source))
+    with pytest.raises(UserError, match=r"cannot read the list of videos .*gone.csv"):
+        read_lists(replace(recipe, data=replace(data, quarantine=str(tmp_path / "gone.csv"))))
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
