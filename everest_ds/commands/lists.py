@@ -64,7 +64,7 @@ def read_lists(config: Config) -> Lists:
 
 
 def _read_quarantine(name: str | None) -> set[VideoKey]:
-    """Read which videos to leave out; the file may be empty, as `everest check-data` leaves it where all is well."""
+    """Read which videos to leave out; the file may be empty, as `everest check-data` leaves it for a sound list."""
     if name is None or (Path(name).is_file() and Path(name).stat().st_size == 0):
         return set()
     return {_key(row) for row in read_list(Path(name))}
