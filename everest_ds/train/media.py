@@ -4,7 +4,7 @@ Place in the flow: batch and the task's last FrameChoice -> a line, at every log
 
     step                 the step that it was chosen in
     path                 the video: the first clip of this process's last micro-batch of the step
-    candidate_frames     its frames that were read, by number in the video, or in its window where the list gives one
+    candidate_frames     its frames that were read, by number in the video, or in the window that the list gives
     counts               chosen tokens of each candidate time step
     probabilities        of each candidate step to be drawn first: counts by their sum; null where nothing changes
     steps                the candidate steps that were drawn, ascending
