@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from everest_ds.config.sections import ReaderName
-from everest_ds.data.findings import Record, key_of
+from everest_ds.data.findings import Record
 from everest_ds.data.guarded import Outcome, run_guarded
 from everest_ds.data.index import VideoRow, read_list, write_list
 from everest_ds.data.probe import DEFAULT_BAD, FaultName, Finding, Kind, ProbeSettings, probe_video
@@ -89,8 +89,8 @@ def check_data(source: Path, options: CheckOptions) -> int:
     out.mkdir(parents=True, exist_ok=True)
     record = Record(out / FINDINGS, options.settings)
     findings = record.read()
-    todo = list({key_of(row): row for row in rows if key_of(row) not in findings}.values())
-    known = sum(key_of(row) in findings for row in rows)
+    todo = list({row.part: row for row in rows if row.part not in findings}.values())
+    known = sum(row.part in findings for row in rows)
     if known:
         print(f"{known} of {len(rows)} rows are known already", flush=True)
     outcomes = run_guarded(
@@ -102,11 +102,11 @@ def check_data(source: Path, options: CheckOptions) -> int:
     with record.appending() as append:
         for outcome in _with_progress(outcomes, len(todo)):
             finding = _finding_of(outcome)
-            findings[key_of(outcome.item)] = finding
+            findings[outcome.item.part] = finding
             append(outcome.item, finding)
             if finding.kind in options.bad:
                 print(f"{finding.kind}: {outcome.item.path}: {finding.detail}", flush=True)
-    return _conclude(source, out, rows, [findings[key_of(row)] for row in rows], options)
+    return _conclude(source, out, rows, [findings[row.part] for row in rows], options)
 
 
 def _finding_of(outcome: Outcome[VideoRow, Finding]) -> Finding:
@@ -136,7 +136,7 @@ def _conclude(
         "bad": sum(is_bad),
         "bad_kinds": list(options.bad),
         "kinds": {str(kind): counts[kind] for kind in Kind if counts[kind]},
-        "duplicate_rows": len(rows) - len({key_of(row) for row in rows}),
+        "duplicate_rows": len(rows) - len({row.part for row in rows}),
     }
     (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     for kind in Kind:

@@ -5,11 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from everest_ds.config import Config, FinetuneConfig
-from everest_ds.data.index import VideoRow, describe_repeats, read_list, require_reachable
+from everest_ds.data.index import VideoPart, VideoRow, describe_repeats, read_list, require_reachable
 from everest_ds.data.labels import Classes, require_known_labels, resolve_classes
 from everest_ds.errors import UserError
-
-VideoKey = tuple[str, float | None, float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,25 +61,25 @@ def read_lists(config: Config) -> Lists:
     )
 
 
-def _read_quarantine(name: str | None) -> set[VideoKey]:
+def _read_quarantine(name: str | None) -> set[VideoPart]:
     """Read which videos to leave out; the file may be empty, as `everest check-data` leaves it for a sound list."""
     if name is None or (Path(name).is_file() and Path(name).stat().st_size == 0):
         return set()
-    return {_key(row) for row in read_list(Path(name))}
+    return {_resolved(row) for row in read_list(Path(name))}
 
 
-def _read(name: str, left_out: set[VideoKey]) -> list[VideoRow]:
+def _read(name: str, left_out: set[VideoPart]) -> list[VideoRow]:
     path = Path(name)
-    rows = [row for row in read_list(path) if _key(row) not in left_out]
+    rows = [row for row in read_list(path) if _resolved(row) not in left_out]
     if not rows:
         raise UserError(f"data.quarantine leaves no video of {path}; check that it is the right list")
     require_reachable(rows, path)
     return rows
 
 
-def _key(row: VideoRow) -> VideoKey:
-    """Return what tells a row's video from others, wherever the lists lie that name it."""
-    return str(row.path.resolve()), row.start_s, row.end_s
+def _resolved(row: VideoRow) -> VideoPart:
+    """Return a row's part of a video, the same wherever the lists lie that name it."""
+    return row.path.resolve(), row.start_s, row.end_s
 
 
 def _describe_repeats(lists: dict[str, list[VideoRow]]) -> list[str]:

@@ -36,7 +36,7 @@ class DataConfig:
     keep_decoded: bool = False
     """Keep the decoded frames of every video in memory, in each loader process: for small datasets."""
     quarantine: str | None = None
-    """List of videos to leave out of every list, as `everest check-data` writes one."""
+    """List of videos to leave out of training and of scoring on the way, as `everest check-data` writes one."""
     max_bad_share: float = 0.01
     """Unreadable draws as a share of the list (or of all draws so far, if more) above which the run stops."""
 

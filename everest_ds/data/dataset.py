@@ -209,10 +209,12 @@ class ClipDataset(Dataset[Clip]):
 
     def _open(self, index: int) -> Video:
         """Open the video of a row, or take it from memory where decoded frames are kept."""
+        if index in self._decoded:
+            return self._decoded[index]
+        video = Video.of_row(self.rows[index], self.config.reader)
         if not self.config.keep_decoded:
-            return Video.of_row(self.rows[index], self.config.reader)
-        if index not in self._decoded:
-            self._decoded[index] = DecodedVideo.of_row(self.rows[index], self.config.reader)
+            return video
+        self._decoded[index] = DecodedVideo(video)
         return self._decoded[index]
 
     def _draws(self, key: SampleKey, stream: Stream) -> np.random.Generator:

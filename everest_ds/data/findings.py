@@ -7,16 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from everest_ds.data.index import VideoRow
+from everest_ds.data.index import VideoPart, VideoRow
 from everest_ds.data.probe import Finding, Kind, ProbeSettings
 from everest_ds.errors import UserError
-
-VideoKey = tuple[str, float | None, float | None]
-
-
-def key_of(row: VideoRow) -> VideoKey:
-    """Return what tells a row's video, or part of one, from all others."""
-    return str(row.path), row.start_s, row.end_s
 
 
 class Record:
@@ -33,7 +26,7 @@ class Record:
         self.path = path
         self._settings = asdict(settings)
 
-    def read(self) -> dict[VideoKey, Finding]:
+    def read(self) -> dict[VideoPart, Finding]:
         """Return the findings that still hold; a last line that was cut short is left out.
 
         Raises:
@@ -73,13 +66,13 @@ class Record:
 
 
 def _line_of(row: VideoRow, finding: Finding) -> dict[str, Any]:
-    path, start_s, end_s = key_of(row)
-    return {"path": path, "start_s": start_s, "end_s": end_s, "file": _identity(row.path), **asdict(finding)}
+    window = {"start_s": row.start_s, "end_s": row.end_s}
+    return {"path": str(row.path), **window, "file": _identity(row.path), **asdict(finding)}
 
 
-def _finding_of(line: dict[str, Any]) -> tuple[VideoKey, Finding]:
+def _finding_of(line: dict[str, Any]) -> tuple[VideoPart, Finding]:
     fields = {name: line[name] for name in Finding.__dataclass_fields__}
-    return (line["path"], line["start_s"], line["end_s"]), Finding(**fields | {"kind": Kind(line["kind"])})
+    return (Path(line["path"]), line["start_s"], line["end_s"]), Finding(**fields | {"kind": Kind(line["kind"])})
 
 
 def _still_holds(line: dict[str, Any]) -> bool:

@@ -32,6 +32,10 @@ VIDEO_SUFFIXES = (
 )
 
 
+VideoPart = tuple[Path, float | None, float | None]
+"""A video, and start and end of a window of it in seconds; Nones for all of it."""
+
+
 @dataclass(frozen=True)
 class VideoRow:
     """One row of a list: where a video is, and its class (-1 where the list says so, for unlabelled video).
@@ -59,6 +63,11 @@ class VideoRow:
         fault = window_fault(self.start_s, self.end_s)
         if fault is not None:
             raise UserError(f"{self.path}: {fault}")
+
+    @property
+    def part(self) -> VideoPart:
+        """The video and the window of it: what tells a row's frames from all others'."""
+        return self.path, self.start_s, self.end_s
 
 
 def window_fault(start_s: float | None, end_s: float | None) -> str | None:
@@ -140,12 +149,8 @@ def describe_repeats(rows: Sequence[VideoRow]) -> str | None:
 
     They are kept: a video that is listed twice is seen, or scored, twice, which some want and most do not.
     """
-    first: dict[tuple[Path, float | None, float | None], VideoRow] = {}
-    repeats = [
-        (row, earlier)
-        for row in rows
-        if (earlier := first.setdefault((row.path, row.start_s, row.end_s), row)) is not row
-    ]
+    first: dict[VideoPart, VideoRow] = {}
+    repeats = [(row, earlier) for row in rows if (earlier := first.setdefault(row.part, row)) is not row]
     if not repeats:
         return None
     row, earlier = repeats[0]

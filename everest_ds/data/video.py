@@ -6,7 +6,6 @@ failure, of whatever class it chooses, is a `VideoReadError` with the path and t
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,10 +65,10 @@ class Video:
                 f"{len(times_s)} frames starts at {times_s[-1]:.3f} s",
             )
 
-    @classmethod
-    def of_row(cls, row: VideoRow, reader: ReaderName) -> Self:
+    @staticmethod
+    def of_row(row: VideoRow, reader: ReaderName) -> "Video":
         """Open the video of a list's row, or the window of it that the row names."""
-        return cls(row.path, reader=reader, start_s=row.start_s, end_s=row.end_s)
+        return Video(row.path, reader=reader, start_s=row.start_s, end_s=row.end_s)
 
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Return the frames at the given indices, in that order; repeats are allowed.
@@ -90,22 +89,14 @@ class Video:
 
 
 class DecodedVideo(Video):
-    """A video whose frames, those of its window, are all in memory, as bytes; its reader is gone.
+    """A video whose frames, those of its window, are all in memory, as bytes; its reader is not kept.
 
     Raises:
-        VideoReadError: As `Video`, and where any frame cannot be decoded.
+        VideoReadError: A frame cannot be decoded.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        reader: ReaderName = "auto",
-        start_s: float | None = None,
-        end_s: float | None = None,
-    ) -> None:
-        video = Video(path, reader=reader, start_s=start_s, end_s=end_s)
-        self.path = path
+    def __init__(self, video: Video) -> None:
+        self.path = video.path
         self.num_frames = video.num_frames
         self._frames_THWC = video.read(range(video.num_frames))
 

@@ -120,14 +120,10 @@ class EverestClassifier(TokenEncoder):
             x_MD = super().forward(groups, kept, scale_BL)
             return mean_per_clip(x_MD, kept)
 
-    def ranks(self, grid: TokenGrid) -> bool:
-        """Return whether clips of a grid have their tokens ranked: rero that does not keep all of them."""
-        return self.rule.strategy == "rero" and self.rule.num_kept(grid) < grid.num_tokens
-
     def select(self, group: ClipGroup, noise_BS: Tensor | None = None) -> TokenIndex:
         """Return the tokens that are kept of each clip."""
         rule, clips_BCTHW = self.rule, group.clips_BCTHW
-        importance_BN = self.rank(group, rule.distance) if self.ranks(group.grid) else None
+        importance_BN = self.rank(group, rule.distance) if rule.ranks_to_keep(group.grid) else None
         return rule.keep(group.grid, len(group), clips_BCTHW.device, noise_BS, importance_BN)
 
     def _noise_of(self, groups: Sequence[ClipGroup], noise: Noise) -> list[Tensor]:

@@ -88,7 +88,7 @@ def classifier_macs(model: EverestClassifier, grid: TokenGrid) -> ClipMacs:
     """Count one clip through a classifier on the meta device."""
     clip = _meta_clip(model, grid)
     embedding_all = _ranking_macs(model, grid)
-    ranking = embedding_all if model.ranks(grid) else 0
+    ranking = embedding_all if model.rule.ranks_to_keep(grid) else 0
     total, embedding = _profile(lambda: model(clip.clips_BCTHW), model.patch_embed)
     return ClipMacs(
         embedding_all=embedding_all,

@@ -68,6 +68,10 @@ class SelectionRule:
             return 0
         return 1 if self.strategy == "running_cell" else noise_length(self.strategy, grid, 0)
 
+    def ranks_to_keep(self, grid: TokenGrid) -> bool:
+        """Return whether `keep` goes by importance: rero that does not keep all tokens."""
+        return self.strategy == "rero" and self.num_kept(grid) < grid.num_tokens
+
     def select(
         self,
         grid: TokenGrid,
@@ -130,7 +134,7 @@ class SelectionRule:
             ValueError: Noise or importance is missing, or of another shape.
         """
         count = self.num_kept(grid)
-        if self.strategy == "rero" and count < grid.num_tokens:
+        if self.ranks_to_keep(grid):
             if importance_BN is None:
                 raise ValueError("strategy=rero chooses by importance; none is given")
             selection.require_count(count, grid.num_tokens, "tokens kept")

@@ -146,14 +146,13 @@ def _activations(config: Config, dtype_bytes: int) -> ActivationBytes:
 
 
 def _ranking_bytes(config: Config, options: EncoderOptions, clips: int) -> int:
-    """Return what ranking all tokens takes, of candidate frames where frames are chosen; 0 where nothing is
-    ranked."""
+    """Return what ranking all tokens takes, those of candidate frames among them; 0 where nothing is ranked."""
     if isinstance(config, FinetuneConfig):
-        ranks, grid = config.num_kept < config.grid.num_tokens, config.grid
+        ranks, grid = keep_rule(config.selection).ranks_to_keep(config.grid), config.grid
     else:
         assert isinstance(config, PretrainConfig)
-        ranks, grid = True, config.candidate_grid
-    if not (ranks and config.selection.measures_change):
+        ranks, grid = config.selection.measures_change, config.candidate_grid
+    if not ranks:
         return 0
     return ranking_bytes(grid, options, width=get_size(config.model.size).width, clips=clips)
 

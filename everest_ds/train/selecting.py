@@ -52,8 +52,7 @@ class Budget:
 
     Attributes:
         threshold: The running quantile of importance, a float32 scalar on the device; None before the first
-            micro-step.
-            It is the same on all processes and belongs into checkpoints.
+            micro-step. It is the same on all processes and belongs into checkpoints.
     """
 
     def __init__(self, config: PretrainConfig) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from everest_ds.data.dataset import MAX_REPLACEMENTS, Clip, ClipBatch, ClipDatas
 from everest_ds.data.demo import encode_h264
 from everest_ds.data.index import VideoRow, read_list
 from everest_ds.data.sampling import GlobalBatchSampler, SampleKey
-from everest_ds.data.video import DecodedVideo
+from everest_ds.data.video import DecodedVideo, Video
 from everest_ds.errors import UserError
 
 CONFIG = PretrainDataConfig(num_frames=8, sampling_stride=2, image_size=32, num_workers=0)
@@ -199,9 +198,9 @@ def test_kept_frames_give_the_same_batches_and_each_video_is_opened_once(
     opened: list[Path] = []
     original = DecodedVideo.__init__
 
-    def count(self: DecodedVideo, path: Path, **options: Any) -> None:
-        opened.append(path)
-        original(self, path, **options)
+    def count(self: DecodedVideo, video: Video) -> None:
+        opened.append(video.path)
+        original(self, video)
 
     monkeypatch.setattr(DecodedVideo, "__init__", count)
     loaders = []

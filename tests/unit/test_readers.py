@@ -114,15 +114,15 @@ def test_window_without_a_frame_is_a_fault_of_the_video(
     window: tuple[float, float], reader: str, ramps: Path
 ) -> None:
     start_s, end_s = window
-    for kind in (Video, DecodedVideo):
-        with pytest.raises(VideoReadError) as caught:
-            kind(ramps / "b_frames.mp4", reader=reader, start_s=start_s, end_s=end_s)  # type: ignore[arg-type]
-        assert f"[{start_s:g}, {end_s:g}) s" in caught.value.reason
-        assert "40 frames starts at 3.900 s" in caught.value.reason
+    with pytest.raises(VideoReadError) as caught:
+        Video(ramps / "b_frames.mp4", reader=reader, start_s=start_s, end_s=end_s)  # type: ignore[arg-type]
+    assert f"[{start_s:g}, {end_s:g}) s" in caught.value.reason
+    assert "40 frames starts at 3.900 s" in caught.value.reason
 
 
 def test_kept_frames_are_those_of_the_window_only(reader: str, ramps: Path) -> None:
-    video = DecodedVideo(ramps / "b_frames.mp4", reader=reader, start_s=1.0, end_s=1.5)  # type: ignore[arg-type]
+    part = Video(ramps / "b_frames.mp4", reader=reader, start_s=1.0, end_s=1.5)  # type: ignore[arg-type]
+    video = DecodedVideo(part)
     assert video.num_frames == 5
     assert shown(video.read([4, 0, 2])) == [14, 10, 12]
     held = [value for value in vars(video).values() if isinstance(value, np.ndarray)]

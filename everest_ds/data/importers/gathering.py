@@ -173,9 +173,7 @@ def _describe_oddities(
         if scored:
             names = ", ".join(class_names[label] for label in sorted(scored)[:5])
             notes.append(f"{len(scored)} classes are scored and have no training video, e.g. {names}")
-    splits_of = Counter(
-        cut for listed in rows.values() for cut in {(row.path, row.start_s, row.end_s) for row in listed}
-    )
+    splits_of = Counter(cut for listed in rows.values() for cut in {row.part for row in listed})
     shared = sorted(str(cut[0]) for cut, count in splits_of.items() if count > 1)
     if shared:
         notes.append(f"{len(shared)} videos are in more than one split, the first is {shared[0]}")
