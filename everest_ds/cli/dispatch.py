@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from everest_ds import __version__
-from everest_ds.cli import data_handlers, handlers
+from everest_ds.cli import benchmark_handlers, data_handlers, handlers
 from everest_ds.cli.parsing import leave, say
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, nearest_hint
@@ -81,7 +81,7 @@ def _dispatch(words: list[str], world: World) -> int:
         "predict": handlers.predict,
         "convert": handlers.convert,
         "study": handlers.study,
-        "benchmark": handlers.benchmark,
+        "benchmark": benchmark_handlers.benchmark,
     }
     return run[command](rest, world)
 

@@ -9,7 +9,7 @@ import tyro
 from everest_ds.cli.parsing import leave, parse, recipe_and_flags
 from everest_ds.config import TaskName
 from everest_ds.distributed import World
-from everest_ds.errors import UserError, nearest_hint
+from everest_ds.errors import UserError
 
 
 def doctor(rest: list[str], world: World) -> int:
@@ -189,28 +189,6 @@ def study(rest: list[str], world: World) -> int:
         raise UserError("everest study starts its runs itself; start it without a launcher")
     arguments = parse(Arguments, rest, "everest study", world)
     return command.study(arguments.folder, arguments.options)
-
-
-def benchmark(rest: list[str], world: World) -> int:
-    """Run a benchmark."""
-    what = rest[0] if rest else ""
-    if what in ("-h", "--help"):
-        rest = ["flops", what]
-    elif what != "flops":
-        raise UserError(f"benchmark what? got {what!r}{nearest_hint(what, ['flops'])}")
-
-    @dataclass(frozen=True)
-    class Arguments:
-        """Count multiply-accumulates by a profiler and print them beside the paper's tables."""
-
-        json: bool = False
-        """One JSON line a row instead of a table."""
-
-    arguments = parse(Arguments, rest[1:], "everest benchmark flops", world)
-    from everest_ds.commands.flops import benchmark_flops
-
-    benchmark_flops(as_json=arguments.json)
-    return 0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from everest_ds import __version__, cli
-from everest_ds.commands import flops
+from everest_ds.commands.benchmark import flops
 from everest_ds.commands.plan import PlanOptions
 from everest_ds.commands.train import LaunchOptions
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig, RunConfig

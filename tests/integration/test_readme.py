@@ -96,7 +96,7 @@ def test_files_and_links_exist() -> None:
         assert (REPOSITORY / "everest_ds" / name).is_dir(), name
     folders = (
         "cli|config|recipes|data|data/importers|data/readers|model|model/weights|train|train/evaluation|"
-        "commands|commands/study"
+        "commands|commands/benchmark|commands/study"
     )
     lines = re.findall(rf"^  (?:{folders})/ +(.*)$", README, re.MULTILINE)
     listed = {name for line in lines for name in line.split()}

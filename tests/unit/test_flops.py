@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from everest_ds.commands.flops import PAPER_ROWS, PaperRow, count_parameters, count_row
+from everest_ds.commands.benchmark.flops import PAPER_ROWS, PaperRow, count_parameters, count_row
 
 # As printed, (full tokens, EVEREST). Measured worst: 29.0711 for 29.1, -0.0993 %; the print has three digits.
 PRINTED = {

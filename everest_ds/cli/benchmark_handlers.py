@@ -1,0 +1,44 @@
+"""`everest benchmark ...`, one function each, as in `cli.handlers`."""
+
+from dataclasses import dataclass
+
+from everest_ds.cli.parsing import parse, say
+from everest_ds.distributed import World
+from everest_ds.errors import UserError, nearest_hint
+
+BENCHMARKS = {
+    "flops": "the paper's tables of costs beside our counts",
+}
+
+
+def benchmark(rest: list[str], world: World) -> int:
+    """Run a benchmark."""
+    what = rest[0] if rest else ""
+    if what in ("-h", "--help"):
+        rows = "\n".join(f"  {name:<6} {shows}" for name, shows in BENCHMARKS.items())
+        usage = (
+            f"usage: everest benchmark NAME ...\n\n{rows}\n\n`everest benchmark NAME --help` shows its options.\n"
+        )
+        say(usage, world, to_stdout=True)
+        return 0
+    if what not in BENCHMARKS:
+        raise UserError(f"benchmark what? got {what!r}{nearest_hint(what, BENCHMARKS)}")
+    run = {
+        "flops": _flops,
+    }
+    return run[what](rest[1:], world)
+
+
+def _flops(rest: list[str], world: World) -> int:
+    @dataclass(frozen=True)
+    class Arguments:
+        """Count multiply-accumulates by a profiler and print them beside the paper's tables."""
+
+        json: bool = False
+        """One JSON line a row instead of a table."""
+
+    arguments = parse(Arguments, rest, "everest benchmark flops", world)
+    from everest_ds.commands.benchmark.flops import benchmark_flops
+
+    benchmark_flops(as_json=arguments.json)
+    return 0
