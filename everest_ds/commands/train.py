@@ -4,6 +4,7 @@ The order matters: everything that can be refused is refused before torch is imp
 joins the others, so that a wrong setting costs seconds and ends all ranks alike.
 """
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,10 @@ def train(config: Config, options: LaunchOptions, world: World) -> int:
     distributed.barrier()
     require_shared(start.run_dir)
     _find_best(trainer)
-    taken = trainer.run(_batches(trainer)) if trainer.schedule.num_left > 0 else start.state.step
+    taken = start.state.step
+    if trainer.schedule.num_left > 0:
+        with contextlib.closing(_batches(trainer)) as batches:
+            taken = trainer.run(batches)
     compare_memory(trainer, ds_config, taken)
     close_run(trainer, taken)
     distributed.finish()
@@ -193,7 +197,14 @@ def _batches(trainer: "Trainer") -> Any:
     dataset = trainer.task.make_dataset(trainer.rows)
     with children_ignore_stop_signals():
         pin_memory = trainer.device.type == "cuda"
-        return iter(make_loader(dataset, sampler, pin_memory=pin_memory, worker_init=ignore_stop_signals))
+        loader = make_loader(
+            dataset,
+            sampler,
+            micro_size=config.batch.micro_size,
+            pin_memory=pin_memory,
+            begin=ignore_stop_signals,
+        )
+        return iter(loader)
 
 
 def _attention_backend(config: Config, device_type: str, dtype_name: str) -> str:

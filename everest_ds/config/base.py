@@ -27,6 +27,11 @@ class Config:
     def __post_init__(self) -> None:
         """Check what depends on several sections at once."""
         _, _ = self.grid, self.position_grid  # both must divide into tubelets
+        if self.batch.global_size % self.data.repeats:
+            raise UserError(
+                f"batch.global_size={self.batch.global_size} must be a multiple of data.repeats="
+                f"{self.data.repeats}: a step takes all clips of its videos"
+            )
 
     @property
     def grid(self) -> TokenGrid:
@@ -42,7 +47,7 @@ class Config:
     @property
     def clips_per_video(self) -> int:
         """Clips that an epoch draws of each video."""
-        return 1
+        return self.data.repeats
 
     @property
     def tokens(self) -> str:

@@ -28,8 +28,6 @@ class FinetuneDataConfig(DataConfig):
     """Classes; without it, those of the names, or one more than the largest label of the training list."""
     sampling: SamplingName = "dense"
     """dense: frames at a stride from one random place; segment: one frame of each of num_frames equal parts."""
-    repeats: int = 1
-    """Clips that an epoch draws of each video (repeated sampling); they count as clips of the global batch."""
     crop_area: tuple[float, float] = (0.08, 1.0)
     """Area of a random crop as a share of the frame, from and to."""
     crop_aspect: tuple[float, float] = (0.75, 4 / 3)
@@ -48,7 +46,6 @@ class FinetuneDataConfig(DataConfig):
         super().__post_init__()
         classes = self.num_classes
         require(classes is None or classes >= 2, "data.num_classes", classes, "at least 2")
-        require(self.repeats >= 1, "data.repeats", self.repeats, "at least 1")
         low, high = self.crop_area
         require(0 < low <= high <= 1, "data.crop_area", self.crop_area, "two shares in (0, 1], the smaller first")
         low, high = self.crop_aspect
@@ -170,21 +167,11 @@ class FinetuneConfig(Config):
                 f"selection.keep_ratio={self.selection.keep_ratio} of {self.grid.num_tokens} tokens keeps none; "
                 f"use at least {1 / self.grid.num_tokens:.4g}"
             )
-        if self.batch.global_size % self.data.repeats:
-            raise UserError(
-                f"batch.global_size={self.batch.global_size} must be a multiple of data.repeats="
-                f"{self.data.repeats}: a step takes all clips of its videos"
-            )
         if self.data.mixes and self.batch.micro_size % 2:
             raise UserError(
                 f"batch.micro_size={self.batch.micro_size} must be even: data.mixup_alpha and data.cutmix_alpha "
                 "mix clips in pairs"
             )
-
-    @property
-    def clips_per_video(self) -> int:
-        """Clips that an epoch draws of each video."""
-        return self.data.repeats
 
     @property
     def num_kept(self) -> int:

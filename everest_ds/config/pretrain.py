@@ -19,6 +19,9 @@ class PretrainDataConfig(DataConfig):
 
     crop_scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
     """MultiScaleCrop: crop edges as shares of the shorter side."""
+    resize: Literal["fast", "compat", "device"] = "fast"
+    """How a crop is resized. fast: torchvision, on bytes; compat: PIL, the official code's pixels; device: as fast,
+    on the device that trains, which takes the work from the loader processes."""
 
     def __post_init__(self) -> None:
         """Check each field by itself."""

@@ -25,14 +25,20 @@ class DataConfig:
     """Height and width of a clip in pixels."""
     flip: bool = True
     """Mirror half of the clips left to right."""
+    repeats: int = 1
+    """Clips that an epoch draws of each video, from one decoding of it (repeated sampling); they count as clips of
+    the global batch."""
+    repeat_frames: Literal["shared", "own"] = "shared"
+    """shared: the clips of a video differ in crop, flip and augmentation alone; own: each draws its own frames."""
     reader: ReaderName = "auto"
     """Library that reads videos; auto takes decord where it serves, else PyAV (`everest doctor` lists them)."""
     num_workers: int = 8
     """Loader processes of each training process; 0 decodes in the training process itself."""
     prefetch_batches: int = 2
-    """Micro-batches that each loader process prepares ahead, in shared memory."""
-    timeout_s: float = 600.0
-    """Seconds to wait for a loader process before the run stops; a decoder can hang on a broken video."""
+    """Micro-batches that loader processes make ahead, in shared memory."""
+    timeout_s: float = 120.0
+    """Seconds that a video may take before its loader process is replaced and the video counts as unreadable: a
+    decoder can hang on a broken one. Without loader processes nothing can be done about it."""
     keep_decoded: bool = False
     """Keep the decoded frames of every video in memory, in each loader process: for small datasets."""
     quarantine: str | None = None
@@ -45,6 +51,7 @@ class DataConfig:
         require(self.num_frames >= 1, "data.num_frames", self.num_frames, "at least 1")
         require(self.sampling_stride >= 1, "data.sampling_stride", self.sampling_stride, "at least 1")
         require(self.image_size >= 1, "data.image_size", self.image_size, "at least 1")
+        require(self.repeats >= 1, "data.repeats", self.repeats, "at least 1")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "at least 0")
         require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "at least 1")
         require(self.timeout_s > 0, "data.timeout_s", self.timeout_s, "above 0")

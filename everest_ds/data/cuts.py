@@ -1,51 +1,58 @@
-"""Cuts: what turns an opened video into a training clip, one for each task.
+"""Cuts: which frames of a video make a training clip, and how they become one; one cut for each task.
 
-Place in the flow: Video and the sample's draws -> clip_CTHW uint8 and the frames of the video that it is made of.
-Cuts are small and picklable: each loader process gets a copy. Axes: T frames, H W pixels, C colour channels.
+Place in the flow: how many frames there are -> which of them are read; frames_THWC uint8 -> clip_CTHW uint8, all
+draws being the sample's. Cuts are small and picklable: each loader process gets a copy. Axes: T frames, H W pixels,
+C colour channels.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from everest_ds.config import FinetuneDataConfig, PretrainDataConfig
 from everest_ds.config.sections import DataConfig
 from everest_ds.data.augment import check_rand_augment, draw_resized_crop, erase, rand_augment
 from everest_ds.data.sampling import Stream, dense_indices, segment_indices, stride_indices
-from everest_ds.data.transforms import draw_crop, make_clip
-from everest_ds.data.video import Video, VideoReadError
+from everest_ds.data.transforms import crop_frames, draw_crop, resize_crop, resize_crop_by_pil
 
 Draws = Callable[[Stream], np.random.Generator]
 """Gives the sample's generator for a purpose."""
 
+# The largest crop that may travel to the device as it is: a frame of full high definition.
+_LARGEST_CROP_PX = 1920 * 1080
 
-class CutClip(NamedTuple):
-    """A clip, and where it comes from.
 
-    Attributes:
-        clip_CTHW: uint8.
-        frame_idx: Frame of the video that each frame of the clip is; a short video's last one may repeat.
-    """
-
-    clip_CTHW: Tensor
-    frame_idx: list[int]
+class UnfitFramesError(ValueError):
+    """Frames that no clip can be cut from; the message says why."""
 
 
 class Cut(Protocol):
-    """Turns an opened video into a clip."""
+    """Chooses frames of a video, and turns them into a clip."""
 
     @property
     def config(self) -> DataConfig:
         """How a clip is cut."""
 
-    def __call__(self, video: Video, draws: Draws) -> CutClip:
-        """Cut a clip.
+    @property
+    def delivers_crops(self) -> bool:
+        """Whether `clip` gives crop_THWC, which the device resizes, instead of clip_CTHW."""
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of what `clip` gives, at most."""
+
+    def frame_idx(self, num_frames: int, draws: Draws) -> list[int]:
+        """Choose the frames of a clip; a short video's last one may repeat."""
+
+    def clip(self, frames_THWC: NDArray[np.uint8], draws: Draws) -> Tensor:
+        """Cut the clip, uint8; ``frames_THWC`` is left as it is.
 
         Raises:
-            VideoReadError: No clip can be had of the video.
+            UnfitFramesError: No clip can be had of the frames.
         """
 
 
@@ -62,16 +69,38 @@ class PretrainCut:
     config: PretrainDataConfig
     num_frames: int
 
-    def __call__(self, video: Video, draws: Draws) -> CutClip:
-        """Cut a clip of ``num_frames`` frames."""
+    @property
+    def delivers_crops(self) -> bool:
+        """Whether the device resizes."""
+        return self.config.resize == "device"
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of a clip, or of the largest crop."""
+        frame_px = _LARGEST_CROP_PX if self.delivers_crops else self.config.image_size**2
+        return self.num_frames * frame_px * 3
+
+    def frame_idx(self, num_frames: int, draws: Draws) -> list[int]:
+        """Choose ``self.num_frames`` frames."""
+        return stride_indices(num_frames, self.num_frames, self.config.sampling_stride, draws(Stream.FRAMES))
+
+    def clip(self, frames_THWC: NDArray[np.uint8], draws: Draws) -> Tensor:
+        """Cut the clip, or its crop."""
         config = self.config
-        frame_idx = stride_indices(video.num_frames, self.num_frames, config.sampling_stride, draws(Stream.FRAMES))
-        frames_THWC = video.read(frame_idx)
         height, width = frames_THWC.shape[1:3]
         crop = draw_crop(width, height, config.image_size, config.crop_scales, draws(Stream.CROP))
-        _require_pixels(video, crop, width, height)
+        _require_pixels(crop, width, height)
+        if self.delivers_crops and crop[2] * crop[3] > _LARGEST_CROP_PX:
+            raise UnfitFramesError(
+                f"its crops of {crop[2]}x{crop[3]} pixels are too large for data.resize=device; take fast, or "
+                "make the videos smaller with `everest prepare`"
+            )
         mirror = config.flip and draws(Stream.FLIP).random() < 0.5
-        return CutClip(make_clip(frames_THWC, crop, config.image_size, mirror=mirror), frame_idx)
+        crop_THWC = crop_frames(frames_THWC, crop, mirror=mirror)
+        if self.delivers_crops:
+            return crop_THWC
+        resize = resize_crop_by_pil if config.resize == "compat" else resize_crop
+        return resize(crop_THWC, config.image_size)
 
 
 @dataclass(frozen=True)
@@ -91,28 +120,39 @@ class FinetuneCut:
         if self.config.rand_augment is not None:
             check_rand_augment(self.config.rand_augment)
 
-    def __call__(self, video: Video, draws: Draws) -> CutClip:
-        """Cut a clip of ``config.num_frames`` frames."""
+    @property
+    def delivers_crops(self) -> bool:
+        """Whether the device resizes: it does not, clips are erased and mixed before they get there."""
+        return False
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of a clip."""
+        return self.config.num_frames * self.config.image_size**2 * 3
+
+    def frame_idx(self, num_frames: int, draws: Draws) -> list[int]:
+        """Choose ``config.num_frames`` frames."""
+        config, generator = self.config, draws(Stream.FRAMES)
+        if config.sampling == "segment":
+            return segment_indices(num_frames, config.num_frames, generator)
+        return dense_indices(num_frames, config.num_frames, config.sampling_stride, generator)
+
+    def clip(self, frames_THWC: NDArray[np.uint8], draws: Draws) -> Tensor:
+        """Augment the frames and cut the clip."""
         config = self.config
-        frame_idx = self._frame_idx(video.num_frames, draws(Stream.FRAMES))
-        frames_THWC = video.read(frame_idx)
         height, width = frames_THWC.shape[1:3]
         if config.rand_augment is not None:
             frames_THWC = rand_augment(frames_THWC, config.rand_augment, draws(Stream.AUGMENT))
         crop = draw_resized_crop(width, height, config.crop_area, config.crop_aspect, draws(Stream.CROP))
-        _require_pixels(video, crop, width, height)
+        _require_pixels(crop, width, height)
         mirror = config.flip and draws(Stream.FLIP).random() < 0.5
-        clip_CTHW = make_clip(frames_THWC, crop, config.image_size, mirror=mirror)
+        crop_THWC = crop_frames(frames_THWC, crop, mirror=mirror)
+        clip_CTHW = resize_crop(crop_THWC, config.image_size)
         if config.erase_prob > 0:
             clip_CTHW = erase(clip_CTHW, config.erase_prob, draws(Stream.ERASE))
-        return CutClip(clip_CTHW, frame_idx)
-
-    def _frame_idx(self, num_frames: int, generator: np.random.Generator) -> list[int]:
-        if self.config.sampling == "segment":
-            return segment_indices(num_frames, self.config.num_frames, generator)
-        return dense_indices(num_frames, self.config.num_frames, self.config.sampling_stride, generator)
+        return clip_CTHW
 
 
-def _require_pixels(video: Video, crop: tuple[int, int, int, int], width: int, height: int) -> None:
+def _require_pixels(crop: tuple[int, int, int, int], width: int, height: int) -> None:
     if min(crop[2:]) < 1:
-        raise VideoReadError(video.path, f"its frames of {width}x{height} pixels are too small to crop")
+        raise UnfitFramesError(f"its frames of {width}x{height} pixels are too small to crop")

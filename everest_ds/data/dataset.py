@@ -1,146 +1,40 @@
-"""Clips for training: a map from sample keys to clips, and the loader around it.
+"""Training clips by key: what the loader's processes do.
 
-Place in the flow: SampleKey -> video -> clip_CTHW uint8 and its frames (cuts.py), the task's noise -> ClipBatch. An
-unreadable video is replaced by another sample, drawn by key, and reported with the batch; it is never dropped
-silently. Axes: B clips, C T H W of a clip, S noise values, K classes.
+Place in the flow: SampleKey -> video opened once -> frames of all its clips read once -> clip_CTHW uint8 (cuts.py),
+the task's noise -> Clip, mixed with its neighbour where clips are mixed. An unreadable video is replaced by another
+one, drawn by key, and reported with the clip; it is never dropped silently.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
 
 from everest_ds.config.sections import DataConfig
 from everest_ds.data.augment import PairMixer
-from everest_ds.data.cuts import Cut
+from everest_ds.data.clips import MAX_REPLACEMENTS, BadSample, Clip, ClipBatch, mix_pairs
+from everest_ds.data.cuts import Cut, UnfitFramesError
 from everest_ds.data.index import VideoRow
+from everest_ds.data.loader import Loader
+from everest_ds.data.pool import Mark
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.data.sampling import SampleKey, Stream, keyed_generator
 from everest_ds.data.video import DecodedVideo, Video, VideoReadError
-from everest_ds.errors import UserError
 
-T = TypeVar("T")
-
-MAX_REPLACEMENTS = 10
+Unit = tuple[SampleKey, ...]
+"""Clips that are made together: those of a video, and where clips are mixed, those of all videos that mix."""
 
 
-@dataclass(frozen=True)
-class BadSample:
-    """A draw that could not be read."""
-
-    path: str
-    reason: str
-    epoch: int
-    index: int
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One training sample, or nothing but the draws that failed when too many in a row did.
-
-    Attributes:
-        clip_CTHW: uint8; None when no replacement could be read.
-        frames_T: int64, the frame of the video that each frame of the clip is; None as above.
-        noise_S: float32 in [0, 1), as many values as the task asked for.
-        label: Class of the list's row.
-        index: Row of the list.
-        key: What was asked for; another row where that one could not be read.
-        bad: Draws that could not be read before this one.
-    """
-
-    clip_CTHW: Tensor | None
-    frames_T: Tensor | None
-    noise_S: Tensor | None
-    label: int
-    index: int
-    key: SampleKey
-    bad: tuple[BadSample, ...] = ()
-
-
-@dataclass
-class ClipBatch:
-    """One micro-batch.
-
-    Attributes:
-        clips_BCTHW: uint8.
-        frames_BT: int64, the frame of its video that each frame of a clip is; for a mixed clip, of its own video.
-        noise_BS: float32 in [0, 1), the values that the task asked for with each clip.
-        label_B: int64.
-        index_B: int64, rows of the list.
-        target_BK: float32, the shares of the classes in each clip; None where no clips are mixed.
-        bad: Draws that could not be read while this batch was made.
-        num_lost: Samples that are missing because no replacement could be read either.
-    """
-
-    clips_BCTHW: Tensor
-    frames_BT: Tensor
-    noise_BS: Tensor
-    label_B: Tensor
-    index_B: Tensor
-    target_BK: Tensor | None = None
-    bad: list[BadSample] = field(default_factory=list)
-    num_lost: int = 0
-
-    @classmethod
-    def collate(cls, clips: Sequence[Clip], mixer: PairMixer | None = None) -> "ClipBatch":
-        """Stack samples into a batch; samples that no replacement was found for are left out.
-
-        With a mixer the first is mixed with the second, the third with the fourth and so on; one that has lost its
-        neighbour stays as it is.
-        """
-        noise = [clip.noise_S for clip in clips if clip.noise_S is not None]
-        frames = [clip.frames_T for clip in clips if clip.frames_T is not None]
-        read = [clip for clip in clips if clip.clip_CTHW is not None]
-        pixels = [clip.clip_CTHW for clip in clips if clip.clip_CTHW is not None]
-        targets: list[Tensor] = []
-        if mixer:
-            pixels, targets = _mix_pairs(clips, mixer)
-        return cls(
-            clips_BCTHW=torch.stack(pixels) if pixels else torch.empty(0, dtype=torch.uint8),
-            frames_BT=torch.stack(frames) if frames else torch.empty(0, dtype=torch.int64),
-            noise_BS=torch.stack(noise) if noise else torch.empty(0),
-            label_B=torch.tensor([clip.label for clip in read]),
-            index_B=torch.tensor([clip.index for clip in read]),
-            target_BK=torch.stack(targets) if targets else None,
-            bad=[bad for clip in clips for bad in clip.bad],
-            num_lost=len(clips) - len(read),
-        )
-
-    def require_whole(self) -> None:
-        """Refuse a batch with a hole in it.
-
-        Raises:
-            UserError: As many draws one after another as `MAX_REPLACEMENTS` allows could not be read.
-        """
-        if self.num_lost:
-            last = self.bad[-1]
-            raise UserError(
-                f"{MAX_REPLACEMENTS + 1} videos drawn one after another cannot be read, the last is {last.path}: "
-                f"{last.reason}; check the list and the storage it points to"
-            )
-
-    def pin_memory(self) -> "ClipBatch":
-        """Move the tensors to pinned memory (called by the loader)."""
-        self.clips_BCTHW = self.clips_BCTHW.pin_memory()
-        self.frames_BT = self.frames_BT.pin_memory()
-        self.noise_BS = self.noise_BS.pin_memory()
-        self.label_B = self.label_B.pin_memory()
-        if self.target_BK is not None:
-            self.target_BK = self.target_BK.pin_memory()
-        return self
-
-
-class ClipDataset(Dataset[Clip]):
-    """Training clips by key.
+class ClipDataset:
+    """Makes training clips by key.
 
     Args:
         rows: The list of videos.
-        cut: Turns an opened video into a clip.
+        cut: Turns frames into a clip.
         seed: Seed of every draw.
         noise_length: Noise values that come with each clip.
         mixer: Mixes the clips of a micro-batch in pairs.
@@ -171,41 +65,118 @@ class ClipDataset(Dataset[Clip]):
         """How clips are cut and loaded."""
         return self.cut.config
 
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of a clip, or of a crop at most."""
+        return self.cut.most_bytes
+
     def __len__(self) -> int:
         """Return the number of videos."""
         return len(self.rows)
 
     def __getitem__(self, key: SampleKey) -> Clip:
-        """Read the clip of a key; an unreadable one is replaced, at most `MAX_REPLACEMENTS` times.
+        """Return the clip of a key, not mixed."""
+        return self._read((key,), {}, lambda _: None)[0]
 
-        Nothing is raised for bad videos: an exception in a loader process would arrive with its traceback as its
-        message. The batch says what was bad, see `ClipBatch.require_whole`.
+    def units(self, keys: Sequence[SampleKey]) -> list[Unit]:
+        """Divide a micro-batch into what is made together, in its order."""
+        last = {(key.epoch, key.index): place for place, key in enumerate(keys)}
+        units: list[Unit] = []
+        start = furthest = 0
+        for place, key in enumerate(keys):
+            furthest = max(furthest, last[key.epoch, key.index])
+            if place == furthest and not (self.mixer and place % 2 == 0):
+                units.append(tuple(keys[start : place + 1]))
+                start = place + 1
+        return units + ([tuple(keys[start:])] if start < len(keys) else [])
+
+    def num_items(self, ask: Unit) -> int:
+        """Return the number of clips of a unit."""
+        return len(ask)
+
+    def __call__(self, ask: Unit, faults: Mapping[int, str], mark: Mark) -> list[Clip]:
+        """Make the clips of a unit; unreadable videos are replaced, at most `MAX_REPLACEMENTS` times each.
+
+        Nothing is raised for bad videos: the batch says what was bad, see `ClipBatch.require_whole`.
+
+        Args:
+            ask: The unit.
+            faults: Videos that are known to be bad, by their number in the order of opening, and why.
+            mark: Told the number of each video before it is opened.
         """
-        bad: list[BadSample] = []
-        index = key.index
-        replacements = keyed_generator(self.seed, Stream.REPLACEMENT, key.epoch, key.index, key.repeat)
-        while len(bad) <= MAX_REPLACEMENTS:
-            try:
-                return self._read(SampleKey(key.epoch, index, key.repeat), key, tuple(bad))
-            except VideoReadError as error:
-                bad.append(BadSample(str(error.path), error.reason, key.epoch, index))
-            index = int(replacements.integers(len(self.rows)))
-        return Clip(clip_CTHW=None, frames_T=None, noise_S=None, label=-1, index=key.index, key=key, bad=tuple(bad))
+        clips = self._read(ask, faults, mark)
+        return mix_pairs(clips, self.mixer) if self.mixer else clips
 
-    def _read(self, key: SampleKey, asked: SampleKey, bad: tuple[BadSample, ...]) -> Clip:
-        row = self.rows[key.index]
-        draws = partial(self._draws, key)
-        clip_CTHW, frame_idx = self.cut(self._open(key.index), draws)
-        noise = draws(Stream.NOISE).random(self.noise_length, dtype="float32")
-        return Clip(
-            clip_CTHW=clip_CTHW,
-            frames_T=torch.tensor(frame_idx),
-            noise_S=torch.from_numpy(noise),
-            label=row.label,
-            index=key.index,
-            key=asked,
-            bad=bad,
-        )
+    def _read(self, unit: Unit, faults: Mapping[int, str], mark: Mark) -> list[Clip]:
+        numbers = itertools.count()
+        clips: dict[SampleKey, Clip] = {}
+        for epoch, index in dict.fromkeys((key.epoch, key.index) for key in unit):
+            keys = [key for key in unit if (key.epoch, key.index) == (epoch, index)]
+            clips |= zip(keys, self._clips_of(keys, numbers, faults, mark), strict=True)
+        return [clips[key] for key in unit]
+
+    def _clips_of(
+        self, keys: Sequence[SampleKey], numbers: Iterator[int], faults: Mapping[int, str], mark: Mark
+    ) -> list[Clip]:
+        """Return the clips of one video, or of its replacement, which all of them share."""
+        epoch, index = keys[0].epoch, keys[0].index
+        replacements = keyed_generator(self.seed, Stream.REPLACEMENT, epoch, index)
+        failed: list[tuple[int, VideoReadError]] = []
+        clips: Sequence[Clip] = ()
+        while not clips and len(failed) <= MAX_REPLACEMENTS:
+            number = next(numbers)
+            try:
+                if number in faults:
+                    raise VideoReadError(self.rows[index].path, faults[number])
+                mark(number)
+                clips = self._cut([replace(key, index=index) for key in keys])
+            except VideoReadError as error:
+                failed.append((index, error))
+                index = int(replacements.integers(len(self.rows)))
+        if not clips:
+            lost = Clip(pixels=None, frames_T=None, noise_S=None, label=-1, index=keys[0].index, key=keys[0])
+            clips = [lost] * len(keys)
+        return [
+            replace(
+                clip,
+                key=key,
+                bad=tuple(BadSample(str(e.path), e.reason, epoch, row, key.repeat) for row, e in failed),
+            )
+            for clip, key in zip(clips, keys, strict=True)
+        ]
+
+    def _cut(self, keys: Sequence[SampleKey]) -> list[Clip]:
+        """Read the frames of all clips of a video once, and cut the clips."""
+        row = self.rows[keys[0].index]
+        video = self._open(keys[0].index)
+        frame_idx = [self._frame_idx(video, key) for key in keys]
+        wanted = sorted({frame for idx in frame_idx for frame in idx})
+        frames_THWC = video.read(wanted)
+        clips = []
+        for key, idx in zip(keys, frame_idx, strict=True):
+            draws = partial(self._draws, key)
+            own_THWC = _choose(frames_THWC, wanted, idx)
+            try:
+                pixels = self.cut.clip(own_THWC, draws)
+            except UnfitFramesError as error:
+                raise VideoReadError(row.path, str(error)) from error
+            noise = draws(Stream.NOISE).random(self.noise_length, dtype=np.float32)
+            clips.append(
+                Clip(
+                    pixels=pixels,
+                    frames_T=np.array(idx),
+                    noise_S=noise,
+                    label=row.label,
+                    index=key.index,
+                    key=key,
+                )
+            )
+        return clips
+
+    def _frame_idx(self, video: Video, key: SampleKey) -> list[int]:
+        """Draw the frames of a clip; the clips of a video share them unless they are to have their own."""
+        drawn_for = key if self.config.repeat_frames == "own" else replace(key, repeat=0)
+        return self.cut.frame_idx(video.num_frames, partial(self._draws, drawn_for))
 
     def _open(self, index: int) -> Video:
         """Open the video of a row, or take it from memory where decoded frames are kept."""
@@ -225,72 +196,24 @@ def make_loader(
     dataset: ClipDataset,
     sampler: Sampler[list[SampleKey]],
     *,
+    micro_size: int,
     pin_memory: bool,
-    worker_init: Callable[[int], None] | None = None,
-) -> DataLoader[Clip]:
-    """Return the loader of a process's micro-batches.
-
-    Workers come from a fork server, never from a fork of a process that may hold a CUDA context. Each calls
-    ``worker_init`` with its number as it begins.
-    """
-    workers = dataset.config.num_workers
-    return DataLoader(
+    begin: Callable[[], None] | None = None,
+) -> Loader[Unit, Clip, ClipBatch]:
+    """Return the loader of a process's micro-batches, of ``micro_size`` clips each."""
+    return Loader(
         dataset,
-        batch_sampler=sampler,
-        collate_fn=partial(ClipBatch.collate, mixer=dataset.mixer),
-        num_workers=workers,
-        prefetch_factor=dataset.config.prefetch_batches if workers else None,
-        multiprocessing_context="forkserver" if workers else None,
-        pin_memory=pin_memory,
-        worker_init_fn=worker_init,
-        timeout=dataset.config.timeout_s if workers else 0,
+        (dataset.units(keys) for keys in sampler),
+        partial(ClipBatch.collate, crops=dataset.cut.delivers_crops, pin=pin_memory),
+        most_items=micro_size,
+        most_of_an_ask=min(dataset.config.repeats * (2 if dataset.mixer else 1), micro_size),
+        begin=begin,
     )
 
 
-def next_batch(batches: Iterator[T], timeout_s: float) -> T:
-    """Return the next batch of a loader.
-
-    Raises:
-        UserError: A loader process does not answer within ``timeout_s`` seconds, data.timeout_s.
-        StopIteration: There is none left.
-    """
-    try:
-        return next(batches)
-    except RuntimeError as error:
-        if "timed out" not in str(error):
-            raise
-        raise UserError(
-            f"no batch from the loader for data.timeout_s={timeout_s}: a video may hang its decoder, or the "
-            "storage does not answer"
-        ) from error
-
-
-def each_batch(batches: Iterable[T], timeout_s: float) -> Iterator[T]:
-    """Yield the batches of a loader; see `next_batch`."""
-    iterator = iter(batches)
-    while True:
-        try:
-            batch = next_batch(iterator, timeout_s)
-        except StopIteration:
-            return
-        yield batch
-
-
-def _mix_pairs(clips: Sequence[Clip], mixer: PairMixer) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the clips and their targets, those that were lost left out."""
-    if len(clips) % 2:
-        raise ValueError(f"{len(clips)} clips do not make pairs to mix; batch.micro_size must be even")
-    pixels: list[Tensor] = []
-    targets: list[Tensor] = []
-    for first, second in zip(clips[::2], clips[1::2], strict=True):
-        if first.clip_CTHW is not None and second.clip_CTHW is not None:
-            labels = (first.label, second.label)
-            clips_BCTHW, target_BK = mixer.mix(first.clip_CTHW, second.clip_CTHW, labels, first.key)
-            pixels += clips_BCTHW.unbind()
-            targets += target_BK.unbind()
-            continue
-        for clip in (first, second):
-            if clip.clip_CTHW is not None:
-                pixels.append(clip.clip_CTHW)
-                targets.append(mixer.target(clip.label))
-    return pixels, targets
+def _choose(frames_THWC: NDArray[np.uint8], present: Sequence[int], wanted: Sequence[int]) -> NDArray[np.uint8]:
+    """Return the frames wanted of those present; copies only where it must."""
+    if list(present) == list(wanted):
+        return frames_THWC
+    place = {frame: i for i, frame in enumerate(present)}
+    return frames_THWC[[place[frame] for frame in wanted]]

@@ -120,8 +120,9 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
     global batch is the same whatever the number of processes. The rest of an epoch that makes no whole batch is
     left out; another order leaves out others.
 
-    With repeated sampling a global batch holds ``global_size / repeats`` videos, all of them as repeat 0, then all
-    as repeat 1 and so on: neighbours are different videos.
+    With repeated sampling a global batch holds ``global_size / repeats`` videos, two by two: all clips of the two,
+    one of each in turn. So neighbours are different videos (but for the last of an odd number), and the clips of a
+    video are near each other, where one process makes them from one decoding.
     """
 
     num_samples: int
@@ -160,7 +161,12 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
             if epoch != order_epoch:
                 order_epoch, order = epoch, epoch_order(self.num_samples, self.seed, epoch)
             videos = order[step_in_epoch * num_videos :][:num_videos]
-            batch = [SampleKey(epoch, int(index), repeat) for repeat in range(self.repeats) for index in videos]
+            batch = [
+                SampleKey(epoch, int(index), repeat)
+                for start in range(0, num_videos, 2)
+                for repeat in range(self.repeats)
+                for index in videos[start : start + 2]
+            ]
             first = self.rank * self.micro_size
             for start in range(first, self.global_size, self.world_size * self.micro_size):
                 yield batch[start : start + self.micro_size]

@@ -1,6 +1,6 @@
 """From decoded frames to a training clip: one crop and one flip for all frames, uint8 throughout.
 
-Place in the flow: frames_THWC uint8 -> clip_CTHW uint8. Axes: T frames, H W pixels, C colour channels.
+Place in the flow: frames_THWC uint8 -> crop_THWC uint8 -> clip_CTHW uint8. Axes: T frames, H W pixels, C colour.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
@@ -54,21 +55,30 @@ def draw_crop(
     return left, top, crop_width, crop_height
 
 
-def make_clip(
-    frames_THWC: NDArray[np.uint8], crop: tuple[int, int, int, int], size: int, *, mirror: bool
-) -> Tensor:
-    """Crop all frames alike, resize to ``size`` x ``size`` with antialiased bilinear weights, mirror.
+def crop_frames(frames_THWC: NDArray[np.uint8], crop: tuple[int, int, int, int], *, mirror: bool) -> Tensor:
+    """Cut the same crop (left, top, width, height) out of all frames: crop_THWC uint8, contiguous."""
+    left, top, width, height = crop
+    crop_THWC = frames_THWC[:, top : top + height, left : left + width]
+    return torch.from_numpy(np.ascontiguousarray(crop_THWC[:, :, ::-1] if mirror else crop_THWC))
+
+
+def resize_crop(crop_THWC: Tensor, size: int) -> Tensor:
+    """Resize to ``size`` x ``size`` with antialiased bilinear weights, on the crop's device.
 
     Returns:
         clip_CTHW, uint8, contiguous.
 
-    Differs from the official code: tensors on uint8 instead of PIL images, at most 2 of 255 apart, 20 times faster.
+    Differs from the official code: tensors on uint8 instead of PIL images, at most 2 of 255 apart, and several
+    times as fast.
     """
-    left, top, width, height = crop
-    frames = torch.from_numpy(np.ascontiguousarray(frames_THWC[:, top : top + height, left : left + width]))
-    frames_TCHW = rearrange(frames, "t h w c -> t c h w")
-    if (height, width) != (size, size):
-        frames_TCHW = tvf.resize(frames_TCHW, [size, size], antialias=True)
-    if mirror:
-        frames_TCHW = frames_TCHW.flip(-1)
-    return rearrange(frames_TCHW, "t c h w -> c t h w").contiguous()
+    crop_TCHW = rearrange(crop_THWC, "t h w c -> t c h w")
+    if tuple(crop_TCHW.shape[2:]) != (size, size):
+        crop_TCHW = tvf.resize(crop_TCHW, [size, size], antialias=True)
+    return rearrange(crop_TCHW, "t c h w -> c t h w").contiguous()
+
+
+def resize_crop_by_pil(crop_THWC: Tensor, size: int) -> Tensor:
+    """Resize as `resize_crop` does, by PIL, whose pixels are those of the official code."""
+    images = [Image.fromarray(frame_HWC) for frame_HWC in crop_THWC.numpy()]
+    frames = [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)) for image in images]
+    return rearrange(torch.from_numpy(np.stack(frames)), "t h w c -> c t h w").contiguous()

@@ -8,17 +8,19 @@ Source: official code, the test mode of its two fine-tuning datasets (golden fra
 where that divides by zero (one view) and where it knows two views only (segments).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tvf
 
 from everest_ds.config import FinetuneDataConfig, ViewsConfig
 from everest_ds.data.index import VideoRow
+from everest_ds.data.loader import Loader
+from everest_ds.data.pool import Mark
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.data.video import Video, VideoReadError
 
@@ -42,9 +44,14 @@ class RowViews:
     clips_VCTHW: Tensor | None
     bad: str | None = None
 
-    def pin_memory(self) -> "RowViews":
-        """Return the row with its clips in pinned memory (called by the loader)."""
-        return self if self.clips_VCTHW is None else replace(self, clips_VCTHW=self.clips_VCTHW.pin_memory())
+    @property
+    def pixels(self) -> Tensor | None:
+        """What the loader puts into shared memory."""
+        return self.clips_VCTHW
+
+    def with_pixels(self, pixels: Tensor | None) -> "RowViews":
+        """Return the row with other clips."""
+        return replace(self, clips_VCTHW=pixels)
 
 
 def dense_clips(num_frames: int, clip_length: int, stride: int, num_clips: int) -> list[list[int]]:
@@ -149,8 +156,8 @@ def _require_frames(num_frames: int) -> None:
         raise ValueError(f"num_frames={num_frames} must be at least 1")
 
 
-class ViewDataset(Dataset[RowViews]):
-    """The views of every row of a list, by row.
+class ViewDataset:
+    """Makes the views of every row of a list, by row.
 
     Args:
         rows: The list of videos.
@@ -167,18 +174,40 @@ class ViewDataset(Dataset[RowViews]):
         self.data = data
         self.views = views
 
+    @property
+    def config(self) -> FinetuneDataConfig:
+        """How clips are loaded."""
+        return self.data
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of all views of a row."""
+        num_views = self.views.num_temporal * self.views.num_spatial
+        return num_views * 3 * self.data.num_frames * self.data.image_size**2
+
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> RowViews:
-        """Read a row; an unreadable one is reported, never raised, which would bring a traceback as its message."""
-        row = self.rows[index]
+        """Read a row; an unreadable one is reported, never raised."""
+        return self(index, {}, lambda _: None)[0]
+
+    def num_items(self, ask: int) -> int:
+        """Return 1: a row is one item."""
+        return 1
+
+    def __call__(self, ask: int, faults: Mapping[int, str], mark: Mark) -> list[RowViews]:
+        """Read a row, unless ``faults`` says that it is bad; see `everest_ds.data.loader.Maker`."""
+        row = self.rows[ask]
         try:
+            if faults:
+                raise VideoReadError(row.path, faults[0])
+            mark(0)
             clips_VCTHW = read_views(Video.of_row(row, self.data.reader), self.data, self.views)
         except VideoReadError as error:
-            return RowViews(index=index, label=row.label, clips_VCTHW=None, bad=error.reason)
-        return RowViews(index=index, label=row.label, clips_VCTHW=clips_VCTHW)
+            return [RowViews(index=ask, label=row.label, clips_VCTHW=None, bad=error.reason)]
+        return [RowViews(index=ask, label=row.label, clips_VCTHW=clips_VCTHW)]
 
 
 def make_view_loader(
@@ -186,18 +215,18 @@ def make_view_loader(
     groups: Sequence[Sequence[int]],
     *,
     pin_memory: bool,
-    worker_init: Callable[[int], None] | None = None,
-) -> DataLoader[list[RowViews]]:
-    """Return a loader that yields the rows of each group, in order; see `make_loader` for its processes."""
-    workers = min(dataset.data.num_workers, len(groups))
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]  # a batch is a list of items here, not one stacked item
-        batch_sampler=[list(group) for group in groups],
-        collate_fn=list,
-        num_workers=workers,
-        prefetch_factor=dataset.data.prefetch_batches if workers else None,
-        multiprocessing_context="forkserver" if workers else None,
-        pin_memory=pin_memory,
-        worker_init_fn=worker_init,
-        timeout=dataset.data.timeout_s if workers else 0,
-    )
+    begin: Callable[[], None] | None = None,
+) -> Loader[int, RowViews, list[RowViews]]:
+    """Return a loader that yields the rows of each group, in order."""
+    assemble = partial(_copy_rows, pin=pin_memory)
+    return Loader(dataset, groups, assemble, most_items=max(map(len, groups), default=1), begin=begin)
+
+
+def _copy_rows(rows: Sequence[RowViews], *, pin: bool) -> list[RowViews]:
+    """Copy the clips of rows, to pinned memory if asked for."""
+    return [
+        row
+        if row.clips_VCTHW is None
+        else row.with_pixels(torch.empty_like(row.clips_VCTHW, pin_memory=pin).copy_(row.clips_VCTHW))
+        for row in rows
+    ]

@@ -5,11 +5,10 @@ steps the loop itself never waits for the device; the engine's step does, once, 
 """
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from signal import Signals
@@ -20,19 +19,21 @@ from torch import Tensor
 
 from everest_ds import distributed
 from everest_ds.config import Config, FinetuneRunConfig
-from everest_ds.data.dataset import BadSample, ClipBatch, next_batch
+from everest_ds.data.clips import ClipBatch
 from everest_ds.data.index import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train import engine as engines
+from everest_ds.train.bad_samples import BadSamples
 from everest_ds.train.checkpoint import TrainState, prune_checkpoints, save_checkpoint
 from everest_ds.train.ema import WeightAverage
 from everest_ds.train.evaluation.validation import Validation, describe, to_metrics
+from everest_ds.train.feeding import DeviceFeed
 from everest_ds.train.media import FrameLog
 from everest_ds.train.metrics import MetricsLog
 from everest_ds.train.optim import learning_rate, require_scaled_rates
 from everest_ds.train.pointers import point_to_best
-from everest_ds.train.progress import Window, measure, print_progress
+from everest_ds.train.progress import StallHint, Window, measure, print_progress
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import EXIT_STOPPED, StopRequest
 from everest_ds.train.tasks import Task
@@ -78,7 +79,14 @@ class Trainer:
 
     def __post_init__(self) -> None:
         """Start counting where the run stands."""
-        self.num_bad = self.start.num_bad
+        self.bad_samples = BadSamples(
+            self.run_dir,
+            self.world,
+            max_share=self.config.data.max_bad_share,
+            num_rows=len(self.rows),
+            count=self.start.num_bad,
+        )
+        self.stall_hint = StallHint(self.config)
         self.num_skipped = self.start.num_skipped
         self.best_step, self.best_score = self.start.best_step, self.start.best_score
         self.task.threshold = self.start.threshold
@@ -92,10 +100,11 @@ class Trainer:
             The steps taken: those of the schedule, or fewer when a signal stopped the run, all of them saved.
 
         Raises:
-            UserError: Too many unreadable videos, a loader that hangs, a loss or gradient that is not finite, or a
+            UserError: Too many unreadable videos, a loss or gradient that is not finite, or a
                 disk that takes no checkpoint.
         """
         self.engine.train()
+        feed = DeviceFeed(batches, self.task.inputs, self.device)
         self.window = Window(self.device)
         last_saved = self.schedule.start_step
         with self.stop.listening():
@@ -104,7 +113,7 @@ class Trainer:
                 if signum:
                     self._leave_early(step, signum, saved=last_saved == step)
                     return step
-                self._take_step(step, batches)
+                self._take_step(step, feed)
                 taken = step + 1
                 saves = self.schedule.saves_after(taken, self.config.run)
                 validation = self.validation if self._validates_after(taken) else None
@@ -119,13 +128,18 @@ class Trainer:
                     self.window = Window(self.device)
         return self.schedule.end_step
 
-    def _take_step(self, step: int, batches: Iterator[ClipBatch]) -> None:
+    def _take_step(self, step: int, feed: DeviceFeed) -> None:
         engines.set_learning_rate(self.engine, self._rate(step))
         losses, rows_seen = [], []
         for _ in range(self.engine.gradient_accumulation_steps()):
-            batch = self._next_batch(batches)
-            loss = self.engine(*self.task.inputs(batch, self.device))
+            waited_s = feed.waited_s
+            batch, inputs = feed.next()
+            self.window.data_wait_s += feed.waited_s - waited_s
+            self.window.bad += batch.bad
+            self.bad_samples.require_whole(batch, self.window.bad)
+            loss = self.engine(*inputs)
             self.engine.backward(loss)
+            feed.look_ahead()
             result = engines.step(self.engine)
             losses.append(loss.detach())
             self.window.tokens += self.task.visible_tokens
@@ -143,22 +157,13 @@ class Trainer:
     def _rate(self, step: int) -> float:
         return learning_rate(step, self.config.optim, self.config.batch, self.schedule.steps_per_epoch)
 
-    def _next_batch(self, batches: Iterator[ClipBatch]) -> ClipBatch:
-        waiting_since = time.perf_counter()
-        batch = next_batch(batches, self.config.data.timeout_s)
-        self.window.data_wait_s += time.perf_counter() - waiting_since
-        self.window.bad += batch.bad
-        if batch.num_lost:
-            self._write_bad(self.window.bad)
-            batch.require_whole()
-        return batch
-
     def _report(self, taken: int) -> None:
         """Reduce the window over all ranks, check it, write a line, print one, start the next window."""
         window, self.window = self.window, Window(self.device)
-        reports = distributed.gather_objects((window.mean_loss(), window.tokens))
-        losses = [loss for loss, _ in reports]
-        self._record_bad(window.bad, taken)
+        reports = distributed.gather_objects((window.mean_loss(), window.tokens, window.data_wait_s))
+        losses = [loss for loss, _, _ in reports]
+        window.data_wait_s = max(wait_s for _, _, wait_s in reports)
+        self.bad_samples.record(window.bad, taken * self.config.batch.global_size)
         broken = [f"loss of rank {rank}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         if window.grad_norm is not None and not math.isfinite(float(window.grad_norm)):
             broken.append("gradient norm")
@@ -169,7 +174,7 @@ class Trainer:
         groups = self.engine.optimizer.param_groups
         require_scaled_rates(groups, self._rate(taken - 1))
         rates = [group["lr"] for group in groups]
-        loss, tokens = sum(losses) / len(losses), sum(tokens for _, tokens in reports)
+        loss, tokens = sum(losses) / len(losses), sum(tokens for _, tokens, _ in reports)
         values = measure(
             window, taken, loss, tokens, rates, self.config, self.schedule, self.clip_flops / self.world.size
         )
@@ -177,6 +182,7 @@ class Trainer:
         if self.frame_log is not None:
             self.frame_log.write(taken, self.task.frame_choice)
         print_progress(taken, self.schedule.end_step, values)
+        self.stall_hint.consider(values)
 
     def _validates_after(self, taken: int) -> bool:
         run = self.config.run
@@ -230,26 +236,6 @@ class Trainer:
         if self.world.is_main:
             print(f"warning: {message}; skipped, {self.num_skipped} of {allowed} allowed", flush=True)
 
-    def _record_bad(self, bad: list[BadSample], taken: int) -> None:
-        """Write unreadable draws of all ranks to bad_samples.jsonl; stop when they are too many."""
-        everyone = [sample for part in distributed.gather_objects(bad) for sample in part]
-        if not everyone:
-            return
-        self.num_bad += len(everyone)
-        if self.world.is_main:
-            self._write_bad(everyone)
-        draws = max(taken * self.config.batch.global_size, len(self.rows))
-        share = self.config.data.max_bad_share
-        if self.num_bad > share * draws:
-            raise UserError(
-                f"{self.num_bad} of {draws} draws could not be read, more than data.max_bad_share={share}; see "
-                f"{self.run_dir / 'bad_samples.jsonl'}, mend the list or raise the share"
-            )
-
-    def _write_bad(self, bad: list[BadSample]) -> None:
-        with (self.run_dir / "bad_samples.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(sample)) + "\n" for sample in bad)
-
     def _leave_early(self, taken: int, signum: Signals, *, saved: bool) -> None:
         """Save what is not saved yet, and say why the run ends here."""
         if not saved:
@@ -270,7 +256,7 @@ class Trainer:
             step=taken,
             epoch=taken // self.schedule.steps_per_epoch,
             samples=taken * self.config.batch.global_size,
-            num_bad=self.num_bad,
+            num_bad=self.bad_samples.count,
             num_skipped=self.num_skipped,
             best_step=self.best_step,
             best_score=self.best_score,

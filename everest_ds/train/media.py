@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from everest_ds.config import Config, PretrainConfig
-from everest_ds.data.dataset import ClipBatch
+from everest_ds.data.clips import ClipBatch
 from everest_ds.data.index import VideoRow
 from everest_ds.model.frames import FrameChoice
 

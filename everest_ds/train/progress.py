@@ -1,5 +1,6 @@
 """Progress of a run between two lines of metrics: what is counted, what is written, what is printed."""
 
+import os
 import time
 from typing import Any
 
@@ -7,9 +8,13 @@ import torch
 from torch import Tensor
 
 from everest_ds.config import Config
-from everest_ds.data.dataset import BadSample
+from everest_ds.data.clips import BadSample
 from everest_ds.train.metrics import format_duration, peak_memory_gib, peak_tflops
 from everest_ds.train.schedule import Schedule
+
+STALL_SHARE = 0.1
+"""Share of the time spent waiting for clips above which people are told what to do."""
+_LINES_BETWEEN_HINTS = 50
 
 
 class Window:
@@ -43,7 +48,7 @@ def measure(
     """Return the values of a line of metrics, units in their names.
 
     Args:
-        window: What happened on this process.
+        window: What happened on this process, and the longest wait of all.
         taken: Steps gone by.
         loss: Mean of all processes.
         tokens: Visible tokens of the window, of all processes.
@@ -68,6 +73,7 @@ def measure(
         "clips_per_s": round(clips_per_s, 3),
         "tokens_per_s": round(tokens / window.steps / seconds, 1),
         "data_wait_ms": round(window.data_wait_s / window.steps * 1e3, 2),
+        "stalled": round(min(window.data_wait_s / window.steps / seconds, 1.0), 4),
         "step_ms": round(seconds * 1e3, 2),
         "memory_gib": round(peak_memory_gib(device), 3),
         "mfu": None if peak is None else round(used / peak, 4),
@@ -85,3 +91,31 @@ def print_progress(taken: int, end_step: int, values: dict[str, Any]) -> None:
         f"  data {values['data_wait_ms']:.0f} ms  {values['memory_gib']:.2f} GiB{mfu}  ETA {left}",
         flush=True,
     )
+
+
+class StallHint:
+    """Says what to do when training waits for clips: once when it begins to, and again after many more lines.
+
+    The first line of a run says nothing: its loader processes have only just begun.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._lines = 0
+        self._silent_until = 1
+
+    def consider(self, values: dict[str, Any]) -> None:
+        """Look at a line of metrics, and print the hint where it is due."""
+        self._lines += 1
+        if values["stalled"] <= STALL_SHARE or self._lines <= self._silent_until:
+            return
+        self._silent_until = self._lines + _LINES_BETWEEN_HINTS
+        data, cores = self._config.data, len(os.sched_getaffinity(0))
+        print(
+            f"note: {values['stalled']:.0%} of the time was spent waiting for clips. {data.num_workers} loader "
+            f"processes for each training process here, {cores} CPU cores for all: raise data.num_workers while "
+            f"cores are idle; `everest prepare` makes videos cheap to decode; data.repeats={data.repeats} takes "
+            f"that many clips from one decoding; `everest benchmark data {self._config.recipe}` shows where the "
+            "time goes",
+            flush=True,
+        )

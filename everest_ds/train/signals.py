@@ -55,7 +55,7 @@ class StopRequest:
             os._exit(128 + signum)
 
 
-def ignore_stop_signals(worker_id: int = 0) -> None:
+def ignore_stop_signals() -> None:
     """Ignore the signals in this process: whoever started it decides. Called by every loader process as it begins.
 
     A launcher signals whole process trees; loader processes that died of it would take the next batch with them.
@@ -66,10 +66,7 @@ def ignore_stop_signals(worker_id: int = 0) -> None:
 
 @contextlib.contextmanager
 def children_ignore_stop_signals() -> Iterator[None]:
-    """Let processes started inside this block inherit that: the fork server, which has no hook of its own.
-
-    The loader processes that it starts do not, because torch gives them a handler for SIGTERM.
-    """
+    """Let processes started inside this block inherit that: the fork server, which has no hook of its own."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     try:
         yield

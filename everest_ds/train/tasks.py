@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig
 from everest_ds.data.augment import PairMixer
+from everest_ds.data.clips import ClipBatch
 from everest_ds.data.cuts import FinetuneCut, PretrainCut
-from everest_ds.data.dataset import ClipBatch, ClipDataset
+from everest_ds.data.dataset import ClipDataset
 from everest_ds.data.index import VideoRow
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
@@ -107,7 +108,7 @@ class PretrainTask(Task):
     def inputs(self, batch: ClipBatch, device: torch.device) -> tuple[Tensor, Tensor]:
         """Move what `forward` takes to the device, as bytes."""
         return (
-            batch.clips_BCTHW.to(device, non_blocking=True),
+            batch.clips_on(device, self.config.data.image_size),
             batch.noise_BS.to(device, non_blocking=True),
         )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from everest_ds.config import PretrainConfig, RunConfig
-from everest_ds.data.dataset import ClipBatch
+from everest_ds.data.clips import ClipBatch
 from everest_ds.data.index import VideoRow
 from everest_ds.model.frames import FrameChoice
 from everest_ds.recipes import get_recipe

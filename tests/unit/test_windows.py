@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 
 from everest_ds.config import FinetuneDataConfig, PretrainDataConfig, ViewsConfig
 from everest_ds.data.cuts import PretrainCut
@@ -37,8 +37,8 @@ def test_clips_of_a_row_with_a_window_stay_in_it(keep: bool, reader: str, tmp_pa
     for index in range(3):
         clips = [dataset[SampleKey(epoch, index)] for epoch in range(30)]
         assert not any(clip.bad for clip in clips)
-        seen.append({frame for clip in clips for frame in shown(clip.clip_CTHW.permute(1, 2, 3, 0).numpy())})
-        frames_T = torch.cat([clip.frames_T for clip in clips])
+        seen.append({frame for clip in clips for frame in shown(clip.pixels.permute(1, 2, 3, 0).numpy())})
+        frames_T = np.concatenate([clip.frames_T for clip in clips])
         first = (10, 30, 0)[index]
         assert (frames_T.min() + first, frames_T.max() + first) == (min(seen[-1]), max(seen[-1]))
     # The official draw never starts at the last place, so the last frame stays out.

@@ -5,6 +5,7 @@ do not depend on the number of processes, so every pass has the same clips in th
 bit for bit. Axes: B clips of a pass, V views of a row, C T H W of a clip, X values that are computed of a clip.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from everest_ds import distributed
-from everest_ds.data.dataset import each_batch
 from everest_ds.data.views import RowViews, ViewDataset, make_view_loader
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
@@ -58,7 +58,7 @@ def map_rows(
     allow_unreadable: bool = False,
     same_rounds: bool = False,
     progress: str | None = None,
-    worker_init: Callable[[int], None] | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> RowResults[T]:
     """Compute something of every row; all ranks take part and all get the results of all rows.
 
@@ -74,7 +74,7 @@ def map_rows(
         same_rounds: Let every rank do the same number of passes, as ZeRO-3 needs, where all ranks gather each
             layer's weights together: a rank without a readable row runs a blank clip and drops the result.
         progress: What is being done, for a line of progress now and then; None prints nothing.
-        worker_init: Called in each loader process with its number.
+        begin: Called in each loader process as it begins.
 
     Raises:
         UserError: A video cannot be read; on the rank that met it.
@@ -82,12 +82,12 @@ def map_rows(
     starts = range(0, len(dataset), group_size)
     groups = [range(start, min(start + group_size, len(dataset))) for start in starts]
     mine = groups[world.rank :: world.size]
-    loader = make_view_loader(dataset, mine, pin_memory=device.type == "cuda", worker_init=worker_init)
+    loader = make_view_loader(dataset, mine, pin_memory=device.type == "cuda", begin=begin)
     clock = _Clock(progress if world.is_main else None, num_rounds=len(mine), num_rows=len(dataset))
     results: dict[int, T] = {}
     unreadable: list[UnreadableRow] = []
-    with torch.no_grad():
-        for group in each_batch(loader, dataset.data.timeout_s):
+    with torch.no_grad(), contextlib.closing(iter(loader)) as each_group:
+        for group in each_group:
             for row in group:
                 if row.bad is not None:
                     unreadable.append(_report(dataset, row, allow_unreadable))

@@ -121,7 +121,7 @@ def score(
     allow_unreadable: bool = False,
     same_rounds: bool = False,
     progress: str | None = None,
-    worker_init: Callable[[int], None] | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> Scores:
     """Score a classifier over a list; all ranks take part and all return the same.
 
@@ -138,7 +138,7 @@ def score(
         allow_unreadable: Leave unreadable rows out, and list them, instead of raising.
         same_rounds: All ranks run equally many passes (ZeRO-3); see `map_rows`.
         progress: What is being done, for lines of progress.
-        worker_init: Called in each loader process with its number.
+        begin: Called in each loader process as it begins.
 
     Raises:
         UserError: A video cannot be read, none can, or logits are not finite.
@@ -153,7 +153,7 @@ def score(
         allow_unreadable=allow_unreadable,
         same_rounds=same_rounds,
         progress=progress,
-        worker_init=worker_init,
+        begin=begin,
     )
     return summarise(outputs, rows, num_classes)
 

@@ -56,7 +56,7 @@ class Validation:
                 allow_unreadable=True,
                 same_rounds=engine.zero_optimization_stage() == 3,
                 progress="validation",
-                worker_init=ignore_stop_signals,
+                begin=ignore_stop_signals,
             )
         engine.train()
         if len(scores.unreadable) > data.max_bad_share * len(self.rows):
