@@ -25,7 +25,7 @@ NUM_STEPS = 20
 
 TRAIN_KEYS = {
     "kind", "step", "time_s", "epoch", "samples", "loss", "grad_norm", "lr", "weight_decay", "clips_per_s",
-    "tokens_per_s", "data_wait_ms", "step_ms", "memory_gib", "mfu",
+    "tokens_per_s", "data_wait_ms", "stalled", "step_ms", "memory_gib", "mfu",
 }  # fmt: skip
 
 
