@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from everest_ds.config import FinetuneDataConfig, PretrainDataConfig
@@ -35,7 +36,7 @@ class CutClip(NamedTuple):
 
 
 class Cut(Protocol):
-    """Turns an opened video into a clip."""
+    """Turns an opened video into a clip, in two steps that can also be taken one by one."""
 
     @property
     def config(self) -> DataConfig:
@@ -47,6 +48,23 @@ class Cut(Protocol):
         Raises:
             VideoReadError: No clip can be had of the video.
         """
+
+    def frame_idx(self, num_frames: int, draws: Draws) -> list[int]:
+        """Draw which frames of a video of ``num_frames`` make up a clip."""
+
+    def clip(self, frames_THWC: NDArray[np.uint8], draws: Draws) -> Tensor:
+        """Make a clip of these frames.
+
+        Returns:
+            clip_CTHW, uint8.
+
+        Raises:
+            FramesTooSmallError: They have not enough pixels to crop.
+        """
+
+
+class FramesTooSmallError(ValueError):
+    """Frames that have not enough pixels to crop; the message says how large they are."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +82,20 @@ class PretrainCut:
 
     def __call__(self, video: Video, draws: Draws) -> CutClip:
         """Cut a clip of ``num_frames`` frames."""
+        return _cut(self, video, draws)
+
+    def frame_idx(self, num_frames: int, draws: Draws) -> list[int]:
+        """Draw the frames of a clip; see `Cut.frame_idx`."""
+        return stride_indices(num_frames, self.num_frames, self.config.sampling_stride, draws(Stream.FRAMES))
+
+    def clip(self, frames_THWC: NDArray[np.uint8], draws: Draws) -> Tensor:
+        """Crop, resize and flip; see `Cut.clip`."""
         config = self.config
-        frame_idx = stride_indices(video.num_frames, self.num_frames, config.sampling_stride, draws(Stream.FRAMES))
-        frames_THWC = video.read(frame_idx)
         height, width = frames_THWC.shape[1:3]
         crop = draw_crop(width, height, config.image_size, config.crop_scales, draws(Stream.CROP))
-        _require_pixels(video, crop, width, height)
+        _require_pixels(crop, width, height)
         mirror = config.flip and draws(Stream.FLIP).random() < 0.5
-        return CutClip(make_clip(frames_THWC, crop, config.image_size, mirror=mirror), frame_idx)
+        return make_clip(frames_THWC, crop, config.image_size, mirror=mirror)
 
 
 @dataclass(frozen=True)
@@ -93,26 +117,38 @@ class FinetuneCut:
 
     def __call__(self, video: Video, draws: Draws) -> CutClip:
         """Cut a clip of ``config.num_frames`` frames."""
+        return _cut(self, video, draws)
+
+    def frame_idx(self, num_frames: int, draws: Draws) -> list[int]:
+        """Draw the frames of a clip; see `Cut.frame_idx`."""
+        config, generator = self.config, draws(Stream.FRAMES)
+        if config.sampling == "segment":
+            return segment_indices(num_frames, config.num_frames, generator)
+        return dense_indices(num_frames, config.num_frames, config.sampling_stride, generator)
+
+    def clip(self, frames_THWC: NDArray[np.uint8], draws: Draws) -> Tensor:
+        """Augment, crop, resize, flip and erase; see `Cut.clip`."""
         config = self.config
-        frame_idx = self._frame_idx(video.num_frames, draws(Stream.FRAMES))
-        frames_THWC = video.read(frame_idx)
         height, width = frames_THWC.shape[1:3]
         if config.rand_augment is not None:
             frames_THWC = rand_augment(frames_THWC, config.rand_augment, draws(Stream.AUGMENT))
         crop = draw_resized_crop(width, height, config.crop_area, config.crop_aspect, draws(Stream.CROP))
-        _require_pixels(video, crop, width, height)
+        _require_pixels(crop, width, height)
         mirror = config.flip and draws(Stream.FLIP).random() < 0.5
         clip_CTHW = make_clip(frames_THWC, crop, config.image_size, mirror=mirror)
         if config.erase_prob > 0:
             clip_CTHW = erase(clip_CTHW, config.erase_prob, draws(Stream.ERASE))
-        return CutClip(clip_CTHW, frame_idx)
-
-    def _frame_idx(self, num_frames: int, generator: np.random.Generator) -> list[int]:
-        if self.config.sampling == "segment":
-            return segment_indices(num_frames, self.config.num_frames, generator)
-        return dense_indices(num_frames, self.config.num_frames, self.config.sampling_stride, generator)
+        return clip_CTHW
 
 
-def _require_pixels(video: Video, crop: tuple[int, int, int, int], width: int, height: int) -> None:
+def _cut(cut: Cut, video: Video, draws: Draws) -> CutClip:
+    frame_idx = cut.frame_idx(video.num_frames, draws)
+    try:
+        return CutClip(cut.clip(video.read(frame_idx), draws), frame_idx)
+    except FramesTooSmallError as error:
+        raise VideoReadError(video.path, str(error)) from error
+
+
+def _require_pixels(crop: tuple[int, int, int, int], width: int, height: int) -> None:
     if min(crop[2:]) < 1:
-        raise VideoReadError(video.path, f"its frames of {width}x{height} pixels are too small to crop")
+        raise FramesTooSmallError(f"its frames of {width}x{height} pixels are too small to crop")
