@@ -97,6 +97,26 @@ def test_every_field_is_a_flag_with_help(command: str, capsys: pytest.CaptureFix
     assert "--task" not in shown
 
 
+def test_data_benchmark_takes_a_recipe_its_fields_and_options_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["benchmark", "data", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{option.replace('_', '-')}" in shown for option in DATA_BENCHMARK_OPTIONS)
+    seen: list[tuple[Config, DataBenchmarkOptions]] = []
+    monkeypatch.setattr("everest_ds.commands.benchmark.data.benchmark_data", lambda *given: seen.append(given))
+    words = "benchmark data k400_vit_b_ft --data.sampling-stride 2 --lists a.csv b.csv --readers pyav --workers"
+    assert cli.main([*words.split(), "--json"]) == 0
+    ((config, options),) = seen
+    assert (config.recipe, config.data.sampling_stride) == ("k400_vit_b_ft", 2)
+    assert options == DataBenchmarkOptions(
+        lists=(Path("a.csv"), Path("b.csv")), readers=("pyav",), workers=(), json=True
+    )
+    assert cli.main(["benchmark", "--help"]) == 0
+    assert "  data" in capsys.readouterr().out
+
+
 def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert cli.main(["--help"]) == 0
