@@ -1,13 +1,17 @@
 """`everest benchmark ...`, one function each, as in `cli.handlers`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
-from everest_ds.cli.parsing import parse, say
+import tyro
+
+from everest_ds.cli.parsing import parse, recipe_and_flags, say
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, nearest_hint
 
 BENCHMARKS = {
     "flops": "the paper's tables of costs beside our counts",
+    "data": "what a recipe's clips cost by stage, and how many GPUs this machine's loader feeds",
 }
 
 
@@ -25,6 +29,7 @@ def benchmark(rest: list[str], world: World) -> int:
         raise UserError(f"benchmark what? got {what!r}{nearest_hint(what, BENCHMARKS)}")
     run = {
         "flops": _flops,
+        "data": _data,
     }
     return run[what](rest[1:], world)
 
@@ -41,4 +46,26 @@ def _flops(rest: list[str], world: World) -> int:
     from everest_ds.commands.benchmark.flops import benchmark_flops
 
     benchmark_flops(as_json=arguments.json)
+    return 0
+
+
+def _data(rest: list[str], world: World) -> int:
+    from everest_ds.commands.benchmark import data as command
+
+    if world.size > 1:
+        raise UserError("everest benchmark data starts loader processes of its own; start it without a launcher")
+    config, flags = recipe_and_flags("benchmark data", rest)
+    kind = type(config)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Measure what the clips of a recipe cost on this machine. Defaults shown are the recipe's."""
+
+        config: Annotated[kind, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+        options: Annotated[command.DataBenchmarkOptions, tyro.conf.arg(name="")] = field(
+            default_factory=command.DataBenchmarkOptions
+        )
+
+    arguments = parse(Arguments, flags, "everest benchmark data RECIPE", world, config=config)
+    command.benchmark_data(arguments.config, arguments.options)
     return 0

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from everest_ds.data.demo_movers import (
     KINDS,
     add_clutter,
+    draw_place,
     draw_sprites,
     draw_velocities,
     render_movers,
@@ -37,7 +38,7 @@ STAMP = "demo.json"
 
 _TEXTURE_CELLS = 4
 # Fields that came later: a stamp has them only where they are not at their default, as if they were not there.
-_LATER_FIELDS = ("classes", "clutter", "shake")
+_LATER_FIELDS = ("classes", "clutter", "shake", "width", "gop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class DemoConfig:
     num_frames: int = 32
     """Frames of a video."""
     size: int = 64
-    """Height and width in pixels."""
+    """Height in pixels, and width where that is not given."""
     movers: int = 2
     """Discs that drift, all alike."""
     distractors: int = 2
@@ -69,21 +70,31 @@ class DemoConfig:
     """Small shapes of random pixels on the background."""
     shake: int = 0
     """Pixels by which the camera shakes from frame to frame, at most, down and right or back."""
+    width: int | None = None
+    """Width in pixels; the height without this."""
+    gop: int = 12
+    """Frames from one keyframe to the next at most; longer ones make smaller files and slower seeking."""
 
     def __post_init__(self) -> None:
         """Check each field, and the disc against the frame."""
-        for name in ("train", "num_frames", "movers", "radius"):
+        for name in ("train", "num_frames", "movers", "radius", "gop"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("val", "test", "seed", "distractors", "clutter", "shake"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0")
-        if self.size % 2 or self.size < 4 * self.radius:
-            raise UserError(f"size={self.size} must be even and at least four radii ({4 * self.radius})")
+        for name, edge in zip(("size", "width"), self.frame_px, strict=True):
+            if edge % 2 or edge < 4 * self.radius:
+                raise UserError(f"{name}={edge} must be even and at least four radii ({4 * self.radius})")
 
     def count(self, split: str) -> int:
         """Return the number of videos of a split."""
         return int(getattr(self, split))
+
+    @property
+    def frame_px(self) -> tuple[int, int]:
+        """Height and width of the frames in pixels."""
+        return self.size, self.size if self.width is None else self.width
 
     @property
     def class_names(self) -> list[str]:
@@ -114,7 +125,7 @@ def render_video(config: DemoConfig, split: str, number: int) -> NDArray[np.uint
     key = np.array([config.seed, SPLITS.index(split)], dtype=np.uint64)
     counter = np.array([0, number, 0, 0], dtype=np.uint64)
     generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
-    background = _texture(generator, config.size)
+    background = _texture(generator, config.frame_px)
     if config.clutter:
         background = add_clutter(generator, background, config.clutter)
     label = number % len(config.class_names)
@@ -139,7 +150,7 @@ def _move(
 ) -> NDArray[np.uint8]:
     sprites = draw_sprites(
         generator,
-        size=config.size,
+        frame_px=config.frame_px,
         radius=config.radius,
         of_each_kind=config.movers,
         more=config.distractors,
@@ -176,7 +187,7 @@ def write_demo_data(
         rows = []
         for number in range(config.count(split)):
             name = f"{split}/{number:05d}.mp4"
-            encode_h264(folder / name, render_video(config, split, number))
+            encode_h264(folder / name, render_video(config, split, number), gop=config.gop)
             rows.append(f"{name} {number % len(names)}\n")
             done += 1
             on_progress(done, total)
@@ -185,8 +196,11 @@ def write_demo_data(
     return lists
 
 
-def encode_h264(path: Path, frames_THWC: NDArray[np.uint8], *, frames_per_s: int = 30) -> None:
-    """Encode frames as H.264 in MP4, with one thread and no macroblock tree: equal frames give equal bytes."""
+def encode_h264(path: Path, frames_THWC: NDArray[np.uint8], *, frames_per_s: int = 30, gop: int = 12) -> None:
+    """Encode frames as H.264 in MP4, with one thread and no macroblock tree: equal frames give equal bytes.
+
+    From one keyframe to the next it is at most ``gop`` frames.
+    """
     import av
 
     height, width = frames_THWC.shape[1:3]
@@ -195,27 +209,27 @@ def encode_h264(path: Path, frames_THWC: NDArray[np.uint8], *, frames_per_s: int
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.thread_count = 1
         # Macroblock-tree rate control reads memory that nobody wrote: the same frames gave six different files.
-        stream.options = {"crf": "16", "preset": "veryfast", "g": "12", "x264-params": "mbtree=0"}
+        stream.options = {"crf": "16", "preset": "veryfast", "g": str(gop), "x264-params": "mbtree=0"}
         for image in frames_THWC:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
 
 
-def _texture(generator: np.random.Generator, size: int) -> NDArray[np.uint8]:
+def _texture(generator: np.random.Generator, frame_px: tuple[int, int]) -> NDArray[np.uint8]:
     cells = torch.from_numpy(generator.random((1, 3, _TEXTURE_CELLS, _TEXTURE_CELLS), dtype=np.float32))
-    smooth = F.interpolate(cells, size=(size, size), mode="bilinear", align_corners=True)
+    smooth = F.interpolate(cells, size=frame_px, mode="bilinear", align_corners=True)
     return (smooth[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
 
 
 def _disc(generator: np.random.Generator, config: DemoConfig) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Return a disc of its own texture at a uniform place of the wrapped frame, and its mask (H, W, 1)."""
-    size, radius = config.size, config.radius
-    image = np.zeros((size, size, 3), dtype=np.uint8)
+    (height, width), radius = config.frame_px, config.radius
+    image = np.zeros((height, width, 3), dtype=np.uint8)
     edge = 2 * radius + 1
-    image[:edge, :edge] = _texture(generator, edge)
-    rows, cols = np.ogrid[:size, :size]
+    image[:edge, :edge] = _texture(generator, (edge, edge))
+    rows, cols = np.ogrid[:height, :width]
     mask = ((rows - radius) ** 2 + (cols - radius) ** 2 <= radius**2)[:, :, None]
-    place = tuple(int(shift) for shift in generator.integers(size, size=2))
+    place = draw_place(generator, (height, width))
     return np.roll(image, place, axis=(0, 1)), np.roll(mask, place, axis=(0, 1))
 
 

@@ -45,12 +45,20 @@ class Sprite:
 
 
 def draw_sprites(
-    generator: np.random.Generator, *, size: int, radius: int, of_each_kind: int, more: int
+    generator: np.random.Generator, *, frame_px: tuple[int, int], radius: int, of_each_kind: int, more: int
 ) -> list[Sprite]:
-    """Draw discs of every kind, equally many, and some more of any kind; the last one lies on top."""
+    """Draw discs of every kind, equally many, and some more of any kind; the last one lies on top.
+
+    Args:
+        generator: The video's draws.
+        frame_px: Height and width of the frame.
+        radius: Of a disc, in pixels.
+        of_each_kind: Discs of every kind.
+        more: Discs of any kind.
+    """
     kinds = np.repeat(np.arange(len(KINDS)), of_each_kind)
     kinds = np.concatenate((kinds, generator.integers(len(KINDS), size=more)))
-    return [_draw_sprite(generator, int(kind), size, radius) for kind in generator.permutation(kinds)]
+    return [_draw_sprite(generator, int(kind), frame_px, radius) for kind in generator.permutation(kinds)]
 
 
 def render_movers(
@@ -87,14 +95,15 @@ def draw_velocities(generator: np.random.Generator, count: int) -> list[tuple[in
 
 def add_clutter(generator: np.random.Generator, background_HWC: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
     """Return the background with small shapes of random pixels on it: detail that stands still."""
-    size = len(background_HWC)
+    frame_px = (background_HWC.shape[0], background_HWC.shape[1])
     for _ in range(count):
         radius = int(generator.integers(*_CLUTTER_RADII_PX, endpoint=True))
         edge = 2 * radius + 1
         image_HWC = np.zeros_like(background_HWC)
         image_HWC[:edge, :edge] = _two_colours(generator, generator.random((edge, edge)) < 0.5)
-        mask_HW1 = _disc_mask(size, radius) if generator.random() < 0.5 else _square_mask(size, edge)
-        background_HWC = Sprite(-1, image_HWC, mask_HW1).paint(background_HWC, _place(generator, size))
+        draw_mask = _disc_mask if generator.random() < 0.5 else _square_mask
+        sprite = Sprite(-1, image_HWC, draw_mask(frame_px, radius))
+        background_HWC = sprite.paint(background_HWC, draw_place(generator, frame_px))
     return background_HWC
 
 
@@ -108,13 +117,19 @@ def shake_camera(generator: np.random.Generator, frames_THWC: NDArray[np.uint8],
     return np.stack(moved)
 
 
-def _draw_sprite(generator: np.random.Generator, kind: int, size: int, radius: int) -> Sprite:
+def draw_place(generator: np.random.Generator, frame_px: tuple[int, int]) -> tuple[int, int]:
+    """Draw a place (down, right) in pixels, uniform on a frame of this height and width."""
+    down, right = generator.integers(frame_px)
+    return int(down), int(right)
+
+
+def _draw_sprite(generator: np.random.Generator, kind: int, frame_px: tuple[int, int], radius: int) -> Sprite:
     edge = 2 * radius + 1
-    image_HWC = np.zeros((size, size, 3), dtype=np.uint8)
+    image_HWC = np.zeros((*frame_px, 3), dtype=np.uint8)
     image_HWC[:edge, :edge] = _two_colours(generator, _texture(generator, kind, edge))
-    place = _place(generator, size)
+    place = draw_place(generator, frame_px)
     return Sprite(
-        kind, np.roll(image_HWC, place, axis=(0, 1)), np.roll(_disc_mask(size, radius), place, axis=(0, 1))
+        kind, np.roll(image_HWC, place, axis=(0, 1)), np.roll(_disc_mask(frame_px, radius), place, axis=(0, 1))
     )
 
 
@@ -141,16 +156,11 @@ def _two_colours(generator: np.random.Generator, second: NDArray[np.bool_]) -> N
             return colours[second.astype(int)].astype(np.uint8)
 
 
-def _place(generator: np.random.Generator, size: int) -> tuple[int, int]:
-    down, right = generator.integers(size, size=2)
-    return int(down), int(right)
-
-
-def _disc_mask(size: int, radius: int) -> NDArray[np.bool_]:
-    rows, cols = np.ogrid[:size, :size]
+def _disc_mask(frame_px: tuple[int, int], radius: int) -> NDArray[np.bool_]:
+    rows, cols = np.ogrid[: frame_px[0], : frame_px[1]]
     return ((rows - radius) ** 2 + (cols - radius) ** 2 <= radius**2)[:, :, None]
 
 
-def _square_mask(size: int, edge: int) -> NDArray[np.bool_]:
-    rows, cols = np.ogrid[:size, :size]
-    return ((rows < edge) & (cols < edge))[:, :, None]
+def _square_mask(frame_px: tuple[int, int], radius: int) -> NDArray[np.bool_]:
+    rows, cols = np.ogrid[: frame_px[0], : frame_px[1]]
+    return ((rows <= 2 * radius) & (cols <= 2 * radius))[:, :, None]

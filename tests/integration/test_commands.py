@@ -12,6 +12,7 @@ import pytest
 
 from everest_ds import __version__, cli
 from everest_ds.commands.benchmark import flops
+from everest_ds.commands.benchmark.data import DataBenchmarkOptions
 from everest_ds.commands.plan import PlanOptions
 from everest_ds.commands.train import LaunchOptions
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig, RunConfig
@@ -25,6 +26,9 @@ COMMANDS = [
     "convert", "study", "benchmark",
 ]  # fmt: skip
 PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "json"]
+DATA_BENCHMARK_OPTIONS = [
+    "lists", "readers", "repeats", "workers", "rounds", "clips", "compare", "clips_per_s", "json",
+]  # fmt: skip
 LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "init_allow", "precision"]
 PRETRAIN_FIELDS = {
     "data": "train_list num_frames sampling_stride image_size flip repeats repeat_frames reader num_workers "
@@ -63,6 +67,7 @@ def test_command_line_is_frozen() -> None:
     assert list(cli.COMMANDS) == COMMANDS
     assert [f.name for f in dataclasses.fields(LaunchOptions)] == LAUNCH_OPTIONS
     assert [f.name for f in dataclasses.fields(PlanOptions)] == PLAN_OPTIONS
+    assert [f.name for f in dataclasses.fields(DataBenchmarkOptions)] == DATA_BENCHMARK_OPTIONS
     assert sorted(RECIPES) == sorted(ALL_RECIPES)
 
 
@@ -90,6 +95,26 @@ def test_every_field_is_a_flag_with_help(command: str, capsys: pytest.CaptureFix
         assert f"--{option.replace('_', '-')}" in shown
     assert "--recipe" not in shown
     assert "--task" not in shown
+
+
+def test_data_benchmark_takes_a_recipe_its_fields_and_options_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["benchmark", "data", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{option.replace('_', '-')}" in shown for option in DATA_BENCHMARK_OPTIONS)
+    seen: list[tuple[Config, DataBenchmarkOptions]] = []
+    monkeypatch.setattr("everest_ds.commands.benchmark.data.benchmark_data", lambda *given: seen.append(given))
+    words = "benchmark data k400_vit_b_ft --data.sampling-stride 2 --lists a.csv b.csv --readers pyav --workers"
+    assert cli.main([*words.split(), "--json"]) == 0
+    ((config, options),) = seen
+    assert (config.recipe, config.data.sampling_stride) == ("k400_vit_b_ft", 2)
+    assert options == DataBenchmarkOptions(
+        lists=(Path("a.csv"), Path("b.csv")), readers=("pyav",), workers=(), json=True
+    )
+    assert cli.main(["benchmark", "--help"]) == 0
+    assert "  data" in capsys.readouterr().out
 
 
 def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:

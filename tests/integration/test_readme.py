@@ -44,6 +44,10 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("everest_ds.commands.convert.convert", lambda *given: conversions.append(given))
     imports: list[tuple[object, ...]] = []
     monkeypatch.setattr("everest_ds.commands.index.index", lambda *given: imports.append(given))
+    benchmarks: list[tuple[object, ...]] = []
+    monkeypatch.setattr(
+        "everest_ds.commands.benchmark.data.benchmark_data", lambda *given: benchmarks.append(given)
+    )
     others: list[tuple[object, ...]] = []
     for name in ("evaluate", "predict"):
         monkeypatch.setattr(f"everest_ds.commands.{name}.{name}", lambda *given, **named: others.append(given) or 0)
@@ -60,6 +64,7 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) ->
         assert options.ds_config is None or options.ds_config.is_file()
     assert bool(conversions) == (words[0] == "convert")
     assert bool(imports) == (words[0] == "index")
+    assert bool(benchmarks) == (words[:2] == ["benchmark", "data"])
 
 
 def test_there_are_commands_to_test() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 
@@ -123,6 +124,9 @@ def test_folder_with_other_things_is_refused(tmp_path: Path) -> None:
         {"num_frames": 0},
         {"clutter": -1},
         {"shake": -1},
+        {"gop": 0},
+        {"width": 65},
+        {"width": 20},
     ],
 )
 def test_impossible_settings_are_refused(change: dict[str, int]) -> None:
@@ -188,7 +192,7 @@ def _rolled(sprite: Sprite, shift: tuple[int, int]) -> tuple[np.ndarray, np.ndar
 def test_every_kind_is_drawn_equally_often() -> None:
     generator = np.random.default_rng(0)
     for _ in range(20):
-        sprites = demo.draw_sprites(generator, size=64, radius=8, of_each_kind=2, more=0)
+        sprites = demo.draw_sprites(generator, frame_px=(64, 64), radius=8, of_each_kind=2, more=0)
         assert sorted(sprite.kind for sprite in sprites) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
@@ -196,7 +200,9 @@ def test_only_discs_of_the_class_move_and_each_keeps_its_way() -> None:
     """Oracle: without clutter and other discs on top, a mover's pixels are found again, shifted by its velocity."""
     for label in range(len(KINDS)):
         background = np.zeros((64, 64, 3), dtype=np.uint8)
-        sprites = demo.draw_sprites(np.random.default_rng(label), size=64, radius=6, of_each_kind=1, more=0)
+        sprites = demo.draw_sprites(
+            np.random.default_rng(label), frame_px=(64, 64), radius=6, of_each_kind=1, more=0
+        )
         velocities = [VELOCITIES[(label + place) % len(VELOCITIES)] for place in range(len(sprites))]
         alone = [sprite for sprite in sprites if sprite.kind == label]
         way = [velocity for sprite, velocity in zip(sprites, velocities, strict=True) if sprite.kind == label]
@@ -213,7 +219,7 @@ def test_only_discs_of_the_class_move_and_each_keeps_its_way() -> None:
 
 @pytest.mark.parametrize("kind", range(len(KINDS)))
 def test_textures_of_kinds_repeat_every_four_pixels_along_their_own_directions(kind: int) -> None:
-    sprite = demo.draw_sprites(np.random.default_rng(3), size=64, radius=12, of_each_kind=1, more=0)
+    sprite = demo.draw_sprites(np.random.default_rng(3), frame_px=(64, 64), radius=12, of_each_kind=1, more=0)
     mine = next(one for one in sprite if one.kind == kind)
     rows, cols = np.nonzero(mine.mask_HW1[:, :, 0])
     inside = set(zip(rows.tolist(), cols.tolist(), strict=True))
@@ -265,6 +271,7 @@ def test_stamp_of_defaults_is_that_of_before_the_later_fields() -> None:
     earlier = ["train", "val", "test", "seed", "num_frames", "size", "movers", "distractors", "radius"]
     assert list(json.loads(DemoConfig().stamp)) == earlier
     assert list(json.loads(DemoConfig(shake=2).stamp)) == [*earlier, "shake"]
+    assert list(json.loads(DemoConfig(width=96, gop=250).stamp)) == [*earlier, "width", "gop"]
 
 
 def test_default_video_is_that_of_before_the_later_fields() -> None:
@@ -274,3 +281,29 @@ def test_default_video_is_that_of_before_the_later_fields() -> None:
         hashlib.sha256(frames.tobytes()).hexdigest()
         == "c3c1cc3d8d60eae84c24fe7d04319308f78d7024b83b0bd53f6412c0df6e3f89"
     )
+
+
+@pytest.mark.parametrize("classes", ["motion", "mover"])
+def test_frames_need_not_be_square_and_movers_wrap_around_both_edges(classes: Any) -> None:
+    config = DemoConfig(num_frames=4, size=40, width=72, radius=5, classes=classes, clutter=3, shake=1)
+    frames = render_video(config, "train", 1)
+    assert frames.shape == (4, 40, 72, 3)
+    assert render_video(replace(config, width=40), "train", 1).shape == (4, 40, 40, 3)
+    assert np.array_equal(
+        render_video(replace(config, width=40), "train", 1), render_video(replace(config, width=None), "train", 1)
+    )
+    # Discs lie anywhere on the wide frame, so over some videos every column changes between two frames.
+    changed = np.zeros(72, dtype=bool)
+    for number in range(60):
+        video = render_video(replace(config, shake=0, clutter=0), "train", number)
+        changed |= (video[0] != video[3]).any(axis=(0, 2))
+    assert changed.all()
+
+
+@pytest.mark.parametrize("gop", [5, 12, 250])
+def test_keyframes_stand_a_gop_apart(gop: int, tmp_path: Path) -> None:
+    config = DemoConfig(train=1, val=0, test=0, num_frames=30, gop=gop)
+    write_demo_data(tmp_path / "demo", config)
+    with av.open(str(tmp_path / "demo" / "train" / "00000.mp4")) as container:
+        keys = [number for number, frame in enumerate(container.decode(video=0)) if frame.key_frame]
+    assert keys == list(range(0, 30, gop))
