@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from everest_ds.data.index import VideoRow
 from everest_ds.data.loader import Loader
 from everest_ds.data.pool import Mark
 from everest_ds.data.readers.choice import choose_reader
+from everest_ds.data.rows import PackedRows
 from everest_ds.data.sampling import SampleKey, Stream, keyed_generator
 from everest_ds.data.video import DecodedVideo, Video, VideoReadError
 
@@ -73,6 +75,10 @@ class ClipDataset:
     def __len__(self) -> int:
         """Return the number of videos."""
         return len(self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Go to another process with packed rows, and without decoded frames."""
+        return self.__dict__ | {"rows": PackedRows(self.rows), "_decoded": {}}
 
     def __getitem__(self, key: SampleKey) -> Clip:
         """Return the clip of a key, not mixed."""

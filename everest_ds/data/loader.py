@@ -6,22 +6,23 @@ with none. A process that hangs on a video is killed, and the video is a bad one
 read; one that ends without being asked to is replaced, and only a video that ends two is a bad one.
 """
 
+import pickle
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
-from everest_ds.config.sections import DataConfig
+from everest_ds.data.maker import Item, Maker
 from everest_ds.data.places import Places
 from everest_ds.data.pool import Mark, Outcome, Pool
 
 Ask = TypeVar("Ask")
+Made = TypeVar("Made", bound=Item)
 Batch = TypeVar("Batch")
 
 # Asks that a process has at a time, so that the next one lies ready when it has answered.
@@ -29,44 +30,6 @@ _DEPTH = 2
 _MAX_DEATHS = 3
 # Seconds until a closed stream notices, and until processes get more to do while a batch waits to be taken.
 _LOOK_AGAIN_S, _GLANCE_S = 0.1, 0.01
-
-
-class Item(Protocol):
-    """What processes make: something small, and pixels."""
-
-    @property
-    def pixels(self) -> Tensor | None:
-        """uint8; None where nothing could be read."""
-
-    def with_pixels(self, pixels: Tensor | None) -> Self:
-        """Return it with other pixels."""
-
-
-Made = TypeVar("Made", bound=Item)
-AskIn = TypeVar("AskIn", contravariant=True)
-MadeOut = TypeVar("MadeOut", bound=Item, covariant=True)
-
-
-class Maker(Protocol[AskIn, MadeOut]):
-    """What is asked for clips. Each process gets a copy."""
-
-    @property
-    def config(self) -> DataConfig:
-        """How clips are loaded."""
-
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of an item's pixels at most."""
-
-    def num_items(self, ask: AskIn) -> int:
-        """Return how many items come of an ask."""
-
-    def __call__(self, ask: AskIn, faults: Mapping[int, str], mark: Mark) -> Sequence[MadeOut]:
-        """Make the items of an ask.
-
-        Videos are opened in an order that the ask alone decides. The number of each, from 0, is marked before it is
-        opened; one that ``faults`` names by its number is not opened but counts as bad for that reason.
-        """
 
 
 class Loader(Generic[Ask, Made, Batch]):
@@ -273,11 +236,15 @@ class _MakeInPlaces:
     """What processes do: make the items of an ask, and write their pixels to their places."""
 
     def __init__(self, maker: Maker[Any, Any], places: Places) -> None:
-        self.maker, self.places = maker, places
+        self._pickled = pickle.dumps(maker)  # once for all processes: it may hold a long list
+        self._maker: Maker[Any, Any] | None = None
+        self.places = places
 
     def __call__(self, job: _Job[Any], mark: Mark) -> list[tuple[Any, tuple[int, ...] | None]]:
+        if self._maker is None:
+            self._maker = pickle.loads(self._pickled)
         answer: list[tuple[Any, tuple[int, ...] | None]] = []
-        for item, place in zip(self.maker(job.ask, job.faults, mark), job.places, strict=True):
+        for item, place in zip(self._maker(job.ask, job.faults, mark), job.places, strict=True):
             pixels = item.pixels
             if pixels is None:
                 answer.append((item, None))

@@ -11,6 +11,7 @@ where that divides by zero (one view) and where it knows two views only (segment
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -22,6 +23,7 @@ from everest_ds.data.index import VideoRow
 from everest_ds.data.loader import Loader
 from everest_ds.data.pool import Mark
 from everest_ds.data.readers.choice import choose_reader
+from everest_ds.data.rows import PackedRows
 from everest_ds.data.video import Video, VideoReadError
 
 # Frames that are held at their own size at once; the whole of a long high-definition video would take gibibytes.
@@ -189,6 +191,10 @@ class ViewDataset:
         """Return the number of rows."""
         return len(self.rows)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Go to another process with packed rows."""
+        return self.__dict__ | {"rows": PackedRows(self.rows)}
+
     def __getitem__(self, index: int) -> RowViews:
         """Read a row; an unreadable one is reported, never raised."""
         return self(index, {}, lambda _: None)[0]
@@ -198,7 +204,7 @@ class ViewDataset:
         return 1
 
     def __call__(self, ask: int, faults: Mapping[int, str], mark: Mark) -> list[RowViews]:
-        """Read a row, unless ``faults`` says that it is bad; see `everest_ds.data.loader.Maker`."""
+        """Read a row, unless ``faults`` says that it is bad; see `everest_ds.data.maker.Maker`."""
         row = self.rows[ask]
         try:
             if faults:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from everest_ds.data.cuts import PretrainCut
 from everest_ds.data.dataset import ClipDataset, make_loader
 from everest_ds.data.index import VideoRow, read_list
 from everest_ds.data.loader import Stream
+from everest_ds.data.rows import PackedRows
 from everest_ds.data.sampling import GlobalBatchSampler, SampleKey
 from everest_ds.data.video import Video
 from everest_ds.errors import UserError
@@ -137,6 +139,24 @@ def test_clips_of_a_video_are_those_of_each_alone_from_one_decoding(
         drawn = {tuple(clip.frames_T.tolist()) for clip in together}  # type: ignore[union-attr]
         assert (len(drawn) == 1) == (frames == "shared")
         assert len({clip.pixels.sum().item() for clip in together if clip.pixels is not None}) > 1  # other crops
+
+
+def test_packed_rows_are_the_rows_in_ninety_bytes_each() -> None:
+    rows = [
+        VideoRow(Path("a b/c,d.mp4"), 3, line=7),
+        VideoRow(Path(os.fsdecode(b"not utf-8 \xff.avi")), -1),
+        VideoRow(Path("/w/ü.mkv"), 0, start_s=0.1, end_s=12.25),
+    ]
+    packed = pickle.loads(pickle.dumps(PackedRows(rows)))
+    assert list(packed) == rows
+    assert (len(packed), packed[-1], packed[0:2]) == (3, rows[2], rows[:2])
+    assert list(PackedRows(rows[:2])) == rows[:2]
+    with pytest.raises(IndexError):
+        packed[3]
+    many = [VideoRow(Path(f"/data/videos/class {i % 400}/{i:032d}.mp4"), i % 400, i) for i in range(20_000)]
+    in_bytes = pickle.dumps(PackedRows(many))
+    assert len(in_bytes) < 90 * len(many)
+    assert list(pickle.loads(in_bytes)) == many
 
 
 def test_units_keep_the_clips_of_a_video_and_of_a_mixed_pair_together(rows: list[VideoRow]) -> None:
