@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import importlib
 import pickle
 import struct
@@ -129,6 +130,19 @@ def test_kept_frames_are_those_of_the_window_only(reader: str, ramps: Path) -> N
     assert [array.shape for array in held] == [(5, 64, 96, 3)]
     with pytest.raises(IndexError):
         video.read([5])
+
+
+def test_frames_outlive_their_reader_and_are_the_callers_own(reader: str, ramps: Path) -> None:
+    path = ramps / "b_frames.mp4"
+    video = Video(path, reader=reader)  # type: ignore[arg-type]
+    first, again = video.read([3, 20]), video.read([3, 20])
+    first[:] = 0  # no other frames share their memory
+    del video
+    gc.collect()
+    for _ in range(20):  # what was freed would be written over
+        Video(path, reader=reader).read([30, 39])  # type: ignore[arg-type]
+    assert shown(again) == [3, 20]
+    assert not first.any()
 
 
 def test_name_that_looks_like_a_protocol_is_a_file(
