@@ -59,21 +59,42 @@ class PyavReader:
         for place, index in enumerate(indices):
             places.setdefault(index, []).append(place)
         frames: NDArray[np.uint8] | None = None
-        try:
-            find = self._count_to if self._packets.pts is None else self._decode_for
-            for index, frame in find(sorted(places)):
-                pixels = self._pixels(frame)
-                if frames is None:
-                    frames = np.empty((len(indices), *pixels.shape), dtype=np.uint8)
-                for place in places.pop(index, []):
-                    frames[place] = pixels
-        except FAULTS as error:
-            raise VideoReadError(self._path, reason_of(error)) from error
-        if places or frames is None:
-            raise VideoReadError(self._path, f"frame {min(places)} of {self.num_frames} cannot be decoded")
+        for index, pixels in self._found(sorted(places)):
+            if frames is None:
+                frames = np.empty((len(indices), *pixels.shape), dtype=np.uint8)
+            for place in places[index]:
+                frames[place] = pixels
+        assert frames is not None
         return frames
 
-    def _count_to(self, wanted: list[int]) -> Iterator[tuple[int, Any]]:
+    def stream(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+        """Yield the frames at the given indices, distinct and ascending, one by one: not all are in memory.
+
+        Yields:
+            frame_HWC, uint8, RGB.
+
+        Raises:
+            VideoReadError: A frame cannot be decoded.
+        """
+        for index, (found, pixels) in zip(indices, self._found(indices), strict=True):
+            if found != index:
+                raise VideoReadError(self._path, f"frame {found} of {self.num_frames} is decoded out of order")
+            yield pixels.copy()
+
+    def _found(self, wanted: Sequence[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Yield each of the frames wanted, ascending, and its index; pixels are valid until the next one."""
+        find = self._count_to if self._packets.pts is None else self._decode_for
+        missing = set(wanted)
+        try:
+            for index, frame in find(wanted):
+                missing.discard(index)
+                yield index, self._pixels(frame)
+        except FAULTS as error:
+            raise VideoReadError(self._path, reason_of(error)) from error
+        if missing:
+            raise VideoReadError(self._path, f"frame {min(missing)} of {self.num_frames} cannot be decoded")
+
+    def _count_to(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """Decode from the beginning, and yield the frames wanted."""
         self._rewind()
         remaining = set(wanted)
@@ -83,7 +104,7 @@ class PyavReader:
             if index >= wanted[-1]:
                 return
 
-    def _decode_for(self, wanted: list[int]) -> Iterator[tuple[int, Any]]:
+    def _decode_for(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """Decode what the frames wanted depend on, and yield them."""
         for span in self._packets.spans(wanted):
             missing = dict(span.targets)
