@@ -78,9 +78,7 @@ class Video:
             raise IndexError(f"{self.path} has {self.num_frames} frames, asked for {list(indices)}")
 
 
-def frames_of_window(
-    path: Path, times_s: NDArray[np.float64], start_s: float | None, end_s: float | None
-) -> range:
+def frames_of_window(path: Path, times_s: NDArray[np.float64], start_s: float | None, end_s: float | None) -> range:
     """Return which frames of a video are those of a window, from the times in seconds at which they start.
 
     Args:
