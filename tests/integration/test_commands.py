@@ -13,6 +13,7 @@ import pytest
 from everest_ds import __version__, cli
 from everest_ds.commands.benchmark import flops
 from everest_ds.commands.plan import PlanOptions
+from everest_ds.commands.prepare import PrepareOptions
 from everest_ds.commands.train import LaunchOptions
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig, RunConfig
 from everest_ds.config_file import dump_config
@@ -21,10 +22,14 @@ from everest_ds.recipes import RECIPES
 
 # Scripts, notebooks and habits rely on these; changing one is a decision, not an accident.
 COMMANDS = [
-    "doctor", "demo-data", "index", "check-data", "recipes", "plan", "pretrain", "finetune", "evaluate", "predict",
-    "convert", "study", "benchmark",
+    "doctor", "demo-data", "index", "check-data", "prepare", "recipes", "plan", "pretrain", "finetune", "evaluate",
+    "predict", "convert", "study", "benchmark",
 ]  # fmt: skip
 PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "json"]
+PREPARE_OPTIONS = [
+    "out", "short_side", "codec", "gop", "quality", "keep_every", "sampling_stride", "min_psnr", "reader",
+    "processes", "timeout_s", "max_bad_share",
+]  # fmt: skip
 LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "init_allow", "precision"]
 PRETRAIN_FIELDS = {
     "data": "train_list num_frames sampling_stride image_size flip reader num_workers prefetch_batches timeout_s "
@@ -63,6 +68,7 @@ def test_command_line_is_frozen() -> None:
     assert list(cli.COMMANDS) == COMMANDS
     assert [f.name for f in dataclasses.fields(LaunchOptions)] == LAUNCH_OPTIONS
     assert [f.name for f in dataclasses.fields(PlanOptions)] == PLAN_OPTIONS
+    assert [f.name for f in dataclasses.fields(PrepareOptions)] == PREPARE_OPTIONS
     assert sorted(RECIPES) == sorted(ALL_RECIPES)
 
 

@@ -78,7 +78,7 @@ class PyavReader:
         """
         for index, (found, pixels) in zip(indices, self._found(indices), strict=True):
             if found != index:
-                raise VideoReadError(self._path, f"frame {found} of {self.num_frames} is decoded out of order")
+                raise VideoReadError(self._path, f"frame {index} of {self.num_frames} cannot be decoded")
             yield pixels.copy()
 
     def _found(self, wanted: Sequence[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
