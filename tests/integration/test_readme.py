@@ -45,7 +45,7 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) ->
     imports: list[tuple[object, ...]] = []
     monkeypatch.setattr("everest_ds.commands.index.index", lambda *given: imports.append(given))
     others: list[tuple[object, ...]] = []
-    for name in ("evaluate", "predict"):
+    for name in ("evaluate", "predict", "prepare"):
         monkeypatch.setattr(f"everest_ds.commands.{name}.{name}", lambda *given, **named: others.append(given) or 0)
     monkeypatch.chdir(REPOSITORY)
     words = everest_words(command)
@@ -54,7 +54,7 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) ->
         assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
         return
     assert cli.main(words) == 0
-    assert bool(others) == (words[0] in ("evaluate", "predict"))
+    assert bool(others) == (words[0] in ("evaluate", "predict", "prepare"))
     if words[0] in ("pretrain", "finetune"):
         ((_, options),) = calls
         assert options.ds_config is None or options.ds_config.is_file()
