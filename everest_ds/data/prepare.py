@@ -230,8 +230,8 @@ def _add_stream(
     else:
         stream = container.add_stream("libx264", rate=frames_per_s)
         stream.pix_fmt = "yuv420p"
-        # No B-frames, no deblocking, no arithmetic coding: quick to decode. No keyframes at cuts, besides those asked
-        # for. Without the macroblock tree the same frames give the same bytes.
+        # No B-frames, no deblocking, no arithmetic coding: quick to decode. No keyframes at cuts. Without the
+        # macroblock tree the same frames give the same bytes.
         stream.options = {
             "g": str(settings.gop), "bf": "0", "crf": str(settings.quality), "tune": "fastdecode",
             "x264-params": "mbtree=0:scenecut=0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from everest_ds.data.readers import packets
-from everest_ds.data.readers.packets import Key, Packets, open_stream, scan, scan_packets
+from everest_ds.data.readers.packets import Key, Packets, open_stream, read_index, scan, scan_packets
 from everest_ds.data.readers.with_pyav import PyavReader
 from tests.unit.video_files import shown, write_ramp
 
@@ -92,6 +93,58 @@ def test_file_beyond_the_limit_is_not_held(tmp_path: Path, monkeypatch: pytest.M
         container, stream = open_stream(path)
         with container:
             assert (scan(container, stream, hold=True).held is not None) is holds
+
+
+def write_jpegs(path: Path, container_options: dict[str, str] | None = None, *, hidden: bool = False) -> None:
+    """Write 30 flat frames at uneven times, each by itself; three of them before an edit list's start or none."""
+    with av.open(str(path), "w", container_options=container_options or {}) as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuvj420p"
+        stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        for index in range(30):
+            image = np.full((64, 96, 3), 5 * index, dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = 40 * index + index**2, Fraction(1, 1000)
+            if hidden:
+                frame.pts -= 100
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def both_ways(path: Path) -> tuple[Packets | None, Packets]:
+    container, stream = open_stream(path)
+    with container:
+        return read_index(container, stream), scan(container, stream, hold=False)
+
+
+@pytest.mark.parametrize("name", ["jpegs.mp4", "jpegs.mov"])
+def test_index_of_a_file_of_keyframes_says_what_its_packets_say(name: str, tmp_path: Path) -> None:
+    write_jpegs(tmp_path / name)
+    index, packets = both_ways(tmp_path / name)
+    assert index == packets
+    reader = PyavReader(tmp_path / name)
+    assert reader.times_s().tolist() == pytest.approx([0.04 * i + i**2 / 1000 for i in range(30)], abs=1e-9)
+    for wanted in ([29, 0, 7, 7, 15], list(range(30)), [3]):
+        assert shown(reader.read(wanted)) == wanted
+
+
+def test_index_that_does_not_tell_all_is_not_trusted(tmp_path: Path) -> None:
+    write_jpegs(tmp_path / "jpegs.mkv")
+    write_jpegs(tmp_path / "fragments.mp4", {"movflags": "frag_keyframe+empty_moov"})
+    write_jpegs(tmp_path / "hidden.mp4", hidden=True)
+    write_jpegs(tmp_path / "whole.mp4", {"movflags": "faststart"})
+    whole = (tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "torn.mp4").write_bytes(whole[: len(whole) * 3 // 4])
+    write_ramp(tmp_path / "intra.mp4", b_frames=0, key_every=1)
+    assert both_ways(tmp_path / "whole.mp4")[0] is not None
+    for name, frames in (
+        ("jpegs.mkv", 30), ("fragments.mp4", 30), ("hidden.mp4", 27), ("torn.mp4", None), ("intra.mp4", 40),
+    ):  # fmt: skip
+        index, packets = both_ways(tmp_path / name)
+        assert index is None, name
+        reader = PyavReader(tmp_path / name)
+        assert reader.num_frames == len(packets.pts or [])
+        assert reader.num_frames == frames or (frames is None and 15 < reader.num_frames < 30)
 
 
 @pytest.mark.parametrize("name", ["ramp.mp4", "ramp.mkv", "ramp.ts", "ramp.avi"])

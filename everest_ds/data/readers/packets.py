@@ -118,6 +118,35 @@ def open_stream(path: Path) -> tuple[Any, Any]:
     return container, stream
 
 
+def read_index(container: Any, stream: Any) -> Packets | None:
+    """Return what a scan would, from the index in a file's header, without reading the rest of the file.
+
+    Only for MP4 and MOV whose codec has keyframes alone, since the index knows the order of decoding only; whose
+    index is whole; which holds what it announces; and of which nothing is hidden. None for all others.
+    """
+    if "mov" not in container.format.name.split(",") or not stream.codec_context.codec.intra_only:
+        return None
+    entries = list(stream.index_entries)
+    if not entries or len(entries) != stream.frames:  # fragments are indexed one by one
+        return None
+    pts = [entry.timestamp for entry in entries]
+    is_whole = max(entry.pos + entry.size for entry in entries) <= container.size
+    is_plain = all(entry.is_keyframe and not entry.is_discard for entry in entries)
+    if not is_whole or not is_plain or pts != sorted(set(pts)):
+        return None
+    first = next(container.demux(stream))
+    container.seek(pts[0], stream=stream)
+    if first.pts != pts[0]:  # shown at other times than decoded
+        return None
+    return Packets(
+        pts=pts,
+        keys=[Key(time, time, position) for position, time in enumerate(pts)],
+        positions={time: position for position, time in enumerate(pts)},
+        held=None,
+        **_rates(stream),
+    )
+
+
 def scan(container: Any, stream: Any, *, hold: bool) -> Packets:
     """Read all packets of an open stream; ``hold`` them where they are not too many bytes."""
     # FFmpeg seeks in mp4 and mov by the time of decoding, elsewhere by that of showing.
@@ -148,9 +177,12 @@ def scan(container: Any, stream: Any, *, hold: bool) -> Packets:
         keys=sorted(keys, key=lambda key: key.pts),
         positions=positions,
         held=held if trusted else None,
-        ticks_per_s=float(1 / stream.time_base),
-        frames_per_s=float(stream.average_rate or 25),
+        **_rates(stream),
     )
+
+
+def _rates(stream: Any) -> dict[str, float]:
+    return {"ticks_per_s": float(1 / stream.time_base), "frames_per_s": float(stream.average_rate or 25)}
 
 
 def scan_packets(path: Path) -> Packets:

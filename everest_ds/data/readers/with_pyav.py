@@ -1,10 +1,10 @@
 """Reading videos with PyAV, that is with the FFmpeg in its wheel.
 
-Opening reads all packets, without decoding them, to learn the times of the frames that can be shown. Of these
-packets only those are decoded that a wanted frame depends on: from the keyframe before it to its own, without
-those of unwanted frames that no other frame refers to. Where a container has no times that can be trusted (AVI
-with B-frames carries the order of decoding only), frames are counted instead: the video is decoded once at opening
-and again, from its beginning, in reading.
+Opening reads all packets, without decoding them, to learn the times of the frames that can be shown; of MP4 files
+that hold keyframes alone (Motion JPEG) it reads the index. Of the packets only those are decoded that a wanted
+frame depends on: from the keyframe before it to its own, without those of unwanted frames that no other frame
+refers to. Where a container has no times that can be trusted (AVI with B-frames carries the order of decoding
+only), frames are counted instead: the video is decoded once at opening and again, from its beginning, in reading.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from everest_ds.data.readers.base import VideoReadError
-from everest_ds.data.readers.packets import FAULTS, Span, open_stream, reason_of, scan
+from everest_ds.data.readers.packets import FAULTS, Span, open_stream, read_index, reason_of, scan
 
 # Codecs whose unreferenced frames can be left out. H.264 marks them in each packet and nothing depends on them
 # (in a damaged file, what conceals the damage may); HEVC marks them for one temporal layer only, and others seldom
@@ -38,7 +38,8 @@ class PyavReader:
         self._reformatter = VideoReformatter()
         try:
             self._container, self._stream = open_stream(path)
-            self._packets = scan(self._container, self._stream, hold=True)
+            index = read_index(self._container, self._stream)
+            self._packets = index or scan(self._container, self._stream, hold=True)
             if self._packets.pts is None:
                 self._rewind()
                 self.num_frames = sum(1 for _ in self._all_frames())
