@@ -199,11 +199,12 @@ def describe_loss(keep_every: int, stride: int) -> str:
     lost = "sound, and what the new encoding and size do not keep"
     if keep_every == 1:
         return lost
-    left, phases = stride // keep_every, "place" if stride == keep_every else "places"
+    left = stride // keep_every
+    places = "1 place is" if left == 1 else f"{left} places are"
     return (
         f"{lost}; all but every {keep_every}th frame: a recipe with data.sampling_stride={stride} must read these "
         f"videos with data.sampling_stride={left}, and of {stride} neighbouring places where its clips could start "
-        f"{left} {phases} are left"
+        f"{places} left"
     )
 
 

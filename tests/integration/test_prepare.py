@@ -195,6 +195,7 @@ def test_fewer_frames_say_what_is_lost(
     assert "data.sampling_stride=4 must read these videos with data.sampling_stride=2" in lost
     assert "of 4 neighbouring places where its clips could start 2 places are left" in lost
     assert lost in capsys.readouterr().out
+    assert command.describe_loss(4, 4).endswith("its clips could start 1 place is left")
     first = Video(read_list(tmp_path / "out" / "train.csv")[0].path)
     assert shown(first.read(range(first.num_frames))) == list(range(0, 20, 2))
 
