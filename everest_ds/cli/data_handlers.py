@@ -51,6 +51,29 @@ def check_data(rest: list[str], world: World) -> int:
     return command.check_data(arguments.source, arguments.options)
 
 
+def prepare(rest: list[str], world: World) -> int:
+    """Re-encode the videos of lists."""
+    from everest_ds.commands import prepare as command
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Re-encode videos so that they are quick to read, each in a process that can be killed; go on where it is.
+
+        Writes videos, a list for each list, manifest.jsonl and summary.json. Originals are only read.
+        """
+
+        sources: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="LIST...")]
+        """Lists of videos, each of another name."""
+        options: Annotated[command.PrepareOptions, tyro.conf.arg(name="")]
+
+    if world.size > 1:
+        raise UserError("everest prepare runs in one process and starts its own; start it without a launcher")
+    arguments = parse(Arguments, rest, "everest prepare", world)
+    if not arguments.sources:
+        raise UserError("prepare which lists? expected `everest prepare LIST... --out DIR`")
+    return command.prepare(arguments.sources, arguments.options)
+
+
 def index(rest: list[str], world: World) -> int:
     """Turn a public dataset's layout into lists."""
     from everest_ds.commands import index as command

@@ -12,13 +12,13 @@ Every video is opened and sampled in a process that can be killed. OUT/ holds
 import csv
 import json
 import os
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from everest_ds.commands.progress import with_progress
 from everest_ds.config.sections import ReaderName
 from everest_ds.data.findings import Record
 from everest_ds.data.guarded import Outcome, run_guarded
@@ -26,12 +26,10 @@ from everest_ds.data.index import VideoRow, read_list, write_list
 from everest_ds.data.probe import DEFAULT_BAD, FaultName, Finding, Kind, ProbeSettings, probe_video
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.errors import UserError
-from everest_ds.train.metrics import format_duration
 
 FINDINGS, REPORT, CLEAN, QUARANTINE, SUMMARY = (
     "findings.jsonl", "report.csv", "clean.csv", "quarantine.csv", "summary.json",
 )  # fmt: skip
-_PROGRESS_EVERY_S = 10.0
 _COLUMNS = ("row", "path", "start_s", "end_s", "label", "kind", "bad", "detail", "frames", "width", "height")
 
 
@@ -100,7 +98,7 @@ def check_data(source: Path, options: CheckOptions) -> int:
         timeout_s=options.timeout_s,
     )
     with record.appending() as append:
-        for outcome in _with_progress(outcomes, len(todo)):
+        for outcome in with_progress(outcomes, len(todo)):
             finding = _finding_of(outcome)
             findings[outcome.item.part] = finding
             append(outcome.item, finding)
@@ -161,17 +159,3 @@ def _write_report(path: Path, both: Iterable[tuple[VideoRow, Finding]], is_bad: 
             place = [number, str(row.path), row.start_s, row.end_s, row.label]
             found = [finding.kind, str(bad).lower(), finding.detail, finding.frames, finding.width, finding.height]
             writer.writerow([*place, *found])
-
-
-def _with_progress(
-    outcomes: Iterator[Outcome[VideoRow, Finding]], total: int
-) -> Iterator[Outcome[VideoRow, Finding]]:
-    """Pass outcomes on, and say now and then how far it is."""
-    started = said = time.monotonic()
-    for done, outcome in enumerate(outcomes, start=1):
-        yield outcome
-        now = time.monotonic()
-        if now - said > _PROGRESS_EVERY_S or (done == total and said > started):
-            left = format_duration((now - started) / done * (total - done))
-            print(f"{done}/{total} videos, {done / (now - started):.1f} a second, {left} left", flush=True)
-            said = now

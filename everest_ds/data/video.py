@@ -15,7 +15,7 @@ from everest_ds.data.index import VideoRow
 from everest_ds.data.readers.base import VideoReadError
 from everest_ds.data.readers.choice import open_reader
 
-__all__ = ["DecodedVideo", "Video", "VideoReadError"]
+__all__ = ["DecodedVideo", "Video", "VideoReadError", "frames_of_window"]
 
 # Half a millisecond and a bit: Matroska rounds times to milliseconds, and lists are written from rounded times.
 _WINDOW_TOLERANCE_S = 6e-4
@@ -52,18 +52,8 @@ class Video:
         self._first, self.num_frames = 0, self._reader.num_frames
         if start_s is None and end_s is None:
             return
-        times_s = self._reader.times_s()
-        window_s = (0.0 if start_s is None else start_s, float("inf") if end_s is None else end_s)
-        self._first, stop = (
-            int(place) for place in np.searchsorted(times_s, np.array(window_s) - _WINDOW_TOLERANCE_S)
-        )
-        self.num_frames = stop - self._first
-        if self.num_frames < 1:
-            raise VideoReadError(
-                path,
-                f"no frame starts in its window [{window_s[0]:g}, {window_s[1]:g}) s; the last of its "
-                f"{len(times_s)} frames starts at {times_s[-1]:.3f} s",
-            )
+        window = frames_of_window(path, self._reader.times_s(), start_s, end_s)
+        self._first, self.num_frames = window.start, len(window)
 
     @staticmethod
     def of_row(row: VideoRow, reader: ReaderName) -> "Video":
@@ -86,6 +76,29 @@ class Video:
     def _require_frames(self, indices: Sequence[int]) -> None:
         if min(indices) < 0 or max(indices) >= self.num_frames:
             raise IndexError(f"{self.path} has {self.num_frames} frames, asked for {list(indices)}")
+
+
+def frames_of_window(path: Path, times_s: NDArray[np.float64], start_s: float | None, end_s: float | None) -> range:
+    """Return which frames of a video are those of a window, from the times in seconds at which they start.
+
+    Args:
+        path: The video, for the message.
+        times_s: Of all its frames, ascending, from the first one.
+        start_s: See `Video`.
+        end_s: See `Video`.
+
+    Raises:
+        VideoReadError: No frame is.
+    """
+    window_s = (0.0 if start_s is None else start_s, float("inf") if end_s is None else end_s)
+    first, stop = (int(place) for place in np.searchsorted(times_s, np.array(window_s) - _WINDOW_TOLERANCE_S))
+    if stop <= first:
+        raise VideoReadError(
+            path,
+            f"no frame starts in its window [{window_s[0]:g}, {window_s[1]:g}) s; the last of its "
+            f"{len(times_s)} frames starts at {times_s[-1]:.3f} s",
+        )
+    return range(first, stop)
 
 
 class DecodedVideo(Video):

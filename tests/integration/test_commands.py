@@ -14,6 +14,7 @@ from everest_ds import __version__, cli
 from everest_ds.commands.benchmark import flops
 from everest_ds.commands.benchmark.data import DataBenchmarkOptions
 from everest_ds.commands.plan import PlanOptions
+from everest_ds.commands.prepare import PrepareOptions
 from everest_ds.commands.train import LaunchOptions
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig, RunConfig
 from everest_ds.config_file import dump_config
@@ -22,12 +23,16 @@ from everest_ds.recipes import RECIPES
 
 # Scripts, notebooks and habits rely on these; changing one is a decision, not an accident.
 COMMANDS = [
-    "doctor", "demo-data", "index", "check-data", "recipes", "plan", "pretrain", "finetune", "evaluate", "predict",
-    "convert", "study", "benchmark",
+    "doctor", "demo-data", "index", "check-data", "prepare", "recipes", "plan", "pretrain", "finetune", "evaluate",
+    "predict", "convert", "study", "benchmark",
 ]  # fmt: skip
 PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "json"]
 DATA_BENCHMARK_OPTIONS = [
     "lists", "readers", "repeats", "workers", "rounds", "clips", "compare", "clips_per_s", "json",
+]  # fmt: skip
+PREPARE_OPTIONS = [
+    "out", "short_side", "codec", "gop", "quality", "keep_every", "sampling_stride", "min_psnr", "reader",
+    "processes", "timeout_s", "max_bad_share",
 ]  # fmt: skip
 LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "init_allow", "precision"]
 PRETRAIN_FIELDS = {
@@ -68,6 +73,7 @@ def test_command_line_is_frozen() -> None:
     assert [f.name for f in dataclasses.fields(LaunchOptions)] == LAUNCH_OPTIONS
     assert [f.name for f in dataclasses.fields(PlanOptions)] == PLAN_OPTIONS
     assert [f.name for f in dataclasses.fields(DataBenchmarkOptions)] == DATA_BENCHMARK_OPTIONS
+    assert [f.name for f in dataclasses.fields(PrepareOptions)] == PREPARE_OPTIONS
     assert sorted(RECIPES) == sorted(ALL_RECIPES)
 
 

@@ -49,7 +49,7 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) ->
         "everest_ds.commands.benchmark.data.benchmark_data", lambda *given: benchmarks.append(given)
     )
     others: list[tuple[object, ...]] = []
-    for name in ("evaluate", "predict"):
+    for name in ("evaluate", "predict", "prepare"):
         monkeypatch.setattr(f"everest_ds.commands.{name}.{name}", lambda *given, **named: others.append(given) or 0)
     monkeypatch.chdir(REPOSITORY)
     words = everest_words(command)
@@ -58,7 +58,7 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) ->
         assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
         return
     assert cli.main(words) == 0
-    assert bool(others) == (words[0] in ("evaluate", "predict"))
+    assert bool(others) == (words[0] in ("evaluate", "predict", "prepare"))
     if words[0] in ("pretrain", "finetune"):
         ((_, options),) = calls
         assert options.ds_config is None or options.ds_config.is_file()

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import gc
 import importlib
 import pickle
-import struct
 import sys
 import types
 from collections.abc import Iterator
@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from everest_ds.data.demo import encode_h264
 from everest_ds.data.readers import choice
 from everest_ds.data.readers.base import VideoReadError, first_line
 from everest_ds.data.readers.choice import READERS, choose_reader, obstacle
 from everest_ds.data.video import DecodedVideo, Video
 from everest_ds.errors import UserError
-from tests.unit.video_files import shown, write_ramp
+from tests.unit.video_files import TURNS, corners, shown, write_ramp, write_turned
 
 # Container, codec, B-frames: with and without an index, with times of showing and without.
 KINDS = {
@@ -131,6 +130,19 @@ def test_kept_frames_are_those_of_the_window_only(reader: str, ramps: Path) -> N
         video.read([5])
 
 
+def test_frames_outlive_their_reader_and_are_the_callers_own(reader: str, ramps: Path) -> None:
+    path = ramps / "b_frames.mp4"
+    video = Video(path, reader=reader)  # type: ignore[arg-type]
+    first, again = video.read([3, 20]), video.read([3, 20])
+    first[:] = 0  # no other frames share their memory
+    del video
+    gc.collect()
+    for _ in range(20):  # what was freed would be written over
+        Video(path, reader=reader).read([30, 39])  # type: ignore[arg-type]
+    assert shown(again) == [3, 20]
+    assert not first.any()
+
+
 def test_name_that_looks_like_a_protocol_is_a_file(
     reader: str, ramps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,31 +166,13 @@ def test_missing_empty_and_torn_files_say_so(reader: str, ramps: Path, tmp_path:
         assert not caught.value.reason.startswith("[")
 
 
-# Turned clockwise, as the matrix of a track's header says it, and where the four corners of the picture go.
-TURNS = {
-    0: ((1, 0, 0, 1), [40, 90, 140, 200]),
-    90: ((0, 1, -1, 0), [140, 40, 200, 90]),
-    180: ((-1, 0, 0, -1), [200, 140, 90, 40]),
-    270: ((0, -1, 1, 0), [90, 200, 40, 140]),
-}
-
-
 @pytest.mark.parametrize("degrees", TURNS)
 def test_rotation_that_a_file_asks_for_is_applied_alike_by_all(degrees: int, reader: str, tmp_path: Path) -> None:
-    picture = np.zeros((64, 96, 3), dtype=np.uint8)
-    for level, rows, columns in ((40, 0, 0), (90, 0, 48), (140, 32, 0), (200, 32, 48)):
-        picture[rows : rows + 32, columns : columns + 48] = level
-    encode_h264(tmp_path / "turned.mp4", np.stack([picture] * 3))
-    (a, b, c, d), expected = TURNS[degrees]
-    content = bytearray((tmp_path / "turned.mp4").read_bytes())
-    matrix = content.index(b"tkhd") + 4 + 40
-    struct.pack_into(">9i", content, matrix, a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
-    (tmp_path / "turned.mp4").write_bytes(content)
+    write_turned(tmp_path / "turned.mp4", degrees)
     frames = Video(tmp_path / "turned.mp4", reader=reader).read([0, 2])  # type: ignore[arg-type]
     height, width = (64, 96) if degrees % 180 == 0 else (96, 64)
     assert frames.shape == (2, height, width, 3)
-    corners = [frames[:, y, x].mean() for y in (8, height - 8) for x in (8, width - 8)]
-    assert np.abs(np.array(corners) - expected).max() < 6  # measured: 2
+    assert np.abs(np.array(corners(frames)) - TURNS[degrees][1]).max() < 6  # measured: 2
 
 
 @pytest.mark.parametrize("width", [16, 24, 48, 72])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import decord
 import numpy as np
+import torch.utils.dlpack
 from numpy.typing import NDArray
 
 from everest_ds.data.readers.base import VideoReadError, even_times_s, first_line
@@ -31,7 +32,7 @@ class DecordReader:
         try:
             self._reader = decord.VideoReader(str(path), num_threads=1)
             length = len(self._reader)
-            start_s = self._reader.get_frame_timestamp(list(range(length)))[:, 0] if length else np.zeros(0)
+            start_s = self._reader.get_frame_timestamp(range(length))[:, 0] if length else np.zeros(0)
         except (OSError, RuntimeError, decord.DECORDError) as error:
             raise VideoReadError(path, _reason(error)) from error
         self._start_s = start_s
@@ -49,9 +50,11 @@ class DecordReader:
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Return the frames at the given indices."""
         try:
-            frames: NDArray[np.uint8] = self._reader.get_batch(list(indices)).asnumpy()
+            batch = self._reader.get_batch(list(indices))
         except (RuntimeError, decord.DECORDError) as error:
             raise VideoReadError(self._path, _reason(error)) from error
+        # Handed over, where asnumpy would copy it all.
+        frames: NDArray[np.uint8] = torch.utils.dlpack.from_dlpack(batch.to_dlpack()).numpy()
         return frames
 
 

@@ -17,7 +17,7 @@ from torchcodec.decoders import VideoDecoder
 from everest_ds.data.readers.base import VideoReadError, first_line
 
 if TYPE_CHECKING:
-    from everest_ds.data.readers.with_pyav import Packets
+    from everest_ds.data.readers.packets import Packets
 
 _FAULTS = (RuntimeError, ValueError, IndexError, OSError)
 
@@ -51,7 +51,7 @@ class TorchcodecReader:
         return packets.times_s(self.num_frames)
 
     def _scan(self) -> "Packets":
-        from everest_ds.data.readers.with_pyav import scan_packets
+        from everest_ds.data.readers.packets import scan_packets
 
         return scan_packets(self._path)
 
