@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from everest_ds.data.augment import PairMixer
+from everest_ds.data.places import Layout
 from everest_ds.data.sampling import SampleKey
 from everest_ds.data.transforms import resize_crop
 from everest_ds.errors import UserError
@@ -92,7 +93,8 @@ class ClipBatch:
     """One micro-batch.
 
     Attributes:
-        clips_BCTHW: uint8; empty where ``crops`` hold the pixels.
+        clips_BCTHW: uint8; empty where ``crops`` hold the pixels. In memory channels may come last, as they leave
+            the decoder: the device puts them into order faster than a CPU.
         frames_BT: int64, the frame of its video that each frame of a clip is; for a mixed clip, of its own video.
         noise_BS: float32 in [0, 1), the values that the task asked for with each clip.
         label_B: int64.
@@ -162,8 +164,14 @@ class ClipBatch:
 
 def _stack(parts: Sequence[Tensor], *, pin: bool) -> Tensor:
     """Copy tensors of bytes, all of one shape, into one, in pinned memory if asked for."""
-    stacked = torch.empty((len(parts), *parts[0].shape) if parts else 0, dtype=torch.uint8, pin_memory=pin)
-    return torch.stack(list(parts), out=stacked) if parts else stacked
+    if not parts:
+        return torch.empty(0, dtype=torch.uint8, pin_memory=pin)
+    layout = Layout.of(parts[0])
+    shape, stride = (len(parts), *layout.shape), (parts[0].numel(), *layout.stride)
+    stacked = torch.empty_strided(shape, stride, dtype=torch.uint8, pin_memory=pin)
+    for place, part in zip(stacked, parts, strict=True):
+        place.copy_(part)
+    return stacked
 
 
 def _to_tensor(values: NDArray[np.generic], *, pin: bool) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from everest_ds.data.maker import Item, Maker
-from everest_ds.data.places import Places
+from everest_ds.data.places import Layout, Places
 from everest_ds.data.pool import Mark, Outcome, Pool
 
 Ask = TypeVar("Ask")
@@ -207,8 +207,8 @@ class _Feeder:
                 self._try_again(job, outcome)
                 continue
             job.items = [
-                item if shape is None else item.with_pixels(self.places.view(place, shape))
-                for (item, shape), place in zip(outcome.result or (), job.places, strict=True)
+                item if layout is None else item.with_pixels(self.places.view(place, layout))
+                for (item, layout), place in zip(outcome.result or (), job.places, strict=True)
             ]
 
     def _try_again(self, job: _Job[Any], outcome: Outcome[Any, Any]) -> None:
@@ -240,17 +240,18 @@ class _MakeInPlaces:
         self._maker: Maker[Any, Any] | None = None
         self.places = places
 
-    def __call__(self, job: _Job[Any], mark: Mark) -> list[tuple[Any, tuple[int, ...] | None]]:
+    def __call__(self, job: _Job[Any], mark: Mark) -> list[tuple[Any, Layout | None]]:
         if self._maker is None:
             self._maker = pickle.loads(self._pickled)
-        answer: list[tuple[Any, tuple[int, ...] | None]] = []
+        answer: list[tuple[Any, Layout | None]] = []
         for item, place in zip(self._maker(job.ask, job.faults, mark), job.places, strict=True):
             pixels = item.pixels
             if pixels is None:
                 answer.append((item, None))
                 continue
-            self.places.view(place, tuple(pixels.shape)).copy_(pixels)
-            answer.append((item.with_pixels(None), tuple(pixels.shape)))
+            layout = Layout.of(pixels)
+            self.places.view(place, layout).copy_(pixels)
+            answer.append((item.with_pixels(None), layout))
         return answer
 
 

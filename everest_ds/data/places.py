@@ -4,10 +4,23 @@ import mmap
 import os
 from collections.abc import Callable
 from multiprocessing import reduction
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """A tensor's shape, and which of its axes come first in memory; without gaps between its elements."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Layout":
+        """Return the layout of a copy of a tensor, its axes in the same order in memory."""
+        copy = torch.empty_like(tensor, device="meta")
+        return cls(tuple(copy.shape), copy.stride())
 
 
 class Places:
@@ -31,17 +44,16 @@ class Places:
         os.ftruncate(file, count * num_bytes)
         self._bytes = torch.frombuffer(mmap.mmap(file, count * num_bytes), dtype=torch.uint8)
 
-    def view(self, place: int, shape: tuple[int, ...]) -> Tensor:
-        """Return the beginning of a place as a uint8 tensor of some shape; writing to it writes there.
+    def view(self, place: int, layout: Layout) -> Tensor:
+        """Return the beginning of a place as a uint8 tensor; writing to it writes there.
 
         Raises:
             ValueError: It does not fit.
         """
-        size = torch.Size(shape).numel()
+        size = torch.Size(layout.shape).numel()
         if size > self.num_bytes:
             raise ValueError(f"{size} bytes do not fit into a place of {self.num_bytes}")
-        start = place * self.num_bytes
-        return self._bytes[start : start + size].view(shape)
+        return self._bytes.as_strided(layout.shape, layout.stride, place * self.num_bytes)
 
     def close(self) -> None:
         """Give up the file; memory goes when the last view of it does."""

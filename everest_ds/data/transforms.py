@@ -58,15 +58,15 @@ def draw_crop(
 def crop_frames(frames_THWC: NDArray[np.uint8], crop: tuple[int, int, int, int], *, mirror: bool) -> Tensor:
     """Cut the same crop (left, top, width, height) out of all frames: crop_THWC uint8, contiguous."""
     left, top, width, height = crop
-    crop_THWC = frames_THWC[:, top : top + height, left : left + width]
-    return torch.from_numpy(np.ascontiguousarray(crop_THWC[:, :, ::-1] if mirror else crop_THWC))
+    crop_THWC = torch.from_numpy(frames_THWC)[:, top : top + height, left : left + width]
+    return crop_THWC.flip(2) if mirror else crop_THWC.contiguous()
 
 
 def resize_crop(crop_THWC: Tensor, size: int) -> Tensor:
     """Resize to ``size`` x ``size`` with antialiased bilinear weights, on the crop's device.
 
     Returns:
-        clip_CTHW, uint8, contiguous.
+        clip_CTHW, uint8; in memory channels come last, as in the crop.
 
     Differs from the official code: tensors on uint8 instead of PIL images, at most 2 of 255 apart, and several
     times as fast.
@@ -74,11 +74,11 @@ def resize_crop(crop_THWC: Tensor, size: int) -> Tensor:
     crop_TCHW = rearrange(crop_THWC, "t h w c -> t c h w")
     if tuple(crop_TCHW.shape[2:]) != (size, size):
         crop_TCHW = tvf.resize(crop_TCHW, [size, size], antialias=True)
-    return rearrange(crop_TCHW, "t c h w -> c t h w").contiguous()
+    return rearrange(crop_TCHW, "t c h w -> c t h w")
 
 
 def resize_crop_by_pil(crop_THWC: Tensor, size: int) -> Tensor:
     """Resize as `resize_crop` does, by PIL, whose pixels are those of the official code."""
     images = [Image.fromarray(frame_HWC) for frame_HWC in crop_THWC.numpy()]
     frames = [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)) for image in images]
-    return rearrange(torch.from_numpy(np.stack(frames)), "t h w c -> c t h w").contiguous()
+    return rearrange(torch.from_numpy(np.stack(frames)), "t h w c -> c t h w")

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from everest_ds.data.places import Places
+from everest_ds.data.places import Layout, Places
 from everest_ds.data.pool import Mark, Outcome, Pool
 from everest_ds.errors import UserError
 
@@ -123,11 +123,20 @@ def test_closed_pool_leaves_no_process_and_answers_nothing() -> None:
 
 def test_places_hold_what_fits_and_take_memory_only_where_written_to() -> None:
     places = Places(3, 4)
-    places.view(1, (4,)).copy_(torch.tensor([1, 2, 3, 4]))
-    assert places.view(1, (2, 2)).tolist() == [[1, 2], [3, 4]]
+    square = Layout((2, 2), (2, 1))
+    places.view(1, square).copy_(torch.tensor([[1, 2], [3, 4]]))
+    assert places.view(1, square).tolist() == [[1, 2], [3, 4]]
+    assert places.view(1, Layout.of(torch.empty(2, 2).T)).tolist() == [[1, 3], [2, 4]]
     with pytest.raises(ValueError, match="5 bytes do not fit into a place of 4"):
-        places.view(0, (5,))
-    assert places.view(2, (2, 2)).tolist() == [[0, 0], [0, 0]]
+        places.view(0, Layout((5,), (1,)))
+    assert places.view(2, square).tolist() == [[0, 0], [0, 0]]
     large = Places(100, 2**30)
-    large.view(99, (3,)).fill_(7)
-    assert large.view(99, (2, 2)).tolist() == [[7, 7], [7, 0]]
+    large.view(99, Layout((3,), (1,))).fill_(7)
+    assert large.view(99, square).tolist() == [[7, 7], [7, 0]]
+
+
+def test_layout_is_that_of_a_dense_copy() -> None:
+    whole = torch.arange(120).reshape(2, 3, 4, 5)
+    assert Layout.of(whole) == ((2, 3, 4, 5), (60, 20, 5, 1))
+    assert Layout.of(whole.permute(3, 0, 1, 2)) == ((5, 2, 3, 4), (1, 60, 20, 5))
+    assert Layout.of(whole[:, :, 1:3]) == ((2, 3, 2, 5), (30, 10, 5, 1))
