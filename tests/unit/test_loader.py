@@ -239,6 +239,30 @@ def test_file_that_goes_away_in_mid_run_is_replaced_from_then_on(good: list[Vide
     assert all(set(reasons) == {"no such file"} for reasons in bad[15:])
 
 
+def test_bad_real_clips_neither_hang_nor_end_a_process(real_clips: Path, good: list[VideoRow]) -> None:
+    """All 28 broken or awkward files, each drawn in every epoch, beside as many good ones."""
+    awkward = sorted(path for path in (real_clips / "bad").iterdir() if path.suffix != ".csv")
+    assert len(awkward) == 28
+    rows = [VideoRow(path, 0) for path in awkward] + good + good + good[:4]
+    sampler = GlobalBatchSampler(
+        num_samples=56, global_size=8, micro_size=8, rank=0, world_size=1, seed=0, end_step=14
+    )
+    for reader in ("decord", "pyav"):
+        dataset = make_dataset(rows, replace(CONFIG, num_workers=2, timeout_s=20.0, reader=reader))  # type: ignore[arg-type]
+        stream = iter(make_loader(dataset, sampler, micro_size=8, pin_memory=False))
+        assert isinstance(stream, Stream)
+        with closing(stream):
+            pids = stream.pids
+            batches = [next(stream) for _ in range(14)]
+            assert stream.pids == pids
+        assert all(batch.num_lost == 0 for batch in batches)
+        bad = {Path(sample.path) for batch in batches for sample in batch.bad}
+        assert bad <= set(awkward)
+        assert {"audio_only.mp4", "html_404.mp4", "text.mp4"} <= {path.name for path in bad}
+        reasons = [sample.reason for batch in batches for sample in batch.bad]
+        assert not any("no answer" in reason or "ended its process" in reason for reason in reasons)
+
+
 def test_bug_in_a_process_is_raised_with_its_traceback(rows: list[VideoRow], tmp_path: Path) -> None:
     config = replace(CONFIG, num_workers=1)
     with pytest.raises(RuntimeError, match=r"(?s)in a process that reads videos.*_open.*ZeroDivisionError: a bug"):
