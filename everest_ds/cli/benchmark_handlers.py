@@ -1,13 +1,17 @@
 """`everest benchmark ...`, one function each, as in `cli.handlers`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
-from everest_ds.cli.parsing import parse, say
+import tyro
+
+from everest_ds.cli.parsing import leave, parse, recipe_and_flags, say
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, nearest_hint
 
 BENCHMARKS = {
     "flops": "the paper's tables of costs beside our counts",
+    "step": "speed, memory and utilisation of a training step; beside the official code; which ZeRO stage wins",
 }
 
 
@@ -25,6 +29,7 @@ def benchmark(rest: list[str], world: World) -> int:
         raise UserError(f"benchmark what? got {what!r}{nearest_hint(what, BENCHMARKS)}")
     run = {
         "flops": _flops,
+        "step": _step,
     }
     return run[what](rest[1:], world)
 
@@ -42,3 +47,21 @@ def _flops(rest: list[str], world: World) -> int:
 
     benchmark_flops(as_json=arguments.json)
     return 0
+
+
+def _step(rest: list[str], world: World) -> int:
+    from everest_ds.commands.benchmark import step as command
+
+    config, flags = recipe_and_flags("benchmark step", rest)
+    kind = type(config)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Measure training steps of a recipe on clips that need no reading. Defaults shown are the recipe's."""
+
+        config: Annotated[kind, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+        options: Annotated[command.StepOptions, tyro.conf.arg(name="")] = field(default_factory=command.StepOptions)
+
+    arguments = parse(Arguments, flags, "everest benchmark step RECIPE", world, config=config)
+    code = command.benchmark_step(arguments.config, arguments.options, world)
+    return leave(code, at_once=world.size > 1)
