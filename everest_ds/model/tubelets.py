@@ -121,9 +121,10 @@ def reconstruction_target(tubelets_RCTHW: Tensor, *, eps: float = 1e-6) -> Tenso
     Source: official code, `normlize_target`: unbiased deviation over the pixels of one channel of one tubelet.
     """
     unit = to_unit_range(tubelets_RCTHW).flatten(2)
-    mean = unit.mean(dim=2, keepdim=True)
-    deviation = unit.var(dim=2, unbiased=True, keepdim=True).sqrt()
-    return rearrange((unit - mean) / (deviation + eps), "r c p -> r (p c)")
+    centred = unit - unit.mean(dim=2, keepdim=True)
+    # The same in fewer passes than `var`, which takes three quarters of the time of a target on a CPU.
+    deviation = torch.linalg.vector_norm(centred, dim=2, keepdim=True) / math.sqrt(unit.shape[2] - 1)
+    return rearrange(centred / (deviation + eps), "r c p -> r (p c)")
 
 
 class BlockConv3d(nn.Conv3d):
