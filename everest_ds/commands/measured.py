@@ -30,7 +30,8 @@ FIELDS_OF_STEP = {
         "size", "patch_size", "tubelet_size", "embedding_layers", "decoder_depth", "drop_path", "freeze_encoder",
     ),
     "selection": (
-        "strategy", "selected_ratio", "visible_ratio", "targets", "budget", "floor", "ceiling", "alpha", "keep_ratio",
+        "strategy", "selected_ratio", "visible_ratio", "targets", "budget", "floor", "ceiling", "alpha",
+        "keep_ratio",
     ),
 }  # fmt: skip
 # A GPU's whole memory is not its name's: of 80 GB, 79.1 GiB can be had.
@@ -38,7 +39,7 @@ MEMORY_RTOL = 0.1
 
 
 def fastest(rows: Sequence[dict[str, Any]], global_size: int) -> dict[str, Any] | None:
-    """Return the row of the most clips a second whose micro-batches make up a global batch; None where none does."""
+    """Return the row of the most clips a second whose micro-batches make up a global batch, or None."""
     usable = [
         row for row in rows if not row["out_of_memory"] and global_size % (row["micro_batch"] * row["gpus"]) == 0
     ]

@@ -12,6 +12,7 @@ import pytest
 
 from everest_ds import __version__, cli
 from everest_ds.commands.benchmark import flops
+from everest_ds.commands.benchmark.step import StepOptions
 from everest_ds.commands.plan import PlanOptions
 from everest_ds.commands.train import LaunchOptions
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig, RunConfig
@@ -24,7 +25,11 @@ COMMANDS = [
     "doctor", "demo-data", "index", "check-data", "recipes", "plan", "pretrain", "finetune", "evaluate", "predict",
     "convert", "study", "benchmark",
 ]  # fmt: skip
-PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "json"]
+PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "measured", "json"]
+STEP_OPTIONS = [
+    "micro_batch", "steps", "warmup", "ds_config", "precision", "memory_gib", "compare", "sweep_stages", "stages",
+    "gpus", "out", "json",
+]  # fmt: skip
 LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "init_allow", "precision"]
 PRETRAIN_FIELDS = {
     "data": "train_list num_frames sampling_stride image_size flip reader num_workers prefetch_batches timeout_s "
@@ -63,6 +68,7 @@ def test_command_line_is_frozen() -> None:
     assert list(cli.COMMANDS) == COMMANDS
     assert [f.name for f in dataclasses.fields(LaunchOptions)] == LAUNCH_OPTIONS
     assert [f.name for f in dataclasses.fields(PlanOptions)] == PLAN_OPTIONS
+    assert [f.name for f in dataclasses.fields(StepOptions)] == STEP_OPTIONS
     assert sorted(RECIPES) == sorted(ALL_RECIPES)
 
 

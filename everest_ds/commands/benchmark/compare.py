@@ -2,9 +2,9 @@
 
 Both sides start from the same weights and the same clips on the device, and do forward and backward pass, targets
 and loss included, gradients fresh in every step. Neither takes an optimiser step, and nothing is sent: what is
-compared is the model and what its step computes. Ours begins with uint8 clips and standardises them; theirs gets them
-standardised, as their loader would, for free. VideoMAE sees a tenth of the tokens in tubes and predicts all others.
-In bf16 our weights are bf16, as under DeepSpeed, and theirs float32 under autocast, as their loop has it.
+compared is the model and what its step computes. Ours begins with uint8 clips and standardises them; theirs gets
+them standardised, as their loader would, for free. VideoMAE sees a tenth of the tokens in tubes and predicts all
+others. In bf16 our weights are bf16, as under DeepSpeed, and theirs float32 under autocast, as their loop has it.
 
 The sides take turns within a round, each round beginning with another one; what counts is the median over rounds of
 the ratio within a round, in CPU time of all threads on a CPU (other work on the machine then disturbs little).

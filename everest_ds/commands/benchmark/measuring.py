@@ -1,9 +1,9 @@
 """Steps of the real task in the real DeepSpeed engine, on clips that lie on the device: how fast, how large.
 
-Place in the flow: `commands.benchmark.step` builds one `Workbench` and measures one micro-batch after another on it.
-All sizes go through one engine: how many clips a batch has, only the input knows. A process of its own for each would
-cost a start of DeepSpeed and a measured ceiling every time, and give nothing: each size begins with an emptied cache
-and a new peak, and after the first one that does not fit, the engine is in no state to go on and the sweep ends.
+Place in the flow: `commands.benchmark.step` builds one `Workbench` and measures micro-batches on it, one by one.
+All sizes go through one engine: how many clips a batch has, only the input knows. A process of its own for each
+would cost a start of DeepSpeed and a measured ceiling every time, and give nothing: each size begins with an empty
+cache and a new peak, and after the first that does not fit, the engine is in no state to go on and the sweep ends.
 """
 
 from collections.abc import Iterator

@@ -110,8 +110,8 @@ def require_comparable(config: PretrainConfig, names: Iterable[ReferenceName]) -
     ours = (selection.strategy, selection.order, selection.distance, selection.targets, selection.budget)
     if "everest" in names and (ours != ("rero", "descending", "l2", "masked", "clip") or selection.alpha > 1):
         raise UserError(
-            "--compare everest: the official code selects by rero, the most changing tokens by l2, the same share of "
-            f"every clip, and predicts the masked ones, from the clip's own frames; got {', '.join(ours)}, "
+            "--compare everest: the official code selects by rero, the most changing tokens by l2, the same share "
+            f"of every clip, and predicts the masked ones, from the clip's own frames; got {', '.join(ours)}, "
             f"alpha {selection.alpha}"
         )
 

@@ -1,8 +1,8 @@
 """`everest benchmark step RECIPE --sweep-stages`: every way of sharding measured, and the fastest written down.
 
-Each way is measured by the same command in processes of its own, so that none finds what another has left behind and
-one that fails leaves the others alone. On several GPUs they are started by `torch.distributed.run --standalone`, which
-finds a free port by itself and ends all processes when one has ended badly.
+Each way is measured by the same command in processes of its own, so that none finds what another has left behind,
+and one that fails leaves the others alone. On several GPUs they are started by `torch.distributed.run
+--standalone`, which finds a free port by itself and ends all processes when one has ended badly.
 """
 
 import json
