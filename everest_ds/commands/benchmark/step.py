@@ -109,6 +109,7 @@ def _measure(config: Config, options: StepOptions, sizes: Iterable[int], world: 
     report = Report(world, same, head=STEP_HEAD, rows=step_rows, as_json=options.json)
     before: dict[str, Any] | None = None
     for size in sizes:
+        distributed.barrier()  # a process that fails must not end the others before they have said what they know
         try:
             measured = measure_steps(
                 bench, size, steps=options.steps, warmup=options.warmup, ceiling_tflops=ceiling
