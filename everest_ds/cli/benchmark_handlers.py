@@ -5,13 +5,14 @@ from typing import Annotated
 
 import tyro
 
-from everest_ds.cli.parsing import parse, recipe_and_flags, say
+from everest_ds.cli.parsing import leave, parse, recipe_and_flags, say
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, nearest_hint
 
 BENCHMARKS = {
     "flops": "the paper's tables of costs beside our counts",
     "data": "what a recipe's clips cost by stage, and how many GPUs this machine's loader feeds",
+    "step": "speed, memory and utilisation of a training step; beside the official code; which ZeRO stage wins",
 }
 
 
@@ -30,6 +31,7 @@ def benchmark(rest: list[str], world: World) -> int:
     run = {
         "flops": _flops,
         "data": _data,
+        "step": _step,
     }
     return run[what](rest[1:], world)
 
@@ -69,3 +71,21 @@ def _data(rest: list[str], world: World) -> int:
     arguments = parse(Arguments, flags, "everest benchmark data RECIPE", world, config=config)
     command.benchmark_data(arguments.config, arguments.options)
     return 0
+
+
+def _step(rest: list[str], world: World) -> int:
+    from everest_ds.commands.benchmark import step as command
+
+    config, flags = recipe_and_flags("benchmark step", rest)
+    kind = type(config)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        """Measure training steps of a recipe on clips that need no reading. Defaults shown are the recipe's."""
+
+        config: Annotated[kind, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+        options: Annotated[command.StepOptions, tyro.conf.arg(name="")] = field(default_factory=command.StepOptions)
+
+    arguments = parse(Arguments, flags, "everest benchmark step RECIPE", world, config=config)
+    code = command.benchmark_step(arguments.config, arguments.options, world)
+    return leave(code, at_once=world.size > 1)

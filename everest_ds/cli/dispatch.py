@@ -30,7 +30,7 @@ COMMANDS = {
     "predict": "labels or features of new videos, files or folders",
     "convert": "weights in and out: runs, official .pth files, Hugging Face folders, safetensors",
     "study": "the paper's comparisons in miniature, on demo data; exits 1 when a run failed",
-    "benchmark": "flops: the paper's tables beside our counts; data: what clips cost, how many GPUs they feed",
+    "benchmark": "flops: the paper's costs beside ours; data: what clips cost; step: speed, memory, MFU",
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from everest_ds.commands.measured import beside_estimates, describe_measured, fastest, read_measured
 from everest_ds.config import Config, FinetuneConfig
 from everest_ds.errors import UserError
 
@@ -36,6 +37,8 @@ class PlanOptions:
     """Memory of one GPU in GiB."""
     ds_config: Path | None = None
     """Plan with this file only, instead of the ways of sharding that come with the project."""
+    measured: Path | None = None
+    """File that `everest benchmark step RECIPE --sweep-stages` wrote; shown beside the estimate."""
     json: bool = False
     """One JSON object, in bytes, instead of a table in GiB."""
 
@@ -50,9 +53,13 @@ def plan(config: Config, options: PlanOptions, *, recipe: str, base: Config) -> 
         base: What that names, without the flags.
 
     Raises:
-        UserError: No GPUs, no memory, a global batch that they cannot share, or a DeepSpeed file that is refused.
+        UserError: No GPUs, no memory, a global batch that they cannot share, or a DeepSpeed file or a measurement
+            that is refused.
     """
     _require_possible(config, options)
+    found = None
+    if options.measured:
+        found = read_measured(options.measured, config, gpus=options.gpus, gpu_memory_gib=options.gpu_memory_gib)
     from everest_ds.train.planning import plan_settings, recommend, smallest_change
 
     systems, paths = _systems(options.ds_config)
@@ -64,14 +71,39 @@ def plan(config: Config, options: PlanOptions, *, recipe: str, base: Config) -> 
         change = smallest_change(config, systems, num_gpus=options.gpus, memory_bytes=memory_bytes)
     command = _command(chosen, recipe, base, paths[chosen.name]) if chosen else None
     rows = [_row(setting, memory_bytes, paths) for setting in settings]
+    measured = None if found is None else _measured(found, config, recipe, base)
     if options.json:
         document = _document(config, options, rows, chosen, command, change)
         document["recommended"] = _row(chosen, memory_bytes, paths) if chosen else None
+        document["measured"] = measured
         print(json.dumps(document))
     else:
         _print_table(config, options, rows)
         print(_advice(chosen, command, change, options))
+        if found is not None and measured is not None:
+            print(describe_measured(found, measured["rows"], measured["command"]))
     return 0 if chosen else 1
+
+
+def _measured(document: dict[str, Any], config: Config, recipe: str, base: Config) -> dict[str, Any]:
+    """Return what was measured, beside estimates, and the command that runs the fastest of it."""
+    from everest_ds.train.planning import make_setting
+    from everest_ds.train.systems import shipped_files, shipped_systems
+
+    best, command = fastest(document["rows"], config.batch.global_size), None
+    if best is not None:
+        name = best["ds_config"]
+        setting = make_setting(
+            config,
+            name,
+            shipped_systems()[name],
+            num_gpus=document["gpus"],
+            micro_size=best["micro_batch"],
+            checkpointing=best["activation_checkpointing"],
+        )
+        command = _command(setting, recipe, base, str(shipped_files()[name]))
+    rows = beside_estimates(document, config)
+    return {"device": document["device"], "rows": rows, "recommended": best, "command": command}
 
 
 def _require_possible(config: Config, options: PlanOptions) -> None:

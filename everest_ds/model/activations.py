@@ -28,8 +28,6 @@ BACKWARD_WIDTHS = 2 + MLP_RATIO
 # Widths of D while a block's MLP goes forward and nothing is kept: the first block's input and this one's, the
 # residual, the norm's output, and the hidden layer before and after the GELU.
 FORWARD_WIDTHS = 4 + 2 * MLP_RATIO
-# float32 copies of the pixels at once in `standardise`: scaled, by channel, and stacked.
-STANDARDISE_COPIES = 3
 # Copies of the embeddings at once in `rero_importance`: themselves, the differences, and one of the norm.
 IMPORTANCE_COPIES = 3
 
@@ -184,7 +182,7 @@ def classifier_activation_bytes(
     head = clips * (2 * size.width * dtype_bytes + (2 + num_classes) * FLOAT32_BYTES)
     if frozen:
         pixels = tokens * _pixels(options)  # as bytes, standardised, and then as the embedding's input
-        standardising = pixels + STANDARDISE_COPIES * pixels * FLOAT32_BYTES
+        standardising = pixels + pixels * FLOAT32_BYTES
         peak = max(FORWARD_WIDTHS * encoder.rows + pixels * dtype_bytes, standardising) + head
         return ActivationBytes(saved=head, peak=peak, attention=encoder.attention)
     masks = 2 * size.depth * tokens * dtype_bytes if drop_path else 0
@@ -200,7 +198,7 @@ def ranking_bytes(grid: TokenGrid, options: EncoderOptions, *, width: int, clips
     clips_at_once = min(clips, max(1, RANKING_CHUNK // clip_values))
     embeddings = grid.num_tokens * width
     stem = max((values * width for values in _stem_positions(options)), default=0) * grid.num_tokens
-    values = max(STANDARDISE_COPIES * clip_values, clip_values + max(IMPORTANCE_COPIES * embeddings, 2 * stem))
+    values = max(clip_values + max(embeddings, 2 * stem), IMPORTANCE_COPIES * embeddings)
     return clips_at_once * values * FLOAT32_BYTES
 
 

@@ -51,8 +51,9 @@ class Attention(nn.Module):
     def forward(self, x_MD: Tensor, packing: Packing) -> Tensor:
         """Attend within each clip: (M, D) -> (M, D)."""
         bias_E = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = rearrange(self.qkv(x_MD, bias_E), "m (three a k) -> three m a k", three=3, a=self.num_heads)
-        q_MAK, k_MAK, v_MAK = qkv.unbind(0)
+        # Apart in the middle: in backward the three gradients are then written where they belong, once.
+        qkv = rearrange(self.qkv(x_MD, bias_E), "m (three a k) -> m three a k", three=3, a=self.num_heads)
+        q_MAK, k_MAK, v_MAK = qkv.unbind(1)
         z_MAK = attention(q_MAK, k_MAK, v_MAK, packing, backend=self.backend)
         return self.proj(z_MAK.flatten(1))
 

@@ -92,17 +92,20 @@ def to_unit_range(pixels: Tensor) -> Tensor:
         ValueError: Another dtype. (A float's range is not checked: that would wait for the device.)
     """
     if pixels.dtype == torch.uint8:
-        return pixels.float() / 255
+        return pixels.float().div_(255)
     if pixels.is_floating_point():
         return pixels.float()
     raise ValueError(f"expected uint8 pixels or floats in [0, 1], got {pixels.dtype}")
 
 
 def standardise(pixels_MCTHW: Tensor) -> Tensor:
-    """Standardise clips or tubelets with ImageNet's mean and deviation; returns float32."""
-    channels = to_unit_range(pixels_MCTHW).unbind(1)
-    moments = zip(channels, IMAGENET_MEAN, IMAGENET_STD, strict=True)
-    return torch.stack([(channel - mean) / std for channel, mean, std in moments], dim=1)
+    """Standardise clips or tubelets with ImageNet's mean and deviation; returns float32, a copy."""
+    unit_MCTHW = to_unit_range(pixels_MCTHW)
+    if unit_MCTHW is pixels_MCTHW:
+        unit_MCTHW = pixels_MCTHW.clone()  # what follows works in place
+    for channel, mean, std in zip(unit_MCTHW.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True):
+        channel.sub_(mean).div_(std)
+    return unit_MCTHW
 
 
 def reconstruction_target(tubelets_RCTHW: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -118,9 +121,10 @@ def reconstruction_target(tubelets_RCTHW: Tensor, *, eps: float = 1e-6) -> Tenso
     Source: official code, `normlize_target`: unbiased deviation over the pixels of one channel of one tubelet.
     """
     unit = to_unit_range(tubelets_RCTHW).flatten(2)
-    mean = unit.mean(dim=2, keepdim=True)
-    deviation = unit.var(dim=2, unbiased=True, keepdim=True).sqrt()
-    return rearrange((unit - mean) / (deviation + eps), "r c p -> r (p c)")
+    centred = unit - unit.mean(dim=2, keepdim=True)
+    # The same in fewer passes than `var`, which takes three quarters of the time of a target on a CPU.
+    deviation = torch.linalg.vector_norm(centred, dim=2, keepdim=True) / math.sqrt(unit.shape[2] - 1)
+    return rearrange(centred / (deviation + eps), "r c p -> r (p c)")
 
 
 class BlockConv3d(nn.Conv3d):

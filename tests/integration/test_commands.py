@@ -13,6 +13,7 @@ import pytest
 from everest_ds import __version__, cli
 from everest_ds.commands.benchmark import flops
 from everest_ds.commands.benchmark.data import DataBenchmarkOptions
+from everest_ds.commands.benchmark.step import StepOptions
 from everest_ds.commands.plan import PlanOptions
 from everest_ds.commands.prepare import PrepareOptions
 from everest_ds.commands.train import LaunchOptions
@@ -26,13 +27,17 @@ COMMANDS = [
     "doctor", "demo-data", "index", "check-data", "prepare", "recipes", "plan", "pretrain", "finetune", "evaluate",
     "predict", "convert", "study", "benchmark",
 ]  # fmt: skip
-PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "json"]
+PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "measured", "json"]
 DATA_BENCHMARK_OPTIONS = [
     "lists", "readers", "repeats", "workers", "rounds", "clips", "compare", "clips_per_s", "json",
 ]  # fmt: skip
 PREPARE_OPTIONS = [
     "out", "short_side", "codec", "gop", "quality", "keep_every", "sampling_stride", "min_psnr", "reader",
     "processes", "timeout_s", "max_bad_share",
+]  # fmt: skip
+STEP_OPTIONS = [
+    "micro_batch", "steps", "warmup", "ds_config", "precision", "memory_gib", "compare", "sweep_stages", "stages",
+    "gpus", "out", "json",
 ]  # fmt: skip
 LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "init_allow", "precision"]
 PRETRAIN_FIELDS = {
@@ -74,6 +79,7 @@ def test_command_line_is_frozen() -> None:
     assert [f.name for f in dataclasses.fields(PlanOptions)] == PLAN_OPTIONS
     assert [f.name for f in dataclasses.fields(DataBenchmarkOptions)] == DATA_BENCHMARK_OPTIONS
     assert [f.name for f in dataclasses.fields(PrepareOptions)] == PREPARE_OPTIONS
+    assert [f.name for f in dataclasses.fields(StepOptions)] == STEP_OPTIONS
     assert sorted(RECIPES) == sorted(ALL_RECIPES)
 
 

@@ -25,6 +25,12 @@ COMMANDS = [
     if line.strip()
 ]
 
+# What a command that reads a measurement finds: one of no rows.
+MEASURED = {
+    "rows": [], "gpus": 8, "device": "a GPU", "device_memory_gib": 80.0, "faults": {},
+    "environment": {"versions": {"torch": "2"}, "commit": None},
+}  # fmt: skip
+
 
 def everest_words(command: str) -> list[str] | None:
     """The words that reach our command line, through a launcher or not."""
@@ -42,6 +48,11 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) ->
     )
     conversions: list[tuple[object, ...]] = []
     monkeypatch.setattr("everest_ds.commands.convert.convert", lambda *given: conversions.append(given))
+    measurements: list[tuple[object, ...]] = []
+    monkeypatch.setattr(
+        "everest_ds.commands.benchmark.step.benchmark_step", lambda *given: measurements.append(given) or 0
+    )
+    monkeypatch.setattr("everest_ds.commands.plan.read_measured", lambda *given, **named: MEASURED)
     imports: list[tuple[object, ...]] = []
     monkeypatch.setattr("everest_ds.commands.index.index", lambda *given: imports.append(given))
     benchmarks: list[tuple[object, ...]] = []
@@ -65,6 +76,7 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) ->
     assert bool(conversions) == (words[0] == "convert")
     assert bool(imports) == (words[0] == "index")
     assert bool(benchmarks) == (words[:2] == ["benchmark", "data"])
+    assert bool(measurements) == (words[:2] == ["benchmark", "step"])
 
 
 def test_there_are_commands_to_test() -> None:

@@ -48,7 +48,9 @@ def test_standardise_uses_imagenet_per_channel() -> None:
     for channel in range(3):
         expected = (clips[:, channel].double() / 255 - IMAGENET_MEAN[channel]) / IMAGENET_STD[channel]
         torch.testing.assert_close(result[:, channel].double(), expected, rtol=0, atol=1e-6)
-    assert torch.equal(standardise(clips.float() / 255), result)
+    unit = clips.float() / 255
+    assert torch.equal(standardise(unit), result)
+    assert torch.equal(unit, clips.float() / 255)  # it works in place, on a copy of its own
 
 
 def test_pixels_of_another_type_are_refused() -> None:

@@ -1,0 +1,218 @@
+"""`everest benchmark step RECIPE --compare everest videomae`: our step and the official ones, in turns.
+
+Both sides start from the same weights and the same clips on the device, and do forward and backward pass, targets
+and loss included, gradients fresh in every step. Neither takes an optimiser step, and nothing is sent: what is
+compared is the model and what its step computes. Ours begins with uint8 clips and standardises them; theirs gets
+them standardised, as their loader would, for free. VideoMAE sees a tenth of the tokens in tubes and predicts all
+others. In bf16 our weights are bf16, as under DeepSpeed, and theirs float32 under autocast, as their loop has it.
+
+The sides take turns within a round, each round beginning with another one; what counts is the median over rounds of
+the ratio within a round, in CPU time of all threads on a CPU (other work on the machine then disturbs little).
+"""
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everest_ds.commands.benchmark.clips import synthetic_batch
+from everest_ds.commands.benchmark.reference import (
+    OfficialStep,
+    ReferenceName,
+    load_official,
+    make_official_model,
+    require_comparable,
+)
+from everest_ds.commands.benchmark.timing import ninetieth, work_seconds
+from everest_ds.config import PretrainConfig
+from everest_ds.counts import count_places
+from everest_ds.model.tubelets import standardise
+from everest_ds.train.tasks import Task, make_task
+
+OURS = "ours"
+# VideoMAE shows a tenth of the tokens to its encoder (its recipes for Kinetics and SSv2).
+TUBE_VISIBLE = 0.1
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is compared.
+
+    Attributes:
+        name: ours, everest or videomae.
+        step: Takes a forward and backward pass and returns the loss.
+        clear: Lets the gradients go, so that they do not lie beside another side's work.
+    """
+
+    name: str
+    step: Callable[[], float]
+    clear: Callable[[], None]
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What became of a side.
+
+    Attributes:
+        seconds: Of each timed round.
+        loss: Of the last step.
+        peak_gib: The most that a step allocated beyond what lay there before it; None on a CPU.
+        out_of_memory: Whether it ran out of memory; it has then no part in the rounds that follow.
+    """
+
+    seconds: list[float]
+    loss: float = float("nan")
+    peak_gib: float | None = None
+    out_of_memory: bool = False
+
+
+def compare_steps(
+    config: PretrainConfig,
+    names: Sequence[ReferenceName],
+    micro_sizes: Iterable[int],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
+    warmup: int,
+) -> Iterator[dict[str, Any]]:
+    """Yield a line for each micro-batch, until ours does not fit; who did not fit takes no part in larger ones.
+
+    Args:
+        config: The run; its batch does not count.
+        names: Whom to compare with.
+        micro_sizes: Clips of a step.
+        dtype: float32 or bfloat16.
+        device: Where.
+        rounds: Timed steps of each side.
+        warmup: Steps of each side before them.
+
+    Raises:
+        UserError: The official code cannot do what the configuration says, or is not to be had.
+    """
+    require_comparable(config, names)
+    official = {name: load_official(name, config.model.size) for name in names}
+    torch.manual_seed(config.run.seed)
+    task = make_task(config).to(device)
+    references = {}
+    for name, code in official.items():
+        model = make_official_model(code, config).to(device)
+        model.load_state_dict(task.model.state_dict())  # their names are ours: the same weights, or an error
+        references[name] = OfficialStep(code, model, dtype)
+    task.to(dtype)
+    for micro_size in micro_sizes:
+        sides = _sides(task, references, config, micro_size, device)
+        outcomes = take_turns(sides, device, rounds=rounds, warmup=warmup)
+        yield {"micro_batch": micro_size, **describe_outcomes(outcomes, micro_size)}
+        if outcomes[OURS].out_of_memory:
+            return
+        references = {name: step for name, step in references.items() if not outcomes[name].out_of_memory}
+
+
+def take_turns(
+    sides: Sequence[Side],
+    device: torch.device,
+    *,
+    rounds: int,
+    warmup: int,
+    clock: Callable[[torch.device], float] = work_seconds,
+) -> dict[str, Outcome]:
+    """Let all sides take their steps in turns, each round beginning with the next side.
+
+    A side that runs out of memory takes no further steps.
+    """
+    outcomes = {side.name: Outcome(seconds=[]) for side in sides}
+    for number in range(warmup + rounds):
+        first = number % len(sides)
+        for side in (*sides[first:], *sides[:first]):
+            outcome = outcomes[side.name]
+            if outcome.out_of_memory:
+                continue
+            held = _reset_peak(device)
+            started = clock(device)
+            try:
+                outcome.loss = side.step()
+            except torch.OutOfMemoryError:
+                outcome.out_of_memory = True
+            else:
+                seconds = clock(device) - started
+                if number >= warmup:
+                    outcome.seconds.append(seconds)
+                    outcome.peak_gib = _peak_gib(device, held)
+            side.clear()
+            if outcome.out_of_memory:
+                torch.cuda.empty_cache()
+    return outcomes
+
+
+def describe_outcomes(outcomes: dict[str, Outcome], micro_size: int) -> dict[str, Any]:
+    """Return the sides as fields of a line: times, clips/s, loss, memory, and ours to theirs."""
+    ours = outcomes[OURS]
+    fields: dict[str, Any] = {}
+    for name, outcome in outcomes.items():
+        fields[name] = {"out_of_memory": outcome.out_of_memory}
+        if outcome.out_of_memory:
+            continue
+        median = statistics.median(outcome.seconds)
+        fields[name] |= {
+            "clips_per_s": round(micro_size / median, 4),
+            "step_ms_median": round(median * 1e3, 3),
+            "step_ms_p90": round(ninetieth(outcome.seconds) * 1e3, 3),
+            "loss": round(outcome.loss, 6),
+            "step_gib": None if outcome.peak_gib is None else round(outcome.peak_gib, 4),
+        }
+        if name != OURS and not ours.out_of_memory:
+            ratios = [a / b for a, b in zip(ours.seconds, outcome.seconds, strict=True)]
+            fields[name]["ours_to_theirs"] = round(statistics.median(ratios), 4)
+    return fields
+
+
+def _sides(
+    task: Task,
+    references: dict[ReferenceName, OfficialStep],
+    config: PretrainConfig,
+    micro_size: int,
+    device: torch.device,
+) -> list[Side]:
+    """Return ours and theirs on the same clips."""
+    batch = synthetic_batch(task, config, micro_size, device, config.run.seed)
+    inputs = task.inputs(batch, device)
+
+    def step() -> float:
+        loss: Tensor = task(*inputs)
+        loss.backward()
+        return float(loss.detach())
+
+    sides = [Side(OURS, step, partial(task.zero_grad, set_to_none=True))]
+    if references:
+        videos_BCTHW = standardise(batch.clips_BCTHW)
+        mask_BN = tube_mask(config, micro_size, device)
+    for name, reference in references.items():
+        take = partial(reference, videos_BCTHW, mask_BN)
+        sides.append(Side(name, take, partial(reference.model.zero_grad, set_to_none=True)))
+    return sides
+
+
+def tube_mask(config: PretrainConfig, micro_size: int, device: torch.device) -> Tensor:
+    """Return what VideoMAE hides, (B, N) bool: all but as many tubes as make a tenth of the tokens."""
+    grid = config.grid
+    places = count_places(grid, TUBE_VISIBLE)
+    generator = torch.Generator(device).manual_seed(config.run.seed)
+    noise_BJ = torch.rand(micro_size, grid.tokens_per_step, device=device, generator=generator)
+    hidden_BJ = torch.ones_like(noise_BJ, dtype=torch.bool).scatter(1, noise_BJ.argsort(dim=1)[:, :places], False)
+    return hidden_BJ.repeat(1, grid.time)
+
+
+def _reset_peak(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak_gib(device: torch.device, held: int) -> float | None:
+    return (torch.cuda.max_memory_allocated(device) - held) / 2**30 if device.type == "cuda" else None

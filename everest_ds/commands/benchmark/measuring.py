@@ -1,0 +1,198 @@
+"""Steps of the real task in the real DeepSpeed engine, on clips that lie on the device: how fast, how large.
+
+Place in the flow: `commands.benchmark.step` builds one `Workbench` and measures micro-batches on it, one by one.
+All sizes go through one engine: how many clips a batch has, only the input knows. A process of its own for each
+would cost a start of DeepSpeed and a measured ceiling every time, and give nothing: each size begins with an empty
+cache and a new peak, and after the first that does not fit, the engine is in no state to go on and the sweep ends.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everest_ds import distributed
+from everest_ds.commands.benchmark.clips import synthetic_batch
+from everest_ds.commands.benchmark.shares import OPTIMISER_REGION, profile_activities, time_shares
+from everest_ds.commands.benchmark.timing import Marks, milliseconds
+from everest_ds.config import BatchConfig, Config, FinetuneConfig
+from everest_ds.distributed import World
+from everest_ds.model.attention import choose_backend
+from everest_ds.model.sizes import get_size
+from everest_ds.train import engine as engines
+from everest_ds.train.engine import PrecisionName
+from everest_ds.train.metrics import peak_memory_gib, peak_tflops
+from everest_ds.train.sharding import num_classes
+from everest_ds.train.tasks import Task, make_task
+
+PROFILED_STEPS = 2
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workbench:
+    """What steps are measured on.
+
+    Attributes:
+        config: The run, its classes resolved.
+        task: What turns a batch into a loss.
+        engine: DeepSpeed's, around the task.
+        ds_config: As the engine was given it.
+        world: This process's place.
+        device: Its device.
+        attention: The backend that attends.
+    """
+
+    config: Config
+    task: Task
+    engine: Any
+    ds_config: dict[str, Any]
+    world: World
+    device: torch.device
+    attention: str
+
+    @property
+    def precision(self) -> str:
+        """What the model computes in: bf16 or fp32."""
+        return "bf16" if self.ds_config["bf16"]["enabled"] else "fp32"
+
+    def describe(self) -> dict[str, Any]:
+        """Return what all lines of a sweep have in common, besides the machine."""
+        return {
+            "zero_stage": engines.zero_stage(self.ds_config),
+            "precision": self.precision,
+            "attention": self.attention,
+            "activation_checkpointing": self.config.model.activation_checkpointing,
+        }
+
+
+def build_workbench(
+    config: Config, ds_config_file: Path | None, precision: PrecisionName, world: World, *, micro_size: int
+) -> Workbench:
+    """Join the processes and build task and engine, weights drawn from the run's seed.
+
+    The batch of the recipe does not count: each process takes one micro-batch a step, and every step updates.
+
+    Raises:
+        UserError: The DeepSpeed file or the attention backend cannot serve.
+    """
+    if isinstance(config, FinetuneConfig):
+        config = replace(config, data=replace(config.data, num_classes=num_classes(config)))
+    config = replace(config, batch=BatchConfig(global_size=micro_size * world.size, micro_size=micro_size))
+    systems = engines.load_systems(ds_config_file)
+    engines.check_sections(systems, str(ds_config_file))
+    device_type = "cuda" if distributed.select_accelerator() else "cpu"
+    bf16 = engines.uses_bf16(systems, precision, device_type)
+    size = get_size(config.model.size)
+    backend = choose_backend(
+        config.model.attention,
+        torch.device(device_type),
+        torch.bfloat16 if bf16 else torch.float32,
+        size.width // size.num_heads,
+    )
+    device = distributed.start(world)
+    ds_config = engines.resolve_ds_config(
+        systems, config, world_size=world.size, precision=precision, device_type=device.type
+    )
+    torch.manual_seed(config.run.seed)
+    task = make_task(config)
+    engine = engines.build_engine(task, config, ds_config, device)
+    engine.train()
+    engines.set_learning_rate(engine, config.optim.base_lr)
+    return Workbench(
+        config=config, task=task, engine=engine, ds_config=ds_config, world=world, device=device,
+        attention=backend.name,
+    )  # fmt: skip
+
+
+def measure_steps(
+    bench: Workbench, micro_size: int, *, steps: int, warmup: int, ceiling_tflops: float | None
+) -> dict[str, Any]:
+    """Return what steps of one micro-batch come to, as fields of a line; all processes call it.
+
+    A step lasts as long as that of the slowest process. MFU counts the operations that the kept tokens need,
+    forward and backward, and the ranking of all tokens; nothing that is computed again.
+
+    Args:
+        bench: What is measured.
+        micro_size: Clips a process.
+        steps: Timed steps.
+        warmup: Steps before them.
+        ceiling_tflops: What the device reaches at best; None on a CPU.
+
+    Raises:
+        torch.OutOfMemoryError: The micro-batch does not fit.
+    """
+    device = bench.device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    batch = synthetic_batch(bench.task, bench.config, micro_size, device, bench.config.run.seed + bench.world.rank)
+    inputs = bench.task.inputs(batch, device)
+    for _ in range(warmup):
+        _take_step(bench, inputs)
+    marks, tokens = Marks(device), 0
+    marks.mark()
+    for _ in range(steps):
+        _take_step(bench, inputs)
+        tokens += bench.task.visible_tokens
+        marks.mark()
+    own = marks.seconds(), tokens, peak_memory_gib(device), _reserved_gib(device)
+    everyone = distributed.gather_objects(own)
+    shares = _profile(bench, inputs)
+    slowest = [max(times) for times in zip(*(times for times, *_ in everyone), strict=True)]
+    clips_per_s = micro_size * bench.world.size * steps / sum(slowest)
+    reserved = [gib for *_, gib in everyone if gib is not None]
+    return {
+        "clips_per_s": round(clips_per_s, 4),
+        "tokens_per_s": round(sum(count for _, count, *_ in everyone) / sum(slowest), 1),
+        **milliseconds(slowest),
+        "peak_allocated_gib": round(max(gib for _, _, gib, _ in everyone), 4),
+        "peak_reserved_gib": round(max(reserved), 4) if reserved else None,
+        **_utilisation(bench, clips_per_s / bench.world.size, ceiling_tflops),
+        "shares": shares,
+    }
+
+
+def powers_of_two(first: int) -> Iterator[int]:
+    """Yield first, 2 first, 4 first, and so on without an end."""
+    while True:
+        yield first
+        first *= 2
+
+
+def _take_step(bench: Workbench, inputs: tuple[Tensor, ...]) -> None:
+    loss = bench.engine(*inputs)
+    bench.engine.backward(loss)
+    with torch.profiler.record_function(OPTIMISER_REGION):
+        engines.step(bench.engine)
+
+
+def _profile(bench: Workbench, inputs: tuple[Tensor, ...]) -> dict[str, float] | None:
+    with torch.profiler.profile(activities=profile_activities(bench.device)) as profile:
+        for _ in range(PROFILED_STEPS):
+            _take_step(bench, inputs)
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize(bench.device)
+    shares = time_shares(list(profile.events() or ()), bench.device.type)
+    return None if shares is None else {part: round(share, 4) for part, share in shares.items()}
+
+
+def _utilisation(bench: Workbench, clips_per_s: float, ceiling_tflops: float | None) -> dict[str, float | None]:
+    """Return what one device computes a second, and its share of what it could."""
+    used = clips_per_s * bench.task.clip_flops() / 1e12
+    sheet = peak_tflops(bench.device)
+    return {
+        "tflops": round(used, 4),
+        "ceiling_tflops": None if ceiling_tflops is None else round(ceiling_tflops, 1),
+        "mfu": None if ceiling_tflops is None else round(used / ceiling_tflops, 4),
+        "data_sheet_tflops": sheet,
+        "mfu_data_sheet": None if sheet is None else round(used / sheet, 4),
+    }
+
+
+def _reserved_gib(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else None

@@ -1,0 +1,140 @@
+"""How a benchmark of steps is told: a line for programs, or a row of a table below what all lines share.
+
+Place in the flow: `commands.benchmark.step` makes the lines as they are measured and hands them over one by one.
+"""
+
+import json
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from everest_ds.config import Config
+from everest_ds.distributed import World
+
+if TYPE_CHECKING:
+    import torch
+
+STEP_HEAD = (
+    f"{'micro':>6}{'clips/s':>10}{'tokens/s':>11}{'ms':>10}{'p90':>10}{'GiB':>8}{'reserved':>9}{'MB/clip':>9}"
+    f"{'MFU':>7}{'sheet':>7}  attention linear other optimiser comm"
+)
+COMPARE_HEAD = f"{'micro':>6}  {'side':<9}{'clips/s':>10}{'ms':>11}{'p90':>11}{'GiB':>8}{'ours/theirs':>13}"
+
+
+class Report:
+    """Prints lines as they come, from rank zero.
+
+    Args:
+        world: This process's place.
+        same: What all lines have in common, as `describe_run` returns it and more.
+        head: Of the table.
+        rows: Makes a line into rows of the table.
+        as_json: One JSON object a line instead of the table.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        same: dict[str, Any],
+        *,
+        head: str,
+        rows: Callable[[dict[str, Any]], Iterator[str]],
+        as_json: bool,
+    ) -> None:
+        self.world, self.same, self.rows, self.as_json = world, same, rows, as_json
+        if world.is_main and not as_json:
+            print(f"{describe_machine(same)}\n\n{head}", flush=True)
+
+    def print(self, line: dict[str, Any], *, of_any_rank: bool = False) -> None:
+        """Print a line, from rank zero unless said otherwise."""
+        if not self.world.is_main and not of_any_rank:
+            return
+        print(json.dumps({**self.same, **line}) if self.as_json else "\n".join(self.rows(line)), flush=True)
+
+
+def step_rows(line: dict[str, Any]) -> Iterator[str]:
+    """Yield a measured micro-batch as its one row."""
+    if line["out_of_memory"]:
+        yield f"{line['micro_batch']:>6}  out of memory"
+        return
+    shares = line["shares"] or {}
+    widths = (11, 7, 6, 10, 5)
+    yield (
+        f"{line['micro_batch']:>6}{line['clips_per_s']:>10.2f}{line['tokens_per_s']:>11.0f}"
+        f"{line['step_ms_median']:>10.1f}{line['step_ms_p90']:>10.1f}{line['peak_allocated_gib']:>8.2f}"
+        f"{_or_dash(line['peak_reserved_gib'], '9.2f')}{_or_dash(line['added_mb_per_clip'], '9.1f')}"
+        f"{_or_dash(line['mfu'], '7.1%')}{_or_dash(line['mfu_data_sheet'], '7.1%')}"
+        + "".join(f"{share:>{width}.1%}" for share, width in zip(shares.values(), widths, strict=False))
+    )
+
+
+def compare_rows(line: dict[str, Any]) -> Iterator[str]:
+    """Yield a compared micro-batch, a row for each side."""
+    for name, side in line.items():
+        if name == "micro_batch":
+            continue
+        start = f"{line['micro_batch']:>6}  {name:<9}"
+        if side["out_of_memory"]:
+            yield f"{start}  out of memory"
+            continue
+        yield (
+            f"{start}{side['clips_per_s']:>10.2f}{side['step_ms_median']:>11.1f}{side['step_ms_p90']:>11.1f}"
+            f"{_or_dash(side['step_gib'], '8.2f')}{_or_dash(side.get('ours_to_theirs'), '13.3f')}"
+        )
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    width = form.split(".")[0]
+    return f"{'-':>{width}}" if value is None else f"{value:>{form}}"
+
+
+def describe_machine(same: dict[str, Any]) -> str:
+    """Return the recipe, the hardware, the versions and the commit of a benchmark, for people."""
+    versions = ", ".join(
+        f"{name} {same['environment']['versions'][name]}" for name in ("torch", "deepspeed", "timm")
+    )
+    known = ("gpus", "zero_stage", "precision", "attention", "activation_checkpointing", "includes", "time")
+    settings = ", ".join(f"{name} {same[name]}" for name in known if name in same)
+    ceiling = same.get("ceiling_tflops")
+    return (
+        f"{same['recipe']}: ViT-{same['size']}, {same['tokens']}\n"
+        f"{settings}; {same['steps']} steps after {same['warmup']}\n"
+        f"{same['device']}{'' if ceiling is None else f', {ceiling:.0f} TFLOP/s in bf16 products'}; {versions}; "
+        f"commit {same['environment']['commit']}"
+    )
+
+
+def describe_run(
+    name: str, config: Config, device: "torch.device", *, steps: int, warmup: int, memory_gib: float | None
+) -> dict[str, Any]:
+    """Return what is measured and where, as fields of every line."""
+    import torch
+
+    from everest_ds.train.run_dir import describe_environment
+
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if on_gpu else None
+    return {
+        "benchmark": name,
+        "recipe": config.recipe,
+        "size": config.model.size,
+        "tokens": config.tokens,
+        "steps": steps,
+        "warmup": warmup,
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {_cpu_name()}",
+        "device_memory_gib": None if memory is None else round(memory, 2),
+        "memory_gib": memory_gib,
+        "memory_is": "allocated" if on_gpu else "resident",
+        "environment": describe_environment(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )

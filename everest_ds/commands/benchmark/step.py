@@ -1,0 +1,237 @@
+"""`everest benchmark step RECIPE`: clips a second, memory, utilisation, and where the time of a step goes.
+
+Three measurements share the recipe, the flags and the way of printing: steps over micro-batches (`measuring`), ours
+beside the official code (`compare`), and the ways of sharding side by side (`stage_sweep`).
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from everest_ds import distributed
+from everest_ds.config import Config, PretrainConfig
+from everest_ds.distributed import World, speaks_first
+from everest_ds.errors import UserError
+
+ReferenceName = Literal["everest", "videomae"]
+# Where `--micro-batch auto` begins on a GPU.
+FIRST_OF_SWEEP = 8
+EXIT_OUT_OF_MEMORY = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What to measure, and how."""
+
+    micro_batch: Annotated[tuple[str, ...], tyro.conf.arg(metavar="{auto,N [N ...]}")] = ()
+    """Clips a process takes at once: one or several numbers, or auto: 8, 16, 32 and so on until the GPU's memory is
+    full. Without it, the recipe's batch.micro_size. Every micro-batch is an optimiser step (no accumulation)."""
+    steps: int = 20
+    """Timed steps of each micro-batch."""
+    warmup: int = 5
+    """Steps before them."""
+    ds_config: Path | None = None
+    """File of ds_configs/: how the steps are sharded. Without one, plain ZeRO-2."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: as the DeepSpeed file says, else bf16 on a GPU and fp32 on a CPU."""
+    memory_gib: float | None = None
+    """Measure as if the GPU had only so much memory."""
+    compare: tuple[ReferenceName, ...] = ()
+    """Forward and backward pass beside the official code in the folders EVEREST_REFERENCE_DIR and
+    VIDEOMAE_REFERENCE_DIR, in turns; no DeepSpeed and no optimiser on either side."""
+    sweep_stages: bool = False
+    """Measure under every way of sharding of --stages, each in processes of its own, and write which is fastest."""
+    stages: tuple[str, ...] = ("zero1", "zero2", "zero3")
+    """Files of ds_configs/ that --sweep-stages measures, by name; zero3_offload only when it is asked for."""
+    gpus: int | None = None
+    """Processes that --sweep-stages starts; without it, one for each GPU of this machine, or one on a CPU."""
+    out: Path | None = None
+    """Where --sweep-stages writes; without it, runs/RECIPE-stages.json."""
+    json: bool = False
+    """One JSON line a micro-batch instead of a table."""
+
+    @property
+    def of_run(self) -> dict[str, Any]:
+        """What every line says of how it was measured."""
+        return {"steps": self.steps, "warmup": self.warmup, "memory_gib": self.memory_gib}
+
+
+def benchmark_step(config: Config, options: StepOptions, world: World) -> int:
+    """Measure, print, and return the exit code: 0, or 1 where a stage failed, or memory ran out on several GPUs.
+
+    Raises:
+        UserError: Options that exclude each other or cannot be; see also `measuring`, `compare` and `stage_sweep`.
+    """
+    sizes = _micro_sizes(config, options)
+    _require_consistent(config, options, world)
+    if options.sweep_stages:
+        from everest_ds.commands.benchmark.stage_sweep import sweep_stages
+
+        return sweep_stages(config, options)
+    on_gpu = distributed.select_accelerator()
+    if not on_gpu and sizes is None:
+        raise UserError(
+            "--micro-batch auto fills a GPU's memory, and there is none; name sizes: --micro-batch 1 2 4"
+        )
+    if not on_gpu and options.memory_gib is not None:
+        raise UserError(f"--memory-gib {options.memory_gib} limits a GPU's memory, and there is none; leave it out")
+    from everest_ds.commands.benchmark.measuring import powers_of_two
+
+    chosen: Iterable[int] = powers_of_two(FIRST_OF_SWEEP) if sizes is None else sizes
+    if options.compare:
+        assert isinstance(config, PretrainConfig)
+        return _compare(config, options, chosen, world)
+    return _measure(config, options, chosen, world)
+
+
+def _measure(config: Config, options: StepOptions, sizes: Iterable[int], world: World) -> int:
+    """Print a line for each micro-batch, until one does not fit."""
+    import torch
+
+    from everest_ds.commands.benchmark.ceiling import measure_ceiling
+    from everest_ds.commands.benchmark.measuring import build_workbench, measure_steps
+    from everest_ds.commands.benchmark.printing import STEP_HEAD, Report, describe_run, step_rows
+
+    first, sizes = _peek(sizes)
+    _limit_memory(options.memory_gib, world)
+    bench = build_workbench(config, options.ds_config, options.precision, world, micro_size=first)
+    ceiling = measure_ceiling(bench.device)
+    same = {
+        **describe_run("step", config, bench.device, **options.of_run),
+        "gpus": world.size,
+        "ds_config": None if options.ds_config is None else str(options.ds_config),
+        **bench.describe(),
+    }
+    report = Report(world, same, head=STEP_HEAD, rows=step_rows, as_json=options.json)
+    before: dict[str, Any] | None = None
+    for size in sizes:
+        distributed.barrier()  # a process that fails must not end the others before they have said what they know
+        try:
+            measured = measure_steps(
+                bench, size, steps=options.steps, warmup=options.warmup, ceiling_tflops=ceiling
+            )
+        except torch.OutOfMemoryError:
+            line: dict[str, Any] = {"micro_batch": size, "out_of_memory": True}
+            if world.size == 1:
+                report.print(line)
+                break
+            # The others wait for this process, whichever it is; it speaks, and its exit ends them.
+            if speaks_first(f"out of memory {size}", world):
+                report.print(line, of_any_rank=True)
+            return EXIT_OUT_OF_MEMORY
+        line = {"micro_batch": size, "out_of_memory": False, **measured}
+        line["added_mb_per_clip"] = _added_per_clip(before, line)
+        report.print(line)
+        before = line
+    distributed.finish()
+    return 0
+
+
+def _compare(config: PretrainConfig, options: StepOptions, sizes: Iterable[int], world: World) -> int:
+    """Print a line for each micro-batch, and for tables each side's best one at the end."""
+    import torch
+
+    from everest_ds.commands.benchmark.ceiling import measure_ceiling
+    from everest_ds.commands.benchmark.compare import compare_steps
+    from everest_ds.commands.benchmark.printing import COMPARE_HEAD, Report, compare_rows, describe_run
+    from everest_ds.train.engine import uses_bf16
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = uses_bf16({}, options.precision, device.type)
+    _limit_memory(options.memory_gib, world)
+    same = {
+        **describe_run("step-compare", config, device, **options.of_run),
+        "precision": "bf16" if bf16 else "fp32",
+        "time": "cpu" if device.type == "cpu" else "wall",
+        "includes": "forward, backward",
+        "threads": torch.get_num_threads(),
+        "ceiling_tflops": measure_ceiling(device),
+    }
+    report = Report(world, same, head=COMPARE_HEAD, rows=compare_rows, as_json=options.json)
+    best: dict[str, float] = {}
+    for line in compare_steps(
+        config,
+        options.compare,
+        sizes,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        device=device,
+        rounds=options.steps,
+        warmup=options.warmup,
+    ):
+        report.print(line)
+        for name in ("ours", *options.compare):
+            best[name] = max(best.get(name, 0.0), line.get(name, {}).get("clips_per_s", 0.0))
+    if not options.json:
+        print("\nat each side's best micro-batch: " + ", ".join(f"{n} {c:.2f} clips/s" for n, c in best.items()))
+    return 0
+
+
+def _micro_sizes(config: Config, options: StepOptions) -> tuple[int, ...] | None:
+    """Return the sizes to measure, in order; None for auto."""
+    if options.micro_batch == ("auto",):
+        return None
+    if not options.micro_batch:
+        return (config.batch.micro_size,)
+    sizes = [int(word) if word.isdecimal() else 0 for word in options.micro_batch]
+    if min(sizes) < 1:
+        raise UserError(
+            f"--micro-batch {' '.join(options.micro_batch)} must be auto, or numbers of clips of at least 1"
+        )
+    return tuple(sizes)
+
+
+def _require_consistent(config: Config, options: StepOptions, world: World) -> None:
+    """Refuse options that cannot be, or that would have no effect together."""
+    for name, value, least in (("steps", options.steps, 1), ("warmup", options.warmup, 0)):
+        if value < least:
+            raise UserError(f"--{name} {value} must be at least {least}")
+    if options.memory_gib is not None and not 0 < options.memory_gib < float("inf"):
+        raise UserError(f"--memory-gib {options.memory_gib} must be a number of GiB above 0")
+    mode = "--compare" if options.compare else "--sweep-stages" if options.sweep_stages else None
+    if options.compare and options.sweep_stages:
+        raise UserError("--compare has no way of sharding; measure it and --sweep-stages apart")
+    if mode and options.ds_config is not None:
+        raise UserError(
+            f"{mode} with --ds-config {options.ds_config}: {mode} takes no DeepSpeed file; leave it out"
+        )
+    if mode and world.size > 1:
+        raise UserError(f"{mode} is started without a launcher, got {world.size} processes")
+    if options.compare and not isinstance(config, PretrainConfig):
+        raise UserError(f"--compare: {config.recipe} is a fine-tuning; the comparison is of pre-training steps")
+    of_sweep = {"gpus": options.gpus, "out": options.out}
+    for name, given in of_sweep.items():
+        if given is not None and not options.sweep_stages:
+            raise UserError(f"--{name} {given} belongs to --sweep-stages; leave it out, or give that too")
+    if options.gpus is not None and options.gpus < 1:
+        raise UserError(f"--gpus {options.gpus} must be at least 1")
+
+
+def _peek(sizes: Iterable[int]) -> tuple[int, Iterator[int]]:
+    """Return the first of some numbers, and all of them."""
+    iterator = iter(sizes)
+    first = next(iterator)
+    return first, chain([first], iterator)
+
+
+def _limit_memory(memory_gib: float | None, world: World) -> None:
+    """Have the caching allocator of this process's GPU refuse more than so much."""
+    import torch
+
+    if memory_gib is None:
+        return
+    whole = torch.cuda.get_device_properties(world.local_rank).total_memory / 2**30
+    if memory_gib > whole:
+        raise UserError(f"--memory-gib {memory_gib:g} is more than this GPU has, {whole:.2f}")
+    torch.cuda.set_per_process_memory_fraction(memory_gib / whole, world.local_rank)
+
+
+def _added_per_clip(before: dict[str, Any] | None, line: dict[str, Any]) -> float | None:
+    """Return the MB that each further clip took, from one micro-batch to a larger one; None on a CPU."""
+    if before is None or line["micro_batch"] <= before["micro_batch"] or line["peak_reserved_gib"] is None:
+        return None
+    gib = line["peak_allocated_gib"] - before["peak_allocated_gib"]
+    return round(gib * 2**30 / 1e6 / (line["micro_batch"] - before["micro_batch"]), 3)

@@ -1,0 +1,236 @@
+"""`everest benchmark step` as users start it: real steps on one and two processes, stages, and plan beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from everest_ds import cli
+from everest_ds.config import Config
+from everest_ds.recipes import find_config
+from everest_ds.train.tasks import make_task
+from tests.conftest import REPOSITORY
+from tests.integration.launch import cpu_environment, ds_config, launch
+
+SMALL = "--model.size nano --data.num-frames 4 --data.image-size 32"
+FEW = "--steps 3 --warmup 1"
+
+
+def lines_of(stdout: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stdout.splitlines() if line.startswith('{"benchmark"')]
+
+
+def small(recipe: str) -> Config:
+    config = find_config(recipe)
+    return replace(
+        config,
+        model=replace(config.model, size="nano"),
+        data=replace(config.data, num_frames=4, image_size=32),
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_line_of_real_steps_is_whole_and_consistent(processes: int) -> None:
+    words = f"benchmark step demo {SMALL} {FEW} --micro-batch 2 3 --json --precision fp32"
+    done = launch([*shlex.split(words), "--ds-config", ds_config("zero1")], processes=processes)
+    assert done.returncode == 0, done.stderr
+    lines = lines_of(done.stdout)
+    assert [line["micro_batch"] for line in lines] == [2, 3]
+    config = small("demo")
+    flops = make_task(config).clip_flops()
+    for line in lines:
+        assert (line["gpus"], line["zero_stage"], line["precision"], line["attention"]) == (
+            processes, 1, "fp32", "sdpa",
+        )  # fmt: skip
+        assert line["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
+        assert line["tokens_per_s"] / line["clips_per_s"] == pytest.approx(config.num_visible, rel=1e-2)
+        assert 0 < line["step_ms_median"] <= line["step_ms_p90"]
+        assert line["tflops"] == pytest.approx(line["clips_per_s"] / processes * flops / 1e12, abs=1e-4)
+        assert sum(line["shares"].values()) == pytest.approx(1, abs=5e-4)
+        assert line["shares"]["optimiser"] > 0
+        assert line["peak_allocated_gib"] > 0
+        for name in ("peak_reserved_gib", "mfu", "mfu_data_sheet", "ceiling_tflops", "added_mb_per_clip"):
+            assert line[name] is None
+
+
+def test_table_of_a_fine_tuning_says_where_it_was_measured() -> None:
+    done = launch(shlex.split(f"benchmark step demo_ft {SMALL} {FEW} --micro-batch 2 --precision bf16"))
+    assert done.returncode == 0, done.stderr
+    for word in ("demo_ft: ViT-nano", "precision bf16", "zero_stage 2", "torch 2.", "commit", "clips/s", "CPU"):
+        assert word in done.stdout
+
+
+OUT_OF_MEMORY_ON_RANK_1 = """
+import os, sys
+import torch
+from everest_ds import cli
+from everest_ds.commands.benchmark import measuring
+
+real = measuring._take_step
+
+def refuse(bench, inputs):
+    if len(inputs[0]) > 1 and os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("no more")
+    real(bench, inputs)
+
+measuring._take_step = refuse
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_one_process_without_memory_ends_all_and_says_so(tmp_path: Path) -> None:
+    """The other one waits for it in a collective operation; without its exit that would last for ever."""
+    script = tmp_path / "script.py"
+    script.write_text(OUT_OF_MEMORY_ON_RANK_1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command += shlex.split(f"benchmark step demo {SMALL} {FEW} --micro-batch 1 2 4 --json")
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=cpu_environment(PYTHONPATH=str(REPOSITORY)), timeout=200,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    lines = lines_of(done.stdout)
+    assert [(line["micro_batch"], line["out_of_memory"]) for line in lines] == [(1, False), (2, True)], done.stderr
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stages of a small run, measured on two processes."""
+    path = tmp_path_factory.mktemp("stages") / "deep" / "stages.json"
+    words = f"benchmark step demo {SMALL} {FEW} --sweep-stages --stages zero1 zero3 --gpus 2 --micro-batch 1 3 4"
+    done = launch([*shlex.split(words), "--out", path])
+    assert done.returncode == 0, done.stderr
+    assert "fastest: " in done.stdout
+    assert str(path) in done.stdout
+    return path
+
+
+def test_stages_are_measured_each_on_all_processes_and_the_fastest_that_fits_is_recommended(measured: Path) -> None:
+    document = json.loads(measured.read_text())
+    rows = document["rows"]
+    assert [(row["ds_config"], row["zero_stage"], row["micro_batch"]) for row in rows] == [
+        (name, stage, size) for name, stage in (("zero1", 1), ("zero3", 3)) for size in (1, 3, 4)
+    ]
+    assert {row["gpus"] for row in rows} == {2}
+    usable = [row for row in rows if row["micro_batch"] != 3]  # 2 x 3 clips do not make up 32
+    assert document["recommended"] == max(usable, key=lambda row: row["clips_per_s"])
+    assert document["config"]["recipe"] == "demo"
+    assert document["faults"] == {}
+
+
+def test_plan_shows_what_was_measured_and_a_command_that_runs_it(
+    measured: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    words = [*shlex.split(f"plan demo {SMALL} --gpus 2 --gpu-memory-gib 8"), "--measured", str(measured)]
+    assert cli.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["measured"]
+    best = json.loads(measured.read_text())["recommended"]
+    assert found["recommended"] == best
+    assert len(found["rows"]) == 6
+    assert all(row["estimated_allocated_gib"] > 0 for row in found["rows"])
+    assert cli.main(words) == 0
+    shown = capsys.readouterr().out
+    assert found["command"] in shown
+    assert "fastest as measured:" in shown
+    assert "measured on a CPU" in shown
+    seen: list[tuple[Config, Any]] = []
+    monkeypatch.setattr(
+        "everest_ds.commands.train.train", lambda config, options, world: seen.append((config, options)) or 0
+    )
+    assert cli.main(shlex.split(found["command"].split("everest_ds ", 1)[1])) == 0
+    ((config, options),) = seen
+    assert config.batch.micro_size == best["micro_batch"]
+    assert config.batch.global_size == small("demo").batch.global_size
+    assert config.model.activation_checkpointing == best["activation_checkpointing"]
+    assert options.ds_config.stem == best["ds_config"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (f"demo {SMALL} --gpus 4", "is of 2 GPUs, this plan of --gpus 4"),
+        (f"study {SMALL} --gpus 2", "is of recipe demo, this plan of study"),
+        ("demo --model.size tiny --data.num-frames 4 --data.image-size 32 --gpus 2", "is of model.size=nano"),
+        (f"demo {SMALL} --selection.selected-ratio 0.4 --gpus 2", "is of selection.selected_ratio=0.3"),
+        ("demo --gpus 2", "is of data.num_frames=4, this plan of 16"),
+    ],
+)
+def test_measurement_of_something_else_is_refused(
+    words: str, message: str, measured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", *shlex.split(words), "--gpu-memory-gib", "8", "--measured", str(measured)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "measure again with `everest benchmark step" in said
+
+
+def test_measurement_on_gpus_of_another_size_is_refused_and_of_about_the_same_taken(
+    measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = json.loads(measured.read_text())
+    path = tmp_path / "gpus.json"
+    path.write_text(json.dumps({**document, "device": "A100", "device_memory_gib": 79.15}))
+    words = ["plan", "demo", *shlex.split(SMALL), "--gpus", "2", "--measured", str(path), "--gpu-memory-gib"]
+    assert cli.main([*words, "80"]) == 0
+    assert "measured on a CPU" not in capsys.readouterr().out
+    assert cli.main([*words, "40"]) == 2
+    assert "is of GPUs of 79.15 GiB (A100), this plan of --gpu-memory-gib 40" in capsys.readouterr().err
+
+
+def test_file_that_is_no_measurement_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "other.json"
+    path.write_text('{"format": "something"}')
+    words = ["plan", "demo", "--gpus", "2", "--gpu-memory-gib", "8", "--measured"]
+    assert cli.main([*words, str(path)]) == 2
+    assert "is not what `everest benchmark step --sweep-stages`" in capsys.readouterr().err
+    assert cli.main([*words, str(tmp_path / "absent.json")]) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_stage_that_cannot_be_measured_is_named(tmp_path: Path) -> None:
+    """An attention backend that a CPU has not: every stage fails alike, with its own words."""
+    words = f"benchmark step demo {SMALL} {FEW} --sweep-stages --stages zero1 --model.attention flash"
+    done = launch([*shlex.split(words), "--out", tmp_path / "x.json"])
+    assert done.returncode == 2
+    assert "no stage could be measured: zero1: model.attention=flash cannot serve" in " ".join(done.stderr.split())
+    assert not (tmp_path / "x.json").exists()
+
+
+def gpu_lines(words: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "everest_ds", "benchmark", "step", *words.split(), "--json"]
+    environment = {**cpu_environment(), "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+    del environment["DS_ACCELERATOR"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY, check=False)
+    assert done.returncode == 0, done.stderr
+    return lines_of(done.stdout)
+
+
+@pytest.mark.gpu
+def test_line_of_a_gpu_has_every_number() -> None:
+    first, second = gpu_lines("k400_vit_s --micro-batch 8 16 --steps 5 --warmup 2")
+    for line in (first, second):
+        assert line["precision"] == "bf16"
+        assert 0 < line["mfu"] < 1
+        assert line["ceiling_tflops"] > 10
+        assert line["peak_allocated_gib"] <= line["peak_reserved_gib"]
+        assert sum(line["shares"].values()) == pytest.approx(1, abs=5e-4)
+        assert line["shares"]["attention"] > 0
+        assert line["shares"]["linear"] > 0
+    assert second["added_mb_per_clip"] > 0
+
+
+@pytest.mark.gpu
+def test_sweep_of_a_gpu_ends_where_memory_does() -> None:
+    lines = gpu_lines("k400_vit_b --micro-batch auto --memory-gib 8 --steps 2 --warmup 1")
+    assert [line["micro_batch"] for line in lines] == [8 * 2**i for i in range(len(lines))]
+    assert [line["out_of_memory"] for line in lines] == [False] * (len(lines) - 1) + [True]
