@@ -29,7 +29,7 @@ Batch = TypeVar("Batch")
 _DEPTH = 2
 _MAX_DEATHS = 3
 # Seconds until a closed stream notices, and until processes get more to do while a batch waits to be taken.
-_LOOK_AGAIN_S, _GLANCE_S = 0.1, 0.01
+_LOOK_AGAIN_S, _GLANCE_S = 0.1, 0.02
 
 
 class Loader(Generic[Ask, Made, Batch]):
@@ -177,9 +177,10 @@ class _Feeder:
             head = self.pending[0]
             is_whole = not self.unasked or len(self.pending) > 1
             if is_whole and all(job.items is not None for job in head):
+                batch = self.loader.assemble([item for job in head for item in job.items or ()])
                 self.pending.popleft()
-                self._offer((self.loader.assemble([item for job in head for item in job.items or ()]), None))
                 self.free += [place for job in head for place in job.places]
+                self._offer((batch, None))
             else:
                 self._look_after_pool()
 
@@ -226,7 +227,8 @@ class _Feeder:
             try:
                 self.ready.put(what, timeout=_GLANCE_S)
             except queue.Full:
-                if what[1] is None:
+                if what[1] is None:  # keep the processes at work meanwhile
+                    self._submit()
                     self._look_after_pool(0)
             else:
                 return

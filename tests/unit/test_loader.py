@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +19,10 @@ import torch
 from everest_ds.config import PretrainDataConfig
 from everest_ds.data.clips import Clip, ClipBatch
 from everest_ds.data.cuts import PretrainCut
-from everest_ds.data.dataset import ClipDataset, make_loader
+from everest_ds.data.dataset import ClipDataset, Unit, make_loader
 from everest_ds.data.index import VideoRow, read_list
 from everest_ds.data.loader import Stream
+from everest_ds.data.pool import Mark
 from everest_ds.data.rows import PackedRows
 from everest_ds.data.sampling import GlobalBatchSampler, SampleKey
 from everest_ds.data.video import Video
@@ -263,6 +264,28 @@ def test_bad_real_clips_neither_hang_nor_end_a_process(real_clips: Path, good: l
         assert not any("no answer" in reason or "ended its process" in reason for reason in reasons)
 
 
+class DyingDataset(ClipDataset):
+    """Ends its process before it opens anything."""
+
+    def __call__(self, ask: Unit, faults: Mapping[int, str], mark: Mark) -> list[Clip]:
+        os._exit(5)
+
+
+def test_processes_that_end_before_they_open_a_video_are_an_error(good: list[VideoRow]) -> None:
+    with pytest.raises(RuntimeError, match=r"end before they open one: it ended its process \(exit code 5\)"):
+        load(make_dataset(good, replace(CONFIG, num_workers=2), DyingDataset))
+
+
+def test_thread_that_looks_after_processes_leaves_the_number_of_threads_as_it_is(good: list[VideoRow]) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        load(make_dataset(good, replace(CONFIG, num_workers=1)))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_bug_in_a_process_is_raised_with_its_traceback(rows: list[VideoRow], tmp_path: Path) -> None:
     config = replace(CONFIG, num_workers=1)
     with pytest.raises(RuntimeError, match=r"(?s)in a process that reads videos.*_open.*ZeroDivisionError: a bug"):
@@ -285,7 +308,7 @@ def test_batches_that_nobody_takes_are_made_ahead_up_to_a_bound(rows: list[Video
         time.sleep(2)
         # The one taken, one ready, one in the thread's hands, three ahead, two processes with two clips each; and
         # the batch that the next clip is of has been drawn.
-        assert 4 * 5 <= len(drawn) <= 4 * 8
+        assert 4 * 6 <= len(drawn) <= 4 * 9
 
 
 def test_closing_early_or_losing_the_stream_leaves_no_process(rows: list[VideoRow], tmp_path: Path) -> None:
