@@ -34,10 +34,11 @@ real.VideoReader = SleepingReader
 """
 
 
-def list_with(demo_folder: Path, path: Path, video: Path) -> Path:
-    """The demo's training list with another video in one row."""
+def list_with(demo_folder: Path, path: Path, *videos: Path) -> Path:
+    """The demo's training list with other videos in some rows."""
     rows = [f"{demo_folder}/{row}" for row in (demo_folder / "train.csv").read_text().splitlines()]
-    rows[7] = f"{video} 7"
+    for row, video in zip((7, 23), videos, strict=False):
+        rows[row] = f"{video} 7"
     path.write_text("\n".join(rows) + "\n")
     return path
 
@@ -54,15 +55,15 @@ def bad_samples(run_dir: Path) -> list[tuple[int, int, str]]:
 
 
 @pytest.fixture(scope="module")
-def without_the_video(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in whose list one file is missing, with no loader process."""
+def reference(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in whose list two files are missing, with no loader process."""
     folder = tmp_path_factory.mktemp("missing")
-    source = list_with(demo_folder, folder / "list.csv", folder / "gone.mp4")
+    source = list_with(demo_folder, folder / "list.csv", folder / "gone.mp4", folder / "gone too.mp4")
     done = launch(run_words(demo_folder, folder / "run", source, 0))
     assert done.returncode == 0, done.stderr
-    assert [(epoch, reason) for epoch, _, reason in bad_samples(folder / "run")] == [
-        (epoch, "no such file") for epoch in range(3)
-    ]
+    found = bad_samples(folder / "run")
+    assert {(row, reason) for _, row, reason in found} == {(7, "no such file"), (23, "no such file")}
+    assert {epoch for epoch, _, _ in found} == {0, 1, 2}
     return folder / "run"
 
 
@@ -77,41 +78,30 @@ def loader_processes(pid: int) -> list[int]:
     return [child for server in servers for child in children(server)]
 
 
-def test_pipe_in_the_list_is_one_bad_sample_an_epoch(
-    demo_folder: Path, without_the_video: Path, tmp_path: Path
-) -> None:
-    os.mkfifo(tmp_path / "pipe.mp4")
-    source = list_with(demo_folder, tmp_path / "list.csv", tmp_path / "pipe.mp4")
-    done = launch(run_words(demo_folder, tmp_path / "run", source, 2))
-    assert done.returncode == 0, done.stderr
-    expected = [(epoch, row, "the file is empty") for epoch, row, _ in bad_samples(without_the_video)]
-    assert bad_samples(tmp_path / "run") == expected
-    assert losses(tmp_path / "run") == losses(without_the_video)
-
-
-def test_video_that_hangs_its_decoder_is_one_bad_sample_an_epoch(
-    demo_folder: Path, without_the_video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_pipe_and_video_that_hangs_its_decoder_are_bad_samples_and_no_more(
+    demo_folder: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("decord")
     (tmp_path / "stub").mkdir()
     (tmp_path / "stub" / "decord.py").write_text(SLEEPING_DECORD)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'stub'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     (tmp_path / "hang.mp4").write_bytes((demo_folder / "train" / "00007.mp4").read_bytes())
-    source = list_with(demo_folder, tmp_path / "list.csv", tmp_path / "hang.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    source = list_with(demo_folder, tmp_path / "list.csv", tmp_path / "hang.mp4", tmp_path / "pipe.mp4")
     words = run_words(demo_folder, tmp_path / "run", source, 2)
     began = time.monotonic()
     done = launch([*words, "--data.timeout-s", "4", "--data.reader", "decord"])
     assert time.monotonic() - began < 120
     assert done.returncode == 0, done.stderr
-    expected = [(epoch, row, "no answer within 4 s") for epoch, row, _ in bad_samples(without_the_video)]
-    assert bad_samples(tmp_path / "run") == expected
-    assert losses(tmp_path / "run") == losses(without_the_video)
+    reasons = {7: "no answer within 4 s", 23: "the file is empty"}
+    assert bad_samples(tmp_path / "run") == [(epoch, row, reasons[row]) for epoch, row, _ in bad_samples(reference)]
+    assert losses(tmp_path / "run") == losses(reference)
 
 
-def test_loader_processes_killed_in_mid_run_change_nothing(demo_folder: Path, tmp_path: Path) -> None:
-    source = list_with(demo_folder, tmp_path / "list.csv", demo_folder / "train" / "00007.mp4")
-    alone = launch(run_words(demo_folder, tmp_path / "alone", source, 0))
-    assert alone.returncode == 0, alone.stderr
+def test_loader_processes_killed_in_mid_run_change_nothing(
+    demo_folder: Path, reference: Path, tmp_path: Path
+) -> None:
+    source = list_with(demo_folder, tmp_path / "list.csv", tmp_path / "gone.mp4", tmp_path / "gone too.mp4")
     killed: set[int] = set()
     record = tmp_path / "run" / "metrics.jsonl"
     with start(run_words(demo_folder, tmp_path / "run", source, 2)) as process:
@@ -125,5 +115,5 @@ def test_loader_processes_killed_in_mid_run_change_nothing(demo_folder: Path, tm
         _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert killed
-    assert losses(tmp_path / "run") == losses(tmp_path / "alone")
-    assert not (tmp_path / "run" / "bad_samples.jsonl").exists()
+    assert losses(tmp_path / "run") == losses(reference)
+    assert bad_samples(tmp_path / "run") == bad_samples(reference)

@@ -352,13 +352,19 @@ def test_processes_leave_with_the_one_that_started_them(rows: list[VideoRow], tm
         "    os.kill(os.getpid(), signal.SIGKILL) if sys.argv[1] == 'kill' else sys.exit(0)\n"
     )
     root = Path(__file__).parents[2]
-    for how in ("kill", "exit"):
-        ended = subprocess.run(
-            [sys.executable, script, how], cwd=root, env=os.environ | {"PYTHONPATH": str(root)},
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
-        pids = [int(word) for word in ended.stdout.split()]
-        assert len(pids) == 2, ended.stderr
+    both = [
+        subprocess.Popen(
+            [sys.executable, script, how],
+            cwd=root,
+            env=os.environ | {"PYTHONPATH": str(root)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for how in ("kill", "exit")
+    ]
+    for ended in both:
+        pids = [int(word) for word in ended.communicate(timeout=60)[0].split()]
+        assert len(pids) == 2
         deadline = time.monotonic() + 20
         while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.1)
