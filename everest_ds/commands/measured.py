@@ -19,7 +19,7 @@ from everest_ds.config import BatchConfig, Config
 from everest_ds.config_file import config_from_dict, read_json_object
 from everest_ds.errors import UserError
 
-FORMAT = "everest-stages-1"
+FORMAT = "everest-stages-2"
 KEYS = (
     "format", "config", "gpus", "device", "device_memory_gib", "environment", "rows", "faults", "recommended",
 )  # fmt: skip
@@ -127,7 +127,11 @@ def beside_estimates(document: dict[str, Any], config: Config) -> list[dict[str,
         same = replace(
             config,
             batch=BatchConfig(global_size=micro_size * gpus, micro_size=micro_size),
-            model=replace(config.model, activation_checkpointing=row["activation_checkpointing"]),
+            model=replace(
+                config.model,
+                activation_checkpointing=row["activation_checkpointing"],
+                recompute_attention=row["recompute_attention"],
+            ),
         )
         ds_config = resolve_ds_config(
             systems[row["ds_config"]], same, world_size=gpus, precision=row["precision"], device_type="cuda"
@@ -135,6 +139,13 @@ def beside_estimates(document: dict[str, Any], config: Config) -> list[dict[str,
         estimate = estimate_memory(same, ds_config, world_size=gpus)
         rows.append({**row, "estimated_allocated_gib": round(estimate.allocated / 2**30, 4)})
     return rows
+
+
+def recomputation_of(row: dict[str, Any]) -> str:
+    """Return what of each block a row computes again, for a table: no, part (all but attention) or yes."""
+    if not row["activation_checkpointing"]:
+        return "no"
+    return "yes" if row["recompute_attention"] else "part"
 
 
 def describe_measured(document: dict[str, Any], rows: Sequence[dict[str, Any]], command: str | None) -> str:
@@ -145,7 +156,7 @@ def describe_measured(document: dict[str, Any], rows: Sequence[dict[str, Any]], 
         f"{'ds_config':<14}{'ckpt':>5}{'micro':>6}{'clips/s':>10}{'ms':>10}{'GiB':>8}{'estimated':>11}",
     ]
     for row in rows:
-        recomputes = "yes" if row["activation_checkpointing"] else "no"
+        recomputes = recomputation_of(row)
         start = f"{row['ds_config']:<14}{recomputes:>5}{row['micro_batch']:>6}"
         if row["out_of_memory"]:
             lines.append(f"{start}  out of memory{row['estimated_allocated_gib']:>25.2f}")

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from everest_ds.commands.measured import beside_estimates, describe_measured, fastest, read_measured
+from everest_ds.commands.measured import (
+    beside_estimates,
+    describe_measured,
+    fastest,
+    read_measured,
+    recomputation_of,
+)
 from everest_ds.config import Config, FinetuneConfig
 from everest_ds.errors import UserError
 
@@ -100,6 +106,7 @@ def _measured(document: dict[str, Any], config: Config, recipe: str, base: Confi
             num_gpus=document["gpus"],
             micro_size=best["micro_batch"],
             checkpointing=best["activation_checkpointing"],
+            recompute_attention=best["recompute_attention"],
         )
         command = _command(setting, recipe, base, str(shipped_files()[name]))
     rows = beside_estimates(document, config)
@@ -140,6 +147,7 @@ def _row(setting: Any, memory_bytes: int, paths: dict[str, str]) -> dict[str, An
     return {
         "ds_config": paths[setting.name],
         "activation_checkpointing": setting.checkpointing,
+        "recompute_attention": setting.config.model.recompute_attention,
         "fits": estimate.total <= memory_bytes,
         "micro_size": setting.micro_size,
         "accumulation_steps": setting.accumulation,
@@ -187,11 +195,12 @@ def _print_table(config: Config, options: PlanOptions, rows: list[dict[str, Any]
         "Estimated peak of one GPU in GiB, at the largest micro-batch that fits (* not even one clip does).\n"
         f"total = {summands}. work: the largest of activations (activ, of\n"
         "them attn attention's), ranking and step, and gathered parameters. sent: what a GPU sends in a step.\n"
+        "ckpt: blocks are computed again in backward; part: all but attention, whose output is kept.\n"
     )
     print(f"{'ds_config':<14}{'ckpt':>5}{'micro':>6}{'accum':>6}" + "".join(f"{name:>7}" for name in columns))
     for row in rows:
         shown = "".join(f"{row['bytes'][part] / 2**30:>7.2f}" for part in columns.values())
-        recomputes = "yes" if row["activation_checkpointing"] else "no"
+        recomputes = recomputation_of(row)
         micro = f"{row['micro_size']}{'' if row['fits'] else '*'}"
         print(f"{Path(row['ds_config']).stem:<14}{recomputes:>5}{micro:>6}{row['accumulation_steps']:>6}{shown}")
     unknown = {name for row in rows for name in row["not_modelled"]}
@@ -216,19 +225,25 @@ def _advice(chosen: Any, command: str | None, change: Any, options: PlanOptions)
     from everest_ds.train.planning import in_gib
 
     if chosen is not None:
-        how = "with" if chosen.checkpointing else "without"
+        how = _recomputation_words(chosen)
         return (
-            f"\nrecommended: {chosen.name} {how} recomputation, {chosen.config.batch.global_size} = "
+            f"\nrecommended: {chosen.name} {how}, {chosen.config.batch.global_size} = "
             f"{chosen.micro_size} a GPU x {options.gpus} GPUs x {chosen.accumulation} accumulation steps, "
             f"{in_gib(chosen.estimate.total):.2f} GiB of {options.gpu_memory_gib:g}\n{command}"
         )
     lean = change.leanest
-    how = "with" if lean.checkpointing else "without"
-    wishes = [f"GPUs of {in_gib(lean.estimate.total):.2f} GiB ({lean.name} {how} recomputation, micro-batch 1)"]
+    how = _recomputation_words(lean)
+    wishes = [f"GPUs of {in_gib(lean.estimate.total):.2f} GiB ({lean.name} {how}, micro-batch 1)"]
     more = change.more_gpus
     if more is not None:
         wishes.append(f"{more.num_gpus} GPUs of {options.gpu_memory_gib:g} GiB ({more.name}, micro-batch 1)")
     return f"\nnothing fits. The smallest change that would: {', or '.join(wishes)}"
+
+
+def _recomputation_words(setting: Any) -> str:
+    if setting.checkpointing and not setting.recomputes_attention:
+        return "with recomputation of all but attention"
+    return f"{'with' if setting.checkpointing else 'without'} recomputation"
 
 
 def _command(setting: Any, recipe: str, base: Config, ds_config: str) -> str:

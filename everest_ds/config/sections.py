@@ -74,6 +74,9 @@ class ModelConfig:
     """Attention backend; auto takes the first that serves: varlen, flash, sdpa."""
     activation_checkpointing: bool = False
     """Recompute each block in backward instead of storing its activations."""
+    recompute_attention: bool = True
+    """With activation_checkpointing: recompute attention too; false keeps its output, one more tensor of the size
+    of a block's input."""
     position_frames: int | None = None
     """Frames of the clips that positions are laid out for (those of --init-from), when not this run's."""
     position_size: int | None = None
@@ -84,6 +87,11 @@ class ModelConfig:
         for name in ("patch_size", "tubelet_size", "position_frames", "position_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"model.{name}", value, "at least 1")
+        if not (self.activation_checkpointing or self.recompute_attention):
+            raise UserError(
+                "model.recompute_attention=False has no effect with model.activation_checkpointing=False: nothing "
+                "is recomputed then; set that to true, or leave this out"
+            )
         shrunk = {1: 1, 2: 4, 3: 8}.get(self.embedding_layers)
         require(shrunk is not None, "model.embedding_layers", self.embedding_layers, "1, 2 or 3")
         if self.patch_size % (shrunk or 1):

@@ -56,7 +56,7 @@ class ActivationBytes:
         peak: The most at once: what is still kept, the block that is being computed again, and the gradients on the
             way.
         attention: The part of ``peak`` that is attention's own: q, k, v, output and log-sum-exp, of all blocks, or
-            with checkpointing of the larger one that is computed again.
+            with checkpointing of the larger one that is computed again, and then the outputs that are kept.
     """
 
     saved: int
@@ -74,6 +74,7 @@ class _Stack:
     depth: int
     dtype_bytes: int
     checkpointing: bool
+    keeps_attention: bool
 
     @property
     def rows(self) -> int:
@@ -93,7 +94,12 @@ class _Stack:
     @property
     def saved(self) -> int:
         """What the stack keeps at the end of the forward pass."""
-        return self.depth * (self.rows if self.checkpointing else self.block)
+        return self.depth * (self.rows + self.kept_outputs if self.checkpointing else self.block)
+
+    @property
+    def kept_outputs(self) -> int:
+        """What a block that is computed again keeps besides its input: what attention made of it, on request."""
+        return self.rows + self.log_sum_exp if self.keeps_attention else 0
 
     @property
     def attention(self) -> int:
@@ -103,7 +109,7 @@ class _Stack:
     @property
     def backward(self) -> int:
         """What going backward through one block adds: the block, if it is computed again, and gradients."""
-        again = self.block - self.rows if self.checkpointing else 0
+        again = self.block - self.rows - self.kept_outputs if self.checkpointing else 0
         weight = MLP_RATIO * self.width**2 * self.dtype_bytes  # the gradient of fc1 or fc2
         return again + BACKWARD_WIDTHS * self.rows + weight
 
@@ -115,7 +121,7 @@ def activation_bytes(
 
     Args:
         size: Widths, depth and heads.
-        options: Tubelets and checkpointing.
+        options: Tubelets, checkpointing, and whether attention is computed again.
         counts: Clips and tokens of the micro-batch.
         decoder_depth: Blocks of the decoder.
         dtype_bytes: Bytes of a number in the model's precision, 2 or 4.
@@ -132,6 +138,7 @@ def activation_bytes(
         depth=decoder_depth,
         dtype_bytes=dtype_bytes,
         checkpointing=options.activation_checkpointing,
+        keeps_attention=not options.recompute_attention,
     )
     embedding = visible * _embedding_values(options, size.width) * dtype_bytes
     # The norm's input and output; the output is what encoder_to_decoder keeps.
@@ -144,11 +151,7 @@ def activation_bytes(
     # The mean squared error is computed into a tensor of (R, P) whose storage the loss, a scalar, keeps.
     loss = predicted
     moments = (saved + loss + predicted, decoded + loss + decoder.backward, encoded + loss + encoder.backward)
-    if options.activation_checkpointing:
-        attention = max(encoder.attention, decoder.attention)
-    else:
-        attention = encoder.depth * encoder.attention + decoder.depth * decoder.attention
-    return ActivationBytes(saved=saved, peak=max(moments), attention=attention)
+    return ActivationBytes(saved=saved, peak=max(moments), attention=_attention_bytes(encoder, decoder))
 
 
 def classifier_activation_bytes(
@@ -166,7 +169,7 @@ def classifier_activation_bytes(
 
     Args:
         size: Width, depth and heads.
-        options: Tubelets and checkpointing.
+        options: Tubelets, checkpointing, and whether attention is computed again.
         clips: Clips of the micro-batch.
         kept: Tokens of a clip that the encoder sees.
         num_classes: Outputs of the head.
@@ -188,8 +191,7 @@ def classifier_activation_bytes(
     masks = 2 * size.depth * tokens * dtype_bytes if drop_path else 0
     embedding = tokens * _embedding_values(options, size.width) * dtype_bytes
     saved = embedding + encoder.saved + masks + head
-    blocks = 1 if options.activation_checkpointing else size.depth
-    return ActivationBytes(saved=saved, peak=saved + encoder.backward, attention=blocks * encoder.attention)
+    return ActivationBytes(saved=saved, peak=saved + encoder.backward, attention=_attention_bytes(encoder))
 
 
 def ranking_bytes(grid: TokenGrid, options: EncoderOptions, *, width: int, clips: int) -> int:
@@ -210,7 +212,16 @@ def _encoder(size: ModelSize, options: EncoderOptions, tokens: int, dtype_bytes:
         depth=size.depth,
         dtype_bytes=dtype_bytes,
         checkpointing=options.activation_checkpointing,
+        keeps_attention=not options.recompute_attention,
     )
+
+
+def _attention_bytes(*stacks: _Stack) -> int:
+    """Return attention's part of the peak; what one block keeps is not counted twice where it is computed again."""
+    if not any(stack.checkpointing for stack in stacks):
+        return sum(stack.depth * stack.attention for stack in stacks)
+    kept = sum(stack.depth * stack.kept_outputs for stack in stacks)
+    return kept + max(stack.attention - stack.kept_outputs for stack in stacks)
 
 
 def _pixels(options: EncoderOptions) -> int:

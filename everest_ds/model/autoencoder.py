@@ -80,7 +80,7 @@ class Decoder(nn.Module):
     def __init__(self, size: ModelSize, grid: TokenGrid, options: EncoderOptions, *, depth: int) -> None:
         super().__init__()
         self.grid = grid
-        self.activation_checkpointing = options.activation_checkpointing
+        self.options = options
         width = size.decoder_width
         self.blocks = make_blocks(
             width=width, depth=depth, num_heads=size.decoder_num_heads, backend=options.attention
@@ -100,7 +100,12 @@ class Decoder(nn.Module):
         tokens, target_rows_R = interleave_clips(
             visible_LD + positions(selection.visible), mask_token_D + positions(selection.target), selection
         )
-        x_MD = run_blocks(self.blocks, tokens, checkpointing=self.activation_checkpointing)
+        x_MD = run_blocks(
+            self.blocks,
+            tokens,
+            checkpointing=self.options.activation_checkpointing,
+            recompute_attention=self.options.recompute_attention,
+        )
         return self.head(self.norm(x_MD[target_rows_R]))
 
 

@@ -44,6 +44,7 @@ class EncoderOptions:
         embedding_layers: Conv3d layers of the tubelet embedding: 1, 2 or 3.
         attention: An attention backend's name, or auto.
         activation_checkpointing: Recompute each block in backward instead of storing its activations.
+        recompute_attention: Then recompute attention too instead of keeping its output.
     """
 
     tubelet_size: int = 2
@@ -51,6 +52,7 @@ class EncoderOptions:
     embedding_layers: int = 1
     attention: str = "auto"
     activation_checkpointing: bool = False
+    recompute_attention: bool = True
 
 
 DEFAULT_OPTIONS = EncoderOptions()
@@ -160,8 +162,13 @@ class TokenEncoder(nn.Module):
         x_MD = x_MD + gather_positions(self.positions_ND, self.grid, groups, index, dtype)
         tokens = PackedTokens(x_MD, index.packing)
         scale_LM = None if scale_BL is None else scale_BL.to(dtype).T[:, index.clip_M]
-        checkpointing = self.options.activation_checkpointing
-        return run_blocks(self.blocks, tokens, checkpointing=checkpointing, scale_LM=scale_LM)
+        return run_blocks(
+            self.blocks,
+            tokens,
+            checkpointing=self.options.activation_checkpointing,
+            recompute_attention=self.options.recompute_attention,
+            scale_LM=scale_LM,
+        )
 
 
 @contextlib.contextmanager

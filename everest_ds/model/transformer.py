@@ -10,10 +10,10 @@ from einops import rearrange
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from everest_ds.model.attention import attention
 from everest_ds.model.packing import PackedTokens, Packing
+from everest_ds.model.recomputation import recomputed
 
 NORM_EPS = 1e-6
 MLP_RATIO = 4
@@ -107,7 +107,12 @@ def branch_scales(noise_BL: Tensor, drop_path: float) -> Tensor:
 
 
 def run_blocks(
-    blocks: nn.ModuleList, tokens: PackedTokens, *, checkpointing: bool, scale_LM: Tensor | None = None
+    blocks: nn.ModuleList,
+    tokens: PackedTokens,
+    *,
+    checkpointing: bool,
+    recompute_attention: bool = True,
+    scale_LM: Tensor | None = None,
 ) -> Tensor:
     """Run tokens through a stack and return (M, D).
 
@@ -115,13 +120,14 @@ def run_blocks(
         blocks: The stack.
         tokens: What goes in.
         checkpointing: Each block keeps only its input and is computed again in backward.
+        recompute_attention: Then attention too; else each block also keeps attention's output.
         scale_LM: Factors of each token's branches, two a block; None scales nothing.
     """
     x_MD = tokens.x_MD
     for number, block in enumerate(blocks):
         scale_2M = None if scale_LM is None else scale_LM[2 * number : 2 * number + 2]
         if checkpointing and torch.is_grad_enabled():
-            x_MD = checkpoint(block, x_MD, tokens.packing, scale_2M, use_reentrant=False)
+            x_MD = recomputed(block, x_MD, tokens.packing, scale_2M, attention_too=recompute_attention)
         else:
             x_MD = block(x_MD, tokens.packing, scale_2M)
     return x_MD

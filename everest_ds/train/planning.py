@@ -14,6 +14,8 @@ from everest_ds.train.sharding import FLOAT32_BYTES, Sharding
 
 # More GPUs than this are not suggested.
 MAX_SUGGESTED_GPUS = 1024
+# model.activation_checkpointing and model.recompute_attention: nothing, all but attention, and all is recomputed.
+RECOMPUTATIONS = ((False, True), (True, False), (True, True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +55,18 @@ class Setting:
         return self.config.model.activation_checkpointing
 
     @property
-    def preference(self) -> tuple[bool, bool, int, bool, bool, bool, int, int]:
+    def recomputes_attention(self) -> bool:
+        """Whether attention is computed again too, as it is unless its output is kept."""
+        return self.checkpointing and self.config.model.recompute_attention
+
+    @property
+    def preference(self) -> tuple[bool, bool, bool, int, bool, bool, bool, int, int]:
         """What `recommend` sorts by, best first."""
         estimate = self.estimate
         return (
             self.offloads,
             self.checkpointing,
+            self.recomputes_attention,
             self.accumulation,
             self.accumulates_low,
             self.stays,
@@ -82,13 +90,22 @@ class SmallestChange:
 
 
 def make_setting(
-    config: Config, name: str, systems: dict[str, Any], *, num_gpus: int, micro_size: int, checkpointing: bool
+    config: Config,
+    name: str,
+    systems: dict[str, Any],
+    *,
+    num_gpus: int,
+    micro_size: int,
+    checkpointing: bool,
+    recompute_attention: bool = True,
 ) -> Setting:
     """Estimate one setting, in the precision that the systems say for GPUs."""
     config = replace(
         config,
         batch=replace(config.batch, micro_size=micro_size),
-        model=replace(config.model, activation_checkpointing=checkpointing),
+        model=replace(
+            config.model, activation_checkpointing=checkpointing, recompute_attention=recompute_attention
+        ),
     )
     ds_config = resolve_ds_config(systems, config, world_size=num_gpus, precision="auto", device_type="cuda")
     sharding = Sharding.of(ds_config, num_gpus)
@@ -108,7 +125,7 @@ def make_setting(
 def plan_settings(
     config: Config, systems: Mapping[str, dict[str, Any]], *, num_gpus: int, memory_bytes: int
 ) -> list[Setting]:
-    """Return each way of sharding without and with recomputation, at the largest micro-batch that fits.
+    """Return each way of sharding with no, some and full recomputation, at the largest micro-batch that fits.
 
     Where none fits, the setting is that of one clip; its total says so. Micro-batches are those that divide a GPU's
     share of the global batch, which must be a multiple of the GPUs.
@@ -117,10 +134,16 @@ def plan_settings(
     sizes = [size for size in range(share, 0, -1) if share % size == 0]
     settings = []
     for name, options in systems.items():
-        for checkpointing in (False, True):
+        for checkpointing, recompute_attention in RECOMPUTATIONS:
             for size in sizes:
                 setting = make_setting(
-                    config, name, options, num_gpus=num_gpus, micro_size=size, checkpointing=checkpointing
+                    config,
+                    name,
+                    options,
+                    num_gpus=num_gpus,
+                    micro_size=size,
+                    checkpointing=checkpointing,
+                    recompute_attention=recompute_attention,
                 )
                 if setting.estimate.total <= memory_bytes:
                     break
@@ -131,10 +154,10 @@ def plan_settings(
 def recommend(settings: list[Setting], memory_bytes: int) -> Setting | None:
     """Return the setting to use, or None when none fits.
 
-    The rule: no offload before offload; no recomputation before recomputation; then the fewest accumulation steps,
-    accumulation in float32 before bf16, checkpoints that go on in any world before those that do not, stages that
-    do not gather parameters in every pass before stage 3, the least communication, the least memory. It knows no
-    speeds: those have to be measured.
+    The rule: no offload before offload; no recomputation before that of all but attention, and that before all of
+    it; then the fewest accumulation steps, accumulation in float32 before bf16, checkpoints that go on in any world
+    before those that do not, stages that do not gather parameters in every pass before stage 3, the least
+    communication, the least memory. It knows no speeds: those have to be measured.
     """
     fitting = [setting for setting in settings if setting.estimate.total <= memory_bytes]
     return min(fitting, key=lambda setting: setting.preference, default=None)

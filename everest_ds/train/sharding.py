@@ -154,7 +154,9 @@ def count_parameters(config: Config) -> ParameterCounts:
     A fine-tuning whose classes are not known yet, as in a recipe, is counted with `ASSUMED_CLASSES`.
     """
     plain: dict[str, Any] = {"batch": BatchConfig(), "run": type(config.run)()}
-    plain["model"] = replace(config.model, activation_checkpointing=False, attention="sdpa")
+    plain["model"] = replace(
+        config.model, activation_checkpointing=False, recompute_attention=True, attention="sdpa"
+    )
     plain["optim"] = type(config.optim)()
     if isinstance(config, FinetuneConfig):
         plain["optim"] = replace(plain["optim"], layer_decay=config.optim.layer_decay)

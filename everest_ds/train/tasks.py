@@ -242,4 +242,5 @@ def encoder_options(config: Config) -> EncoderOptions:
         embedding_layers=config.model.embedding_layers,
         attention=config.model.attention,
         activation_checkpointing=config.model.activation_checkpointing,
+        recompute_attention=config.model.recompute_attention,
     )

@@ -87,13 +87,30 @@ def test_plan_says_what_of_a_model_is_trained(capsys: pytest.CaptureFixture[str]
 
 def test_json_has_every_part_of_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan_json(L_ON_80, capsys)
-    assert len(found["settings"]) == 5 * 2
+    assert len(found["settings"]) == 5 * 3
     for row in found["settings"]:
         size = row["bytes"]
         parts = ("parameters", "gradients", "optimizer", "input", "communication", "transient", "overhead")
         assert size["total"] == sum(size[part] for part in parts)
         assert 0 < size["attention"] < size["activations"]
     assert found["smallest_change"] is None
+
+
+def test_attentions_outputs_are_kept_where_they_fit_and_no_recomputation_does_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    words = "plan k400_vit_l --gpus 8 --gpu-memory-gib 3.6 --ds-config ds_configs/zero2.json"
+    assert cli.main(words.split()) == 0
+    shown = capsys.readouterr().out
+    assert "recommended: zero2 with recomputation of all but attention, 512 = 1 a GPU" in shown
+    (command,) = (line for line in shown.splitlines() if line.startswith("deepspeed"))
+    assert "--model.activation-checkpointing --model.no-recompute-attention" in command
+    rows = {
+        (row["activation_checkpointing"], row["recompute_attention"]): row
+        for row in plan_json(words, capsys)["settings"]
+    }
+    assert [row["fits"] for row in rows.values()] == [False, True, True]
 
 
 def test_nothing_fits_exits_with_1_and_the_smallest_change(capsys: pytest.CaptureFixture[str]) -> None:

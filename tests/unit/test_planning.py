@@ -163,8 +163,8 @@ def test_released_parameters_are_gathered_twice() -> None:
 def test_each_setting_takes_the_largest_micro_batch_that_fits() -> None:
     config = get_recipe("k400_vit_h")
     settings = plan(config, gpus=8, gib=12)
-    assert [(setting.name, setting.checkpointing) for setting in settings] == [
-        (name, checkpointing) for name in SYSTEMS for checkpointing in (False, True)
+    assert [(setting.name, setting.checkpointing, setting.recomputes_attention) for setting in settings] == [
+        (name, *recomputes) for name in SYSTEMS for recomputes in ((False, False), (True, False), (True, True))
     ]
     for setting in settings:
         assert setting.micro_size * setting.accumulation * 8 == config.batch.global_size
@@ -187,6 +187,10 @@ def test_recommendation_follows_its_rule() -> None:
     assert chosen(80) == ("zero2", False, 1)
     assert chosen(16) == ("zero2", False, 1)
     assert chosen(9)[1:] == (False, 2)  # accumulation before recomputation
+    fitting = [s for s in plan(config, gpus=8, gib=9) if s.checkpointing and s.estimate.total <= 9 * GIB]
+    best = recommend(fitting, 9 * GIB)
+    assert best is not None
+    assert not best.recomputes_attention  # attention's outputs are kept where they fit
     assert chosen(3.4)[0] == "zero3_offload"  # only when nothing else fits
     assert recommend(plan(config, gpus=8, gib=1), GIB) is None
 

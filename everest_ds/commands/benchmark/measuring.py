@@ -66,6 +66,7 @@ class Workbench:
             "precision": self.precision,
             "attention": self.attention,
             "activation_checkpointing": self.config.model.activation_checkpointing,
+            "recompute_attention": self.config.model.recompute_attention,
         }
 
 
