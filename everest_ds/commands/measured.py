@@ -28,6 +28,7 @@ FIELDS_OF_STEP = {
     "data": ("num_frames", "image_size"),
     "model": (
         "size", "patch_size", "tubelet_size", "embedding_layers", "decoder_depth", "drop_path", "freeze_encoder",
+        "compile_blocks",
     ),
     "selection": (
         "strategy", "selected_ratio", "visible_ratio", "targets", "budget", "floor", "ceiling", "alpha",

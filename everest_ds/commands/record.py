@@ -23,12 +23,13 @@ def open_run(
     config, world, schedule, state = trainer.config, trainer.world, trainer.schedule, trainer.start
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.task.parameters())
     reader = choose_reader(config.data.reader)
+    compiled = ", compiled blocks" if config.model.compile_blocks else ""
     accumulation = config.batch.accumulation_steps(world.size)
     print(
         f"{config.recipe}: ViT-{config.model.size}, {parameters / 1e6:.1f} M parameters, "
         f"{config.tokens}\n"
-        f"{world.size} x {trainer.device.type}, ZeRO-{state.zero_stage}, {state.dtype}, attention {backend}, "
-        f"videos by {reader}, "
+        f"{world.size} x {trainer.device.type}, ZeRO-{state.zero_stage}, {state.dtype}, "
+        f"attention {backend}{compiled}, videos by {reader}, "
         f"batch {config.batch.global_size} = {config.batch.micro_size} x {world.size} x {accumulation}, "
         f"{schedule.end_step} steps of {schedule.steps_per_epoch} an epoch",
         flush=True,
@@ -55,6 +56,7 @@ def open_run(
         zero_stage=state.zero_stage,
         dtype=state.dtype,
         attention=backend,
+        compile_blocks=config.model.compile_blocks,
         reader=reader,
         parameters=parameters,
         ready_s=round(ready_s, 2),

@@ -66,19 +66,18 @@ def train(config: Config, options: LaunchOptions, world: World) -> int:
     config.batch.accumulation_steps(world.size)
     resume = find_resume(options.out, config, options.resume)
 
-    # 2. What needs torch and DeepSpeed: augmentation, the systems file, the schedule, the attention backend.
-    from everest_ds.data.augment import check_rand_augment
+    # 2. What needs torch and DeepSpeed: augmentation, systems file, schedule, compilation, attention backend.
     from everest_ds.train import engine as engines
     from everest_ds.train.schedule import Schedule
     from everest_ds.train.start import choose_start
 
-    if isinstance(config, FinetuneConfig) and config.data.rand_augment is not None:
-        check_rand_augment(config.data.rand_augment)
+    _check_augmentation(config)
     systems = engines.load_systems(options.ds_config)
     engines.check_sections(systems, str(options.ds_config))
     Schedule.of(config, len(lists.train))
     device_type = "cuda" if distributed.select_accelerator() else "cpu"
     bf16 = engines.uses_bf16(systems, options.precision, device_type)
+    engines.check_compilation(config, systems, device_type)
     backend = _attention_backend(config, device_type, "bfloat16" if bf16 else "float32")
 
     # 3. From here on all processes go together. The run directory is not touched before the checkpoint is loaded.
@@ -205,6 +204,13 @@ def _batches(trainer: "Trainer") -> Any:
             begin=ignore_stop_signals,
         )
         return iter(loader)
+
+
+def _check_augmentation(config: Config) -> None:
+    from everest_ds.data.augment import check_rand_augment
+
+    if isinstance(config, FinetuneConfig) and config.data.rand_augment is not None:
+        check_rand_augment(config.data.rand_augment)
 
 
 def _attention_backend(config: Config, device_type: str, dtype_name: str) -> str:

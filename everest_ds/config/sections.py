@@ -77,6 +77,9 @@ class ModelConfig:
     recompute_attention: bool = True
     """With activation_checkpointing: recompute attention too; false keeps its output, one more tensor of the size
     of a block's input."""
+    compile_blocks: bool = False
+    """Run what stands around attention in each block through torch.compile, for any number of tokens. Its gain was
+    not measured on a GPU yet. Not at ZeRO-3; needs a compiler on the machine."""
     position_frames: int | None = None
     """Frames of the clips that positions are laid out for (those of --init-from), when not this run's."""
     position_size: int | None = None

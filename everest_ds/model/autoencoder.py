@@ -83,7 +83,11 @@ class Decoder(nn.Module):
         self.options = options
         width = size.decoder_width
         self.blocks = make_blocks(
-            width=width, depth=depth, num_heads=size.decoder_num_heads, backend=options.attention
+            width=width,
+            depth=depth,
+            num_heads=size.decoder_num_heads,
+            backend=options.attention,
+            compiles=options.compile_blocks,
         )
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.head = nn.Linear(width, 3 * options.tubelet_size * options.patch_size**2)

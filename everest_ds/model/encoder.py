@@ -45,6 +45,7 @@ class EncoderOptions:
         attention: An attention backend's name, or auto.
         activation_checkpointing: Recompute each block in backward instead of storing its activations.
         recompute_attention: Then recompute attention too instead of keeping its output.
+        compile_blocks: Run blocks compiled, but for attention (`model.compilation`).
     """
 
     tubelet_size: int = 2
@@ -53,6 +54,7 @@ class EncoderOptions:
     attention: str = "auto"
     activation_checkpointing: bool = False
     recompute_attention: bool = True
+    compile_blocks: bool = False
 
 
 DEFAULT_OPTIONS = EncoderOptions()
@@ -80,7 +82,11 @@ class TokenEncoder(nn.Module):
             num_layers=options.embedding_layers,
         )
         self.blocks = make_blocks(
-            width=size.width, depth=size.depth, num_heads=size.num_heads, backend=options.attention
+            width=size.width,
+            depth=size.depth,
+            num_heads=size.num_heads,
+            backend=options.attention,
+            compiles=options.compile_blocks,
         )
         self.register_buffer("positions_ND", sinusoid_positions(grid, size.width), persistent=False)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from everest_ds.model.attention import attention
+from everest_ds.model.compilation import compiled
 from everest_ds.model.packing import PackedTokens, Packing
 from everest_ds.model.recomputation import recomputed
 
@@ -50,19 +51,36 @@ class Attention(nn.Module):
 
     def forward(self, x_MD: Tensor, packing: Packing) -> Tensor:
         """Attend within each clip: (M, D) -> (M, D)."""
+        z_MAK = attention(*self.split_heads(x_MD), packing, backend=self.backend)
+        return self.join_heads(z_MAK)
+
+    def split_heads(self, x_MD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, (M, A, K) each."""
         bias_E = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         # Apart in the middle: in backward the three gradients are then written where they belong, once.
         qkv = rearrange(self.qkv(x_MD, bias_E), "m (three a k) -> m three a k", three=3, a=self.num_heads)
         q_MAK, k_MAK, v_MAK = qkv.unbind(1)
-        z_MAK = attention(q_MAK, k_MAK, v_MAK, packing, backend=self.backend)
+        return q_MAK, k_MAK, v_MAK
+
+    def join_heads(self, z_MAK: Tensor) -> Tensor:
+        """Project what the heads attended to, (M, D)."""
         return self.proj(z_MAK.flatten(1))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block.
 
-    def __init__(self, width: int, num_heads: int, *, backend: str) -> None:
+    Args:
+        width: Channels of a token.
+        num_heads: Heads that share them.
+        backend: An attention backend's name, or auto.
+        compiles: Run what stands before and after attention compiled. That goes past the modules' own calls, and
+            so past the hooks that gather weights at ZeRO-3.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, backend: str, compiles: bool = False) -> None:
         super().__init__()
+        self.compiles = compiles
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.attn = Attention(width, num_heads, backend=backend)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
@@ -76,16 +94,31 @@ class Block(nn.Module):
             packing: The clips that they belong to.
             scale_2M: Factor of each token's attention and MLP branch (`branch_scales`); None scales nothing.
         """
-        if scale_2M is None:
-            x_MD = x_MD + self.attn(self.norm1(x_MD), packing)
-            return x_MD + self.mlp(self.norm2(x_MD))
-        x_MD = x_MD + scale_2M[0, :, None] * self.attn(self.norm1(x_MD), packing)
-        return x_MD + scale_2M[1, :, None] * self.mlp(self.norm2(x_MD))
+        if self.compiles:
+            q_MAK, k_MAK, v_MAK = compiled(Block.before_attention)(self, x_MD)
+            z_MAK = attention(q_MAK, k_MAK, v_MAK, packing, backend=self.attn.backend)
+            return compiled(Block.after_attention)(self, x_MD, z_MAK, scale_2M)
+        x_MD = add_branch(x_MD, self.attn(self.norm1(x_MD), packing), scale_2M, 0)
+        return add_branch(x_MD, self.mlp(self.norm2(x_MD)), scale_2M, 1)
+
+    def before_attention(self, x_MD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of the block's input, (M, A, K) each."""
+        return self.attn.split_heads(self.norm1(x_MD))
+
+    def after_attention(self, x_MD: Tensor, z_MAK: Tensor, scale_2M: Tensor | None) -> Tensor:
+        """Return the block's output, given its input and what the heads attended to."""
+        x_MD = add_branch(x_MD, self.attn.join_heads(z_MAK), scale_2M, 0)
+        return add_branch(x_MD, self.mlp(self.norm2(x_MD)), scale_2M, 1)
 
 
-def make_blocks(*, width: int, depth: int, num_heads: int, backend: str) -> nn.ModuleList:
+def add_branch(x_MD: Tensor, branch_MD: Tensor, scale_2M: Tensor | None, branch: int) -> Tensor:
+    """Return the sum of the residual row and a branch, scaled where scales are given."""
+    return x_MD + (branch_MD if scale_2M is None else scale_2M[branch, :, None] * branch_MD)
+
+
+def make_blocks(*, width: int, depth: int, num_heads: int, backend: str, compiles: bool = False) -> nn.ModuleList:
     """Return a stack of blocks."""
-    return nn.ModuleList(Block(width, num_heads, backend=backend) for _ in range(depth))
+    return nn.ModuleList(Block(width, num_heads, backend=backend, compiles=compiles) for _ in range(depth))
 
 
 def branch_scales(noise_BL: Tensor, drop_path: float) -> Tensor:

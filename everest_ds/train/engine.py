@@ -20,6 +20,7 @@ from everest_ds import distributed
 from everest_ds.config import Config
 from everest_ds.config_file import read_json_object
 from everest_ds.errors import UserError, nearest_hint
+from everest_ds.model.compilation import compile_obstacle
 from everest_ds.train.optim import make_optimizer
 from everest_ds.train.tasks import Task
 
@@ -119,6 +120,24 @@ def _check_offload(systems: Systems, source: str) -> None:
             f"{source}: zero_force_ds_cpu_optimizer=true asks for DeepSpeed's CPU Adam op; set it to false, and "
             "torch's AdamW updates the offloaded states"
         )
+
+
+def check_compilation(config: Config, systems: Systems, device_type: str) -> None:
+    """Refuse compiled blocks where they cannot serve, before anything is built.
+
+    Raises:
+        UserError: model.compile_blocks at ZeRO-3, or on a machine that cannot compile.
+    """
+    if not config.model.compile_blocks:
+        return
+    if zero_stage(systems) == 3:
+        raise UserError(
+            "model.compile_blocks=True cannot serve at ZeRO-3: weights are gathered by hooks of the modules, which "
+            "compiled code does not call; use ZeRO-0, 1 or 2, or model.compile_blocks=False"
+        )
+    obstacle = compile_obstacle(device_type)
+    if obstacle is not None:
+        raise UserError(f"model.compile_blocks=True cannot serve: {obstacle}, or use model.compile_blocks=False")
 
 
 def uses_bf16(systems: Systems, precision: PrecisionName, device_type: str) -> bool:

@@ -49,7 +49,8 @@ class MemoryEstimate:
         communication: Buffers that gradients are communicated in.
         host: Host memory that offload takes for one GPU, pinned.
         sent: Bytes that one GPU sends in one optimiser step.
-        not_modelled: Options of the DeepSpeed configuration that the estimate does not know.
+        not_modelled: Options of the DeepSpeed configuration that the estimate does not know, and
+            model.compile_blocks: compiled code keeps other tensors for backward.
     """
 
     parameters: int
@@ -120,7 +121,7 @@ def estimate_memory(config: Config, ds_config: dict[str, Any], *, world_size: in
         communication=states.buckets,
         host=states.host,
         sent=bytes_sent(counts, sharding),
-        not_modelled=sharding.not_modelled,
+        not_modelled=sharding.not_modelled + (("model.compile_blocks",) if config.model.compile_blocks else ()),
     )
 
 

@@ -109,6 +109,8 @@ def make_setting(
     )
     ds_config = resolve_ds_config(systems, config, world_size=num_gpus, precision="auto", device_type="cuda")
     sharding = Sharding.of(ds_config, num_gpus)
+    if sharding.stage == 3:  # where blocks cannot be compiled
+        config = replace(config, model=replace(config.model, compile_blocks=False))
     return Setting(
         name=name,
         config=config,

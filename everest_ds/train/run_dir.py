@@ -39,6 +39,7 @@ FREE_ON_RESUME = frozenset(
         "data.timeout_s",
         "model.activation_checkpointing",
         "model.attention",
+        "model.compile_blocks",
         "model.recompute_attention",
         "run.keep_checkpoints",
         "run.keep_every_epochs",

@@ -155,7 +155,11 @@ def count_parameters(config: Config) -> ParameterCounts:
     """
     plain: dict[str, Any] = {"batch": BatchConfig(), "run": type(config.run)()}
     plain["model"] = replace(
-        config.model, activation_checkpointing=False, recompute_attention=True, attention="sdpa"
+        config.model,
+        activation_checkpointing=False,
+        recompute_attention=True,
+        compile_blocks=False,
+        attention="sdpa",
     )
     plain["optim"] = type(config.optim)()
     if isinstance(config, FinetuneConfig):

@@ -124,7 +124,7 @@ class PretrainTask(Task):
 
     def clip_flops(self) -> float:
         """Return the operations of one clip, the average one; counted with SDPA, which needs no device."""
-        config = replace(self.config, model=replace(self.config.model, attention="sdpa"))
+        config = replace(self.config, model=replace(self.config.model, attention="sdpa", compile_blocks=False))
         with torch.device("meta"):
             model = build_autoencoder(config)
         macs = autoencoder_macs(
@@ -185,7 +185,7 @@ class FinetuneTask(Task):
 
     def clip_flops(self) -> float:
         """Return the operations of one clip; counted with SDPA. A frozen encoder goes forward only."""
-        config = replace(self.config, model=replace(self.config.model, attention="sdpa"))
+        config = replace(self.config, model=replace(self.config.model, attention="sdpa", compile_blocks=False))
         with torch.device("meta"):
             model = build_classifier(config).eval()  # no draws for drop path
         counts = classifier_macs(model, config.grid)
@@ -243,4 +243,5 @@ def encoder_options(config: Config) -> EncoderOptions:
         attention=config.model.attention,
         activation_checkpointing=config.model.activation_checkpointing,
         recompute_attention=config.model.recompute_attention,
+        compile_blocks=config.model.compile_blocks,
     )

@@ -121,6 +121,14 @@ def train_list(demo_folder: Path) -> str:
         (["--ds-config", "absent.json"], ["absent.json", "No such file"]),
         (["--resume", "runs/absent"], ["no complete checkpoint there"]),
         (["--model.attention", "flash"], ["model.attention=flash cannot serve", "use model.attention=auto"]),
+        (
+            ["--model.no-activation-checkpointing", "--model.no-recompute-attention"],
+            ["recompute_attention=False has no effect", "nothing is recomputed"],
+        ),
+        (
+            ["--model.compile-blocks", "--ds-config", str(REPOSITORY / "ds_configs" / "zero3.json")],
+            ["model.compile_blocks=True cannot serve at ZeRO-3", "use ZeRO-0, 1 or 2"],
+        ),
     ],
 )
 def test_bad_setting_ends_the_run_before_it_starts(

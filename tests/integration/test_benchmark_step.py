@@ -153,6 +153,7 @@ def test_plan_shows_what_was_measured_and_a_command_that_runs_it(
     assert config.batch.global_size == small("demo").batch.global_size
     assert config.model.activation_checkpointing == best["activation_checkpointing"]
     assert config.model.recompute_attention == best["recompute_attention"]
+    assert config.model.compile_blocks == best["compile_blocks"]
     assert options.ds_config.stem == best["ds_config"]
 
 

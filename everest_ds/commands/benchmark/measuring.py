@@ -67,6 +67,7 @@ class Workbench:
             "attention": self.attention,
             "activation_checkpointing": self.config.model.activation_checkpointing,
             "recompute_attention": self.config.model.recompute_attention,
+            "compile_blocks": self.config.model.compile_blocks,
         }
 
 
@@ -94,6 +95,7 @@ def build_workbench(
         torch.bfloat16 if bf16 else torch.float32,
         size.width // size.num_heads,
     )
+    engines.check_compilation(config, systems, device_type)
     device = distributed.start(world)
     ds_config = engines.resolve_ds_config(
         systems, config, world_size=world.size, precision=precision, device_type=device.type

@@ -94,7 +94,10 @@ def describe_machine(same: dict[str, Any]) -> str:
     versions = ", ".join(
         f"{name} {same['environment']['versions'][name]}" for name in ("torch", "deepspeed", "timm")
     )
-    known = ("gpus", "zero_stage", "precision", "attention", "activation_checkpointing", "includes", "time")
+    known = (
+        "gpus", "zero_stage", "precision", "attention", "activation_checkpointing", "recompute_attention",
+        "compile_blocks", "includes", "time",
+    )  # fmt: skip
     settings = ", ".join(f"{name} {same[name]}" for name in known if name in same)
     ceiling = same.get("ceiling_tflops")
     return (

@@ -1,0 +1,92 @@
+"""Losses of a demo pre-training with every fast path on, or all off: run by test_loss_curves.py.
+
+One process, DeepSpeed's engine at ZeRO-2, clips of drifting textures made here. One line of JSON with the losses.
+"""
+
+import itertools
+import json
+import os
+import sys
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch.nn import functional as F
+
+from everest_ds import distributed
+from everest_ds.config import BatchConfig, PretrainConfig
+from everest_ds.model import compilation
+from everest_ds.recipes import get_recipe
+from everest_ds.train import engine as engines
+from everest_ds.train.engine import PrecisionName
+from everest_ds.train.tasks import make_task
+
+CLIPS, BATCHES, FRAMES, EDGE = 4, 16, 8, 32
+PEAK_LR = 5e-4  # twice the recipe's for so few clips
+PATHS = {
+    "off": {"attention": "sdpa", "activation_checkpointing": False},
+    "on": {
+        "attention": "auto",
+        "activation_checkpointing": True,
+        "recompute_attention": False,
+        "compile_blocks": True,
+    },
+}
+
+
+def make_batches(num_noise: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Clips whose texture drifts by up to two pixels a frame, and noise for their selection."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(BATCHES):
+        coarse = torch.rand(CLIPS, 3, EDGE // 4, EDGE // 4, generator=generator)
+        image = F.interpolate(coarse, size=(EDGE, EDGE), mode="bilinear").mul(255).byte()
+        drift = torch.randint(-2, 3, (CLIPS, 2), generator=generator).tolist()
+        clips = [
+            torch.stack([one.roll((dy * t, dx * t), (1, 2)) for t in range(FRAMES)], dim=1)
+            for one, (dy, dx) in zip(image, drift, strict=True)
+        ]
+        batches.append((torch.stack(clips), torch.rand(CLIPS, num_noise, generator=generator)))
+    return batches
+
+
+def main(paths: str, precision: str, steps: int) -> None:
+    """Train and print the losses."""
+    if compilation.compile_obstacle("cpu") is not None:
+        compilation.COMPILE_BACKEND = "aot_eager"
+    world = distributed.World.from_environment()
+    device = distributed.start(world)
+    config = get_recipe("demo")
+    assert isinstance(config, PretrainConfig)
+    config = replace(
+        config,
+        data=replace(config.data, num_frames=FRAMES, image_size=EDGE),
+        batch=BatchConfig(global_size=CLIPS, micro_size=CLIPS),
+        model=replace(config.model, **PATHS[paths]),
+    )
+    engines.check_compilation(config, engines.DEFAULT_SYSTEMS, "cpu")
+    ds_config = engines.resolve_ds_config(
+        engines.DEFAULT_SYSTEMS,
+        config,
+        world_size=world.size,
+        precision=cast(PrecisionName, precision),
+        device_type="cpu",
+    )
+    torch.manual_seed(0)
+    engine = engines.build_engine(make_task(config), config, ds_config, device)
+    engine.train()
+    losses = []
+    batches = itertools.cycle(make_batches(config.num_selected))
+    for step, (clips, noise) in enumerate(itertools.islice(batches, steps)):
+        engines.set_learning_rate(engine, PEAK_LR * min(1, step / 20))
+        loss = engine(clips, noise)
+        engine.backward(loss)
+        engines.step(engine)
+        losses.append(loss.item())
+    print(f"SEEN {json.dumps({'backend': str(compilation.COMPILE_BACKEND), 'losses': losses})}", flush=True)
+    distributed.finish()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
