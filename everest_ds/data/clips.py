@@ -94,7 +94,7 @@ class ClipBatch:
 
     Attributes:
         clips_BCTHW: uint8; empty where ``crops`` hold the pixels. In memory channels may come last, as they leave
-            the decoder: the device puts them into order faster than a CPU.
+            the decoder, so that no process spends time on putting them into order.
         frames_BT: int64, the frame of its video that each frame of a clip is; for a mixed clip, of its own video.
         noise_BS: float32 in [0, 1), the values that the task asked for with each clip.
         label_B: int64.

@@ -114,8 +114,8 @@ class StallHint:
         print(
             f"note: {values['stalled']:.0%} of the time was spent waiting for clips. {data.num_workers} loader "
             f"processes for each training process here, {cores} CPU cores for all: raise data.num_workers while "
-            f"cores are idle; `everest prepare` makes videos cheap to decode; data.repeats={data.repeats} takes "
-            f"that many clips from one decoding; `everest benchmark data {self._config.recipe}` shows where the "
-            "time goes",
+            f"cores are idle; data.reader=pyav (now {data.reader}) decodes less; `everest prepare` makes videos "
+            f"cheap to decode; data.repeats (now {data.repeats}) takes several clips from one decoding; `everest "
+            f"benchmark data {self._config.recipe}` shows where the time goes",
             flush=True,
         )

@@ -31,5 +31,6 @@ def test_stall_is_told_of_when_it_begins_and_again_after_many_lines(capsys: pyte
         said.append(capsys.readouterr().out)
     assert [number for number, text in enumerate(said) if text] == [3, 54, 105]
     assert said[3].startswith("note: 34% of the time was spent waiting for clips. 1 loader processes")
-    for way_out in ("data.num_workers", "everest prepare", "data.repeats=1", "everest benchmark data demo"):
+    fields = ("data.num_workers", "data.reader=pyav (now auto)", "data.repeats (now 1)")
+    for way_out in (*fields, "everest prepare", "everest benchmark data demo"):
         assert way_out in said[3]

@@ -4,9 +4,7 @@ Place in the flow: `commands.benchmark.step` makes the lines as they are measure
 """
 
 import json
-import platform
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everest_ds.config import Config
@@ -44,7 +42,7 @@ class Report:
     ) -> None:
         self.world, self.same, self.rows, self.as_json = world, same, rows, as_json
         if world.is_main and not as_json:
-            print(f"{describe_machine(same)}\n\n{head}", flush=True)
+            print(f"{describe_measurement(same)}\n\n{head}", flush=True)
 
     def print(self, line: dict[str, Any], *, of_any_rank: bool = False) -> None:
         """Print a line, from rank zero unless said otherwise."""
@@ -89,7 +87,7 @@ def _or_dash(value: float | None, form: str) -> str:
     return f"{'-':>{width}}" if value is None else f"{value:>{form}}"
 
 
-def describe_machine(same: dict[str, Any]) -> str:
+def describe_measurement(same: dict[str, Any]) -> str:
     """Return the recipe, the hardware, the versions and the commit of a benchmark, for people."""
     versions = ", ".join(
         f"{name} {same['environment']['versions'][name]}" for name in ("torch", "deepspeed", "timm")
@@ -114,6 +112,7 @@ def describe_run(
     """Return what is measured and where, as fields of every line."""
     import torch
 
+    from everest_ds.commands.benchmark.environment import cpu_model
     from everest_ds.train.run_dir import describe_environment
 
     on_gpu = device.type == "cuda"
@@ -125,19 +124,9 @@ def describe_run(
         "tokens": config.tokens,
         "steps": steps,
         "warmup": warmup,
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {_cpu_name()}",
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {cpu_model()}",
         "device_memory_gib": None if memory is None else round(memory, 2),
         "memory_gib": memory_gib,
         "memory_is": "allocated" if on_gpu else "resident",
         "environment": describe_environment(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
