@@ -45,10 +45,16 @@ class WeightAverage:
         self._slices = {name: _slice(p).detach().float().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the weights that an optimiser step has just changed."""
+    def update(self, applied: Tensor) -> None:
+        """Take in the weights that an optimiser step has just changed.
+
+        Args:
+            applied: Whether it has, a bool scalar on the weights' device, which is not waited for; where it has
+                not, the averages stay as they are.
+        """
+        share = applied * (1 - self.decay)
         for name, parameter in self._parameters.items():
-            self._slices[name].lerp_(_slice(parameter).float(), 1 - self.decay)
+            self._slices[name].lerp_(_slice(parameter).float(), share)
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:

@@ -6,15 +6,11 @@ for the result is written out here, because DeepSpeed's own defaults change betw
 0.0 and is 1.0).
 """
 
-import contextlib
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from everest_ds import distributed
 from everest_ds.config import Config
@@ -160,10 +156,13 @@ def resolve_ds_config(
     """
     resolved = copy.deepcopy(systems)
     bf16 = uses_bf16(systems, precision, device_type)
-    # A step whose gradient is not finite changes no weight; the loop sees it.
+    # A step whose gradient is not finite changes no weight (`train.updates`).
     resolved["bf16"] = {"check_grad_overflow": True, **systems.get("bf16", {}), "enabled": bf16}
     if not bf16:
         resolved.pop("data_types", None)  # float32 accumulates in float32
+    if world_size == 1 and 1 <= zero_stage(resolved) <= 2:
+        # There is nothing to overlap with, and DeepSpeed would wait for the device at every bucket.
+        resolved["zero_optimization"]["overlap_comm"] = False
     resolved["communication_data_type"] = systems.get("communication_data_type", "bf16" if bf16 else "fp32")
     resolved |= {
         "train_batch_size": config.batch.global_size,
@@ -177,6 +176,8 @@ def resolve_ds_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": systems.get("zero_force_ds_cpu_optimizer", False),
         "steps_per_print": 10**9,
+        # DeepSpeed's own clock makes the host wait for the device twice a step; the loop has its own.
+        "timers": {"throughput": {"enabled": False}},
         "wall_clock_breakdown": systems.get("wall_clock_breakdown", False),
     }
     return resolved
@@ -205,13 +206,11 @@ def build_engine(
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    offloaded = "offload_optimizer" in ds_config.get("zero_optimization", {})
-    optimizer_device = torch.device("cpu") if offloaded else device
     groups = task.parameter_groups()
     expected = [(group["lr_scale"], group["weight_decay"]) for group in groups]
     engine, *_ = deepspeed.initialize(
         model=task,
-        optimizer=make_optimizer(groups, config.optim, optimizer_device),
+        optimizer=make_optimizer(groups, config.optim),
         config={**ds_config, "checkpoint": {"load_universal": universal}},
         dist_init_required=False,
     )
@@ -230,50 +229,3 @@ def set_learning_rate(engine: Any, value: float) -> None:
     """Set the learning rate of every parameter group: the schedule's value times the group's own scale."""
     for group in engine.optimizer.param_groups:
         group["lr"] = value * group.get("lr_scale", 1.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What became of a micro-step.
-
-    Attributes:
-        grad_norm: Global gradient norm before clipping; None while accumulation goes on.
-        applied: False when a gradient was not finite, so that no weight was changed.
-    """
-
-    grad_norm: Tensor | float | None = None
-    applied: bool = True
-
-
-def step(engine: Any) -> StepResult:
-    """Take an optimiser step where accumulation is complete and every gradient finite.
-
-    Under ZeRO, DeepSpeed looks at the gradients of all ranks and discards the step. Stage 0 in float32 runs the
-    bare optimiser, which does neither that nor report a norm, so both happen here between reduction and step.
-    """
-    if not engine.is_gradient_accumulation_boundary():
-        engine.step()
-        return StepResult()
-    skipped_before = engine.skipped_steps
-    norm = None
-    clipping: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if not hasattr(engine.optimizer, "_global_grad_norm"):
-        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-        if not norm.isfinite():
-            engine.optimizer.zero_grad()  # without gradients the optimiser leaves weights and moments alone
-            engine.skipped_steps += 1
-            clipping = _without_clipping(engine)
-    with clipping:
-        engine.step()
-    norm = engine.get_global_grad_norm() if norm is None else norm
-    return StepResult(grad_norm=norm, applied=engine.skipped_steps == skipped_before)
-
-
-@contextlib.contextmanager
-def _without_clipping(engine: Any) -> Iterator[None]:
-    """Clip nothing: DeepSpeed 0.19.8 fails to clip where no parameter has a gradient."""
-    before, engine._config.gradient_clipping = engine._config.gradient_clipping, 0.0
-    try:
-        yield
-    finally:
-        engine._config.gradient_clipping = before

@@ -1,7 +1,7 @@
 """The training loop: one for every task.
 
-Place in the flow: loader -> task in the DeepSpeed engine -> optimiser step -> metrics, checkpoints. Between log
-steps the loop itself never waits for the device; the engine's step does, once, to see that the gradient is finite.
+Place in the flow: loader -> task in the DeepSpeed engine -> optimiser step -> metrics, checkpoints. Between lines
+of metrics the loop never waits for the device; where DeepSpeed does, `train.updates` says.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ from signal import Signals
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from everest_ds import distributed
 from everest_ds.config import Config, FinetuneRunConfig
@@ -23,10 +22,10 @@ from everest_ds.data.clips import ClipBatch
 from everest_ds.data.index import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.train import engine as engines
 from everest_ds.train.bad_samples import BadSamples
 from everest_ds.train.checkpoint import TrainState, prune_checkpoints, save_checkpoint
 from everest_ds.train.ema import WeightAverage
+from everest_ds.train.engine import set_learning_rate
 from everest_ds.train.evaluation.validation import Validation, describe, to_metrics
 from everest_ds.train.feeding import DeviceFeed
 from everest_ds.train.media import FrameLog
@@ -36,9 +35,9 @@ from everest_ds.train.pointers import point_to_best
 from everest_ds.train.progress import StallHint, Window, measure, print_progress
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import EXIT_STOPPED, StopRequest
+from everest_ds.train.skipped import SkippedSteps
 from everest_ds.train.tasks import Task
-
-MAX_PATHS_SHOWN = 4
+from everest_ds.train.updates import Updater
 
 
 @dataclass(kw_only=True)
@@ -87,7 +86,14 @@ class Trainer:
             count=self.start.num_bad,
         )
         self.stall_hint = StallHint(self.config)
-        self.num_skipped = self.start.num_skipped
+        self.updater = Updater(self.engine, self.config.optim.max_grad_norm)
+        self.skipped = SkippedSteps(
+            rows=self.rows,
+            allowed=self.config.run.max_skipped_steps,
+            count=self.start.num_skipped,
+            world=self.world,
+            log=self.log,
+        )
         self.best_step, self.best_score = self.start.best_step, self.start.best_score
         self.task.threshold = self.start.threshold
         self.clip_flops = self.task.clip_flops()
@@ -129,8 +135,8 @@ class Trainer:
         return self.schedule.end_step
 
     def _take_step(self, step: int, feed: DeviceFeed) -> None:
-        engines.set_learning_rate(self.engine, self._rate(step))
-        losses, rows_seen = [], []
+        set_learning_rate(self.engine, self._rate(step))
+        losses, rows_seen, result = [], [], None
         for _ in range(self.engine.gradient_accumulation_steps()):
             waited_s = feed.waited_s
             batch, inputs = feed.next()
@@ -140,34 +146,35 @@ class Trainer:
             loss = self.engine(*inputs)
             self.engine.backward(loss)
             feed.look_ahead()
-            result = engines.step(self.engine)
+            result = self.updater.step()
             losses.append(loss.detach())
             self.window.tokens += self.task.visible_tokens
             rows_seen += batch.index_B.tolist()
         if self.frame_log is not None:
             self.frame_log.see(batch)
         self.window.steps += 1
-        if result.applied:
-            self.window.add(losses, result.grad_norm)
-            if self.average is not None:
-                self.average.update()
-        else:
-            self._count_skipped(step + 1, losses, rows_seen)
+        assert result is not None  # the last micro-step completes the accumulation
+        self.window.add(losses, result)
+        self.skipped.see(step + 1, losses, result.applied, rows_seen)
+        if self.average is not None:
+            self.average.update(result.applied)
 
     def _rate(self, step: int) -> float:
         return learning_rate(step, self.config.optim, self.config.batch, self.schedule.steps_per_epoch)
 
     def _report(self, taken: int) -> None:
         """Reduce the window over all ranks, check it, write a line, print one, start the next window."""
+        self.skipped.settle()
         window, self.window = self.window, Window(self.device)
+        num_updates = int(window.updates)
         reports = distributed.gather_objects((window.mean_loss(), window.tokens, window.data_wait_s))
         losses = [loss for loss, _, _ in reports]
         window.data_wait_s = max(wait_s for _, _, wait_s in reports)
         self.bad_samples.record(window.bad, taken * self.config.batch.global_size)
         broken = [f"loss of rank {rank}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-        if window.grad_norm is not None and not math.isfinite(float(window.grad_norm)):
+        if not math.isfinite(float(window.grad_norm)):
             broken.append("gradient norm")
-        if broken and window.updates:  # and DeepSpeed has seen no gradient to discard the step for
+        if broken and num_updates:  # though nothing was a reason to leave the step out
             raise UserError(f"not finite at step {taken}: {', '.join(broken)}; the last checkpoint is kept")
         if self.log is None:
             return
@@ -212,30 +219,6 @@ class Trainer:
             print(f"step {taken}  {describe(scores)}{', the best so far' if is_best else ''}", flush=True)
         return is_best
 
-    def _count_skipped(self, taken: int, losses: list[Tensor], rows_seen: list[int]) -> None:
-        """Record a step that changed no weight and the samples that may be at fault; stop at one too many."""
-        self.num_skipped += 1
-        finite = bool(torch.stack(losses).isfinite().all())
-        paths = [str(self.rows[row].path) for row in rows_seen]
-        everyone = distributed.gather_objects((finite, paths))
-        suspects = {rank: paths for rank, (fine, paths) in enumerate(everyone) if not fine}
-        what = f"the loss of rank {', '.join(map(str, suspects))}" if suspects else "a gradient, though no loss,"
-        suspects = suspects or {rank: paths for rank, (_, paths) in enumerate(everyone)}
-        allowed = self.config.run.max_skipped_steps
-        if self.log is not None:
-            named = {f"rank_{rank}": paths for rank, paths in suspects.items()}
-            self.log.write("event", taken, event="skipped_step", num_skipped=self.num_skipped, samples=named)
-        shown = [path for paths in suspects.values() for path in paths]
-        listed = ", ".join(shown[:MAX_PATHS_SHOWN]) + (" ..." if len(shown) > MAX_PATHS_SHOWN else "")
-        message = f"{what} is not finite at step {taken}, and no weight was changed; samples: {listed}"
-        if self.num_skipped > allowed:
-            raise UserError(
-                f"{message} (all in metrics.jsonl); the last checkpoint is kept. Lower optim.base_lr, lengthen "
-                f"optim.warmup_epochs, set optim.max_grad_norm, or allow more than run.max_skipped_steps={allowed}"
-            )
-        if self.world.is_main:
-            print(f"warning: {message}; skipped, {self.num_skipped} of {allowed} allowed", flush=True)
-
     def _leave_early(self, taken: int, signum: Signals, *, saved: bool) -> None:
         """Save what is not saved yet, and say why the run ends here."""
         if not saved:
@@ -257,7 +240,7 @@ class Trainer:
             epoch=taken // self.schedule.steps_per_epoch,
             samples=taken * self.config.batch.global_size,
             num_bad=self.bad_samples.count,
-            num_skipped=self.num_skipped,
+            num_skipped=self.skipped.count,
             best_step=self.best_step,
             best_score=self.best_score,
             threshold=self.task.threshold,

@@ -11,6 +11,7 @@ from everest_ds.config import Config
 from everest_ds.data.clips import BadSample
 from everest_ds.train.metrics import format_duration, peak_memory_gib, peak_tflops
 from everest_ds.train.schedule import Schedule
+from everest_ds.train.updates import StepResult
 
 STALL_SHARE = 0.1
 """Share of the time spent waiting for clips above which people are told what to do."""
@@ -18,27 +19,39 @@ _LINES_BETWEEN_HINTS = 50
 
 
 class Window:
-    """What happened since the last line of metrics. Losses stay on the device until the line is due."""
+    """What happened since the last line of metrics. What is on the device stays there until the line is due.
+
+    Attributes:
+        loss_sum: Of the steps that changed the weights, float64.
+        updates: How many these are, int64.
+        grad_norm: Of the last of them; nan before there was one.
+        steps: All steps taken.
+        tokens: Visible tokens of this process.
+        data_wait_s: Seconds spent waiting for clips.
+        started: When the window began, by the clock of time.perf_counter.
+        bad: Videos that could not be read.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)
+        self.grad_norm = torch.full((), float("nan"), device=device)
         self.steps = 0
         self.tokens = 0
-        self.updates = 0
         self.data_wait_s = 0.0
-        self.grad_norm: Tensor | float | None = None
         self.started = time.perf_counter()
         self.bad: list[BadSample] = []
 
-    def add(self, losses: list[Tensor], grad_norm: Tensor | float | None) -> None:
-        """Count a step that changed the weights."""
-        self.loss_sum += torch.stack(losses).to(torch.float64).mean()
-        self.updates += 1
-        self.grad_norm = grad_norm
+    def add(self, losses: list[Tensor], result: StepResult) -> None:
+        """Take in a step's losses and norm if it changed the weights; nothing is waited for."""
+        mean = torch.stack(losses).to(torch.float64).mean()
+        self.loss_sum += mean.where(result.applied, 0.0)
+        self.updates += result.applied
+        self.grad_norm = result.grad_norm.where(result.applied, self.grad_norm)
 
     def mean_loss(self) -> float:
-        """Return this process's mean loss; nan when no step changed the weights."""
-        return float(self.loss_sum) / self.updates if self.updates else float("nan")
+        """Return this process's mean loss; nan when no step changed the weights. Waits for the device."""
+        return float(self.loss_sum / self.updates)
 
 
 def measure(
@@ -66,7 +79,7 @@ def measure(
         "epoch": round(taken / schedule.steps_per_epoch, 4),
         "samples": taken * config.batch.global_size,
         "loss": loss,
-        "grad_norm": None if window.grad_norm is None else float(window.grad_norm),
+        "grad_norm": float(window.grad_norm),
         "lr": max(rates),
         **({"lr_min": min(rates)} if min(rates) < max(rates) else {}),
         "weight_decay": config.optim.weight_decay,
@@ -83,12 +96,11 @@ def measure(
 def print_progress(taken: int, end_step: int, values: dict[str, Any]) -> None:
     """Print a line of metrics for people, with the time that is left."""
     left = format_duration((end_step - taken) * values["step_ms"] / 1e3)
-    norm = "" if values["grad_norm"] is None else f"  grad {values['grad_norm']:.3g}"
     mfu = "" if values["mfu"] is None else f"  mfu {values['mfu']:.1%}"
     print(
-        f"step {taken}/{end_step}  epoch {values['epoch']:.2f}  loss {values['loss']:.4f}{norm}"
-        f"  lr {values['lr']:.2e}  {values['clips_per_s']:.1f} clips/s  step {values['step_ms']:.0f} ms"
-        f"  data {values['data_wait_ms']:.0f} ms  {values['memory_gib']:.2f} GiB{mfu}  ETA {left}",
+        f"step {taken}/{end_step}  epoch {values['epoch']:.2f}  loss {values['loss']:.4f}"
+        f"  grad {values['grad_norm']:.3g}  lr {values['lr']:.2e}  {values['clips_per_s']:.1f} clips/s"
+        f"  step {values['step_ms']:.0f} ms  data {values['data_wait_ms']:.0f} ms  {values['memory_gib']:.2f} GiB{mfu}  ETA {left}",
         flush=True,
     )
 

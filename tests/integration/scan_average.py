@@ -19,6 +19,7 @@ from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
 from everest_ds.train.ema import WeightAverage, read_average
 from everest_ds.train.tasks import PretrainTask
+from everest_ds.train.updates import Updater
 
 DECAY, STEPS = 0.7, 5
 CONFIG = replace(get_recipe("demo"), data=PretrainDataConfig(image_size=32, num_frames=4))
@@ -82,6 +83,7 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
     task.get_parameter(FROZEN).requires_grad_(False)
     start = {name: tensor.clone() for name, tensor in task.state_dict().items()}
     engine = engines.build_engine(task, config, ds_config, device)
+    updater = Updater(engine, config.optim.max_grad_norm)
     engine.train()
     engines.set_learning_rate(engine, 1e-2)
     generator = torch.Generator().manual_seed(world.rank)
@@ -93,10 +95,11 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
             clips = torch.randint(0, 256, (1, 3, 4, 32, 32), dtype=torch.uint8, generator=generator)
             inputs = clips, torch.rand(1, config.num_selected, generator=generator)
             engine.backward(engine(*inputs))
-            engines.step(engine)
+            result = updater.step()
         if average is None:
             continue
-        average.update()
+        assert result is not None
+        average.update(result.applied)
         before = whole_weights(engine)
         for name, tensor in before.items():
             expected[name] = DECAY * expected[name] + (1 - DECAY) * tensor.double()

@@ -20,6 +20,7 @@ from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
 from everest_ds.train.engine import PrecisionName
 from everest_ds.train.tasks import make_task
+from everest_ds.train.updates import Updater
 
 CLIPS, BATCHES, FRAMES, EDGE = 4, 16, 8, 32
 PEAK_LR = 5e-4  # twice the recipe's for so few clips
@@ -74,6 +75,7 @@ def main(paths: str, precision: str, steps: int) -> None:
     )
     torch.manual_seed(0)
     engine = engines.build_engine(make_task(config), config, ds_config, device)
+    updater = Updater(engine, config.optim.max_grad_norm)
     engine.train()
     losses = []
     batches = itertools.cycle(make_batches(config.num_selected))
@@ -81,7 +83,7 @@ def main(paths: str, precision: str, steps: int) -> None:
         engines.set_learning_rate(engine, PEAK_LR * min(1, step / 20))
         loss = engine(clips, noise)
         engine.backward(loss)
-        engines.step(engine)
+        updater.step()
         losses.append(loss.item())
     print(f"SEEN {json.dumps({'backend': str(compilation.COMPILE_BACKEND), 'losses': losses})}", flush=True)
     distributed.finish()

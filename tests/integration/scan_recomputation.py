@@ -16,6 +16,7 @@ from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
 from everest_ds.train.engine import PrecisionName
 from everest_ds.train.tasks import make_task
+from everest_ds.train.updates import Updater
 
 # model.activation_checkpointing and model.recompute_attention.
 RECOMPUTED = {"nothing": (False, True), "all but attention": (True, False), "all": (True, True)}
@@ -58,6 +59,7 @@ def run_case(
     )
     torch.manual_seed(0)
     engine = engines.build_engine(make_task(config), config, ds_config, device)
+    updater = Updater(engine, config.optim.max_grad_norm)
     engine.train()
     engines.set_learning_rate(engine, 1e-3)
     generator = torch.Generator().manual_seed(world.rank)
@@ -65,7 +67,7 @@ def run_case(
     for _ in range(STEPS):
         loss = engine(*make_inputs(config, generator))
         engine.backward(loss)
-        engines.step(engine)
+        updater.step()
         figures.append(loss.item())
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         figures.append(sum(p.double().abs().sum().item() for p in engine.module.parameters()))

@@ -33,6 +33,7 @@ from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
 from everest_ds.train.memory import estimate_memory
 from everest_ds.train.tasks import make_task
+from everest_ds.train.updates import Updater
 
 # ViT-S with its decoder over small clips: 24 M parameters, and activations that do not count.
 ACCUMULATION = 2
@@ -116,6 +117,7 @@ def run_case(config: Config, ds_config: dict[str, Any], device: torch.device) ->
     before = set(storages())
     torch.manual_seed(0)
     engine = engines.build_engine(make_task(config), config, ds_config, device)
+    updater = Updater(engine, config.optim.max_grad_norm)
     engine.train()
     edge = config.data.image_size
     clips = torch.randint(0, 256, (1, 3, config.data.num_frames, edge, edge), dtype=torch.uint8)
@@ -137,7 +139,7 @@ def run_case(config: Config, ds_config: dict[str, Any], device: torch.device) ->
         engine.backward(loss)
         del loss
         note("states")
-        engines.step(engine)
+        updater.step()
 
     for _ in range(ACCUMULATION):  # the first step makes the optimiser's states
         micro_step(lambda moment: None)

@@ -94,6 +94,7 @@ from everest_ds import distributed
 from everest_ds.config import BatchConfig
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
+from everest_ds.train.updates import Updater
 
 class Task(torch.nn.Module):
     def __init__(self):
@@ -112,16 +113,17 @@ for stage in (0, 1, 2, 3):
     systems = engines.load_systems(Path(sys.argv[1]) / f"zero{stage}.json")
     ds_config = engines.resolve_ds_config(systems, config, world_size=1, precision=sys.argv[2], device_type="cpu")
     engine = engines.build_engine(Task(), config, ds_config, device)
+    updater = Updater(engine, config.optim.max_grad_norm)
     engines.set_learning_rate(engine, 0.1)
     dtype = next(engine.module.parameters()).dtype
     for x in (torch.randn(2, 8), torch.full((2, 8), float("nan"))):
         engine.backward(engine(x.to(dtype)))
-        result = engines.step(engine)
+        result = updater.step()
     weights_are_fine = bool(engine(torch.ones(2, 8, dtype=dtype)).isfinite())
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     (updates,) = {float(state["step"]) for state in optimizer.state.values()}
     has_norm = math.isfinite(result.grad_norm)
-    print("SEEN", stage, engine.skipped_steps, result.applied, has_norm, weights_are_fine, updates)
+    print("SEEN", stage, bool(result.applied), has_norm, weights_are_fine, updates)
 sys.stdout.flush()
 os._exit(0)
 """
@@ -139,7 +141,7 @@ def test_gradient_that_is_not_finite_changes_no_weight_at_any_stage(precision: s
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120, check=True)
     assert not list(tmp_path.iterdir())
     seen = [line for line in done.stdout.splitlines() if line.startswith("SEEN")]
-    assert seen == [f"SEEN {stage} 1 False False True 1.0" for stage in (0, 1, 2, 3)]
+    assert seen == [f"SEEN {stage} False False True 1.0" for stage in (0, 1, 2, 3)]
 
 
 def test_foreign_checkpoint_is_refused_and_the_run_directory_left_as_it_was(

@@ -39,6 +39,7 @@ from everest_ds.train.checkpoint import TrainState, save_checkpoint
 from everest_ds.train.consolidated import export_fp32
 from everest_ds.train.run_dir import write_run_files
 from everest_ds.train.tasks import PretrainTask
+from everest_ds.train.updates import Updater
 
 ds_configs, out = map(Path, sys.argv[1:])
 world = World.from_environment()
@@ -60,12 +61,15 @@ for stage in range(4):
         ds_config = engines.resolve_ds_config(systems, config, world_size=2, precision=precision, device_type="cpu")
         torch.manual_seed(0)
         engine = engines.build_engine(PretrainTask(config), config, ds_config, device)
+        updater = Updater(engine, config.optim.max_grad_norm)
         engines.set_learning_rate(engine, 1e-3)
         for step in range(2):
             draw = torch.Generator().manual_seed(2 * step + world.rank)
             clips = torch.randint(0, 256, (1, 3, 16, 48, 48), dtype=torch.uint8, generator=draw)
             engine.backward(engine(clips, torch.rand(1, config.num_selected, generator=draw)))
-            assert engines.step(engine).applied
+            result = updater.step()
+            assert result is not None
+            assert result.applied
         run_dir = out / f"zero{stage}_{precision}"
         dtype = "bfloat16" if precision == "bf16" else "float32"
         state = TrainState(step=2, world_size=2, zero_stage=stage, dtype=dtype, videos="")

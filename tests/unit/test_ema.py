@@ -38,7 +38,10 @@ def test_average_of_a_known_sequence() -> None:
         average = WeightAverage(engine, 0.9)
         for value in (1.0, 2.0):
             bias.fill_(value)
-            average.update()
+            average.update(torch.tensor(True))
+        bias.fill_(5.0)
+        average.update(torch.tensor(False))  # a step that was left out
+        bias.fill_(2.0)
     assert dict(average.whole())["bias"].tolist() == pytest.approx([0.9 * 0.1 + 0.1 * 2] * 2)
     with average.swapped():
         assert bias.tolist() == pytest.approx([0.29, 0.29])

@@ -108,7 +108,7 @@ def test_layer_decay_of_an_autoencoder_is_refused(mini64: GoldenModel) -> None:
 def test_each_group_learns_at_its_own_scale(mini64: GoldenModel) -> None:
     """The engine's rule, on torch's own optimiser, at several steps of a schedule."""
     groups = parameter_groups(mini64.classifier(0.6), 0.05, 0.5)
-    optimizer = make_optimizer(groups, OptimConfig(), torch.device("cpu"))
+    optimizer = make_optimizer(groups, OptimConfig())
     config = OptimConfig(warmup_epochs=1, epochs=3)
     for step in range(0, 30, 7):
         rate = learning_rate(step, config, BatchConfig(global_size=256), 10)
@@ -167,9 +167,8 @@ def test_warmup_starts_at_warmup_lr_and_reaches_the_peak() -> None:
 
 
 def test_optimizer_has_the_configured_terms(mini64: GoldenModel) -> None:
-    optimizer = make_optimizer(
-        parameter_groups(mini64.autoencoder(), 0.05), OptimConfig(betas=(0.8, 0.9), eps=1e-6), torch.device("cpu")
-    )
+    groups = parameter_groups(mini64.autoencoder(), 0.05)
+    optimizer = make_optimizer(groups, OptimConfig(betas=(0.8, 0.9), eps=1e-6))
     assert [(g["betas"], g["eps"], g["weight_decay"]) for g in optimizer.param_groups] == [
         ((0.8, 0.9), 1e-6, 0.0),
         ((0.8, 0.9), 1e-6, 0.05),

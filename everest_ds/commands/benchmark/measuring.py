@@ -27,6 +27,7 @@ from everest_ds.train.engine import PrecisionName
 from everest_ds.train.metrics import peak_memory_gib, peak_tflops
 from everest_ds.train.sharding import num_classes
 from everest_ds.train.tasks import Task, make_task
+from everest_ds.train.updates import Updater
 
 PROFILED_STEPS = 2
 GIB = 2**30
@@ -40,6 +41,7 @@ class Workbench:
         config: The run, its classes resolved.
         task: What turns a batch into a loss.
         engine: DeepSpeed's, around the task.
+        updater: Takes its optimiser steps.
         ds_config: As the engine was given it.
         world: This process's place.
         device: Its device.
@@ -49,6 +51,7 @@ class Workbench:
     config: Config
     task: Task
     engine: Any
+    updater: Updater
     ds_config: dict[str, Any]
     world: World
     device: torch.device
@@ -106,8 +109,8 @@ def build_workbench(
     engine.train()
     engines.set_learning_rate(engine, config.optim.base_lr)
     return Workbench(
-        config=config, task=task, engine=engine, ds_config=ds_config, world=world, device=device,
-        attention=backend.name,
+        config=config, task=task, engine=engine, updater=Updater(engine, config.optim.max_grad_norm),
+        ds_config=ds_config, world=world, device=device, attention=backend.name,
     )  # fmt: skip
 
 
@@ -171,7 +174,7 @@ def _take_step(bench: Workbench, inputs: tuple[Tensor, ...]) -> None:
     loss = bench.engine(*inputs)
     bench.engine.backward(loss)
     with torch.profiler.record_function(OPTIMISER_REGION):
-        engines.step(bench.engine)
+        bench.updater.step()
 
 
 def _profile(bench: Workbench, inputs: tuple[Tensor, ...]) -> dict[str, float] | None:
