@@ -100,7 +100,8 @@ def print_progress(taken: int, end_step: int, values: dict[str, Any]) -> None:
     print(
         f"step {taken}/{end_step}  epoch {values['epoch']:.2f}  loss {values['loss']:.4f}"
         f"  grad {values['grad_norm']:.3g}  lr {values['lr']:.2e}  {values['clips_per_s']:.1f} clips/s"
-        f"  step {values['step_ms']:.0f} ms  data {values['data_wait_ms']:.0f} ms  {values['memory_gib']:.2f} GiB{mfu}  ETA {left}",
+        f"  step {values['step_ms']:.0f} ms  data {values['data_wait_ms']:.0f} ms"
+        f"  {values['memory_gib']:.2f} GiB{mfu}  ETA {left}",
         flush=True,
     )
 
