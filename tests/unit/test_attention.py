@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from everest_ds.errors import UserError
 from everest_ds.model.attention import BACKENDS, attention, choose_backend
@@ -47,22 +49,41 @@ def test_sdpa_equals_the_dense_oracle_forward_and_backward(lengths: list[int]) -
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 80])
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "sdpa"])
-def test_gpu_backend_equals_sdpa_forward_and_backward(name: str, lengths: list[int], head_dim: int) -> None:
+@pytest.mark.parametrize("pair", list(itertools.combinations(BACKENDS, 2)), ids="-".join)
+def test_gpu_backends_agree_forward_and_backward(pair: tuple[str, str], lengths: list[int], head_dim: int) -> None:
     device = torch.device("cuda")
-    obstacle = BACKENDS[name].obstacle(device, torch.bfloat16, head_dim)
-    if obstacle:
-        pytest.skip(obstacle)
+    for name in pair:
+        obstacle = BACKENDS[name].obstacle(device, torch.bfloat16, head_dim)
+        if obstacle:
+            pytest.skip(obstacle)
     packing = Packing.of(lengths, device)
     base = [x.bfloat16() for x in random_qkv(sum(lengths), head_dim, "cuda")]
     results = {}
-    for backend in (name, "sdpa"):
+    for backend in pair:
         inputs = [x.clone().requires_grad_() for x in base]
         out = attention(*inputs, packing, backend=backend)
         out.float().square().sum().backward()
         results[backend] = [out, *(x.grad for x in inputs)]
-    for ours, reference in zip(results[name], results["sdpa"], strict=True):
-        torch.testing.assert_close(ours.float(), reference.float(), rtol=2e-2, atol=BFLOAT16_ATOL)
+    for one, other in zip(*results.values(), strict=True):
+        torch.testing.assert_close(one.float(), other.float(), rtol=2e-2, atol=BFLOAT16_ATOL)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("lengths", [*LENGTHS[:-1], [156, 156], [471, 3, 0, 1, 1568]])  # [1] asks the driver
+def test_torchs_kernel_takes_what_it_is_handed(
+    lengths: list[int], head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On fake tensors of a GPU that is not there: names, shapes and types of this torch's varlen_attn."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *given: (9, 0))
+    with FakeTensorMode():
+        packing = Packing.of(lengths, torch.device("cuda"))
+        q, k, v = (
+            torch.empty(sum(lengths), 6, head_dim, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+            for _ in range(3)
+        )
+        out = attention(q, k, v, packing, backend="varlen")
+    assert (out.shape, out.dtype, out.device.type) == (q.shape, torch.bfloat16, "cuda")
+    assert out.requires_grad
 
 
 def test_auto_takes_the_first_that_serves() -> None:
