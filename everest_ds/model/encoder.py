@@ -106,6 +106,12 @@ class TokenEncoder(nn.Module):
             groups, index, tubelet_size=self.options.tubelet_size, patch_size=self.options.patch_size
         )
 
+    def _embed_all(self, clips_BCTHW: Tensor) -> Tensor:
+        """Return all tokens' embeddings x_BND at float32's precision."""
+        if self.patch_embed.embeds_bytes(clips_BCTHW):
+            return self.patch_embed(clips_BCTHW)
+        return self.patch_embed(standardise(clips_BCTHW))
+
     @torch.no_grad()
     def rank(self, group: ClipGroup, distance: DistanceName = "l2") -> Tensor:
         """Return importance_BN of all tokens: embedded in float32, a few clips at a time, nothing kept."""
@@ -113,7 +119,7 @@ class TokenEncoder(nn.Module):
         with full_float32(group.clips_BCTHW.device.type):
             return torch.cat(
                 [
-                    rero_importance(self.patch_embed(standardise(chunk_BCTHW)), group.grid, distance)
+                    rero_importance(self._embed_all(chunk_BCTHW), group.grid, distance)
                     for chunk_BCTHW in group.clips_BCTHW.split(clips_at_once)
                 ]
             )
@@ -141,7 +147,7 @@ class TokenEncoder(nn.Module):
         chunks = zip(group.clips_BCTHW.split(clips_at_once), noise_BK.split(clips_at_once), strict=True)
         with full_float32(group.clips_BCTHW.device.type):
             for chunk_BCTHW, chunk_noise_BK in chunks:
-                x_BND = self.patch_embed(standardise(chunk_BCTHW))
+                x_BND = self._embed_all(chunk_BCTHW)
                 importance_BN = rero_importance(x_BND, group.grid, distance)
                 counts_BK = count_per_step(importance_BN, group.grid, count, no_change=NO_CHANGE[distance])
                 steps_BT = draw_steps(counts_BK, chunk_noise_BK, num_steps)

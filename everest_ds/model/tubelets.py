@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from everest_ds.geometry import TokenGrid
+from everest_ds.model.byte_embedding import IMAGENET_MEAN, IMAGENET_STD, embed_bytes, multiplies_exactly
 from everest_ds.model.packing import TokenIndex
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ class BlockConv3d(nn.Conv3d):
     """A Conv3d whose stride is its kernel; on inputs of exactly one kernel it is one matrix product.
 
     Weights are used in the input's dtype, so that float32 pixels are embedded in float32 whatever the weights
-    are stored in.
+    are stored in. Bytes are standardised and embedded in float32.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]) -> None:
@@ -139,6 +137,9 @@ class BlockConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (M, C, t, h, w) into (M, D, t', h', w')."""
+        if x.dtype == torch.uint8:
+            assert self.bias is not None
+            return embed_bytes(x, self.weight, self.bias)
         weight = self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if tuple(x.shape[2:]) == self.kernel_size:
@@ -172,8 +173,15 @@ class TubeletEmbedding(nn.Module):
         self.stem = nn.ModuleList(layers[:-1])
         self.proj = layers[-1]
 
+    def embeds_bytes(self, clips_BCTHW: Tensor) -> bool:
+        """Return whether clips may come as the bytes that they are: one layer, on a device that gains by it."""
+        return clips_BCTHW.dtype == torch.uint8 and not len(self.stem) and multiplies_exactly(clips_BCTHW.device)
+
     def forward(self, pixels_MCTHW: Tensor) -> Tensor:
-        """Embed standardised clips or tubelets, (M, C, T, H, W) -> (M, tokens, D), in the input's dtype."""
+        """Embed standardised clips or tubelets, (M, C, T, H, W) -> (M, tokens, D), in the input's dtype.
+
+        Clips that `embeds_bytes` may come as bytes: without gradient, in float32.
+        """
         x = pixels_MCTHW
         for layer in self.stem:
             x = F.gelu(layer(x))

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from everest_ds.config import FinetuneConfig, PretrainConfig
+from everest_ds.model import tubelets
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.packing import TokenIndex
 from everest_ds.recipes import get_recipe
@@ -94,6 +95,12 @@ def pretraining(**selection: Any) -> PretrainConfig:
 )
 def test_pretraining_keeps_to_the_device(selection: dict[str, Any]) -> None:
     forward(pretraining(**selection))
+
+
+def test_ranking_by_exact_products_keeps_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried out on a real GPU before it is used; here it is taken to serve."""
+    monkeypatch.setattr(tubelets, "multiplies_exactly", lambda device: True)
+    forward(pretraining())
 
 
 def test_finetuning_keeps_to_the_device() -> None:

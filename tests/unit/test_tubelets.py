@@ -6,10 +6,9 @@ import torch
 
 from everest_ds.errors import UserError
 from everest_ds.geometry import TokenGrid
+from everest_ds.model.byte_embedding import IMAGENET_MEAN, IMAGENET_STD
 from everest_ds.model.packing import TokenIndex
 from everest_ds.model.tubelets import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     TubeletEmbedding,
     gather_tubelets,
     grid_of,
