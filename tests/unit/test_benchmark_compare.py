@@ -31,6 +31,7 @@ from everest_ds.model.packing import TokenIndex
 from everest_ds.model.selection import Selection
 from everest_ds.model.tubelets import standardise
 from everest_ds.recipes import get_recipe
+from everest_ds.train.precision import FP32
 from everest_ds.train.tasks import make_task
 
 CPU = torch.device("cpu")
@@ -241,11 +242,11 @@ def test_sweep_goes_on_without_who_did_not_fit_and_ends_with_us(
     monkeypatch.setattr(compare, "make_official_model", lambda *given: torch.nn.Linear(1, 1))
     monkeypatch.setattr(torch.nn.Linear, "model", property(lambda self: self), raising=False)
     monkeypatch.setattr(
-        compare, "_sides", lambda task, refs, *o: [Side(n, lambda: 0.0, lambda: None) for n in ("ours", *refs)]
+        compare,
+        "_sides",
+        lambda task, refs, *o, **named: [Side(n, lambda: 0.0, lambda: None) for n in ("ours", *refs)],
     )
-    lines = list(
-        compare_steps(base(), ["everest"], [1, 2, 4, 8], dtype=torch.float32, device=CPU, rounds=1, warmup=0)
-    )
+    lines = list(compare_steps(base(), ["everest"], [1, 2, 4, 8], precision=FP32, device=CPU, rounds=1, warmup=0))
     assert seen == [(1, ["ours", "everest"]), (2, ["ours", "everest"]), (4, ["ours"])]
     assert [line["micro_batch"] for line in lines] == [1, 2, 4]
     assert lines[-1]["ours"] == {"out_of_memory": True}
