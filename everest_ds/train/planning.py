@@ -112,7 +112,7 @@ def make_setting(
         ),
     )
     ds_config = resolve_ds_config(systems, config, world_size=num_gpus, precision=precision, device_type="cuda")
-    asked, own = (choose_precision(systems, name, "cuda").name for name in (precision, "auto"))
+    asked, own = (choose_precision(systems, given, "cuda").name for given in (precision, "auto"))
     sharding = Sharding.of(ds_config, num_gpus)
     if sharding.stage == 3:  # where blocks cannot be compiled
         config = replace(config, model=replace(config.model, compile_blocks=False))

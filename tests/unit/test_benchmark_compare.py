@@ -252,6 +252,20 @@ def test_sweep_goes_on_without_who_did_not_fit_and_ends_with_us(
     assert lines[-1]["ours"] == {"out_of_memory": True}
 
 
+def test_our_side_autocasts_where_it_is_asked_to() -> None:
+    config = get_recipe("demo")
+    assert isinstance(config, PretrainConfig)
+    torch.manual_seed(0)
+    task = make_task(config)
+    ((plain,), (lowered,)) = (
+        compare._sides(task, {}, config, 2, CPU, autocasts=autocasts) for autocasts in (False, True)
+    )
+    assert 0 < abs(lowered.step() / plain.step() - 1) < 1e-2
+    assert {p.grad.dtype for p in task.parameters() if p.grad is not None} == {torch.float32}
+    lowered.clear()
+    assert all(p.grad is None for p in task.parameters())
+
+
 def test_tubes_show_a_tenth_of_the_places_in_every_time_step() -> None:
     """The official generator hides int(0.9 * 196) = 176 of 196 places."""
     mask_BN = tube_mask(base(), 3, CPU)
