@@ -112,15 +112,15 @@ def evaluate(source: Path, options: EvaluateOptions, world: World) -> int:
     if world.is_main:
         print(trained.report)
         print(
-            f"{plan.origin.choice}: {plan.origin.weights}, weights {trained.kind}, {trained.precision}, attention "
-            f"{trained.attention}\n{len(plan.rows)} videos x {plan.settings.num_views} views on {world.size} x "
-            f"{device.type}",
+            f"{plan.origin.choice}: {plan.origin.weights}, weights {trained.kind}, {trained.precision.name}, "
+            f"attention {trained.attention}\n{len(plan.rows)} videos x {plan.settings.num_views} views on "
+            f"{world.size} x {device.type}",
             flush=True,
         )
     scores, of_training = _score(plan, trained, len(names), world, device)
     if world.is_main:
         summary |= files.score_summary(scores, names, len(plan.rows)) | of_training
-        summary |= {"classes": list(names), "precision": trained.precision, "attention": trained.attention}
+        summary |= {"classes": list(names), "precision": trained.precision.name, "attention": trained.attention}
         summary |= {"batch_rows": options.batch_rows, "versions": _versions()}
         _write(plan, summary, scores, names, began)
         _record(plan.origin, summary)

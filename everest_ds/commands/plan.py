@@ -16,6 +16,7 @@ from everest_ds.commands.measured import (
 )
 from everest_ds.config import Config, FinetuneConfig
 from everest_ds.errors import UserError
+from everest_ds.train.precision import PrecisionName
 
 # On one node; more GPUs need a host file.
 MAX_GPUS_OF_A_NODE = 8
@@ -43,6 +44,8 @@ class PlanOptions:
     """Memory of one GPU in GiB."""
     ds_config: Path | None = None
     """Plan with this file only, instead of the ways of sharding that come with the project."""
+    precision: PrecisionName = "auto"
+    """Of the run; auto: as the DeepSpeed files say, else bf16."""
     measured: Path | None = None
     """File that `everest benchmark step RECIPE --sweep-stages` wrote; shown beside the estimate."""
     json: bool = False
@@ -70,11 +73,16 @@ def plan(config: Config, options: PlanOptions, *, recipe: str, base: Config) -> 
 
     systems, paths = _systems(options.ds_config)
     memory_bytes = int(options.gpu_memory_gib * 2**30)
-    settings = plan_settings(config, systems, num_gpus=options.gpus, memory_bytes=memory_bytes)
+    limits: dict[str, Any] = {
+        "num_gpus": options.gpus,
+        "memory_bytes": memory_bytes,
+        "precision": options.precision,
+    }
+    settings = plan_settings(config, systems, **limits)
     chosen = recommend(settings, memory_bytes)
     change = None
     if chosen is None:
-        change = smallest_change(config, systems, num_gpus=options.gpus, memory_bytes=memory_bytes)
+        change = smallest_change(config, systems, **limits)
     command = _command(chosen, recipe, base, paths[chosen.name]) if chosen else None
     rows = [_row(setting, memory_bytes, paths) for setting in settings]
     measured = None if found is None else _measured(found, config, recipe, base)
@@ -107,6 +115,7 @@ def _measured(document: dict[str, Any], config: Config, recipe: str, base: Confi
             micro_size=best["micro_batch"],
             checkpointing=best["activation_checkpointing"],
             recompute_attention=best["recompute_attention"],
+            precision=best["precision"],
         )
         command = _command(setting, recipe, base, str(shipped_files()[name]))
     rows = beside_estimates(document, config)
@@ -179,6 +188,7 @@ def _document(
         "gpus": options.gpus,
         "gpu_memory_gib": options.gpu_memory_gib,
         "global_size": config.batch.global_size,
+        "precision": options.precision,
         "settings": rows,
         "command": command,
         "smallest_change": smallest,
@@ -191,7 +201,8 @@ def _print_table(config: Config, options: PlanOptions, rows: list[dict[str, Any]
     summands = " + ".join(head for head in columns if head in SUMMANDS)
     print(
         f"{config.recipe}: ViT-{config.model.size}, {_describe_parameters(config)}; {config.tokens}\n"
-        f"batch {config.batch.global_size} on {options.gpus} GPUs of {options.gpu_memory_gib:g} GiB\n\n"
+        f"batch {config.batch.global_size} on {options.gpus} GPUs of {options.gpu_memory_gib:g} GiB"
+        f"{'' if options.precision == 'auto' else f', {options.precision}'}\n\n"
         "Estimated peak of one GPU in GiB, at the largest micro-batch that fits (* not even one clip does).\n"
         f"total = {summands}. work: the largest of activations (activ, of\n"
         "them attn attention's), ranking and step, and gathered parameters. sent: what a GPU sends in a step.\n"
@@ -256,7 +267,10 @@ def _command(setting: Any, recipe: str, base: Config, ds_config: str) -> str:
         words += ["--data.train-list", "LIST"]
     if setting.config.task == "finetune":
         words += ["--init-from", "WEIGHTS"]
-    return shlex.join([*words, "--ds-config", ds_config, "--out", f"runs/{setting.config.recipe}"])
+    words += ["--ds-config", ds_config]
+    if setting.precision is not None:
+        words += ["--precision", setting.precision]
+    return shlex.join([*words, "--out", f"runs/{setting.config.recipe}"])
 
 
 def config_flags(config: Config, base: Config) -> list[str]:

@@ -28,7 +28,7 @@ def open_run(
     print(
         f"{config.recipe}: ViT-{config.model.size}, {parameters / 1e6:.1f} M parameters, "
         f"{config.tokens}\n"
-        f"{world.size} x {trainer.device.type}, ZeRO-{state.zero_stage}, {state.dtype}, "
+        f"{world.size} x {trainer.device.type}, ZeRO-{state.zero_stage}, {state.computes_in}, "
         f"attention {backend}{compiled}, videos by {reader}, "
         f"batch {config.batch.global_size} = {config.batch.micro_size} x {world.size} x {accumulation}, "
         f"{schedule.end_step} steps of {schedule.steps_per_epoch} an epoch",
@@ -55,6 +55,7 @@ def open_run(
         world_size=world.size,
         zero_stage=state.zero_stage,
         dtype=state.dtype,
+        autocast=state.autocast,
         attention=backend,
         compile_blocks=config.model.compile_blocks,
         reader=reader,

@@ -8,7 +8,7 @@ import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -20,6 +20,7 @@ from everest_ds.data.index import fingerprint
 from everest_ds.distributed import World
 from everest_ds.train.checkpoint import TrainState, set_aside
 from everest_ds.train.pointers import point_to_best
+from everest_ds.train.precision import Precision, PrecisionName, choose_precision
 from everest_ds.train.run_dir import find_resume, require_shared
 from everest_ds.train.signals import EXIT_STOPPED
 
@@ -47,8 +48,9 @@ class LaunchOptions:
     init_allow: tuple[str, ...] = ()
     """What of --init-from may be left fresh or ignored, by name: tensors or modules (decoder, head.weight),
     positions, num_heads."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: as the DeepSpeed file says, else bf16 on a GPU and fp32 on a CPU."""
+    precision: PrecisionName = "auto"
+    """auto: as the DeepSpeed file says, else bf16 on a GPU and fp32 on a CPU. bf16: weights and gradients in
+    bfloat16; autocast: these in float32, and matrix products in bfloat16."""
 
 
 def train(config: Config, options: LaunchOptions, world: World) -> int:
@@ -76,9 +78,9 @@ def train(config: Config, options: LaunchOptions, world: World) -> int:
     engines.check_sections(systems, str(options.ds_config))
     Schedule.of(config, len(lists.train))
     device_type = "cuda" if distributed.select_accelerator() else "cpu"
-    bf16 = engines.uses_bf16(systems, options.precision, device_type)
+    precision = choose_precision(systems, options.precision, device_type)
     engines.check_compilation(config, systems, device_type)
-    backend = _attention_backend(config, device_type, "bfloat16" if bf16 else "float32")
+    backend = _attention_backend(config, device_type, precision)
 
     # 3. From here on all processes go together. The run directory is not touched before the checkpoint is loaded.
     device = distributed.start(world)
@@ -88,7 +90,8 @@ def train(config: Config, options: LaunchOptions, world: World) -> int:
     now = TrainState(
         world_size=world.size,
         zero_stage=engines.zero_stage(ds_config),
-        dtype="bfloat16" if bf16 else "float32",
+        dtype=precision.weights,
+        autocast=precision.autocasts,
         videos=fingerprint(lists.train),
     )
     began = time.perf_counter()
@@ -213,7 +216,7 @@ def _check_augmentation(config: Config) -> None:
         check_rand_augment(config.data.rand_augment)
 
 
-def _attention_backend(config: Config, device_type: str, dtype_name: str) -> str:
+def _attention_backend(config: Config, device_type: str, precision: Precision) -> str:
     """Return the attention backend that will run; refuses one that cannot serve encoder and decoder."""
     import torch
 
@@ -224,6 +227,6 @@ def _attention_backend(config: Config, device_type: str, dtype_name: str) -> str
     heads = [size.width // size.num_heads]
     if isinstance(config, PretrainConfig):
         heads.append(size.decoder_width // size.decoder_num_heads)
-    dtype = torch.bfloat16 if dtype_name == "bfloat16" else torch.float32
-    names = [choose_backend(config.model.attention, torch.device(device_type), dtype, head).name for head in heads]
+    device, dtype = torch.device(device_type), precision.products_dtype
+    names = [choose_backend(config.model.attention, device, dtype, head).name for head in heads]
     return names[0]

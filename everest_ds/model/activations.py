@@ -10,24 +10,14 @@ allocate inside (cuDNN and cuBLAS workspaces, split-K buffers) is not counted.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from everest_ds.geometry import TokenGrid
+from everest_ds.model.block_activations import FLOAT32_BYTES, NumberBytes, StackBytes
 from everest_ds.model.encoder import RANKING_CHUNK, EncoderOptions
 from everest_ds.model.sizes import ModelSize
-from everest_ds.model.transformer import MLP_RATIO
 from everest_ds.model.tubelets import TubeletEmbedding
 
-FLOAT32_BYTES = 4
-# Widths of D that a block keeps of each token (model/transformer.py, Block): the inputs of norm1, of qkv (its
-# output's three), of proj (attention's output), of norm2, of fc1, of the GELU and of fc2.
-ATTENTION_WIDTHS = 3 + 1
-BLOCK_WIDTHS = 1 + 1 + ATTENTION_WIDTHS + 1 + 1 + 2 * MLP_RATIO
-# Widths of D beyond what is kept while a block's MLP goes backward: the gradients of its output, of the residual
-# and of the hidden layer.
-BACKWARD_WIDTHS = 2 + MLP_RATIO
-# Widths of D while a block's MLP goes forward and nothing is kept: the first block's input and this one's, the
-# residual, the norm's output, and the hidden layer before and after the GELU.
-FORWARD_WIDTHS = 4 + 2 * MLP_RATIO
 # Copies of the embeddings at once in `rero_importance`: themselves, the differences, and one of the norm.
 IMPORTANCE_COPIES = 3
 
@@ -64,58 +54,8 @@ class ActivationBytes:
     attention: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Stack:
-    """A stack of blocks over M tokens."""
-
-    tokens: int
-    width: int
-    num_heads: int
-    depth: int
-    dtype_bytes: int
-    checkpointing: bool
-    keeps_attention: bool
-
-    @property
-    def rows(self) -> int:
-        """One tensor of (M, D)."""
-        return self.tokens * self.width * self.dtype_bytes
-
-    @property
-    def log_sum_exp(self) -> int:
-        """What attention keeps of its scores: one float32 for each row and head."""
-        return self.tokens * self.num_heads * FLOAT32_BYTES
-
-    @property
-    def block(self) -> int:
-        """What one block keeps; each norm also keeps a float32 mean and deviation of each token."""
-        return BLOCK_WIDTHS * self.rows + 2 * 2 * self.tokens * FLOAT32_BYTES + self.log_sum_exp
-
-    @property
-    def saved(self) -> int:
-        """What the stack keeps at the end of the forward pass."""
-        return self.depth * (self.rows + self.kept_outputs if self.checkpointing else self.block)
-
-    @property
-    def kept_outputs(self) -> int:
-        """What a block that is computed again keeps besides its input: what attention made of it, on request."""
-        return self.rows + self.log_sum_exp if self.keeps_attention else 0
-
-    @property
-    def attention(self) -> int:
-        """What attention keeps of itself in one block."""
-        return ATTENTION_WIDTHS * self.rows + self.log_sum_exp
-
-    @property
-    def backward(self) -> int:
-        """What going backward through one block adds: the block, if it is computed again, and gradients."""
-        again = self.block - self.rows - self.kept_outputs if self.checkpointing else 0
-        weight = MLP_RATIO * self.width**2 * self.dtype_bytes  # the gradient of fc1 or fc2
-        return again + BACKWARD_WIDTHS * self.rows + weight
-
-
 def activation_bytes(
-    size: ModelSize, options: EncoderOptions, counts: TokenCounts, *, decoder_depth: int, dtype_bytes: int
+    size: ModelSize, options: EncoderOptions, counts: TokenCounts, *, decoder_depth: int, numbers: NumberBytes
 ) -> ActivationBytes:
     """Return what one micro-batch keeps and needs at most, with or without checkpointing as the options say.
 
@@ -124,26 +64,28 @@ def activation_bytes(
         options: Tubelets, checkpointing, and whether attention is computed again.
         counts: Clips and tokens of the micro-batch.
         decoder_depth: Blocks of the decoder.
-        dtype_bytes: Bytes of a number in the model's precision, 2 or 4.
+        numbers: Bytes of a number.
 
     Source lines: `TokenEncoder.forward`, `PretrainEncoder.forward`, `Decoder.forward`, `Reconstruction.loss`.
     """
     visible, targets = counts.clips * counts.visible, counts.clips * counts.targets
     pixels = _pixels(options)
-    encoder = _encoder(size, options, visible, dtype_bytes)
-    decoder = _Stack(
+    encoder = _encoder(size, options, visible, numbers)
+    decoder = StackBytes(
         tokens=visible + targets,
         width=size.decoder_width,
         num_heads=size.decoder_num_heads,
         depth=decoder_depth,
-        dtype_bytes=dtype_bytes,
+        numbers=numbers,
         checkpointing=options.activation_checkpointing,
         keeps_attention=not options.recompute_attention,
     )
-    embedding = visible * _embedding_values(options, size.width) * dtype_bytes
-    # The norm's input and output; the output is what encoder_to_decoder keeps.
-    bridge = 2 * encoder.rows + 2 * visible * FLOAT32_BYTES
-    head = 2 * targets * size.decoder_width * dtype_bytes + 2 * targets * FLOAT32_BYTES
+    embedding = _embedding_bytes(options, size.width, visible, numbers)
+    # The inputs of the norm, and of the linear layer after it; the same before the head.
+    between = encoder.values * (numbers.row + numbers.normed) + 2 * visible * FLOAT32_BYTES
+    bridge = between + size.width * size.decoder_width * numbers.weight_copy
+    head = targets * (size.decoder_width * (numbers.row + numbers.normed) + 2 * FLOAT32_BYTES)
+    head += size.decoder_width * pixels * numbers.weight_copy
     predicted = targets * pixels * FLOAT32_BYTES  # one float32 tensor of (R, P)
     encoded = embedding + encoder.saved
     decoded = encoded + bridge + decoder.saved
@@ -163,7 +105,7 @@ def classifier_activation_bytes(
     num_classes: int,
     drop_path: bool,
     frozen: bool,
-    dtype_bytes: int,
+    numbers: NumberBytes,
 ) -> ActivationBytes:
     """Return what one micro-batch of the classifier keeps and needs at most.
 
@@ -175,22 +117,22 @@ def classifier_activation_bytes(
         num_classes: Outputs of the head.
         drop_path: Whether branches are scaled by clip: a factor of each token and branch is kept.
         frozen: Whether the encoder goes forward only, and keeps nothing.
-        dtype_bytes: Bytes of a number in the model's precision, 2 or 4.
+        numbers: Bytes of a number.
 
     Source lines: `TokenEncoder.forward`, `EverestClassifier.pool`, `FinetuneTask.forward`.
     """
     tokens = clips * kept
-    encoder = _encoder(size, options, tokens, dtype_bytes)
+    encoder = _encoder(size, options, tokens, numbers)
     # Inputs of the norm and the head, mean and deviation, and the logarithm of the softmax.
-    head = clips * (2 * size.width * dtype_bytes + (2 + num_classes) * FLOAT32_BYTES)
+    head = clips * (size.width * (numbers.row + numbers.normed) + (2 + num_classes) * FLOAT32_BYTES)
+    head += size.width * num_classes * numbers.weight_copy
     if frozen:
         pixels = tokens * _pixels(options)  # as bytes, standardised, and then as the embedding's input
         standardising = pixels + pixels * FLOAT32_BYTES
-        peak = max(FORWARD_WIDTHS * encoder.rows + pixels * dtype_bytes, standardising) + head
+        peak = max(encoder.forward + pixels * numbers.row, standardising) + head
         return ActivationBytes(saved=head, peak=peak, attention=encoder.attention)
-    masks = 2 * size.depth * tokens * dtype_bytes if drop_path else 0
-    embedding = tokens * _embedding_values(options, size.width) * dtype_bytes
-    saved = embedding + encoder.saved + masks + head
+    masks = 2 * size.depth * tokens * numbers.row if drop_path else 0
+    saved = _embedding_bytes(options, size.width, tokens, numbers) + encoder.saved + masks + head
     return ActivationBytes(saved=saved, peak=saved + encoder.backward, attention=_attention_bytes(encoder))
 
 
@@ -204,19 +146,19 @@ def ranking_bytes(grid: TokenGrid, options: EncoderOptions, *, width: int, clips
     return clips_at_once * values * FLOAT32_BYTES
 
 
-def _encoder(size: ModelSize, options: EncoderOptions, tokens: int, dtype_bytes: int) -> _Stack:
-    return _Stack(
+def _encoder(size: ModelSize, options: EncoderOptions, tokens: int, numbers: NumberBytes) -> StackBytes:
+    return StackBytes(
         tokens=tokens,
         width=size.width,
         num_heads=size.num_heads,
         depth=size.depth,
-        dtype_bytes=dtype_bytes,
+        numbers=numbers,
         checkpointing=options.activation_checkpointing,
         keeps_attention=not options.recompute_attention,
     )
 
 
-def _attention_bytes(*stacks: _Stack) -> int:
+def _attention_bytes(*stacks: StackBytes) -> int:
     """Return attention's part of the peak; what one block keeps is not counted twice where it is computed again."""
     if not any(stack.checkpointing for stack in stacks):
         return sum(stack.depth * stack.attention for stack in stacks)
@@ -229,9 +171,18 @@ def _pixels(options: EncoderOptions) -> int:
     return 3 * options.tubelet_size * options.patch_size**2
 
 
-def _embedding_values(options: EncoderOptions, width: int) -> int:
-    """Return the values that embedding one tubelet keeps: its pixels, and each stem layer's output twice (GELU)."""
-    return _pixels(options) + sum(2 * positions * width for positions in _stem_positions(options))
+def _embedding_bytes(options: EncoderOptions, width: int, tokens: int, numbers: NumberBytes) -> int:
+    """Return what embedding tubelets keeps: their pixels, and each stem layer's output twice (GELU).
+
+    Under autocast also a copy of the weights of each layer whose input has a gradient.
+    """
+    stem = _stem_positions(options)
+    pixels = _pixels(options) * (numbers.product if stem else numbers.normed)
+    values = sum(2 * positions * width for positions in stem)
+    positions = [*stem, 1]
+    weights = sum(width**2 * before // after for before, after in pairwise(positions))
+    copies = weights * numbers.product if numbers.casts else 0  # which `BlockConv3d` makes itself
+    return tokens * (pixels + values * numbers.product) + copies
 
 
 def _stem_positions(options: EncoderOptions) -> list[int]:

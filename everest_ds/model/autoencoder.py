@@ -99,7 +99,8 @@ class Decoder(nn.Module):
         """Predict the pixels of the target tokens: (R, P)."""
 
         def positions(index: TokenIndex) -> Tensor:
-            return gather_positions(self.positions_ND, self.grid, groups, index, visible_LD.dtype)
+            # As precise as the weights: what is visible comes from a product, under autocast in bfloat16.
+            return gather_positions(self.positions_ND, self.grid, groups, index, mask_token_D.dtype)
 
         tokens, target_rows_R = interleave_clips(
             visible_LD + positions(selection.visible), mask_token_D + positions(selection.target), selection

@@ -52,7 +52,8 @@ class TrainState:
         threshold: The running quantile of importance, where a budget goes by one.
         world_size: Processes that wrote the shards.
         zero_stage: How they are sharded.
-        dtype: What the model computes in.
+        dtype: What the model's weights are in as it computes with them, bfloat16 or float32.
+        autocast: Whether its matrix products are in bfloat16 all the same, by autocast.
         videos: Fingerprint of the training list.
         format: Version of the checkpoint's layout.
     """
@@ -68,8 +69,14 @@ class TrainState:
     world_size: int
     zero_stage: int
     dtype: str
+    autocast: bool = False
     videos: str
     format: int = FORMAT
+
+    @property
+    def computes_in(self) -> str:
+        """What the model computes in, for people."""
+        return f"{self.dtype} with products in bfloat16" if self.autocast else self.dtype
 
 
 def universal_of(checkpoint: Path) -> Path:
@@ -233,9 +240,10 @@ def require_same_start(checkpoint: Path, was: TrainState, now: TrainState) -> No
     Raises:
         UserError: Another precision or list of videos.
     """
-    if was.dtype != now.dtype:
+    if was.computes_in != now.computes_in:
         raise UserError(
-            f"{checkpoint} was written in {was.dtype}; this run computes in {now.dtype}: see --precision"
+            f"{checkpoint} was written in {was.computes_in}; this run computes in {now.computes_in}: see "
+            "--precision"
         )
     if was.videos != now.videos:
         raise UserError(

@@ -8,7 +8,7 @@ for the result is written out here, because DeepSpeed's own defaults change betw
 
 import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -18,9 +18,9 @@ from everest_ds.config_file import read_json_object
 from everest_ds.errors import UserError, nearest_hint
 from everest_ds.model.compilation import compile_obstacle
 from everest_ds.train.optim import make_optimizer
+from everest_ds.train.precision import BF16, PrecisionName, choose_precision, precision_sections
 from everest_ds.train.tasks import Task
 
-PrecisionName = Literal["auto", "bf16", "fp32"]
 Systems = dict[str, Any]
 
 # Used when no file is given; ds_configs/zero2.json adds buckets and overlap.
@@ -49,7 +49,7 @@ RECIPE_KEYS = {
     "optimizer": "it is in optim.*",
     "scheduler": "it is in optim.*",
     "tensorboard": "metrics.jsonl and RUN/tensorboard/ are written in any case",
-    "torch_autocast": "precision is bf16.enabled here, or --precision",
+    "torch_autocast": "it is --precision autocast",
     "train_batch_size": "it is batch.global_size",
     "train_micro_batch_size_per_gpu": "it is batch.micro_size",
 }
@@ -145,41 +145,27 @@ def check_compilation(config: Config, systems: Systems, device_type: str) -> Non
         raise UserError(f"model.compile_blocks=True cannot serve: {obstacle}, or use model.compile_blocks=False")
 
 
-def uses_bf16(systems: Systems, precision: PrecisionName, device_type: str) -> bool:
-    """Return whether the model computes in bfloat16.
-
-    ``auto`` follows the file; a file that does not say means bfloat16 on a GPU and float32 on a CPU.
-    """
-    if precision != "auto":
-        return precision == "bf16"
-    return bool(systems.get("bf16", {}).get("enabled", device_type == "cuda"))
-
-
 def resolve_ds_config(
     systems: Systems, config: Config, *, world_size: int, precision: PrecisionName, device_type: str
 ) -> dict[str, Any]:
     """Return the complete DeepSpeed configuration of a run.
 
     Raises:
-        UserError: The batch cannot be made from micro-batches on this many processes.
+        UserError: The batch cannot be made from micro-batches on this many processes, or see `choose_precision`.
     """
     resolved = copy.deepcopy(systems)
-    bf16 = uses_bf16(systems, precision, device_type)
-    # A step whose gradient is not finite changes no weight (`train.updates`).
-    resolved["bf16"] = {"check_grad_overflow": True, **systems.get("bf16", {}), "enabled": bf16}
-    if not bf16:
+    chosen = choose_precision(systems, precision, device_type)
+    if chosen != BF16:
         resolved.pop("data_types", None)  # float32 accumulates in float32
     if world_size == 1 and 1 <= zero_stage(resolved) <= 2:
         # There is nothing to overlap with, and DeepSpeed would wait for the device at every bucket.
         resolved["zero_optimization"]["overlap_comm"] = False
-    resolved["communication_data_type"] = systems.get("communication_data_type", "bf16" if bf16 else "fp32")
+    resolved |= precision_sections(systems, chosen)
     resolved |= {
         "train_batch_size": config.batch.global_size,
         "train_micro_batch_size_per_gpu": config.batch.micro_size,
         "gradient_accumulation_steps": config.batch.accumulation_steps(world_size),
         "gradient_clipping": config.optim.max_grad_norm,
-        "fp16": {"enabled": False},
-        "torch_autocast": {"enabled": False},
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
         "zero_allow_untested_optimizer": True,
@@ -215,6 +201,9 @@ def build_engine(
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    if ds_config["torch_autocast"]["enabled"]:
+        # A pass uses each weight once: a cache would only keep the casts of those that are cast again in backward.
+        torch.set_autocast_cache_enabled(False)
     groups = task.parameter_groups()
     expected = [(group["lr_scale"], group["weight_decay"]) for group in groups]
     engine, *_ = deepspeed.initialize(

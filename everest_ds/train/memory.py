@@ -12,6 +12,7 @@ from everest_ds.config import Config, FinetuneConfig, PretrainConfig
 from everest_ds.model.activations import (
     FLOAT32_BYTES,
     ActivationBytes,
+    NumberBytes,
     TokenCounts,
     activation_bytes,
     classifier_activation_bytes,
@@ -106,7 +107,7 @@ def estimate_memory(config: Config, ds_config: dict[str, Any], *, world_size: in
     counts = count_parameters(config)
     states = model_states(counts, sharding)
     options, clips = encoder_options(config), config.batch.micro_size
-    activations = _activations(config, sharding.model_bytes)
+    activations = _activations(config, _numbers(sharding))
     return MemoryEstimate(
         parameters=states.parameters,
         gradients=states.gradients,
@@ -125,7 +126,12 @@ def estimate_memory(config: Config, ds_config: dict[str, Any], *, world_size: in
     )
 
 
-def _activations(config: Config, dtype_bytes: int) -> ActivationBytes:
+def _numbers(sharding: Sharding) -> NumberBytes:
+    """Return bytes of a number; at stage 3 DeepSpeed puts a linear layer of its own in the place of torch's."""
+    return NumberBytes(row=sharding.model_bytes, product=sharding.product_bytes, keeps_casts=sharding.stage < 3)
+
+
+def _activations(config: Config, numbers: NumberBytes) -> ActivationBytes:
     size, options, clips = get_size(config.model.size), encoder_options(config), config.batch.micro_size
     if isinstance(config, FinetuneConfig):
         return classifier_activation_bytes(
@@ -136,14 +142,12 @@ def _activations(config: Config, dtype_bytes: int) -> ActivationBytes:
             num_classes=num_classes(config),
             drop_path=config.model.drop_path > 0,
             frozen=config.model.freeze_encoder,
-            dtype_bytes=dtype_bytes,
+            numbers=numbers,
         )
     assert isinstance(config, PretrainConfig)
     # Where clips differ, the most that a process may get, not the average.
     counts = TokenCounts(clips=clips, visible=config.most.visible, targets=config.most.targets)
-    return activation_bytes(
-        size, options, counts, decoder_depth=config.model.decoder_depth, dtype_bytes=dtype_bytes
-    )
+    return activation_bytes(size, options, counts, decoder_depth=config.model.decoder_depth, numbers=numbers)
 
 
 def _ranking_bytes(config: Config, options: EncoderOptions, clips: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from everest_ds.config import Config
 from everest_ds.train.engine import resolve_ds_config
 from everest_ds.train.memory import GIB, MemoryEstimate, estimate_memory
+from everest_ds.train.precision import PrecisionName, choose_precision
 from everest_ds.train.sharding import FLOAT32_BYTES, Sharding
 
 # More GPUs than this are not suggested.
@@ -24,6 +25,7 @@ class Setting:
 
     Attributes:
         name: Of the DeepSpeed configuration.
+        precision: What --precision must say; None where the DeepSpeed configuration means the same by itself.
         config: The run with this micro-batch and recomputation.
         num_gpus: Processes, one a GPU.
         accumulation: Micro-steps of an optimiser step.
@@ -35,6 +37,7 @@ class Setting:
     """
 
     name: str
+    precision: str | None
     config: Config
     num_gpus: int
     accumulation: int
@@ -98,8 +101,9 @@ def make_setting(
     micro_size: int,
     checkpointing: bool,
     recompute_attention: bool = True,
+    precision: PrecisionName = "auto",
 ) -> Setting:
-    """Estimate one setting, in the precision that the systems say for GPUs."""
+    """Estimate one setting; ``auto`` is the precision that the systems say for GPUs."""
     config = replace(
         config,
         batch=replace(config.batch, micro_size=micro_size),
@@ -107,12 +111,14 @@ def make_setting(
             config.model, activation_checkpointing=checkpointing, recompute_attention=recompute_attention
         ),
     )
-    ds_config = resolve_ds_config(systems, config, world_size=num_gpus, precision="auto", device_type="cuda")
+    ds_config = resolve_ds_config(systems, config, world_size=num_gpus, precision=precision, device_type="cuda")
+    asked, own = (choose_precision(systems, given, "cuda").name for given in (precision, "auto"))
     sharding = Sharding.of(ds_config, num_gpus)
     if sharding.stage == 3:  # where blocks cannot be compiled
         config = replace(config, model=replace(config.model, compile_blocks=False))
     return Setting(
         name=name,
+        precision=None if asked == own else asked,
         config=config,
         num_gpus=num_gpus,
         accumulation=sharding.accumulation_steps,
@@ -125,7 +131,12 @@ def make_setting(
 
 
 def plan_settings(
-    config: Config, systems: Mapping[str, dict[str, Any]], *, num_gpus: int, memory_bytes: int
+    config: Config,
+    systems: Mapping[str, dict[str, Any]],
+    *,
+    num_gpus: int,
+    memory_bytes: int,
+    precision: PrecisionName = "auto",
 ) -> list[Setting]:
     """Return each way of sharding with no, some and full recomputation, at the largest micro-batch that fits.
 
@@ -146,6 +157,7 @@ def plan_settings(
                     micro_size=size,
                     checkpointing=checkpointing,
                     recompute_attention=recompute_attention,
+                    precision=precision,
                 )
                 if setting.estimate.total <= memory_bytes:
                     break
@@ -166,14 +178,27 @@ def recommend(settings: list[Setting], memory_bytes: int) -> Setting | None:
 
 
 def smallest_change(
-    config: Config, systems: Mapping[str, dict[str, Any]], *, num_gpus: int, memory_bytes: int
+    config: Config,
+    systems: Mapping[str, dict[str, Any]],
+    *,
+    num_gpus: int,
+    memory_bytes: int,
+    precision: PrecisionName = "auto",
 ) -> SmallestChange:
     """Return what would fit where nothing does: larger GPUs, or more of them."""
 
     def leanest_on(count: int) -> Setting:
         """Return the setting that needs least memory on that many GPUs, one clip at a time."""
         settings = (
-            make_setting(config, name, options, num_gpus=count, micro_size=1, checkpointing=checkpointing)
+            make_setting(
+                config,
+                name,
+                options,
+                num_gpus=count,
+                micro_size=1,
+                checkpointing=checkpointing,
+                precision=precision,
+            )
             for name, options in systems.items()
             for checkpointing in (False, True)
         )

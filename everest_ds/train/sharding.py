@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from everest_ds.config import BatchConfig, Config, FinetuneConfig
+from everest_ds.train.precision import BF16, FP32, precision_of
 from everest_ds.train.tasks import make_task
 
 FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
@@ -91,7 +92,8 @@ class Sharding:
 
     Attributes:
         stage: ZeRO stage.
-        model_bytes: Bytes of a parameter as the model computes with it.
+        model_bytes: Bytes of a parameter as the model holds it.
+        product_bytes: Bytes of a number in matrix products and attention.
         accumulation_bytes: Bytes of an accumulated gradient.
         communication_bytes: Bytes of a gradient on the wire.
         options: The section ``zero_optimization``.
@@ -101,6 +103,7 @@ class Sharding:
 
     stage: int
     model_bytes: int
+    product_bytes: int
     accumulation_bytes: int
     communication_bytes: int
     options: dict[str, Any]
@@ -110,13 +113,14 @@ class Sharding:
     @classmethod
     def of(cls, ds_config: dict[str, Any], world_size: int) -> "Sharding":
         """Read a configuration as `train.engine.resolve_ds_config` returns it."""
-        bf16 = bool(ds_config["bf16"]["enabled"])
-        model = "bf16" if bf16 else "fp32"
+        precision = precision_of(ds_config)
+        model = "bf16" if precision == BF16 else "fp32"
         size = {"bf16": BFLOAT16_BYTES, "fp32": FLOAT32_BYTES}
         options = ds_config.get("zero_optimization", {})
         return cls(
             stage=int(options.get("stage", 0)),
             model_bytes=size[model],
+            product_bytes=FLOAT32_BYTES if precision == FP32 else BFLOAT16_BYTES,
             accumulation_bytes=size[ds_config.get("data_types", {}).get("grad_accum_dtype", model)],
             communication_bytes=size[ds_config["communication_data_type"]],
             options=options,

@@ -62,10 +62,19 @@ def test_line_of_real_steps_is_whole_and_consistent(processes: int) -> None:
             assert line[name] is None
 
 
-def test_table_of_a_fine_tuning_says_where_it_was_measured() -> None:
-    done = launch(shlex.split(f"benchmark step demo_ft {SMALL} {FEW} --micro-batch 2 --precision bf16"))
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+def test_table_of_a_fine_tuning_says_where_it_was_measured(precision: str) -> None:
+    done = launch(shlex.split(f"benchmark step demo_ft {SMALL} {FEW} --micro-batch 2 --precision {precision}"))
     assert done.returncode == 0, done.stderr
-    for word in ("demo_ft: ViT-nano", "precision bf16", "zero_stage 2", "torch 2.", "commit", "clips/s", "CPU"):
+    for word in (
+        "demo_ft: ViT-nano",
+        f"precision {precision}",
+        "zero_stage 2",
+        "torch 2.",
+        "commit",
+        "clips/s",
+        "CPU",
+    ):
         assert word in done.stdout
 
 

@@ -21,13 +21,15 @@ STATES_RTOL = 0.01
 GATHERED_RTOL = 0.03
 
 # Here a group's gradients are copied flat before its update and the originals freed at once: not seen from outside.
-COPIED_BETWEEN_LOOKS = ("zero1:fp32", "zero2:fp32")
+COPIED_BETWEEN_LOOKS = ("zero1:fp32", "zero2:fp32", "zero1:autocast", "zero2:autocast")
 
 NAMES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
-DEFAULT_CASES = ["zero2:bf16", "zero3:bf16"]
+DEFAULT_CASES = ["zero2:bf16", "zero3:bf16", "zero3:autocast"]
 FINETUNE_CASES = ["zero1:bf16:finetune", "zero3:bf16:finetune"]
 FINETUNE_CASES += [f"zero{stage}:bf16:probe" for stage in range(4)]
-OTHER_CASES = [case for name in NAMES for case in (f"{name}:bf16", f"{name}:fp32") if case not in DEFAULT_CASES]
+PRECISIONS = ("bf16", "fp32", "autocast")
+OTHER_CASES = [f"{name}:{precision}" for name in NAMES for precision in PRECISIONS]
+OTHER_CASES = [case for case in OTHER_CASES if case not in DEFAULT_CASES]
 
 
 def scan(cases: list[str]) -> dict[str, list[dict[str, Any]]]:

@@ -174,6 +174,23 @@ def test_what_cannot_be_planned_is_refused_with_the_way_out(
     assert message in capsys.readouterr().err
 
 
+def test_plan_of_autocast_prints_a_command_that_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main([*L_ON_80.split(), "--precision", "autocast"]) == 0
+    shown = capsys.readouterr().out
+    assert "batch 512 on 8 GPUs of 80 GiB, autocast" in shown
+    (command,) = (line for line in shown.splitlines() if line.startswith("deepspeed"))
+    found = plan_json(f"{L_ON_80} --precision autocast", capsys)
+    assert (found["precision"], found["command"]) == ("autocast", command)
+    in_bf16 = plan_json(L_ON_80, capsys)
+    assert "--precision" not in in_bf16["command"]
+    seen: list[LaunchOptions] = []
+    monkeypatch.setattr("everest_ds.commands.train.train", lambda config, options, world: seen.append(options) or 0)
+    assert cli.main(shlex.split(command.split("everest_ds ", 1)[1])) == 0
+    assert seen[0].precision == "autocast"
+
+
 def test_plan_without_a_recipe_names_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan"]) == 2
     assert "plan needs a recipe first; known: demo" in capsys.readouterr().err

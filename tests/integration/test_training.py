@@ -129,7 +129,7 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
 def test_gradient_that_is_not_finite_changes_no_weight_at_any_stage(precision: str, tmp_path: Path) -> None:
     """One good step and one of NaN: the second is not applied, and AdamW counts one update.
 

@@ -31,6 +31,7 @@ from everest_ds.model.packing import TokenIndex
 from everest_ds.model.selection import Selection
 from everest_ds.model.tubelets import standardise
 from everest_ds.recipes import get_recipe
+from everest_ds.train.precision import FP32
 from everest_ds.train.tasks import make_task
 
 CPU = torch.device("cpu")
@@ -241,14 +242,28 @@ def test_sweep_goes_on_without_who_did_not_fit_and_ends_with_us(
     monkeypatch.setattr(compare, "make_official_model", lambda *given: torch.nn.Linear(1, 1))
     monkeypatch.setattr(torch.nn.Linear, "model", property(lambda self: self), raising=False)
     monkeypatch.setattr(
-        compare, "_sides", lambda task, refs, *o: [Side(n, lambda: 0.0, lambda: None) for n in ("ours", *refs)]
+        compare,
+        "_sides",
+        lambda task, refs, *o, **named: [Side(n, lambda: 0.0, lambda: None) for n in ("ours", *refs)],
     )
-    lines = list(
-        compare_steps(base(), ["everest"], [1, 2, 4, 8], dtype=torch.float32, device=CPU, rounds=1, warmup=0)
-    )
+    lines = list(compare_steps(base(), ["everest"], [1, 2, 4, 8], precision=FP32, device=CPU, rounds=1, warmup=0))
     assert seen == [(1, ["ours", "everest"]), (2, ["ours", "everest"]), (4, ["ours"])]
     assert [line["micro_batch"] for line in lines] == [1, 2, 4]
     assert lines[-1]["ours"] == {"out_of_memory": True}
+
+
+def test_our_side_autocasts_where_it_is_asked_to() -> None:
+    config = get_recipe("demo")
+    assert isinstance(config, PretrainConfig)
+    torch.manual_seed(0)
+    task = make_task(config)
+    ((plain,), (lowered,)) = (
+        compare._sides(task, {}, config, 2, CPU, autocasts=autocasts) for autocasts in (False, True)
+    )
+    assert 0 < abs(lowered.step() / plain.step() - 1) < 1e-2
+    assert {p.grad.dtype for p in task.parameters() if p.grad is not None} == {torch.float32}
+    lowered.clear()
+    assert all(p.grad is None for p in task.parameters())
 
 
 def test_tubes_show_a_tenth_of_the_places_in_every_time_step() -> None:

@@ -59,6 +59,7 @@ def run_backward(
     recomputed: str = "nothing",
     drops: bool = False,
     dtype: torch.dtype = torch.float32,
+    autocasts: bool = False,
 ) -> list[torch.Tensor]:
     """Output and gradients of a stack."""
     torch.manual_seed(0)
@@ -70,13 +71,14 @@ def run_backward(
         scale_BL = branch_scales(torch.rand(len(lengths), 2 * DEPTH), 0.5)
         scale_LM = scale_BL.to(dtype).T[:, packing.clip_of_token()]
     checkpointing, recompute_attention = HALVES[recomputed]
-    out_MD = run_blocks(
-        blocks,
-        PackedTokens(x_MD, packing),
-        checkpointing=checkpointing,
-        recompute_attention=recompute_attention,
-        scale_LM=scale_LM,
-    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocasts, cache_enabled=False):
+        out_MD = run_blocks(
+            blocks,
+            PackedTokens(x_MD, packing),
+            checkpointing=checkpointing,
+            recompute_attention=recompute_attention,
+            scale_LM=scale_LM,
+        )
     out_MD.float().square().mean().backward()
     return [out_MD.detach(), *(t.grad for t in (x_MD, *blocks.parameters()) if t.grad is not None)]
 
@@ -105,6 +107,19 @@ def test_compiled_blocks_can_be_computed_again(
         ours = run_backward(lengths, compiles=True, recomputed=recomputed, drops=drops, dtype=dtype)
         theirs = run_backward(lengths, compiles=True, drops=drops, dtype=dtype)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_compiled_blocks_take_part_in_autocast(counter: CompileCounter) -> None:
+    """Compiled once with it and once without, and the same bits as blocks that are not compiled."""
+    for drops, autocasts in itertools.product((False, True), (False, True)):
+        ours, theirs = (
+            run_backward(EQUAL[0], compiles=compiles, drops=drops, autocasts=autocasts)
+            for compiles in (True, False)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert {tensor.dtype for tensor in ours} == {torch.float32}
+    lowered, whole = (run_backward(EQUAL[0], compiles=True, autocasts=on) for on in (True, False))
+    assert not torch.equal(lowered[0], whole[0])
 
 
 @needs_compiler

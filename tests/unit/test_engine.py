@@ -12,7 +12,6 @@ from everest_ds.train.engine import (
     check_sections,
     load_systems,
     resolve_ds_config,
-    uses_bf16,
     zero_stage,
 )
 from tests.conftest import REPOSITORY
@@ -56,23 +55,6 @@ def test_every_semantic_setting_is_written_out() -> None:
     }
     assert {key: resolved[key] for key in expected} == expected
     assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
-
-
-@pytest.mark.parametrize(
-    ("systems", "precision", "device", "expected"),
-    [
-        ({"bf16": {"enabled": True}}, "auto", "cpu", True),
-        ({"bf16": {"enabled": False}}, "auto", "cuda", False),
-        ({}, "auto", "cuda", True),
-        ({}, "auto", "cpu", False),
-        ({"bf16": {"enabled": True}}, "fp32", "cuda", False),
-        ({"bf16": {"enabled": False}}, "bf16", "cpu", True),
-    ],
-)
-def test_precision_follows_option_then_file_then_device(
-    systems: dict[str, object], precision: str, device: str, expected: bool
-) -> None:
-    assert uses_bf16(systems, precision, device) is expected  # type: ignore[arg-type]
 
 
 def test_without_a_file_the_default_is_a_copy_of_plain_zero2() -> None:
@@ -121,7 +103,7 @@ def test_master_weights_in_bf16_are_refused_before_anything_is_built(key: str) -
     ("key", "value", "reason"),
     [
         ("gradient_accumulation_steps", 2, "it follows from batch.global_size"),
-        ("torch_autocast", {"enabled": True}, "precision is bf16.enabled here"),
+        ("torch_autocast", {"enabled": True}, "it is --precision autocast"),
     ],
 )
 def test_key_of_the_recipe_is_refused_with_the_reason(tmp_path: Path, key: str, value: object, reason: str) -> None:

@@ -165,7 +165,12 @@ def test_run_gives_its_model_and_its_names(run_of: tuple[Any, EverestClassifier]
     settings = clip_settings(origin, None, OPTIONS)
     loaded = load_trained(origin, settings, OPTIONS, CPU)
     assert same(loaded.model, model)
-    assert (loaded.has_head, loaded.kind, loaded.precision, loaded.attention) == (True, "model", "fp32", "sdpa")
+    assert (loaded.has_head, loaded.kind, loaded.precision.name, loaded.attention) == (
+        True,
+        "model",
+        "fp32",
+        "sdpa",
+    )
     assert (loaded.model.rule.selected_ratio, loaded.num_kept, loaded.model.training) == (0.3, 86, False)
     assert loaded.class_names == tuple("01234567")
     (origin.run_dir / "classes.txt").write_text("a b\nc\nd\ne\nf\ng\nh\ni\n")
@@ -223,6 +228,10 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32(run_of: tuple[Any, Ev
         (loaded := load_trained(origin, settings, InferenceOptions(precision=name), CPU)).wrap(loaded.model)(clips)
         for name in ("fp32", "bf16")
     )
+    options = InferenceOptions(precision="autocast")
+    same = load_trained(origin, settings, options, CPU)
+    assert same.precision.name == "autocast"
+    assert torch.equal(same.wrap(same.model)(clips), half)
     assert half.dtype == torch.float32
     assert torch.equal(half, half.bfloat16().float())
     assert not torch.equal(full, half)

@@ -11,6 +11,7 @@ from everest_ds.recipes import get_recipe
 from everest_ds.train.engine import resolve_ds_config
 from everest_ds.train.memory import GIB, MemoryEstimate, describe_estimate, describe_peak, estimate_memory
 from everest_ds.train.planning import Setting, in_gib, plan_settings, recommend, smallest_change
+from everest_ds.train.precision import PrecisionName
 from everest_ds.train.sharding import ParameterCounts, Sharding, bytes_sent, count_parameters
 from everest_ds.train.systems import shipped_systems
 
@@ -128,6 +129,33 @@ def test_parts_make_the_total_and_say_so() -> None:
     assert "host" not in line
     assert "of host memory" in describe_estimate(estimate(get_recipe("k400_vit_l"), "zero3_offload"))
     assert describe_peak(found, found.allocated / GIB * 1.1).endswith("(+10.0%)")
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3"])
+def test_autocast_holds_float32_states_and_activations_in_between(name: str) -> None:
+    """At stage 3 without copies of weights; 86 M parameters, and those of the decoder."""
+
+    def of(precision: PrecisionName) -> MemoryEstimate:
+        config = replace(get_recipe("k400_vit_b"), batch=BatchConfig(global_size=512, micro_size=64))
+        resolved = resolve_ds_config(SYSTEMS[name], config, world_size=8, precision=precision, device_type="cuda")
+        return estimate_memory(config, resolved, world_size=8)
+
+    bf16, autocast, fp32 = of("bf16"), of("autocast"), of("fp32")
+    assert (autocast.states, autocast.step, autocast.communication) == (fp32.states, fp32.step, fp32.communication)
+    assert (autocast.gathered, autocast.sent) == (fp32.gathered, fp32.sent)
+    assert autocast.attention == bf16.attention < fp32.attention
+    assert bf16.activations < autocast.activations < fp32.activations
+
+
+def test_planned_precision_is_named_where_the_file_means_another() -> None:
+    config = get_recipe("k400_vit_l")
+    asked: tuple[PrecisionName, ...] = ("auto", "bf16", "autocast", "fp32")
+    for precision, expected in zip(asked, (None, None, "autocast", "fp32"), strict=True):
+        settings = plan_settings(config, SYSTEMS, num_gpus=8, memory_bytes=80 * GIB, precision=precision)
+        assert {setting.precision for setting in settings} == {expected}
+        assert not any(setting.stays for setting in settings if expected)  # float32 at stage 0 goes on anywhere
+        change = smallest_change(config, SYSTEMS, num_gpus=8, memory_bytes=GIB, precision=precision)
+        assert change.leanest.precision == expected
 
 
 def test_an_option_that_is_not_modelled_is_named() -> None:

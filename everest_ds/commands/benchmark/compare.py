@@ -5,6 +5,7 @@ and loss included, gradients fresh in every step. Neither takes an optimiser ste
 compared is the model and what its step computes. Ours begins with uint8 clips and standardises them; theirs gets
 them standardised, as their loader would, for free. VideoMAE sees a tenth of the tokens in tubes and predicts all
 others. In bf16 our weights are bf16, as under DeepSpeed, and theirs float32 under autocast, as their loop has it.
+With --precision autocast both are alike.
 
 The sides take turns within a round, each round beginning with another one; what counts is the median over rounds of
 the ratio within a round, in CPU time of all threads on a CPU (other work on the machine then disturbs little).
@@ -31,6 +32,7 @@ from everest_ds.commands.benchmark.timing import ninetieth, work_seconds
 from everest_ds.config import PretrainConfig
 from everest_ds.counts import count_places
 from everest_ds.model.tubelets import standardise
+from everest_ds.train.precision import Precision
 from everest_ds.train.tasks import Task, make_task
 
 OURS = "ours"
@@ -75,7 +77,7 @@ def compare_steps(
     names: Sequence[ReferenceName],
     micro_sizes: Iterable[int],
     *,
-    dtype: torch.dtype,
+    precision: Precision,
     device: torch.device,
     rounds: int,
     warmup: int,
@@ -86,7 +88,7 @@ def compare_steps(
         config: The run; its batch does not count.
         names: Whom to compare with.
         micro_sizes: Clips of a step.
-        dtype: float32 or bfloat16.
+        precision: What ours computes in; theirs is float32, with products in the same dtype as ours.
         device: Where.
         rounds: Timed steps of each side.
         warmup: Steps of each side before them.
@@ -102,10 +104,10 @@ def compare_steps(
     for name, code in official.items():
         model = make_official_model(code, config).to(device)
         model.load_state_dict(task.model.state_dict())  # their names are ours: the same weights, or an error
-        references[name] = OfficialStep(code, model, dtype)
-    task.to(dtype)
+        references[name] = OfficialStep(code, model, precision.products_dtype)
+    task.to(precision.weights_dtype)
     for micro_size in micro_sizes:
-        sides = _sides(task, references, config, micro_size, device)
+        sides = _sides(task, references, config, micro_size, device, autocasts=precision.autocasts)
         outcomes = take_turns(sides, device, rounds=rounds, warmup=warmup)
         yield {"micro_batch": micro_size, **describe_outcomes(outcomes, micro_size)}
         if outcomes[OURS].out_of_memory:
@@ -177,13 +179,16 @@ def _sides(
     config: PretrainConfig,
     micro_size: int,
     device: torch.device,
+    *,
+    autocasts: bool,
 ) -> list[Side]:
     """Return ours and theirs on the same clips."""
     batch = synthetic_batch(task, config, micro_size, device, config.run.seed)
     inputs = task.inputs(batch, device)
 
     def step() -> float:
-        loss: Tensor = task(*inputs)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocasts, cache_enabled=False):
+            loss: Tensor = task(*inputs)
         loss.backward()
         return float(loss.detach())
 

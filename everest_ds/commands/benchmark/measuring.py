@@ -23,8 +23,8 @@ from everest_ds.distributed import World
 from everest_ds.model.attention import choose_backend
 from everest_ds.model.sizes import get_size
 from everest_ds.train import engine as engines
-from everest_ds.train.engine import PrecisionName
 from everest_ds.train.metrics import peak_memory_gib, peak_tflops
+from everest_ds.train.precision import PrecisionName, choose_precision, precision_of
 from everest_ds.train.sharding import num_classes
 from everest_ds.train.tasks import Task, make_task
 from everest_ds.train.updates import Updater
@@ -59,8 +59,8 @@ class Workbench:
 
     @property
     def precision(self) -> str:
-        """What the model computes in: bf16 or fp32."""
-        return "bf16" if self.ds_config["bf16"]["enabled"] else "fp32"
+        """What the model computes in: bf16, autocast or fp32."""
+        return precision_of(self.ds_config).name
 
     def describe(self) -> dict[str, Any]:
         """Return what all lines of a sweep have in common, besides the machine."""
@@ -90,12 +90,11 @@ def build_workbench(
     systems = engines.load_systems(ds_config_file)
     engines.check_sections(systems, str(ds_config_file))
     device_type = "cuda" if distributed.select_accelerator() else "cpu"
-    bf16 = engines.uses_bf16(systems, precision, device_type)
     size = get_size(config.model.size)
     backend = choose_backend(
         config.model.attention,
         torch.device(device_type),
-        torch.bfloat16 if bf16 else torch.float32,
+        choose_precision(systems, precision, device_type).products_dtype,
         size.width // size.num_heads,
     )
     engines.check_compilation(config, systems, device_type)

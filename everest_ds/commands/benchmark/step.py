@@ -16,6 +16,7 @@ from everest_ds import distributed
 from everest_ds.config import Config, PretrainConfig
 from everest_ds.distributed import World, speaks_first
 from everest_ds.errors import UserError
+from everest_ds.train.precision import PrecisionName, choose_precision
 
 ReferenceName = Literal["everest", "videomae"]
 # Where `--micro-batch auto` begins on a GPU.
@@ -36,8 +37,9 @@ class StepOptions:
     """Steps before them."""
     ds_config: Path | None = None
     """File of ds_configs/: how the steps are sharded. Without one, plain ZeRO-2."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: as the DeepSpeed file says, else bf16 on a GPU and fp32 on a CPU."""
+    precision: PrecisionName = "auto"
+    """auto: as the DeepSpeed file says, else bf16 on a GPU and fp32 on a CPU. autocast: weights and gradients in
+    float32, matrix products in bfloat16."""
     memory_gib: float | None = None
     """Measure as if the GPU had only so much memory."""
     compare: tuple[ReferenceName, ...] = ()
@@ -138,14 +140,13 @@ def _compare(config: PretrainConfig, options: StepOptions, sizes: Iterable[int],
     from everest_ds.commands.benchmark.ceiling import measure_ceiling
     from everest_ds.commands.benchmark.compare import compare_steps
     from everest_ds.commands.benchmark.printing import COMPARE_HEAD, Report, compare_rows, describe_run
-    from everest_ds.train.engine import uses_bf16
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bf16 = uses_bf16({}, options.precision, device.type)
+    precision = choose_precision({}, options.precision, device.type)
     _limit_memory(options.memory_gib, world)
     same = {
         **describe_run("step-compare", config, device, **options.of_run),
-        "precision": "bf16" if bf16 else "fp32",
+        "precision": precision.name,
         "time": "cpu" if device.type == "cpu" else "wall",
         "includes": "forward, backward",
         "threads": torch.get_num_threads(),
@@ -157,7 +158,7 @@ def _compare(config: PretrainConfig, options: StepOptions, sizes: Iterable[int],
         config,
         options.compare,
         sizes,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
+        precision=precision,
         device=device,
         rounds=options.steps,
         warmup=options.warmup,

@@ -15,6 +15,7 @@ from everest_ds.config_file import load_config
 from everest_ds.errors import UserError
 from everest_ds.train.checkpoint import AVERAGE, list_checkpoints, read_state
 from everest_ds.train.pointers import find_best, folder_of
+from everest_ds.train.precision import PrecisionName
 from everest_ds.train.seal import SEAL, is_sealed, sha256
 
 WeightsName = Literal["auto", "model", "ema"]
@@ -34,8 +35,9 @@ class InferenceOptions:
     """Share of a clip's tokens that is kept, instead of selection.keep_ratio; 1 keeps all."""
     weights: WeightsName = "auto"
     """ema: a checkpoint's moving average; model: the weights themselves; auto: the average where there is one."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 on a GPU and fp32 on a CPU."""
+    precision: PrecisionName = "auto"
+    """auto: bf16 on a GPU and fp32 on a CPU. Weights are float32 in any case: bf16 and autocast are the same here,
+    matrix products in bfloat16."""
     batch_rows: int = 4
     """Videos of one forward pass, with all their views. Results depend on it in their last bits."""
     num_workers: int | None = None

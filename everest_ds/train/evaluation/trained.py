@@ -5,7 +5,6 @@ Axes: B clips, C T H W of a clip, V views of a video, D width.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -33,6 +32,7 @@ from everest_ds.train.evaluation.inference import (
     weights_kind,
 )
 from everest_ds.train.evaluation.passes import RowResults, map_rows
+from everest_ds.train.precision import Precision, choose_precision
 from everest_ds.train.selecting import keep_rule
 
 
@@ -45,7 +45,7 @@ class Trained:
         has_head: Whether they have one.
         class_names: Of each class; empty without a head.
         kind: Which weights these are: model or ema.
-        bf16: Whether it computes in bfloat16.
+        precision: What it computes in, as asked for; its weights are float32.
         attention: The backend that serves.
         num_kept: Tokens of a clip that go through the encoder.
         report: What was loaded, for people.
@@ -55,21 +55,18 @@ class Trained:
     has_head: bool
     class_names: tuple[str, ...]
     kind: Literal["model", "ema"]
-    bf16: bool
+    precision: Precision
     attention: str
     num_kept: int
     report: str
 
-    @property
-    def precision(self) -> str:
-        """What it computes in."""
-        return "bf16" if self.bf16 else "fp32"
-
     def wrap(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Return a method of the model that computes in the chosen precision and returns float32."""
 
+        lowers = self.precision.products_dtype != torch.float32
+
         def run(clips_BCTHW: Tensor) -> Tensor:
-            with torch.autocast(clips_BCTHW.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            with torch.autocast(clips_BCTHW.device.type, torch.bfloat16, enabled=lowers):
                 return function(clips_BCTHW).float()
 
         return run
@@ -136,15 +133,15 @@ def load_trained(
     assert isinstance(model, EverestClassifier)
     model.rule = keep_rule(settings.selection)
     report = load_weights(model, weights, clip_grid=grid)
-    bf16 = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    backend = choose_backend(settings.attention, device, dtype, shape.width // (shape.num_heads or 1))
+    precision = choose_precision({}, options.precision, device.type)
+    head_dim = shape.width // (shape.num_heads or 1)
+    backend = choose_backend(settings.attention, device, precision.products_dtype, head_dim)
     return Trained(
         model=model.eval().requires_grad_(False),
         has_head=has_head,
         class_names=_class_names(origin, weights, model.num_classes) if has_head else (),
         kind=kind,
-        bf16=bf16,
+        precision=precision,
         attention=backend.name,
         num_kept=model.rule.num_kept(grid),
         report=report.describe(),

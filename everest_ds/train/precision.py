@@ -1,0 +1,112 @@
+"""What a run computes in: from --precision and the DeepSpeed file to DeepSpeed's sections and torch's dtypes.
+
+    bf16       DeepSpeed's bf16: weights and gradients in bfloat16, float32 master weights in the optimiser
+    autocast   weights, gradients and optimiser in float32; torch.autocast casts matrix products to bfloat16
+    fp32       everything in float32
+
+Ranking, targets, losses and the moments of norms are float32 in all of them. Place in the flow: a command chooses
+before anything is built; `train.engine` puts the sections into DeepSpeed's configuration. Importing needs no torch.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from everest_ds.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+PrecisionName = Literal["auto", "bf16", "autocast", "fp32"]
+DtypeName = Literal["bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One way to compute.
+
+    Attributes:
+        name: As --precision has it.
+        weights: What the model holds its weights, gradients and residual row in.
+        products: What matrix products and attention compute in.
+    """
+
+    name: Literal["bf16", "autocast", "fp32"]
+    weights: DtypeName
+    products: DtypeName
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether torch.autocast makes the products another dtype than the weights."""
+        return self.weights != self.products
+
+    @property
+    def weights_dtype(self) -> "torch.dtype":
+        """What weights are held in, as torch's."""
+        return _torch_dtype(self.weights)
+
+    @property
+    def products_dtype(self) -> "torch.dtype":
+        """What products are computed in, as torch's: also what attention kernels get."""
+        return _torch_dtype(self.products)
+
+
+BF16 = Precision("bf16", "bfloat16", "bfloat16")
+AUTOCAST = Precision("autocast", "float32", "bfloat16")
+FP32 = Precision("fp32", "float32", "float32")
+PRECISIONS = {precision.name: precision for precision in (BF16, AUTOCAST, FP32)}
+
+
+def choose_precision(systems: dict[str, Any], asked: PrecisionName, device_type: str) -> Precision:
+    """Return what the model computes in.
+
+    ``auto`` follows the DeepSpeed file; a file that does not say means bf16 on a GPU and fp32 on a CPU. No file
+    says autocast.
+
+    Raises:
+        UserError: The file wants gradients sent in bfloat16, which autocast does not do.
+    """
+    if asked == "auto":
+        return BF16 if systems.get("bf16", {}).get("enabled", device_type == "cuda") else FP32
+    sent = systems.get("communication_data_type", "fp32")
+    if asked == "autocast" and sent != "fp32":  # DeepSpeed 0.19.8 would obey at stage 0 only
+        raise UserError(
+            f"communication_data_type={sent} in the DeepSpeed file, and --precision autocast, which sends "
+            "gradients as they are, in float32; remove the key, or use --precision bf16"
+        )
+    return PRECISIONS[asked]
+
+
+def precision_of(ds_config: dict[str, Any]) -> Precision:
+    """Return what a DeepSpeed configuration computes in, as `precision_sections` has written it."""
+    if ds_config["bf16"]["enabled"]:
+        return BF16
+    return AUTOCAST if ds_config["torch_autocast"]["enabled"] else FP32
+
+
+def precision_sections(systems: dict[str, Any], precision: Precision) -> dict[str, Any]:
+    """Return every section of DeepSpeed's configuration that decides about dtypes, but for data_types.
+
+    Args:
+        systems: The DeepSpeed file.
+        precision: What the run computes in.
+    """
+    own = "bf16" if precision == BF16 else "fp32"
+    autocast: dict[str, Any] = {"enabled": precision.autocasts}
+    if precision.autocasts:
+        # Gradients are sent in float32, as torch's own data parallelism does. By default DeepSpeed 0.19.8 sends
+        # those of plain linear layers in bfloat16 and gathers these weights rounded at stage 3, but not those of
+        # subclasses (a quarter of a block's), and none at stage 0; here all stages compute the same.
+        autocast |= {"dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return {
+        # A step whose gradient is not finite changes no weight; the loop sees it.
+        "bf16": {"check_grad_overflow": True, **systems.get("bf16", {}), "enabled": precision == BF16},
+        "torch_autocast": autocast,
+        "communication_data_type": systems.get("communication_data_type", own),
+        "fp16": {"enabled": False},
+    }
+
+
+def _torch_dtype(name: DtypeName) -> "torch.dtype":
+    import torch
+
+    return torch.bfloat16 if name == "bfloat16" else torch.float32

@@ -1,0 +1,126 @@
+"""A few steps at every ZeRO stage in one precision: run by the processes of test_precision.py.
+
+One line of JSON for each stage, from rank zero: losses, gradient norms, and the dtypes of weights as layers see
+them and of the gradients and weights that travel.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+from unittest import mock
+
+import torch
+
+from everest_ds import distributed
+from everest_ds.config import BatchConfig, PretrainConfig
+from everest_ds.recipes import get_recipe
+from everest_ds.train import engine as engines
+from everest_ds.train.precision import PrecisionName
+from everest_ds.train.tasks import make_task
+from everest_ds.train.updates import Updater
+
+CLIPS, STEPS, LEARNING_RATE = 8, 4, 1e-3
+# Scalars travel too: norms, losses, whether a gradient is finite.
+LEAST_ELEMENTS = 100
+
+
+@contextlib.contextmanager
+def watch_collectives(seen: set[str]) -> Iterator[None]:
+    """Note the dtype of every tensor that DeepSpeed sends."""
+    import deepspeed.comm.comm as comm
+
+    def watched(name: str) -> Any:
+        send = getattr(comm.cdb, name)
+
+        def collective(*args: Any, **kwargs: Any) -> Any:
+            for given in (*args, *kwargs.values()):
+                tensors = given if isinstance(given, list | tuple) else [given]
+                seen.update(
+                    str(tensor.dtype) for tensor in tensors
+                    if isinstance(tensor, torch.Tensor) and tensor.numel() >= LEAST_ELEMENTS
+                )  # fmt: skip
+            return send(*args, **kwargs)
+
+        return mock.patch.object(comm.cdb, name, collective)
+
+    names = [name for name in dir(comm.cdb) if "reduce" in name or "gather" in name]
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            if callable(getattr(comm.cdb, name)):
+                stack.enter_context(watched(name))
+        yield
+
+
+def run_stage(
+    config: PretrainConfig, ds_config: dict[str, Any], world: distributed.World, device: torch.device
+) -> dict[str, Any]:
+    """Take the steps and return what was seen."""
+    sent: set[str] = set()
+    weights: set[str] = set()
+    torch.manual_seed(0)
+    task = make_task(config)
+    for module in task.modules():
+        own = list(module.parameters(recurse=False))
+        if own:
+            module.register_forward_hook(
+                lambda module, *_: weights.update(str(p.dtype) for p in module.parameters(recurse=False))
+            )
+    engine = engines.build_engine(task, config, ds_config, device)
+    engine.train()
+    updater = Updater(engine, config.optim.max_grad_norm)
+    micro_size, accumulation = config.batch.micro_size, engine.gradient_accumulation_steps()
+    losses, norms = [], []
+    generator = torch.Generator().manual_seed(0)
+    with watch_collectives(sent):
+        for _ in range(STEPS):
+            frames, edge = config.data.num_frames, config.data.image_size
+            clips = torch.randint(0, 256, (CLIPS, 3, frames, edge, edge), dtype=torch.uint8, generator=generator)
+            noise = torch.rand(CLIPS, config.num_selected, generator=generator)
+            engines.set_learning_rate(engine, LEARNING_RATE)
+            total = 0.0
+            for turn in range(accumulation):
+                first = (world.rank * accumulation + turn) * micro_size
+                loss = engine(clips[first : first + micro_size], noise[first : first + micro_size])
+                engine.backward(loss)
+                result = updater.step()
+                total += loss.item() / accumulation
+            losses.append(sum(distributed.gather_objects(total)) / world.size)
+            assert result is not None
+            norms.append(float(result.grad_norm))
+    return {"losses": losses, "norms": norms, "weights": sorted(weights), "sent": sorted(sent)}
+
+
+def main(folder: Path, precision: str, micro_size: int) -> None:
+    """Run all stages."""
+    world = distributed.World.from_environment()
+    device = distributed.start(world)
+    config = get_recipe("demo")
+    assert isinstance(config, PretrainConfig)
+    config = replace(
+        config,
+        data=replace(config.data, num_frames=8, image_size=32),
+        batch=BatchConfig(global_size=CLIPS, micro_size=micro_size),
+    )
+    for stage in range(4):
+        systems = engines.load_systems(folder / f"zero{stage}.json")
+        ds_config = engines.resolve_ds_config(
+            systems,
+            config,
+            world_size=world.size,
+            precision=cast(PrecisionName, precision),
+            device_type="cpu",
+        )
+        seen = run_stage(config, ds_config, world, device)
+        if world.is_main:
+            print(f"SEEN {json.dumps({'stage': stage, **seen})}", flush=True)
+    distributed.finish()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
