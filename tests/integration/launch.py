@@ -67,6 +67,18 @@ def launch(
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
+def run_in_turn(commands: Sequence[Sequence[str]], folder: Path) -> list[subprocess.CompletedProcess[str]]:
+    """Run several `everest` commands in one process that stands in a folder; see `scan_commands`."""
+    words = [sys.executable, "-m", "tests.integration.scan_commands", json.dumps([list(one) for one in commands])]
+    environment = cpu_environment(PYTHONPATH=str(REPOSITORY))
+    done = subprocess.run(
+        words, capture_output=True, text=True, env=environment, cwd=folder, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    seen = [json.loads(line.removeprefix("SEEN ")) for line in done.stdout.splitlines() if line.startswith("SEEN ")]
+    return [subprocess.CompletedProcess(one, *found) for one, found in zip(commands, seen, strict=True)]
+
+
 def metrics(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
     """The lines of one kind of RUN/metrics.jsonl."""
     text = (run_dir / "metrics.jsonl").read_text()

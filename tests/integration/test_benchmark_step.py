@@ -75,14 +75,14 @@ import torch
 from everest_ds import cli
 from everest_ds.commands.benchmark import measuring
 
-real = measuring._take_step
+real = measuring.take_step
 
 def refuse(bench, inputs):
     if len(inputs[0]) > 1 and os.environ["RANK"] == "1":
         raise torch.OutOfMemoryError("no more")
-    real(bench, inputs)
+    return real(bench, inputs)
 
-measuring._take_step = refuse
+measuring.take_step = refuse
 sys.exit(cli.main(sys.argv[1:]))
 """
 
