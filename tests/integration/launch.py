@@ -1,4 +1,4 @@
-"""Starts the project as users do: in processes of their own, with the real launchers."""
+"""Starts the project: as users do, with the real launchers, or in forks of a warm process where numbers alone count."""
 
 from __future__ import annotations
 

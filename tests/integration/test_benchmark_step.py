@@ -108,7 +108,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two stages of a small run, measured on two processes."""
     path = tmp_path_factory.mktemp("stages") / "deep" / "stages.json"
     words = f"benchmark step demo {SMALL} {FEW} --sweep-stages --stages zero1 zero3 --gpus 2 --micro-batch 1 3 4"
-    done = launch([*shlex.split(words), "--out", path])
+    done = compute([*shlex.split(words), "--out", path])
     assert done.returncode == 0, done.stderr
     assert "fastest: " in done.stdout
     assert str(path) in done.stdout
@@ -203,7 +203,7 @@ def test_file_that_is_no_measurement_is_refused(tmp_path: Path, capsys: pytest.C
 def test_stage_that_cannot_be_measured_is_named(tmp_path: Path) -> None:
     """An attention backend that a CPU has not: every stage fails alike, with its own words."""
     words = f"benchmark step demo {SMALL} {FEW} --sweep-stages --stages zero1 --model.attention flash"
-    done = launch([*shlex.split(words), "--out", tmp_path / "x.json"])
+    done = compute([*shlex.split(words), "--out", tmp_path / "x.json"])
     assert done.returncode == 2
     assert "no stage could be measured: zero1: model.attention=flash cannot serve" in " ".join(done.stderr.split())
     assert not (tmp_path / "x.json").exists()
