@@ -1,4 +1,4 @@
-"""Starts the project: as users do, with the real launchers, or in forks of a warm process where numbers alone count."""
+"""Starts the project: as users do, with the real launchers, or in forks of a warm process for numbers alone."""
 
 from __future__ import annotations
 
