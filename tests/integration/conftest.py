@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.launch import launch, recovery_command
+from tests.integration.launch import compute, recovery_command
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +16,7 @@ def uninterrupted(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     class Runs(dict[int, Path]):
         def __missing__(self, stage: int) -> Path:
             out = tmp_path_factory.mktemp("runs") / f"zero{stage}"
-            done = launch(recovery_command(demo_folder, out, stage=stage), processes=2)
+            done = compute(recovery_command(demo_folder, out, stage=stage), processes=2)
             assert done.returncode == 0, done.stderr
             self[stage] = out
             return out

@@ -1,4 +1,4 @@
-"""Starts the project as users do: in processes of their own, with the real launchers."""
+"""Starts the project: as users do, with the real launchers, or in forks of a warm process for numbers alone."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tests.conftest import REPOSITORY
+from tests.integration.forking import run_forked
 
 BIN = Path(sys.executable).parent
 RECOVERY_STEPS = 12
@@ -65,6 +66,38 @@ def launch(
             process.kill()
             raise
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def compute(
+    arguments: Sequence[str | Path],
+    *,
+    processes: int = 1,
+    module: str | Path = "everest_ds",
+    timeout_s: float = 300,
+) -> subprocess.CompletedProcess[str]:
+    """Run `everest ARGUMENTS`, or another module or file, to its end in forks of a warm process; see `forking`.
+
+    For what a run computes. `launch` is for how it is launched, and for faults that several processes meet: who of
+    them speaks is settled by their launcher's process id, and here all launches have the same one.
+    """
+    shared = {"WORLD_SIZE": str(processes), "LOCAL_SIZE": str(processes)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(processes)]
+    start = [str(module)] if isinstance(module, Path) else ["-m", module]
+    words = [*start, *map(str, arguments)]
+    return run_forked(words, ranks=ranks if processes > 1 else [{}], timeout_s=timeout_s)
+
+
+def run_in_turn(commands: Sequence[Sequence[str]], folder: Path) -> list[subprocess.CompletedProcess[str]]:
+    """Run several `everest` commands in one process that stands in a folder; see `scan_commands`."""
+    words = [sys.executable, "-m", "tests.integration.scan_commands", json.dumps([list(one) for one in commands])]
+    environment = cpu_environment(PYTHONPATH=str(REPOSITORY))
+    done = subprocess.run(
+        words, capture_output=True, text=True, env=environment, cwd=folder, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    seen = [json.loads(line.removeprefix("SEEN ")) for line in done.stdout.splitlines() if line.startswith("SEEN ")]
+    return [subprocess.CompletedProcess(one, *found) for one, found in zip(commands, seen, strict=True)]
 
 
 def metrics(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:

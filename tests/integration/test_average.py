@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import REPOSITORY
-from tests.integration.launch import cpu_environment, free_port
+from tests.integration.launch import compute
 
 # The average against one in float64, relative to the value plus 1e-3: measured 1.6e-6.
 AVERAGE_RTOL = 1e-5
@@ -24,10 +21,8 @@ OTHER_CASES = ["0:fp32", "0:bf16", "1:bf16", "2:bf16", "3:fp32"]
 
 def scan(folder: Path, cases: list[str], *, processes: int) -> dict[str, list[dict[str, Any]]]:
     """Run cases and return every rank's findings of each."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    launcher += ["--master-port", str(free_port())]
-    words = [sys.executable, *launcher, "-m", "tests.integration.scan_average", str(folder), *cases]
-    done = subprocess.run(words, capture_output=True, text=True, env=cpu_environment(), cwd=REPOSITORY, timeout=600)
+    module = "tests.integration.scan_average"
+    done = compute([folder, *cases], processes=processes, module=module, timeout_s=600)
     assert done.returncode == 0, done.stderr
     seen: dict[str, list[dict[str, Any]]] = {}
     for text in done.stdout.split("SEEN ")[1:]:

@@ -12,7 +12,7 @@ import pytest
 
 from everest_ds.config import PretrainConfig
 from everest_ds.config_file import load_config
-from tests.integration.launch import ds_config, flags, launch, losses, metrics
+from tests.integration.launch import compute, ds_config, flags, losses, metrics
 
 RTOL = 1e-6
 STEPS = 8
@@ -38,7 +38,7 @@ def whole(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         def __missing__(self, name: str) -> Path:
             out = tmp_path_factory.mktemp("whole") / name
             words = ["--ds-config", ds_config("zero0"), "--batch.micro-size", "32", *BUDGETS[name]]
-            done = launch(flags(demo_folder, out, *words, steps=STEPS))
+            done = compute(flags(demo_folder, out, *words, steps=STEPS))
             assert done.returncode == 0, done.stderr
             self[name] = out
             return out
@@ -52,7 +52,7 @@ def test_two_processes_with_unequal_tokens_equal_one(
 ) -> None:
     out = tmp_path / "run"
     words = ["--ds-config", ds_config(f"zero{stage}"), "--batch.micro-size", "16", *BUDGETS[name]]
-    done = launch(flags(demo_folder, out, *words, steps=STEPS), processes=2)
+    done = compute(flags(demo_folder, out, *words, steps=STEPS), processes=2)
     assert done.returncode == 0, done.stderr
     assert losses(out) == pytest.approx(losses(whole[name]), rel=RTOL)
     norms, expected = ([line["grad_norm"] for line in metrics(run)] for run in (out, whole[name]))
@@ -79,7 +79,7 @@ def test_running_quantile_goes_on_where_it_was(whole: dict[str, Path], demo_fold
     out = tmp_path / "run"
     words = ["--ds-config", ds_config("zero0"), "--batch.micro-size", "32", *BUDGETS["threshold"]]
     for steps in (3, STEPS):
-        done = launch(flags(demo_folder, out, *words, steps=steps))
+        done = compute(flags(demo_folder, out, *words, steps=steps))
         assert done.returncode == 0, done.stderr
     assert losses(out) == losses(whole["threshold"])
     states = [

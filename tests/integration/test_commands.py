@@ -37,7 +37,7 @@ PREPARE_OPTIONS = [
 ]  # fmt: skip
 STEP_OPTIONS = [
     "micro_batch", "steps", "warmup", "ds_config", "precision", "memory_gib", "compare", "sweep_stages", "stages",
-    "gpus", "out", "json",
+    "sweep_ratio", "sweep_frames", "gpus", "out", "json",
 ]  # fmt: skip
 LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "init_allow", "precision"]
 PRETRAIN_FIELDS = {

@@ -22,7 +22,7 @@ from everest_ds.model.weights.reading import read_weights
 from everest_ds.recipes import get_recipe
 from everest_ds.train.evaluation.files import require_own
 from everest_ds.train.tasks import build_autoencoder, encoder_options
-from tests.integration.launch import launch
+from tests.integration.launch import compute, launch
 from tests.integration.test_bad_input import refused
 
 NUM_CLASSES = 8
@@ -77,7 +77,7 @@ def outs(weights: Path, eleven: Path, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("evaluations")
     outs = {size: folder / f"on{size}" for size in (1, 2, 3)}
     for size, out in outs.items():
-        done = launch(words(weights, eleven, "--out", out, "--batch-rows", "2"), processes=size)
+        done = compute(words(weights, eleven, "--out", out, "--batch-rows", "2"), processes=size)
         assert done.returncode == 0, done.stderr
         assert "top-1" in done.stdout
     return outs
@@ -126,7 +126,7 @@ def test_unreadable_video_fails_the_evaluation(weights: Path, tmp_path: Path) ->
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
     videos = write_list(tmp_path / "broken.csv", [VideoRow(broken, 1)])
-    done = launch(words(weights, videos, "--out", tmp_path / "out"))
+    done = compute(words(weights, videos, "--out", tmp_path / "out"))
     assert done.returncode == 2
     assert "broken.mp4 (row 0) cannot be read" in done.stderr
     assert "--allow-unreadable" in done.stderr
@@ -142,7 +142,7 @@ def test_official_layout_scores_alike_and_leaves_an_allowed_unreadable_video_out
     broken.write_bytes(b"no video")
     videos = write_list(tmp_path / "twelve.csv", [*read_list(eleven), VideoRow(broken, 1)])
     out = tmp_path / "out"
-    done = launch(words(official, videos, "--out", out, "--batch-rows", "2", "--allow-unreadable"))
+    done = compute(words(official, videos, "--out", out, "--batch-rows", "2", "--allow-unreadable"))
     assert done.returncode == 0, done.stderr
     assert f"NOT SCORED: 1 unreadable, the first is {broken}" in done.stdout
     summary, expected = (json.loads((folder / "summary.json").read_text()) for folder in (out, outs[1]))
@@ -245,7 +245,7 @@ def test_predict_writes_features_that_pretrained_weights_have_too(eleven: Path, 
     (tmp_path / "broken.mp4").touch()
     given = ["predict", tmp_path / "pt.safetensors", videos[0], tmp_path / "broken.mp4", *videos[1:]]
     given += ["--recipe", "demo", "--features", tmp_path / "f.safetensors", "--allow-unreadable"]
-    done = launch(given)
+    done = compute(given)
     assert done.returncode == 0, done.stderr
     assert f"cannot read {tmp_path / 'broken.mp4'}" in done.stderr
     with safe_open(tmp_path / "f.safetensors", "pt") as file:
@@ -262,7 +262,7 @@ def test_neighbours_of_pretrained_features_recognise_their_own(eleven: Path, tmp
     torch.manual_seed(0)
     save_file(build_autoencoder(config).state_dict(), tmp_path / "pt.safetensors")
     given = ["evaluate", tmp_path / "pt.safetensors", "--recipe", "demo", "--list", eleven, "--train-list", eleven]
-    done = launch([*given, "--protocol", "knn", "--knn-k", "1", "--out", tmp_path / "out"], processes=2)
+    done = compute([*given, "--protocol", "knn", "--knn-k", "1", "--out", tmp_path / "out"], processes=2)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["top1"], summary["num_scored"], summary["num_train"]) == (1.0, 11, 11)

@@ -1,4 +1,4 @@
-"""Fine-tuning through the real launchers: worlds and ZeRO stages against one process, resume, best checkpoint.
+"""Fine-tuning in whole runs: worlds and ZeRO stages against one process, resume, best checkpoint.
 
 Everything that draws is on: drop path, mixup and CutMix, random erasing, repeated sampling, RandAugment; so are
 layer decay and the moving average.
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from everest_ds.data.demo import DemoConfig, write_demo_data
 from everest_ds.train.consolidated import read_any_weights, read_fp32_weights
-from tests.integration.launch import contents, ds_config, launch, losses, metrics
+from tests.integration.launch import compute, contents, ds_config, losses, metrics
 
 LOSS_RTOL = 1e-6
 NUM_STEPS = 8
@@ -54,7 +54,7 @@ def finetune(folder: Path, out: Path, *extra: str, steps: int = NUM_STEPS, stage
 def alone(labelled_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process at ZeRO-0."""
     out = tmp_path_factory.mktemp("runs") / "alone"
-    done = launch(finetune(labelled_folder, out, stage=0))
+    done = compute(finetune(labelled_folder, out, stage=0))
     assert done.returncode == 0, done.stderr
     return out
 
@@ -85,7 +85,9 @@ def test_evaluate_takes_the_best_checkpoint_and_its_average(
     alone: Path, labelled_folder: Path, tmp_path: Path
 ) -> None:
     words = ["evaluate", alone, "--list", labelled_folder / "val.csv", "--out", tmp_path / "evaluation"]
-    done = launch([*words, "--num-temporal", "1", "--num-spatial", "1", "--num-workers", "0", "--batch-rows", "24"])
+    done = compute(
+        [*words, "--num-temporal", "1", "--num-spatial", "1", "--num-workers", "0", "--batch-rows", "24"]
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "evaluation" / "summary.json").read_text())
     best = (alone / "checkpoints" / "best").read_text().strip()
@@ -108,7 +110,7 @@ def test_weights_of_the_run_are_the_best_ones_with_their_class_names(alone: Path
 def test_two_processes_equal_one(stage: int, alone: Path, labelled_folder: Path, tmp_path: Path) -> None:
     """Losses, scores, averages and weights; measured: all identical, gradient norms within 1.5e-7."""
     out = tmp_path / "run"
-    done = launch(finetune(labelled_folder, out, stage=stage), processes=2)
+    done = compute(finetune(labelled_folder, out, stage=stage), processes=2)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.tensor(losses(out)), torch.tensor(losses(alone)), rtol=LOSS_RTOL, atol=0)
     for ours, theirs in zip(metrics(out, "val"), metrics(alone, "val"), strict=True):
@@ -127,7 +129,7 @@ def test_two_processes_equal_one(stage: int, alone: Path, labelled_folder: Path,
 def test_going_on_is_bitwise_the_run_without_a_break(alone: Path, labelled_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     for steps in (3, NUM_STEPS):
-        done = launch(finetune(labelled_folder, out, steps=steps, stage=0))
+        done = compute(finetune(labelled_folder, out, steps=steps, stage=0))
         assert done.returncode == 0, done.stderr
     assert losses(out) == losses(alone)
     last = f"checkpoints/step-{NUM_STEPS:08d}"
@@ -143,7 +145,7 @@ def test_going_on_is_bitwise_the_run_without_a_break(alone: Path, labelled_folde
 def test_linear_probe_changes_the_head_alone(labelled_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     frozen = ("--model.freeze-encoder", "--model.drop-path", "0", "--run.save-every-steps", "2")
-    done = launch(finetune(labelled_folder, out, *frozen, steps=4))
+    done = compute(finetune(labelled_folder, out, *frozen, steps=4))
     assert done.returncode == 0, done.stderr
     assert {group["lr_scale"] for group in metrics(out, "event")[0]["groups"]} == {1.0}
     first, second = (read_fp32_weights(out / "checkpoints" / f"step-{step:08d}") for step in (2, 4))
@@ -154,7 +156,7 @@ def test_linear_probe_changes_the_head_alone(labelled_folder: Path, tmp_path: Pa
 def test_another_task_is_refused_and_the_directory_stays(alone: Path, demo_folder: Path) -> None:
     before = contents(alone)
     words = ["pretrain", "demo", "--data.train-list", str(demo_folder / "train.csv"), "--out", str(alone)]
-    done = launch(words)
+    done = compute(words)
     assert done.returncode == 2
     assert "its task is finetune, this one's pretrain" in done.stderr
     assert contents(alone) == before

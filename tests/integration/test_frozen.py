@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from everest_ds.train.consolidated import read_fp32_weights
-from tests.integration.launch import ds_config, launch, metrics
+from tests.integration.launch import compute, ds_config, metrics
 
 HEAD = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
 RTOL = 1e-6  # losses in another world and stage: measured identical; without restoring, 0.7 % apart
@@ -30,7 +30,7 @@ def probe(
 
 
 def run(words: list[str], *, processes: int = 1) -> None:
-    done = launch(words, processes=processes)
+    done = compute(words, processes=processes)
     assert done.returncode == 0, done.stderr
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.launch import flags, launch, losses, start
+from tests.integration.launch import compute, flags, launch, losses, start
 
 STEPS = 12  # three epochs of 128 videos at 32 a step
 
@@ -59,7 +59,7 @@ def reference(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A run in whose list two files are missing, with no loader process."""
     folder = tmp_path_factory.mktemp("missing")
     source = list_with(demo_folder, folder / "list.csv", folder / "gone.mp4", folder / "gone too.mp4")
-    done = launch(run_words(demo_folder, folder / "run", source, 0))
+    done = compute(run_words(demo_folder, folder / "run", source, 0))
     assert done.returncode == 0, done.stderr
     found = bad_samples(folder / "run")
     assert {(row, reason) for _, row, reason in found} == {(7, "no such file"), (23, "no such file")}

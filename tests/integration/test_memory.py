@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.integration.launch import cpu_environment, free_port
+from tests.integration.launch import compute
 
 # Measured over all ways of sharding, precisions and ranks: at most 0.31 % (float32 at stage 2, where the two ranks
 # hold whole gradients of different parameters and the estimate is for the one that holds more), else 0.006 %.
@@ -34,11 +32,8 @@ OTHER_CASES = [case for case in OTHER_CASES if case not in DEFAULT_CASES]
 
 def scan(cases: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Run cases in two processes and return both ranks' figures of each."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    words = [sys.executable, *launcher, "-m", "tests.integration.scan_states", str(REPOSITORY / "ds_configs")]
-    done = subprocess.run(
-        [*words, *cases], capture_output=True, text=True, env=cpu_environment(), cwd=REPOSITORY, timeout=600
-    )
+    words, module = [REPOSITORY / "ds_configs", *cases], "tests.integration.scan_states"
+    done = compute(words, processes=2, module=module, timeout_s=600)
     assert done.returncode == 0, done.stderr
     seen: dict[str, list[dict[str, Any]]] = {}
     for text in done.stdout.split("SEEN ")[1:]:

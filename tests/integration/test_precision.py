@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,15 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
-from tests.integration.launch import cpu_environment, ds_config, flags, free_port, launch, losses, metrics, weights
+from tests.integration.launch import (
+    compute,
+    ds_config,
+    flags,
+    launch,
+    losses,
+    metrics,
+    weights,
+)
 
 # Losses and norms of a step in another world, stage or accumulation, relative: measured 0 and 5.5e-7.
 LOSS_RTOL = 5e-6
@@ -20,23 +26,8 @@ LOSS_RTOL = 5e-6
 
 def scan(precision: str, *, processes: int, micro_size: int) -> list[dict[str, Any]]:
     """What was seen at stages 0 to 3."""
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(processes),
-        "--master-port",
-        str(free_port()),
-    ]
-    words = [*launcher, "-m", "tests.integration.scan_precision", str(REPOSITORY / "ds_configs"), precision]
-    done = subprocess.run(
-        [sys.executable, *words, str(micro_size)],
-        capture_output=True,
-        text=True,
-        env=cpu_environment(),
-        cwd=REPOSITORY,
-        timeout=300,
-    )
+    words = [REPOSITORY / "ds_configs", precision, str(micro_size)]
+    done = compute(words, processes=processes, module="tests.integration.scan_precision")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(text.splitlines()[0]) for text in done.stdout.split("SEEN ")[1:]]
     assert [line["stage"] for line in lines] == [0, 1, 2, 3]

@@ -106,6 +106,27 @@ def test_python_example_runs() -> None:
     assert output.prediction_RP.shape == (2 * (470 - 156), 1536)  # type: ignore[attr-defined]
 
 
+# Rows of the first table whose figures are those of BENCHMARKS.md; the others are of tests, or rounded.
+QUOTED = [
+    row
+    for row in ([cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines())
+    if len(row) == 4 and row[3] in ("[BENCHMARKS.md](BENCHMARKS.md)", "`everest benchmark flops`")
+]
+
+
+@pytest.mark.parametrize("row", QUOTED, ids=lambda row: row[0])
+def test_figures_that_are_quoted_from_the_benchmarks_stand_there(row: list[str]) -> None:
+    benchmarks = (REPOSITORY / "BENCHMARKS.md").read_text()
+    figures = re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", row[1])
+    assert figures or row[1] == "not yet measured"
+    for figure in figures:
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d|\.\d|e-)", benchmarks), figure
+
+
+def test_there_are_figures_to_compare() -> None:
+    assert len(QUOTED) >= 6
+
+
 def test_files_and_links_exist() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (REPOSITORY / target).exists(), target

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
-from tests.conftest import REPOSITORY
-from tests.integration.launch import cpu_environment, free_port
+from tests.integration.launch import compute
 
 
 def test_two_processes_at_stage_3_compute_the_same_bits_however_much_is_recomputed() -> None:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.integration.scan_recomputation"],
-        capture_output=True,
-        text=True,
-        env=cpu_environment(),
-        cwd=REPOSITORY,
-        timeout=300,
-    )
+    done = compute([], processes=2, module="tests.integration.scan_recomputation")
     assert done.returncode == 0, done.stderr
     seen = [json.loads(text.splitlines()[0]) for text in done.stdout.split("SEEN ")[1:]]
     figures: dict[tuple[str, int], dict[str, list[float]]] = {}

@@ -17,6 +17,7 @@ import pytest
 
 from tests.integration.launch import (
     RECOVERY_STEPS,
+    compute,
     launch,
     losses,
     metrics,
@@ -114,7 +115,7 @@ def test_run_killed_within_a_save_and_then_damaged_ends_as_if_nothing_had_happen
     damaged = bytearray(shard.read_bytes())
     damaged[1000:1064] = bytes(byte ^ 0xFF for byte in damaged[1000:1064])
     shard.write_bytes(damaged)
-    done = launch(arguments, processes=2)
+    done = compute(arguments, processes=2)
     assert done.returncode == 0, done.stderr
     assert f"checkpoint {newest} is damaged: the checksum of {shard.name} differs; passing it over" in done.stdout
     require_same_run(broken, uninterrupted[2])

@@ -7,13 +7,12 @@ batch is 32 in any world, and the runs branch off in the middle of an epoch.
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.integration.launch import BIN, cpu_environment, free_port, metrics
+from tests.integration.launch import compute, metrics
 
 STAGES = (1, 2, 3)
 BRANCH_STEP, END_STEP = 6, 16  # four steps an epoch; ten steps after the branch
@@ -49,15 +48,10 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(script: Path, world: int, stage: int, out: Path, *words: str | Path) -> str:
     """Run the demo with nine groups; return what it printed."""
-    launcher = ["--no_local_rank", "--num_gpus", str(world), "--master_port", str(free_port())]
     flags = ["--out", str(out), "--ds-config", str(REPOSITORY / "ds_configs" / f"zero{stage}.json")]
     flags += ["--run.max-steps", str(END_STEP), "--run.log-every-steps", "1", "--data.num-workers", "0"]
     flags += ["--precision", "fp32", "--batch.micro-size", "8", *map(str, words)]
-    done = subprocess.run(
-        [str(BIN / "deepspeed"), *launcher, str(script), "pretrain", "demo", *flags],
-        capture_output=True, text=True, timeout=300, cwd=REPOSITORY,
-        env=cpu_environment(PYTHONPATH=str(REPOSITORY)),
-    )  # fmt: skip
+    done = compute(["pretrain", "demo", *flags], processes=world, module=script)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.integration.launch import cpu_environment
+from tests.integration.launch import compute
 
 # zero stage : precision : norm that gradients are clipped to. Norms are 1.01 and more.
 ON_DEVICE = ("2:bf16:1", "2:fp32:1", "2:fp32:0", "1:fp32:1", "0:fp32:1")
@@ -23,15 +23,8 @@ LOSS_RTOL = 1e-6  # measured: 5e-8 in float32
 BF16_RTOL = 1e-3  # measured: 2.3e-4 against ZeRO-1; against ZeRO-3 losses are equal and norms 5e-8 apart
 
 
-def scan(folder: Path, *cases: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.integration.scan_waiting", str(folder), *cases],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=REPOSITORY,
-        timeout=300,
-    )
+def by_case(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """What was seen in each case."""
     assert done.returncode == 0, done.stderr
     seen = [json.loads(line.removeprefix("SEEN ")) for line in done.stdout.splitlines() if line.startswith("SEEN")]
     return {case["case"]: case for case in seen}
@@ -40,7 +33,7 @@ def scan(folder: Path, *cases: str, environment: dict[str, str] | None = None) -
 @pytest.fixture(scope="module")
 def scanned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("waiting")
-    return scan(folder, *ON_DEVICE, *BY_DEEPSPEED, environment=cpu_environment())
+    return by_case(compute([folder, *ON_DEVICE, *BY_DEEPSPEED], module="tests.integration.scan_waiting"))
 
 
 @pytest.mark.parametrize("case", ON_DEVICE)
@@ -99,5 +92,6 @@ def test_clipping_takes_part(scanned: dict[str, Any]) -> None:
 @pytest.mark.gpu
 def test_host_never_waits_for_a_gpu(tmp_path: Path) -> None:
     """Torch's debug mode makes any synchronising call an error."""
-    seen = scan(tmp_path, "2:bf16:1", "2:bf16:0")
+    words = [sys.executable, "-m", "tests.integration.scan_waiting", str(tmp_path), "2:bf16:1", "2:bf16:0"]
+    seen = by_case(subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY, timeout=300, check=False))
     assert all(case["waits"] == {str(step): [] for step in range(1, 8)} for case in seen.values())

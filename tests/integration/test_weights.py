@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from everest_ds.train.run_dir import Resume
 from everest_ds.train.start import choose_start
 from everest_ds.train.tasks import build_autoencoder
 from tests.conftest import REPOSITORY
-from tests.integration.launch import BIN, contents, cpu_environment, ds_config, flags, free_port, launch
+from tests.integration.launch import compute, contents, ds_config, flags
 
 TRAIN_AND_EXPORT = """
 import os, sys, torch
@@ -92,11 +91,7 @@ os._exit(0)
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     out = tmp_path_factory.mktemp("exported")
     (out / "script.py").write_text(TRAIN_AND_EXPORT)
-    words = ["--no_local_rank", "--num_gpus", "2", "--master_port", str(free_port()), str(out / "script.py")]
-    done = subprocess.run(
-        [str(BIN / "deepspeed"), *words, str(REPOSITORY / "ds_configs"), str(out)],
-        capture_output=True, text=True, timeout=300, env=cpu_environment(PYTHONPATH=str(REPOSITORY)),
-    )  # fmt: skip
+    done = compute([REPOSITORY / "ds_configs", out], module=out / "script.py", processes=2)
     assert done.returncode == 0, done.stderr
     return out, [line for line in done.stdout.splitlines() if line.startswith("EXPORT")]
 
@@ -152,7 +147,7 @@ def test_run_starts_from_weights_alone_and_a_repeated_command_goes_on(
     weights, run_dir = exported[0] / "zero3_fp32.safetensors", tmp_path / "run"
     words = ["--ds-config", ds_config("zero0"), "--init-from", str(weights), "--optim.warmup-epochs", "4"]
     one_step = flags(demo_folder, run_dir, *words, steps=1)  # of learning rate zero: the weights stay
-    done = launch(one_step)
+    done = compute(one_step)
     assert done.returncode == 0, done.stderr
     assert f"weights from {weights}, everything else fresh" in done.stdout
     saved = torch.load(
@@ -161,10 +156,10 @@ def test_run_starts_from_weights_alone_and_a_repeated_command_goes_on(
     given = load_file(weights)
     assert {name.removeprefix("model.") for name in saved} == given.keys()
     assert all(torch.equal(tensor, given[name.removeprefix("model.")]) for name, tensor in saved.items())
-    again = launch(flags(demo_folder, run_dir, *words, steps=2))
+    again = compute(flags(demo_folder, run_dir, *words, steps=2))
     assert "(--init-from counts at the start of a run only)" in again.stdout
     before = contents(run_dir)
-    both = launch([*flags(demo_folder, run_dir, *words, steps=3), "--resume", str(run_dir)])
+    both = compute([*flags(demo_folder, run_dir, *words, steps=3), "--resume", str(run_dir)])
     assert both.returncode == 2
     assert "--init-from starts a new run from weights alone, --resume PATH goes on with a run" in both.stderr
     assert contents(run_dir) == before
@@ -175,7 +170,7 @@ def test_weights_of_another_model_are_refused_with_both_shapes(
 ) -> None:
     words = ["--ds-config", ds_config("zero0"), "--init-from", str(exported[0] / "zero1_bf16")]
     words += ["--model.patch-size", "16"]
-    done = launch(flags(demo_folder, tmp_path / "run", *words))
+    done = compute(flags(demo_folder, tmp_path / "run", *words))
     assert done.returncode == 2
     assert "encoder.patch_embed.proj.weight has shape (128, 3, 2, 8, 8), this model's has" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -266,7 +261,7 @@ def test_run_starts_from_a_folder_of_hugging_face_with_interpolated_positions(
     way_out = str(refused.value).split("to interpolate them, ")[1].split(";")[0].split()
     assert way_out == ["--model.position-frames", "16", "--model.position-size", "48"]
     words = ["--ds-config", ds_config("zero0"), "--init-from", str(folder), "--data.num-frames", "8"]
-    done = launch(flags(demo_folder, run_dir, *words, *way_out, steps=1), processes=2)
+    done = compute(flags(demo_folder, run_dir, *words, *way_out, steps=1), processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("interpolated  positions 8x6x6 -> 4x6x6 tokens") == 1  # by rank zero alone
     assert done.stdout.count("loaded        88 of 88 tensors") == 1

@@ -12,7 +12,7 @@ import pytest
 
 from everest_ds.data.demo import DemoConfig, render_video
 from everest_ds.data.index import read_list
-from tests.integration.launch import launch, metrics
+from tests.integration.launch import compute, metrics
 from tests.unit.layouts import write
 
 CLASSES = ("Archery", "Biking", "Diving", "Fencing")
@@ -53,7 +53,7 @@ def ucf101(tmp_path: Path) -> Path:
 
 
 def run(*words: str | Path) -> str:
-    done = launch(words)
+    done = compute(words)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout
 

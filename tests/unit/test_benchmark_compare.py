@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from everest_ds.commands.benchmark import compare
-from everest_ds.commands.benchmark.compare import Side, compare_steps, describe_outcomes, take_turns, tube_mask
+from everest_ds.commands.benchmark.compare import compare_steps, describe_outcomes, tube_mask
 from everest_ds.commands.benchmark.reference import (
     MODULES,
     SOURCES,
@@ -25,6 +25,7 @@ from everest_ds.commands.benchmark.reference import (
     make_official_model,
     require_comparable,
 )
+from everest_ds.commands.benchmark.turns import Outcome, Side, take_turns
 from everest_ds.config import PretrainConfig
 from everest_ds.errors import UserError
 from everest_ds.model.packing import TokenIndex
@@ -232,10 +233,10 @@ def test_sweep_goes_on_without_who_did_not_fit_and_ends_with_us(
     seen: list[tuple[int, list[str]]] = []
     held = {"ours": 2, "everest": 1}
 
-    def turns(sides: list[Side], device: torch.device, **options: int) -> dict[str, compare.Outcome]:
+    def turns(sides: list[Side], device: torch.device, **options: int) -> dict[str, Outcome]:
         size = 2 ** len(seen)
         seen.append((size, [side.name for side in sides]))
-        return {s.name: compare.Outcome(seconds=[1.0], out_of_memory=size > held[s.name]) for s in sides}
+        return {s.name: Outcome(seconds=[1.0], out_of_memory=size > held[s.name]) for s in sides}
 
     monkeypatch.setattr(compare, "take_turns", turns)
     monkeypatch.setattr(compare, "make_task", lambda config: torch.nn.Linear(1, 1))

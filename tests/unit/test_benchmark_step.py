@@ -232,8 +232,8 @@ def test_throughput_is_that_of_the_slowest_process(monkeypatch: pytest.MonkeyPat
         task=SimpleNamespace(inputs=lambda batch, device: (), visible_tokens=10, clip_flops=lambda: 2e12),
     )  # fmt: skip
     monkeypatch.setattr(measuring, "synthetic_batch", lambda *given: None)
-    monkeypatch.setattr(measuring, "_take_step", lambda bench, inputs: None)
-    monkeypatch.setattr(measuring, "_profile", lambda bench, inputs: None)
+    monkeypatch.setattr(measuring, "take_step", lambda bench, inputs: None)
+    monkeypatch.setattr(measuring, "profiled_shares", lambda bench, step: None)
     mine, other = ([0.1, 0.4], 20, 1.0, None), ([0.3, 0.2], 22, 2.0, None)
     monkeypatch.setattr(measuring.distributed, "gather_objects", lambda own: [mine, other])
     found = measuring.measure_steps(bench, 3, steps=2, warmup=0, ceiling_tflops=100.0)
@@ -258,7 +258,13 @@ def test_throughput_is_that_of_the_slowest_process(monkeypatch: pytest.MonkeyPat
         ("demo --out x.json", "--out x.json belongs to --sweep-stages"),
         ("demo --sweep-stages --gpus 0", "--gpus 0 must be at least 1"),
         ("demo --sweep-stages --stages zero4", "--stages zero4: there is no such file in ds_configs"),
-        ("demo --sweep-stages --compare everest", "measure it and --sweep-stages apart"),
+        ("demo --sweep-stages --compare everest", "--compare and --sweep-stages are measurements of their own"),
+        ("demo --sweep-ratio 0.2 0.3 --sweep-frames 8 16", "--sweep-ratio and --sweep-frames are measurements"),
+        ("demo --sweep-ratio 0.2 0.3", "--sweep-ratio 0.2 0.3 must name at least 3 different values"),
+        ("demo --sweep-frames 8 16 8", "--sweep-frames 8 16 8 must name at least 3 different values"),
+        ("demo --sweep-ratio 0.5 1.0 1.5", "selection.selected_ratio=1.5"),
+        ("demo --sweep-frames 8 15 16", "num_frames=15 is not a positive multiple"),
+        ("demo --sweep-ratio 0.2 0.3 0.4 --micro-batch 1 2", "all points of a sweep have one micro-batch"),
         ("demo --sweep-stages --ds-config ds_configs/zero1.json", "takes no DeepSpeed file"),
         ("demo --ds-config absent.json", "absent.json"),
         ("demo_ft --compare everest", "demo_ft is a fine-tuning"),
@@ -279,3 +285,5 @@ def test_modes_without_a_launcher_refuse_one(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["benchmark", "step", "demo", "--sweep-stages"]) == 2
     assert "--sweep-stages is started without a launcher, got 2 processes" in capsys.readouterr().err
+    assert cli.main(["benchmark", "step", "demo", "--sweep-frames", "8", "16", "24"]) == 2
+    assert "--sweep-frames is started without a launcher, got 2 processes" in capsys.readouterr().err

@@ -7,13 +7,11 @@ them standardised, as their loader would, for free. VideoMAE sees a tenth of the
 others. In bf16 our weights are bf16, as under DeepSpeed, and theirs float32 under autocast, as their loop has it.
 With --precision autocast both are alike.
 
-The sides take turns within a round, each round beginning with another one; what counts is the median over rounds of
-the ratio within a round, in CPU time of all threads on a CPU (other work on the machine then disturbs little).
+The sides take turns (`turns`); what counts is the median over rounds of the ratio within a round.
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +26,8 @@ from everest_ds.commands.benchmark.reference import (
     make_official_model,
     require_comparable,
 )
-from everest_ds.commands.benchmark.timing import ninetieth, work_seconds
+from everest_ds.commands.benchmark.timing import milliseconds
+from everest_ds.commands.benchmark.turns import Outcome, Side, take_turns
 from everest_ds.config import PretrainConfig
 from everest_ds.counts import count_places
 from everest_ds.model.tubelets import standardise
@@ -38,38 +37,6 @@ from everest_ds.train.tasks import Task, make_task
 OURS = "ours"
 # VideoMAE shows a tenth of the tokens to its encoder (its recipes for Kinetics and SSv2).
 TUBE_VISIBLE = 0.1
-
-
-@dataclass(frozen=True)
-class Side:
-    """What is compared.
-
-    Attributes:
-        name: ours, everest or videomae.
-        step: Takes a forward and backward pass and returns the loss.
-        clear: Lets the gradients go, so that they do not lie beside another side's work.
-    """
-
-    name: str
-    step: Callable[[], float]
-    clear: Callable[[], None]
-
-
-@dataclass(kw_only=True)
-class Outcome:
-    """What became of a side.
-
-    Attributes:
-        seconds: Of each timed round.
-        loss: Of the last step.
-        peak_gib: The most that a step allocated beyond what lay there before it; None on a CPU.
-        out_of_memory: Whether it ran out of memory; it has then no part in the rounds that follow.
-    """
-
-    seconds: list[float]
-    loss: float = float("nan")
-    peak_gib: float | None = None
-    out_of_memory: bool = False
 
 
 def compare_steps(
@@ -115,42 +82,6 @@ def compare_steps(
         references = {name: step for name, step in references.items() if not outcomes[name].out_of_memory}
 
 
-def take_turns(
-    sides: Sequence[Side],
-    device: torch.device,
-    *,
-    rounds: int,
-    warmup: int,
-    clock: Callable[[torch.device], float] = work_seconds,
-) -> dict[str, Outcome]:
-    """Let all sides take their steps in turns, each round beginning with the next side.
-
-    A side that runs out of memory takes no further steps.
-    """
-    outcomes = {side.name: Outcome(seconds=[]) for side in sides}
-    for number in range(warmup + rounds):
-        first = number % len(sides)
-        for side in (*sides[first:], *sides[:first]):
-            outcome = outcomes[side.name]
-            if outcome.out_of_memory:
-                continue
-            held = _reset_peak(device)
-            started = clock(device)
-            try:
-                outcome.loss = side.step()
-            except torch.OutOfMemoryError:
-                outcome.out_of_memory = True
-            else:
-                seconds = clock(device) - started
-                if number >= warmup:
-                    outcome.seconds.append(seconds)
-                    outcome.peak_gib = _peak_gib(device, held)
-            side.clear()
-            if outcome.out_of_memory:
-                torch.cuda.empty_cache()
-    return outcomes
-
-
 def describe_outcomes(outcomes: dict[str, Outcome], micro_size: int) -> dict[str, Any]:
     """Return the sides as fields of a line: times, clips/s, loss, memory, and ours to theirs."""
     ours = outcomes[OURS]
@@ -162,8 +93,7 @@ def describe_outcomes(outcomes: dict[str, Outcome], micro_size: int) -> dict[str
         median = statistics.median(outcome.seconds)
         fields[name] |= {
             "clips_per_s": round(micro_size / median, 4),
-            "step_ms_median": round(median * 1e3, 3),
-            "step_ms_p90": round(ninetieth(outcome.seconds) * 1e3, 3),
+            **milliseconds(outcome.seconds),
             "loss": round(outcome.loss, 6),
             "step_gib": None if outcome.peak_gib is None else round(outcome.peak_gib, 4),
         }
@@ -210,14 +140,3 @@ def tube_mask(config: PretrainConfig, micro_size: int, device: torch.device) -> 
     noise_BJ = torch.rand(micro_size, grid.tokens_per_step, device=device, generator=generator)
     hidden_BJ = torch.ones_like(noise_BJ, dtype=torch.bool).scatter(1, noise_BJ.argsort(dim=1)[:, :places], False)
     return hidden_BJ.repeat(1, grid.time)
-
-
-def _reset_peak(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def _peak_gib(device: torch.device, held: int) -> float | None:
-    return (torch.cuda.max_memory_allocated(device) - held) / 2**30 if device.type == "cuda" else None

@@ -6,8 +6,9 @@ would cost a start of DeepSpeed and a measured ceiling every time, and give noth
 cache and a new peak, and after the first that does not fit, the engine is in no state to go on and the sweep ends.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from everest_ds.commands.benchmark.shares import OPTIMISER_REGION, profile_activ
 from everest_ds.commands.benchmark.timing import Marks, milliseconds
 from everest_ds.config import BatchConfig, Config, FinetuneConfig
 from everest_ds.distributed import World
+from everest_ds.errors import UserError
 from everest_ds.model.attention import choose_backend
 from everest_ds.model.sizes import get_size
 from everest_ds.train import engine as engines
@@ -84,8 +86,7 @@ def build_workbench(
     Raises:
         UserError: The DeepSpeed file or the attention backend cannot serve.
     """
-    if isinstance(config, FinetuneConfig):
-        config = replace(config, data=replace(config.data, num_classes=num_classes(config)))
+    config = resolve_classes(config)
     config = replace(config, batch=BatchConfig(global_size=micro_size * world.size, micro_size=micro_size))
     systems = engines.load_systems(ds_config_file)
     engines.check_sections(systems, str(ds_config_file))
@@ -113,6 +114,13 @@ def build_workbench(
     )  # fmt: skip
 
 
+def resolve_classes(config: Config) -> Config:
+    """Return the run with a number of classes, an assumed one where its lists are to say it."""
+    if isinstance(config, FinetuneConfig):
+        return replace(config, data=replace(config.data, num_classes=num_classes(config)))
+    return config
+
+
 def measure_steps(
     bench: Workbench, micro_size: int, *, steps: int, warmup: int, ceiling_tflops: float | None
 ) -> dict[str, Any]:
@@ -138,16 +146,16 @@ def measure_steps(
     batch = synthetic_batch(bench.task, bench.config, micro_size, device, bench.config.run.seed + bench.world.rank)
     inputs = bench.task.inputs(batch, device)
     for _ in range(warmup):
-        _take_step(bench, inputs)
+        take_step(bench, inputs)
     marks, tokens = Marks(device), 0
     marks.mark()
     for _ in range(steps):
-        _take_step(bench, inputs)
+        take_step(bench, inputs)
         tokens += bench.task.visible_tokens
         marks.mark()
     own = marks.seconds(), tokens, peak_memory_gib(device), _reserved_gib(device)
     everyone = distributed.gather_objects(own)
-    shares = _profile(bench, inputs)
+    shares = profiled_shares(bench, partial(take_step, bench, inputs))
     slowest = [max(times) for times in zip(*(times for times, *_ in everyone), strict=True)]
     clips_per_s = micro_size * bench.world.size * steps / sum(slowest)
     reserved = [gib for *_, gib in everyone if gib is not None]
@@ -162,6 +170,20 @@ def measure_steps(
     }
 
 
+def limit_memory(memory_gib: float | None, world: World) -> None:
+    """Have the caching allocator of this process's GPU refuse more than so much; None limits nothing.
+
+    Raises:
+        UserError: The GPU has less.
+    """
+    if memory_gib is None:
+        return
+    whole = torch.cuda.get_device_properties(world.local_rank).total_memory / 2**30
+    if memory_gib > whole:
+        raise UserError(f"--memory-gib {memory_gib:g} is more than this GPU has, {whole:.2f}")
+    torch.cuda.set_per_process_memory_fraction(memory_gib / whole, world.local_rank)
+
+
 def powers_of_two(first: int) -> Iterator[int]:
     """Yield first, 2 first, 4 first, and so on without an end."""
     while True:
@@ -169,17 +191,20 @@ def powers_of_two(first: int) -> Iterator[int]:
         first *= 2
 
 
-def _take_step(bench: Workbench, inputs: tuple[Tensor, ...]) -> None:
-    loss = bench.engine(*inputs)
+def take_step(bench: Workbench, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Take an optimiser step on one micro-batch and return its loss, on the device."""
+    loss: Tensor = bench.engine(*inputs)
     bench.engine.backward(loss)
     with torch.profiler.record_function(OPTIMISER_REGION):
         bench.updater.step()
+    return loss.detach()
 
 
-def _profile(bench: Workbench, inputs: tuple[Tensor, ...]) -> dict[str, float] | None:
+def profiled_shares(bench: Workbench, step: Callable[[], object]) -> dict[str, float] | None:
+    """Return the share of each part of a step in its time, over steps beside the timed ones."""
     with torch.profiler.profile(activities=profile_activities(bench.device)) as profile:
         for _ in range(PROFILED_STEPS):
-            _take_step(bench, inputs)
+            step()
         if bench.device.type == "cuda":
             torch.cuda.synchronize(bench.device)
     shares = time_shares(list(profile.events() or ()), bench.device.type)

@@ -82,6 +82,36 @@ def compare_rows(line: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def growth_head(what: str) -> str:
+    """Return the head of the table of a sweep over ratios or frames."""
+    return (
+        f"{what:>8}{'selected':>10}{'visible':>9}{'ms':>11}{'p90':>11}{'ms/1000':>9}{'line':>11}{'off':>9}"
+        f"{'attention':>11}"
+    )
+
+
+def growth_rows(line: dict[str, Any]) -> Iterator[str]:
+    """Yield a sweep as rows of a table, and what it comes to."""
+    for row in line["points"]:
+        on_line = ("-", "-")
+        if row["line_ms"] is not None:
+            on_line = (f"{row['line_ms']:.1f}", f"{row['off_line']:+.1%}")
+        share = "-" if row["attention_share"] is None else f"{row['attention_share']:.1%}"
+        yield (
+            f"{row['value']:>8g}{row['tokens']:>10}{row['visible_tokens']:>9}{row['step_ms_median']:>11.1f}"
+            f"{row['step_ms_p90']:>11.1f}{row['ms_per_1000_tokens']:>9.2f}{on_line[0]:>11}{on_line[1]:>9}{share:>11}"
+            f"{'' if row['is_fitted'] else '  not in the line'}"
+        )
+    yield ""
+    if line["fixed_ms"] is None:
+        yield "no line: attention takes most of the step at too many points"
+        return
+    yield (
+        f"line: {line['fixed_ms']:.1f} ms and {line['ms_per_1000_tokens']:.2f} ms for 1000 tokens; "
+        f"linear within {line['worst_off_line']:.1%}"
+    )
+
+
 def _or_dash(value: float | None, form: str) -> str:
     width = form.split(".")[0]
     return f"{'-':>{width}}" if value is None else f"{value:>{form}}"

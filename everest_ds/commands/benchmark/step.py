@@ -1,7 +1,8 @@
 """`everest benchmark step RECIPE`: clips a second, memory, utilisation, and where the time of a step goes.
 
-Three measurements share the recipe, the flags and the way of printing: steps over micro-batches (`measuring`), ours
-beside the official code (`compare`), and the ways of sharding side by side (`stage_sweep`).
+Four measurements share the recipe, the flags and the way of printing: steps over micro-batches (`measuring`), ours
+beside the official code (`compare`), the ways of sharding side by side (`stage_sweep`), and steps whose work grows
+(`growth`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -49,12 +50,28 @@ class StepOptions:
     """Measure under every way of sharding of --stages, each in processes of its own, and write which is fastest."""
     stages: tuple[str, ...] = ("zero1", "zero2", "zero3")
     """Files of ds_configs/ that --sweep-stages measures, by name; zero3_offload only when it is asked for."""
+    sweep_ratio: tuple[float, ...] = ()
+    """Steps at these ratios of selected tokens, in turns, and how straight a line their times make. The visible
+    tokens keep their share of the selected ones."""
+    sweep_frames: tuple[int, ...] = ()
+    """The same over clips of so many frames."""
     gpus: int | None = None
     """Processes that --sweep-stages starts; without it, one for each GPU of this machine, or one on a CPU."""
     out: Path | None = None
     """Where --sweep-stages writes; without it, runs/RECIPE-stages.json."""
     json: bool = False
-    """One JSON line a micro-batch instead of a table."""
+    """One JSON line a micro-batch, or a sweep, instead of a table."""
+
+    @property
+    def modes(self) -> list[str]:
+        """The flags given that ask for something else than steps over micro-batches."""
+        asked = {
+            "--compare": self.compare,
+            "--sweep-stages": self.sweep_stages,
+            "--sweep-ratio": self.sweep_ratio,
+            "--sweep-frames": self.sweep_frames,
+        }
+        return [flag for flag, given in asked.items() if given]
 
     @property
     def of_run(self) -> dict[str, Any]:
@@ -87,6 +104,10 @@ def benchmark_step(config: Config, options: StepOptions, world: World) -> int:
     if options.compare:
         assert isinstance(config, PretrainConfig)
         return _compare(config, options, chosen, world)
+    if options.sweep_ratio or options.sweep_frames:
+        from everest_ds.commands.benchmark.growth import sweep_growth
+
+        return sweep_growth(config, options, sizes, world)
     return _measure(config, options, chosen, world)
 
 
@@ -95,11 +116,11 @@ def _measure(config: Config, options: StepOptions, sizes: Iterable[int], world: 
     import torch
 
     from everest_ds.commands.benchmark.ceiling import measure_ceiling
-    from everest_ds.commands.benchmark.measuring import build_workbench, measure_steps
+    from everest_ds.commands.benchmark.measuring import build_workbench, limit_memory, measure_steps
     from everest_ds.commands.benchmark.printing import STEP_HEAD, Report, describe_run, step_rows
 
     first, sizes = _peek(sizes)
-    _limit_memory(options.memory_gib, world)
+    limit_memory(options.memory_gib, world)
     bench = build_workbench(config, options.ds_config, options.precision, world, micro_size=first)
     ceiling = measure_ceiling(bench.device)
     same = {
@@ -139,11 +160,12 @@ def _compare(config: PretrainConfig, options: StepOptions, sizes: Iterable[int],
 
     from everest_ds.commands.benchmark.ceiling import measure_ceiling
     from everest_ds.commands.benchmark.compare import compare_steps
+    from everest_ds.commands.benchmark.measuring import limit_memory
     from everest_ds.commands.benchmark.printing import COMPARE_HEAD, Report, compare_rows, describe_run
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_precision({}, options.precision, device.type)
-    _limit_memory(options.memory_gib, world)
+    limit_memory(options.memory_gib, world)
     same = {
         **describe_run("step-compare", config, device, **options.of_run),
         "precision": precision.name,
@@ -192,10 +214,10 @@ def _require_consistent(config: Config, options: StepOptions, world: World) -> N
             raise UserError(f"--{name} {value} must be at least {least}")
     if options.memory_gib is not None and not 0 < options.memory_gib < float("inf"):
         raise UserError(f"--memory-gib {options.memory_gib} must be a number of GiB above 0")
-    mode = "--compare" if options.compare else "--sweep-stages" if options.sweep_stages else None
-    if options.compare and options.sweep_stages:
-        raise UserError("--compare has no way of sharding; measure it and --sweep-stages apart")
-    if mode and options.ds_config is not None:
+    if len(options.modes) > 1:
+        raise UserError(f"{' and '.join(options.modes)} are measurements of their own; take them one by one")
+    mode = options.modes[0] if options.modes else None
+    if mode in ("--compare", "--sweep-stages") and options.ds_config is not None:
         raise UserError(
             f"{mode} with --ds-config {options.ds_config}: {mode} takes no DeepSpeed file; leave it out"
         )
@@ -216,18 +238,6 @@ def _peek(sizes: Iterable[int]) -> tuple[int, Iterator[int]]:
     iterator = iter(sizes)
     first = next(iterator)
     return first, chain([first], iterator)
-
-
-def _limit_memory(memory_gib: float | None, world: World) -> None:
-    """Have the caching allocator of this process's GPU refuse more than so much."""
-    import torch
-
-    if memory_gib is None:
-        return
-    whole = torch.cuda.get_device_properties(world.local_rank).total_memory / 2**30
-    if memory_gib > whole:
-        raise UserError(f"--memory-gib {memory_gib:g} is more than this GPU has, {whole:.2f}")
-    torch.cuda.set_per_process_memory_fraction(memory_gib / whole, world.local_rank)
 
 
 def _added_per_clip(before: dict[str, Any] | None, line: dict[str, Any]) -> float | None:

@@ -1,0 +1,141 @@
+"""Launches whose processes are forks of one that has imported torch, DeepSpeed and the project.
+
+To start a process and import all that costs as much as ten steps of a small run, and the deepspeed launcher starts
+two more. What a run computes depends on neither: tests of numbers launch here. Tests of launchers, signals, kills
+and faults that several processes meet launch with `launch.launch` or `launch.start`, as users do.
+
+Run as a program, this is the process that forks. It reads a line of JSON a launch and answers with one of exit
+codes.
+"""
+
+import atexit
+import contextlib
+import functools
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import REPOSITORY
+
+# What every run imports sooner or later (the compiler, too: DeepSpeed decorates functions with torch.compile).
+# Not the video libraries: one of them starts threads, which a fork would lose.
+PRELOADED = (
+    "deepspeed", "everest_ds.commands.evaluate", "everest_ds.commands.predict", "everest_ds.commands.train",
+    "everest_ds.recipes", "everest_ds.train.reshard", "torch._inductor.compile_fx",
+    "torch.utils.cpp_extension", "torch.utils.tensorboard",
+)  # fmt: skip
+
+
+def run_forked(
+    words: Sequence[str], *, ranks: Sequence[Mapping[str, str]], timeout_s: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run `python WORDS` to its end in a process for each rank, and return what all of them printed.
+
+    Args:
+        words: `-m MODULE ARGUMENTS` or `FILE ARGUMENTS`.
+        ranks: What each process's environment has besides the server's.
+        timeout_s: After so many seconds everything is killed.
+
+    Raises:
+        TimeoutExpired: It took longer.
+    """
+    server = _server()
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "stdout", Path(folder) / "stderr"
+        request = {"words": list(words), "ranks": [dict(rank) for rank in ranks], "out": str(out), "err": str(err)}
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        if not select.select([server.stdout], [], [], timeout_s)[0]:
+            _end(server)
+            _server.cache_clear()
+            raise subprocess.TimeoutExpired(list(words), timeout_s, out.read_bytes(), err.read_bytes())
+        codes = json.loads(server.stdout.readline())
+        worst = next((code for code in codes if code), 0)
+        return subprocess.CompletedProcess(list(words), worst, out.read_text(), err.read_text())
+
+
+@functools.cache
+def _server() -> "subprocess.Popen[str]":
+    """Start the process that forks; it ends with this one."""
+    from tests.integration.launch import cpu_environment
+
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.integration.forking"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=cpu_environment(PYTHONPATH=str(REPOSITORY)),
+        cwd=REPOSITORY,
+        start_new_session=True,
+    )
+    atexit.register(_end, server)
+    return server
+
+
+def _end(server: "subprocess.Popen[str]") -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.communicate()
+
+
+def serve() -> None:
+    """Fork for every request until there are no more; the forks return from here, too."""
+    for module in PRELOADED:
+        importlib.import_module(module)
+    assert len(os.listdir("/proc/self/task")) == 1
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        running = {}
+        for rank, environment in enumerate(request["ranks"]):
+            pid = os.fork()
+            if not pid:
+                become(request, environment)
+                return
+            running[pid] = rank
+        print(json.dumps(wait_for_all(running)), file=answers, flush=True)
+
+
+def wait_for_all(running: dict[int, int]) -> list[int]:
+    """Return the exit code of every rank; once one has failed, the others are killed, as a launcher does."""
+    codes = [0] * len(running)
+    while running:
+        pid, status = os.wait()
+        codes[running.pop(pid)] = code = os.waitstatus_to_exitcode(status)
+        for other in running if code else ():
+            os.kill(other, signal.SIGKILL)
+    return codes
+
+
+def become(request: dict[str, Any], environment: Mapping[str, str]) -> None:
+    """Be the process that was asked for: its streams, its environment, its program."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for stream, name in ((1, "out"), (2, "err")):
+        file = os.open(request[name], flags)
+        os.dup2(file, stream)
+        os.close(file)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ |= environment
+    words = request["words"]
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    serve()

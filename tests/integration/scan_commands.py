@@ -1,0 +1,60 @@
+"""Several commands in one process, which imports torch and DeepSpeed once: run by `launch.run_in_turn`.
+
+What one command leaves behind, the next one finds; so this is for commands that are measured or refused, not for
+runs. Stages that `--sweep-stages` measures in processes of their own are measured here too. One line of JSON a
+command, with its exit code and what it printed.
+"""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+
+from everest_ds import cli, distributed
+from everest_ds.cli import benchmark_handlers, dispatch, parsing
+from everest_ds.commands.benchmark import measuring, stage_sweep
+from everest_ds.model import compilation
+
+
+def run(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run one command as far as a process of its own would."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            code = cli.main(words)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    return subprocess.CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())
+
+
+def stay(code: int, *, at_once: bool = False) -> int:
+    """Return an exit code to the caller, where a process of its own would end."""
+    return code
+
+
+def main(commands: Sequence[Sequence[str]]) -> None:
+    """Run the commands one after another, in one process group."""
+    finish = distributed.finish
+    distributed.finish = lambda: None  # DeepSpeed cannot begin a second group in the same process
+    for module in (parsing, dispatch, benchmark_handlers):
+        module.leave = stay
+    stage_sweep._run = lambda command, gpus: run(command[command.index("everest_ds") + 1 :])
+    measuring.PROFILED_STEPS = 1  # to read a profile takes a second a step
+    compilation.COMPILE_BACKEND = "aot_eager"  # what inductor makes of it is tested elsewhere
+    seen = [run(words) for words in commands]
+    for done in seen:
+        print(f"SEEN {json.dumps([done.returncode, done.stdout, done.stderr])}")
+    finish()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
