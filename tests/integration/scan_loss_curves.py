@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from everest_ds import distributed
 from everest_ds.config import BatchConfig, PretrainConfig
-from everest_ds.model import compilation
+from everest_ds.model import compilation, tubelets
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
 from everest_ds.train.engine import PrecisionName
@@ -33,6 +33,16 @@ PATHS = {
         "compile_blocks": True,
     },
 }
+
+
+def choose_ways(paths: str) -> None:
+    """Turn on or off what is fast and no setting: how GPUs rank, and the fused step that waits for nothing."""
+    if paths == "on":
+        tubelets.multiplies_exactly = lambda device: True  # type: ignore[assignment]
+        return
+    engines.make_optimizer = lambda groups, config: torch.optim.AdamW(
+        groups, lr=0.0, betas=config.betas, eps=config.eps, foreach=False, fused=False
+    )
 
 
 def make_batches(num_noise: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -53,6 +63,7 @@ def make_batches(num_noise: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def main(paths: str, precision: str, steps: int) -> None:
     """Train and print the losses."""
+    choose_ways(paths)
     if compilation.compile_obstacle("cpu") is not None:
         compilation.COMPILE_BACKEND = "aot_eager"
     world = distributed.World.from_environment()
