@@ -4,9 +4,9 @@ On: attention by choice, blocks compiled (by inductor, or where there is no comp
 activation checkpointing that keeps attention's outputs, ranking by exact products, the fused optimiser that decides
 on the device. Off: SDPA, nothing compiled, nothing recomputed, ranking by convolution, torch's plain AdamW in
 DeepSpeed's own step.
-Measured with inductor, the worst step: float32 2.4e-7, bf16 7.8e-3, autocast 6.7e-3. Without fast paths, worst and mean over 200 steps (20): autocast against fp32 6.2e-3, 1.2e-3
-(1.0e-3, 1.4e-4), bf16 against fp32 1.2e-2, 1.6e-3 (1.2e-2, 3.2e-3), autocast against bf16 1.2e-2, 1.8e-3 (1.2e-2,
-3.2e-3).
+Measured with inductor, the worst step: float32 2.4e-7, bf16 7.8e-3, autocast 6.7e-3. Without fast paths, worst and
+mean over 200 steps (20): autocast against fp32 6.2e-3, 1.2e-3 (1.0e-3, 1.4e-4), bf16 against fp32 1.2e-2, 1.6e-3
+(1.2e-2, 3.2e-3), autocast against bf16 1.2e-2, 1.8e-3 (1.2e-2, 3.2e-3).
 """
 
 from __future__ import annotations
