@@ -117,24 +117,28 @@ class Task(torch.nn.Module):
     def forward(self, x):
         return self.linear(x).square().mean()
 
-device = distributed.start(distributed.World.from_environment())
-config = replace(get_recipe("demo"), batch=BatchConfig(global_size=2, micro_size=2))
+world = distributed.World.from_environment()
+device = distributed.start(world)
+config = replace(get_recipe("demo"), batch=BatchConfig(global_size=2 * world.size, micro_size=2))
+good, bad = torch.randn(2, 8), torch.full((2, 8), float("nan"))
 for stage in (0, 1, 2, 3):
     systems = engines.load_systems(Path(sys.argv[1]) / f"zero{stage}.json")
-    ds_config = engines.resolve_ds_config(systems, config, world_size=1, precision=sys.argv[2], device_type="cpu")
+    ds_config = engines.resolve_ds_config(
+        systems, config, world_size=world.size, precision=sys.argv[2], device_type="cpu"
+    )
     engine = engines.build_engine(Task(), config, ds_config, device)
     updater = Updater(engine, config.optim.max_grad_norm)
     engines.set_learning_rate(engine, 0.1)
     dtype = next(engine.module.parameters()).dtype
-    for x in (torch.randn(2, 8), torch.full((2, 8), float("nan"))):
+    for x in (good, bad if world.rank == world.size - 1 else good):
         engine.backward(engine(x.to(dtype)))
         result = updater.step()
     weights_are_fine = bool(engine(torch.ones(2, 8, dtype=dtype)).isfinite())
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     (updates,) = {float(state["step"]) for state in optimizer.state.values()}
     has_norm = math.isfinite(result.grad_norm)
-    print("SEEN", stage, bool(result.applied), has_norm, weights_are_fine, updates)
-sys.stdout.flush()
+    seen = f"SEEN {stage} {bool(result.applied)} {has_norm} {weights_are_fine} {updates}\\n"
+    print(seen, end="", flush=True)
 os._exit(0)
 """
 
@@ -152,6 +156,15 @@ def test_gradient_that_is_not_finite_changes_no_weight_at_any_stage(precision: s
     assert not list(tmp_path.iterdir())
     seen = [line for line in done.stdout.splitlines() if line.startswith("SEEN")]
     assert seen == [f"SEEN {stage} False False True 1.0" for stage in (0, 1, 2, 3)]
+
+
+def test_gradient_that_is_not_finite_on_one_process_is_applied_on_none(tmp_path: Path) -> None:
+    (tmp_path / "nan_step.py").write_text(NAN_STEP)
+    for precision in ("fp32", "bf16"):
+        done = compute([REPOSITORY / "ds_configs", precision], processes=2, module=tmp_path / "nan_step.py")
+        assert done.returncode == 0, done.stderr
+        seen = sorted(line for line in done.stdout.splitlines() if line.startswith("SEEN"))
+        assert seen == [f"SEEN {stage} False False True 1.0" for stage in (0, 1, 2, 3) for _ in range(2)]
 
 
 def test_foreign_checkpoint_is_refused_and_the_run_directory_left_as_it_was(
