@@ -74,7 +74,8 @@ def _data(rest: list[str], world: World) -> int:
 
 
 def _step(rest: list[str], world: World) -> int:
-    from everest_ds.commands.benchmark import step as command
+    from everest_ds.commands.benchmark.step import benchmark_step
+    from everest_ds.commands.benchmark.step_options import StepOptions
 
     config, flags = recipe_and_flags("benchmark step", rest)
     kind = type(config)
@@ -84,8 +85,8 @@ def _step(rest: list[str], world: World) -> int:
         """Measure training steps of a recipe on clips that need no reading. Defaults shown are the recipe's."""
 
         config: Annotated[kind, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-        options: Annotated[command.StepOptions, tyro.conf.arg(name="")] = field(default_factory=command.StepOptions)
+        options: Annotated[StepOptions, tyro.conf.arg(name="")] = field(default_factory=StepOptions)
 
     arguments = parse(Arguments, flags, "everest benchmark step RECIPE", world, config=config)
-    code = command.benchmark_step(arguments.config, arguments.options, world)
+    code = benchmark_step(arguments.config, arguments.options, world)
     return leave(code, at_once=world.size > 1)

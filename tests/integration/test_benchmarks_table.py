@@ -13,7 +13,7 @@ import subprocess
 import pytest
 
 from everest_ds import cli
-from everest_ds.commands.benchmark.step import StepOptions
+from everest_ds.commands.benchmark.step_options import StepOptions
 from everest_ds.config import Config
 from everest_ds.distributed import World
 from tests.conftest import REPOSITORY

@@ -13,7 +13,7 @@ import pytest
 from everest_ds import __version__, cli
 from everest_ds.commands.benchmark import flops
 from everest_ds.commands.benchmark.data import DataBenchmarkOptions
-from everest_ds.commands.benchmark.step import StepOptions
+from everest_ds.commands.benchmark.step_options import StepOptions
 from everest_ds.commands.plan import PlanOptions
 from everest_ds.commands.prepare import PrepareOptions
 from everest_ds.commands.train import LaunchOptions

@@ -21,11 +21,11 @@ from torch import Tensor
 from everest_ds.commands.benchmark.clips import synthetic_batch
 from everest_ds.commands.benchmark.reference import (
     OfficialStep,
-    ReferenceName,
     load_official,
     make_official_model,
     require_comparable,
 )
+from everest_ds.commands.benchmark.step_options import ReferenceName
 from everest_ds.commands.benchmark.timing import milliseconds
 from everest_ds.commands.benchmark.turns import Outcome, Side, take_turns
 from everest_ds.config import PretrainConfig

@@ -10,7 +10,7 @@ have no part in the line.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +26,12 @@ from everest_ds.commands.benchmark.measuring import (
     take_step,
 )
 from everest_ds.commands.benchmark.printing import Report, describe_run, growth_head, growth_rows
+from everest_ds.commands.benchmark.step_options import StepOptions
 from everest_ds.commands.benchmark.timing import milliseconds
 from everest_ds.commands.benchmark.turns import Outcome, Side, take_turns
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-
-if TYPE_CHECKING:
-    from everest_ds.commands.benchmark.step import StepOptions
 
 # A line goes through any two points.
 LEAST_POINTS = 3
@@ -62,7 +60,7 @@ class Point:
         return self.config.num_selected
 
 
-def sweep_growth(config: Config, options: "StepOptions", sizes: Sequence[int] | None, world: World) -> int:
+def sweep_growth(config: Config, options: StepOptions, sizes: Sequence[int] | None, world: World) -> int:
     """Measure a sweep over ratios or frames, print its one line, or its table, and return 0.
 
     Args:

@@ -22,15 +22,15 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from everest_ds.commands.benchmark.step_options import ReferenceName
 from everest_ds.config import PretrainConfig
 from everest_ds.errors import UserError
 
-ReferenceName = Literal["everest", "videomae"]
 # What is imported of the folder, in this order; all are plain names that two folders share.
 MODULES = ("modeling_finetune", "modeling_pretrain", "engine_for_pretraining")
 # The only clips that the official models take.

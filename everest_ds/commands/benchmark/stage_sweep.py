@@ -12,18 +12,16 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from everest_ds.commands.benchmark.step_options import StepOptions
 from everest_ds.commands.measured import fastest, write_measured
 from everest_ds.config import Config
 from everest_ds.config_file import dump_config
 from everest_ds.errors import UserError, nearest_hint
 
-if TYPE_CHECKING:
-    from everest_ds.commands.benchmark.step import StepOptions
 
-
-def sweep_stages(config: Config, options: "StepOptions") -> int:
+def sweep_stages(config: Config, options: StepOptions) -> int:
     """Measure every stage, write the recommendation, print both, and return 0; or 1 where a stage failed.
 
     Raises:
@@ -62,7 +60,7 @@ def sweep_stages(config: Config, options: "StepOptions") -> int:
     return 1 if faults else 0
 
 
-def _command(recipe: Path, ds_config: Path, gpus: int, options: "StepOptions") -> list[str]:
+def _command(recipe: Path, ds_config: Path, gpus: int, options: StepOptions) -> list[str]:
     """Return the command that measures one stage."""
     start = [sys.executable, "-m"]
     if gpus > 1:
