@@ -2,11 +2,11 @@
 
 Place in the flow: backward -> gradients, reduced by DeepSpeed -> `Updater.step` -> weights.
 
-At ZeRO-2, and in float32 also at ZeRO-1 and without ZeRO, the host never waits for the device here. The norm stays
-there, and AdamW's fused kernel is handed what torch's own gradient scaler hands it: what to divide gradients by,
-and whether to leave weights and moments alone. DeepSpeed would ask the device several times a step: for the norm of
-each parameter group, and for whether it may clip by it. In all other cases (ZeRO-3, an offloaded optimiser, ZeRO-0
-and 1 in bfloat16) it does so still; what comes of a step is the same.
+At ZeRO-2, and with weights in float32 also at ZeRO-1 and without ZeRO, the host never waits for the device here.
+The norm stays on the device, and AdamW's fused kernel is handed what torch's own gradient scaler hands it: what to
+divide gradients by, and whether to leave weights and moments alone. DeepSpeed would ask the device several times a
+step: for the norm of each parameter group, and for whether it may clip by it. In all other cases (ZeRO-3, an
+offloaded optimiser, ZeRO-0 and 1 in bfloat16) it does so still; what comes of a step is the same.
 """
 
 from collections.abc import Sequence
