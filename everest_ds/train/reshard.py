@@ -155,6 +155,7 @@ def _start_converter(checkpoint: Path, temporary: Path) -> "subprocess.Popen[byt
     launch = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in launch}
     environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONUNBUFFERED"] = "1"  # or what it says first is written after its traceback
     workers = str(max(1, min(8, (os.cpu_count() or 2) // 2)))
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(checkpoint), "--output_folder", str(temporary)]

@@ -106,8 +106,9 @@ def test_copy_goes_with_its_checkpoint(tmp_path: Path, conversions: list[str]) -
     assert not universal_of(newer).exists()
 
 
-def test_conversion_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+def test_conversion_that_fails_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shard of the fake engine is nothing that DeepSpeed could read."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # users' shells rarely have it
     checkpoint = save_checkpoint(FakeEngine(), tmp_path, state(5), ALONE)
     torch.save({"param_shapes": {}}, checkpoint / "mp_rank_00_model_states.pt")
     before = sorted(tmp_path.rglob("*"))
