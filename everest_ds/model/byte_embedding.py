@@ -37,15 +37,14 @@ def embed_bytes(clips_BCTHW: Tensor, weight_DCthw: Tensor, bias_D: Tensor) -> Te
     """
     frames, height, width = weight_DCthw.shape[2:]
     num_steps, num_rows = clips_BCTHW.shape[2] // frames, clips_BCTHW.shape[3] // height
-    bytes_MP = rearrange(
-        clips_BCTHW,
-        "b c (t pt) (h ph) (w pw) -> (b t h w) (c pt ph pw)",
-        pt=frames,
-        ph=height,
-        pw=width,
-    )
+    tubelets = "b c (t pt) (h ph) (w pw) -> (b t h w) (c pt ph pw)"
     # A byte with its highest bit turned over is, read as a signed one, itself less 128.
-    centred_MP = (bytes_MP ^ CENTRE).view(torch.int8).to(torch.bfloat16)
+    # The bytes are given no name, or they would lie beside the products.
+    centred_MP = (
+        (rearrange(clips_BCTHW, tubelets, pt=frames, ph=height, pw=width) ^ CENTRE)
+        .view(torch.int8)
+        .to(torch.bfloat16)
+    )
     channels = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])
     mean_C, std_C = channels.to(clips_BCTHW.device, non_blocking=True)[:, :, None, None, None]
     weight_DCthw = weight_DCthw.float() / std_C
