@@ -157,11 +157,13 @@ def read_container(path: Path) -> Container | None:
     """Read a file's headers and packets with PyAV, decoding nothing; None where it cannot."""
     import av
 
+    from everest_ds.data.readers.packets import open_container
+
     starts: list[float] = []
     ends: list[float] = []
     starts_with_key = True
     try:
-        with av.open(str(path), metadata_errors="ignore") as file:
+        with open_container(path) as file:
             stream = file.streams.video[0]
             for packet in file.demux(stream):
                 if packet.pts is None or packet.time_base is None:

@@ -18,6 +18,9 @@ from everest_ds.data.readers.base import VideoReadError, even_times_s, first_lin
 FAULTS = (av.FFmpegError, OSError, ValueError)
 """What PyAV raises for a file that it cannot read."""
 
+# PyAV before 19 raises on metadata that are not UTF-8 unless told otherwise. PyAV 19 never does, and has no option.
+_OPEN_OPTIONS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
 # Packets of a file up to this size are kept from the scan, so that nothing is read twice and nothing sought.
 _HELD_BYTES = 32 << 20
 
@@ -102,13 +105,22 @@ class Packets:
         return spans
 
 
+def open_container(path: Path) -> Any:
+    """Open a file for reading, whatever its name looks like and however its metadata are encoded.
+
+    Raises:
+        One of `FAULTS`, where it cannot be opened.
+    """
+    return av.open(f"file:{path}", **_OPEN_OPTIONS)
+
+
 def open_stream(path: Path) -> tuple[Any, Any]:
     """Open a file and its best video stream, to be decoded by one thread.
 
     Raises:
         ValueError: It has no video; others of `FAULTS` where it cannot be opened.
     """
-    container = av.open(f"file:{path}", metadata_errors="replace")
+    container = open_container(path)
     stream = container.streams.best("video")
     if stream is None:
         container.close()
