@@ -1,49 +1,122 @@
-"""`everest doctor`: what this machine has, and what is missing to train on it."""
+"""`everest doctor`: what this machine has, and what is missing to train on it.
+
+Every part is looked at in a child process. A part that fails in any way, even one that crashes or hangs its
+process, is a row of the table, and the other parts are looked at all the same.
+"""
 
 import importlib
+import multiprocessing
+import os
 import platform
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
 
 from everest_ds import distributed
-from everest_ds.errors import UserError
+from everest_ds.config.sections import ReaderName
 
 OK, OPTIONAL, MISSING = "ok", "--", "MISSING"
 REQUIRED = ("torch", "torchvision", "timm", "deepspeed", "av", "einops", "tensorboard", "tyro")
+TIMEOUT_S = 300.0
+"""Seconds that one part may take: the first import of torch and DeepSpeed from a slow disk takes a minute."""
+
 Row = tuple[str, str, str]
+"""State, part, finding."""
+
+Check = tuple[str, str, Callable[[], list[Row]]]
+"""A part's state where it fails, its name, and what returns its rows."""
 
 
 def doctor() -> int:
     """Print one line for each finding; return 1 when something required is missing, else 0."""
-    distributed.select_accelerator()
-    rows: list[Row] = [(OK, "python", platform.python_version())]
-    rows += [_package(name) for name in REQUIRED]
-    for check in (_devices, _attention, _readers, _launcher):
-        rows += _guarded(check)
-    for state, what, finding in rows:
-        print(f"{state:<8} {what:<22} {finding}")
-    missing = [what for state, what, _ in rows if state == MISSING]
+    missing = []
+    for state, what, finding in _survey(_checks()):
+        print(f"{state:<8} {what:<22} {finding}", flush=True)
+        if state == MISSING:
+            missing.append(what)
     print(f"\n{'missing: ' + ', '.join(missing) if missing else 'ready to train'}")
     return 1 if missing else 0
 
 
-def _package(name: str) -> Row:
+def _checks() -> list[Check]:
+    readers: tuple[tuple[str, ReaderName], ...] = (
+        (MISSING, "pyav"),
+        (OPTIONAL, "decord"),
+        (OPTIONAL, "torchcodec"),
+    )
+    return [
+        (MISSING, "python", lambda: [(OK, "python", platform.python_version())]),
+        *((MISSING, name, partial(_package, name)) for name in REQUIRED),
+        (MISSING, "GPU", _devices),
+        (MISSING, "attention", _attention),
+        *((state, f"reader {name}", partial(_reader, name, state)) for state, name in readers),
+        (MISSING, "launcher", _launcher),
+    ]
+
+
+def _survey(checks: list[Check]) -> Iterator[Row]:
+    """Yield the rows of all checks; a child process that ends in one of them is replaced for those after it."""
+    context = multiprocessing.get_context("fork")
+    done = 0
+    while done < len(checks):
+        receiver, sender = context.Pipe(duplex=False)
+        child = context.Process(target=_run, args=(checks[done:], sender), daemon=True)
+        child.start()
+        sender.close()
+        while done < len(checks):
+            if not receiver.poll(TIMEOUT_S):
+                fault = f"does not answer within {TIMEOUT_S:.0f} s"
+            else:
+                try:
+                    yield from receiver.recv()
+                    done += 1
+                    continue
+                except EOFError:
+                    child.join()
+                    fault = _ending(child.exitcode or 0)
+            state, what, _ = checks[done]
+            yield state, what, fault
+            done += 1
+            break
+        child.kill()
+        child.join()
+
+
+def _run(checks: list[Check], sender: Connection) -> None:
+    """Send the rows of each check; what libraries print goes to stderr, away from the table."""
+    os.dup2(2, 1)
+    for state, what, look in checks:
+        try:
+            rows = look()
+        except BaseException as error:  # whatever it is, it is the finding
+            rows = [(state, what, _words_of(error))]
+        sender.send(rows)
+
+
+def _ending(exitcode: int) -> str:
+    if exitcode < 0:
+        return f"crashes its process: {signal.Signals(-exitcode).name}"
+    return f"ends its process with exit code {exitcode}"
+
+
+def _words_of(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _package(name: str) -> list[Row]:
     try:
         found = version(name)
+        if name == "deepspeed":
+            distributed.select_accelerator()
         importlib.import_module(name)
     except PackageNotFoundError:
-        return MISSING, name, f"not installed; pip install {name}"
-    except Exception as error:  # a package may fail to import in any way; that is the finding
-        return MISSING, name, f"{found} does not import: {type(error).__name__}: {error}"
-    return OK, name, found
-
-
-def _guarded(check: Callable[[], list[Row]]) -> list[Row]:
-    try:
-        return check()
-    except ImportError as error:
-        return [(MISSING, check.__name__.strip("_"), str(error))]
+        return [(MISSING, name, f"not installed; pip install {name}")]
+    except Exception as error:  # a package may fail to import in any way
+        return [(MISSING, name, f"{found} does not import: {_words_of(error)}")]
+    return [(OK, name, found)]
 
 
 def _devices() -> list[Row]:
@@ -71,45 +144,35 @@ def _attention() -> list[Row]:
     for backend in BACKENDS.values():
         obstacle = backend.obstacle(device, dtype, 64)
         state = OPTIONAL if obstacle else OK
-        rows.append(
-            (state, f"attention {backend.name}", obstacle or ("auto" if backend.name == chosen else "serves"))
-        )
+        role = "auto" if backend.name == chosen else "available"
+        rows.append((state, f"attention {backend.name}", obstacle or role))
     return rows
 
 
-def _readers() -> list[Row]:
-    """Encode a clip, decode it again with each reader, and look at the frames."""
+def _reader(name: ReaderName, broken: str) -> list[Row]:
+    """Encode a clip, decode it again with the reader, and compare the frames; `broken` is the state otherwise."""
     import tempfile
     from pathlib import Path
 
     from everest_ds.data.demo import DemoConfig, encode_h264, render_video
-    from everest_ds.data.readers.choice import READERS, choose_reader, obstacle
+    from everest_ds.data.readers.choice import choose_reader, obstacle
     from everest_ds.data.video import Video, VideoReadError
 
-    try:
-        chosen = choose_reader("auto")
-    except UserError as error:
-        return [(MISSING, "reader of videos", str(error))]
-    rows: list[Row] = []
+    what = f"reader {name}"
+    fault = obstacle(name)
+    if fault:
+        return [(broken, what, fault)]
     frames = render_video(DemoConfig(num_frames=4), "train", 0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "probe.mp4"
         encode_h264(path, frames)
-        for name in READERS:
-            fault = obstacle(name)
-            if fault:
-                rows.append((OPTIONAL, f"reader {name}", fault))
-                continue
-            try:
-                decoded = Video(path, reader=name).read([0, 3])
-            except VideoReadError as error:
-                state = MISSING if name == chosen else OPTIONAL
-                rows.append((state, f"reader {name}", f"decoding H.264: {error.reason}"))
-                continue
-            error_mean = abs(decoded.astype(int) - frames[[0, 3]].astype(int)).mean()
-            role = "auto" if name == chosen else "serves"
-            rows.append((OK, f"reader {name}", f"{role}; decoding H.264: mean error {error_mean:.1f} of 255"))
-    return rows
+        try:
+            decoded = Video(path, reader=name).read([0, 3])
+        except VideoReadError as error:
+            return [(broken, what, f"decoding H.264: {error.reason}")]
+    error_mean = abs(decoded.astype(int) - frames[[0, 3]].astype(int)).mean()
+    role = "auto" if name == choose_reader("auto") else "available"
+    return [(OK, what, f"{role}; decoding H.264: mean error {error_mean:.1f} of 255")]
 
 
 def _launcher() -> list[Row]:
@@ -117,18 +180,14 @@ def _launcher() -> list[Row]:
     import torch.distributed as dist
 
     found = shutil.which("deepspeed")
-    rows: list[Row] = [
-        (OK, "deepspeed launcher", found)
+    rows: list[Row] = (
+        [(OK, "deepspeed launcher", found)]
         if found
-        else (
-            OPTIONAL,
-            "deepspeed launcher",
-            "not on PATH; activate the environment, or use torchrun -m everest_ds",
-        )
-    ]
+        else [
+            (OPTIONAL, "deepspeed launcher", "not on PATH; activate the environment, or use torchrun -m everest_ds")
+        ]
+    )
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     available = dist.is_nccl_available() if backend == "nccl" else dist.is_gloo_available()
-    rows.append(
-        (OK if available else MISSING, f"communication {backend}", "available" if available else "not built in")
-    )
-    return rows
+    state, finding = (OK, "available") if available else (MISSING, "not built in")
+    return [*rows, (state, f"communication {backend}", finding)]

@@ -191,40 +191,6 @@ def test_config_of_a_run_can_stand_in_a_recipes_place(tmp_path: Path, monkeypatc
     assert seen == [dataclasses.replace(config, run=RunConfig(seed=7, max_steps=3))]
 
 
-def test_doctor_finds_this_machine_ready(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["doctor"]) == 0
-    shown = capsys.readouterr().out
-    for word in ("torch", "deepspeed", "decord", "attention varlen", "attention sdpa", "decoding H.264", "ready"):
-        assert word in shown
-
-
-def test_doctor_exits_with_1_when_something_required_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("everest_ds.commands.doctor.REQUIRED", ("torch", "no-such-package"))
-    assert cli.main(["doctor"]) == 1
-    shown = capsys.readouterr().out
-    assert "MISSING  no-such-package" in shown
-    assert "missing: no-such-package" in shown
-
-
-def test_doctor_lists_readers_and_misses_one_only_where_none_serves(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    faults = {"decord": "not installed; install it", "torchcodec": "does not import: no FFmpeg"}
-    monkeypatch.setattr("everest_ds.data.readers.choice.obstacle", faults.get)
-    assert cli.main(["doctor"]) == 0
-    lines = {line[9:].split("  ")[0]: line for line in capsys.readouterr().out.splitlines() if "reader" in line}
-    assert lines["reader decord"].startswith("-- ")
-    assert lines["reader decord"].endswith(faults["decord"])
-    assert lines["reader pyav"].startswith("ok ")
-    assert "auto" in lines["reader pyav"]
-    assert lines["reader torchcodec"].endswith("no FFmpeg")
-    faults["pyav"] = "not installed; pip install av"
-    assert cli.main(["doctor"]) == 1
-    assert "missing: reader of videos" in capsys.readouterr().out
-
-
 def test_demo_data_command_writes_the_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["demo-data", str(tmp_path / "demo"), "--train", "9", "--val", "0", "--test", "0", "--num-frames", "4"]
     assert cli.main(words) == 0
