@@ -142,11 +142,11 @@ awk -F '\t' '
   !($2 in row) { row[$2] = ++rows; name[rows] = $2 }
   { said[$1, $2] = $3 }
   END {
-    printf "%-20s", ""
+    printf "%-23s", ""
     for (c = 1; c <= cells; c++) printf "%-14s", cell[c]
     print ""
     for (r = 1; r <= rows; r++) {
-      printf "%-20s", name[r]
+      printf "%-23s", name[r]
       for (c = 1; c <= cells; c++) printf "%-14s", ((cell[c], name[r]) in said) ? said[cell[c], name[r]] : "-"
       print ""
     }

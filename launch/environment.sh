@@ -23,6 +23,13 @@ find_python() {
   return 1
 }
 
+# stamp_of EXTRAS: the file that says that the environment holds what is to be installed now.
+stamp_of() {
+  local wanted
+  wanted=$( (pwd; cat pyproject.toml constraints.txt; echo "${EVEREST_NEWEST:-}") | sha256sum | cut -c1-16)
+  echo "$environment/.everest_ds-$wanted$1"
+}
+
 # kept_versions ENVIRONMENT: constraints.txt; where the environment has a torch, that one in place of the tested one.
 kept_versions() {
   local torch
@@ -36,27 +43,48 @@ kept_versions() {
 
 # ensure_environment EXTRAS: EXTRAS is empty or like [dev]. Installs again only when what is to be installed has changed.
 ensure_environment() {
-  local extras=$1 stamp python versions
-  environment=${VIRTUAL_ENV:-${EVEREST_VENV:-$PWD/.venv}}
-  if [ -z "${VIRTUAL_ENV:-}" ] && ! "$environment/bin/python" -m pip --version >/dev/null 2>&1; then
-    python=$(find_python 3.13 3.12 3.11) || return 1
-    echo "making a virtual environment in $environment"
-    "$python" -m venv --clear "$environment" || return 1
-  fi
-  stamp=$environment/.everest_ds-$( (pwd; cat pyproject.toml constraints.txt; echo "${EVEREST_NEWEST:-}") | sha256sum | cut -c1-16)
-  if [ ! -f "$stamp$extras" ]; then
-    echo "installing everest_ds$extras into $environment (a few minutes the first time)"
-    versions=$environment/.everest_ds-constraints
-    if [ -n "${EVEREST_NEWEST:-}" ]; then
-      "$environment/bin/python" -m pip install --quiet --upgrade pip || return 1
-      "$environment/bin/python" -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".$extras" || return 1
-    else
-      if [ -n "${VIRTUAL_ENV:-}" ]; then kept_versions "$environment" >"$versions"; else cp constraints.txt "$versions"; fi
-      "$environment/bin/python" -m pip install --quiet --constraint "$versions" --upgrade pip || return 1
-      "$environment/bin/python" -m pip install --quiet --constraint "$versions" --build-constraint "$versions" \
-        --editable ".$extras" || return 1
+  local extras=$1 python
+  if [ -n "${VIRTUAL_ENV:-}" ]; then
+    environment=$VIRTUAL_ENV
+  else
+    environment=$(realpath --canonicalize-missing --no-symlinks "${EVEREST_VENV:-.venv}")
+    if ! "$environment/bin/python" -m pip --version >/dev/null 2>&1; then
+      python=$(find_python 3.13 3.12 3.11) || return 1
+      echo "making a virtual environment in $environment"
+      "$python" -m venv --clear "$environment" || return 1
     fi
-    touch "$stamp" "$stamp$extras"
   fi
+  if [ ! -f "$(stamp_of "$extras")" ]; then
+    echo "installing everest_ds$extras into $environment (a few minutes the first time)"
+    install_versions "$extras" || return 1
+    touch "$(stamp_of "")" "$(stamp_of "$extras")"
+  fi
+  caller_path=$PATH
   export PATH="$environment/bin:$PATH"
+}
+
+install_versions() {
+  local extras=$1 versions=$environment/.everest_ds-versions install
+  install=("$environment/bin/python" -m pip install --quiet)
+  if [ -n "${EVEREST_NEWEST:-}" ]; then
+    "${install[@]}" --upgrade pip || return 1
+    "${install[@]}" --upgrade --upgrade-strategy eager --editable ".$extras"
+  else
+    if [ -n "${VIRTUAL_ENV:-}" ]; then kept_versions "$environment" >"$versions"; else cp constraints.txt "$versions"; fi
+    "${install[@]}" --constraint "$versions" --upgrade pip || return 1
+    "${install[@]}" --constraint "$versions" --build-constraint "$versions" --editable ".$extras"
+  fi
+}
+
+# from_caller PATH: the path as the shell that started the script has to write it. That shell is in $caller.
+from_caller() {
+  local path
+  path=$(realpath --canonicalize-missing --no-symlinks --relative-to="$caller" "$1")
+  if [[ $path == ../* ]]; then path=$(realpath --canonicalize-missing --no-symlinks "$1"); fi
+  printf '%q' "$path"
+}
+
+# program NAME: how that shell starts a program of the environment: by its name where it is on the PATH, else by path.
+program() {
+  if [ "$(PATH=$caller_path command -v "$1")" = "$environment/bin/$1" ]; then echo "$1"; else from_caller "$environment/bin/$1"; fi
 }

@@ -7,6 +7,7 @@
 #   [EVEREST_OUT=FOLDER] [SHOTS="5 20"] [SEEDS="0 1 2"] [STEPS=400] [UNLABELLED=4000] [PRETRAIN_STEPS=3000] \
 #     bash launch/few_labels.sh
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 ensure_environment ""
@@ -29,7 +30,7 @@ if [ -n "${UNLABELLED:-}" ]; then
     --precision "$precision" --batch.micro-size $((32 / (gpus > 0 ? gpus : 2))) \
     --optim.epochs $((${PRETRAIN_STEPS:-3000} / (UNLABELLED / 32))) --optim.warmup-epochs 1 --out "$pretrained"
 elif [ ! -f "$pretrained/checkpoints/latest" ]; then
-  echo "no pre-trained run in $pretrained; run launch/quickstart.sh first" >&2
+  echo "no pre-trained run in $pretrained; first run: bash $(from_caller launch/quickstart.sh)" >&2
   exit 2
 fi
 last=$(printf 'checkpoints/step-%08d' "$steps")
