@@ -98,7 +98,7 @@ def test_doctor_looks_at_the_rest_when_a_part_crashes_or_hangs(
     monkeypatch.setattr(doctor, "TIMEOUT_S", 0.5)
     good: Callable[[], list[doctor.Row]] = lambda: [(doctor.OK, "good", "1.0")]  # noqa: E731
     looks: dict[str, Callable[[], list[doctor.Row]]] = {
-        "killed": lambda: os.kill(os.getpid(), signal.SIGSEGV),  # type: ignore[dict-item, return-value]
+        "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),  # type: ignore[dict-item, return-value]
         "good": good,
         "hanging": lambda: time.sleep(60),  # type: ignore[dict-item, return-value]
         "gone": lambda: os._exit(7),
@@ -107,7 +107,7 @@ def test_doctor_looks_at_the_rest_when_a_part_crashes_or_hangs(
     assert survey(monkeypatch, looks) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(maxsplit=2) for line in lines[:5]] == [
-        ["MISSING", "killed", "crashes its process: SIGSEGV"],
+        ["MISSING", "killed", "crashes its process: SIGKILL"],
         ["ok", "good", "1.0"],
         ["MISSING", "hanging", "does not answer within 0 s"],
         ["MISSING", "gone", "ends its process with exit code 7"],
