@@ -59,6 +59,13 @@ class VideoRow:
         """The video and the window of it: what tells a row's frames from all others'."""
         return self.path, self.start_s, self.end_s
 
+    @property
+    def name(self) -> str:
+        """The path, and the window in seconds where there is one, for people."""
+        if self.start_s is None or self.end_s is None:
+            return str(self.path)
+        return f"{self.path} [{self.start_s:.15g}, {self.end_s:.15g}) s"
+
 
 def window_fault(start_s: float | None, end_s: float | None) -> str | None:
     """Return what is wrong with a window of seconds, None for nothing and where there is no window."""

@@ -48,7 +48,10 @@ class Video:
         end_s: float | None = None,
     ) -> None:
         self.path = path
-        self._reader = open_reader(path, reader)
+        try:
+            self._reader = open_reader(path, reader)
+        except UnicodeEncodeError as error:  # decord and torchcodec take names as UTF-8 alone
+            raise VideoReadError(path, "its name is not UTF-8: data.reader=pyav reads it, or rename it") from error
         self._first, self.num_frames = 0, self._reader.num_frames
         if start_s is None and end_s is None:
             return

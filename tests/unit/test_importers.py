@@ -189,6 +189,8 @@ def test_every_class_with_enough_videos_is_in_every_split(tmp_path: Path) -> Non
         for number in [*range(60), "many"]:
             found = {split for path, split in splits.items() if path.startswith(f"{number}/")}
             assert found == {"train", "val", "test"}, (number, shares)
+    listed = rows_of(folder.gather(SourceTree(tmp_path), folder.FolderOptions()), tmp_path)
+    assert all(rows == sorted(rows, key=lambda row: (row[1], row[0])) for rows in listed.values())
     splits = split_by_path(tmp_path, val_share=0.2, test_share=0)
     for number in [*range(60), "many", "few"]:
         assert {split for path, split in splits.items() if path.startswith(f"{number}/")} == {"train", "val"}

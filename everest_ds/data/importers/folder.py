@@ -172,10 +172,8 @@ def _deal(source: SourceTree, paths: list[Path], options: FolderOptions) -> dict
         num_scored = min(num_scored, len(paths) - 1)
         num_test = min(num_test, num_scored - (options.val_share > 0))
     num_test = min(num_test, num_scored)
-    return {
-        path: "test" if place < num_test else "val" if place < num_scored else "train"
-        for place, path in enumerate(ordered)
-    }
+    scored = dict.fromkeys(ordered[:num_test], "test") | dict.fromkeys(ordered[num_test:num_scored], "val")
+    return {path: scored.get(path, "train") for path in paths}
 
 
 def _describe_absent(
