@@ -53,6 +53,11 @@ class FinetuneDataConfig(DataConfig):
         require(0 <= self.erase_prob <= 1, "data.erase_prob", self.erase_prob, "a share in [0, 1]")
         for name in ("mixup_alpha", "cutmix_alpha"):
             require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "at least 0")
+        if self.sampling == "segment" and self.sampling_seconds is not None:
+            raise UserError(
+                f"data.sampling_seconds={self.sampling_seconds} has no effect with data.sampling=segment, which "
+                "takes frames from all of a video; use data.sampling=dense, or leave data.sampling_seconds out"
+            )
 
     @property
     def mixes(self) -> bool:
