@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from everest_ds import cli
 from tests.integration.launch import compute, flags
 from tests.integration.test_bad_input import refused
 from tests.unit.test_timing import even_s, write_at
@@ -49,3 +50,19 @@ def test_seconds_where_they_have_no_meaning_are_refused(
     assert "has no effect with data.sampling=segment" in refused(words, capsys)
     words = ["benchmark", "data", "demo", "--lists", str(demo_folder / "train.csv"), "--compare"]
     assert "leave out one of the two" in refused([*words, "--data.sampling-seconds", "0.1"], capsys)
+
+
+def test_benchmark_of_data_reads_in_time(demo_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "benchmark",
+        "data",
+        "demo",
+        "--lists",
+        str(demo_folder / "train.csv"),
+        "--data.sampling-seconds",
+        "0.05",
+    ]
+    words += ["--readers", "pyav", "--workers", "--clips", "4", "--rounds", "2"]
+    assert cli.main([*words, "--json"]) == 0
+    (record,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (record["sampling_seconds"], record["sampling_stride"]) == (0.05, None)
