@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from everest_ds.data.demo import encode_h264
+from everest_ds.data.findings import Record
 from everest_ds.data.index import VideoRow
 from everest_ds.data.probe import Finding, Kind, ProbeSettings, probe_video
 
@@ -77,3 +78,20 @@ def test_missing_empty_and_odd_files(tmp_path: Path) -> None:
     (tmp_path / "folder.mp4").mkdir()
     assert probe(tmp_path / "folder.mp4").kind is Kind.UNREADABLE
     assert probe(tmp_path / ("a" * 300)).kind is Kind.UNREADABLE
+
+
+def test_known_findings_hold_but_those_of_cut_off_and_missing_files(tmp_path: Path) -> None:
+    found = {
+        "good.mp4": Kind.GOOD,
+        "cut.mp4": Kind.TRUNCATED,
+        "short.mp4": Kind.TOO_SHORT,
+        "gone.mp4": Kind.MISSING,
+    }
+    record = Record(tmp_path / "findings.jsonl", ProbeSettings())
+    with record.appending() as append:
+        for name, kind in found.items():
+            if kind is not Kind.MISSING:
+                (tmp_path / name).write_bytes(b"video")
+            append(VideoRow(tmp_path / name, 0), Finding(kind=kind))
+    known = {part[0].name: finding.kind for part, finding in record.read().items()}
+    assert known == {"good.mp4": Kind.GOOD, "short.mp4": Kind.TOO_SHORT}
