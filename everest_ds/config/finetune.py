@@ -27,7 +27,8 @@ class FinetuneDataConfig(DataConfig):
     num_classes: int | None = None
     """Classes; without it, those of the names, or one more than the largest label of the training list."""
     sampling: SamplingName = "dense"
-    """dense: frames at a stride from one random place; segment: one frame of each of num_frames equal parts."""
+    """dense: frames at a stride, or sampling_seconds apart, from one random place; segment: one frame of each of
+    num_frames equal parts."""
     crop_area: tuple[float, float] = (0.08, 1.0)
     """Area of a random crop as a share of the frame, from and to."""
     crop_aspect: tuple[float, float] = (0.75, 4 / 3)
