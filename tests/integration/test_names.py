@@ -11,13 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from everest_ds import cli
 from everest_ds.data.index import VideoRow, read_list
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.sizes import get_size
 from everest_ds.recipes import get_recipe
 from everest_ds.train.tasks import encoder_options
-from tests.integration.launch import compute, run_in_turn
+from tests.integration.launch import run_in_turn
 from tests.integration.test_bad_input import refused
 from tests.unit.video_files import write_ramp
 
@@ -131,22 +130,6 @@ def test_predict_without_videos_and_with_lists_that_are_none_is_refused(
     assert "line 1: 'frames/clip_a 120 3' looks like a row of a list of frame folders" in said
     (tmp_path / "gone.csv").write_text("gone.mp4 0 0 3\n")
     assert "none of 1 files probed" in refused([*words, "--list", str(tmp_path / "gone.csv")], capsys)
-
-
-def test_list_of_videos_without_classes_pre_trains(
-    demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "flat").mkdir()
-    for row in read_list(demo_folder / "train.csv")[:32]:
-        (tmp_path / "flat" / row.path.name).symlink_to(row.path)
-    assert cli.main(["index", "folder", str(tmp_path / "flat"), "--out", str(tmp_path / "lists")]) == 0
-    assert "no folders of classes: the lists are for pre-training" in capsys.readouterr().out
-    rows = read_list(tmp_path / "lists" / "train.csv")
-    assert len(rows) == 32
-    assert {row.label for row in rows} == {-1}
-    words = ["pretrain", "demo", "--data.train-list", tmp_path / "lists" / "train.csv", "--out", tmp_path / "run"]
-    done = compute([*words, "--run.max-steps", "1", "--data.num-workers", "0", "--precision", "fp32"])
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("reader", ["decord", "pyav"])

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from everest_ds import cli
+from everest_ds.data.index import read_list
 from tests.integration.launch import compute, flags
 from tests.integration.test_bad_input import refused
 from tests.unit.test_timing import even_s, write_at
@@ -21,9 +22,17 @@ def features(path: Path) -> tuple[torch.Tensor, dict[str, str]]:
         return file.get_tensor("features"), file.metadata()
 
 
-def test_run_in_time_predicts_in_time(demo_folder: Path, tmp_path: Path) -> None:
+def test_run_in_time_on_a_flat_folder_predicts_in_time(
+    demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two files that show the same at every moment, one with each frame thrice, have the same features then."""
-    done = compute(flags(demo_folder, tmp_path / "run", "--data.sampling-seconds", "0.05", steps=1))
+    (tmp_path / "flat").mkdir()
+    for row in read_list(demo_folder / "train.csv")[:32]:
+        (tmp_path / "flat" / row.path.name).symlink_to(row.path)
+    assert cli.main(["index", "folder", str(tmp_path / "flat"), "--out", str(tmp_path / "lists")]) == 0
+    assert "no folders of classes: the lists are for pre-training" in capsys.readouterr().out
+    assert {row.label for row in read_list(tmp_path / "lists" / "train.csv")} == {-1}
+    done = compute(flags(tmp_path / "lists", tmp_path / "run", "--data.sampling-seconds", "0.05", steps=1))
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["sampling_seconds"] == 0.05
     slow_s = even_s(20, 1.0)
