@@ -33,7 +33,7 @@ class Container:
         starts_with_key: Whether its first packet is a key frame.
         hidden: Its packets that an edit list hides, those that start before zero.
         file_s: Length in seconds that the header announces for the longest stream; None where it does not say.
-        file_end_s: Where the last packet of any stream ends, in seconds. Streams besides the picture are looked at
+        file_end_s: Where the last packet of any stream ends, in seconds. Other streams than the picture are read
             only where ``declared_s`` is None and the picture is shorter than ``file_s``.
     """
 

@@ -22,7 +22,7 @@ _NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 _FIELD = rf'(?:{_NUMBER}|"{_NUMBER}")'
 # The last field of a line, where it is a number.
 _LAST = re.compile(rf"^(?P<rest>.*[^\s,])(?P<separator>[\s,]+)(?P<field>{_FIELD})$")
-# A path in double quotes, in which a quote is written twice, as in CSV files; or, in lists of old, just once.
+# A path in double quotes, in which a quote is doubled, as in CSV files. Older versions did not double it.
 _QUOTED = re.compile(rf'^"(?P<path>(?:[^"]|"")+)"(?P<fields>(?:[\s,]+{_FIELD})*)$')
 _QUOTED_LOOSELY = re.compile(rf'^"(?P<path>.+)"(?P<fields>(?:[\s,]+{_FIELD})*)$')
 _LABEL = re.compile(r"^[-+]?[0-9]+(?:\.0*)?$")
@@ -60,7 +60,7 @@ class ListLine:
 
 
 class _Split(NamedTuple):
-    """A path and the numbers after it, as text; ``paths`` has what stands before each number."""
+    """A path and the numbers after it, as text; ``paths`` has the text before each number."""
 
     path: str
     numbers: list[str]
@@ -71,7 +71,7 @@ class _Split(NamedTuple):
 def parse_line(line: str, number: int) -> ListLine:
     """Return what a line says.
 
-    Spaces, tabs or a comma part the fields. A line ends in one number (label) or in three (label, start and end);
+    Spaces, tabs or a comma separate the fields. A line ends in one number (label) or in three (label, start and end);
     the path before them may hold spaces and commas. A path whose last word is a number must be in double quotes.
     Without quotes more numbers are accepted only where the last two have a decimal point: these are the window, the
     number before them is the label, and the others belong to the path.
@@ -111,7 +111,7 @@ def parse_line(line: str, number: int) -> ListLine:
 
 
 def needs_quotes(path: str) -> bool:
-    """Say whether a path is read as another, or refused, when it stands in a list without quotes."""
+    """Say whether a path is read as another, or refused, when a list has it without quotes."""
     try:
         return parse_line(f"{path} 0", 1).path != path
     except LineError:
@@ -149,7 +149,7 @@ def _require_plain(split: _Split, number: int) -> None:
     """
     other = _OTHER_SEPARATOR.search(split.path)
     if other is not None:
-        raise LineError(f"parts its fields by {other['mark']!r}; expected a space, a tab or a comma")
+        raise LineError(f"separates its fields by {other['mark']!r}; expected a space, a tab or a comma")
     if not split.numbers:
         return
     if number == 1 and re.fullmatch("[0-9]+", split.path):

@@ -74,7 +74,7 @@ def test_odd_names_pass_every_command(weights: Path, tmp_path: Path) -> None:
 
 
 def test_odd_names_in_the_folder_where_the_program_runs(weights: Path, tmp_path: Path) -> None:
-    """Nothing stands before the name then, not even a slash."""
+    """Then there is nothing before the name, not even a slash."""
     for name in ("10:30:00.mp4", "-dash.mp4", "http:a.mp4"):
         write_ramp(tmp_path / name, 24)
     (tmp_path / "-list:1.csv").write_text("10:30:00.mp4 7\n-dash.mp4 900 1 2\n")

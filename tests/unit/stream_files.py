@@ -1,4 +1,4 @@
-"""Videos beside which other streams lie: sound, subtitles, covers, data, second pictures, of other lengths."""
+"""Videos with other streams: sound, subtitles, covers and second pictures, of other lengths than the picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files were cut off: told from what their picture announces, whatever lies beside it."""
+"""Which files were cut off, judged by their picture alone, whatever other streams there are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from everest_ds.data.probe import Finding, Kind, ProbeSettings, probe_video
 from tests.unit.stream_files import StreamFile, cut_off
 from tests.unit.test_probe import moving_video
 
-BESIDE: dict[str, Callable[[StreamFile], StreamFile]] = {
+STREAMS: dict[str, Callable[[StreamFile], StreamFile]] = {
     "longer_sound": lambda file: file.picture(3).sound(8),
     "shorter_sound": lambda file: file.picture(6).sound(1),
     "later_sound": lambda file: file.picture(3).sound(4, start_s=4),
@@ -26,11 +26,11 @@ BESIDE: dict[str, Callable[[StreamFile], StreamFile]] = {
     "cover": lambda file: file.cover().picture(3).sound(8),
 }
 CONTAINERS = {
-    "webm": set(BESIDE) - {"cover", "b_frames"},
-    "mkv": set(BESIDE),
-    "mp4": set(BESIDE) - {"cover"},
-    "mov": set(BESIDE) - {"cover"},
-    "ts": set(BESIDE) - {"cover"},
+    "webm": set(STREAMS) - {"cover", "b_frames"},
+    "mkv": set(STREAMS),
+    "mp4": set(STREAMS) - {"cover"},
+    "mov": set(STREAMS) - {"cover"},
+    "ts": set(STREAMS) - {"cover"},
     "avi": {"longer_sound", "shorter_sound", "later_sound", "later_picture"},
     "flv": {"longer_sound", "shorter_sound", "later_sound", "later_picture"},
 }
@@ -41,12 +41,10 @@ def probe(path: Path) -> Finding:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "beside"), [(suffix, name) for suffix, names in CONTAINERS.items() for name in sorted(names)]
+    ("suffix", "streams"), [(suffix, name) for suffix, names in CONTAINERS.items() for name in sorted(names)]
 )
-def test_sound_file_is_not_cut_off_whatever_lies_beside_its_picture(
-    suffix: str, beside: str, tmp_path: Path
-) -> None:
-    path = BESIDE[beside](StreamFile(tmp_path / f"a.{suffix}")).write()
+def test_sound_file_is_not_cut_off_whatever_other_streams_it_has(suffix: str, streams: str, tmp_path: Path) -> None:
+    path = STREAMS[streams](StreamFile(tmp_path / f"a.{suffix}")).write()
     assert probe(path).kind is Kind.GOOD
 
 
@@ -57,7 +55,7 @@ def test_fragmented_file_with_longer_sound_is_not_cut_off(movflags: str, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("suffix", "beside", "share"),
+    ("suffix", "streams", "share"),
     [
         ("mkv", "longer_picture", 0.3),
         ("mkv", "long_subtitle", 0.5),
@@ -68,8 +66,8 @@ def test_fragmented_file_with_longer_sound_is_not_cut_off(movflags: str, tmp_pat
         ("avi", "shorter_sound", 0.5),
     ],
 )
-def test_file_whose_picture_was_cut_off_is_found(suffix: str, beside: str, share: float, tmp_path: Path) -> None:
-    whole = BESIDE[beside](StreamFile(tmp_path / f"a.{suffix}")).write()
+def test_file_whose_picture_was_cut_off_is_found(suffix: str, streams: str, share: float, tmp_path: Path) -> None:
+    whole = STREAMS[streams](StreamFile(tmp_path / f"a.{suffix}")).write()
     assert probe(cut_off(whole, share)).kind is Kind.TRUNCATED
 
 
@@ -135,7 +133,7 @@ def test_what_a_header_announces_has_to_be_there(
 
 
 def test_webm_whose_header_lacks_the_pictures_length_is_held_against_all_streams(tmp_path: Path) -> None:
-    path = BESIDE["longer_sound"](StreamFile(tmp_path / "a.webm")).write()
+    path = STREAMS["longer_sound"](StreamFile(tmp_path / "a.webm")).write()
     path.write_bytes(path.read_bytes().replace(b"DURATION", b"NOLENGTH"))
     container = read_container(path)
     assert container is not None

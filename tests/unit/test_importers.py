@@ -251,7 +251,7 @@ def test_splits_without_classes_become_lists_without_labels(tmp_path: Path) -> N
     assert found.left_out == {"a video outside the folders of the splits": ["top.mp4"]}
 
 
-def test_video_beside_the_classes_of_a_split_is_left_out(tmp_path: Path) -> None:
+def test_video_in_no_class_of_a_split_is_left_out(tmp_path: Path) -> None:
     touch(tmp_path, "train/a/1.mp4", "train/b/2.mp4", "train/stray.mp4", "test/a/3.mp4")
     found = folder.gather(SourceTree(tmp_path), folder.FolderOptions())
     assert found.class_names == ("a", "b")

@@ -159,7 +159,7 @@ def test_find_videos_refuses_a_missing_path_and_a_folder_without_videos(tmp_path
         ('"a 3" 1 2 5', "a 3", 1, (2.0, 5.0)),
     ],
 )
-def test_window_stands_after_the_label(
+def test_window_follows_the_label(
     line: str, path: str, label: int, window: tuple[float | None, float | None], tmp_path: Path
 ) -> None:
     (tmp_path / "list.csv").write_text(line + "\n")

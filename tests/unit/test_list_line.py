@@ -1,4 +1,4 @@
-"""What a line of a list says, and what is said of a line that is none."""
+"""Lines of lists: how they are read, and how other lines are refused."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def test_line_says_path_label_and_window(line: str, expected: ListLine) -> None:
         ("clip_fn gt", "If the line names the columns, remove it"),
         ("0,a.mp4,3", "begins with its own number"),
         ("1,a.mp4,3", "begins with its own number"),
-        ("a.mp4;3", "parts its fields by ';'"),
-        ("a.mp4; 3", "parts its fields by ';'"),
-        ("a.mp4;3;1,5;2,5", "parts its fields by ';'"),
-        ("a.mp4|3", "parts its fields by '|'"),
+        ("a.mp4;3", "separates its fields by ';'"),
+        ("a.mp4; 3", "separates its fields by ';'"),
+        ("a.mp4;3;1,5;2,5", "separates its fields by ';'"),
+        ("a.mp4|3", "separates its fields by '|'"),
         ('{"path": "a.mp4", "label": 3}', "looks like JSON"),
         ('["a.mp4", 3],', "looks like JSON"),
         ('{"a.mp4": 0,', "looks like JSON"),
