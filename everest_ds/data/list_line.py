@@ -71,7 +71,7 @@ class _Split(NamedTuple):
 def parse_line(line: str, number: int) -> ListLine:
     """Return what a line says.
 
-    Spaces, tabs or a comma separate the fields. A line ends in one number (label) or in three (label, start and end);
+    Spaces, tabs or a comma separate fields. A line ends in one number (label) or in three (label, start and end);
     the path before them may hold spaces and commas. A path whose last word is a number must be in double quotes.
     Without quotes more numbers are accepted only where the last two have a decimal point: these are the window, the
     number before them is the label, and the others belong to the path.
