@@ -1,7 +1,8 @@
 """RUN/config.json: a configuration written out in full, and read back strictly.
 
 Unknown keys are refused with the nearest name, absent ones are named, and a value must have its field's type:
-what a run reports about itself is what it did.
+what a run reports about itself is what it did. Fields that older versions did not write take their default, with
+which runs do as they did.
 """
 
 import dataclasses
@@ -13,6 +14,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig
 from everest_ds.errors import UserError, nearest_hint
+
+_ADDED_LATER = frozenset({"data.sampling_seconds"})
+"""Fields that stored configurations of older versions lack; the default of each is what those versions did."""
 
 CONFIGS: dict[str, type[Config]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 
@@ -67,6 +71,7 @@ def _build(cls: Any, raw: Any, *, where: str, source: str) -> Any:
     for key in raw:
         if key not in names:
             raise UserError(f"{source}: unknown key {where}{key}{nearest_hint(key, names)}")
+    names = [name for name in names if name in raw or f"{where}{name}" not in _ADDED_LATER]
     missing = [name for name in names if name not in raw]
     if missing:
         raise UserError(f"{source}: key {where}{missing[0]} is missing; a stored configuration has every key")

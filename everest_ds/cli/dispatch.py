@@ -6,6 +6,7 @@ Modules are imported when their command runs.
 """
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     world = World.from_environment()
     try:
         return _dispatch(words, world)

@@ -137,7 +137,7 @@ def predict(rest: list[str], world: World) -> int:
         source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
         """A run directory, a checkpoint, or weights in any layout, which need --recipe."""
         videos: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="VIDEO...")]
-        """Video files, and folders that are searched for them."""
+        """Video files, and folders that are searched for them; none are needed with --list."""
         options: Annotated[command.PredictOptions, tyro.conf.arg(name="")] = field(
             default_factory=command.PredictOptions
         )

@@ -3,12 +3,12 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everest_ds import distributed
-from everest_ds.data.index import VideoRow, find_videos
+from everest_ds.data.index import VideoRow, find_videos, read_list, require_reachable
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.recipes import find_config
@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from everest_ds.train.evaluation.trained import Trained
 
 EXIT_UNREADABLE = 2
+_UNLABELLED = -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(InferenceOptions):
     """What is said of each video."""
 
+    list: Path | None = None
+    """List of videos, after those that are named: each row, or the window of it. Labels are not used."""
     top: int = 5
     """Classes to name for each video."""
     json: bool = False
@@ -62,7 +65,7 @@ def predict(source: Path, videos: Sequence[Path], options: PredictOptions, world
 
     Args:
         source: A run directory, a checkpoint, or weights.
-        videos: Files, and folders that are searched for files.
+        videos: Files, and folders that are searched for files; may be none where ``options`` name a list.
         options: What is said of them.
         world: This process's place.
 
@@ -72,9 +75,7 @@ def predict(source: Path, videos: Sequence[Path], options: PredictOptions, world
     Raises:
         UserError: There are no videos, or the weights cannot be used.
     """
-    if not videos:
-        raise UserError("predict needs a video or a folder of videos")
-    rows = [VideoRow(path, -1) for path in find_videos(videos)]
+    rows = _rows_of(videos, options.list)
     origin = locate(source)
     settings = clip_settings(origin, find_config(options.recipe) if options.recipe else None, options)
     on_gpu = distributed.select_accelerator()
@@ -98,9 +99,27 @@ def predict(source: Path, videos: Sequence[Path], options: PredictOptions, world
         unreadable = _features(trained, rows, settings, options, identity, world, device)
     if world.is_main and not options.json:
         for bad in unreadable:
-            print(f"cannot read {bad.path}: {bad.reason}", file=sys.stderr, flush=True)
+            print(f"cannot read {rows[bad.row].name}: {bad.reason}", file=sys.stderr, flush=True)
     distributed.finish()
     return EXIT_UNREADABLE if len(unreadable) > (len(rows) - 1 if options.allow_unreadable else 0) else 0
+
+
+def _rows_of(videos: Sequence[Path], source: Path | None) -> list[VideoRow]:
+    """Return what to predict, without labels: the videos, then the rows of the list."""
+    if not videos and source is None:
+        raise UserError("predict needs a video, a folder of videos, or --list FILE")
+    rows = [VideoRow(path, _UNLABELLED) for path in find_videos(videos)]
+    if source is not None:
+        listed = read_list(source)
+        require_reachable(listed, source)
+        # Labels may be of other classes than the head's.
+        rows += [replace(row, label=_UNLABELLED) for row in listed]
+    return rows
+
+
+def _window(row: VideoRow) -> dict[str, float | None]:
+    """Return what a JSON line says of a row's window; nothing without one."""
+    return {} if row.start_s is None else {"start_s": row.start_s, "end_s": row.end_s}
 
 
 def _labels(
@@ -135,7 +154,7 @@ def _labels(
     reasons = {bad.row: bad.reason for bad in outputs.unreadable}
     for i, row in enumerate(rows):
         if options.json:
-            line: dict[str, Any] = {"path": str(row.path)}
+            line: dict[str, Any] = {"path": str(row.path), **_window(row)}
             if i in reasons:
                 line["error"] = reasons[i]
             else:
@@ -144,7 +163,7 @@ def _labels(
                 ]
             print(json.dumps(line))
         elif i not in reasons:
-            print(row.path)
+            print(row.name)
             for k, probability in best(outputs.results[i]):
                 label = names[k] if names[k] == str(k) else f"{names[k]} ({k})"
                 print(f"  {probability:7.2%}  {label}")
@@ -160,9 +179,7 @@ def _features(
     world: World,
     device: "torch.device",
 ) -> "tuple[UnreadableRow, ...]":
-    """Write one row a readable video; metadata name the videos, the weights and the views."""
-    from dataclasses import replace
-
+    """Write one row a readable video; metadata name the videos, their windows, the weights and the views."""
     import torch
 
     from everest_ds.model.weights.export import save_safetensors, write_whole
@@ -174,8 +191,10 @@ def _features(
     target = options.features
     if world.is_main and outputs.results and target is not None:
         features_ND = torch.stack(list(outputs.results.values()))
+        found = [rows[row] for row in outputs.results]
         metadata = {
-            "paths": json.dumps([str(rows[row].path) for row in outputs.results]),
+            "paths": json.dumps([str(row.path) for row in found]),
+            "windows": json.dumps([None if row.start_s is None else [row.start_s, row.end_s] for row in found]),
             "checkpoint": json.dumps(identity),
             "views": json.dumps(view_recipe(settings, trained.num_kept)),
         }

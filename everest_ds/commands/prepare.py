@@ -203,8 +203,8 @@ def describe_loss(keep_every: int, stride: int) -> str:
     places = "1 place is" if left == 1 else f"{left} places are"
     return (
         f"{lost}; all but every {keep_every}th frame: a recipe with data.sampling_stride={stride} must read these "
-        f"videos with data.sampling_stride={left}, and of {stride} neighbouring places where its clips could start "
-        f"{places} left"
+        f"videos with data.sampling_stride={left} (data.sampling_seconds stays: frames keep their times), and of "
+        f"{stride} neighbouring places where its clips could start {places} left"
     )
 
 

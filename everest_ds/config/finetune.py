@@ -27,7 +27,8 @@ class FinetuneDataConfig(DataConfig):
     num_classes: int | None = None
     """Classes; without it, those of the names, or one more than the largest label of the training list."""
     sampling: SamplingName = "dense"
-    """dense: frames at a stride from one random place; segment: one frame of each of num_frames equal parts."""
+    """dense: frames at a stride, or sampling_seconds apart, from one random place; segment: one frame of each of
+    num_frames equal parts."""
     crop_area: tuple[float, float] = (0.08, 1.0)
     """Area of a random crop as a share of the frame, from and to."""
     crop_aspect: tuple[float, float] = (0.75, 4 / 3)
@@ -53,6 +54,11 @@ class FinetuneDataConfig(DataConfig):
         require(0 <= self.erase_prob <= 1, "data.erase_prob", self.erase_prob, "a share in [0, 1]")
         for name in ("mixup_alpha", "cutmix_alpha"):
             require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "at least 0")
+        if self.sampling == "segment" and self.sampling_seconds is not None:
+            raise UserError(
+                f"data.sampling_seconds={self.sampling_seconds} has no effect with data.sampling=segment, which "
+                "takes frames from all of a video; use data.sampling=dense, or leave data.sampling_seconds out"
+            )
 
     @property
     def mixes(self) -> bool:

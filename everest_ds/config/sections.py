@@ -1,5 +1,6 @@
 """Sections that pre-training and fine-tuning have in common, each checked by itself when it is built."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,11 @@ class DataConfig:
     num_frames: int = 16
     """Frames of a clip."""
     sampling_stride: int = 4
-    """Source frames from one clip frame to the next (paper Table 7: sampling stride)."""
+    """Source frames from one clip frame to the next (paper Table 7: sampling stride). A clip of a video at 60
+    frames a second then covers half the time of one at 30."""
+    sampling_seconds: float | None = None
+    """Seconds from one clip frame to the next, by the video's own times, whatever its frame rate; sampling_stride
+    is not used then. Stride 4 is 0.16 s at 25 frames a second, 0.1333 s at 30. Without it, frames are counted."""
     image_size: int = 224
     """Height and width of a clip in pixels."""
     flip: bool = True
@@ -50,6 +55,9 @@ class DataConfig:
         """Check each field by itself."""
         require(self.num_frames >= 1, "data.num_frames", self.num_frames, "at least 1")
         require(self.sampling_stride >= 1, "data.sampling_stride", self.sampling_stride, "at least 1")
+        seconds = self.sampling_seconds
+        seconds_ok = seconds is None or (math.isfinite(seconds) and seconds > 0)
+        require(seconds_ok, "data.sampling_seconds", seconds, "above 0")
         require(self.image_size >= 1, "data.image_size", self.image_size, "at least 1")
         require(self.repeats >= 1, "data.repeats", self.repeats, "at least 1")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "at least 0")

@@ -17,6 +17,7 @@ from everest_ds.config import FinetuneDataConfig, PretrainDataConfig
 from everest_ds.config.sections import DataConfig
 from everest_ds.data.augment import check_rand_augment, draw_resized_crop, erase, rand_augment
 from everest_ds.data.sampling import Stream, dense_indices, segment_indices, stride_indices
+from everest_ds.data.timing import timed_indices
 from everest_ds.data.transforms import crop_frames, draw_crop, resize_crop, resize_crop_by_pil
 
 Draws = Callable[[Stream], np.random.Generator]
@@ -46,7 +47,10 @@ class Cut(Protocol):
         """Bytes of what `clip` gives, at most."""
 
     def frame_idx(self, num_frames: int, draws: Draws) -> list[int]:
-        """Choose the frames of a clip; a short video's last one may repeat."""
+        """Choose the frames of a clip by their number; a short video's last one may repeat."""
+
+    def frame_idx_in_time(self, times_s: NDArray[np.float64], draws: Draws) -> list[int]:
+        """Choose the frames of a clip by the times in seconds at which they start (data.sampling_seconds)."""
 
     def clip(self, frames_THWC: NDArray[np.uint8], draws: Draws) -> Tensor:
         """Cut the clip, uint8; ``frames_THWC`` is left as it is.
@@ -83,6 +87,10 @@ class PretrainCut:
     def frame_idx(self, num_frames: int, draws: Draws) -> list[int]:
         """Choose ``self.num_frames`` frames."""
         return stride_indices(num_frames, self.num_frames, self.config.sampling_stride, draws(Stream.FRAMES))
+
+    def frame_idx_in_time(self, times_s: NDArray[np.float64], draws: Draws) -> list[int]:
+        """Choose ``self.num_frames`` frames."""
+        return _choose_in_time(times_s, self.num_frames, self.config, draws)
 
     def clip(self, frames_THWC: NDArray[np.uint8], draws: Draws) -> Tensor:
         """Cut the clip, or its crop."""
@@ -137,6 +145,10 @@ class FinetuneCut:
             return segment_indices(num_frames, config.num_frames, generator)
         return dense_indices(num_frames, config.num_frames, config.sampling_stride, generator)
 
+    def frame_idx_in_time(self, times_s: NDArray[np.float64], draws: Draws) -> list[int]:
+        """Choose ``config.num_frames`` frames."""
+        return _choose_in_time(times_s, self.config.num_frames, self.config, draws)
+
     def clip(self, frames_THWC: NDArray[np.uint8], draws: Draws) -> Tensor:
         """Augment the frames and cut the clip."""
         config = self.config
@@ -151,6 +163,32 @@ class FinetuneCut:
         if config.erase_prob > 0:
             clip_CTHW = erase(clip_CTHW, config.erase_prob, draws(Stream.ERASE))
         return clip_CTHW
+
+
+class Timeline(Protocol):
+    """A video, or a window of one, as far as frames are chosen from it."""
+
+    num_frames: int
+
+    def times_s(self) -> NDArray[np.float64]:
+        """Return when each frame starts, in seconds from the first one, ascending."""
+
+
+def choose_frames(cut: Cut, video: Timeline, draws: Draws) -> list[int]:
+    """Return the frames of a clip: in time where data.sampling_seconds is set, else by number.
+
+    Raises:
+        VideoReadError: The times cannot be had.
+    """
+    if cut.config.sampling_seconds is not None:
+        return cut.frame_idx_in_time(video.times_s(), draws)
+    return cut.frame_idx(video.num_frames, draws)
+
+
+def _choose_in_time(times_s: NDArray[np.float64], clip_length: int, config: DataConfig, draws: Draws) -> list[int]:
+    if config.sampling_seconds is None:
+        raise ValueError("data.sampling_seconds is not set: frames are chosen by number")
+    return timed_indices(times_s, clip_length, config.sampling_seconds, draws(Stream.FRAMES))
 
 
 def _require_pixels(crop: tuple[int, int, int, int], width: int, height: int) -> None:

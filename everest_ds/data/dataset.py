@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 from everest_ds.config.sections import DataConfig
 from everest_ds.data.augment import PairMixer
 from everest_ds.data.clips import MAX_REPLACEMENTS, BadSample, Clip, ClipBatch, mix_pairs
-from everest_ds.data.cuts import Cut, UnfitFramesError
+from everest_ds.data.cuts import Cut, UnfitFramesError, choose_frames
 from everest_ds.data.index import VideoRow
 from everest_ds.data.loader import Loader
 from everest_ds.data.pool import Mark
@@ -182,7 +182,7 @@ class ClipDataset:
     def _frame_idx(self, video: Video, key: SampleKey) -> list[int]:
         """Draw the frames of a clip; the clips of a video share them unless they are to have their own."""
         drawn_for = key if self.config.repeat_frames == "own" else replace(key, repeat=0)
-        return self.cut.frame_idx(video.num_frames, partial(self._draws, drawn_for))
+        return choose_frames(self.cut, video, partial(self._draws, drawn_for))
 
     def _open(self, index: int) -> Video:
         """Open the video of a row, or take it from memory where decoded frames are kept."""
@@ -191,7 +191,7 @@ class ClipDataset:
         video = Video.of_row(self.rows[index], self.config.reader)
         if not self.config.keep_decoded:
             return video
-        self._decoded[index] = DecodedVideo(video)
+        self._decoded[index] = DecodedVideo(video, with_times=self.config.sampling_seconds is not None)
         return self._decoded[index]
 
     def _draws(self, key: SampleKey, stream: Stream) -> np.random.Generator:

@@ -204,7 +204,7 @@ def encode_h264(path: Path, frames_THWC: NDArray[np.uint8], *, frames_per_s: int
     import av
 
     height, width = frames_THWC.shape[1:3]
-    with av.open(str(path), "w") as container:
+    with av.open(f"file:{path}", "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(frames_per_s))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.thread_count = 1

@@ -14,7 +14,8 @@ from everest_ds.data.probe import Finding, Kind, ProbeSettings
 class Record:
     """Findings on disk, one JSON line each, after a line that says how closely videos were looked at.
 
-    A finding holds as long as its file is as large and as old as it was; what was missing is looked for again.
+    A finding holds as long as its file is as large and as old as it was. What was missing or cut off is looked at
+    again: older versions took a file with longer sound for one that was cut off.
 
     Args:
         path: The file.
@@ -52,4 +53,4 @@ def _finding_of(line: dict[str, Any]) -> tuple[VideoPart, Finding]:
 
 def _still_holds(line: dict[str, Any]) -> bool:
     known = identity(Path(line["path"]))
-    return known is not None and known == line["file"]
+    return known is not None and known == line["file"] and line["kind"] != Kind.TRUNCATED

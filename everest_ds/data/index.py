@@ -2,35 +2,25 @@
 
 The separator is a space, a tab or a comma; the label is the integer at the end, so paths may hold spaces and
 commas. Paths are absolute, or relative to the folder of the list. A path in double quotes loses them. Blank
-lines are skipped. After the label there may be a window, ``start end`` in seconds, both with a decimal point
-(``videos/a b.mp4 3 12.0 20.0``): then the row is that part of the video. For `everest predict`, videos are also
-found by folder.
+lines are skipped. After the label there may be a window, ``start end`` in seconds (``videos/a b.mp4 3 12 20.5``):
+then the row is that part of the video. `everest_ds.data.list_line` has the rules in full. For `everest predict`,
+videos are also found by folder.
 """
 
 import hashlib
 import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 
+from everest_ds.data.list_line import VIDEO_SUFFIXES, LineError, needs_quotes, parse_line
 from everest_ds.errors import UserError
 
-_SEPARATOR = r"\s*(?:,|\s)\s*"
-_LABELLED = rf"(?P<path>.*\S){_SEPARATOR}(?P<label>-?\d+)"
-_TIME = r"[-+]?(?:\d+\.\d*|\.\d+)"
-# A row that ends in an integer ends in its label; times have a point, so that no such row has another meaning.
-_ROW = re.compile(rf"^{_LABELLED}$")
-_WINDOW_ROW = re.compile(rf"^{_LABELLED}{_SEPARATOR}(?P<start>{_TIME}){_SEPARATOR}(?P<end>{_TIME})$")
 _BYTE_ORDER_MARK = "\ufeff"
 _NUM_PROBED = 64
-VIDEO_SUFFIXES = (
-    *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
-    *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"),
-)
-
+_SHOWN_CHARACTERS = 120
 
 VideoPart = tuple[Path, float | None, float | None]
 """A video, and start and end of a window of it in seconds; Nones for all of it."""
@@ -69,6 +59,13 @@ class VideoRow:
         """The video and the window of it: what tells a row's frames from all others'."""
         return self.path, self.start_s, self.end_s
 
+    @property
+    def name(self) -> str:
+        """The path, and the window in seconds where there is one, for people."""
+        if self.start_s is None or self.end_s is None:
+            return str(self.path)
+        return f"{self.path} [{self.start_s:.15g}, {self.end_s:.15g}) s"
+
 
 def window_fault(start_s: float | None, end_s: float | None) -> str | None:
     """Return what is wrong with a window of seconds, None for nothing and where there is no window."""
@@ -89,8 +86,8 @@ def read_list(path: Path) -> list[VideoRow]:
     """Read a list of videos.
 
     Raises:
-        UserError: The list is missing, is empty, or has a row without a label or with times that make no window
-            (with its line number).
+        UserError: The list is missing, is empty or is no text, or a line is no row of a list or has times that make
+            no window (with its number, and what it looks like).
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -98,6 +95,8 @@ def read_list(path: Path) -> list[VideoRow]:
         raise UserError(f"cannot read the list of videos {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"the list of videos {path} is not UTF-8 text: {error.reason}") from error
+    if "\0" in text:
+        raise UserError(f"the list of videos {path} holds zero bytes, as UTF-16 text does; save it as UTF-8")
     rows = [
         _parse_row(line.strip(), path, number)
         for number, line in enumerate(text.splitlines(), start=1)
@@ -172,14 +171,21 @@ def require_reachable(rows: list[VideoRow], source: Path) -> None:
     Single missing files are found when they are read; a list whose paths start in the wrong folder is found here.
 
     Raises:
-        UserError: None of the probed files exists.
+        UserError: None of the probed files exists, or all that exist are folders.
     """
     probed = rows[:: max(1, len(rows) // _NUM_PROBED)]
-    if not any(_is_file(row.path) for row in probed):
+    if any(_is_file(row.path) for row in probed):
+        return
+    folder = next((row.path for row in probed if os.path.isdir(row.path)), None)
+    if folder is not None:
         raise UserError(
-            f"none of {len(probed)} files probed from {source} exists, the first is {probed[0].path}; "
-            "paths must be absolute or relative to the list's folder"
+            f"{source} names folders, {folder} for instance; only video files are read. Make a video of each "
+            "folder of frames, or list the videos in it (`everest index folder`)"
         )
+    raise UserError(
+        f"none of {len(probed)} files probed from {source} exists, the first is {probed[0].path}; "
+        "paths must be absolute or relative to the list's folder"
+    )
 
 
 def find_videos(paths: Sequence[Path]) -> list[Path]:
@@ -193,7 +199,7 @@ def find_videos(paths: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):  # False, too, where the file system refuses the path
             found += _videos_below(path)
         elif _is_file(path):
             found.append(path)
@@ -227,21 +233,15 @@ def _is_file(path: Path) -> bool:
 
 
 def _parse_row(line: str, source: Path, number: int) -> VideoRow:
-    match = _ROW.match(line) or _WINDOW_ROW.match(line)
-    if match is None:
-        raise UserError(
-            f"{source}, line {number}: {line!r} has no label; expected `path label` with an integer label "
-            "(0 where there are no classes), or `path label start end` with two times in seconds, both with a point"
-        )
-    name = match["path"].rstrip(",").rstrip()
-    if len(name) > 2 and name[0] == name[-1] == '"':
-        name = name[1:-1]
-    window = match.groupdict()
-    start_s, end_s = (float(window[key]) if window.get(key) else None for key in ("start", "end"))
-    fault = window_fault(start_s, end_s)
+    shown = repr(line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}...")
+    try:
+        found = parse_line(line, number)
+    except LineError as error:
+        raise UserError(f"{source}, line {number}: {shown} {error}") from None
+    fault = window_fault(found.start_s, found.end_s)
     if fault is not None:
-        raise UserError(f"{source}, line {number}: {line!r}: {fault}")
-    return VideoRow(source.parent / name, int(match["label"]), number, start_s, end_s)
+        raise UserError(f"{source}, line {number}: {shown}: {fault}")
+    return VideoRow(source.parent / found.path, found.label, number, found.start_s, found.end_s)
 
 
 def _format_row(row: VideoRow, target: Path) -> str:
@@ -253,8 +253,9 @@ def _format_row(row: VideoRow, target: Path) -> str:
         row.path.relative_to(target.parent) if row.path.is_relative_to(target.parent) else row.path.absolute()
     )
     plain = name.split() == [name] and "," not in name and not name.startswith(_BYTE_ORDER_MARK)
-    if not plain or name[0] == name[-1] == '"':
-        name = f'"{name}"'
+    if not plain or needs_quotes(name):
+        quoted = name.replace('"', '""')
+        name = f'"{quoted}"'
     return f"{name} {row.label}{_format_window(row)}"
 
 

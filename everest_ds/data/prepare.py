@@ -194,7 +194,7 @@ def _encode(
     ticks = np.rint(times_s * _TICKS_PER_S).astype(int).tolist()
     places = set(_sample_places(len(ticks)))
     samples = []
-    with av.open(str(path), "w", format="mp4") as container:
+    with av.open(f"file:{path}", "w", format="mp4") as container:
         stream = None
         for place, (frame_HWC, time) in enumerate(zip(frames, ticks, strict=True)):
             if stream is None:

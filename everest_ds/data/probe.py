@@ -5,20 +5,18 @@ Place in the flow: a row of a list -> Finding. Runs in a process that can be kil
 
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from everest_ds.config.sections import ReaderName
+from everest_ds.data.container import describe_missing, read_container
 from everest_ds.data.index import VideoRow
 from everest_ds.data.video import Video, VideoReadError
 
 # Frames at the end that are compared with each other: decoders fill what they cannot decode with copies.
 _TAIL = 8
-# A container that announces more than this beyond its last packet was cut off: a share of its length, and seconds.
-_MISSING_SHARE, _MISSING_S = 0.1, 0.5
 
 
 class Kind(StrEnum):
@@ -80,27 +78,6 @@ class Finding:
     height: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Container:
-    """What a file says of itself, and what is in it, without decoding.
-
-    Attributes:
-        packets: Packets of the video stream.
-        declared: Frames that the header announces; 0 where it does not say.
-        declared_s: Length in seconds that the header announces; None where it does not say.
-        end_s: Where the last packet ends, from the first one's start.
-        starts_with_key: Whether the first packet is a key frame.
-        hidden: Packets that an edit list hides, those that start before zero.
-    """
-
-    packets: int
-    declared: int
-    declared_s: float | None
-    end_s: float
-    starts_with_key: bool
-    hidden: int
-
-
 def probe_video(row: VideoRow, settings: ProbeSettings) -> Finding:
     """Look at one video; whatever is wrong with it is in the finding, nothing is raised."""
     try:
@@ -124,7 +101,7 @@ def _judge(
 ) -> tuple[Kind, str]:
     """Return the gravest thing about a video that can be read."""
     container = read_container(row.path)
-    if container is not None and (cut := _missing(container)):
+    if container is not None and (cut := describe_missing(container)):
         return Kind.TRUNCATED, cut
     if num_frames < settings.min_frames:
         return Kind.TOO_SHORT, f"{num_frames} frames, a clip needs {settings.min_frames}"
@@ -138,55 +115,3 @@ def _judge(
     if container is not None and container.hidden:
         return Kind.EDIT_LIST, f"an edit list hides {container.hidden} frames at its start; they are left out"
     return Kind.GOOD, ""
-
-
-def _missing(container: Container) -> str | None:
-    """Return what a container announces and does not hold; None where it holds it."""
-    if container.declared - container.packets > _MISSING_SHARE * container.declared:
-        return f"its header announces {container.declared} frames, it holds {container.packets}"
-    declared_s = container.declared_s
-    if declared_s is None:
-        return None
-    missing_s = declared_s - container.end_s
-    if missing_s > max(_MISSING_SHARE * declared_s, _MISSING_S):
-        return f"its header announces {declared_s:.1f} s, its last frame ends at {container.end_s:.1f} s"
-    return None
-
-
-def read_container(path: Path) -> Container | None:
-    """Read a file's headers and packets with PyAV, decoding nothing; None where it cannot."""
-    import av
-
-    from everest_ds.data.readers.packets import open_container
-
-    starts: list[float] = []
-    ends: list[float] = []
-    starts_with_key = True
-    try:
-        with open_container(path) as file:
-            stream = file.streams.video[0]
-            for packet in file.demux(stream):
-                if packet.pts is None or packet.time_base is None:
-                    continue
-                if not starts:
-                    starts_with_key = packet.is_keyframe
-                starts.append(float(packet.pts * packet.time_base))
-                ends.append(float((packet.pts + (packet.duration or 0)) * packet.time_base))
-            declared_s = None
-            if stream.duration is not None and stream.time_base is not None:
-                declared_s = float(stream.duration * stream.time_base)
-            elif file.duration is not None:
-                declared_s = file.duration / av.time_base
-            declared = stream.frames
-    except (av.FFmpegError, OSError, IndexError, ValueError):
-        return None
-    if not starts:
-        return None
-    return Container(
-        packets=len(starts),
-        declared=declared,
-        declared_s=declared_s,
-        end_s=max(ends) - max(min(starts), 0.0),
-        starts_with_key=starts_with_key,
-        hidden=sum(start < -1e-6 for start in starts),
-    )

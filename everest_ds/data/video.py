@@ -14,11 +14,9 @@ from everest_ds.config.sections import ReaderName
 from everest_ds.data.index import VideoRow
 from everest_ds.data.readers.base import VideoReadError
 from everest_ds.data.readers.choice import open_reader
+from everest_ds.data.timing import TIME_TOLERANCE_S
 
 __all__ = ["DecodedVideo", "Video", "VideoReadError", "frames_of_window"]
-
-# Half a millisecond and a bit: Matroska rounds times to milliseconds, and lists are written from rounded times.
-_WINDOW_TOLERANCE_S = 6e-4
 
 
 class Video:
@@ -48,7 +46,10 @@ class Video:
         end_s: float | None = None,
     ) -> None:
         self.path = path
-        self._reader = open_reader(path, reader)
+        try:
+            self._reader = open_reader(path, reader)
+        except UnicodeEncodeError as error:  # decord and torchcodec take names as UTF-8 alone
+            raise VideoReadError(path, "its name is not UTF-8: data.reader=pyav reads it, or rename it") from error
         self._first, self.num_frames = 0, self._reader.num_frames
         if start_s is None and end_s is None:
             return
@@ -59,6 +60,15 @@ class Video:
     def of_row(row: VideoRow, reader: ReaderName) -> "Video":
         """Open the video of a list's row, or the window of it that the row names."""
         return Video(row.path, reader=reader, start_s=row.start_s, end_s=row.end_s)
+
+    def times_s(self) -> NDArray[np.float64]:
+        """Return when each frame of the window starts, float64 seconds from its first one, ascending.
+
+        Raises:
+            VideoReadError: The times cannot be had.
+        """
+        times_s = self._reader.times_s()[self._first : self._first + self.num_frames]
+        return times_s - times_s[0]
 
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Return the frames at the given indices, in that order; repeats are allowed.
@@ -91,7 +101,7 @@ def frames_of_window(path: Path, times_s: NDArray[np.float64], start_s: float | 
         VideoReadError: No frame is.
     """
     window_s = (0.0 if start_s is None else start_s, float("inf") if end_s is None else end_s)
-    first, stop = (int(place) for place in np.searchsorted(times_s, np.array(window_s) - _WINDOW_TOLERANCE_S))
+    first, stop = (int(place) for place in np.searchsorted(times_s, np.array(window_s) - TIME_TOLERANCE_S))
     if stop <= first:
         raise VideoReadError(
             path,
@@ -104,16 +114,31 @@ def frames_of_window(path: Path, times_s: NDArray[np.float64], start_s: float | 
 class DecodedVideo(Video):
     """A video whose frames, those of its window, are all in memory, as bytes; its reader is not kept.
 
+    Args:
+        video: The video.
+        with_times: Whether to keep the times of its frames, too.
+
     Raises:
-        VideoReadError: A frame cannot be decoded.
+        VideoReadError: A frame cannot be decoded, or the times cannot be had.
     """
 
-    def __init__(self, video: Video) -> None:
+    def __init__(self, video: Video, *, with_times: bool = False) -> None:
         self.path = video.path
         self.num_frames = video.num_frames
+        self._times_s = video.times_s() if with_times else None
         self._frames_THWC = video.read(range(video.num_frames))
 
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Return the frames at the given indices; see `Video.read`."""
         self._require_frames(indices)
         return self._frames_THWC[list(indices)]
+
+    def times_s(self) -> NDArray[np.float64]:
+        """Return when each frame starts; see `Video.times_s`.
+
+        Raises:
+            ValueError: The times were not kept.
+        """
+        if self._times_s is None:
+            raise ValueError(f"{self.path}: the times of its frames were not kept")
+        return self._times_s

@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
@@ -24,6 +26,7 @@ from everest_ds.data.loader import Loader
 from everest_ds.data.pool import Mark
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.data.rows import PackedRows
+from everest_ds.data.timing import clip_room_s, frames_at
 from everest_ds.data.video import Video, VideoReadError
 
 # Frames that are held at their own size at once; the whole of a long high-definition video would take gibibytes.
@@ -69,6 +72,23 @@ def dense_clips(num_frames: int, clip_length: int, stride: int, num_clips: int) 
     places += [places[-1]] * (clip_length - len(places))
     starts = spread(len(places) - clip_length, num_clips)
     return [places[start : start + clip_length] for start in starts]
+
+
+def timed_clips(times_s: NDArray[np.float64], clip_length: int, seconds: float, num_clips: int) -> list[list[int]]:
+    """Return the frames of clips spread evenly over a video in time, each of frames shown ``seconds`` apart.
+
+    The first clip starts with the video, the last one ends at the start of its last frame; one clip is the one in
+    the middle. See `everest_ds.data.timing.frames_at`.
+
+    Args:
+        times_s: When each frame of the video starts, ascending, in seconds.
+        clip_length: Frames of a clip.
+        seconds: From one frame of a clip to the next.
+        num_clips: How many there are.
+    """
+    room_s = clip_room_s(times_s, clip_length, seconds)
+    shares = [k / (num_clips - 1) for k in range(num_clips)] if num_clips > 1 else [0.5]
+    return [frames_at(times_s, clip_length, seconds, share * room_s) for share in shares]
 
 
 def segment_clips(num_frames: int, clip_length: int, num_clips: int) -> list[list[int]]:
@@ -121,7 +141,9 @@ def read_views(video: Video, data: FinetuneDataConfig, views: ViewsConfig) -> Te
     Raises:
         VideoReadError: A frame cannot be decoded.
     """
-    if data.sampling == "segment":
+    if data.sampling_seconds is not None:
+        clips = timed_clips(video.times_s(), data.num_frames, data.sampling_seconds, views.num_temporal)
+    elif data.sampling == "segment":
         clips = segment_clips(video.num_frames, data.num_frames, views.num_temporal)
     else:
         clips = dense_clips(video.num_frames, data.num_frames, data.sampling_stride, views.num_temporal)

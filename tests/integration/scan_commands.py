@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 
 from everest_ds import cli, distributed
-from everest_ds.cli import benchmark_handlers, dispatch, parsing
+from everest_ds.cli import benchmark_handlers, dispatch, handlers, parsing
 from everest_ds.commands.benchmark import measuring, stage_sweep
 from everest_ds.model import compilation
 
@@ -43,7 +43,7 @@ def main(commands: Sequence[Sequence[str]]) -> None:
     """Run the commands one after another, in one process group."""
     finish = distributed.finish
     distributed.finish = lambda: None  # DeepSpeed cannot begin a second group in the same process
-    for module in (parsing, dispatch, benchmark_handlers):
+    for module in (parsing, dispatch, handlers, benchmark_handlers):
         module.leave = stay
     stage_sweep._run = lambda command, gpus: run(command[command.index("everest_ds") + 1 :])
     measuring.PROFILED_STEPS = 1  # to read a profile takes a second a step

@@ -14,8 +14,8 @@ from tests.unit.video_files import write_ramp
 
 KEYS = {
     "benchmark", "recipe", "list", "way", "repeats", "videos", "left_out", "frames", "sizes", "clip",
-    "sampling_stride", "rounds", "ms", "clip_ms", "clip_p90_ms", "ratio_to_official", "clips_per_s_core",
-    "loader_clips_per_s", "gpu_clips_per_s", "gpus_fed", "cores_per_gpu", "environment",
+    "sampling_stride", "sampling_seconds", "rounds", "ms", "clip_ms", "clip_p90_ms", "ratio_to_official",
+    "clips_per_s_core", "loader_clips_per_s", "gpu_clips_per_s", "gpus_fed", "cores_per_gpu", "environment",
 }  # fmt: skip
 STAGES = ["open", "decode", "augment", "collate", "copy"]
 

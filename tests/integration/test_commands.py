@@ -41,8 +41,8 @@ STEP_OPTIONS = [
 ]  # fmt: skip
 LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "init_allow", "precision"]
 PRETRAIN_FIELDS = {
-    "data": "train_list num_frames sampling_stride image_size flip repeats repeat_frames reader num_workers "
-    "prefetch_batches timeout_s keep_decoded quarantine max_bad_share crop_scales resize",
+    "data": "train_list num_frames sampling_stride sampling_seconds image_size flip repeats repeat_frames reader "
+    "num_workers prefetch_batches timeout_s keep_decoded quarantine max_bad_share crop_scales resize",
     "model": "size patch_size tubelet_size embedding_layers attention activation_checkpointing recompute_attention "
     "compile_blocks position_frames position_size decoder_depth",
     "selection": "strategy order distance selected_ratio visible_ratio targets budget floor ceiling quantile_decay "
@@ -53,9 +53,9 @@ PRETRAIN_FIELDS = {
     "keep_every_epochs max_skipped_steps",
 }
 FINETUNE_FIELDS = {
-    "data": "train_list num_frames sampling_stride image_size flip repeats repeat_frames reader num_workers "
-    "prefetch_batches timeout_s keep_decoded quarantine max_bad_share val_list test_list class_names num_classes "
-    "sampling crop_area crop_aspect rand_augment erase_prob mixup_alpha cutmix_alpha",
+    "data": "train_list num_frames sampling_stride sampling_seconds image_size flip repeats repeat_frames reader "
+    "num_workers prefetch_batches timeout_s keep_decoded quarantine max_bad_share val_list test_list class_names "
+    "num_classes sampling crop_area crop_aspect rand_augment erase_prob mixup_alpha cutmix_alpha",
     "model": "size patch_size tubelet_size embedding_layers attention activation_checkpointing recompute_attention "
     "compile_blocks position_frames position_size drop_path head_init_scale freeze_encoder",
     "selection": "strategy order distance keep_ratio",

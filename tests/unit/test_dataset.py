@@ -201,9 +201,9 @@ def test_kept_frames_give_the_same_batches_and_each_video_is_opened_once(
     opened: list[Path] = []
     original = DecodedVideo.__init__
 
-    def count(self: DecodedVideo, video: Video) -> None:
+    def count(self: DecodedVideo, video: Video, *, with_times: bool) -> None:
         opened.append(video.path)
-        original(self, video)
+        original(self, video, with_times=with_times)
 
     monkeypatch.setattr(DecodedVideo, "__init__", count)
     loaders = []

@@ -143,7 +143,7 @@ def test_folder_with_its_own_splits(tmp_path: Path) -> None:
         "val": [("Validation/b/3.mp4", 1)],
     }
     assert found.left_out == {"a video outside the folders of the splits": ["extra/a/4.mp4", "top.mp4"]}
-    assert found.notes == ["splits are the dataset's own folders"]
+    assert found.notes == ["splits are the dataset's own folders", "val has no video of 1 of 2 classes: a"]
 
 
 def test_class_that_is_called_like_a_split_is_a_class(tmp_path: Path) -> None:
@@ -181,9 +181,89 @@ def test_every_class_has_a_training_video_however_small(tmp_path: Path) -> None:
     assert list(splits.values()).count("train") < 50
 
 
-def test_folder_without_classes_and_shares_that_leave_nothing_are_refused(tmp_path: Path) -> None:
-    touch(tmp_path, "1.mp4")
-    with pytest.raises(UserError, match="holds no CLASS/video"):
+def test_every_class_with_enough_videos_is_in_every_split(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{number}/{name}.mp4" for number in range(60) for name in "abc"))
+    touch(tmp_path, *(f"few/{name}.mp4" for name in "ab"), *(f"many/{name}.mp4" for name in range(100)))
+    for shares in ((0.1, 0.1), (0.49, 0.49), (0.01, 0.9), (0.9, 0.01)):
+        splits = split_by_path(tmp_path, val_share=shares[0], test_share=shares[1])
+        for number in [*range(60), "many"]:
+            found = {split for path, split in splits.items() if path.startswith(f"{number}/")}
+            assert found == {"train", "val", "test"}, (number, shares)
+    listed = rows_of(folder.gather(SourceTree(tmp_path), folder.FolderOptions()), tmp_path)
+    assert all(rows == sorted(rows, key=lambda row: (row[1], row[0])) for rows in listed.values())
+    splits = split_by_path(tmp_path, val_share=0.2, test_share=0)
+    for number in [*range(60), "many", "few"]:
+        assert {split for path, split in splits.items() if path.startswith(f"{number}/")} == {"train", "val"}
+
+
+def test_classes_too_small_for_every_split_are_named(tmp_path: Path) -> None:
+    touch(tmp_path, "one/1.mp4", "two/1.mp4", "two/2.mp4", *(f"many/{name}.mp4" for name in range(30)))
+    found = folder.gather(SourceTree(tmp_path), folder.FolderOptions(val_share=0.05, test_share=0.05))
+    for split in ("val", "test"):
+        assert f"{split} has no video of 2 of 3 classes (fewer than 3 videos each): one, two" in found.notes
+
+
+def test_split_moves_only_in_classes_that_were_too_small_when_files_are_added(tmp_path: Path) -> None:
+    names = [f"{label}/{number}.mp4" for label in range(20) for number in range(4)]
+    touch(tmp_path, *names)
+    before = split_by_path(tmp_path, val_share=0.2, test_share=0.2)
+    touch(tmp_path, *(f"{label}/more{number}.mp4" for label in range(10) for number in range(40)))
+    after = split_by_path(tmp_path, val_share=0.2, test_share=0.2)
+    touched = {name for name in names if after[name] != before[name]}
+    assert all(int(name.split("/")[0]) < 10 for name in touched)
+    # Of those, at most the one that was moved to test and the one that was moved to val.
+    assert all(sum(name.startswith(f"{label}/") for name in touched) <= 2 for label in range(10))
+
+
+def test_numbered_class_folders_are_in_numeric_order_and_that_is_said(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{name}/a.mp4" for name in ("10", "2", "1", "007")))
+    found = folder.gather(SourceTree(tmp_path), folder.FolderOptions(val_share=0, test_share=0))
+    assert found.class_names == ("1", "2", "007", "10")
+    assert dict(rows_of(found, tmp_path)["train"]) == {
+        "1/a.mp4": 0, "2/a.mp4": 1, "007/a.mp4": 2, "10/a.mp4": 3,
+    }  # fmt: skip
+    assert any("numeric order: 1 has label 0, 10 has label 3" in note for note in found.notes)
+    touch(tmp_path, "ten/a.mp4")
+    found = folder.gather(SourceTree(tmp_path), folder.FolderOptions(val_share=0, test_share=0))
+    assert found.class_names == ("007", "1", "10", "2", "ten")
+    assert not any("numeric order" in note for note in found.notes)
+
+
+def test_videos_without_classes_become_a_list_for_pre_training(tmp_path: Path) -> None:
+    touch(tmp_path, "b.mp4", "a 1.mp4", "notes.txt")
+    found = folder.gather(SourceTree(tmp_path), folder.FolderOptions())
+    assert rows_of(found, tmp_path) == {"train": [("a 1.mp4", -1), ("b.mp4", -1)]}
+    assert found.class_names == ()
+    assert found.left_out == {}
+    assert "the lists are for pre-training, every label is -1" in found.notes[0]
+    assert "--val-share and --test-share have no effect" in found.notes[1]
+    with pytest.raises(UserError, match=r"--class-names names.txt has no effect"):
+        folder.gather(SourceTree(tmp_path), folder.FolderOptions(class_names=Path("names.txt")))
+
+
+def test_splits_without_classes_become_lists_without_labels(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a.mp4", "train/b.mp4", "val/c.mp4", "top.mp4")
+    found = folder.gather(SourceTree(tmp_path), folder.FolderOptions())
+    assert rows_of(found, tmp_path) == {
+        "train": [("train/a.mp4", -1), ("train/b.mp4", -1)],
+        "val": [("val/c.mp4", -1)],
+    }
+    assert found.left_out == {"a video outside the folders of the splits": ["top.mp4"]}
+
+
+def test_video_in_no_class_of_a_split_is_left_out(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a/1.mp4", "train/b/2.mp4", "train/stray.mp4", "test/a/3.mp4")
+    found = folder.gather(SourceTree(tmp_path), folder.FolderOptions())
+    assert found.class_names == ("a", "b")
+    assert rows_of(found, tmp_path) == {
+        "train": [("train/a/1.mp4", 0), ("train/b/2.mp4", 1)], "test": [("test/a/3.mp4", 0)],
+    }  # fmt: skip
+    assert found.left_out == {"a video in no class's folder": ["train/stray.mp4"]}
+
+
+def test_folder_without_videos_and_shares_that_leave_nothing_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "1.jpg")
+    with pytest.raises(UserError, match=r"holds no video: no file .* ends in one of .*\.mp4"):
         folder.gather(SourceTree(tmp_path), folder.FolderOptions())
     with pytest.raises(UserError, match="leave nothing for training"):
         folder.FolderOptions(val_share=0.5, test_share=0.5)

@@ -61,10 +61,10 @@ def test_byte_order_mark_crlf_and_blank_lines_are_no_part_of_a_row(tmp_path: Pat
         ("", "is empty"),
         ("\n \n", "is empty"),
         ("a.mp4 0\nb.mp4\n", "line 2: 'b.mp4' has no label"),
-        ("a.mp4 zero\n", "line 1: 'a.mp4 zero' has no label"),
-        ("a.mp4 1.5\n", "has no label"),
-        ("a.mp4 3 1.5\n", "two times in seconds, both with a point"),
-        ("a.mp4 3 1 2.5\n", "two times in seconds, both with a point"),
+        ("a.mp4 zero\n", "line 1: 'a.mp4 zero' has no label: its last field 'zero' is not a number"),
+        ("a.mp4 1.5\n", "has the label 1.5, which is not a whole number"),
+        ("a.mp4 3 1.5\n", "a window needs both times"),
+        ("a.mp4 3 2 1.5\n", "line 1: 'a.mp4 3 2 1.5': the window from 2.0 s to 1.5 s ends before"),
         ("a.mp4 0\na.mp4 3 -1.0 2.0\n", "line 2: 'a.mp4 3 -1.0 2.0': the window starts at -1.0 s"),
         ("a.mp4 3 2.0 2.0\n", "line 1: 'a.mp4 3 2.0 2.0': the window from 2.0 s to 2.0 s ends before"),
         ("a.mp4 3 -2.0 -1.0\n", "starts at -2.0 s"),
@@ -152,15 +152,14 @@ def test_find_videos_refuses_a_missing_path_and_a_folder_without_videos(tmp_path
         ("a.mp4\t3 .5,8.", "a.mp4", 3, (0.5, 8.0)),
         ('"a, b 7.mp4" -1 0.0 +8.0', "a, b 7.mp4", -1, (0.0, 8.0)),
         ("a 7 8 1.0 2.0", "a 7", 8, (1.0, 2.0)),
-        # What was a path and a label before windows came still is.
-        ("a 3 12 20", "a 3 12", 20, (None, None)),
-        ("a 3 12.0 20", "a 3 12.0", 20, (None, None)),
-        ("a 3 12.0 20.0 5", "a 3 12.0 20.0", 5, (None, None)),
-        ("a 3 12.0 20,5", "a 3 12.0 20", 5, (None, None)),
+        ("a 3 12 20", "a", 3, (12.0, 20.0)),
+        ("a 3 12.0 20", "a", 3, (12.0, 20.0)),
+        ("a 3 12 20.5", "a", 3, (12.0, 20.5)),
         ('"a 3 1.0 2.0" 5', "a 3 1.0 2.0", 5, (None, None)),
+        ('"a 3" 1 2 5', "a 3", 1, (2.0, 5.0)),
     ],
 )
-def test_window_stands_after_the_label_with_points(
+def test_window_follows_the_label(
     line: str, path: str, label: int, window: tuple[float | None, float | None], tmp_path: Path
 ) -> None:
     (tmp_path / "list.csv").write_text(line + "\n")
@@ -264,7 +263,7 @@ def test_written_list_names_videos_below_it_relatively_and_quotes_where_it_must(
         "in/7 5",
         '"in/a,b.mp4" 5',
         'in/"a" 5',
-        '""a"" 5',
+        '"""a""" 5',
         "/else/a.mp4 6 12.0 20.5",
     ]
 

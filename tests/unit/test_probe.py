@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from everest_ds.data.demo import encode_h264
+from everest_ds.data.findings import Record
 from everest_ds.data.index import VideoRow
-from everest_ds.data.probe import Container, Finding, Kind, ProbeSettings, _missing, probe_video, read_container
+from everest_ds.data.probe import Finding, Kind, ProbeSettings, probe_video
 
 # Which of the given files is what; flip20_mid has one damaged picture that no header and no decoder tells of, and
 # reschange changes its size midway, which is scaled to the first.
@@ -76,39 +76,22 @@ def test_missing_empty_and_odd_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.mp4")
     assert probe(tmp_path / "pipe.mp4").kind is Kind.UNREADABLE
     (tmp_path / "folder.mp4").mkdir()
-    assert probe(tmp_path / "folder.mp4").kind is Kind.UNREADABLE
+    assert probe(tmp_path / "folder.mp4").detail == "it is a folder, of frames perhaps; only video files are read"
     assert probe(tmp_path / ("a" * 300)).kind is Kind.UNREADABLE
 
 
-def test_container_is_read_without_decoding(tmp_path: Path) -> None:
-    container = read_container(moving_video(tmp_path / "a.mp4"))
-    assert container is not None
-    assert (container.packets, container.declared, container.hidden) == (20, 20, 0)
-    assert container.starts_with_key
-    assert container.declared_s == pytest.approx(20 / 30, abs=0.01)
-    assert container.end_s == pytest.approx(20 / 30, abs=0.04)
-    (tmp_path / "text.mp4").write_text("no video")
-    assert read_container(tmp_path / "text.mp4") is None
-
-
-@pytest.mark.parametrize(
-    ("declared", "packets", "declared_s", "end_s", "says"),
-    [
-        (100, 100, 10.0, 10.0, None),
-        (0, 100, None, 10.0, None),
-        (100, 91, 10.0, 9.1, None),  # a tenth may be missing
-        (100, 89, None, 8.9, "announces 100 frames, it holds 89"),
-        (0, 50, 10.0, 5.0, "announces 10.0 s, its last frame ends at 5.0 s"),
-        (0, 10, 1.0, 0.6, None),  # less than half a second
-    ],
-)
-def test_what_a_header_announces_has_to_be_there(
-    declared: int, packets: int, declared_s: float | None, end_s: float, says: str | None
-) -> None:
-    found = _missing(
-        Container(
-            packets=packets, declared=declared, declared_s=declared_s, end_s=end_s, starts_with_key=True, hidden=0
-        )
-    )
-    assert (found is None) == (says is None)
-    assert says is None or says in (found or "")
+def test_known_findings_hold_but_those_of_cut_off_and_missing_files(tmp_path: Path) -> None:
+    found = {
+        "good.mp4": Kind.GOOD,
+        "cut.mp4": Kind.TRUNCATED,
+        "short.mp4": Kind.TOO_SHORT,
+        "gone.mp4": Kind.MISSING,
+    }
+    record = Record(tmp_path / "findings.jsonl", ProbeSettings())
+    with record.appending() as append:
+        for name, kind in found.items():
+            if kind is not Kind.MISSING:
+                (tmp_path / name).write_bytes(b"video")
+            append(VideoRow(tmp_path / name, 0), Finding(kind=kind))
+    known = {part[0].name: finding.kind for part, finding in record.read().items()}
+    assert known == {"good.mp4": Kind.GOOD, "short.mp4": Kind.TOO_SHORT}

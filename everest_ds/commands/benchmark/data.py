@@ -158,6 +158,11 @@ def _readers(config: Config, options: DataBenchmarkOptions) -> list[OneReader]:
 def _require_comparable(config: Config, rows: Sequence[VideoRow]) -> None:
     if not isinstance(config, PretrainConfig):
         raise UserError(f"--compare knows the official way to a pre-training clip, and {config.recipe} fine-tunes")
+    if config.data.sampling_seconds is not None:
+        raise UserError(
+            f"--compare counts frames, as the official loaders do, and data.sampling_seconds is "
+            f"{config.data.sampling_seconds}; leave out one of the two"
+        )
     fault = obstacle("decord")
     if fault is not None:
         raise UserError(f"--compare needs decord, which the official loaders read with: {fault}")

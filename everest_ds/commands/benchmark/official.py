@@ -62,7 +62,7 @@ class OfficialWay:
         path, draws = self.rows[index].path, draws_of(self.seed, index)
         try:
             with timer.stage("open"):
-                reader: Any = decord.VideoReader(str(path), num_threads=1)
+                reader: Any = decord.VideoReader(str(path.absolute()), num_threads=1)
             with timer.stage("decode"):
                 frame_idx = self.cut.frame_idx(len(reader), draws)
                 frames_THWC: NDArray[np.uint8] = reader.get_batch(frame_idx).asnumpy()

@@ -39,7 +39,8 @@ def describe(
             "frames": list(one.frames),
             "sizes": one.sizes,
             "clip": f"{data.num_frames}x{data.image_size}x{data.image_size}",
-            "sampling_stride": data.sampling_stride,
+            "sampling_stride": data.sampling_stride if data.sampling_seconds is None else None,
+            "sampling_seconds": data.sampling_seconds,
             "rounds": len(costs.rounds),
             "ms": {stage: _rounded(costs.stage_ms(stage)) for stage in STAGES},
             "clip_ms": _rounded(costs.clip_ms),
@@ -51,6 +52,12 @@ def describe(
             **_fed(costs, loader, gpu_clips_per_s),
             "environment": dict(machine),
         }
+
+
+def _say_sampling(record: Mapping[str, Any]) -> str:
+    if record["sampling_seconds"] is not None:
+        return f"with a frame every {record['sampling_seconds']:g} s"
+    return f"at stride {record['sampling_stride']}"
 
 
 def _fed(costs: Costs, loader: Mapping[int, float], gpu_clips_per_s: float | None) -> dict[str, Any]:
@@ -69,7 +76,7 @@ def format_table(records: Sequence[Mapping[str, Any]]) -> str:
     known = ", ".join(f"{name} {versions[name]}" for name in ("torch", "torchvision", "decord", "av", "pillow"))
     workers = list(dict.fromkeys(count for record in records for count in record["loader_clips_per_s"]))
     lines = [
-        f"{first['recipe']}: clips of {first['clip']} at stride {first['sampling_stride']}; "
+        f"{first['recipe']}: clips of {first['clip']} {_say_sampling(first)}; "
         f"{first['rounds']} rounds after one of warm-up, medians",
         f"{machine['cpu']}, {machine['cores']} cores; {known}; commit {machine['commit'] or 'unknown'}",
         "CPU ms a clip of all threads; `clip` is open + decode + augment, `ratio` that over the official way's;",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from everest_ds.data.clips import Clip, ClipBatch, mix_pairs
-from everest_ds.data.cuts import Draws, UnfitFramesError
+from everest_ds.data.cuts import Draws, UnfitFramesError, choose_frames
 from everest_ds.data.dataset import ClipDataset
 from everest_ds.data.sampling import SampleKey, Stream, keyed_generator
 from everest_ds.data.video import Video, VideoReadError
@@ -113,7 +113,7 @@ class OurWay:
         with timer.stage("open"):
             video = Video.of_row(row, self.dataset.config.reader)
         with timer.stage("decode"):
-            frame_idx = cut.frame_idx(video.num_frames, draws_of(self.dataset.seed, index))
+            frame_idx = choose_frames(cut, video, draws_of(self.dataset.seed, index))
             frames_THWC = video.read(frame_idx)
             del video  # to close it is part of the cost
         clips = []

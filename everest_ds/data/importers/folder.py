@@ -1,22 +1,39 @@
-"""Folders of classes: SRC/CLASS/video, or SRC/{train,val,test}/CLASS/video; videos may lie at any depth in a class.
+"""Folders of classes: SRC/CLASS/video, or SRC/{train,val,test}/CLASS/video; videos may be at any depth in a class.
 
-Without folders of splits each video is dealt to one by a draw that hangs on the seed and its own path below SRC
-alone: it stays where it is when others are added or taken away. So the shares are met on average, not exactly. A
-class's video with the highest draw always trains, so that no class is scored without having been trained.
+Without folders of splits each video is dealt to one by a draw from the seed and its own path below SRC, class by
+class. A draw below the test share is test, the next ones up to the test and val shares are val, the others train.
+So shares are met on average, and a video stays in its split when others are added or removed. Where that would
+leave a split without a video of a class, the video with the nearest draw is moved there: a class with at least as
+many videos as there are splits is in all of them. In such small classes a moved video may move back when others are
+added. The video with the highest draw of a class always trains.
+
+Videos without folders of classes (SRC/video, or SRC/{train,val,test}/video) become lists for pre-training, without
+labels. Classes are numbered by name; where all names are whole numbers, by these numbers.
 """
 
 import hashlib
 import os
+import re
 from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from everest_ds.data.importers.gathering import Gathering, Import, resolve_names, split_of
+from everest_ds.data.importers.gathering import (
+    SPLITS,
+    UNLABELLED,
+    Gathering,
+    Import,
+    resolve_names,
+    split_of,
+)
 from everest_ds.data.importers.tree import SourceTree
+from everest_ds.data.list_line import VIDEO_SUFFIXES
 from everest_ds.errors import UserError
 
 _IN_NO_CLASS = "a video in no class's folder"
 _IN_NO_SPLIT = "a video outside the folders of the splits"
+_NUM_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +41,14 @@ class FolderOptions:
     """Options of `everest index folder`; shares and seed are for folders without train, val and test."""
 
     val_share: float = 0.1
-    """Share of the videos for val.csv, 0 for none."""
+    """Share of each class's videos for val.csv, 0 for none."""
     test_share: float = 0.1
-    """Share of the videos for test.csv, 0 for none."""
+    """Share of each class's videos for test.csv, 0 for none."""
     seed: int = 0
     """Seed of the split."""
     class_names: Path | None = None
-    """File with one class name a line, in the order of the labels; by name without one."""
+    """File with one class name a line, in the order of the labels; by name without one, by number where all class
+    folders are numbers."""
 
     def __post_init__(self) -> None:
         """Check the shares."""
@@ -45,12 +63,19 @@ class FolderOptions:
 
 
 def gather(source: SourceTree, options: FolderOptions) -> Import:
-    """Return the videos below folders of classes, dealt to splits.
+    """Return the videos below folders of classes, dealt to splits; without such folders, without labels.
 
     Raises:
-        UserError: There is no video in a folder of a class.
+        UserError: There is no video.
     """
     gathering = Gathering(source)
+    if not source.videos:
+        raise UserError(
+            f"{source.root} holds no video: no file in it or below it ends in one of {', '.join(VIDEO_SUFFIXES)}; "
+            "expected CLASS/video, or videos alone for pre-training"
+        )
+    if _has_no_classes(source):
+        return _gather_unlabelled(gathering, source, options)
     given = _has_splits(source)
     by_class: dict[str, list[tuple[Path, str | None]]] = defaultdict(list)
     for path in source.videos:
@@ -59,16 +84,12 @@ def gather(source: SourceTree, options: FolderOptions) -> Import:
         name = str(path.relative_to(source.root))
         if given and split is None:
             gathering.leave_out(_IN_NO_SPLIT, name, path)
-        elif not folders:
+        elif len(folders) <= given:
             gathering.leave_out(_IN_NO_CLASS, name, path)
         else:
-            by_class[folders[1] if given else folders[0]].append((path, split))
-    if not by_class:
-        raise UserError(
-            f"{source.root} holds no CLASS/video; put the videos into a folder for each class (for pre-training "
-            "alone into one)"
-        )
-    class_names = resolve_names(by_class.keys(), options.class_names)
+            by_class[folders[given]].append((path, split))
+    class_names, are_numbers = _order_classes(by_class, options)
+    splits: dict[str, set[str]] = defaultdict(set)
     for label, class_name in enumerate(class_names):
         members = by_class.get(class_name, [])
         dealt = {path: split for path, split in members if split} or _deal(
@@ -76,28 +97,95 @@ def gather(source: SourceTree, options: FolderOptions) -> Import:
         )
         for path, split in dealt.items():
             gathering.add(split, str(path.relative_to(source.root)), path, label)
+            splits[split].add(class_name)
     gathering.note("splits are the dataset's own folders" if given else _describe(options))
+    if are_numbers:
+        gathering.note(
+            f"class folders are numbers and have labels in numeric order: {class_names[0]} has label 0, "
+            f"{class_names[-1]} has label {len(class_names) - 1}"
+        )
+    for note in _describe_absent(splits, by_class, () if given else _wanted(options)):
+        gathering.note(note)
     return gathering.finish(class_names)
 
 
+def _gather_unlabelled(gathering: Gathering, source: SourceTree, options: FolderOptions) -> Import:
+    """Return videos that are in no class: train alone, or the splits whose folders they are in."""
+    if options.class_names is not None:
+        raise UserError(
+            f"--class-names {options.class_names} has no effect: {source.root} has no folders of classes; remove it"
+        )
+    has_folders = any(map(source.folders_of, source.videos))
+    for path in source.videos:
+        folders, name = source.folders_of(path), str(path.relative_to(source.root))
+        split = split_of(folders[0]) if folders else None if has_folders else "train"
+        if split is None:
+            gathering.leave_out(_IN_NO_SPLIT, name, path)
+        else:
+            gathering.add(split, name, path, UNLABELLED)
+    gathering.note(f"{source.root} has no folders of classes: the lists are for pre-training, every label is -1")
+    if not has_folders:
+        gathering.note("videos without classes are not split: --val-share and --test-share have no effect")
+    return gathering.finish(())
+
+
+def _has_no_classes(source: SourceTree) -> bool:
+    """Say whether no video is in a class: all are in SRC itself, or all folders are called like splits."""
+    folders = [names for path in source.videos if (names := source.folders_of(path))]
+    return all(len(names) == 1 and split_of(names[0]) for names in folders)
+
+
 def _has_splits(source: SourceTree) -> bool:
-    """Say whether the first folders are splits: one is called so, and all that are have folders of classes."""
-    depths = [
-        len(folders) for path in source.videos if (folders := source.folders_of(path)) and split_of(folders[0])
-    ]
-    return bool(depths) and min(depths) > 1
+    """Say whether the first folders are splits.
+
+    They are where one is called so and holds folders of classes; all that are called so must hold nothing else,
+    unless there are no other folders.
+    """
+    folders = [names for path in source.videos if (names := source.folders_of(path))]
+    depths = [len(names) for names in folders if split_of(names[0])]
+    return bool(depths) and (min(depths) > 1 or (max(depths) > 1 and len(depths) == len(folders)))
+
+
+def _order_classes(found: Mapping[str, object], options: FolderOptions) -> tuple[tuple[str, ...], bool]:
+    """Return the names of the classes by label, and whether they are numbers in numeric order."""
+    are_numbers = options.class_names is None and all(re.fullmatch("[0-9]+", name) for name in found)
+    if are_numbers:
+        return tuple(sorted(found, key=lambda name: (int(name), name))), True
+    return resolve_names(found.keys(), options.class_names), False
+
+
+def _wanted(options: FolderOptions) -> tuple[str, ...]:
+    """Return the splits that are drawn."""
+    shares = {"train": 1.0, "val": options.val_share, "test": options.test_share}
+    return tuple(split for split in SPLITS if shares[split] > 0)
 
 
 def _deal(source: SourceTree, paths: list[Path], options: FolderOptions) -> dict[Path, str]:
+    """Return the split of each video of a class; see the top of this module."""
     draws = {path: _draw(options.seed, path.relative_to(source.root)) for path in paths}
-    trained = max(draws, key=lambda path: (draws[path], path), default=None)
-    splits = {}
-    for path, draw in draws.items():
-        if path == trained or draw >= options.test_share + options.val_share:
-            splits[path] = "train"
-        else:
-            splits[path] = "test" if draw < options.test_share else "val"
-    return splits
+    ordered = sorted(paths, key=lambda path: (draws[path], path))
+    num_test = sum(draw < options.test_share for draw in draws.values())
+    num_scored = min(sum(draw < options.test_share + options.val_share for draw in draws.values()), len(paths) - 1)
+    if len(paths) >= len(_wanted(options)):
+        num_test = max(num_test, options.test_share > 0)
+        num_scored = max(num_scored, num_test + (options.val_share > 0))
+        num_scored = min(num_scored, len(paths) - 1)
+        num_test = min(num_test, num_scored - (options.val_share > 0))
+    num_test = min(num_test, num_scored)
+    scored = dict.fromkeys(ordered[:num_test], "test") | dict.fromkeys(ordered[num_test:num_scored], "val")
+    return {path: scored.get(path, "train") for path in paths}
+
+
+def _describe_absent(
+    splits: Mapping[str, Collection[str]], by_class: Mapping[str, object], wanted: Collection[str]
+) -> Iterator[str]:
+    """Say which splits have no video of which classes; a class without training videos is reported elsewhere."""
+    for split in SPLITS[1:]:
+        absent = [name for name in by_class if name not in splits.get(split, ())]
+        if absent and (split in splits or split in wanted):
+            reason = f" (fewer than {len(wanted)} videos each)" if split in wanted else ""
+            shown = ", ".join(sorted(absent)[:_NUM_SHOWN]) + (", ..." if len(absent) > _NUM_SHOWN else "")
+            yield f"{split} has no video of {len(absent)} of {len(by_class)} classes{reason}: {shown}"
 
 
 def _draw(seed: int, path: Path) -> float:
@@ -108,6 +196,6 @@ def _draw(seed: int, path: Path) -> float:
 
 def _describe(options: FolderOptions) -> str:
     return (
-        f"splits are drawn with seed {options.seed}: test {options.test_share:g}, val {options.val_share:g}, "
-        "the rest for training"
+        f"splits are drawn by class with seed {options.seed}: test {options.test_share:g}, "
+        f"val {options.val_share:g}, the rest for training"
     )

@@ -113,6 +113,12 @@ class Gathering:
             if path not in self._handled:
                 self.leave_out(UNNAMED, str(path.relative_to(source.root)))
         rows = {split: rows for split, rows in self._rows.items() if rows}
+        if not rows and not self._missing and self._left_out:
+            reason, names = next(iter(self._left_out.items()))
+            raise UserError(
+                f"{source.root} gives no row: {len(names)} of its {len(source.videos)} videos are left out, "
+                f"{reason}, e.g. {names[0]}"
+            )
         if not rows:
             first = f"the first is {next(iter(self._missing))[1]}" if self._missing else "the annotations name none"
             raise UserError(

@@ -25,7 +25,9 @@ class Importer:
 
 
 IMPORTERS = {
-    "folder": Importer(folder.FolderOptions, folder.gather, "CLASS/video, or train, val and test with these"),
+    "folder": Importer(
+        folder.FolderOptions, folder.gather, "CLASS/video, or train, val and test with these; videos alone"
+    ),
     "ucf101": Importer(ucf101.Ucf101Options, ucf101.gather, "CLASS/video.avi, and ucfTrainTestlist"),
     "hmdb51": Importer(hmdb51.Hmdb51Options, hmdb51.gather, "CLASS/video.avi, and testTrainMulti_7030_splits"),
     "kinetics": Importer(

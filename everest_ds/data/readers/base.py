@@ -5,6 +5,7 @@ pixels, C colour.
 """
 
 import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -68,15 +69,18 @@ def require_file(path: Path) -> None:
     """Check what needs no library.
 
     Raises:
-        VideoReadError: The file is missing or empty (a pipe counts as empty), or the file system refuses it.
+        VideoReadError: The file is missing, empty (a pipe counts as empty) or a folder, or the file system refuses
+            it.
     """
     try:
-        is_empty = path.stat().st_size == 0
+        status = path.stat()
     except FileNotFoundError as error:
         raise VideoReadError(path, "no such file") from error
     except OSError as error:
         raise VideoReadError(path, first_line(error)) from error
-    if is_empty:
+    if stat.S_ISDIR(status.st_mode):
+        raise VideoReadError(path, "it is a folder, of frames perhaps; only video files are read")
+    if status.st_size == 0:
         raise VideoReadError(path, "the file is empty")
 
 

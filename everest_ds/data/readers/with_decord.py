@@ -30,7 +30,8 @@ class DecordReader:
         decord.logging.set_level(decord.logging.FATAL)
         self._path = path
         try:
-            self._reader = decord.VideoReader(str(path), num_threads=1)
+            # Absolute, since FFmpeg takes the text before a colon, as in "10:30.mp4", for a protocol.
+            self._reader = decord.VideoReader(str(path.absolute()), num_threads=1)
             length = len(self._reader)
             start_s = self._reader.get_frame_timestamp(range(length))[:, 0] if length else np.zeros(0)
         except (OSError, RuntimeError, decord.DECORDError) as error:

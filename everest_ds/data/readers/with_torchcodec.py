@@ -28,7 +28,9 @@ class TorchcodecReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._decoder = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+            # Absolute, since FFmpeg takes the text before a colon, as in "10:30.mp4", for a protocol.
+            name = str(path.absolute())
+            self._decoder = VideoDecoder(name, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
             self.num_frames = len(self._decoder)
         except _FAULTS as error:
             raise VideoReadError(path, _reason(error)) from error

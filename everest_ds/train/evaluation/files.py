@@ -30,10 +30,14 @@ _NUM_LISTED = 5
 def view_recipe(settings: ClipSettings, num_kept: int) -> dict[str, Any]:
     """Return everything that says which pixels the model saw."""
     data, views = settings.data, settings.views
+    counts_frames = data.sampling == "dense" and data.sampling_seconds is None
+    # Named only where it is used, so that evaluations of older versions are those of the same views.
+    in_time = {} if data.sampling_seconds is None else {"sampling_seconds": data.sampling_seconds}
     return {
         "num_frames": data.num_frames,
         "sampling": data.sampling,
-        "sampling_stride": data.sampling_stride if data.sampling == "dense" else None,
+        "sampling_stride": data.sampling_stride if counts_frames else None,
+        **in_time,
         "image_size": data.image_size,
         "num_temporal": views.num_temporal,
         "num_spatial": views.num_spatial,

@@ -149,6 +149,7 @@ def clip_settings(origin: Origin, recipe: Config | None, options: InferenceOptio
         names = (
             "num_frames",
             "sampling_stride",
+            "sampling_seconds",
             "image_size",
             "reader",
             "num_workers",
