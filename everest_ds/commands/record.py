@@ -85,7 +85,13 @@ def close_run(trainer: "Trainer", taken: int) -> None:
     if log is None:
         return
     if schedule.num_left <= 0:
-        print(f"nothing left to do: step {schedule.start_step} of {schedule.end_step}", flush=True)
+        limit = trainer.config.run.max_steps
+        longer = "raise --run.max-steps, or " if limit is not None and schedule.end_step == limit else ""
+        print(
+            f"nothing left to do: step {schedule.start_step} of {schedule.end_step}; to train longer, {longer}start a "
+            f"new run from these weights: --init-from {trainer.run_dir} --out ANOTHER",
+            flush=True,
+        )
     if taken >= schedule.end_step:
         log.write("event", taken, event="end")
         print(f"done: {trainer.run_dir}", flush=True)

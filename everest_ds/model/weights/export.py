@@ -103,10 +103,13 @@ def _require_official(weights: Weights) -> None:
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write one safetensors file, marked as torch's."""
+    """Write one safetensors file, marked as torch's, with the mode that the umask gives."""
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
+    path.chmod(mode)  # safetensors (0.8) leaves its files readable by their owner alone
 
 
 def _save_folder(tensors: Mapping[str, Tensor], config: str, path: Path) -> None:

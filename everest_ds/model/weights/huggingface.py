@@ -7,6 +7,7 @@ key's bias shifts all scores of a query alike, so softmax ignores it and it is l
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ def facts_of_config(config: Mapping[str, Any], source: str) -> Facts:
     if not all(type(number) is int and number > 0 for number in numbers.values()):
         raise UserError(f"{source}: its config.json has {numbers}; expected positive integers")
     eps = config.get("layer_norm_eps", DEFAULT_NORM_EPS)
-    if not isinstance(eps, int | float) or eps <= 0:
+    if not isinstance(eps, int | float) or not 0 < eps < math.inf:
         raise UserError(f"{source}: its config.json has layer_norm_eps={eps!r}; expected a positive number")
     image_size = config.get("image_size", 224)
     edges = [image_size] * 2 if isinstance(image_size, int) else image_size

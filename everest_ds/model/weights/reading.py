@@ -24,6 +24,7 @@ from everest_ds.model.weights.report import (
     is_allowed,
     unneeded,
 )
+from everest_ds.model.weights.soundness import widen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,8 @@ def read_weights(path: Path) -> Weights:
         path: An official .pth or .pt file, a safetensors file, or a folder of Hugging Face or of DeepSpeed.
 
     Raises:
-        UserError: There is nothing to read, a pickle wants to run code, or the layout is not known.
+        UserError: There is nothing to read, a pickle wants to run code, the layout is not known, or the weights
+            hold NaN, infinite or complex values.
     """
     raw = read_raw(path)
     layout, facts = "ours and the official one", raw.facts
@@ -104,11 +106,14 @@ def weights_of_run(tensors: dict[str, Tensor], facts: Facts, source: str, config
 
 
 def as_weights(weights: Weights) -> Weights:
-    """Widen every tensor to float32, and say so where it was another type."""
+    """Widen every tensor to float32, and say so where it was another type.
+
+    Raises:
+        UserError: They hold something else than finite real numbers.
+    """
     others = sorted({str(t.dtype).removeprefix("torch.") for t in weights.tensors.values()} - {"float32"})
     notes = (f"stored in {', '.join(others)}, widened to float32",) if others else ()
-    tensors = {name: tensor.detach().float().contiguous() for name, tensor in weights.tensors.items()}
-    return replace(weights, tensors=tensors, notes=weights.notes + notes)
+    return replace(weights, tensors=widen(weights.tensors, weights.source), notes=weights.notes + notes)
 
 
 def require_complete(weights: Weights, allow: Collection[str] = ()) -> tuple[Weights, WeightsReport]:

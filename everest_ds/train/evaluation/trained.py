@@ -22,6 +22,7 @@ from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.weights.architecture import Architecture
 from everest_ds.model.weights.loading import load_weights
 from everest_ds.model.weights.reading import Weights
+from everest_ds.model.weights.soundness import require_finite
 from everest_ds.train.checkpoint import AVERAGE
 from everest_ds.train.consolidated import read_any_weights
 from everest_ds.train.ema import read_average
@@ -165,8 +166,9 @@ def _read(origin: Origin, kind: str) -> Weights:
     if kind == "model":
         return weights
     # Weights that were not trained have no average.
-    average = read_average(origin.weights)
-    return replace(weights, tensors=weights.tensors | average, source=f"{weights.source}, {AVERAGE}")
+    average, source = read_average(origin.weights), f"{weights.source}, {AVERAGE}"
+    require_finite(average, source)
+    return replace(weights, tensors=weights.tensors | average, source=source)
 
 
 def _class_names(origin: Origin, weights: Weights, num_classes: int) -> tuple[str, ...]:
