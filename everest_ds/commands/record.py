@@ -88,8 +88,8 @@ def close_run(trainer: "Trainer", taken: int) -> None:
         limit = trainer.config.run.max_steps
         longer = "raise --run.max-steps, or " if limit is not None and schedule.end_step == limit else ""
         print(
-            f"nothing left to do: step {schedule.start_step} of {schedule.end_step}; to train longer, {longer}start "
-            f"a new run from these weights: --init-from {trainer.run_dir} --out ANOTHER",
+            f"nothing left to do: step {schedule.start_step} of {schedule.end_step}; to train longer, {longer}"
+            f"start a new run from these weights: --init-from {trainer.run_dir} --out ANOTHER",
             flush=True,
         )
     if taken >= schedule.end_step:

@@ -26,8 +26,8 @@ def widen(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         source: Where they are from, for errors.
 
     Raises:
-        UserError: A tensor is complex, sparse, quantised or of 8 bits, a weight is not of a floating type, or a value
-            is NaN, infinite, or too large for float32. The first such tensor is named.
+        UserError: A tensor is complex, sparse, quantised or of 8 bits, a weight is not of a floating type, or a
+            value is NaN, infinite, or too large for float32. The first such tensor is named.
     """
     for name, tensor in tensors.items():
         _require_plain(name, tensor, source)
@@ -50,8 +50,8 @@ def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     num_infinite = int(torch.isinf(first).sum())
     others = f", and {len(bad) - 1} more tensors hold such values" if len(bad) > 1 else ""
     raise UserError(
-        f"{source}: {bad[0]} holds {num_nan} NaN and {num_infinite} infinite of {first.numel()} values{others}; a "
-        "model cannot compute with them. Use an earlier checkpoint from before the loss diverged, or get the file again"
+        f"{source}: {bad[0]} holds {num_nan} NaN and {num_infinite} infinite of {first.numel()} values{others}; "
+        "a model cannot compute with them. Use a checkpoint from before the loss diverged, or get the file again"
     )
 
 
@@ -68,8 +68,8 @@ def _require_plain(name: str, tensor: Tensor, source: str) -> None:
         fault = f"is {_type(tensor)}"
     if fault:
         raise UserError(
-            f"{source}: {name} {fault}; expected dense weights in {', '.join(map(_name, PLAIN_DTYPES))}. Convert them "
-            "to one of these in the project that wrote them"
+            f"{source}: {name} {fault}; expected dense weights in {', '.join(map(_name, PLAIN_DTYPES))}. Convert "
+            "them to one of these in the project that wrote them"
         )
 
 
