@@ -165,9 +165,12 @@ def convert(rest: list[str], world: World) -> int:
         folder; deepspeed-fp32: everest with a run's step and configuration."""
         allow: tuple[str, ...] = ()
         """Tensors or modules that may be in SRC and are left out."""
+        recipe: str | None = None
+        """With --to hf: recipe, or config.json, that says how clips are cut and which tokens a classifier keeps,
+        for weights that come without a run."""
 
     arguments = parse(Arguments, rest, "everest convert", world)
-    command.convert(arguments.source, arguments.target, arguments.to, arguments.allow)
+    command.convert(arguments.source, arguments.target, arguments.to, arguments.allow, arguments.recipe)
     return 0
 
 

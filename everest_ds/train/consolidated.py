@@ -193,7 +193,8 @@ def read_any_weights(path: Path) -> Weights:
     checkpoint = find_source(path)
     config = load_config(checkpoint.parent.parent / "config.json")
     facts = facts_of_run(config, _class_names(checkpoint))
-    return weights_of_run(read_fp32_weights(checkpoint), facts, str(checkpoint), config=_one_line(config))
+    weights, text = read_fp32_weights(checkpoint), _one_line(config)
+    return weights_of_run(weights, facts, str(checkpoint), config=text, checkpoint=checkpoint)
 
 
 def load_initial_weights(

@@ -40,6 +40,7 @@ class Weights:
         ignored: What else was there.
         notes: What else there is to know.
         config: The configuration of the run that they are from, as one line of JSON.
+        checkpoint: The checkpoint that they are of, where they are read from a run.
     """
 
     source: str
@@ -50,6 +51,7 @@ class Weights:
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     config: str | None = None
+    checkpoint: Path | None = None
 
     def title(self) -> str:
         """Return where they are from, of which model and in which layout."""
@@ -93,15 +95,25 @@ def read_weights(path: Path) -> Weights:
             sources=sources,
             ignored=tuple(ignored),
             notes=tuple(notes),
+            config=raw.run_config,
         )
     )
 
 
-def weights_of_run(tensors: dict[str, Tensor], facts: Facts, source: str, config: str | None = None) -> Weights:
+def weights_of_run(
+    tensors: dict[str, Tensor], facts: Facts, source: str, config: str | None = None, checkpoint: Path | None = None
+) -> Weights:
     """Return a run's own weights, whose facts its configuration knows."""
     architecture = infer_architecture(tensors, facts, source)
     return as_weights(
-        Weights(source=source, layout="a run's", tensors=tensors, architecture=architecture, config=config)
+        Weights(
+            source=source,
+            layout="a run's",
+            tensors=tensors,
+            architecture=architecture,
+            config=config,
+            checkpoint=checkpoint,
+        )
     )
 
 

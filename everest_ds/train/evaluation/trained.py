@@ -19,6 +19,7 @@ from everest_ds.errors import UserError
 from everest_ds.geometry import TokenGrid
 from everest_ds.model.attention import choose_backend
 from everest_ds.model.classifier import EverestClassifier
+from everest_ds.model.rules import keep_rule
 from everest_ds.model.weights.architecture import Architecture
 from everest_ds.model.weights.loading import load_weights
 from everest_ds.model.weights.reading import Weights
@@ -34,7 +35,6 @@ from everest_ds.train.evaluation.inference import (
 )
 from everest_ds.train.evaluation.passes import RowResults, map_rows
 from everest_ds.train.precision import Precision, choose_precision
-from everest_ds.train.selecting import keep_rule
 
 
 @dataclass(frozen=True, kw_only=True)

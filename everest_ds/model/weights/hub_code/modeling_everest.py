@@ -1,7 +1,7 @@
 """The classifier of an EVEREST run for transformers: only the tokens that the run kept go through the encoder.
 
 `everest convert --to hf` copies this file into the folder that it writes. It needs torch and transformers, nothing
-else, and is used with `AutoModelForVideoClassification.from_pretrained(FOLDER, trust_remote_code=True)`. Without
+else, and is run by `AutoModelForVideoClassification.from_pretrained(FOLDER, trust_remote_code=True)`. Without
 `trust_remote_code`, transformers runs its own VideoMAE on all tokens of the same weights.
 
 The settings are `config.everest`, in config.json. Axes: B clips, T frames, C channels, H W pixels, N tokens of a
@@ -23,15 +23,12 @@ class EverestEmbeddings(VideoMAEEmbeddings):
 
     def __init__(self, config: transformers.VideoMAEConfig) -> None:
         super().__init__(config)
-        height, width = self.patch_embeddings.image_size
-        edge = self.patch_embeddings.patch_size
-        self.grid = (config.num_frames // config.tubelet_size, height // edge[0], width // edge[1])
-        trained = tuple(config.everest["position_grid"])
-        if trained != self.grid:  # positions of other clips, resampled over time, rows and columns
-            table = get_sinusoid_encoding_table(trained[0] * trained[1] * trained[2], config.hidden_size)
-            volume = table.reshape(1, *trained, -1).movedim(-1, 1)
-            resized = F.interpolate(volume, size=self.grid, mode="trilinear", align_corners=False)
-            self.position_embeddings = resized.flatten(2).transpose(1, 2)
+        grid, trained = config.everest["grid"], config.everest["position_grid"]
+        if grid != trained:  # positions of other clips, resampled over time, rows and columns
+            table_1ND = get_sinusoid_encoding_table(trained[0] * trained[1] * trained[2], config.hidden_size)
+            volume_1DTHW = table_1ND.reshape(1, *trained, -1).movedim(-1, 1)
+            resized_1DTHW = F.interpolate(volume_1DTHW, size=grid, mode="trilinear", align_corners=False)
+            self.position_embeddings = resized_1DTHW.flatten(2).transpose(1, 2)
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
         """Embed standardised clips (B, T, C, H, W) into (B, S, D); a mask of one's own replaces the selection."""
@@ -69,9 +66,11 @@ class EverestEmbeddings(VideoMAEEmbeddings):
         projection = self.patch_embeddings.projection
         clips_BCTHW = pixel_values.transpose(1, 2).float().contiguous()
         with _full_float32(clips_BCTHW.device.type):
-            weight, bias = projection.weight.float(), projection.bias.float()
-            x_BDTHW = F.conv3d(clips_BCTHW, weight, bias, stride=projection.stride)
-            x_BTJD = x_BDTHW.flatten(3).permute(0, 2, 3, 1).contiguous()
+            weight, bias = projection.weight.float(), projection.bias
+            assert bias is not None
+            x_BDTHW = F.conv3d(clips_BCTHW, weight, bias.float(), stride=projection.stride)
+            # A view, as in everest_ds: another layout in memory rounds otherwise, which moves near ties.
+            x_BTJD = x_BDTHW.flatten(3).permute(0, 2, 3, 1)
             change_BTJ = DISTANCES[self.config.everest["distance"]](x_BTJD[:, 1:], x_BTJD[:, :-1])
         return torch.cat((change_BTJ[:, :1], change_BTJ), dim=1).flatten(1)
 
@@ -85,6 +84,7 @@ class VideoMAEForVideoClassification(transformers.VideoMAEForVideoClassification
     def __init__(self, config: transformers.VideoMAEConfig) -> None:
         super().__init__(config)
         self.videomae.embeddings = EverestEmbeddings(config)
+        assert self.fc_norm is not None  # use_mean_pooling is set
         self.fc_norm.eps = config.everest["last_norm_eps"]
         self.post_init()
 
