@@ -137,28 +137,23 @@ def config_for(architecture: Architecture, clips: Clips | None) -> str:
             "label2id": {label: i for i, label in enumerate(labels)},
         }
     if clips is not None:
-        config["auto_map"] = AUTO_MAP
-    config["everest"] = _everest_block(architecture, clips)
+        config |= {"auto_map": AUTO_MAP, "everest": _everest_block(architecture, clips)}
     return json.dumps(config, indent=2) + "\n"
 
 
-def _everest_block(architecture: Architecture, clips: Clips | None) -> dict[str, Any]:
+def _everest_block(architecture: Architecture, clips: Clips) -> dict[str, Any]:
     """Return what our reader and our modelling file need and transformers' configuration has no place for."""
-    block: dict[str, Any] = {"last_norm_eps": architecture.last_norm_eps}
-    if architecture.grid_is_known:
-        block["position_grid"] = _edges(architecture.grid)
-    if clips is None:
-        return block
     selection = clips.selection
-    return block | {
-        "position_grid": _edges(architecture.grid),
-        "grid": _edges(clips.grid),
+    return {
         "keep_ratio": selection.keep_ratio,
         "strategy": selection.strategy,
         "order": selection.order,
         "distance": selection.distance,
         "num_kept": clips.num_kept,
         "kept_tokens": clips.fixed_tokens(),
+        "grid": _edges(clips.grid),
+        "position_grid": _edges(architecture.grid),
+        "last_norm_eps": architecture.last_norm_eps,
     }
 
 

@@ -199,20 +199,16 @@ def _facts_of_export(facts: Facts, config: Mapping[str, Any], source: str) -> Fa
     if block is None:
         return facts
     try:
-        eps, grid = block["last_norm_eps"], block.get("position_grid")
+        eps, (time, rows, cols) = block["last_norm_eps"], block["position_grid"]
         tubelet, patch = config["tubelet_size"], config["patch_size"]
-        if not (type(eps) is float and 0 < eps < math.inf):
+        if not (type(eps) is float and 0 < eps < math.inf) or min(time, rows, cols) < 1:
             raise ValueError
-        if grid is not None:
-            time, rows, cols = grid
-            if min(time, rows, cols) < 1:
-                raise ValueError
-            facts = replace(facts, num_frames=time * tubelet, image_height=rows * patch, image_width=cols * patch)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{source}: the block everest of config.json is not what `everest convert` writes"
         ) from error
-    return replace(facts, last_norm_eps=eps)
+    sizes = {"num_frames": time * tubelet, "image_height": rows * patch, "image_width": cols * patch}
+    return replace(facts, **sizes, last_norm_eps=eps)
 
 
 def notes_of_config(config: Mapping[str, Any], kind: Kind) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from everest_ds.counts import describe_kept
 from everest_ds.data.index import VideoRow
 from everest_ds.data.labels import NAMES_FILE, read_class_names
 from everest_ds.data.views import ViewDataset
@@ -23,10 +24,8 @@ from everest_ds.model.rules import keep_rule
 from everest_ds.model.weights.architecture import Architecture
 from everest_ds.model.weights.loading import load_weights
 from everest_ds.model.weights.reading import Weights
-from everest_ds.model.weights.soundness import require_finite
-from everest_ds.train.checkpoint import AVERAGE
 from everest_ds.train.consolidated import read_any_weights
-from everest_ds.train.ema import read_average
+from everest_ds.train.ema import averaged
 from everest_ds.train.evaluation.inference import (
     ClipSettings,
     InferenceOptions,
@@ -49,6 +48,8 @@ class Trained:
         precision: What it computes in, as asked for; its weights are float32.
         attention: The backend that serves.
         num_kept: Tokens of a clip that go through the encoder.
+        num_tokens: All tokens of a clip.
+        keep_ratio: The share that is kept, as the settings say it.
         report: What was loaded, for people.
     """
 
@@ -59,7 +60,14 @@ class Trained:
     precision: Precision
     attention: str
     num_kept: int
+    num_tokens: int
+    keep_ratio: float
     report: str
+
+    @property
+    def kept(self) -> str:
+        """How many of a clip's tokens are kept, in words."""
+        return describe_kept(self.keep_ratio, self.num_kept, self.num_tokens)
 
     def wrap(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Return a method of the model that computes in the chosen precision and returns float32."""
@@ -145,6 +153,8 @@ def load_trained(
         precision=precision,
         attention=backend.name,
         num_kept=model.rule.num_kept(grid),
+        num_tokens=grid.num_tokens,
+        keep_ratio=settings.selection.keep_ratio,
         report=report.describe(),
     )
 
@@ -163,12 +173,7 @@ def _grid(shape: Architecture, num_frames: int, edge: int) -> TokenGrid:
 
 def _read(origin: Origin, kind: str) -> Weights:
     weights = read_any_weights(origin.weights)
-    if kind == "model":
-        return weights
-    # Weights that were not trained have no average.
-    average, source = read_average(origin.weights), f"{weights.source}, {AVERAGE}"
-    require_finite(average, source)
-    return replace(weights, tensors=weights.tensors | average, source=source)
+    return weights if kind == "model" else averaged(weights)
 
 
 def _class_names(origin: Origin, weights: Weights, num_classes: int) -> tuple[str, ...]:
