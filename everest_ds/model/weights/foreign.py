@@ -189,12 +189,18 @@ def _unwrap(content: Any, path: Path) -> RawWeights:
         beside += [f"{wrapper}.{name}" for name in state if str(name) not in tensors]
     if not tensors:
         shown = ", ".join(str(key) for key in list(content)[:4])
+        parts = [str(key) for key, value in content.items() if isinstance(value, Mapping) and _has_tensors(value)]
+        nested = f". Its parts {', '.join(parts)} hold tensors: save the one that you want alone" if parts else ""
         raise UserError(
             f"{path} holds no tensors: it has {shown or 'nothing'}; expected a state dict, bare or under "
-            f"{' or '.join(WRAPPERS)}"
+            f"{' or '.join(WRAPPERS)}{nested}"
         )
     facts = _facts_beside(content, path) if wrapper is not None else NO_FACTS
     return RawWeights(**_without_prefixes(tensors, path), beside=tuple(beside), facts=facts, wrapper=wrapper)
+
+
+def _has_tensors(state: Mapping[Any, Any]) -> bool:
+    return any(torch.is_tensor(value) for value in state.values())
 
 
 def _facts_beside(content: Mapping[Any, Any], path: Path) -> Facts:

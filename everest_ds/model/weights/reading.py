@@ -1,8 +1,8 @@
 """Weights in: any file or folder under our names, as weights of a model that is known.
 
 Place in the flow: PATH -> `read_weights` -> Weights -> `loading` into a model that exists, or
-`Weights.architecture.build()`, or `export`. Reads the official VideoMAE and EVEREST files, Hugging Face folders and
-what `everest convert` wrote; runs and their shards are read by `everest_ds.train.consolidated`.
+`Weights.architecture.build()`, or `export`. Reads the official VideoMAE and EVEREST files, Hugging Face folders,
+mmaction2's VideoMAE and what `everest convert` wrote; `everest_ds.train.consolidated` reads runs and their shards.
 """
 
 from collections.abc import Collection
@@ -16,6 +16,7 @@ from everest_ds.model.weights.architecture import Architecture, infer_architectu
 from everest_ds.model.weights.facts import Facts
 from everest_ds.model.weights.foreign import read_raw
 from everest_ds.model.weights.huggingface import facts_of_config, from_huggingface, is_huggingface, notes_of_config
+from everest_ds.model.weights.neighbours import from_mmaction, is_mmaction, refuse_other_models
 from everest_ds.model.weights.report import (
     WeightsReport,
     compare,
@@ -76,13 +77,19 @@ def read_weights(path: Path) -> Weights:
     notes = list(raw.notes)
     if raw.wrapper is not None:
         layout += f", under {raw.wrapper!r}"
+    refuse_other_models(raw.tensors, raw.config, str(path))
+    translated = None
     if is_huggingface(raw.tensors):
         layout = "Hugging Face's"
         translated = from_huggingface(raw.tensors, raw.config, str(path))
+        facts = facts_of_config(raw.config, str(path)) if raw.config is not None else facts
+    elif is_mmaction(raw.tensors):
+        layout = "mmaction2's"
+        translated = from_mmaction(raw.tensors, str(path))
+    if translated is not None:
         weights, sources = translated.tensors, translated.sources
         ignored += translated.ignored
         notes += translated.notes
-        facts = facts_of_config(raw.config, str(path)) if raw.config is not None else facts
     architecture = infer_architecture(weights, facts, str(path))
     if is_huggingface(raw.tensors) and raw.config is not None:
         notes += notes_of_config(raw.config, architecture.kind)
