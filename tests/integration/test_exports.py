@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from everest_ds.cli import main
@@ -182,6 +183,24 @@ def test_a_file_of_ours_carries_the_selection_of_its_run_along(run: Path, tmp_pa
         assert main(["convert", str(run), str(file), "--to", layout]) == 0
         assert main(["convert", str(file), str(tmp_path / name), "--to", "hf"]) == 0
         assert json.loads((tmp_path / name / "config.json").read_text())["everest"]["keep_ratio"] == 0.3
+
+
+def test_file_whose_run_cannot_be_read_is_exported_and_says_so(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A configuration of another version; a recipe may then say what it would have said."""
+    file, older = tmp_path / "a.safetensors", tmp_path / "older.safetensors"
+    assert main(["convert", str(run), str(file), "--to", "everest"]) == 0
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata() | {"config": '{"task": "finetune", "unknown": 1}'}
+    save_file(load_file(file), older, metadata)
+    capsys.readouterr()
+    assert main(["convert", str(older), str(tmp_path / "a"), "--to", "hf"]) == 0
+    said = capsys.readouterr().out
+    assert "what the weights say of their run cannot be used: the configuration of their run: unknown key" in said
+    assert "--recipe NAME puts the recipe's selection into the folder" in said
+    assert main(["convert", str(older), str(tmp_path / "b"), "--to", "hf", "--recipe", "demo_ft"]) == 0
+    assert "These are the settings of the recipe" in (tmp_path / "b" / "README.md").read_text()
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o002], ids=oct)

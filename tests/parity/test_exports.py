@@ -19,6 +19,7 @@ from everest_ds.config import FinetuneConfig
 from everest_ds.config_file import dump_config
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.data.views import crop_origins, dense_clips, resized_shape, segment_clips
+from everest_ds.errors import UserError
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.rules import keep_rule
 from everest_ds.model.sizes import get_size
@@ -179,6 +180,27 @@ def test_exported_folder_is_read_back_as_the_same_model(tmp_path: Path) -> None:
     assert back.architecture.last_norm_eps == model.fc_norm.eps
     assert back.architecture.labels == NAMES
     assert all(torch.equal(back.tensors[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_trusted_model_is_saved_with_its_code(tmp_path: Path) -> None:
+    model, clips = export(recipe(keep_ratio=0.6), tmp_path / "hf"), clips_with_ties()
+    load(tmp_path / "hf", trust_remote_code=True).save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        expected = model(clips)
+    found = logits_of(load(tmp_path / "again", trust_remote_code=True), clips)
+    assert float((found - expected).abs().max()) < ATOL
+
+
+@pytest.mark.parametrize(
+    "block",
+    [[], {"last_norm_eps": "small"}, {"last_norm_eps": 1e-6, "position_grid": [8, 6]}, {"last_norm_eps": 0.0}],
+)
+def test_block_of_config_that_was_edited_is_refused(block: Any, tmp_path: Path) -> None:
+    export(recipe(keep_ratio=0.6), tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "everest": block}))
+    with pytest.raises(UserError, match=r"the block everest of config\.json is not what `everest convert` writes"):
+        read_weights(tmp_path / "hf")
 
 
 def middle_view(processor: Any, num_frames: int) -> list[int]:

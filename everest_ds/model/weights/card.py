@@ -5,6 +5,7 @@ are given without their folders: a card is published.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,45 +18,63 @@ CARD = "README.md"
 LIBRARIES = ("torch", "deepspeed", "transformers", "safetensors")
 
 
-def card_for(
-    architecture: Architecture,
-    config: Config | None,
-    clips: Clips | None,
-    scores: Sequence[str],
-    notes: Sequence[str],
-) -> str:
-    """Return the model card, YAML front matter and Markdown.
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a card is written from.
 
-    Args:
+    Attributes:
         architecture: The model.
-        config: The configuration of the run that the weights are from, where it is known.
+        run: The configuration of the run that the weights are from, where it is known.
+        recipe: The recipe that was named for weights without a run.
         clips: What a classifier is used on, where that is known.
         scores: What is recorded of the weights, a line each.
         notes: Where transformers computes something else.
     """
+
+    architecture: Architecture
+    run: Config | None
+    recipe: Config | None
+    clips: Clips | None
+    scores: Sequence[str]
+    notes: Sequence[str]
+
+
+def card_for(facts: CardFacts) -> str:
+    """Return the model card, YAML front matter and Markdown."""
+    architecture, clips = facts.architecture, facts.clips
     is_classifier = architecture.kind == "classifier"
     sections = [
         _front_matter(is_classifier),
-        f"# {'Video classifier' if is_classifier else 'Masked video autoencoder'}, trained with everest_ds\n",
+        f"# {'Video classifier' if is_classifier else 'Masked video autoencoder'}"
+        f"{', trained with everest_ds' if facts.run else ''}\n",
         f"This is {architecture.describe()}.\n",
         "[EVEREST](https://arxiv.org/abs/2211.10636) (ICML 2024) trains masked video autoencoders on the tokens "
         "that changed most. The weights are float32, in the layout of transformers' VideoMAE.\n",
         "## Settings\n",
-        _table(_settings(config))
-        if config
-        else "Not known: the weights came without the configuration of a run.\n",
+        _settings_of(facts),
         "## Scores\n",
-        "".join(f"* {line}\n" for line in scores) or "None recorded.\n",
+        "".join(f"* {line}\n" for line in facts.scores) or "None recorded.\n",
         "## Tokens\n",
         _tokens(architecture, clips),
         "## Loading\n",
         _loading(architecture, clips),
         "## Differences\n",
-        "".join(f"* {note}\n" for note in notes),
+        "".join(f"* {note}\n" for note in facts.notes),
         "## Versions\n",
         f"{_versions()}\n",
     ]
     return "\n".join(sections)
+
+
+def _settings_of(facts: CardFacts) -> str:
+    if facts.run is not None:
+        return _table(_settings(facts.run))
+    if facts.recipe is not None:
+        said = (
+            "The weights came without a run. These are the settings of the recipe that was named at the export.\n"
+        )
+        return f"{said}\n{_table(_settings(facts.recipe))}"
+    return "Not known: the weights came without the configuration of a run.\n"
 
 
 def _front_matter(is_classifier: bool) -> str:

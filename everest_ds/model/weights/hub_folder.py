@@ -11,7 +11,7 @@ from pathlib import Path
 from everest_ds.config import Config
 from everest_ds.config_file import config_from_dict
 from everest_ds.errors import UserError
-from everest_ds.model.weights.card import CARD, card_for
+from everest_ds.model.weights.card import CARD, CardFacts, card_for
 from everest_ds.model.weights.foreign import CONFIG
 from everest_ds.model.weights.hub_config import (
     MODELING_FILE,
@@ -49,29 +49,35 @@ def folder_for(
         notes: What there is to know of the translation.
 
     Raises:
-        UserError: The run's own configuration says what the recipe says, or cannot be read, or the number of heads
-            cannot be told.
+        UserError: The run's own configuration says what the recipe says, or the number of heads cannot be told.
     """
-    architecture, config = weights.architecture, _config_of(weights, recipe)
-    clips = clips_of(architecture, config)
-    all_notes = (*notes, *_notes_on_tokens(weights, clips))
+    architecture = weights.architecture
+    own, unreadable = _config_of_run(weights)
+    if own is not None and recipe is not None:
+        raise UserError(
+            f"--recipe {recipe.recipe} has no effect: {weights.source} says how it was trained; remove it"
+        )
+    clips = clips_of(architecture, own or recipe)
+    all_notes = (*notes, *unreadable, *_notes_on_tokens(weights, clips))
     files = {CONFIG: config_for(architecture, clips)} | preprocessors_for(architecture, clips)
     if clips is not None:
         here = Path(__file__).parent / "hub_code"
         files |= {name: (here / name).read_text(encoding="utf-8") for name in (MODELING_FILE, PROCESSING_FILE)}
-    files[CARD] = card_for(architecture, config, clips, scores, all_notes)
+    facts = CardFacts(
+        architecture=architecture, run=own, recipe=recipe, clips=clips, scores=scores, notes=all_notes
+    )
+    files[CARD] = card_for(facts)
     return HubFolder(files=files, notes=all_notes)
 
 
-def _config_of(weights: Weights, recipe: Config | None) -> Config | None:
-    """Return the configuration of the run that weights are from, else the recipe."""
+def _config_of_run(weights: Weights) -> tuple[Config | None, list[str]]:
+    """Return the configuration of the run that weights are from, and a note where it cannot be read."""
     if weights.config is None:
-        return recipe
-    if recipe is not None:
-        raise UserError(
-            f"--recipe {recipe.recipe} has no effect: {weights.source} says how it was trained; remove it"
-        )
-    return config_from_dict(json.loads(weights.config), source=f"{weights.source}, its run's configuration")
+        return None, []
+    try:
+        return config_from_dict(json.loads(weights.config), source="the configuration of their run"), []
+    except (UserError, ValueError) as error:  # of another version of everest_ds
+        return None, [f"what the weights say of their run cannot be used: {error}"]
 
 
 def _notes_on_tokens(weights: Weights, clips: Clips | None) -> list[str]:
