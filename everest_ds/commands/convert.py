@@ -67,7 +67,11 @@ def convert(source: Path, target: Path, options: ConvertOptions) -> None:
     require_target(target, options.to)
     weights = read_any_weights(source)
     checkpoint = weights.checkpoint
-    weights, report = require_complete(averaged(weights) if options.weights == "ema" else weights, options.allow)
+    if options.weights == "ema":
+        if checkpoint is None:
+            raise UserError(f"--weights ema: {source} is neither a run nor a checkpoint, which keep an average")
+        weights = averaged(weights, checkpoint)
+    weights, report = require_complete(weights, options.allow)
     scores = recorded_scores(checkpoint, options.weights) if checkpoint else ()
     written = write_weights(weights, target, options.to, recipe=recipe, scores=scores)
     print(report.describe())

@@ -129,20 +129,17 @@ class WeightAverage:
             self._engine.optimizer.checkpoint_event_epilogue()
 
 
-def averaged(weights: Weights) -> Weights:
+def averaged(weights: Weights, folder: Path) -> Weights:
     """Return a checkpoint's weights with the moving average in place of what was trained; the rest has none.
 
     Args:
         weights: From `everest_ds.train.consolidated.read_any_weights`.
+        folder: The checkpoint's folder.
 
     Raises:
-        UserError: They are not of a checkpoint, it keeps no average, or the average is not finite.
+        UserError: There is no average, or it is not finite.
     """
-    if weights.checkpoint is None:
-        raise UserError(
-            f"{weights.source} keeps no moving average: expected a run or a checkpoint; use its weights"
-        )
-    average, source = read_average(weights.checkpoint), f"{weights.source}, {AVERAGE}"
+    average, source = read_average(folder), f"{weights.source}, {AVERAGE}"
     require_finite(average, source)
     return replace(weights, tensors=weights.tensors | average, source=source)
 

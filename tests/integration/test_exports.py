@@ -172,8 +172,27 @@ def test_weights_without_a_run_take_the_selection_of_a_recipe(
         (run, "hf", "--recipe demo_ft has no effect"),
         (official, "everest", "--recipe demo_ft has no effect with --to everest"),
     ):
-        given = ["convert", str(source), str(tmp_path / "x.safetensors"), "--to", layout, "--recipe", "demo_ft"]
-        given[2] = given[2].removesuffix(".safetensors") if layout == "hf" else given[2]
+        given = ["convert", str(source), str(tmp_path / "x"), "--to", layout, "--recipe", "demo_ft"]
+        assert message in refused(given, capsys)
+
+
+def test_average_of_what_keeps_none_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, copy = tmp_path / "w.safetensors", tmp_path / "run"
+    assert main(["convert", str(run), str(file), "--to", "everest"]) == 0
+    shutil.copytree(run, copy)
+    (average,) = copy.rglob(AVERAGE)
+    average.unlink()
+    (average.parent / SEAL).unlink()
+    seal(average.parent, ALONE)
+    cases = [
+        (file, "everest", "neither a run nor a checkpoint, which keep an average"),
+        (copy, "everest", f"has no {AVERAGE}: the run was trained without optim.ema_decay"),
+        (run, "deepspeed-fp32", "--weights ema cannot be written with --to deepspeed-fp32; use --to everest"),
+    ]
+    for source, layout, message in cases:
+        given = ["convert", str(source), str(tmp_path / "x.safetensors"), "--to", layout, "--weights", "ema"]
         assert message in refused(given, capsys)
 
 

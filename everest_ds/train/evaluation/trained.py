@@ -173,7 +173,7 @@ def _grid(shape: Architecture, num_frames: int, edge: int) -> TokenGrid:
 
 def _read(origin: Origin, kind: str) -> Weights:
     weights = read_any_weights(origin.weights)
-    return weights if kind == "model" else averaged(weights)
+    return weights if kind == "model" else averaged(weights, origin.weights)
 
 
 def _class_names(origin: Origin, weights: Weights, num_classes: int) -> tuple[str, ...]:
