@@ -154,7 +154,8 @@ def _way_to_start_from(run_dir: Path) -> str:
     """Return how a new run starts from this one's weights, as the end of a message; nothing where it has none."""
     if not list_checkpoints(run_dir):
         return ""
-    return f". To train its weights longer or otherwise, start a new run: --init-from {run_dir} --out ANOTHER"
+    source = shlex.quote(str(run_dir))
+    return f". To train its weights longer or otherwise, start a new run: --init-from {source} --out ANOTHER"
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -155,6 +155,23 @@ def test_evaluation_and_prediction_say_the_keep_ratio(
         assert f"the model {kept}" in capsys.readouterr().out
 
 
+def test_use_on_another_share_of_the_tokens_than_in_training_is_noted(
+    run: Path, lists: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run, a file of ours and an exported folder know what they were trained on."""
+    assert main(["convert", str(run), str(tmp_path / "w.safetensors"), "--to", "everest"]) == 0
+    assert main(["convert", str(run), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    video = str(read_list(lists / "few.csv")[0].path)
+    for source in (run, tmp_path / "w.safetensors", tmp_path / "hf"):
+        given = ["predict", str(source), video, "--num-workers", "0", "--num-temporal", "1"]
+        given += [] if source == run else ["--recipe", "demo_ft"]
+        capsys.readouterr()
+        assert main(given) == 0
+        assert "trained with" not in capsys.readouterr().out
+        assert main([*given, "--keep-ratio", "0.6"]) == 0
+        assert "trained with keep_ratio=0.3 and used with 0.6 here" in capsys.readouterr().out
+
+
 def test_weights_without_a_run_take_the_selection_of_a_recipe(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

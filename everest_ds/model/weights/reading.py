@@ -5,9 +5,11 @@ Place in the flow: PATH -> `read_weights` -> Weights -> `loading` into a model t
 mmaction2's VideoMAE and what `everest convert` wrote; `everest_ds.train.consolidated` reads runs and their shards.
 """
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -42,6 +44,7 @@ class Weights:
         notes: What else there is to know.
         config: The configuration of the run that they are from, as one line of JSON.
         checkpoint: The checkpoint that they are of, where they are read from a run.
+        keep_ratio: The share of a clip's tokens that a classifier was trained on, where they say it.
     """
 
     source: str
@@ -53,6 +56,7 @@ class Weights:
     notes: tuple[str, ...] = ()
     config: str | None = None
     checkpoint: Path | None = None
+    keep_ratio: float | None = None
 
     def title(self) -> str:
         """Return where they are from, of which model and in which layout."""
@@ -103,6 +107,7 @@ def read_weights(path: Path) -> Weights:
             ignored=tuple(ignored),
             notes=tuple(notes),
             config=raw.run_config,
+            keep_ratio=_keep_ratio(raw.run_config) or _keep_ratio_of_folder(raw.config),
         )
     )
 
@@ -120,8 +125,25 @@ def weights_of_run(
             architecture=architecture,
             config=config,
             checkpoint=checkpoint,
+            keep_ratio=_keep_ratio(config),
         )
     )
+
+
+def _keep_ratio(config: str | None) -> float | None:
+    """Return the keep ratio in a run's configuration, one line of JSON; None where it has none."""
+    try:
+        ratio = json.loads(config or "null")["selection"]["keep_ratio"]
+    except (ValueError, TypeError, KeyError):  # pre-training, or another version of everest_ds
+        return None
+    return float(ratio) if isinstance(ratio, int | float) else None
+
+
+def _keep_ratio_of_folder(config: Mapping[str, Any] | None) -> float | None:
+    """Return the keep ratio in the config.json of an exported folder; None where it has none."""
+    block = (config or {}).get("everest")
+    ratio = block.get("keep_ratio") if isinstance(block, dict) else None
+    return float(ratio) if isinstance(ratio, int | float) else None
 
 
 def as_weights(weights: Weights) -> Weights:

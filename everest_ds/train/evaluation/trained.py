@@ -141,6 +141,7 @@ def load_trained(
     ).build()
     assert isinstance(model, EverestClassifier)
     model.rule = keep_rule(settings.selection)
+    weights = replace(weights, notes=weights.notes + _note_on_ratio(weights, settings.selection.keep_ratio))
     report = load_weights(model, weights, clip_grid=grid)
     precision = choose_precision({}, options.precision, device.type)
     head_dim = shape.width // (shape.num_heads or 1)
@@ -157,6 +158,14 @@ def load_trained(
         keep_ratio=settings.selection.keep_ratio,
         report=report.describe(),
     )
+
+
+def _note_on_ratio(weights: Weights, ratio: float) -> tuple[str, ...]:
+    """Return a note where a model is used on another share of the tokens than it was trained on."""
+    trained = weights.keep_ratio
+    if trained is None or trained == ratio:
+        return ()
+    return (f"trained with keep_ratio={trained:g} and used with {ratio:g} here, which changes the scores",)
 
 
 def _grid(shape: Architecture, num_frames: int, edge: int) -> TokenGrid:
