@@ -54,6 +54,13 @@ def count_kept(strategy: StrategyName, grid: TokenGrid, ratio: float) -> int:
     return ratio_to_count(grid.num_tokens, ratio)
 
 
+def describe_kept(ratio: float, num_kept: int, num_tokens: int) -> str:
+    """Return how many of a clip's tokens are kept, for people: "keeps 0.6 of the tokens (940 of 1568)"."""
+    if num_kept == num_tokens:
+        return f"keeps all {num_tokens} tokens"
+    return f"keeps {ratio:g} of the tokens ({num_kept} of {num_tokens})"
+
+
 def count_selection(
     strategy: StrategyName, grid: TokenGrid, selected_ratio: float, visible_ratio: float, targets: TargetName
 ) -> ClipCounts:

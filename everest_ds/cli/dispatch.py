@@ -17,6 +17,8 @@ from everest_ds.cli.parsing import leave, say
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, nearest_hint
 
+# What launchers add to the words of each process unless they are told not to.
+LOCAL_RANK_FLAGS = ("--local_rank", "--local-rank")
 COMMANDS = {
     "doctor": "devices, attention backends, decoders, DeepSpeed, versions; exits 1 when something is missing",
     "demo-data": "a small labelled H.264 dataset with train.csv, val.csv, test.csv",
@@ -65,11 +67,13 @@ def _dispatch(words: list[str], world: World) -> int:
     if words[0] == "--version":
         print(__version__)
         return 0
-    command, rest = words[0], words[1:]
-    if command.startswith("--local"):
+    if any(word.partition("=")[0] in LOCAL_RANK_FLAGS for word in words):
+        # The same text on every rank, so that a launch says it once.
         raise UserError(
-            f"got {command} before the sub-command; start with `deepspeed --no_local_rank --module ...`"
+            "the launcher passed --local_rank, which everest reads from the environment instead; start with "
+            "`deepspeed --no_local_rank --module everest_ds ...` (or torchrun)"
         )
+    command, rest = words[0], words[1:]
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{nearest_hint(command, COMMANDS)}")
     run = {

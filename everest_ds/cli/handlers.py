@@ -160,14 +160,10 @@ def convert(rest: list[str], world: World) -> int:
         Hugging Face folder; a file of this command."""
         target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
         """What to write; it must not exist."""
-        to: command.Target
-        """everest: a float32 .safetensors file; videomae: a .pth file in the official layout; hf: a Hugging Face
-        folder; deepspeed-fp32: everest with a run's step and configuration."""
-        allow: tuple[str, ...] = ()
-        """Tensors or modules that may be in SRC and are left out."""
+        options: Annotated[command.ConvertOptions, tyro.conf.arg(name="")]
 
     arguments = parse(Arguments, rest, "everest convert", world)
-    command.convert(arguments.source, arguments.target, arguments.to, arguments.allow)
+    command.convert(arguments.source, arguments.target, arguments.options)
     return 0
 
 

@@ -113,8 +113,8 @@ def evaluate(source: Path, options: EvaluateOptions, world: World) -> int:
         print(trained.report)
         print(
             f"{plan.origin.choice}: {plan.origin.weights}, weights {trained.kind}, {trained.precision.name}, "
-            f"attention {trained.attention}\n{len(plan.rows)} videos x {plan.settings.num_views} views on "
-            f"{world.size} x {device.type}",
+            f"attention {trained.attention}, {trained.kept}\n"
+            f"{len(plan.rows)} videos x {plan.settings.num_views} views on {world.size} x {device.type}",
             flush=True,
         )
     scores, of_training = _score(plan, trained, len(names), world, device)
@@ -124,7 +124,7 @@ def evaluate(source: Path, options: EvaluateOptions, world: World) -> int:
         summary |= {"batch_rows": options.batch_rows, "versions": _versions()}
         _write(plan, summary, scores, names, began)
         _record(plan.origin, summary)
-        print(f"{files.table(scores, names)}\n{plan.out}", flush=True)
+        print(f"{files.table(scores, names, trained.kept)}\n{plan.out}", flush=True)
     distributed.finish()
     return 0
 

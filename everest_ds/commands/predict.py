@@ -91,7 +91,7 @@ def predict(source: Path, videos: Sequence[Path], options: PredictOptions, world
     device = distributed.start(world)
     trained.model.to(device)
     if world.is_main and not options.json:
-        print(trained.report, flush=True)
+        print(f"{trained.report}\nthe model {trained.kept}", flush=True)
     if options.features is None:
         unreadable = _labels(trained, rows, settings, options, world, device)
     else:

@@ -1,5 +1,6 @@
 """What a run writes into its directory and says to people, at its start and at its end. Rank zero only."""
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from everest_ds import distributed
@@ -85,7 +86,13 @@ def close_run(trainer: "Trainer", taken: int) -> None:
     if log is None:
         return
     if schedule.num_left <= 0:
-        print(f"nothing left to do: step {schedule.start_step} of {schedule.end_step}", flush=True)
+        limit = trainer.config.run.max_steps
+        longer = "raise --run.max-steps, or " if limit is not None and schedule.end_step == limit else ""
+        print(
+            f"nothing left to do: step {schedule.start_step} of {schedule.end_step}; to train longer, {longer}"
+            f"start a new run from these weights: --init-from {shlex.quote(str(trainer.run_dir))} --out ANOTHER",
+            flush=True,
+        )
     if taken >= schedule.end_step:
         log.write("event", taken, event="end")
         print(f"done: {trainer.run_dir}", flush=True)

@@ -129,7 +129,12 @@ class EverestClassifier(TokenEncoder):
     def _noise_of(self, groups: Sequence[ClipGroup], noise: Noise) -> list[Tensor]:
         """Return the draws of each batch of clips; in evaluation the same ones for every clip."""
         if not self.training:
-            return [_fixed_draws(group, self.rule.keep_noise_length(group.grid)) for group in groups]
+            return [
+                fixed_draws(self.rule.keep_noise_length(group.grid))
+                .to(group.clips_BCTHW.device)
+                .expand(len(group), -1)
+                for group in groups
+            ]
         given = [noise] * len(groups) if noise is None or isinstance(noise, Tensor) else list(noise)
         checked = []
         for group, noise_BS in zip(groups, given, strict=True):
@@ -146,10 +151,9 @@ class EverestClassifier(TokenEncoder):
         return checked
 
 
-def _fixed_draws(group: ClipGroup, length: int) -> Tensor:
-    """Return draws that are the same for every clip, process and run, (B, length)."""
-    draws = torch.rand(length, generator=torch.Generator().manual_seed(0), device="cpu")
-    return draws.to(group.clips_BCTHW.device).expand(len(group), -1)
+def fixed_draws(length: int) -> Tensor:
+    """Return the draws of evaluation, the same for every clip, process and run, (length,) on the CPU."""
+    return torch.rand(length, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def mean_per_clip(x_MD: Tensor, index: TokenIndex) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from everest_ds.config import FinetuneSelectionConfig
 from everest_ds.counts import (
     ClipCounts,
     DistanceName,
@@ -158,6 +159,16 @@ class SelectionRule:
 
 
 DEFAULT_RULE = SelectionRule()
+
+
+def keep_rule(selection: FinetuneSelectionConfig) -> SelectionRule:
+    """Return which tokens a classifier keeps."""
+    return SelectionRule(
+        strategy=selection.strategy,
+        order=selection.order,
+        distance=selection.distance,
+        selected_ratio=selection.keep_ratio,
+    )
 
 
 def _require_width(noise_BS: Tensor, expected: int) -> None:

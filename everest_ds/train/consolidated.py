@@ -27,6 +27,7 @@ from everest_ds.model.weights.foreign import FACTS_KEY
 from everest_ds.model.weights.loading import load_weights
 from everest_ds.model.weights.reading import Weights, read_weights, weights_of_run
 from everest_ds.model.weights.report import WeightsReport
+from everest_ds.model.weights.soundness import require_finite
 from everest_ds.train.checkpoint import list_checkpoints, read_state
 from everest_ds.train.pointers import find_best, folder_of
 from everest_ds.train.seal import find_damage, is_sealed
@@ -137,7 +138,8 @@ def export_fp32(source: Path, target: Path) -> Path:
         The checkpoint that was read.
 
     Raises:
-        UserError: The source is no complete, sound checkpoint, or the target exists or cannot be written.
+        UserError: The source is no complete, sound checkpoint, its weights are not finite, or the target exists or
+            cannot be written.
     """
     if target.suffix != ".safetensors":
         raise UserError(f"{target} must end in .safetensors")
@@ -151,6 +153,7 @@ def export_fp32(source: Path, target: Path) -> Path:
         FACTS_KEY: facts_of_run(config, _class_names(checkpoint)).dump(),
     }
     weights = read_fp32_weights(checkpoint)
+    require_finite(weights, str(checkpoint))
     write_whole(target, lambda path: save_safetensors(weights, path, facts))
     return checkpoint
 
@@ -190,7 +193,8 @@ def read_any_weights(path: Path) -> Weights:
     checkpoint = find_source(path)
     config = load_config(checkpoint.parent.parent / "config.json")
     facts = facts_of_run(config, _class_names(checkpoint))
-    return weights_of_run(read_fp32_weights(checkpoint), facts, str(checkpoint), config=_one_line(config))
+    weights, text = read_fp32_weights(checkpoint), _one_line(config)
+    return weights_of_run(weights, facts, str(checkpoint), config=text, checkpoint=checkpoint)
 
 
 def load_initial_weights(

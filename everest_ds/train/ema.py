@@ -12,6 +12,7 @@ float32 ones; the average itself is float32.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.model.weights.export import save_safetensors
+from everest_ds.model.weights.reading import Weights
+from everest_ds.model.weights.soundness import require_finite
 from everest_ds.train.checkpoint import AVERAGE
 
 PREFIX = "model."
@@ -124,6 +127,21 @@ class WeightAverage:
                 parameter.copy_(whole)
         if partitioned:  # and the small ones are gathered anew
             self._engine.optimizer.checkpoint_event_epilogue()
+
+
+def averaged(weights: Weights, folder: Path) -> Weights:
+    """Return a checkpoint's weights with the moving average in place of what was trained; the rest has none.
+
+    Args:
+        weights: From `everest_ds.train.consolidated.read_any_weights`.
+        folder: The checkpoint's folder.
+
+    Raises:
+        UserError: There is no average, or it is not finite.
+    """
+    average, source = read_average(folder), f"{weights.source}, {AVERAGE}"
+    require_finite(average, source)
+    return replace(weights, tensors=weights.tensors | average, source=source)
 
 
 def read_average(folder: Path) -> dict[str, Tensor]:

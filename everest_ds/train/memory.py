@@ -19,8 +19,9 @@ from everest_ds.model.activations import (
     ranking_bytes,
 )
 from everest_ds.model.encoder import EncoderOptions
+from everest_ds.model.rules import keep_rule
 from everest_ds.model.sizes import get_size
-from everest_ds.train.selecting import keep_rule, num_pretrain_noise
+from everest_ds.train.selecting import num_pretrain_noise
 from everest_ds.train.sharding import Sharding, bytes_sent, count_parameters, num_classes
 from everest_ds.train.states import model_states
 from everest_ds.train.tasks import encoder_options

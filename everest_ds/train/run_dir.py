@@ -136,16 +136,26 @@ def _require_same_run(run_dir: Path, config: Config) -> None:
     stored, given = (_flatten(asdict(item)) for item in (load_config(run_dir / "config.json"), config))
     if stored["task"] != given["task"]:
         raise UserError(
-            f"{run_dir} holds another run: its task is {stored['task']}, this one's {given['task']}; use "
-            "another --out"
+            f"{run_dir} holds another run: its task is {stored['task']}, this one's {given['task']}; use another "
+            f"--out{_way_to_start_from(run_dir)}"
         )
     changed = [key for key in stored if stored[key] != given[key] and key not in FREE_ON_RESUME]
     if changed:
         shown = ", ".join(f"{key} was {stored[key]!r} and is now {given[key]!r}" for key in changed[:4])
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        is_same_model = not any(key.startswith("model.") for key in changed)
         raise UserError(
-            f"{run_dir} holds another run: {shown}{more}; use the stored settings to go on, or another --out"
+            f"{run_dir} holds another run: {shown}{more}; use the stored settings to continue it, or another --out"
+            f"{_way_to_start_from(run_dir) if is_same_model else ''}"
         )
+
+
+def _way_to_start_from(run_dir: Path) -> str:
+    """Return how a new run starts from this one's weights, as the end of a message; nothing where it has none."""
+    if not list_checkpoints(run_dir):
+        return ""
+    source = shlex.quote(str(run_dir))
+    return f". To train its weights longer or otherwise, start a new run: --init-from {source} --out ANOTHER"
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from everest_ds import distributed
-from everest_ds.config import FinetuneSelectionConfig, PretrainConfig
+from everest_ds.config import PretrainConfig
 from everest_ds.counts import ClipCounts, noise_length
 from everest_ds.model.budgets import ClipBudget, count_above, share_budget, upper_quantile
 from everest_ds.model.rules import SelectionRule
@@ -28,16 +28,6 @@ def pretrain_rule(config: PretrainConfig) -> SelectionRule:
         visible_ratio=selection.visible_ratio,
         targets=selection.targets,
         num_steps=config.grid.time if config.candidate_steps > config.grid.time else None,
-    )
-
-
-def keep_rule(selection: FinetuneSelectionConfig) -> SelectionRule:
-    """Return which tokens a classifier keeps."""
-    return SelectionRule(
-        strategy=selection.strategy,
-        order=selection.order,
-        distance=selection.distance,
-        selected_ratio=selection.keep_ratio,
     )
 
 

@@ -24,9 +24,10 @@ from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.flops import autoencoder_macs, classifier_macs
 from everest_ds.model.frames import FrameChoice
+from everest_ds.model.rules import keep_rule
 from everest_ds.model.sizes import get_size
 from everest_ds.train.optim import parameter_groups
-from everest_ds.train.selecting import Budget, keep_rule, num_pretrain_noise, pretrain_rule, share_of_loss
+from everest_ds.train.selecting import Budget, num_pretrain_noise, pretrain_rule, share_of_loss
 
 
 class Task(nn.Module, ABC):

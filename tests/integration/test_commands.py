@@ -14,6 +14,7 @@ from everest_ds import __version__, cli
 from everest_ds.commands.benchmark import flops
 from everest_ds.commands.benchmark.data import DataBenchmarkOptions
 from everest_ds.commands.benchmark.step_options import StepOptions
+from everest_ds.commands.convert import ConvertOptions
 from everest_ds.commands.plan import PlanOptions
 from everest_ds.commands.prepare import PrepareOptions
 from everest_ds.commands.train import LaunchOptions
@@ -178,7 +179,7 @@ def test_names_that_may_differ_reach_the_run_and_the_conversion(monkeypatch: pyt
     allowed = ("decoder", "head.weight")
     assert seen == [
         LaunchOptions(init_from=Path("a.pth"), init_allow=allowed, resume="never"),
-        (Path("a.pth"), Path("b"), "hf", ("encoder.pos_embed",)),
+        (Path("a.pth"), Path("b"), ConvertOptions(to="hf", allow=("encoder.pos_embed",))),
     ]
 
 

@@ -5,17 +5,20 @@ Place in the flow: complete Weights -> `write_weights` -> files, under a tempora
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from everest_ds.config import Config
 from everest_ds.errors import UserError
-from everest_ds.model.weights.foreign import CONFIG, FACTS_KEY
-from everest_ds.model.weights.huggingface import config_for, to_huggingface
+from everest_ds.model.weights.foreign import FACTS_KEY, RUN_CONFIG_KEY
+from everest_ds.model.weights.hub_config import with_positions_of
+from everest_ds.model.weights.hub_folder import folder_for
+from everest_ds.model.weights.huggingface import to_huggingface
 from everest_ds.model.weights.reading import Weights
 
 Layout = Literal["everest", "videomae", "hf"]
@@ -50,7 +53,9 @@ class Written:
     notes: tuple[str, ...] = ()
 
 
-def write_weights(weights: Weights, target: Path, layout: Layout) -> Written:
+def write_weights(
+    weights: Weights, target: Path, layout: Layout, *, recipe: Config | None = None, scores: Sequence[str] = ()
+) -> Written:
     """Write the weights of one whole model.
 
     Args:
@@ -58,25 +63,31 @@ def write_weights(weights: Weights, target: Path, layout: Layout) -> Written:
         target: A new file, or a new folder for hf.
         layout: everest: our names in one float32 safetensors file; its metadata hold what shapes do not say and the
             configuration of the run that they are from; videomae: the official state dict under 'model'; hf:
-            model.safetensors and config.json.
+            model.safetensors, config.json, settings of transformers' processors, a model card, and for a classifier
+            whose selection is known the code that selects tokens and frames in transformers.
+        recipe: Of hf: how clips are cut and which tokens are kept, for weights that come without a run.
+        scores: Of hf: what is recorded of the weights, a line each.
 
     Raises:
-        UserError: The target exists or cannot be written, or the layout has no place for this model.
+        UserError: The target exists or cannot be written, the layout has no place for this model, or the recipe has
+            no effect.
     """
     require_target(target, layout)
     facts = weights.architecture.facts().dump()
     made_of: dict[str, tuple[str, ...]] = {name: (name,) for name in weights.tensors}
     notes: tuple[str, ...] = ()
     if layout == "everest":
-        metadata = {FACTS_KEY: facts} | ({} if weights.config is None else {"config": weights.config})
+        metadata = {FACTS_KEY: facts} | ({} if weights.config is None else {RUN_CONFIG_KEY: weights.config})
         write_whole(target, lambda path: save_safetensors(weights.tensors, path, metadata))
     elif layout == "videomae":
         _require_official(weights)
         write_whole(target, lambda path: torch.save({"model": weights.tensors, FACTS_KEY: facts}, path))
     else:
-        translated, config = to_huggingface(weights.tensors, weights.architecture), config_for(weights.architecture)
-        made_of, notes = translated.sources, translated.notes
-        write_whole(target, lambda path: _save_folder(translated.tensors, config, path))
+        weights = replace(weights, architecture=with_positions_of(weights.architecture, recipe))
+        translated = to_huggingface(weights.tensors, weights.architecture)
+        folder = folder_for(weights, recipe, scores, translated.notes)
+        made_of, notes = translated.sources, folder.notes
+        write_whole(target, lambda path: _save_folder(translated.tensors, folder.files, path))
     return Written(key_map=tuple(key_map(weights, made_of)), notes=notes)
 
 
@@ -103,16 +114,20 @@ def _require_official(weights: Weights) -> None:
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write one safetensors file, marked as torch's."""
+    """Write one safetensors file, marked as torch's, with the mode that the umask gives."""
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
+    path.chmod(mode)  # safetensors (0.8) leaves its files readable by their owner alone
 
 
-def _save_folder(tensors: Mapping[str, Tensor], config: str, path: Path) -> None:
+def _save_folder(tensors: Mapping[str, Tensor], files: Mapping[str, str], path: Path) -> None:
     path.mkdir()
     save_safetensors(tensors, path / "model.safetensors", {})
-    (path / CONFIG).write_text(config)
+    for name, text in files.items():
+        (path / name).write_text(text, encoding="utf-8")
 
 
 def write_whole(target: Path, save: Callable[[Path], None]) -> None:

@@ -4,6 +4,7 @@ Place in the flow: `everest convert` writes it into the files that it makes, and
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,7 +57,9 @@ class Facts:
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{source}: what it says of its model is not what `everest convert` writes") from error
         for kind, numbers in ((int, counts), (float, epsilons)):
-            if not all(value is None or (type(value) is kind and value > 0) for value in numbers.values()):
+            if not all(
+                value is None or (type(value) is kind and 0 < value < math.inf) for value in numbers.values()
+            ):
                 raise UserError(f"{source}: its model is described by {numbers}; expected positive numbers")
         names = tuple(str(label) for label in labels) if isinstance(labels, list) else None
         return cls(**counts, **epsilons, labels=names)

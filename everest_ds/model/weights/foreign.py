@@ -27,6 +27,8 @@ PREFIXES = ("module", "model", "backbone")
 COMPILED = "_orig_mod"  # torch.compile adds it, anywhere
 # Where our files keep `Facts`: a key beside the state dict, or of safetensors' metadata.
 FACTS_KEY = "everest_model"
+# Where the configuration of the run stands that they are from, in safetensors' metadata.
+RUN_CONFIG_KEY = "config"
 CONFIG = "config.json"
 DEEPSPEED_STATES = "mp_rank_00_model_states.pt"
 # Weights of a Hugging Face folder, in the order in which transformers looks for them.
@@ -48,6 +50,7 @@ class RawWeights:
         beside: What else is in the file: optimiser, epoch, arguments.
         facts: What the file says of its model.
         config: The config.json beside it, of a Hugging Face folder.
+        run_config: The configuration of the run that they are from, one line of JSON, of a file of ours.
         wrapper: The key that the state dict stood under.
         notes: What else there is to know of the file.
     """
@@ -57,6 +60,7 @@ class RawWeights:
     beside: tuple[str, ...] = ()
     facts: Facts = NO_FACTS
     config: dict[str, Any] | None = None
+    run_config: str | None = None
     wrapper: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -75,8 +79,10 @@ def read_raw(path: Path) -> RawWeights:
             "Face folder"
         )
     if path.suffix == ".safetensors":
-        tensors, facts = _read_safetensors(path)
-        raw = RawWeights(**_without_prefixes(tensors, path), facts=facts)
+        tensors, metadata = _read_safetensors(path)
+        facts = Facts.parse(metadata[FACTS_KEY], str(path)) if FACTS_KEY in metadata else NO_FACTS
+        run_config = metadata.get(RUN_CONFIG_KEY) if FACTS_KEY in metadata else None
+        raw = RawWeights(**_without_prefixes(tensors, path), facts=facts, run_config=run_config)
     else:
         raw = _unwrap(_read_pickle(path), path)
     if path.name == DEEPSPEED_STATES and any(tensor.dtype != torch.float32 for tensor in raw.tensors.values()):
@@ -133,7 +139,8 @@ def _with_config(raw: RawWeights, path: Path) -> RawWeights:
     return replace(raw, config=read_json_object(path))
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Facts]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a file, and its metadata."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -142,7 +149,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Facts]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    return tensors, Facts.parse(metadata[FACTS_KEY], str(path)) if FACTS_KEY in metadata else NO_FACTS
+    return tensors, metadata
 
 
 def _read_pickle(path: Path) -> Any:
@@ -182,12 +189,18 @@ def _unwrap(content: Any, path: Path) -> RawWeights:
         beside += [f"{wrapper}.{name}" for name in state if str(name) not in tensors]
     if not tensors:
         shown = ", ".join(str(key) for key in list(content)[:4])
+        parts = [str(key) for key, value in content.items() if isinstance(value, Mapping) and _has_tensors(value)]
+        nested = f". Its parts {', '.join(parts)} hold tensors: save the one that you want alone" if parts else ""
         raise UserError(
             f"{path} holds no tensors: it has {shown or 'nothing'}; expected a state dict, bare or under "
-            f"{' or '.join(WRAPPERS)}"
+            f"{' or '.join(WRAPPERS)}{nested}"
         )
     facts = _facts_beside(content, path) if wrapper is not None else NO_FACTS
     return RawWeights(**_without_prefixes(tensors, path), beside=tuple(beside), facts=facts, wrapper=wrapper)
+
+
+def _has_tensors(state: Mapping[Any, Any]) -> bool:
+    return any(torch.is_tensor(value) for value in state.values())
 
 
 def _facts_beside(content: Mapping[Any, Any], path: Path) -> Facts:

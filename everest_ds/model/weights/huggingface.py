@@ -6,10 +6,10 @@ attention biases in three ways: `q_bias` and `v_bias` (version 4 and all publish
 key's bias shifts all scores of a query alike, so softmax ignores it and it is left out.
 """
 
-import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,10 +41,6 @@ DECODER_NAMES = (
     "decoder.head.weight",
     "decoder.head.bias",
 )
-ARCHITECTURES: dict[Kind, str] = {
-    "autoencoder": "VideoMAEForPreTraining",
-    "classifier": "VideoMAEForVideoClassification",
-}
 # Settings of its configuration that our models have one value of; absent ones have transformers' default.
 FIXED_SETTINGS: dict[str, Any] = {"model_type": "videomae", "hidden_act": "gelu", "num_channels": 3}
 # What its decoder's and its classifier's norm add to the variance, whatever its configuration says of the others.
@@ -146,7 +142,10 @@ def to_huggingface(tensors: Mapping[str, Tensor], architecture: Architecture) ->
             f"{architecture.last_norm_eps:g}; nothing in its configuration changes that"
         )
     if not architecture.grid_is_known:
-        notes.append(f"the weights do not say for which clips; taken as {_clip(architecture)}, the official ones")
+        grid, options = architecture.grid, architecture.options
+        frames, rows, cols = grid.time * options.tubelet_size, grid.rows, grid.cols
+        clip = f"{frames}x{rows * options.patch_size}x{cols * options.patch_size}"
+        notes.append(f"the weights do not say for which clips; taken as {clip}, the official ones")
     return Translation(tensors=out, sources=sources, notes=tuple(notes))
 
 
@@ -166,7 +165,7 @@ def facts_of_config(config: Mapping[str, Any], source: str) -> Facts:
     if not all(type(number) is int and number > 0 for number in numbers.values()):
         raise UserError(f"{source}: its config.json has {numbers}; expected positive integers")
     eps = config.get("layer_norm_eps", DEFAULT_NORM_EPS)
-    if not isinstance(eps, int | float) or eps <= 0:
+    if not isinstance(eps, int | float) or not 0 < eps < math.inf:
         raise UserError(f"{source}: its config.json has layer_norm_eps={eps!r}; expected a positive number")
     image_size = config.get("image_size", 224)
     edges = [image_size] * 2 if isinstance(image_size, int) else image_size
@@ -177,7 +176,7 @@ def facts_of_config(config: Mapping[str, Any], source: str) -> Facts:
     if isinstance(labels, dict) and all(str(i) in labels for i in range(len(labels))):
         ordered = tuple(str(labels[str(i)]) for i in range(len(labels)))
         named = None if ordered == tuple(f"LABEL_{i}" for i in range(len(ordered))) else ordered
-    return Facts(
+    facts = Facts(
         num_heads=numbers["num_attention_heads"],
         decoder_num_heads=numbers["decoder_num_attention_heads"],
         num_frames=numbers["num_frames"],
@@ -187,6 +186,29 @@ def facts_of_config(config: Mapping[str, Any], source: str) -> Facts:
         norm_eps=float(eps),
         last_norm_eps=LAST_NORM_EPS,
     )
+    return _facts_of_export(facts, config, source)
+
+
+def _facts_of_export(facts: Facts, config: Mapping[str, Any], source: str) -> Facts:
+    """Return the facts with what a folder of ours says of them: the last norm, and the clips that positions are of.
+
+    Raises:
+        UserError: Its block of config.json is not what `everest convert` writes.
+    """
+    block = config.get("everest")
+    if block is None:
+        return facts
+    try:
+        eps, (time, rows, cols) = block["last_norm_eps"], block["position_grid"]
+        tubelet, patch = config["tubelet_size"], config["patch_size"]
+        if not (type(eps) is float and 0 < eps < math.inf) or min(time, rows, cols) < 1:
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{source}: the block everest of config.json is not what `everest convert` writes"
+        ) from error
+    sizes = {"num_frames": time * tubelet, "image_height": rows * patch, "image_width": cols * patch}
+    return replace(facts, **sizes, last_norm_eps=eps)
 
 
 def notes_of_config(config: Mapping[str, Any], kind: Kind) -> list[str]:
@@ -201,55 +223,6 @@ def notes_of_config(config: Mapping[str, Any], kind: Kind) -> list[str]:
     if kind == "classifier" and not config.get("use_mean_pooling", True):
         raise UserError("its classifier reads the first token (use_mean_pooling is false), ours the mean of all")
     return notes
-
-
-def config_for(architecture: Architecture) -> str:
-    """Return the config.json of a model that `from_pretrained` builds.
-
-    Raises:
-        UserError: The number of heads cannot be told.
-    """
-    size, options, grid = architecture.size(), architecture.options, architecture.grid
-    height, width = grid.rows * options.patch_size, grid.cols * options.patch_size
-    config: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[architecture.kind]],
-        **FIXED_SETTINGS,
-        "hidden_size": size.width,
-        "num_hidden_layers": architecture.depth,
-        "num_attention_heads": size.num_heads,
-        "intermediate_size": MLP_RATIO * size.width,
-        "image_size": height if height == width else [height, width],
-        "num_frames": grid.time * options.tubelet_size,
-        "tubelet_size": options.tubelet_size,
-        "patch_size": options.patch_size,
-        "layer_norm_eps": architecture.norm_eps,
-        "qv_bias": True,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "torch_dtype": "float32",
-    }
-    if architecture.kind == "autoencoder":
-        config |= {
-            "decoder_hidden_size": size.decoder_width,
-            "decoder_num_hidden_layers": architecture.decoder_depth,
-            "decoder_num_attention_heads": size.decoder_num_heads,
-            "decoder_intermediate_size": MLP_RATIO * size.decoder_width,
-            "use_mean_pooling": False,  # its encoder has a norm of its own only then
-            "norm_pix_loss": True,
-        }
-    else:
-        labels = architecture.labels or [f"LABEL_{i}" for i in range(architecture.num_classes or 0)]
-        config |= {
-            "use_mean_pooling": True,
-            "id2label": {str(i): label for i, label in enumerate(labels)},
-            "label2id": {label: i for i, label in enumerate(labels)},
-        }
-    return json.dumps(config, indent=2) + "\n"
-
-
-def _clip(architecture: Architecture) -> str:
-    options, grid = architecture.options, architecture.grid
-    return f"{grid.time * options.tubelet_size}x{grid.rows * options.patch_size}x{grid.cols * options.patch_size}"
 
 
 def _kind(raw: Mapping[str, Any]) -> Kind:

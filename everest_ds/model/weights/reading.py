@@ -1,13 +1,15 @@
 """Weights in: any file or folder under our names, as weights of a model that is known.
 
 Place in the flow: PATH -> `read_weights` -> Weights -> `loading` into a model that exists, or
-`Weights.architecture.build()`, or `export`. Reads the official VideoMAE and EVEREST files, Hugging Face folders and
-what `everest convert` wrote; runs and their shards are read by `everest_ds.train.consolidated`.
+`Weights.architecture.build()`, or `export`. Reads the official VideoMAE and EVEREST files, Hugging Face folders,
+mmaction2's VideoMAE and what `everest convert` wrote; `everest_ds.train.consolidated` reads runs and their shards.
 """
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from everest_ds.model.weights.architecture import Architecture, infer_architectu
 from everest_ds.model.weights.facts import Facts
 from everest_ds.model.weights.foreign import read_raw
 from everest_ds.model.weights.huggingface import facts_of_config, from_huggingface, is_huggingface, notes_of_config
+from everest_ds.model.weights.neighbours import from_mmaction, is_mmaction, refuse_other_models
 from everest_ds.model.weights.report import (
     WeightsReport,
     compare,
@@ -24,6 +27,7 @@ from everest_ds.model.weights.report import (
     is_allowed,
     unneeded,
 )
+from everest_ds.model.weights.soundness import widen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,8 @@ class Weights:
         ignored: What else was there.
         notes: What else there is to know.
         config: The configuration of the run that they are from, as one line of JSON.
+        checkpoint: The checkpoint that they are of, where they are read from a run.
+        keep_ratio: The share of a clip's tokens that a classifier was trained on, where they say it.
     """
 
     source: str
@@ -49,6 +55,8 @@ class Weights:
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     config: str | None = None
+    checkpoint: Path | None = None
+    keep_ratio: float | None = None
 
     def title(self) -> str:
         """Return where they are from, of which model and in which layout."""
@@ -62,7 +70,8 @@ def read_weights(path: Path) -> Weights:
         path: An official .pth or .pt file, a safetensors file, or a folder of Hugging Face or of DeepSpeed.
 
     Raises:
-        UserError: There is nothing to read, a pickle wants to run code, or the layout is not known.
+        UserError: There is nothing to read, a pickle wants to run code, the layout is not known, or the weights
+            hold NaN, infinite or complex values.
     """
     raw = read_raw(path)
     layout, facts = "ours and the official one", raw.facts
@@ -72,13 +81,19 @@ def read_weights(path: Path) -> Weights:
     notes = list(raw.notes)
     if raw.wrapper is not None:
         layout += f", under {raw.wrapper!r}"
+    refuse_other_models(raw.tensors, raw.config, str(path))
+    translated = None
     if is_huggingface(raw.tensors):
         layout = "Hugging Face's"
         translated = from_huggingface(raw.tensors, raw.config, str(path))
+        facts = facts_of_config(raw.config, str(path)) if raw.config is not None else facts
+    elif is_mmaction(raw.tensors):
+        layout = "mmaction2's"
+        translated = from_mmaction(raw.tensors, str(path))
+    if translated is not None:
         weights, sources = translated.tensors, translated.sources
         ignored += translated.ignored
         notes += translated.notes
-        facts = facts_of_config(raw.config, str(path)) if raw.config is not None else facts
     architecture = infer_architecture(weights, facts, str(path))
     if is_huggingface(raw.tensors) and raw.config is not None:
         notes += notes_of_config(raw.config, architecture.kind)
@@ -91,24 +106,55 @@ def read_weights(path: Path) -> Weights:
             sources=sources,
             ignored=tuple(ignored),
             notes=tuple(notes),
+            config=raw.run_config,
+            keep_ratio=_keep_ratio(raw.run_config) or _keep_ratio_of_folder(raw.config),
         )
     )
 
 
-def weights_of_run(tensors: dict[str, Tensor], facts: Facts, source: str, config: str | None = None) -> Weights:
+def weights_of_run(
+    tensors: dict[str, Tensor], facts: Facts, source: str, config: str | None = None, checkpoint: Path | None = None
+) -> Weights:
     """Return a run's own weights, whose facts its configuration knows."""
     architecture = infer_architecture(tensors, facts, source)
     return as_weights(
-        Weights(source=source, layout="a run's", tensors=tensors, architecture=architecture, config=config)
+        Weights(
+            source=source,
+            layout="a run's",
+            tensors=tensors,
+            architecture=architecture,
+            config=config,
+            checkpoint=checkpoint,
+            keep_ratio=_keep_ratio(config),
+        )
     )
 
 
+def _keep_ratio(config: str | None) -> float | None:
+    """Return the keep ratio in a run's configuration, one line of JSON; None where it has none."""
+    try:
+        ratio = json.loads(config or "null")["selection"]["keep_ratio"]
+    except (ValueError, TypeError, KeyError):  # pre-training, or another version of everest_ds
+        return None
+    return float(ratio) if isinstance(ratio, int | float) else None
+
+
+def _keep_ratio_of_folder(config: Mapping[str, Any] | None) -> float | None:
+    """Return the keep ratio in the config.json of an exported folder; None where it has none."""
+    block = (config or {}).get("everest")
+    ratio = block.get("keep_ratio") if isinstance(block, dict) else None
+    return float(ratio) if isinstance(ratio, int | float) else None
+
+
 def as_weights(weights: Weights) -> Weights:
-    """Widen every tensor to float32, and say so where it was another type."""
+    """Widen every tensor to float32, and say so where it was another type.
+
+    Raises:
+        UserError: They hold something else than finite real numbers.
+    """
     others = sorted({str(t.dtype).removeprefix("torch.") for t in weights.tensors.values()} - {"float32"})
     notes = (f"stored in {', '.join(others)}, widened to float32",) if others else ()
-    tensors = {name: tensor.detach().float().contiguous() for name, tensor in weights.tensors.items()}
-    return replace(weights, tensors=tensors, notes=weights.notes + notes)
+    return replace(weights, tensors=widen(weights.tensors, weights.source), notes=weights.notes + notes)
 
 
 def require_complete(weights: Weights, allow: Collection[str] = ()) -> tuple[Weights, WeightsReport]:

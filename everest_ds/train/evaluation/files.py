@@ -123,14 +123,22 @@ def write_predictions(scores: Scores, rows: Sequence[VideoRow], class_names: Seq
             writer.writerow([*start, *values, "true" if prediction.is_correct else "false", "true"])
 
 
-def table(scores: Scores, class_names: Sequence[str]) -> str:
-    """Return the scores for people: in percent, with the classes that are recognised worst."""
+def table(scores: Scores, class_names: Sequence[str], kept: str | None = None) -> str:
+    """Return the scores for people: in percent, with the classes that are recognised worst.
+
+    Args:
+        scores: What was scored.
+        class_names: A name for each class.
+        kept: How many tokens of a clip the model keeps, in words, where that is to be said.
+    """
     lines = [f"top-1  {scores.top1:7.2%}"]
     if scores.top5 is not None:
         lines.append(f"top-5  {scores.top5:7.2%}")
     lines.append(f"mean class accuracy {scores.mean_class_accuracy:.2%} over {scores.num_scored} videos")
     if math.isfinite(scores.loss):
         lines[-1] += f", loss {scores.loss:.4f}"
+    if kept is not None:
+        lines[-1] += f"; the model {kept}"
     present = [(entry.accuracy, k) for k, entry in enumerate(scores.per_class) if entry.accuracy is not None]
     worst = sorted(present)[: min(_NUM_LISTED, len(present) - 1)]
     if worst:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from everest_ds.counts import describe_kept
 from everest_ds.data.index import VideoRow
 from everest_ds.data.labels import NAMES_FILE, read_class_names
 from everest_ds.data.views import ViewDataset
@@ -19,12 +20,12 @@ from everest_ds.errors import UserError
 from everest_ds.geometry import TokenGrid
 from everest_ds.model.attention import choose_backend
 from everest_ds.model.classifier import EverestClassifier
+from everest_ds.model.rules import keep_rule
 from everest_ds.model.weights.architecture import Architecture
 from everest_ds.model.weights.loading import load_weights
 from everest_ds.model.weights.reading import Weights
-from everest_ds.train.checkpoint import AVERAGE
 from everest_ds.train.consolidated import read_any_weights
-from everest_ds.train.ema import read_average
+from everest_ds.train.ema import averaged
 from everest_ds.train.evaluation.inference import (
     ClipSettings,
     InferenceOptions,
@@ -33,7 +34,6 @@ from everest_ds.train.evaluation.inference import (
 )
 from everest_ds.train.evaluation.passes import RowResults, map_rows
 from everest_ds.train.precision import Precision, choose_precision
-from everest_ds.train.selecting import keep_rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,8 @@ class Trained:
         precision: What it computes in, as asked for; its weights are float32.
         attention: The backend that serves.
         num_kept: Tokens of a clip that go through the encoder.
+        num_tokens: All tokens of a clip.
+        keep_ratio: The share that is kept, as the settings say it.
         report: What was loaded, for people.
     """
 
@@ -58,7 +60,14 @@ class Trained:
     precision: Precision
     attention: str
     num_kept: int
+    num_tokens: int
+    keep_ratio: float
     report: str
+
+    @property
+    def kept(self) -> str:
+        """How many of a clip's tokens are kept, in words."""
+        return describe_kept(self.keep_ratio, self.num_kept, self.num_tokens)
 
     def wrap(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Return a method of the model that computes in the chosen precision and returns float32."""
@@ -132,6 +141,7 @@ def load_trained(
     ).build()
     assert isinstance(model, EverestClassifier)
     model.rule = keep_rule(settings.selection)
+    weights = replace(weights, notes=weights.notes + _note_on_ratio(weights, settings.selection.keep_ratio))
     report = load_weights(model, weights, clip_grid=grid)
     precision = choose_precision({}, options.precision, device.type)
     head_dim = shape.width // (shape.num_heads or 1)
@@ -144,8 +154,18 @@ def load_trained(
         precision=precision,
         attention=backend.name,
         num_kept=model.rule.num_kept(grid),
+        num_tokens=grid.num_tokens,
+        keep_ratio=settings.selection.keep_ratio,
         report=report.describe(),
     )
+
+
+def _note_on_ratio(weights: Weights, ratio: float) -> tuple[str, ...]:
+    """Return a note where a model is used on another share of the tokens than it was trained on."""
+    trained = weights.keep_ratio
+    if trained is None or trained == ratio:
+        return ()
+    return (f"trained with keep_ratio={trained:g} and used with {ratio:g} here, which changes the scores",)
 
 
 def _grid(shape: Architecture, num_frames: int, edge: int) -> TokenGrid:
@@ -162,11 +182,7 @@ def _grid(shape: Architecture, num_frames: int, edge: int) -> TokenGrid:
 
 def _read(origin: Origin, kind: str) -> Weights:
     weights = read_any_weights(origin.weights)
-    if kind == "model":
-        return weights
-    # Weights that were not trained have no average.
-    average = read_average(origin.weights)
-    return replace(weights, tensors=weights.tensors | average, source=f"{weights.source}, {AVERAGE}")
+    return weights if kind == "model" else averaged(weights, origin.weights)
 
 
 def _class_names(origin: Origin, weights: Weights, num_classes: int) -> tuple[str, ...]:
