@@ -1,0 +1,213 @@
+"""Ctrl-C: how a command ends when somebody presses it. A leaf.
+
+At the first SIGINT a command does one of three things, its `Mode`:
+
+* it leaves at once with one line: while modules are imported, and in a launch of several processes;
+* it raises KeyboardInterrupt, so that files and processes are cleaned up: a command of one process;
+* it notes the request and saves at the next step boundary: a training run (`everest_ds.train.signals`).
+
+A second SIGINT ends the process at once in every mode. Python runs signal handlers in the main thread, and only
+between two of its instructions: in a collective whose other side is gone that is never. So another thread hears of
+every signal through a pipe, and ends the process where that is due.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+# Launchers and schedulers both pass a signal on, so that one request may arrive twice in a moment.
+SAME_REQUEST_S = 2.0
+
+# Not a signal's number: asks the thread to send SIGINT to the main thread again.
+_AGAIN = 0
+_SEND_AGAIN_AFTER_S = 0.02
+_WAIT_FOR_THREAD_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """What a signal does.
+
+    Attributes:
+        in_main: Called in the main thread, as soon as it runs Python, with the signal's number and the frame.
+        in_thread: Called in the thread that hears of signals, at once, with the signal's number and the seconds
+            since the first; None for the first.
+    """
+
+    in_main: Callable[[int, FrameType | None], None]
+    in_thread: Callable[[int, float | None], None]
+
+
+class _State:
+    """What this process has been told so far, and what it does at the next signal."""
+
+    def __init__(self) -> None:
+        self.mode = Mode(in_main=_nothing, in_thread=_nothing)
+        self.say: Callable[[], object] = _nothing
+        self.pipe: tuple[int, int] | None = None
+        self.numbers: frozenset[int] = frozenset()
+        self.first_at: float | None = None
+        self.was_raised = False
+        self.children: set[int] = set()
+
+
+def begin(say: Callable[[], object]) -> None:
+    """Leave at once at SIGINT from now on; called once, as the process begins, by its main thread.
+
+    Args:
+        say: Says that the command was interrupted; called in any thread.
+    """
+    _state.say, _state.mode = say, LEAVE
+    _watch((signal.SIGINT,))
+    signal.signal(signal.SIGINT, _handle)
+    sys.unraisablehook = _raise_again
+
+
+def unwind() -> None:
+    """Raise KeyboardInterrupt at SIGINT from now on, in a process that has begun so."""
+    if _state.mode == LEAVE:
+        _state.mode = UNWIND
+
+
+def finish() -> None:
+    """Ignore SIGINT from now on, but for a second one: everything is written, and the process is about to end."""
+    if _state.mode in (LEAVE, UNWIND):
+        _state.mode = FINISH
+
+
+def was_raised() -> bool:
+    """Return whether SIGINT has raised KeyboardInterrupt: whatever fails after that fails because of it."""
+    return _state.was_raised
+
+
+@contextlib.contextmanager
+def handling(numbers: Sequence[signal.Signals], mode: Mode, *, ignore_after: Callable[[], bool]) -> Iterator[None]:
+    """Handle signals in another mode inside this block, and only finish after it; main thread only.
+
+    Args:
+        numbers: The signals.
+        mode: What they do.
+        ignore_after: Whether they are ignored after the block; asked at its end.
+    """
+    _watch(numbers)
+    known = _state.numbers
+    _state.mode, _state.first_at, _state.numbers = mode, None, known | set(numbers)
+    before = {number: signal.signal(number, _handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if ignore_after() else handler)
+        _state.mode, _state.first_at, _state.numbers = FINISH, None, known
+
+
+@contextlib.contextmanager
+def ending_group(pid: int) -> Iterator[None]:
+    """Kill the process group that ``pid`` leads if this process is interrupted, or fails, inside this block."""
+    _state.children.add(pid)
+    try:
+        yield
+    except BaseException:
+        _kill_group(pid)
+        raise
+    finally:
+        _state.children.discard(pid)
+
+
+def leave_at_second(signum: int, since_first_s: float | None) -> None:
+    """End the process at a second signal that is no echo of the first; for `Mode.in_thread`."""
+    if since_first_s is not None and since_first_s > SAME_REQUEST_S:
+        os._exit(128 + signum)
+
+
+def _watch(numbers: Sequence[signal.Signals]) -> None:
+    """Start the thread that hears of signals, unless it runs."""
+    _state.numbers |= set(numbers)
+    if _state.pipe is not None:
+        return
+    _state.pipe = os.pipe()
+    os.set_blocking(_state.pipe[1], False)
+    signal.set_wakeup_fd(_state.pipe[1], warn_on_full_buffer=False)
+    threading.Thread(target=_hear, args=(_state.pipe[0],), name="signals", daemon=True).start()
+
+
+def _hear(pipe: int) -> None:
+    while True:
+        for number in os.read(pipe, 1):
+            if number == _AGAIN:
+                time.sleep(_SEND_AGAIN_AFTER_S)
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            elif number in _state.numbers:
+                now = time.monotonic()
+                first_at = _state.first_at
+                if first_at is None:
+                    _state.first_at = now
+                _state.mode.in_thread(number, None if first_at is None else now - first_at)
+
+
+def _handle(signum: int, frame: FrameType | None) -> None:
+    _state.mode.in_main(signum, frame)
+
+
+def _leave(*_: object) -> None:
+    """Say so and end the process; what it has started ends with it."""
+    for pid in list(_state.children):
+        _kill_group(pid)
+    with contextlib.suppress(OSError):  # nobody reads what is said
+        _state.say()
+    os._exit(EXIT_INTERRUPTED)
+
+
+def _wait_for_thread(signum: int, frame: FrameType | None) -> None:
+    """Do nothing more in the main thread: the other one ends the process."""
+    time.sleep(_WAIT_FOR_THREAD_S)
+    os._exit(EXIT_INTERRUPTED)
+
+
+def _raise_once(signum: int, frame: FrameType | None) -> None:
+    if _state.was_raised:  # the way out is not to be interrupted
+        return
+    if _is_importing(frame):  # half a module is left: what runs on the way out would stumble over it
+        _leave()
+    _state.was_raised = True
+    raise KeyboardInterrupt
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _raise_again(problem: Any) -> None:
+    """Interrupt again a little later where Python dropped a KeyboardInterrupt: it met a `__del__`, for instance."""
+    if problem.exc_type is KeyboardInterrupt and _state.pipe is not None:
+        _state.was_raised = False
+        os.write(_state.pipe[1], bytes([_AGAIN]))
+    else:
+        sys.__unraisablehook__(problem)
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _nothing(*_: object) -> None:
+    """Leave everything as it is."""
+
+
+LEAVE = Mode(in_main=_wait_for_thread, in_thread=_leave)
+UNWIND = Mode(in_main=_raise_once, in_thread=leave_at_second)
+FINISH = Mode(in_main=_nothing, in_thread=leave_at_second)
+_state = _State()
