@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -55,7 +56,7 @@ class _State:
         self.pipe: tuple[int, int] | None = None
         self.numbers: frozenset[int] = frozenset()
         self.first_at: float | None = None
-        self.was_raised = False
+        self.was_raised = self.is_deferred = self.is_due = False
         self.children: set[int] = set()
 
 
@@ -110,16 +111,29 @@ def handling(numbers: Sequence[signal.Signals], mode: Mode, *, ignore_after: Cal
 
 
 @contextlib.contextmanager
-def ending_group(pid: int) -> Iterator[None]:
-    """Kill the process group that ``pid`` leads if this process is interrupted, or fails, inside this block."""
+def ending_with_us(pid: int) -> Iterator[None]:
+    """Kill a process and all that it has started if this process is interrupted, or fails, inside this block."""
     _state.children.add(pid)
     try:
         yield
     except BaseException:
-        _kill_group(pid)
+        _kill_tree(pid)
         raise
     finally:
         _state.children.discard(pid)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Raise KeyboardInterrupt after this block instead of inside it, where something would be lost."""
+    _state.is_deferred = True
+    try:
+        yield
+    finally:
+        _state.is_deferred = False
+    if _state.is_due:
+        _state.is_due = False
+        _raise_once(signal.SIGINT, None)
 
 
 def leave_at_second(signum: int, since_first_s: float | None) -> None:
@@ -160,7 +174,7 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 def _leave(*_: object) -> None:
     """Say so and end the process; what it has started ends with it."""
     for pid in list(_state.children):
-        _kill_group(pid)
+        _kill_tree(pid)
     with contextlib.suppress(OSError):  # nobody reads what is said
         _state.say()
     os._exit(EXIT_INTERRUPTED)
@@ -174,6 +188,9 @@ def _wait_for_thread(signum: int, frame: FrameType | None) -> None:
 
 def _raise_once(signum: int, frame: FrameType | None) -> None:
     if _state.was_raised:  # the way out is not to be interrupted
+        return
+    if _state.is_deferred:
+        _state.is_due = True
         return
     if _is_importing(frame):  # half a module is left: what runs on the way out would stumble over it
         _leave()
@@ -198,9 +215,16 @@ def _raise_again(problem: Any) -> None:
         sys.__unraisablehook__(problem)
 
 
-def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+def _kill_tree(pid: int) -> None:
+    """Kill a process and its descendants; it is halted before, so that it starts no more."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in listed.read_text().split():
+                _kill_tree(int(child))
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _nothing(*_: object) -> None:
