@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-EXIT_INTERRUPTED = 128 + signal.SIGINT
+_EXIT_INTERRUPTED = 128 + signal.SIGINT
 # Launchers and schedulers both pass a signal on, so that one request may arrive twice in a moment.
 SAME_REQUEST_S = 2.0
 
@@ -64,7 +64,7 @@ def begin(say: Callable[[], object]) -> None:
     """Leave at once at SIGINT from now on; called once, as the process begins, by its main thread.
 
     Args:
-        say: Says that the command was interrupted; called in any thread.
+        say: Says that the command was interrupted; called in any thread, and must not import anything.
     """
     _state.say, _state.mode = say, LEAVE
     _watch((signal.SIGINT,))
@@ -177,13 +177,13 @@ def _leave(*_: object) -> None:
         _kill_tree(pid)
     with contextlib.suppress(OSError):  # nobody reads what is said
         _state.say()
-    os._exit(EXIT_INTERRUPTED)
+    os._exit(_EXIT_INTERRUPTED)
 
 
 def _wait_for_thread(signum: int, frame: FrameType | None) -> None:
     """Do nothing more in the main thread: the other one ends the process."""
     time.sleep(_WAIT_FOR_THREAD_S)
-    os._exit(EXIT_INTERRUPTED)
+    os._exit(_EXIT_INTERRUPTED)
 
 
 def _raise_once(signum: int, frame: FrameType | None) -> None:

@@ -1,12 +1,15 @@
-"""The command line: `everest COMMAND ...`."""
+"""The command line: `everest COMMAND ...`.
+
+This module imports next to nothing, so that a process answers Ctrl-C soon after it has begun.
+"""
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
-from everest_ds import interrupts
 from everest_ds.cli.table import COMMANDS, interrupted
-from everest_ds.distributed import World, speaks_first
 
 __all__ = ["COMMANDS", "main"]
 
@@ -19,14 +22,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             from here on, also while modules are imported.
     """
     if argv is None:
-        interrupts.begin(lambda: _say(interrupted(sys.argv[1:])))
+        signal.signal(signal.SIGINT, _leave)
+        from everest_ds import interrupts
+        from everest_ds.distributed import World, speaks_first
+
+        line, world = interrupted(sys.argv[1:]), World.from_environment()
+        interrupts.begin(lambda: _write(line) if speaks_first(line, world) else None)
     from everest_ds.cli import dispatch
 
     return dispatch.main(argv)
 
 
-def _say(line: str) -> None:
-    """Write a line to stderr, past Python's own buffers, and once for all processes of a launch."""
-    world = World.from_environment()
-    if speaks_first(line, world):
-        os.write(2, f"{line}\n".encode())
+def _leave(signum: int, frame: FrameType | None) -> None:
+    """Leave at once; nothing can be imported here, as an import may be under way."""
+    if os.environ.get("RANK", "0") == "0":
+        _write(interrupted(sys.argv[1:]))
+    os._exit(128 + signum)
+
+
+def _write(line: str) -> None:
+    """Write a line to stderr, past Python's own buffers: they may be in use."""
+    os.write(2, f"{line}\n".encode())

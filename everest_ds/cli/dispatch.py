@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from everest_ds import __version__, interrupts
 from everest_ds.cli import benchmark_handlers, data_handlers, handlers
 from everest_ds.cli.parsing import leave, say
-from everest_ds.cli.table import COMMANDS, interrupted
+from everest_ds.cli.table import COMMANDS, EXIT_INTERRUPTED, interrupted
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, nearest_hint
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words, world)
     except KeyboardInterrupt:
         say(f"{interrupted(words)}\n", world)
-        return leave(interrupts.EXIT_INTERRUPTED)
+        return leave(EXIT_INTERRUPTED)
     finally:
         interrupts.finish()
 

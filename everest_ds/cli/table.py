@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from everest_ds.interrupts import EXIT_INTERRUPTED
-
 COMMANDS = {
     "doctor": "devices, attention backends, decoders, DeepSpeed, versions; exits 1 when something is missing",
     "demo-data": "a small labelled H.264 dataset with train.csv, val.csv, test.csv",
@@ -21,6 +19,8 @@ COMMANDS = {
     "benchmark": "flops: the paper's costs beside ours; data: what clips cost; step: speed, memory, MFU",
 }
 """What each command is for, by name."""
+EXIT_INTERRUPTED = 130
+"""128 and the number of SIGINT, as shells have it."""
 
 _CONTINUES = "the same command continues where it stopped"
 _STARTS_AGAIN = "the same command starts again"
