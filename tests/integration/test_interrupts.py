@@ -223,14 +223,17 @@ def test_interrupted_scoring_says_one_line_and_writes_nothing(
     if command == "evaluate":
         words = ["evaluate", weights, "--list", many, "--out", out]
     else:
-        words = ["predict", weights, *[demo_folder / "train"] * 1, "--features", out / "features.safetensors"]
+        words = ["predict", weights, demo_folder / "train", "--features", out / "features.safetensors"]
         words += ["--num-temporal", "40"]
     words += ["--recipe", "demo_ft", "--batch-rows", "1", "--num-workers", "1"]
 
     def is_scoring() -> bool:
-        """Whether loader processes are at work, some time after the start of the launch."""
-        members = psutil.Process().children(recursive=True)
-        return sum("forkserver" in " ".join(member.cmdline()) for member in members) >= 2 * processes
+        """Whether the fork server of every process has started a loader process."""
+        try:
+            members = psutil.Process().children(recursive=True)
+            return sum("forkserver" in " ".join(member.cmdline()) for member in members) >= 2 * processes
+        except psutil.Error:  # one has just ended
+            return False
 
     done = interrupt(words, is_scoring, processes=processes)
     line = "everest: interrupted; the same command starts again (exit code 130)"

@@ -35,6 +35,9 @@ def make_run(folder: Path, steps: list[int]) -> list[Path]:
 def test_auto_starts_afresh_or_goes_on_from_the_newest(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert find_resume(run, CONFIG, "auto") == Resume(run_dir=run)
+    run.mkdir()
+    (run / ".config.json.partial").write_text('{"recipe"')  # of a start that was killed as it began to write
+    assert find_resume(run, CONFIG, "never") == Resume(run_dir=run)
     older, newer = make_run(run, [5, 20])
     assert find_resume(run, CONFIG, "auto") == Resume(run_dir=run, candidates=(newer, older))
     (newer / "complete.json").unlink()

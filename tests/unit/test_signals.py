@@ -14,9 +14,10 @@ from everest_ds.train.signals import STOP_SIGNALS, StopRequest
 
 @pytest.fixture(autouse=True)
 def _signals_as_before() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("signum", STOP_SIGNALS)
