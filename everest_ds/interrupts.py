@@ -21,7 +21,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from subprocess import Popen
 
 _EXIT_INTERRUPTED = 128 + signal.SIGINT
 # Launchers and schedulers both pass a signal on, so that one request may arrive twice in a moment.
@@ -56,8 +59,9 @@ class _State:
         self.pipe: tuple[int, int] | None = None
         self.numbers: frozenset[int] = frozenset()
         self.first_at: float | None = None
+        self.is_ours = False  # whether the process belongs to a command
         self.was_raised = self.is_deferred = self.is_due = False
-        self.children: set[int] = set()
+        self.children: set[Popen[Any]] = set()
 
 
 def begin(say: Callable[[], object]) -> None:
@@ -66,7 +70,7 @@ def begin(say: Callable[[], object]) -> None:
     Args:
         say: Says that the command was interrupted; called in any thread, and must not import anything.
     """
-    _state.say, _state.mode = say, LEAVE
+    _state.say, _state.mode, _state.is_ours = say, LEAVE, True
     _watch((signal.SIGINT,))
     signal.signal(signal.SIGINT, _handle)
     sys.unraisablehook = _raise_again
@@ -111,16 +115,16 @@ def handling(numbers: Sequence[signal.Signals], mode: Mode, *, ignore_after: Cal
 
 
 @contextlib.contextmanager
-def ending_with_us(pid: int) -> Iterator[None]:
-    """Kill a process and all that it has started if this process is interrupted, or fails, inside this block."""
-    _state.children.add(pid)
+def ending_with_us(process: "Popen[Any]") -> Iterator[None]:
+    """Kill a process and all that it has started if this one is interrupted, or fails, inside this block."""
+    _state.children.add(process)
     try:
         yield
     except BaseException:
-        _kill_tree(pid)
+        _kill(process)
         raise
     finally:
-        _state.children.discard(pid)
+        _state.children.discard(process)
 
 
 @contextlib.contextmanager
@@ -134,6 +138,40 @@ def deferred() -> Iterator[None]:
     if _state.is_due:
         _state.is_due = False
         _raise_once(signal.SIGINT, None)
+
+
+def allow_lost_reader() -> None:
+    """Let prints go nowhere once nobody reads them: in `everest ... | tee log`, Ctrl-C ends tee as well."""
+    if _state.is_ours:
+        sys.stdout, sys.stderr = _Lenient(sys.stdout), _Lenient(sys.stderr)
+
+
+class _Lenient:
+    """A stream to the outside whose reader may go."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._dropping():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
 
 def leave_at_second(signum: int, since_first_s: float | None) -> None:
@@ -173,8 +211,8 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 def _leave(*_: object) -> None:
     """Say so and end the process; what it has started ends with it."""
-    for pid in list(_state.children):
-        _kill_tree(pid)
+    for process in list(_state.children):
+        _kill(process)
     with contextlib.suppress(OSError):  # nobody reads what is said
         _state.say()
     os._exit(_EXIT_INTERRUPTED)
@@ -195,6 +233,7 @@ def _raise_once(signum: int, frame: FrameType | None) -> None:
     if _is_importing(frame):  # half a module is left: what runs on the way out would stumble over it
         _leave()
     _state.was_raised = True
+    allow_lost_reader()
     raise KeyboardInterrupt
 
 
@@ -213,6 +252,11 @@ def _raise_again(problem: Any) -> None:
         os.write(_state.pipe[1], bytes([_AGAIN]))
     else:
         sys.__unraisablehook__(problem)
+
+
+def _kill(process: "Popen[Any]") -> None:
+    if process.returncode is None:  # or its number may be another process's by now
+        _kill_tree(process.pid)
 
 
 def _kill_tree(pid: int) -> None:

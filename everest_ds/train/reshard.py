@@ -132,7 +132,7 @@ def _run_converter(checkpoint: Path, temporary: Path, world: World) -> str | Non
             process = _start_converter(checkpoint, temporary)
         except OSError as error:
             fault = str(error)
-    with contextlib.nullcontext() if process is None else ending_with_us(process.pid):
+    with contextlib.nullcontext() if process is None else ending_with_us(process):
         while any(distributed.gather_objects(_is_converting(process, temporary, num_parameters, started))):
             pass
     if process is not None and process.returncode:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from everest_ds import distributed
-from everest_ds.interrupts import Mode, handling, leave_at_second
+from everest_ds.interrupts import Mode, allow_lost_reader, handling, leave_at_second
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # The conventional code of "a temporary failure, try again" (EX_TEMPFAIL of sysexits.h).
@@ -44,3 +44,4 @@ class StopRequest:
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if not self._signum:
             self._signum = signum
+            allow_lost_reader()

@@ -40,10 +40,12 @@ def start(
     prefix: Sequence[str] = (),
     launcher: str = "deepspeed",
     own_group: bool = False,
+    one_pipe: bool = False,
 ) -> subprocess.Popen[str]:
     """Start `everest ARGUMENTS`, through the deepspeed launcher or torchrun when there are several processes.
 
     A prefix is a command that runs the one that follows it. A process group of its own is what Ctrl-C would reach.
+    With one pipe, stderr goes where stdout goes.
     """
     if processes == 1:
         command = [sys.executable, "-m", "everest_ds"]
@@ -56,7 +58,7 @@ def start(
     return subprocess.Popen(
         [*prefix, *command, *(str(argument) for argument in arguments)],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT if one_pipe else subprocess.PIPE,
         text=True,
         env=cpu_environment(),
         cwd=REPOSITORY,

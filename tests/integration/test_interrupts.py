@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -29,6 +30,7 @@ from tests.integration.launch import (
     metrics,
     recovery_command,
     require_same_run,
+    start,
 )
 
 NO_SAVES = ("--run.save-every-steps", "100", "--data.num-workers", "2")
@@ -62,6 +64,27 @@ def test_interrupted_run_of_one_process_resumes_bitwise(demo_folder: Path, tmp_p
     for command in (arguments, recovery_command(demo_folder, whole)):
         assert compute(command).returncode == 0
     require_same_run(run_dir, whole)
+
+
+@pytest.mark.parametrize(("command", "code"), [("pretrain", 75), ("check-data", 130)])
+def test_interrupt_that_ends_the_reader_of_the_output_too_changes_nothing(
+    command: str, code: int, demo_folder: Path, tmp_path: Path
+) -> None:
+    """As in `everest ... 2>&1 | tee log`, where Ctrl-C ends tee as well: a run saves all the same."""
+    out = tmp_path / "out"
+    words: dict[str, list[str | Path]] = {
+        "pretrain": [*recovery_command(demo_folder, out, *NO_SAVES)],
+        "check-data": ["check-data", demo_folder / "train.csv", "--out", out],
+    }
+    record = {"pretrain": "metrics.jsonl", "check-data": "findings.jsonl"}[command]
+    with start(words[command], own_group=True, one_pipe=True) as process:
+        assert process.stdout is not None
+        wait_until(lambda: (out / record).is_file() and (out / record).read_text().count("\n") > 3, process)
+        process.stdout.close()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) == code
+    if command == "pretrain":
+        assert list((out / "checkpoints").glob("step-*/complete.json"))
 
 
 @pytest.mark.parametrize(

@@ -35,13 +35,15 @@ def make_run(folder: Path, steps: list[int]) -> list[Path]:
 def test_auto_starts_afresh_or_goes_on_from_the_newest(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert find_resume(run, CONFIG, "auto") == Resume(run_dir=run)
-    run.mkdir()
-    (run / ".config.json.partial").write_text('{"recipe"')  # of a start that was killed as it began to write
-    assert find_resume(run, CONFIG, "never") == Resume(run_dir=run)
     older, newer = make_run(run, [5, 20])
     assert find_resume(run, CONFIG, "auto") == Resume(run_dir=run, candidates=(newer, older))
     (newer / "complete.json").unlink()
     assert find_resume(run, CONFIG, "auto").candidates == (older,)
+
+
+def test_start_that_was_killed_while_it_wrote_its_first_file_leaves_the_directory_free(tmp_path: Path) -> None:
+    (tmp_path / ".config.json.partial").write_text('{"recipe"')
+    assert find_resume(tmp_path, CONFIG, "never") == Resume(run_dir=tmp_path)
 
 
 def test_without_out_the_run_is_named_after_its_recipe_or_the_checkpoint(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def _run(command: Sequence[str], gpus: int) -> subprocess.CompletedProcess[str]:
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         ) as process,
-        ending_with_us(process.pid),
+        ending_with_us(process),
     ):
         stdout, stderr = process.communicate()
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
