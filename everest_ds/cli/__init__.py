@@ -30,7 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         interrupts.begin(lambda: _write(line) if speaks_first(line, world) else None)
     from everest_ds.cli import dispatch
 
-    return dispatch.main(argv)
+    code = dispatch.main(argv)
+    if argv is None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python takes its own handlers away while it ends
+    return code
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:

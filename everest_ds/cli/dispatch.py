@@ -1,7 +1,7 @@
 """The command line: `everest COMMAND ...`. Parses, calls a module of `everest_ds.commands`, no logic of its own.
 
 Exit codes: 0 done; 1 a check found a fault (`everest doctor`, `everest plan`) or we failed; 2 a fault of the
-user's, with one message and no traceback; 75 a signal stopped a run, all saved, and the same command goes on;
+user's, with one message and no traceback; 75 a signal stopped a run, all saved, and the same command resumes it;
 130 Ctrl-C ended a command, with one line and no traceback.
 Modules are imported when their command runs.
 """

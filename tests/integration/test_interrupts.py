@@ -66,7 +66,9 @@ def test_interrupted_run_of_one_process_resumes_bitwise(demo_folder: Path, tmp_p
     require_same_run(run_dir, whole)
 
 
-@pytest.mark.parametrize(("command", "code"), [("pretrain", 75), ("check-data", 130)])
+@pytest.mark.parametrize(
+    ("command", "code"), [("pretrain", 75), pytest.param("check-data", 130, marks=pytest.mark.slow)]
+)
 def test_interrupt_that_ends_the_reader_of_the_output_too_changes_nothing(
     command: str, code: int, demo_folder: Path, tmp_path: Path
 ) -> None:
@@ -202,7 +204,13 @@ def require_one_line(done: Interrupted, line: str) -> None:
     assert "Traceback" not in done.stdout
 
 
-@pytest.mark.parametrize(("command", "journal"), [("check-data", "findings.jsonl"), ("prepare", "manifest.jsonl")])
+@pytest.mark.parametrize(
+    ("command", "journal"),
+    [
+        pytest.param("check-data", "findings.jsonl", marks=pytest.mark.slow),
+        ("prepare", "manifest.jsonl"),
+    ],
+)
 def test_interrupted_work_on_a_list_continues(
     command: str, journal: str, demo_folder: Path, tmp_path: Path
 ) -> None:

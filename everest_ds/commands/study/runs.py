@@ -157,7 +157,7 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
     for job in runner.failed:
         print(f"failed or not run: {job.kind} {job.name}, see {job.log}", flush=True)
     if is_stopped:
-        print(f"stopped; the same command goes on (exit code {EXIT_STOPPED})", flush=True)
+        print(f"stopped; the same command continues (exit code {EXIT_STOPPED})", flush=True)
         return EXIT_STOPPED
     return 1 if runner.failed else 0
 
