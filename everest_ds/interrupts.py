@@ -51,7 +51,7 @@ class Mode:
 
 
 class _State:
-    """What this process has been told so far, and what it does at the next signal."""
+    """What this process does at the next signal, and what it has received so far."""
 
     def __init__(self) -> None:
         self.mode = Mode(in_main=_nothing, in_thread=_nothing)
@@ -225,12 +225,12 @@ def _wait_for_thread(signum: int, frame: FrameType | None) -> None:
 
 
 def _raise_once(signum: int, frame: FrameType | None) -> None:
-    if _state.was_raised:  # the way out is not to be interrupted
+    if _state.was_raised:  # cleaning up is not interrupted again
         return
     if _state.is_deferred:
         _state.is_due = True
         return
-    if _is_importing(frame):  # half a module is left: what runs on the way out would stumble over it
+    if _is_importing(frame):  # cleaning up would fail on a module that is half imported
         _leave()
     _state.was_raised = True
     allow_lost_reader()
@@ -246,7 +246,7 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def _raise_again(problem: Any) -> None:
-    """Interrupt again a little later where Python dropped a KeyboardInterrupt: it met a `__del__`, for instance."""
+    """Interrupt again a little later where Python dropped a KeyboardInterrupt, in a `__del__` for instance."""
     if problem.exc_type is KeyboardInterrupt and _state.pipe is not None:
         _state.was_raised = False
         os.write(_state.pipe[1], bytes([_AGAIN]))

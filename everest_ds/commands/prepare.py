@@ -166,7 +166,7 @@ def _removing_partials(
         yield
     except BaseException:
         left = (target for row in todo if (target := target_name(row)) not in done)
-        for target in islice(left, 2 * processes):  # begun in order, one a process; some came out and are not noted
+        for target in islice(left, 2 * processes):  # begun in order, one in each process
             partial_path(out / target).unlink(missing_ok=True)
         raise
 

@@ -187,7 +187,7 @@ def write_demo_data(
     write_whole_text(folder / "classes.txt", "\n".join(names) + "\n")
     videos = [(split, number) for split in SPLITS for number in range(config.count(split))]
     if not begun.is_file():
-        for split, number in videos:  # of whoever they are, they are not of these settings
+        for split, number in videos:  # made by something else
             (folder / _video_name(split, number)).unlink(missing_ok=True)
         write_whole_text(begun, config.stamp)
     for done, (split, number) in enumerate(videos, start=1):

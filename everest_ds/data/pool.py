@@ -25,8 +25,7 @@ Result = TypeVar("Result")
 Mark = Callable[[int], None]
 """Says how far a call is. A call that says so in time is not taken for one that hangs."""
 
-# Whoever started a process decides what becomes of it: terminals and launchers signal whole trees of processes, and
-# one that died of it would take its call along.
+# Terminals and launchers signal whole trees of processes. These ones leave the decision to their parent.
 _LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _STARTING_S = 120.0
 _MAX_FAILED_STARTS = 3
