@@ -7,7 +7,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
-source launch/run_deepspeed.sh
 ensure_environment ""
 
 out=${EVEREST_OUT:-quickstart}
@@ -25,7 +24,7 @@ else
 fi
 share=$((32 / processes)) # the demo's batch is 32, or the multiple of the processes just below
 train() {
-  run_deepspeed --no_local_rank --num_gpus "$processes" --module everest_ds "$@" \
+  deepspeed --no_local_rank --num_gpus "$processes" --module everest_ds "$@" \
     --data.train-list quickstart/data/train.csv --ds-config ds_configs/zero2.json --precision "$precision" \
     --batch.global-size $((share * processes)) --batch.micro-size "$share"
 }
