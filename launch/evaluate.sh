@@ -5,4 +5,5 @@
 set -euo pipefail
 run=$1 list=$2
 shift 2
-exec deepspeed --no_local_rank --module everest_ds evaluate "$run" --list "$list" "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/run_deepspeed.sh"
+run_deepspeed --no_local_rank --module everest_ds evaluate "$run" --list "$list" "$@"

@@ -8,6 +8,7 @@ set -euo pipefail
 recipe=$1 train=$2 val=$3 weights=$4 out=$5
 shift 5
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-exec deepspeed --no_local_rank --module everest_ds finetune "$recipe" \
+source "$here/launch/run_deepspeed.sh"
+run_deepspeed --no_local_rank --module everest_ds finetune "$recipe" \
   --data.train-list "$train" --data.val-list "$val" --init-from "$weights" \
   --ds-config "$here/ds_configs/zero2.json" --out "$out" "$@"

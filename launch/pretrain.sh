@@ -6,5 +6,6 @@ set -euo pipefail
 recipe=$1 list=$2 out=$3
 shift 3
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-exec deepspeed --no_local_rank --module everest_ds pretrain "$recipe" \
+source "$here/launch/run_deepspeed.sh"
+run_deepspeed --no_local_rank --module everest_ds pretrain "$recipe" \
   --data.train-list "$list" --ds-config "$here/ds_configs/zero2.json" --out "$out" "$@"

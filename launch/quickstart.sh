@@ -9,6 +9,7 @@ set -euo pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
+source launch/run_deepspeed.sh
 ensure_environment ""
 
 if [ -n "${EVEREST_TINY:-}" ]; then
@@ -32,7 +33,7 @@ else
 fi
 share=$((32 / processes)) # the demo's batch is 32, or the multiple of the processes just below
 train() {
-  deepspeed --no_local_rank --num_gpus "$processes" --module everest_ds "$@" \
+  run_deepspeed --no_local_rank --num_gpus "$processes" --module everest_ds "$@" \
     --data.train-list "$data/train.csv" --ds-config ds_configs/zero2.json --precision "$precision" \
     --batch.global-size $((share * processes)) --batch.micro-size "$share" ${length[@]+"${length[@]}"}
 }

@@ -1,7 +1,8 @@
 """The command line: `everest COMMAND ...`. Parses, calls a module of `everest_ds.commands`, no logic of its own.
 
 Exit codes: 0 done; 1 a check found a fault (`everest doctor`, `everest plan`) or we failed; 2 a fault of the
-user's, with one message and no traceback; 75 a signal stopped a run, all saved, and the same command goes on.
+user's, with one message and no traceback; 75 a signal stopped a run, all saved, and the same command resumes it;
+130 Ctrl-C ended a command, with one line and no traceback.
 Modules are imported when their command runs.
 """
 
@@ -11,30 +12,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-from everest_ds import __version__
+from everest_ds import __version__, interrupts
 from everest_ds.cli import benchmark_handlers, data_handlers, handlers
 from everest_ds.cli.parsing import leave, say
+from everest_ds.cli.table import COMMANDS, EXIT_INTERRUPTED, interrupted
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, nearest_hint
 
 # What launchers add to the words of each process unless they are told not to.
 LOCAL_RANK_FLAGS = ("--local_rank", "--local-rank")
-COMMANDS = {
-    "doctor": "devices, attention backends, decoders, DeepSpeed, versions; exits 1 when something is missing",
-    "demo-data": "a small labelled H.264 dataset with train.csv, val.csv, test.csv",
-    "index": "a public dataset's own layout and split files into train, val and test lists",
-    "check-data": "which videos of a list cannot be read, hang, are cut off; exits 1 when too many are bad",
-    "prepare": "re-encode the videos of lists so that they are quick to read; exits 1 when too many fail",
-    "recipes": "the recipes; with a name: resolved config, token counts, batch arithmetic, DeepSpeed JSON",
-    "plan": "will a recipe fit N GPUs, what takes the memory, and the command; exits 1 when nothing fits",
-    "pretrain": "pre-train a recipe; every config field is a flag",
-    "finetune": "fine-tune a recipe on labelled videos, scoring it on the way",
-    "evaluate": "score a run, a checkpoint or weights over a list, several views a video",
-    "predict": "labels or features of new videos, files or folders",
-    "convert": "weights in and out: runs, official .pth files, Hugging Face folders, safetensors",
-    "study": "the paper's comparisons in miniature, on demo data; exits 1 when a run failed",
-    "benchmark": "flops: the paper's costs beside ours; data: what clips cost; step: speed, memory, MFU",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     world = World.from_environment()
     try:
-        return _dispatch(words, world)
+        return _run(words, world)
+    except KeyboardInterrupt:
+        say(f"{interrupted(words)}\n", world)
+        return leave(EXIT_INTERRUPTED)
+    finally:
+        interrupts.finish()
+
+
+def _run(words: list[str], world: World) -> int:
+    try:
+        return _interruptible(words, world)
     except UserError as error:
         say(f"everest: error: {error}\n", world)
         return leave(2)
@@ -58,6 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         say(f"everest: error: {error.strerror}: {error.filename or 'see the run directory'}; make room\n", world)
         return leave(2)
+
+
+def _interruptible(words: list[str], world: World) -> int:
+    """Dispatch, with what Ctrl-C does meanwhile: a launch leaves at once, a process by itself cleans up before."""
+    if world.size == 1:
+        interrupts.unwind()
+    try:
+        return _dispatch(words, world)
+    except Exception as error:
+        if interrupts.was_raised():  # what fails after Ctrl-C fails because of it
+            raise KeyboardInterrupt from error
+        raise
 
 
 def _dispatch(words: list[str], world: World) -> int:

@@ -100,7 +100,7 @@ def _train(task: TaskName, rest: list[str], world: World) -> int:
 
     arguments = parse(Arguments, flags, f"everest {task} RECIPE", world, config=config)
     code = command.train(arguments.config, arguments.launch, world)
-    return leave(code, at_once=world.size > 1)
+    return leave(code, at_once=world.size > 1 or code != 0)  # whoever stops a run waits for its end
 
 
 def evaluate(rest: list[str], world: World) -> int:

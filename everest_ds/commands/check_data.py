@@ -9,6 +9,7 @@ Every video is opened and sampled in a process that can be killed. OUT/ holds
     summary.json       how many of each kind
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -26,6 +27,7 @@ from everest_ds.data.index import VideoRow, read_list, write_list
 from everest_ds.data.probe import DEFAULT_BAD, FaultName, Finding, Kind, ProbeSettings, probe_video
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.errors import UserError
+from everest_ds.whole_files import whole_file, write_whole_text
 
 FINDINGS, REPORT, CLEAN, QUARANTINE, SUMMARY = (
     "findings.jsonl", "report.csv", "clean.csv", "quarantine.csv", "summary.json",
@@ -97,7 +99,7 @@ def check_data(source: Path, options: CheckOptions) -> int:
         processes=options.processes or len(os.sched_getaffinity(0)),
         timeout_s=options.timeout_s,
     )
-    with record.appending() as append:
+    with record.appending() as append, contextlib.closing(outcomes):
         for outcome in with_progress(outcomes, len(todo)):
             finding = _finding_of(outcome)
             findings[outcome.item.part] = finding
@@ -125,7 +127,7 @@ def _conclude(
         if chosen:
             write_list(out / name, chosen)
         else:
-            (out / name).write_text("")  # so that a script can name it in any case
+            write_whole_text(out / name, "")  # so that a script can name it in any case
     counts = Counter(finding.kind for finding in findings)
     share = sum(is_bad) / len(rows)
     summary = {
@@ -136,7 +138,7 @@ def _conclude(
         "kinds": {str(kind): counts[kind] for kind in Kind if counts[kind]},
         "duplicate_rows": len(rows) - len({row.part for row in rows}),
     }
-    (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_whole_text(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
     for kind in Kind:
         if counts[kind]:
             print(f"{counts[kind]:8} {kind}{' (bad)' if kind in options.bad else ''}")
@@ -152,7 +154,7 @@ def _conclude(
 
 
 def _write_report(path: Path, both: Iterable[tuple[VideoRow, Finding]], is_bad: Sequence[bool]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)
         for number, ((row, finding), bad) in enumerate(zip(both, is_bad, strict=True)):

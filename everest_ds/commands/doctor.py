@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 
 from everest_ds import distributed
 from everest_ds.config.sections import ReaderName
+from everest_ds.interrupts import ending_with_us
 
 OK, OPTIONAL, MISSING = "ok", "--", "MISSING"
 REQUIRED = ("torch", "torchvision", "timm", "deepspeed", "av", "einops", "tensorboard", "tyro")
@@ -59,34 +60,40 @@ def _checks() -> list[Check]:
 
 def _survey(checks: list[Check]) -> Iterator[Row]:
     """Yield the rows of all checks; a child process that ends in one of them is replaced for those after it."""
+    while checks:
+        answered = 0
+        for rows in _answers(checks):
+            yield from rows
+            answered += 1
+        checks = checks[answered:]
+
+
+def _answers(checks: list[Check]) -> Iterator[list[Row]]:
+    """Yield the rows of each check from one child process, up to the first check that ends it or hangs."""
     context = multiprocessing.get_context("fork")
-    done = 0
-    while done < len(checks):
-        receiver, sender = context.Pipe(duplex=False)
-        child = context.Process(target=_run, args=(checks[done:], sender), daemon=True)
-        child.start()
-        sender.close()
-        while done < len(checks):
-            if not receiver.poll(TIMEOUT_S):
-                fault = f"does not answer within {TIMEOUT_S:.0f} s"
-            else:
-                try:
-                    yield from receiver.recv()
-                    done += 1
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_run, args=(checks, sender), daemon=True)
+    child.start()
+    sender.close()
+    with ending_with_us(child.pid or 0):
+        for state, what, _ in checks:
+            try:
+                if receiver.poll(TIMEOUT_S):
+                    yield receiver.recv()
                     continue
-                except EOFError:
-                    child.join()
-                    fault = _ending(child.exitcode or 0)
-            state, what, _ = checks[done]
-            yield state, what, fault
-            done += 1
+                fault = f"does not answer within {TIMEOUT_S:.0f} s"
+            except EOFError:
+                child.join()
+                fault = _ending(child.exitcode or 0)
+            yield [(state, what, fault)]
             break
-        child.kill()
-        child.join()
+    child.kill()
+    child.join()
 
 
 def _run(checks: list[Check], sender: Connection) -> None:
     """Send the rows of each check; what libraries print goes to stderr, away from the table."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.dup2(2, 1)
     for state, what, look in checks:
         try:

@@ -27,6 +27,7 @@ from everest_ds.train.evaluation.inference import (
     locate,
     weights_kind,
 )
+from everest_ds.whole_files import whole_file, write_whole_text
 
 if TYPE_CHECKING:
     import torch
@@ -242,10 +243,11 @@ def _write(plan: _Plan, summary: dict[str, Any], scores: "Scores", names: tuple[
     out = plan.out
     out.mkdir(parents=True, exist_ok=True)
     write_predictions(scores, plan.rows, names, out / "predictions.csv")
-    save_confusion(scores.confusion, names, out / "confusion.png")
+    with whole_file(out / "confusion.png") as partial:
+        save_confusion(scores.confusion, names, partial)
     environment = describe_environment() | {"seconds": round(time.perf_counter() - began, 1)}
-    (out / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
-    (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    write_whole_text(out / "environment.json", json.dumps(environment, indent=2) + "\n")
+    write_whole_text(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
 def _record(origin: Origin, summary: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from everest_ds.config import BatchConfig, Config
 from everest_ds.config_file import config_from_dict, read_json_object
 from everest_ds.errors import UserError
+from everest_ds.whole_files import write_whole_text
 
 FORMAT = "everest-stages-2"
 KEYS = (
@@ -71,7 +72,7 @@ def write_measured(
         "recommended": fastest(rows, config.batch.global_size),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_whole_text(path, json.dumps(document, indent=2) + "\n")
     return document
 
 

@@ -12,9 +12,11 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,12 @@ from everest_ds.data.prepare import (
     CodecName,
     Prepared,
     PrepareSettings,
-    partial_path,
     prepare_video,
     target_name,
 )
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.errors import UserError
+from everest_ds.whole_files import partial_path
 
 # Files after which it is known how much room the others will take.
 _FILES_TO_ESTIMATE_BY = 32
@@ -135,15 +137,11 @@ def prepare(sources: Sequence[Path], options: PrepareOptions) -> int:
 def _prepare_all(todo: Sequence[VideoRow], manifest: Manifest, options: PrepareOptions) -> dict[str, Prepared]:
     """Prepare videos, note each, and return what came of them by target."""
     function = partial(prepare_video, settings=options.settings, folder=options.out, min_psnr_db=options.min_psnr)
-    outcomes = run_guarded(
-        function,
-        todo,
-        processes=options.processes or len(os.sched_getaffinity(0)),
-        timeout_s=options.timeout_s,
-    )
+    processes = options.processes or len(os.sched_getaffinity(0))
+    outcomes = run_guarded(function, todo, processes=processes, timeout_s=options.timeout_s)
     done: dict[str, Prepared] = {}
     sizes: list[int] = []
-    with manifest.appending() as append:
+    with _removing_partials(todo, done, processes, options.out), manifest.appending() as append, closing(outcomes):
         for outcome in with_progress(outcomes, len(todo)):
             prepared = _prepared_of(outcome, options.out)
             if prepared.is_disk_full:
@@ -157,6 +155,20 @@ def _prepare_all(todo: Sequence[VideoRow], manifest: Manifest, options: PrepareO
             if len(sizes) == _FILES_TO_ESTIMATE_BY:
                 _require_room(options.out, sum(sizes) / len(sizes) * (len(todo) - len(done)))
     return done
+
+
+@contextmanager
+def _removing_partials(
+    todo: Sequence[VideoRow], done: Mapping[str, Prepared], processes: int, out: Path
+) -> Iterator[None]:
+    """Remove what processes had begun to write when something, Ctrl-C for instance, ended them."""
+    try:
+        yield
+    except BaseException:
+        left = (target for row in todo if (target := target_name(row)) not in done)
+        for target in islice(left, 2 * processes):  # begun in order, one in each process
+            partial_path(out / target).unlink(missing_ok=True)
+        raise
 
 
 def _prepared_of(outcome: Outcome[VideoRow, Prepared], out: Path) -> Prepared:

@@ -10,6 +10,7 @@ from everest_ds.data.index import VideoRow, format_list
 from everest_ds.data.labels import NAMES_FILE
 from everest_ds.data.prepare import Prepared, PrepareSettings
 from everest_ds.errors import UserError
+from everest_ds.whole_files import whole_file
 
 Targets = Mapping[Path, Sequence[tuple[str, VideoRow]]]
 """The rows of each list, and where the file of each row stands in the folder."""
@@ -109,6 +110,5 @@ def _sizes(paths: Iterable[Path]) -> list[int]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+    with whole_file(path) as partial:
+        partial.write_bytes(content)

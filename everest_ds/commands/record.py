@@ -7,6 +7,7 @@ from everest_ds import distributed
 from everest_ds.commands.lists import Lists
 from everest_ds.train.checkpoint import unfinished_saves
 from everest_ds.train.run_dir import find_pointer_fault, write_run_files
+from everest_ds.whole_files import write_whole_text
 
 if TYPE_CHECKING:
     from everest_ds.train.loop import Trainer
@@ -72,7 +73,7 @@ def _describe_classes(trainer: "Trainer", lists: Lists) -> None:
     classes = lists.classes
     assert classes is not None
     if classes.names is not None:
-        (trainer.run_dir / "classes.txt").write_text("\n".join(classes.names) + "\n", encoding="utf-8")
+        write_whole_text(trainer.run_dir / "classes.txt", "\n".join(classes.names) + "\n")
     every = trainer.config.run.validate_every_epochs  # type: ignore[attr-defined]
     scored = f"scored on {len(lists.val)} every {every} epochs" if lists.val else "not scored during training"
     print(f"{classes.num} classes, {len(lists.train)} training videos, {scored}", flush=True)

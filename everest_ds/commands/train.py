@@ -182,7 +182,6 @@ def _find_best(trainer: "Trainer") -> None:
 def _batches(trainer: "Trainer") -> Any:
     from everest_ds.data.dataset import make_loader
     from everest_ds.data.sampling import GlobalBatchSampler
-    from everest_ds.train.signals import children_ignore_stop_signals, ignore_stop_signals
 
     config, world, schedule = trainer.config, trainer.world, trainer.schedule
     sampler = GlobalBatchSampler(
@@ -197,16 +196,8 @@ def _batches(trainer: "Trainer") -> Any:
         end_step=schedule.end_step,
     )
     dataset = trainer.task.make_dataset(trainer.rows)
-    with children_ignore_stop_signals():
-        pin_memory = trainer.device.type == "cuda"
-        loader = make_loader(
-            dataset,
-            sampler,
-            micro_size=config.batch.micro_size,
-            pin_memory=pin_memory,
-            begin=ignore_stop_signals,
-        )
-        return iter(loader)
+    pin_memory = trainer.device.type == "cuda"
+    return iter(make_loader(dataset, sampler, micro_size=config.batch.micro_size, pin_memory=pin_memory))
 
 
 def _check_augmentation(config: Config) -> None:

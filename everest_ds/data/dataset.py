@@ -6,7 +6,7 @@ one, drawn by key, and reported with the clip; it is never dropped silently.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -204,7 +204,6 @@ def make_loader(
     *,
     micro_size: int,
     pin_memory: bool,
-    begin: Callable[[], None] | None = None,
 ) -> Loader[Unit, Clip, ClipBatch]:
     """Return the loader of a process's micro-batches, of ``micro_size`` clips each."""
     return Loader(
@@ -213,7 +212,6 @@ def make_loader(
         partial(ClipBatch.collate, crops=dataset.cut.delivers_crops, pin=pin_memory),
         most_items=micro_size,
         most_of_an_ask=min(dataset.config.repeats * (2 if dataset.mixer else 1), micro_size),
-        begin=begin,
     )
 
 

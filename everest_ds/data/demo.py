@@ -29,6 +29,7 @@ from everest_ds.data.demo_movers import (
     shake_camera,
 )
 from everest_ds.errors import UserError
+from everest_ds.whole_files import whole_file, write_whole_text
 
 DIRECTIONS = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}
 SPEEDS_PX = (1, 2)
@@ -162,38 +163,49 @@ def _move(
 def write_demo_data(
     folder: Path, config: DemoConfig, *, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[Path]:
-    """Write videos, one list a split, classes.txt, and a stamp of what was made; return the lists.
+    """Write videos, classes.txt, one list a split, and a stamp of what was made; return the lists.
 
-    A folder that already holds this very dataset is left as it is.
+    A folder that already holds this very dataset is left as it is, and one that holds a part of it is completed.
+    Lists are written when all videos are there.
 
     Raises:
         UserError: The folder holds something else.
     """
     lists = [folder / f"{split}.csv" for split in SPLITS if config.count(split)]
     names = config.class_names
-    if (folder / STAMP).is_file():
-        if (folder / STAMP).read_text() == config.stamp:
-            return lists
-        raise UserError(f"{folder} holds a demo dataset made with other settings; remove it or name another folder")
+    stamp, begun = folder / STAMP, folder / f"{STAMP}.begun"
+    for path in (stamp, begun):
+        if path.is_file() and path.read_text() != config.stamp:
+            raise UserError(
+                f"{folder} holds a demo dataset made with other settings; remove it or name another folder"
+            )
+    if stamp.is_file():
+        return lists
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "classes.txt").is_file():
         raise UserError(f"{folder} is not empty and holds no demo dataset; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "classes.txt").write_text("\n".join(names) + "\n")
-    done, total = 0, sum(config.count(split) for split in SPLITS)
-    for split in SPLITS:
-        if not config.count(split):
-            continue
-        (folder / split).mkdir(exist_ok=True)
-        rows = []
-        for number in range(config.count(split)):
-            name = f"{split}/{number:05d}.mp4"
-            encode_h264(folder / name, render_video(config, split, number), gop=config.gop)
-            rows.append(f"{name} {number % len(names)}\n")
-            done += 1
-            on_progress(done, total)
-        (folder / f"{split}.csv").write_text("".join(rows))
-    (folder / STAMP).write_text(config.stamp)
+    write_whole_text(folder / "classes.txt", "\n".join(names) + "\n")
+    videos = [(split, number) for split in SPLITS for number in range(config.count(split))]
+    if not begun.is_file():
+        for split, number in videos:  # made by something else
+            (folder / _video_name(split, number)).unlink(missing_ok=True)
+        write_whole_text(begun, config.stamp)
+    for done, (split, number) in enumerate(videos, start=1):
+        path = folder / _video_name(split, number)
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            with whole_file(path) as partial:
+                encode_h264(partial, render_video(config, split, number), gop=config.gop)
+        on_progress(done, len(videos))
+    for path in lists:
+        rows = (f"{_video_name(path.stem, i)} {i % len(names)}\n" for i in range(config.count(path.stem)))
+        write_whole_text(path, "".join(rows))
+    begun.replace(stamp)
     return lists
+
+
+def _video_name(split: str, number: int) -> str:
+    return f"{split}/{number:05d}.mp4"
 
 
 def encode_h264(path: Path, frames_THWC: NDArray[np.uint8], *, frames_per_s: int = 30, gop: int = 12) -> None:
@@ -204,7 +216,7 @@ def encode_h264(path: Path, frames_THWC: NDArray[np.uint8], *, frames_per_s: int
     import av
 
     height, width = frames_THWC.shape[1:3]
-    with av.open(f"file:{path}", "w") as container:
+    with av.open(f"file:{path}", "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(frames_per_s))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.thread_count = 1

@@ -3,7 +3,7 @@
 Place in the flow: items -> processes (`data.pool`) -> outcomes, in the order in which they come.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -19,7 +19,7 @@ _LOOK_AGAIN_S = 60.0
 
 def run_guarded(
     function: Callable[[Item], Result], items: Sequence[Item], *, processes: int, timeout_s: float
-) -> Iterator[Outcome[Item, Result]]:
+) -> Generator[Outcome[Item, Result]]:
     """Call a function with each item, in processes that are killed and replaced when a call takes too long.
 
     The function must not raise; what it cannot do is for its result to say. It is called once for each item.
@@ -29,6 +29,8 @@ def run_guarded(
         items: Can be pickled.
         processes: How many calls go at a time.
         timeout_s: Seconds that a call may take.
+
+    Close what is returned when done with it early: that ends the processes.
 
     Yields:
         An outcome of each item, as they come.

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from everest_ds.data.list_line import VIDEO_SUFFIXES, LineError, needs_quotes, parse_line
 from everest_ds.errors import UserError
+from everest_ds.whole_files import write_whole_text
 
 _BYTE_ORDER_MARK = "\ufeff"
 _NUM_PROBED = 64
@@ -113,7 +114,7 @@ def write_list(path: Path, rows: Sequence[VideoRow]) -> None:
     Raises:
         UserError: There is no row, or a path cannot stand in a list.
     """
-    path.write_text(format_list(path, rows), encoding="utf-8", newline="\n")
+    write_whole_text(path, format_list(path, rows))
 
 
 def format_list(path: Path, rows: Sequence[VideoRow]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from everest_ds.errors import UserError
+from everest_ds.whole_files import write_whole_text
 
 Entry = TypeVar("Entry")
 
@@ -53,7 +54,7 @@ class Journal:
     def appending(self) -> Iterator[Callable[[dict[str, Any]], None]]:
         """Provide what adds a line; each is on disk before the next is taken."""
         whole = "".join(self._whole_lines()) if self.path.is_file() else ""
-        self.path.write_text(whole or json.dumps({"settings": self._settings}) + "\n", encoding="utf-8")
+        write_whole_text(self.path, whole or json.dumps({"settings": self._settings}) + "\n")
         with self.path.open("a", encoding="utf-8") as file:
 
             def append(line: dict[str, Any]) -> None:

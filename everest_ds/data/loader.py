@@ -12,7 +12,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -41,7 +40,6 @@ class Loader(Generic[Ask, Made, Batch]):
         assemble: Makes a batch of the items of its asks, in order; must copy their pixels.
         most_items: Items of the largest batch.
         most_of_an_ask: Items of the largest ask.
-        begin: Called in each process as it begins.
     """
 
     def __init__(
@@ -52,11 +50,9 @@ class Loader(Generic[Ask, Made, Batch]):
         *,
         most_items: int,
         most_of_an_ask: int = 1,
-        begin: Callable[[], None] | None = None,
     ) -> None:
         self.maker, self.batches, self.assemble = maker, batches, assemble
         self.most_items, self.most_of_an_ask = most_items, most_of_an_ask
-        self.begin = begin
 
     def __iter__(self) -> "Stream[Batch] | Generator[Batch]":
         """Return the batches; close what is returned when done with it early."""
@@ -150,7 +146,7 @@ class _Feeder:
             processes=config.num_workers,
             timeout_s=config.timeout_s,
             depth=_DEPTH,
-            begin=partial(_begin, loader.begin),
+            begin=_use_one_thread,
         )
         self.ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=1)
         self.closing = threading.Event()
@@ -257,10 +253,8 @@ class _MakeInPlaces:
         return answer
 
 
-def _begin(further: Callable[[], None] | None) -> None:
+def _use_one_thread() -> None:
     torch.set_num_threads(1)
-    if further is not None:
-        further()
 
 
 def _no_mark(how_far: int) -> None:

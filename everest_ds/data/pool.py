@@ -14,7 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process, util
+from multiprocessing import connection, forkserver, get_context, parent_process, resource_tracker, util
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
@@ -25,6 +25,8 @@ Result = TypeVar("Result")
 Mark = Callable[[int], None]
 """Says how far a call is. A call that says so in time is not taken for one that hangs."""
 
+# Terminals and launchers signal whole trees of processes. These ones leave the decision to their parent.
+_LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _STARTING_S = 120.0
 _MAX_FAILED_STARTS = 3
 # What the fork server imports once, instead of each of the processes that it starts: seconds each.
@@ -78,7 +80,7 @@ class Pool(Generic[Item, Result]):
         self._waiting: deque[Item] = deque()
         self._depth = depth
         self._failed_starts = 0
-        get_context("forkserver").set_forkserver_preload(_PRELOADED)
+        _start_fork_server()
         self._workers = [_Worker(function, begin, timeout_s) for _ in range(processes)]
         # Before multiprocessing's own end, which would wait for processes that ignore its SIGTERM.
         self._closed = threading.Event()
@@ -223,6 +225,20 @@ class _Worker:
         self._began = self._since = time.monotonic()
 
 
+def _start_fork_server() -> None:
+    """Start the fork server, unless it runs, with those signals blocked: its processes inherit that.
+
+    It imports for seconds before its own processes could ignore a signal. Here a signal that comes meanwhile waits.
+    """
+    get_context("forkserver").set_forkserver_preload(_PRELOADED)
+    resource_tracker.ensure_running()  # it unblocks signals, so it comes first
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_PARENT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _stop_all(workers: Sequence[_Worker], closed: threading.Event) -> None:
     closed.set()
     for worker in workers:
@@ -231,7 +247,8 @@ def _stop_all(workers: Sequence[_Worker], closed: threading.Event) -> None:
 
 def _serve(function: Callable[[Any, Mark], Any], begin: Callable[[], None] | None, pipe: Connection) -> None:
     """Answer calls until the other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process decides
+    for number in _LEFT_TO_PARENT:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     if begin is not None:
         begin()

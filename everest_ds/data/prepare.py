@@ -27,6 +27,7 @@ from everest_ds.data.readers.base import require_file
 from everest_ds.data.readers.packets import FAULTS, reason_of, scan_packets
 from everest_ds.data.readers.with_pyav import PyavReader
 from everest_ds.data.video import Video, VideoReadError, frames_of_window
+from everest_ds.whole_files import partial_path
 
 CodecName = Literal["mjpeg", "h264"]
 """What files are encoded with."""
@@ -101,11 +102,6 @@ def target_name(row: VideoRow) -> str:
     digest = hashlib.sha256(part.encode("utf-8", "surrogateescape")).hexdigest()[:8]
     stem = source.stem.encode("utf-8", "surrogateescape")[:_LONGEST_STEM].decode("utf-8", "ignore")
     return str(Path("videos") / source.parent.name / f"{stem}-{digest}.mp4")
-
-
-def partial_path(target: Path) -> Path:
-    """Return where a file stands until it is whole and verified."""
-    return target.with_name(f".{target.name}.partial")
 
 
 def prepare_video(row: VideoRow, settings: PrepareSettings, folder: Path, min_psnr_db: float) -> Prepared:

@@ -8,7 +8,7 @@ Source: official code, the test mode of its two fine-tuning datasets (golden fra
 where that divides by zero (one view) and where it knows two views only (segments).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -243,11 +243,10 @@ def make_view_loader(
     groups: Sequence[Sequence[int]],
     *,
     pin_memory: bool,
-    begin: Callable[[], None] | None = None,
 ) -> Loader[int, RowViews, list[RowViews]]:
     """Return a loader that yields the rows of each group, in order."""
     assemble = partial(_copy_rows, pin=pin_memory)
-    return Loader(dataset, groups, assemble, most_items=max(map(len, groups), default=1), begin=begin)
+    return Loader(dataset, groups, assemble, most_items=max(map(len, groups), default=1))
 
 
 def _copy_rows(rows: Sequence[RowViews], *, pin: bool) -> list[RowViews]:

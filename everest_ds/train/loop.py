@@ -226,10 +226,12 @@ class Trainer:
                 self._report(taken)
             self._save(taken)
         if self.log is not None:
+            where = f"after step {taken} of {self.schedule.end_step}, all saved"
+            if taken == self.schedule.start_step:
+                where = "before the first step, nothing was trained"
             self.log.write("event", taken, event="stopped", signal=signum.name)
             print(
-                f"{signum.name}: stopped after step {taken} of {self.schedule.end_step}, all saved; the same "
-                f"command goes on (exit code {EXIT_STOPPED})",
+                f"{signum.name}: stopped {where}; the same command resumes the run (exit code {EXIT_STOPPED})",
                 flush=True,
             )
 

@@ -41,7 +41,6 @@ class FrameLog:
         self.path = run_dir / FRAMES_FILE
         self._rows = rows
         self._last: tuple[int, list[int]] | None = None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.is_file():
             drop_torn_line(self.path)
 
@@ -66,6 +65,7 @@ class FrameLog:
             raise ValueError(f"no frames were chosen at step {step}")
         index, candidate_frames = self._last
         line = {"step": step, "path": str(self._rows[index].path), **describe_choice(candidate_frames, choice)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

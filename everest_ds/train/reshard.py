@@ -26,6 +26,7 @@ import torch
 from everest_ds import distributed
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
+from everest_ds.interrupts import ending_with_us
 from everest_ds.train.checkpoint import TrainState, load_checkpoint, read_state, universal_of
 from everest_ds.train.seal import SEAL, find_damage, is_sealed, remove_sealed, seal, sha256, try_together
 
@@ -131,23 +132,29 @@ def _run_converter(checkpoint: Path, temporary: Path, world: World) -> str | Non
             process = _start_converter(checkpoint, temporary)
         except OSError as error:
             fault = str(error)
-    while True:
-        running = False
-        if process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=REPORT_EVERY_S)
-            running = process.poll() is None
-            done = len(list(temporary.glob("zero/*/exp_avg_sq.pt")))
-            what = f"{done} of {num_parameters} parameters merged" if done else "taking the shards apart"
-            print(f"  {what}, {time.monotonic() - started:.0f} s", flush=True)
-        if not any(distributed.gather_objects(running)):
-            break
+    with contextlib.nullcontext() if process is None else ending_with_us(process):
+        while any(distributed.gather_objects(_is_converting(process, temporary, num_parameters, started))):
+            pass
     if process is not None and process.returncode:
         last = (temporary / "converter.log").read_text(errors="replace").strip().splitlines()[-1:]
         fault = f"DeepSpeed's converter ended with {process.returncode}: {' '.join(last)}"
     if world.is_main:
         (temporary / "converter.log").unlink(missing_ok=True)
     return distributed.agree(fault)
+
+
+def _is_converting(
+    process: "subprocess.Popen[bytes] | None", temporary: Path, num_parameters: int, started: float
+) -> bool:
+    """Wait a while for the converter, report how far it is, and return whether it still runs; False without one."""
+    if process is None:
+        return False
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=REPORT_EVERY_S)
+    done = len(list(temporary.glob("zero/*/exp_avg_sq.pt")))
+    what = f"{done} of {num_parameters} parameters merged" if done else "taking the shards apart"
+    print(f"  {what}, {time.monotonic() - started:.0f} s", flush=True)
+    return process.poll() is None
 
 
 def _start_converter(checkpoint: Path, temporary: Path) -> "subprocess.Popen[bytes]":

@@ -23,6 +23,7 @@ from everest_ds.errors import UserError
 from everest_ds.train.checkpoint import list_checkpoints
 from everest_ds.train.pointers import folder_of, read_latest
 from everest_ds.train.seal import SEAL, is_sealed
+from everest_ds.whole_files import is_partial, write_whole_text
 
 # A network file system may show a new file to other nodes only after a while (NFS: up to a minute by default).
 VISIBLE_WITHIN_S = 90
@@ -129,7 +130,7 @@ def find_pointer_fault(run_dir: Path) -> str | None:
 
 
 def _is_used(run_dir: Path) -> bool:
-    return run_dir.is_dir() and any(run_dir.iterdir())
+    return run_dir.is_dir() and any(not is_partial(path) for path in run_dir.iterdir())
 
 
 def _require_same_run(run_dir: Path, config: Config) -> None:
@@ -171,9 +172,9 @@ def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_run_files(run_dir: Path, config: Config, ds_config: dict[str, Any]) -> None:
     """Write the files that describe a run; a continued run is described anew."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.json").write_text(dump_config(config))
-    (run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
-    (run_dir / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
+    write_whole_text(run_dir / "config.json", dump_config(config))
+    write_whole_text(run_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+    write_whole_text(run_dir / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
 
 
 def require_shared(run_dir: Path) -> None:

@@ -34,24 +34,35 @@ def free_port() -> int:
 
 
 def start(
-    arguments: Sequence[str | Path], *, processes: int = 1, prefix: Sequence[str] = ()
+    arguments: Sequence[str | Path],
+    *,
+    processes: int = 1,
+    prefix: Sequence[str] = (),
+    launcher: str = "deepspeed",
+    own_group: bool = False,
+    one_pipe: bool = False,
 ) -> subprocess.Popen[str]:
-    """Start `everest ARGUMENTS`, through the deepspeed launcher when there are several processes.
+    """Start `everest ARGUMENTS`, through the deepspeed launcher or torchrun when there are several processes.
 
-    A prefix is a command that runs the one that follows it.
+    A prefix is a command that runs the one that follows it. A process group of its own is what Ctrl-C would reach.
+    With one pipe, stderr goes where stdout goes.
     """
     if processes == 1:
         command = [sys.executable, "-m", "everest_ds"]
+    elif launcher == "torchrun":
+        command = [str(BIN / "torchrun"), "--nproc-per-node", str(processes), "--master-port", str(free_port())]
+        command += ["-m", "everest_ds"]
     else:
-        launcher = ["--no_local_rank", "--num_gpus", str(processes), "--master_port", str(free_port())]
-        command = [str(BIN / "deepspeed"), *launcher, "--module", "everest_ds"]
+        options = ["--no_local_rank", "--num_gpus", str(processes), "--master_port", str(free_port())]
+        command = [str(BIN / "deepspeed"), *options, "--module", "everest_ds"]
     return subprocess.Popen(
         [*prefix, *command, *(str(argument) for argument in arguments)],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT if one_pipe else subprocess.PIPE,
         text=True,
         env=cpu_environment(),
         cwd=REPOSITORY,
+        start_new_session=own_group,
     )
 
 

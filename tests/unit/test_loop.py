@@ -33,9 +33,10 @@ DATASET_SIZE = 40  # five steps an epoch at a batch of eight
 @pytest.fixture(autouse=True)
 def _signals_as_before() -> Iterator[None]:
     """A run that was told to stop ignores the signals from then on; the tests' process must not."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class FakeEngine:
@@ -220,20 +221,36 @@ def test_allowed_number_of_steps_is_skipped_and_left_out_of_the_mean(
         train(tmp_path / "other", [1.0, bad, bad], RunConfig(max_steps=3, max_skipped_steps=1))
 
 
-def test_signal_saves_at_the_next_step_boundary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+def test_signal_saves_at_the_next_step_boundary(
+    signum: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupted() -> Iterator[ClipBatch]:
         for number, batch in enumerate(batches({})):
             if number == 6:
-                os.kill(os.getpid(), signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGUSR1)  # an echo of the same request
+                os.kill(os.getpid(), signum)
+                os.kill(os.getpid(), signal.SIGTERM)  # an echo of the same request
             yield batch
 
     run = RunConfig(max_steps=15, log_every_steps=5, save_every_steps=3)
     engine, lines = train(tmp_path, [1.0] * 15, run, source=interrupted())
     assert engine.saved[-1] == "tmp-step-00000007"  # the step during which it came is the last one
     assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 5, 6, 7]
-    assert (lines[-1]["event"], lines[-1]["signal"]) == ("stopped", "SIGTERM")
-    assert "SIGTERM: stopped after step 7 of 15, all saved" in capsys.readouterr().out
+    assert (lines[-1]["event"], lines[-1]["signal"]) == ("stopped", signum.name)
+    said = capsys.readouterr().out
+    assert f"{signum.name}: stopped after step 7 of 15, all saved; the same command resumes the run" in said
+
+
+def test_signal_during_the_last_step_lets_the_run_end(tmp_path: Path) -> None:
+    def interrupted() -> Iterator[ClipBatch]:
+        for number, batch in enumerate(batches({})):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    engine, lines = train(tmp_path, [1.0] * 3, RunConfig(max_steps=3), source=interrupted())
+    assert engine.saved == ["tmp-step-00000003"]
+    assert all(line.get("event") != "stopped" for line in lines)
 
 
 def test_signal_during_a_save_does_not_save_the_same_step_again(tmp_path: Path) -> None:

@@ -144,6 +144,12 @@ def test_file_of_nothing_but_a_torn_line_is_emptied(tmp_path: Path) -> None:
     assert path.read_text() == ""
 
 
+def test_nothing_is_written_before_the_first_line(tmp_path: Path) -> None:
+    """A run is built before its directory is its own: an empty media/ in it would make the next start refuse it."""
+    FrameLog(tmp_path / "run", ROWS)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_line_without_a_choice_is_refused(tmp_path: Path) -> None:
     log = FrameLog(tmp_path, ROWS)
     with pytest.raises(ValueError, match=r"no frames were chosen at step 7"):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,32 @@ def act(item: tuple[str, float], mark: Mark) -> float:
     if what == "refuse":
         raise UserError(f"set another {number}")
     return 2 * number
+
+
+def blocked_signals(item: int, mark: Mark) -> set[int]:
+    """The signals that are blocked in a process, from the kernel's own account."""
+    status = Path("/proc/self/status").read_text()
+    mask = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")), 16)
+    return {number for number in range(1, 32) if mask >> (number - 1) & 1}
+
+
+def test_signals_of_a_terminal_or_launcher_are_left_to_the_parent() -> None:
+    """They come to whole trees of processes. The processes inherit it, so that none is ever open to them."""
+    pool: Pool[int, set[int]] = Pool(blocked_signals, processes=2, timeout_s=30)
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    try:
+        pids = pool.pids
+        for pid in pids:
+            for number in stops:
+                os.kill(pid, number)
+        pool.submit(0)
+        (outcome,) = pool.wait(60)
+        assert outcome.fault is None
+        assert set(stops) <= (outcome.result or set())
+        assert pool.pids == pids
+    finally:
+        pool.close()
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def never_begin() -> None:

@@ -52,6 +52,11 @@ def test_run_of_a_version_without_sampling_in_time_goes_on_and_is_one_without_it
         find_resume(tmp_path / "run", in_time, "auto")
 
 
+def test_start_that_was_killed_while_it_wrote_its_first_file_leaves_the_directory_free(tmp_path: Path) -> None:
+    (tmp_path / ".config.json.partial").write_text('{"recipe"')
+    assert find_resume(tmp_path, CONFIG, "never") == Resume(run_dir=tmp_path)
+
+
 def test_without_out_the_run_is_named_after_its_recipe_or_the_checkpoint(tmp_path: Path) -> None:
     assert find_resume(None, CONFIG, "auto").run_dir == Path("runs/demo")
     (checkpoint,) = make_run(tmp_path / "run", [5])

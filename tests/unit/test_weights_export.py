@@ -29,3 +29,16 @@ def test_write_that_fails_is_named_and_leaves_nothing(error: Exception, as_folde
     with pytest.raises(UserError, match=r"cannot write .*weights: full"):
         write_whole(tmp_path / "weights", fail)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_write_that_is_interrupted_leaves_nothing(as_folder: bool, tmp_path: Path) -> None:
+    def interrupt(path: Path) -> None:
+        if as_folder:
+            path.mkdir()
+        (path / "part" if as_folder else path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "weights", interrupt)
+    assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ from everest_ds.commands.measured import fastest, write_measured
 from everest_ds.config import Config
 from everest_ds.config_file import dump_config
 from everest_ds.errors import UserError, nearest_hint
+from everest_ds.interrupts import ending_with_us
 
 
 def sweep_stages(config: Config, options: StepOptions) -> int:
@@ -78,7 +79,14 @@ def _run(command: Sequence[str], gpus: int) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; on a CPU its processes share the cores out among them."""
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    with (
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        ) as process,
+        ending_with_us(process),
+    ):
+        stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
 def _lines(stdout: str) -> list[dict[str, Any]]:

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from everest_ds.interrupts import deferred
 from everest_ds.train.evaluation.files import SUMMARY
 from everest_ds.train.metrics import format_duration
+from everest_ds.whole_files import write_whole_text
 
 JobKind = Literal["pretrain", "finetune", "probe"]
 
@@ -107,7 +109,8 @@ class Runner:
             while self._waiting or self._running:
                 self._drop_hopeless()
                 while len(self._running) < self.slots and (job := self._next()):
-                    self._start(job)
+                    with deferred():  # or a run could have started that nobody knows of
+                        self._start(job)
                 self._collect()
                 time.sleep(_POLL_S)
         finally:
@@ -131,7 +134,7 @@ class Runner:
 
     def _start(self, job: Job) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
-        (job.folder / f"{job.kind}.command").write_text(f"{job.command}\n")
+        write_whole_text(job.folder / f"{job.kind}.command", f"{job.command}\n")
         slot = next(slot for slot in range(self.slots) if slot not in self._running)
         log = job.log.open("w", encoding="utf-8")
         process = subprocess.Popen(

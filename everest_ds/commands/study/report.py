@@ -9,6 +9,7 @@ from xml.sax.saxutils import escape
 
 from everest_ds.commands.study.conditions import BASELINE, GROUPS, Group
 from everest_ds.commands.study.results import Result
+from everest_ds.whole_files import write_whole_text
 
 _HEADER = (
     "| condition | fine-tuned top-1, % | linear probe top-1, % | n | GMACs of a clip, pre-training / fine-tuning | "
@@ -61,12 +62,12 @@ class Spread:
 def write_report(folder: Path, results: Sequence[Result], *, chance: float) -> str:
     """Write results, table and plots into a folder; return the table."""
     lines = [json.dumps(asdict(result)) + "\n" for result in results]
-    (folder / "results.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_whole_text(folder / "results.jsonl", "".join(lines))
     text = make_table(results, chance=chance)
-    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    write_whole_text(folder / "table.md", text + "\n")
     for group in GROUPS:
         if _rows_of(group, results):
-            (folder / f"{group.name}.svg").write_text(draw_group(group, results, chance=chance), encoding="utf-8")
+            write_whole_text(folder / f"{group.name}.svg", draw_group(group, results, chance=chance))
     return text
 
 

@@ -28,6 +28,7 @@ from everest_ds.data.index import read_list
 from everest_ds.errors import UserError, nearest_hint
 from everest_ds.train.signals import EXIT_STOPPED
 from everest_ds.train.systems import shipped_files
+from everest_ds.whole_files import write_whole_text
 
 # A run takes less than a gibibyte of a GPU and is mostly waiting for Python.
 _RUNS_A_GPU = 4
@@ -115,8 +116,10 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
         scale: How much data and how many steps; without it, what the options ask for.
 
     Returns:
-        The exit code: 0, 1 when a run failed, or 75 when a signal stopped the study, which the same command goes
-        on with.
+        The exit code: 0, 1 when a run failed, or 75 when SIGTERM stopped the study; the same command continues it.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; its runs are stopped by then, and have saved.
     """
     import torch
 
@@ -137,10 +140,10 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
     )
     runner = Runner(jobs=jobs, slots=slots, num_gpus=num_gpus, on_done=describe)
     is_stopped = False
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         runner.run()
-    except KeyboardInterrupt:
+    except _Terminated:
         is_stopped = True
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -154,7 +157,7 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
     for job in runner.failed:
         print(f"failed or not run: {job.kind} {job.name}, see {job.log}", flush=True)
     if is_stopped:
-        print(f"stopped; the same command goes on (exit code {EXIT_STOPPED})", flush=True)
+        print(f"stopped; the same command continues (exit code {EXIT_STOPPED})", flush=True)
         return EXIT_STOPPED
     return 1 if runner.failed else 0
 
@@ -218,7 +221,7 @@ def _open(folder: Path, scale: Scale, shake: int) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no study; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(wanted)
+    write_whole_text(stamp, wanted)
 
 
 def _write_labelled(folder: Path, seed: int, of_each: int) -> None:
@@ -227,12 +230,12 @@ def _write_labelled(folder: Path, seed: int, of_each: int) -> None:
     random.Random(seed).shuffle(rows)
     chosen = [row for label in range(len(KINDS)) for row in [row for row in rows if row.label == label][:of_each]]
     lines = [f"{row.path.relative_to(folder)} {row.label}\n" for row in chosen]
-    (folder / f"labelled-{seed}.csv").write_text("".join(lines))
+    write_whole_text(folder / f"labelled-{seed}.csv", "".join(lines))
 
 
 def _write_commands(folder: Path, jobs: Sequence[Job]) -> None:
     lines = ["# The runs of this study, in an order in which they can be run by hand; one thread each on a CPU.\n"]
-    (folder / "commands.sh").write_text("".join([*lines, *(f"{job.command}\n" for job in jobs)]))
+    write_whole_text(folder / "commands.sh", "".join([*lines, *(f"{job.command}\n" for job in jobs)]))
 
 
 def _num_cores() -> int:
@@ -244,5 +247,9 @@ def _show_videos(done: int, total: int) -> None:
         print(f"{done}/{total} videos", flush=True)
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: as Ctrl-C, but what there is so far is still reported."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise _Terminated

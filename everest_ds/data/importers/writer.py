@@ -7,7 +7,6 @@ import knows which files it may replace: those of an earlier one that nobody has
 
 import hashlib
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from everest_ds.data.importers.gathering import UNLABELLED, Import
 from everest_ds.data.index import VideoRow, format_list
 from everest_ds.data.labels import NAMES_FILE
 from everest_ds.errors import UserError
+from everest_ds.whole_files import whole_file
 
 SUMMARY_FILE, MISSING_FILE, LEFT_OUT_FILE = "summary.json", "missing.txt", "left_out.txt"
 _WRITTEN_BY = "everest index"
@@ -66,9 +66,8 @@ def write_import(found: Import, out: Path, settings: dict[str, Any]) -> dict[str
         (out / name).unlink(missing_ok=True)
     texts[SUMMARY_FILE] = _encode(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     for name, data in texts.items():
-        partial = out / f".{name}.partial"
-        partial.write_bytes(data)
-        os.replace(partial, out / name)
+        with whole_file(out / name) as partial:
+            partial.write_bytes(data)
     return summary
 
 

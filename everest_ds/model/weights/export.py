@@ -143,9 +143,11 @@ def write_whole(target: Path, save: Callable[[Path], None]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         save(temporary)
         temporary.rename(target)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of them
+    except BaseException as error:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {target}: {error}") from error
+        if isinstance(error, OSError | RuntimeError | SafetensorError):  # a full disk is each of them
+            raise UserError(f"cannot write {target}: {error}") from error
+        raise

@@ -18,6 +18,7 @@ from everest_ds.data.index import VideoRow
 from everest_ds.errors import UserError
 from everest_ds.train.evaluation.inference import ClipSettings
 from everest_ds.train.evaluation.scoring import Scores
+from everest_ds.whole_files import whole_file
 
 SUMMARY = "summary.json"
 COLUMNS = (
@@ -107,7 +108,7 @@ def write_predictions(scores: Scores, rows: Sequence[VideoRow], class_names: Seq
     Probabilities have six digits: how many threads a process has may change bits behind them.
     """
     by_row = {prediction.row: prediction for prediction in scores.predictions}
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for i, row in enumerate(rows):

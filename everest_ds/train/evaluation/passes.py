@@ -58,7 +58,6 @@ def map_rows(
     allow_unreadable: bool = False,
     same_rounds: bool = False,
     progress: str | None = None,
-    begin: Callable[[], None] | None = None,
 ) -> RowResults[T]:
     """Compute something of every row; all ranks take part and all get the results of all rows.
 
@@ -74,7 +73,6 @@ def map_rows(
         same_rounds: Let every rank do the same number of passes, as ZeRO-3 needs, where all ranks gather each
             layer's weights together: a rank without a readable row runs a blank clip and drops the result.
         progress: What is being done, for a line of progress now and then; None prints nothing.
-        begin: Called in each loader process as it begins.
 
     Raises:
         UserError: A video cannot be read; on the rank that met it.
@@ -82,7 +80,7 @@ def map_rows(
     starts = range(0, len(dataset), group_size)
     groups = [range(start, min(start + group_size, len(dataset))) for start in starts]
     mine = groups[world.rank :: world.size]
-    loader = make_view_loader(dataset, mine, pin_memory=device.type == "cuda", begin=begin)
+    loader = make_view_loader(dataset, mine, pin_memory=device.type == "cuda")
     clock = _Clock(progress if world.is_main else None, num_rounds=len(mine), num_rows=len(dataset))
     results: dict[int, T] = {}
     unreadable: list[UnreadableRow] = []

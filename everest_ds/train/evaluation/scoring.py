@@ -121,7 +121,6 @@ def score(
     allow_unreadable: bool = False,
     same_rounds: bool = False,
     progress: str | None = None,
-    begin: Callable[[], None] | None = None,
 ) -> Scores:
     """Score a classifier over a list; all ranks take part and all return the same.
 
@@ -138,7 +137,6 @@ def score(
         allow_unreadable: Leave unreadable rows out, and list them, instead of raising.
         same_rounds: All ranks run equally many passes (ZeRO-3); see `map_rows`.
         progress: What is being done, for lines of progress.
-        begin: Called in each loader process as it begins.
 
     Raises:
         UserError: A video cannot be read, none can, or logits are not finite.
@@ -153,7 +151,6 @@ def score(
         allow_unreadable=allow_unreadable,
         same_rounds=same_rounds,
         progress=progress,
-        begin=begin,
     )
     return summarise(outputs, rows, num_classes)
 

@@ -11,7 +11,6 @@ from everest_ds.data.index import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train.evaluation.scoring import Scores, score
-from everest_ds.train.signals import children_ignore_stop_signals, ignore_stop_signals
 
 MIDDLE = ViewsConfig(num_temporal=1, num_spatial=1)
 
@@ -43,21 +42,19 @@ class Validation:
         data = self.config.data
         assert data.num_classes is not None
         engine.eval()
-        with children_ignore_stop_signals():
-            scores = score(
-                engine,
-                self.rows,
-                data=data,
-                views=MIDDLE,
-                num_classes=data.num_classes,
-                world=self.world,
-                device=self.device,
-                group_size=self.config.batch.micro_size,
-                allow_unreadable=True,
-                same_rounds=engine.zero_optimization_stage() == 3,
-                progress="validation",
-                begin=ignore_stop_signals,
-            )
+        scores = score(
+            engine,
+            self.rows,
+            data=data,
+            views=MIDDLE,
+            num_classes=data.num_classes,
+            world=self.world,
+            device=self.device,
+            group_size=self.config.batch.micro_size,
+            allow_unreadable=True,
+            same_rounds=engine.zero_optimization_stage() == 3,
+            progress="validation",
+        )
         engine.train()
         if len(scores.unreadable) > data.max_bad_share * len(self.rows):
             first = scores.unreadable[0]
