@@ -17,7 +17,6 @@ from multiprocessing.connection import Connection
 
 from everest_ds import distributed
 from everest_ds.config.sections import ReaderName
-from everest_ds.interrupts import ending_with_us
 
 OK, OPTIONAL, MISSING = "ok", "--", "MISSING"
 REQUIRED = ("torch", "torchvision", "timm", "deepspeed", "av", "einops", "tensorboard", "tyro")
@@ -75,7 +74,7 @@ def _answers(checks: list[Check]) -> Iterator[list[Row]]:
     child = context.Process(target=_run, args=(checks, sender), daemon=True)
     child.start()
     sender.close()
-    with ending_with_us(child.pid or 0):
+    try:
         for state, what, _ in checks:
             try:
                 if receiver.poll(TIMEOUT_S):
@@ -87,8 +86,9 @@ def _answers(checks: list[Check]) -> Iterator[list[Row]]:
                 fault = _ending(child.exitcode or 0)
             yield [(state, what, fault)]
             break
-    child.kill()
-    child.join()
+    finally:
+        child.kill()
+        child.join()
 
 
 def _run(checks: list[Check], sender: Connection) -> None:
