@@ -3,17 +3,19 @@
 Place in the flow: file -> packets -> times of its frames, and the spans of packets that `with_pyav` decodes.
 """
 
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
 from everest_ds.data.readers.base import VideoReadError, even_times_s, first_line
+from everest_ds.data.readers.bitstream import Inspector, Oddity
 
 FAULTS = (av.FFmpegError, OSError, ValueError)
 """What PyAV raises for a file that it cannot read."""
@@ -23,6 +25,22 @@ _OPEN_OPTIONS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[
 
 # Packets of a file up to this size are kept from the scan, so that nothing is read twice and nothing sought.
 _HELD_BYTES = 32 << 20
+
+# Where frames are found by the times of their packets: tests/unit/test_reader_oracle.py tries these containers and
+# codecs. Codecs of keyframes alone are others that do.
+_HEAD_PACKETS = 64
+_TIMED_CONTAINERS = {"mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf"}
+_TIMED_CODECS = {
+    "h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg4", "mpeg1video", "mpeg2video", "ffv1", "flv",
+    "msmpeg4v2", "msmpeg4", "wmv1", "wmv2",
+}  # fmt: skip
+# Of these containers the times are those of decoding.
+_DECODING_TIMES = {"avi", "asf"}
+# With these, numbers and times of packets are not those of frames.
+_UNTIMED = {
+    Oddity.NO_TIMES, Oddity.DECODING_TIMES, Oddity.BACK_IN_TIME, Oddity.LATE_START, Oddity.LEADS_START,
+    Oddity.INVISIBLE, Oddity.DAMAGED,
+}  # fmt: skip
 
 
 class Key(NamedTuple):
@@ -61,11 +79,14 @@ class Packets:
     Attributes:
         pts: Times of the frames that can be shown, ascending, in the stream's ticks; None where they cannot be
             trusted.
-        keys: Keyframes, ascending by time.
+        keys: Keyframes at which decoding can start, ascending by time.
         positions: Time of a frame -> its packet's number, in the order of decoding.
         held: The packets themselves, by number; None where they are too many bytes.
         ticks_per_s: Ticks of a second.
         frames_per_s: The stream's average rate.
+        container: FFmpeg's first name of the format.
+        codec: FFmpeg's name of the decoder.
+        oddities: What makes frames hard to find by number.
     """
 
     pts: list[int] | None
@@ -74,6 +95,9 @@ class Packets:
     held: list[Any] | None
     ticks_per_s: float
     frames_per_s: float
+    container: str = "mov"
+    codec: str = "h264"
+    oddities: frozenset[Oddity] = frozenset()
 
     def times_s(self, num_frames: int) -> NDArray[np.float64]:
         """Return when each frame starts, seconds from the first one; evenly spaced without trusted times."""
@@ -154,7 +178,7 @@ def read_index(container: Any, stream: Any) -> Packets | None:
         keys=[Key(time, time, position) for position, time in enumerate(pts)],
         positions={time: position for position, time in enumerate(pts)},
         held=None,
-        **_rates(stream),
+        **_stream_facts(container, stream),
     )
 
 
@@ -162,42 +186,101 @@ def scan(container: Any, stream: Any, *, hold: bool) -> Packets:
     """Read all packets of an open stream; ``hold`` them where they are not too many bytes."""
     # FFmpeg seeks in mp4 and mov by the time of decoding, elsewhere by that of showing.
     by_dts = "mov" in container.format.name.split(",")
-    shown: list[int | None] = []
+    inspector = Inspector(stream.codec_context.name, stream.codec_context.extradata)
+    oddities = inspector.oddities
+    times: list[int | None] = []
+    hidden: set[int] = set()
     keys: list[Key] = []
-    positions: dict[int | None, int] = {}
-    held: list[Any] | None = [] if hold and container.size <= _HELD_BYTES else None
-    position = -1
+    held: list[Any] = []
+    max_held = sys.maxsize if hold and container.size <= _HELD_BYTES else _HEAD_PACKETS
     for packet in container.demux(stream):
         if not packet.size:
             continue
-        position += 1
-        time = packet.pts
-        positions[time] = position
-        if held is not None:
+        time, position = packet.pts, len(times)
+        times.append(time)
+        if position < max_held:
             held.append(packet)
-        if packet.is_keyframe and time is not None:
+        if packet.is_keyframe and time is not None and inspector.starts_clean(packet):
             keys.append(Key(time, packet.dts if by_dts and packet.dts is not None else time, position))
-        if keys and not packet.is_discard:  # nothing can be decoded before the first keyframe
-            shown.append(time)
-    first_key = min(key.pts for key in keys) if keys else 0
-    pts = sorted(time for time in shown if time is not None and time >= first_key)
-    counted = container.format.name == "avi" and stream.codec_context.has_b_frames
-    trusted = bool(pts) and None not in shown and len(set(pts)) == len(pts) and not counted
+        if packet.is_discard:
+            hidden.add(position)
+        if packet.is_corrupt:
+            oddities.add(Oddity.DAMAGED)
+        if inspector.looks_at_all:
+            inspector.look(packet)
+    oddities |= _odd_times(times, hidden, keys)
+    oddities |= _odd_stream(container, stream, inspector, times, held[:_HEAD_PACKETS])
+    facts = _stream_facts(container, stream)
+    trusted = not oddities & _UNTIMED and facts["container"] in _TIMED_CONTAINERS
+    trusted &= facts["codec"] in _TIMED_CODECS or stream.codec_context.codec.intra_only
+    shown = [time for position, time in enumerate(times) if time is not None and position not in hidden]
     return Packets(
-        pts=pts if trusted else None,
+        pts=sorted(shown) if trusted and shown else None,
         keys=sorted(keys, key=lambda key: key.pts),
-        positions=positions,
-        held=held if trusted else None,
-        **_rates(stream),
+        positions={time: position for position, time in enumerate(times)},
+        held=held if trusted and max_held > _HEAD_PACKETS else None,
+        oddities=frozenset(oddities),
+        **facts,
     )
 
 
-def _rates(stream: Any) -> dict[str, float]:
-    return {"ticks_per_s": float(1 / stream.time_base), "frames_per_s": float(stream.average_rate or 25)}
+def _odd_times(times: Sequence[int | None], hidden: set[int], keys: Sequence[Key]) -> set[Oddity]:
+    """Return what is odd about the times of packets, in the order of decoding, and about their keyframes."""
+    found = {Oddity.HIDDEN} if hidden else set()
+    if not keys or keys[0].position > 0:
+        found.add(Oddity.LATE_START)
+    if None in times or len(set(times)) < len(times):
+        return found | {Oddity.NO_TIMES}
+    ordered = cast(Sequence[int], times)
+    latest = None
+    for place, key in enumerate(keys):
+        group = range(key.position, keys[place + 1].position if place + 1 < len(keys) else len(times))
+        leading = [position for position in group if ordered[position] < key.pts]
+        if latest is not None and latest >= key.pts:
+            found.add(Oddity.BACK_IN_TIME)
+        if leading:
+            found.add(Oddity.OPEN_GOP)
+            if place == 0 and not hidden.issuperset(leading):
+                found.add(Oddity.LEADS_START)
+            if place > 0 and min(ordered[position] for position in leading) < keys[place - 1].pts:
+                found.add(Oddity.BACK_IN_TIME)
+        latest = max(ordered[position] for position in group)
+    return found
+
+
+def _odd_stream(
+    container: Any, stream: Any, inspector: Inspector, times: Sequence[int | None], head: Sequence[Any]
+) -> set[Oddity]:
+    """Return what is odd about a stream whose packets were all read, from their times and from the first ones."""
+    found = set()
+    context, format_name = stream.codec_context, _format_name(container)
+    if Oddity.REFERS_AHEAD in inspector.oddities or context.has_b_frames:
+        known = [time for time in times if time is not None]
+        in_order = context.name != "mpeg4" and known == sorted(known) and inspector.refers_ahead(head)
+        if format_name in _DECODING_TIMES or in_order:
+            found.add(Oddity.DECODING_TIMES)
+    if context.field_order > 1:
+        found.add(Oddity.INTERLACED)
+        if context.name == "h264" and format_name not in ("mov", "matroska"):  # a packet may be a field
+            found.add(Oddity.INVISIBLE)
+    return found
+
+
+def _format_name(container: Any) -> str:
+    return str(container.format.name).split(",", maxsplit=1)[0]
+
+
+def _stream_facts(container: Any, stream: Any) -> dict[str, Any]:
+    return {
+        "ticks_per_s": float(1 / stream.time_base),
+        "frames_per_s": float(stream.average_rate or 25),
+        "container": _format_name(container),
+        "codec": stream.codec_context.name,
+    }
 
 
 def scan_packets(path: Path) -> Packets:
-    """Read all packets of a video.
+    """Read the index of a video, or all its packets.
 
     Raises:
         VideoReadError: The file cannot be opened, or has no video.
@@ -205,7 +288,7 @@ def scan_packets(path: Path) -> Packets:
     try:
         container, stream = open_stream(path)
         with container:
-            return scan(container, stream, hold=False)
+            return read_index(container, stream) or scan(container, stream, hold=False)
     except FAULTS as error:
         raise VideoReadError(path, reason_of(error)) from error
 
