@@ -31,8 +31,8 @@ _HELD_BYTES = 32 << 20
 _HEAD_PACKETS = 64
 _TIMED_CONTAINERS = {"mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf"}
 _TIMED_CODECS = {
-    "h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg4", "mpeg1video", "mpeg2video", "ffv1", "flv",
-    "msmpeg4v2", "msmpeg4", "wmv1", "wmv2",
+    "h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg1video", "mpeg2video", "ffv1", "flv1", "msmpeg4v2",
+    "msmpeg4v3", "wmv1", "wmv2",
 }  # fmt: skip
 # Of these containers the times are those of decoding.
 _DECODING_TIMES = {"avi", "asf"}
@@ -85,7 +85,7 @@ class Packets:
         ticks_per_s: Ticks of a second.
         frames_per_s: The stream's average rate.
         container: FFmpeg's first name of the format.
-        codec: FFmpeg's name of the decoder.
+        codec: FFmpeg's name of the codec.
         oddities: What makes frames hard to find by number.
     """
 
@@ -186,7 +186,7 @@ def scan(container: Any, stream: Any, *, hold: bool) -> Packets:
     """Read all packets of an open stream; ``hold`` them where they are not too many bytes."""
     # FFmpeg seeks in mp4 and mov by the time of decoding, elsewhere by that of showing.
     by_dts = "mov" in container.format.name.split(",")
-    inspector = Inspector(stream.codec_context.name, stream.codec_context.extradata)
+    inspector = Inspector(stream.codec_context.codec.canonical_name, stream.codec_context.extradata)
     oddities = inspector.oddities
     times: list[int | None] = []
     hidden: set[int] = set()
@@ -256,12 +256,17 @@ def _odd_stream(
     context, format_name = stream.codec_context, _format_name(container)
     if Oddity.REFERS_AHEAD in inspector.oddities or context.has_b_frames:
         known = [time for time in times if time is not None]
-        in_order = context.name != "mpeg4" and known == sorted(known) and inspector.refers_ahead(head)
+        in_order = (
+            context.codec.canonical_name != "mpeg4" and known == sorted(known) and inspector.refers_ahead(head)
+        )
         if format_name in _DECODING_TIMES or in_order:
             found.add(Oddity.DECODING_TIMES)
     if context.field_order > 1:
         found.add(Oddity.INTERLACED)
-        if context.name == "h264" and format_name not in ("mov", "matroska"):  # a packet may be a field
+        if context.codec.canonical_name == "h264" and format_name not in (
+            "mov",
+            "matroska",
+        ):  # a packet may be a field
             found.add(Oddity.INVISIBLE)
     return found
 
@@ -275,7 +280,7 @@ def _stream_facts(container: Any, stream: Any) -> dict[str, Any]:
         "ticks_per_s": float(1 / stream.time_base),
         "frames_per_s": float(stream.average_rate or 25),
         "container": _format_name(container),
-        "codec": stream.codec_context.name,
+        "codec": stream.codec_context.codec.canonical_name,
     }
 
 

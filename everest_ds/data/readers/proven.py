@@ -24,7 +24,7 @@ class Proven:
     """Kinds of files that a reader reads rightly.
 
     Attributes:
-        codecs: FFmpeg's names of the decoders, by the first name of the container's format.
+        codecs: FFmpeg's names of the codecs, by the first name of the container's format.
         oddities: What is allowed besides in files of H.264, HEVC, VP9 and AV1, by container.
         turns_in: Containers in which the reader turns pictures by the angle of their display matrix; mirrored
             pictures are turned by `everest_ds.data.readers.turns` in any case.
@@ -36,8 +36,8 @@ class Proven:
 
 
 _COMMON = frozenset({"h264", "hevc", "vp9", "mpeg4", "mjpeg", "prores"})
-_AVI = frozenset({"mpeg4", "mjpeg", "msmpeg4v2", "msmpeg4", "ffv1", "huffyuv"})
-_MANY_FRAMES = frozenset({"h264", "hevc", "vp9", "libdav1d", "av1"})
+_AVI = frozenset({"mpeg4", "mjpeg", "msmpeg4v2", "msmpeg4v3", "ffv1", "huffyuv"})
+_MANY_FRAMES = frozenset({"h264", "hevc", "vp9", "av1"})
 _REFERS_FAR = frozenset({Oddity.OPEN_GOP})
 
 PROVEN = {
@@ -46,16 +46,16 @@ PROVEN = {
             "mov": _COMMON,
             "matroska": _COMMON | {"vp8", "ffv1"},
             "avi": _AVI,
-            "flv": frozenset({"h264", "flv"}),
+            "flv": frozenset({"h264", "flv1"}),
         },
         turns_in=frozenset({"mov"}),
     ),
     "torchcodec": Proven(
         codecs={
-            "mov": _COMMON | {"libdav1d", "av1"},
-            "matroska": _COMMON | {"libdav1d", "av1", "vp8", "ffv1"},
+            "mov": _COMMON | {"av1"},
+            "matroska": _COMMON | {"av1", "vp8", "ffv1"},
             "avi": _AVI,
-            "flv": frozenset({"h264", "flv"}),
+            "flv": frozenset({"h264", "flv1"}),
         },
         oddities={"mov": _REFERS_FAR | {Oddity.HIDDEN}, "matroska": _REFERS_FAR},
         turns_in=frozenset({"mov", "matroska"}),
@@ -100,5 +100,5 @@ def _fault_of(packets: Packets, proven: Proven) -> str | None:
     if odd:
         return str(odd[0])
     if packets.codec not in proven.codecs.get(packets.container, ()):
-        return f"no test covers {packets.codec} in a container of the kind {packets.container}"
+        return f"{packets.codec} in {packets.container} did not pass the tests, or is not in them"
     return None if packets.pts is not None else str(Oddity.NO_TIMES)

@@ -8,6 +8,7 @@ streams that begin between keyframes, packets without a frame, containers and co
 are counted instead: the video is decoded once at opening and again, from its beginning, in reading.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
@@ -41,11 +42,12 @@ class PyavReader:
         self._reformatter = VideoReformatter()
         try:
             self._container, self._stream = open_stream(path)
+            # A decoder that conceals damage does it with frames that it has; see `_decode_for`.
+            self._stream.codec_context.options = {"err_detect": "explode"}
             index = read_index(self._container, self._stream)
             self._packets = index or scan(self._container, self._stream, hold=True)
             self._counted_pts: list[int | None] = []
             if self._packets.pts is None:
-                self._rewind()
                 self._counted_pts = [frame.pts for frame in self._all_frames()]
             self.num_frames = len(self._packets.pts or self._counted_pts)
         except FAULTS as error:
@@ -104,7 +106,6 @@ class PyavReader:
 
     def _count_to(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """Decode from the beginning, and yield the frames wanted."""
-        self._rewind()
         remaining = set(wanted)
         for index, frame in enumerate(self._all_frames()):
             if index in remaining:
@@ -113,18 +114,23 @@ class PyavReader:
                 return
 
     def _decode_for(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """Decode what the frames wanted depend on, and yield them."""
+        """Decode what the frames wanted depend on, and yield them.
+
+        At the first fault, or where a frame does not come, the rest is decoded from the beginning: what conceals a
+        fault may be any frame before it, and no seek can end too late then.
+        """
         for span in self._packets.spans(wanted):
             missing = dict(span.targets)
-            for frame in self._decode(span, self._packets_of(span)):
-                if frame.pts in missing:
-                    yield missing.pop(frame.pts), frame
-            if missing and self._packets.held is None:  # a seek may come out too late; the beginning never does
-                self._rewind()
-                packets = islice(self._filled_packets(), span.stop)
-                for frame in self._decode(span, packets):
+            with contextlib.suppress(*FAULTS):
+                for frame in self._decode(span, self._packets_of(span)):
                     if frame.pts in missing:
                         yield missing.pop(frame.pts), frame
+            if missing:
+                for frame in self._all_frames():
+                    if frame.pts in missing:
+                        yield missing.pop(frame.pts), frame
+                    if not missing:
+                        break
 
     def _packets_of(self, span: Span) -> Iterator[Any]:
         """Yield the packets of a span; none where the container cannot seek to its beginning."""
@@ -149,14 +155,18 @@ class PyavReader:
         decoder.flush_buffers()
         skips = decoder.name in _SKIPPING_CODECS
         for packet in packets:
+            if packet.pts < span.key.pts:  # refers to frames before the keyframe; no later frame refers to it
+                continue
             if skips:
                 decoder.skip_frame = "DEFAULT" if packet.pts in span.targets else "NONREF"
             yield from self._same_size(decoder.decode(packet))
         yield from self._same_size(decoder.decode(None))
 
     def _all_frames(self) -> Iterator[Any]:
-        """Decode all from where the container is."""
-        return self._same_size(self._container.decode(self._stream))
+        """Decode all from the beginning, concealing damage; opens the file again, since not all can seek there."""
+        container, stream = open_stream(self._path)
+        with container:
+            yield from self._same_size(container.decode(stream))
 
     def _same_size(self, frames: Any) -> Iterator[Any]:
         """Pass frames on as long as their size stays."""
@@ -167,11 +177,6 @@ class PyavReader:
                 begun = "{}x{}".format(*self._size)
                 raise ValueError(f"its frames change from {begun} to {size[0]}x{size[1]} pixels")
             yield frame
-
-    def _rewind(self) -> None:
-        """Open the file again: not every container can seek to its beginning."""
-        self._container.close()
-        self._container, self._stream = open_stream(self._path)
 
     def _pixels(self, frame: Any) -> NDArray[np.uint8]:
         """Return a decoded frame as RGB, turned and mirrored as the file asks for; valid as long as the frame."""
