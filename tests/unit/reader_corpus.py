@@ -1,7 +1,7 @@
 """Small videos of many containers, codecs and kinds of groups of pictures, made by the ffmpeg command line.
 
-A cell's name is a kind of encoding and an extension: `x264_open.mkv`. Each has 40 frames of 64x48 (a few differ). They
-move and change their colour, so that no two are alike.
+A cell's name is a kind of encoding and an extension: `x264_open.mkv`. Each has 40 frames of 64x48 (a few differ)
+that move and change their colour, so that no two are alike.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from tests.unit.reader_corpus import CELLS, decode_all, ffmpeg_digests, make_cel
 ACCEPTED = {
     "decord": {
         "mp4": "x264 x264_no_b x264_pyramid x264_one_key x264_keys x264_fragments x264_no_edits x264_negative "
-        "x264_rate x264_late x264_short x264_sound x265_closed x265_closed_late x265_no_b x265_radl mpeg4 mpeg4_late vp9 "
-        "vp9_hidden mjpeg",
+        "x264_rate x264_late x264_short x264_sound x265_closed x265_closed_late x265_no_b x265_radl mpeg4 "
+        "mpeg4_late vp9 vp9_hidden mjpeg",
         "mov": "x264 x264_no_b x265_closed mjpeg prores",
         "3gp": "x264 mpeg4",
         "mkv": "x264 x264_no_b x264_pyramid x264_one_key x264_offset x264_cut x265_closed x265_closed_cut "

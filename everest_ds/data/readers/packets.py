@@ -39,7 +39,7 @@ _DECODING_TIMES = {"avi", "asf"}
 # With these, numbers and times of packets are not those of frames.
 _UNTIMED = {
     Oddity.NO_TIMES, Oddity.DECODING_TIMES, Oddity.BACK_IN_TIME, Oddity.LATE_START, Oddity.LEADS_START,
-    Oddity.INVISIBLE, Oddity.DAMAGED,
+    Oddity.INVISIBLE,
 }  # fmt: skip
 
 
