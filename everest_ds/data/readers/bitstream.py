@@ -5,28 +5,9 @@ container marks keyframes, but not whether decoding can start at one. It counts 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from enum import StrEnum
 from typing import Any
 
-
-class Oddity(StrEnum):
-    """What makes the frames of a file hard to find by number; each value is the reason in words."""
-
-    NO_TIMES = "its packets do not say when each frame is shown"
-    DECODING_TIMES = "its times are those of decoding, and it has B-frames"
-    BACK_IN_TIME = "its times run backwards at a keyframe"
-    LATE_START = "it does not begin with a keyframe"
-    LEADS_START = "it shows frames that come before its first keyframe"
-    OPEN_GOP = "its frames refer to frames beyond a keyframe (open GOPs)"
-    REFERS_AHEAD = "its MPEG-4 frames refer to later ones (B-frames)"
-    UNCLEAN_KEYS = "decoding cannot start at some of its keyframes (intra refresh, for instance)"
-    INVISIBLE = "some of its packets show no frame of their own"
-    HIDDEN = "an edit list hides some of its frames"
-    DAMAGED = "some of its packets are damaged"
-    CHANGING = "its frames may change their size on the way"
-    INTERLACED = "its frames are interlaced"
-    TURNED_BY_FRAMES = "its frames, not its header, say how to turn the picture"
-
+from everest_ds.data.readers.oddities import Oddity
 
 # Numbers of units in H.264 and HEVC.
 _H264_SLICE, _H264_IDR, _H264_SEI, _H264_SPS, _H264_B_TYPE = 1, 5, 6, 7, 1

@@ -8,14 +8,15 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
 from everest_ds.data.readers.base import VideoReadError, even_times_s, first_line
-from everest_ds.data.readers.bitstream import Inspector, Oddity
+from everest_ds.data.readers.bitstream import Inspector
+from everest_ds.data.readers.oddities import Oddity, finds_by_time, odd_decoding, odd_fields, odd_times
 
 FAULTS = (av.FFmpegError, OSError, ValueError)
 """What PyAV raises for a file that it cannot read."""
@@ -25,22 +26,10 @@ _OPEN_OPTIONS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[
 
 # Packets of a file up to this size are kept from the scan, so that nothing is read twice and nothing sought.
 _HELD_BYTES = 32 << 20
-
-# Where frames are found by the times of their packets: tests/unit/test_reader_oracle.py tries these containers and
-# codecs. Codecs of keyframes alone are others that do.
+# As many are looked at in any case.
 _HEAD_PACKETS = 64
-_TIMED_CONTAINERS = {"mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf"}
-_TIMED_CODECS = {
-    "h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg1video", "mpeg2video", "ffv1", "flv1", "msmpeg4v2",
-    "msmpeg4v3", "wmv1", "wmv2",
-}  # fmt: skip
-# Of these containers the times are those of decoding.
-_DECODING_TIMES = {"avi", "asf"}
-# With these, numbers and times of packets are not those of frames.
-_UNTIMED = {
-    Oddity.NO_TIMES, Oddity.DECODING_TIMES, Oddity.BACK_IN_TIME, Oddity.LATE_START, Oddity.LEADS_START,
-    Oddity.INVISIBLE,
-}  # fmt: skip
+# FFmpeg's number of the order of fields that there are none: 0 is unknown, more are interlaced.
+_PROGRESSIVE = 1
 
 
 class Key(NamedTuple):
@@ -208,11 +197,17 @@ def scan(container: Any, stream: Any, *, hold: bool) -> Packets:
             oddities.add(Oddity.DAMAGED)
         if inspector.looks_at_all:
             inspector.look(packet)
-    oddities |= _odd_times(times, hidden, keys)
-    oddities |= _odd_stream(container, stream, inspector, times, held[:_HEAD_PACKETS])
     facts = _stream_facts(container, stream)
-    trusted = not oddities & _UNTIMED and facts["container"] in _TIMED_CONTAINERS
-    trusted &= facts["codec"] in _TIMED_CODECS or stream.codec_context.codec.intra_only
+    kind, context = (facts["container"], facts["codec"]), stream.codec_context
+    oddities |= odd_times(times, hidden, [key.position for key in keys])
+    oddities |= odd_fields(*kind, is_interlaced=context.field_order > _PROGRESSIVE)
+    oddities |= odd_decoding(
+        *kind,
+        times,
+        has_b_frames=context.has_b_frames or Oddity.REFERS_AHEAD in oddities,
+        refers_ahead=lambda: inspector.refers_ahead(held[:_HEAD_PACKETS]),
+    )
+    trusted = finds_by_time(*kind, is_intra_only=context.codec.intra_only, oddities=oddities)
     shown = [time for position, time in enumerate(times) if time is not None and position not in hidden]
     return Packets(
         pts=sorted(shown) if trusted and shown else None,
@@ -222,53 +217,6 @@ def scan(container: Any, stream: Any, *, hold: bool) -> Packets:
         oddities=frozenset(oddities),
         **facts,
     )
-
-
-def _odd_times(times: Sequence[int | None], hidden: set[int], keys: Sequence[Key]) -> set[Oddity]:
-    """Return what is odd about the times of packets, in the order of decoding, and about their keyframes."""
-    found = {Oddity.HIDDEN} if hidden else set()
-    if not keys or keys[0].position > 0:
-        found.add(Oddity.LATE_START)
-    if None in times or len(set(times)) < len(times):
-        return found | {Oddity.NO_TIMES}
-    ordered = cast(Sequence[int], times)
-    latest = None
-    for place, key in enumerate(keys):
-        group = range(key.position, keys[place + 1].position if place + 1 < len(keys) else len(times))
-        leading = [position for position in group if ordered[position] < key.pts]
-        if latest is not None and latest >= key.pts:
-            found.add(Oddity.BACK_IN_TIME)
-        if leading:
-            found.add(Oddity.OPEN_GOP)
-            if place == 0 and not hidden.issuperset(leading):
-                found.add(Oddity.LEADS_START)
-            if place > 0 and min(ordered[position] for position in leading) < keys[place - 1].pts:
-                found.add(Oddity.BACK_IN_TIME)
-        latest = max(ordered[position] for position in group)
-    return found
-
-
-def _odd_stream(
-    container: Any, stream: Any, inspector: Inspector, times: Sequence[int | None], head: Sequence[Any]
-) -> set[Oddity]:
-    """Return what is odd about a stream whose packets were all read, from their times and from the first ones."""
-    found = set()
-    context, format_name = stream.codec_context, _format_name(container)
-    if Oddity.REFERS_AHEAD in inspector.oddities or context.has_b_frames:
-        known = [time for time in times if time is not None]
-        in_order = (
-            context.codec.canonical_name != "mpeg4" and known == sorted(known) and inspector.refers_ahead(head)
-        )
-        if format_name in _DECODING_TIMES or in_order:
-            found.add(Oddity.DECODING_TIMES)
-    if context.field_order > 1:
-        found.add(Oddity.INTERLACED)
-        if context.codec.canonical_name == "h264" and format_name not in (
-            "mov",
-            "matroska",
-        ):  # a packet may be a field
-            found.add(Oddity.INVISIBLE)
-    return found
 
 
 def _format_name(container: Any) -> str:

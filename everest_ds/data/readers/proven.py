@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.data.readers.base import VideoReadError
-from everest_ds.data.readers.bitstream import Oddity
+from everest_ds.data.readers.oddities import Oddity
 from everest_ds.data.readers.packets import FAULTS, Packets, open_stream, read_index, reason_of, scan
 from everest_ds.data.readers.turns import Turn, turn_of
 

@@ -19,7 +19,7 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from everest_ds.data.readers.base import VideoReadError
-from everest_ds.data.readers.bitstream import Oddity
+from everest_ds.data.readers.oddities import Oddity
 from everest_ds.data.readers.packets import FAULTS, Span, open_stream, read_index, reason_of, scan
 from everest_ds.data.readers.turns import turn_of
 
