@@ -231,7 +231,7 @@ def _protocol(options: EvaluateOptions, train_rows: list[VideoRow]) -> dict[str,
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    packages = ("torch", "torchvision", "decord")
+    packages = ("torch", "torchvision", "av")
     return {"everest_ds": __version__} | {package: version(package) for package in packages}
 
 

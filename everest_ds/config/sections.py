@@ -36,7 +36,7 @@ class DataConfig:
     repeat_frames: Literal["shared", "own"] = "shared"
     """shared: the clips of a video differ in crop, flip and augmentation alone; own: each draws its own frames."""
     reader: ReaderName = "auto"
-    """Library that reads videos; auto takes decord where it serves, else PyAV (`everest doctor` lists them)."""
+    """Library that reads videos; auto takes the first of PyAV, decord and torchcodec that works here."""
     num_workers: int = 8
     """Loader processes of each training process; 0 decodes in the training process itself."""
     prefetch_batches: int = 2

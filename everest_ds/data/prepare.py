@@ -2,7 +2,7 @@
 
 Place in the flow: a row of a list -> a file of the same frames, smaller and quick to decode. Runs in a process that
 can be killed (`data.guarded`). The source is only read. Frames keep their times, counted from the first one; a
-rotation is applied; sound is left out.
+display matrix is applied; sound is left out.
 """
 
 import contextlib

@@ -124,10 +124,12 @@ class StallHint:
             return
         self._silent_until = self._lines + _LINES_BETWEEN_HINTS
         data, cores = self._config.data, len(os.sched_getaffinity(0))
+        is_fastest = data.reader in ("auto", "pyav")
+        faster_reader = "" if is_fastest else f"data.reader=pyav (now {data.reader}) decodes less; "
         print(
             f"note: {values['stalled']:.0%} of the time was spent waiting for clips. {data.num_workers} loader "
             f"processes for each training process here, {cores} CPU cores for all: raise data.num_workers while "
-            f"cores are idle; data.reader=pyav (now {data.reader}) decodes less; `everest prepare` makes videos "
+            f"cores are idle; {faster_reader}`everest prepare` makes videos "
             f"cheap to decode; data.repeats (now {data.repeats}) takes several clips from one decoding; `everest "
             f"benchmark data {self._config.recipe}` shows where the time goes",
             flush=True,

@@ -199,7 +199,7 @@ def describe_environment() -> dict[str, Any]:
     import torch
 
     versions: dict[str, str | None] = {"everest_ds": __version__, "python": platform.python_version()}
-    for package in ("torch", "deepspeed", "timm", "decord", "flash-attn"):
+    for package in ("torch", "deepspeed", "timm", "av", "decord", "flash-attn"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

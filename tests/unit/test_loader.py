@@ -420,10 +420,9 @@ def test_crop_too_large_for_the_device_is_a_bad_sample_that_names_the_way_out(
     )
 
 
-def test_reader_that_cannot_serve_is_refused_before_a_process_begins(rows: list[VideoRow]) -> None:
-    with pytest.raises(UserError, match=r"data\.reader=torchcodec cannot read videos here"):
-        from everest_ds.data.readers import choice
-
-        if choice.obstacle("torchcodec") is None:
-            pytest.skip("torchcodec serves here")
+def test_reader_that_cannot_be_imported_is_refused_before_a_process_begins(
+    rows: list[VideoRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("everest_ds.data.readers.choice.obstacle", {"torchcodec": "not installed; install it"}.get)
+    with pytest.raises(UserError, match=r"data\.reader=torchcodec cannot read videos here: not installed"):
         make_dataset(rows, replace(CONFIG, reader="torchcodec", num_workers=2))

@@ -24,7 +24,7 @@ from everest_ds.data.prepare import (
 from everest_ds.data.readers.packets import scan_packets
 from everest_ds.data.video import Video
 from tests.unit.test_readers_real import BAD_FILES
-from tests.unit.video_files import TURNS, corners, shown, write_ramp, write_turned
+from tests.unit.video_files import TURNS, corners, shown, turned_size, write_ramp, write_turned
 
 # Flat grey frames lose next to nothing; measured 47 dB.
 MIN_PSNR_DB = 40.0
@@ -112,14 +112,14 @@ def test_single_frame_is_a_video_too(tmp_path: Path, out: Path) -> None:
     assert shown(Video(target).read([0])) == [0]
 
 
-@pytest.mark.parametrize("degrees", TURNS)
-def test_rotation_is_applied_once(degrees: int, tmp_path: Path, out: Path) -> None:
-    write_turned(tmp_path / "turned.mp4", degrees)
+@pytest.mark.parametrize("turn", TURNS)
+def test_turn_is_applied_once(turn: str, tmp_path: Path, out: Path) -> None:
+    write_turned(tmp_path / "turned.mp4", turn)
     found, target = made(VideoRow(tmp_path / "turned.mp4", 0), out)
-    assert (found.width, found.height) == ((96, 64) if degrees % 180 == 0 else (64, 96))
+    assert (found.width, found.height) == turned_size(turn)
     for reader in ("pyav", "decord"):
         frames = Video(target, reader=reader).read([0, 2])  # type: ignore[arg-type]
-        assert np.abs(np.array(corners(frames)) - TURNS[degrees][1]).max() < 6  # measured: 2
+        assert np.abs(np.array(corners(frames)) - TURNS[turn][1]).max() < 6  # measured: 2
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_bad_sources_are_faults_in_words_or_prepared_as_far_as_they_are_read(rea
     """As PyAV reads them, alone, here in one go; frames of 1x1 cannot be encoded."""
     for name, expected in BAD_FILES.items():
         if isinstance(expected, tuple):
-            expected = expected[1]
+            expected = expected[0]
         if name == "real_1x1.mp4":
             expected = "its frames of 1x1 pixels are too small to encode"
         settings = PrepareSettings(reader="pyav")

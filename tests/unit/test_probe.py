@@ -12,14 +12,12 @@ from everest_ds.data.findings import Record
 from everest_ds.data.index import VideoRow
 from everest_ds.data.probe import Finding, Kind, ProbeSettings, probe_video
 
-# Which of the given files is what; flip20_mid has one damaged picture that no header and no decoder tells of, and
-# reschange changes its size midway, which is scaled to the first.
+# Which of the given files is what; flip20_mid has one damaged picture that no header and no decoder tells of.
 GIVEN = {
     Kind.GOOD: {"ok_faststart.mp4", "ok_moovend.mp4", "moov_erased.mp4", "single_frame.mp4"}
-    | {"flip20_mid.mp4", "reschange.ts"},
+    | {"flip20_mid.mp4", "real_av1.mkv", "real_no_duration.webm", "png_renamed.mp4", "real_1x1.mp4", "flip200.avi"},
     Kind.EDIT_LIST: {"editlist_cut.mp4"},
     Kind.STARTS_LATE: {"start_not_key.ts"},
-    Kind.DUPLICATE_FRAMES: {"flip200.avi"},
     Kind.TRUNCATED: {"trunc_half.avi", "trunc_half.mkv", "trunc_half.webm"},
 }
 

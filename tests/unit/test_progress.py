@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,13 +26,18 @@ def test_line_says_which_share_of_the_time_was_spent_waiting(monkeypatch: pytest
 
 
 def test_stall_is_told_of_when_it_begins_and_again_after_many_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    hint = StallHint(get_recipe("demo"))
+    config = get_recipe("demo")
+    hint = StallHint(replace(config, data=replace(config.data, reader="decord")))
     said = []
     for share in [0.9, 0.05, 0.1, 0.34] + [0.5] * 120:  # the first line waits for loader processes to begin
         hint.consider({"stalled": share})
         said.append(capsys.readouterr().out)
     assert [number for number, text in enumerate(said) if text] == [3, 54, 105]
     assert said[3].startswith("note: 34% of the time was spent waiting for clips. 1 loader processes")
-    fields = ("data.num_workers", "data.reader=pyav (now auto)", "data.repeats (now 1)")
+    fields = ("data.num_workers", "data.reader=pyav (now decord)", "data.repeats (now 1)")
     for way_out in (*fields, "everest prepare", "everest benchmark data demo"):
         assert way_out in said[3]
+    hint = StallHint(config)  # reads with PyAV
+    for _ in range(2):
+        hint.consider({"stalled": 0.5})
+    assert "data.reader" not in capsys.readouterr().out

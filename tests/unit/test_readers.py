@@ -13,10 +13,10 @@ import pytest
 
 from everest_ds.data.readers import choice
 from everest_ds.data.readers.base import VideoReadError, first_line
-from everest_ds.data.readers.choice import READERS, choose_reader, obstacle
+from everest_ds.data.readers.choice import READERS, choose_reader, obstacle, open_reader
 from everest_ds.data.video import DecodedVideo, Video
 from everest_ds.errors import UserError
-from tests.unit.video_files import TURNS, corners, shown, write_ramp, write_turned
+from tests.unit.video_files import shown, write_ramp
 
 # Container, codec, B-frames: with and without an index, with times of showing and without.
 KINDS = {
@@ -54,25 +54,24 @@ def fresh_choice() -> Iterator[None]:
     obstacle.cache_clear()
 
 
-# What the libraries themselves get wrong: decord's seeks miss by some frames, torchcodec's too in transport
-# streams. PyAV gets all of them right.
-MISPLACED = {
+# See test_reader_oracle.py for more kinds.
+REFUSED = {
     ("decord", "b_frames.ts"),
     ("decord", "b_frames.avi"),
     ("decord", "hevc.mp4"),
     ("torchcodec", "b_frames.ts"),
+    ("torchcodec", "b_frames.avi"),
 }
-REFUSED = {("torchcodec", "b_frames.avi")}  # see test_torchcodec_refuses_avi_with_b_frames
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_frames_come_by_number_in_any_order(
-    name: str, reader: str, ramps: Path, request: pytest.FixtureRequest
-) -> None:
+def test_frames_come_by_number_in_any_order_or_are_refused(name: str, reader: str, ramps: Path) -> None:
     if (reader, name) in REFUSED:
-        pytest.skip("refused")
-    if (reader, name) in MISPLACED:
-        request.applymarker(pytest.mark.xfail(reason="the library's own fault"))
+        with pytest.raises(
+            VideoReadError, match=rf"^.*{reader} may give wrong frames of it: .*use --data\.reader pyav$"
+        ):
+            Video(ramps / name, reader=reader)  # type: ignore[arg-type]
+        return
     video = Video(ramps / name, reader=reader)  # type: ignore[arg-type]
     assert video.num_frames == 40
     for wanted in ([39, 0, 17, 17, 8], [5], list(range(40)), [39], [7, 8, 9], [23, 3]):
@@ -99,8 +98,8 @@ def test_frames_come_by_number_in_any_order(
 def test_window_is_the_frames_that_start_in_it(
     name: str, start_s: float | None, end_s: float | None, first: int, last: int, reader: str, ramps: Path
 ) -> None:
-    if (reader, name) in REFUSED | MISPLACED:
-        pytest.skip("the library does not number these frames rightly")
+    if (reader, name) in REFUSED:
+        pytest.skip("refused")
     video = Video(ramps / name, reader=reader, start_s=start_s, end_s=end_s)  # type: ignore[arg-type]
     assert video.num_frames == last - first + 1
     assert shown(video.read([0, video.num_frames - 1])) == [first, last]
@@ -166,43 +165,36 @@ def test_missing_empty_and_torn_files_say_so(reader: str, ramps: Path, tmp_path:
         assert not caught.value.reason.startswith("[")
 
 
-@pytest.mark.parametrize("degrees", TURNS)
-def test_rotation_that_a_file_asks_for_is_applied_alike_by_all(degrees: int, reader: str, tmp_path: Path) -> None:
-    write_turned(tmp_path / "turned.mp4", degrees)
-    frames = Video(tmp_path / "turned.mp4", reader=reader).read([0, 2])  # type: ignore[arg-type]
-    height, width = (64, 96) if degrees % 180 == 0 else (96, 64)
-    assert frames.shape == (2, height, width, 3)
-    assert np.abs(np.array(corners(frames)) - TURNS[degrees][1]).max() < 6  # measured: 2
-
-
 @pytest.mark.parametrize("width", [16, 24, 48, 72])
 def test_width_that_decord_cannot_hand_out_names_the_reader_that_can(width: int, tmp_path: Path) -> None:
     if obstacle("decord"):
         pytest.skip("decord is not installed")
     write_ramp(tmp_path / "narrow.mp4", 6, width=width)
-    with pytest.raises(VideoReadError, match=r"this width; data\.reader=pyav reads them"):
+    with pytest.raises(VideoReadError, match=r"this width; use --data\.reader pyav"):
         Video(tmp_path / "narrow.mp4", reader="decord").read([0, 5])
     assert shown(Video(tmp_path / "narrow.mp4", reader="pyav").read([5, 0])) == [5, 0]
 
 
-def test_torchcodec_refuses_avi_with_b_frames(ramps: Path) -> None:
-    if obstacle("torchcodec"):
-        pytest.skip(f"torchcodec {obstacle('torchcodec')}")
-    with pytest.raises(VideoReadError, match="misplaces frames of AVI"):
-        Video(ramps / "b_frames.avi", reader="torchcodec")
-
-
-def test_auto_takes_decord_and_without_it_pyav(fresh_choice: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "decord", types.ModuleType("decord"))
+def test_auto_takes_pyav_then_decord_then_torchcodec(
+    fresh_choice: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for module in ("decord", "torchcodec", "torchcodec.decoders"):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    assert choose_reader("auto") == "pyav"
+    obstacle.cache_clear()
+    monkeypatch.setitem(sys.modules, "av", None)
     assert choose_reader("auto") == "decord"
+    (tmp_path / "some.mp4").write_bytes(b"some bytes of it")
+    with pytest.raises(VideoReadError, match="decord needs PyAV to look at the file first"):
+        open_reader(tmp_path / "some.mp4", "auto")
     obstacle.cache_clear()
     monkeypatch.setitem(sys.modules, "decord", None)
-    assert choose_reader("auto") == "pyav"
+    assert choose_reader("auto") == "torchcodec"
     with pytest.raises(UserError, match=r"data\.reader=decord cannot read videos here: .*everest doctor"):
         choose_reader("decord")
     obstacle.cache_clear()
-    monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(UserError, match=r"no reader of videos: decord .*, pyav "):
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(UserError, match=r"no reader of videos: pyav .*, decord .*, torchcodec "):
         choose_reader("auto")
 
 
@@ -244,8 +236,8 @@ def test_torchcodec_reader_asks_and_answers_as_promised(
     monkeypatch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", fake)
     monkeypatch.delitem(sys.modules, "everest_ds.data.readers.with_torchcodec", raising=False)
-    for name in ("good.mp4", "bad.mp4"):
-        (tmp_path / name).write_bytes(b"some bytes of it")
+    for name, frames in (("good.mp4", 5), ("bad.mp4", 5), ("longer.mp4", 6)):
+        write_ramp(tmp_path / name, frames)
     video = Video(tmp_path / "good.mp4", reader="torchcodec")
     assert video.num_frames == 5
     assert video.read([4, 1, 1])[:, 0, 0, 0].tolist() == [4, 1, 1]
@@ -254,6 +246,10 @@ def test_torchcodec_reader_asks_and_answers_as_promised(
     assert caught.value.reason == "Could not push packet"
     with pytest.raises(VideoReadError, match="it has no video stream"):
         Video(tmp_path / "bad.mp4", reader="torchcodec")
+    with pytest.raises(
+        VideoReadError, match=r"counts 5 frames, its packets have times for 6; use --data\.reader pyav"
+    ):
+        Video(tmp_path / "longer.mp4", reader="torchcodec")
     monkeypatch.delitem(sys.modules, "everest_ds.data.readers.with_torchcodec")
 
 

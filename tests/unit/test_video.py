@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from everest_ds.data.demo import encode_h264
-from everest_ds.data.readers.with_decord import count_presentable
 from everest_ds.data.video import Video, VideoReadError
 
 # H.264 at crf 16 on the ramp below: measured mean error 1.0 of 255 in the worst frame.
@@ -63,26 +62,21 @@ def test_fault_of_the_file_system_is_a_bad_video_too(tmp_path: Path) -> None:
         Video(tmp_path / "folder.mp4")
 
 
-def test_frames_before_an_edit_list_do_not_count_but_unknown_times_do() -> None:
-    assert count_presentable(np.array([-0.2, -0.1, 0.0, 0.1, 0.2])) == 3
-    assert count_presentable(np.array([-3e17, -3e17, 0.1])) == 3
-    assert count_presentable(np.array([-1e-9, 0.04])) == 2
-    assert count_presentable(np.zeros(0)) == 0
-
-
 def test_every_good_real_clip_is_read(real_clips: Path) -> None:
     with (real_clips / "manifest.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 46
     for row in rows:
-        video = Video(real_clips / row["file"], reader="decord")
-        assert video.num_frames == int(row["frames_decord"]), row["file"]
+        video = Video(real_clips / row["file"])
+        # AVI with packed B-frames: decord counted the empty packet at the end as a frame.
+        counted_too_many = row["file"].startswith("HMDB51")
+        assert video.num_frames == int(row["frames_decord"]) - counted_too_many, row["file"]
         frames = video.read([0, video.num_frames - 1])
         assert f"{frames.shape[1]}x{frames.shape[2]}" == row["decord_shape"], row["file"]
 
 
 def test_frames_of_an_edit_list_are_no_copies_of_the_last_one(real_clips: Path) -> None:
-    video = Video(real_clips / "bad" / "editlist_cut.mp4", reader="decord")
+    video = Video(real_clips / "bad" / "editlist_cut.mp4")
     frames = video.read(range(video.num_frames)).astype(int)
     changes = np.abs(frames[1:] - frames[:-1]).reshape(video.num_frames - 1, -1).max(axis=1)
     assert changes.min() > 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pytest
 
 from everest_ds.data.demo import encode_h264
 
@@ -42,25 +43,54 @@ def shown(frames_THWC: np.ndarray) -> list[int]:
     return np.rint(frames_THWC.reshape(len(frames_THWC), -1).mean(axis=1) / LEVELS_PER_FRAME).astype(int).tolist()
 
 
-# Turned clockwise, as the matrix of a track's header says it, and where the four corners of the picture go.
+# The eight display matrices: a b, c d of a track's header, and where the four corners of the picture go.
 TURNS = {
-    0: ((1, 0, 0, 1), [40, 90, 140, 200]),
-    90: ((0, 1, -1, 0), [140, 40, 200, 90]),
-    180: ((-1, 0, 0, -1), [200, 140, 90, 40]),
-    270: ((0, -1, 1, 0), [90, 200, 40, 140]),
+    "as it is": ((1, 0, 0, 1), [40, 90, 140, 200]),
+    "90 degrees": ((0, 1, -1, 0), [140, 40, 200, 90]),
+    "180 degrees": ((-1, 0, 0, -1), [200, 140, 90, 40]),
+    "270 degrees": ((0, -1, 1, 0), [90, 200, 40, 140]),
+    "left to right": ((-1, 0, 0, 1), [90, 40, 200, 140]),
+    "upside down": ((1, 0, 0, -1), [140, 200, 40, 90]),
+    "transposed": ((0, 1, 1, 0), [40, 140, 90, 200]),
+    "transposed the other way": ((0, -1, -1, 0), [200, 90, 140, 40]),
 }
 
 
-def write_turned(path: Path, degrees: int, num_frames: int = 3) -> None:
-    """Write 96x64 pictures with four grey corners, and have the file ask for a turn."""
+def turned_size(turn: str) -> tuple[int, int]:
+    """Width and height of the pictures of `write_turned` as they are to be seen."""
+    return (96, 64) if TURNS[turn][0][0] else (64, 96)
+
+
+def four_corners() -> np.ndarray:
+    """A picture of 96x64 with four grey corners."""
     picture = np.zeros((64, 96, 3), dtype=np.uint8)
     for level, rows, columns in ((40, 0, 0), (90, 0, 48), (140, 32, 0), (200, 32, 48)):
         picture[rows : rows + 32, columns : columns + 48] = level
-    encode_h264(path, np.stack([picture] * num_frames))
-    a, b, c, d = TURNS[degrees][0]
+    return picture
+
+
+def write_turned_mkv(path: Path, turn: str, num_frames: int = 3) -> None:
+    """Write `four_corners` with a display matrix into Matroska; skip where PyAV has no way to."""
+    a, b, c, d = (value << 16 for value in TURNS[turn][0])
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(FRAMES_PER_S), options={"crf": "16", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        if not hasattr(stream, "set_display_matrix"):
+            pytest.skip("this version of PyAV writes no display matrix")
+        stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
+        for _ in range(num_frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(four_corners(), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_turned(path: Path, turn: str | tuple[float, float, float, float], num_frames: int = 3) -> None:
+    """Write `four_corners` into an MP4 or MOV that asks for a turn."""
+    encode_h264(path, np.stack([four_corners()] * num_frames))
+    matrix = TURNS[turn][0] if isinstance(turn, str) else turn
+    a, b, c, d = (round(value * (1 << 16)) for value in matrix)
     content = bytearray(path.read_bytes())
-    matrix = content.index(b"tkhd") + 4 + 40
-    struct.pack_into(">9i", content, matrix, a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    place = content.index(b"tkhd") + 4 + 40
+    struct.pack_into(">9i", content, place, a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(content)
 
 

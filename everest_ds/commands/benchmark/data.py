@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from everest_ds.train.tasks import Task
 
 OneReader = Literal["decord", "pyav", "torchcodec"]
-_AUTO_READERS: tuple[OneReader, ...] = ("decord", "pyav")
+_AUTO_READERS: tuple[OneReader, ...] = ("pyav", "decord")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class DataBenchmarkOptions:
     lists: tuple[Path, ...] = ()
     """Lists to measure side by side; data.train_list without this."""
     readers: tuple[OneReader, ...] = ()
-    """Libraries to read with; without this data.reader, for auto those of decord and pyav that serve."""
+    """Libraries to read with; without this data.reader, for auto pyav and decord, where they work."""
     repeats: tuple[int, ...] = (1,)
     """Clips, each of its own crop, of one decoded video."""
     workers: tuple[int, ...] = (1, 2)

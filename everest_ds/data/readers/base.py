@@ -39,8 +39,8 @@ class VideoReadError(Exception):
 class Reader(Protocol):
     """An open video, as one library reads it. Opened where it is used, for one clip, and dropped.
 
-    Frames that are not to be shown (before the start of an edit list) do not count. A rotation that the file asks
-    for is applied.
+    Frames that are not to be shown (before the start of an edit list) do not count. Pictures are turned and
+    mirrored as the file's display matrix asks for.
     """
 
     @property

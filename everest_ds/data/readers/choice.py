@@ -1,24 +1,24 @@
-"""Which reader serves here. Needs none of the libraries to be imported."""
+"""Which reader is used. Needs none of the libraries to be imported."""
 
 import importlib
 from functools import cache
 from pathlib import Path
 
 from everest_ds.config.sections import ReaderName
-from everest_ds.data.readers.base import Reader, first_line, require_file
+from everest_ds.data.readers.base import Reader, VideoReadError, first_line, require_file
 from everest_ds.errors import UserError
 
 READERS: dict[ReaderName, tuple[str, str]] = {
-    "decord": ("decord", "pip install decord (Linux on x86-64 only)"),
     "pyav": ("av", "pip install av"),
+    "decord": ("decord", "pip install decord (Linux on x86-64 only)"),
     "torchcodec": ("torchcodec.decoders", "pip install 'everest_ds[torchcodec]', and FFmpeg's shared libraries"),
 }
-"""The module that each reader needs, and how to come by it; `auto` takes the first that serves."""
+"""The module that each reader needs, and how to come by it; `auto` takes the first that can be imported."""
 
 
 @cache
 def obstacle(reader: ReaderName) -> str | None:
-    """Return why a reader (one of `READERS`) cannot serve on this machine, or None where it can."""
+    """Return why a reader (one of `READERS`) cannot be used on this machine, or None where it can."""
     module, way_out = READERS[reader]
     try:
         importlib.import_module(module)
@@ -32,23 +32,25 @@ def obstacle(reader: ReaderName) -> str | None:
 
 
 def choose_reader(wanted: ReaderName) -> ReaderName:
-    """Return the reader that serves: the one wanted, or for ``auto`` decord, and where it does not serve PyAV.
+    """Return the reader wanted, or for ``auto`` the first of `READERS` that can be imported.
 
     Raises:
-        UserError: The one wanted cannot serve here, or none can.
+        UserError: The one wanted cannot be imported, or none can.
     """
     if wanted != "auto":
         fault = obstacle(wanted)
         if fault is None:
             return wanted
         raise UserError(
-            f"data.reader={wanted} cannot read videos here: {fault}; or take another reader, auto for instance "
-            "(`everest doctor` lists those that serve)"
+            f"data.reader={wanted} cannot read videos here: {fault}; or use another reader, auto for instance "
+            "(`everest doctor` lists those that work)"
         )
-    faults = {name: obstacle(name) for name in ("decord", "pyav")}
-    for name, fault in faults.items():
+    faults: dict[ReaderName, str] = {}
+    for name in READERS:
+        fault = obstacle(name)
         if fault is None:
-            return name  # type: ignore[return-value]
+            return name
+        faults[name] = fault
     listed = ", ".join(f"{name} {fault}" for name, fault in faults.items())
     raise UserError(f"data.reader=auto finds no reader of videos: {listed}")
 
@@ -57,11 +59,15 @@ def open_reader(path: Path, wanted: ReaderName) -> Reader:
     """Open a video.
 
     Raises:
-        VideoReadError: The file is missing, is no video, or has no frame to show.
-        UserError: The reader wanted cannot serve here.
+        VideoReadError: The file is missing, is no video, has no frame to show, or is of a kind that the reader
+            is not known to read rightly.
+        UserError: The reader wanted cannot be imported.
     """
     chosen = choose_reader(wanted)
     require_file(path)
+    fault = obstacle("pyav")
+    if fault is not None:
+        raise VideoReadError(path, f"{chosen} needs PyAV to look at the file first, and PyAV is {fault}")
     if chosen == "decord":
         from everest_ds.data.readers.with_decord import DecordReader
 

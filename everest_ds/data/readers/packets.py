@@ -3,6 +3,7 @@
 Place in the flow: file -> packets -> times of its frames, and the spans of packets that `with_pyav` decodes.
 """
 
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from everest_ds.data.readers.base import VideoReadError, even_times_s, first_line
+from everest_ds.data.readers.bitstream import Inspector
+from everest_ds.data.readers.oddities import Oddity, finds_by_time, odd_decoding, odd_fields, odd_times
 
 FAULTS = (av.FFmpegError, OSError, ValueError)
 """What PyAV raises for a file that it cannot read."""
@@ -23,6 +26,10 @@ _OPEN_OPTIONS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[
 
 # Packets of a file up to this size are kept from the scan, so that nothing is read twice and nothing sought.
 _HELD_BYTES = 32 << 20
+# As many are looked at in any case.
+_HEAD_PACKETS = 64
+# FFmpeg's number of the order of fields that there are none: 0 is unknown, more are interlaced.
+_PROGRESSIVE = 1
 
 
 class Key(NamedTuple):
@@ -61,11 +68,14 @@ class Packets:
     Attributes:
         pts: Times of the frames that can be shown, ascending, in the stream's ticks; None where they cannot be
             trusted.
-        keys: Keyframes, ascending by time.
+        keys: Keyframes at which decoding can start, ascending by time.
         positions: Time of a frame -> its packet's number, in the order of decoding.
         held: The packets themselves, by number; None where they are too many bytes.
         ticks_per_s: Ticks of a second.
         frames_per_s: The stream's average rate.
+        container: FFmpeg's first name of the format.
+        codec: FFmpeg's name of the codec.
+        oddities: What makes frames hard to find by number.
     """
 
     pts: list[int] | None
@@ -74,6 +84,9 @@ class Packets:
     held: list[Any] | None
     ticks_per_s: float
     frames_per_s: float
+    container: str = "mov"
+    codec: str = "h264"
+    oddities: frozenset[Oddity] = frozenset()
 
     def times_s(self, num_frames: int) -> NDArray[np.float64]:
         """Return when each frame starts, seconds from the first one; evenly spaced without trusted times."""
@@ -154,7 +167,7 @@ def read_index(container: Any, stream: Any) -> Packets | None:
         keys=[Key(time, time, position) for position, time in enumerate(pts)],
         positions={time: position for position, time in enumerate(pts)},
         held=None,
-        **_rates(stream),
+        **_stream_facts(container, stream),
     )
 
 
@@ -162,42 +175,65 @@ def scan(container: Any, stream: Any, *, hold: bool) -> Packets:
     """Read all packets of an open stream; ``hold`` them where they are not too many bytes."""
     # FFmpeg seeks in mp4 and mov by the time of decoding, elsewhere by that of showing.
     by_dts = "mov" in container.format.name.split(",")
-    shown: list[int | None] = []
+    inspector = Inspector(stream.codec_context.codec.canonical_name, stream.codec_context.extradata)
+    oddities = inspector.oddities
+    times: list[int | None] = []
+    hidden: set[int] = set()
     keys: list[Key] = []
-    positions: dict[int | None, int] = {}
-    held: list[Any] | None = [] if hold and container.size <= _HELD_BYTES else None
-    position = -1
+    held: list[Any] = []
+    max_held = sys.maxsize if hold and container.size <= _HELD_BYTES else _HEAD_PACKETS
     for packet in container.demux(stream):
         if not packet.size:
             continue
-        position += 1
-        time = packet.pts
-        positions[time] = position
-        if held is not None:
+        time, position = packet.pts, len(times)
+        times.append(time)
+        if position < max_held:
             held.append(packet)
-        if packet.is_keyframe and time is not None:
+        if packet.is_keyframe and time is not None and inspector.starts_clean(packet):
             keys.append(Key(time, packet.dts if by_dts and packet.dts is not None else time, position))
-        if keys and not packet.is_discard:  # nothing can be decoded before the first keyframe
-            shown.append(time)
-    first_key = min(key.pts for key in keys) if keys else 0
-    pts = sorted(time for time in shown if time is not None and time >= first_key)
-    counted = container.format.name == "avi" and stream.codec_context.has_b_frames
-    trusted = bool(pts) and None not in shown and len(set(pts)) == len(pts) and not counted
+        if packet.is_discard:
+            hidden.add(position)
+        if packet.is_corrupt:
+            oddities.add(Oddity.DAMAGED)
+        if inspector.looks_at_all:
+            inspector.look(packet)
+    facts = _stream_facts(container, stream)
+    kind, context = (facts["container"], facts["codec"]), stream.codec_context
+    oddities |= odd_times(times, hidden, [key.position for key in keys])
+    oddities |= odd_fields(*kind, is_interlaced=context.field_order > _PROGRESSIVE)
+    oddities |= odd_decoding(
+        *kind,
+        times,
+        has_b_frames=context.has_b_frames or Oddity.REFERS_AHEAD in oddities,
+        refers_ahead=lambda: inspector.refers_ahead(held[:_HEAD_PACKETS]),
+    )
+    trusted = finds_by_time(*kind, is_intra_only=context.codec.intra_only, oddities=oddities)
+    shown = [time for position, time in enumerate(times) if time is not None and position not in hidden]
     return Packets(
-        pts=pts if trusted else None,
+        pts=sorted(shown) if trusted and shown else None,
         keys=sorted(keys, key=lambda key: key.pts),
-        positions=positions,
-        held=held if trusted else None,
-        **_rates(stream),
+        positions={time: position for position, time in enumerate(times)},
+        held=held if trusted and max_held > _HEAD_PACKETS else None,
+        oddities=frozenset(oddities),
+        **facts,
     )
 
 
-def _rates(stream: Any) -> dict[str, float]:
-    return {"ticks_per_s": float(1 / stream.time_base), "frames_per_s": float(stream.average_rate or 25)}
+def _format_name(container: Any) -> str:
+    return str(container.format.name).split(",", maxsplit=1)[0]
+
+
+def _stream_facts(container: Any, stream: Any) -> dict[str, Any]:
+    return {
+        "ticks_per_s": float(1 / stream.time_base),
+        "frames_per_s": float(stream.average_rate or 25),
+        "container": _format_name(container),
+        "codec": stream.codec_context.codec.canonical_name,
+    }
 
 
 def scan_packets(path: Path) -> Packets:
-    """Read all packets of a video.
+    """Read the index of a video, or all its packets.
 
     Raises:
         VideoReadError: The file cannot be opened, or has no video.
@@ -205,7 +241,7 @@ def scan_packets(path: Path) -> Packets:
     try:
         container, stream = open_stream(path)
         with container:
-            return scan(container, stream, hold=False)
+            return read_index(container, stream) or scan(container, stream, hold=False)
     except FAULTS as error:
         raise VideoReadError(path, reason_of(error)) from error
 

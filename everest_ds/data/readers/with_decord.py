@@ -1,10 +1,9 @@
-"""Reading videos with decord 0.6, the default.
+"""Reading videos with decord 0.6.
 
-decord applies a file's rotation itself. Its length counts the frames before an edit list's start as well and fills
-the end with copies of the last frame; those are left out here. It hands no frames out that are 1, 16, 24, 48 or 72
-pixels wide (tried: 1 and the even widths from 16 to 400), and knows no AV1: both are errors that name the reader
-that can. In HEVC, transport streams and AVI with B-frames its seeks may miss by some frames
-(tests/unit/test_readers.py).
+decord seeks to a keyframe and counts frames from there, which in many kinds of files ends at another frame, without
+an error: `proven` lists the kinds that it reads rightly, all others are refused. Of a display matrix it applies the
+angle, in MP4 and MOV alone; the rest is done here. It hands no frames out that are 1, 16, 24, 48 or 72 pixels wide
+(tried: 1 and the even widths from 16 to 400), and knows no AV1.
 """
 
 from collections.abc import Sequence
@@ -15,12 +14,13 @@ import numpy as np
 import torch.utils.dlpack
 from numpy.typing import NDArray
 
-from everest_ds.data.readers.base import VideoReadError, even_times_s, first_line
+from everest_ds.data.readers.base import VideoReadError, first_line
+from everest_ds.data.readers.proven import PROVEN, WAY_OUT, examine
 
-# Seconds before zero beyond which a timestamp is a container's "unknown", not a place in time. AVI files with
-# packed B-frames carry about -3e17.
-_UNKNOWN_TIME_S = -1e9
-_TIME_TOLERANCE_S = 1e-6
+# decord's times are float32 seconds; frames are further apart.
+_TIME_TOLERANCE_S = 2e-3
+# Seconds beyond which a time is FFmpeg's "unknown" (Matroska of a few frames: their start is unknown to decord).
+_UNKNOWN_TIME_S = 1e9
 
 
 class DecordReader:
@@ -29,6 +29,9 @@ class DecordReader:
     def __init__(self, path: Path) -> None:
         decord.logging.set_level(decord.logging.FATAL)
         self._path = path
+        self._packets, self._turn = examine(path, "decord")
+        has_turned = self._packets.container in PROVEN["decord"].turns_in
+        self._turned = self._turn.rotation if has_turned else 0
         try:
             # Absolute, since FFmpeg takes the text before a colon, as in "10:30.mp4", for a protocol.
             self._reader = decord.VideoReader(str(path.absolute()), num_threads=1)
@@ -36,17 +39,28 @@ class DecordReader:
             start_s = self._reader.get_frame_timestamp(range(length))[:, 0] if length else np.zeros(0)
         except (OSError, RuntimeError, decord.DECORDError) as error:
             raise VideoReadError(path, _reason(error)) from error
-        self._start_s = start_s
-        self.num_frames = count_presentable(start_s)
-        if self.num_frames == 0:
-            raise VideoReadError(path, f"none of its {length} frames can be shown")
+        self.num_frames = length
+        self._require_same_times(start_s.astype(np.float64))
+
+    def _require_same_times(self, start_s: NDArray[np.float64]) -> None:
+        """Refuse a file in which decord finds other frames than its packets announce."""
+        expected_s = self.times_s() if self._packets.pts else np.zeros(0)
+        if len(start_s) != len(expected_s):
+            raise VideoReadError(
+                self._path,
+                f"decord counts {len(start_s)} frames, its packets have times for {len(expected_s)}; {WAY_OUT}",
+            )
+        if (np.abs(start_s) > _UNKNOWN_TIME_S).all():
+            return
+        late_s = float(np.abs(start_s - start_s[0] - expected_s).max())
+        if late_s > _TIME_TOLERANCE_S:
+            raise VideoReadError(
+                self._path, f"decord's times are up to {late_s:.3f} s off those of its packets; {WAY_OUT}"
+            )
 
     def times_s(self) -> NDArray[np.float64]:
-        """Return when each frame starts; where some times are unknown, all are taken to be evenly spaced."""
-        if (self._start_s <= _UNKNOWN_TIME_S).any():
-            return even_times_s(self.num_frames, self._reader.get_avg_fps())
-        shown_s = self._start_s[len(self._start_s) - self.num_frames :].astype(np.float64)
-        return shown_s - shown_s[0]
+        """Return when each frame starts."""
+        return self._packets.times_s(self.num_frames)
 
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Return the frames at the given indices."""
@@ -56,23 +70,16 @@ class DecordReader:
             raise VideoReadError(self._path, _reason(error)) from error
         # Handed over, where asnumpy would copy it all.
         frames: NDArray[np.uint8] = torch.utils.dlpack.from_dlpack(batch.to_dlpack()).numpy()
-        return frames
-
-
-def count_presentable(start_s: NDArray[np.floating]) -> int:
-    """Count the frames that can be shown, from the times in seconds at which they start.
-
-    Frames that start before zero precede an edit list; frames of unknown time count as shown.
-    """
-    hidden = (start_s < -_TIME_TOLERANCE_S) & (start_s > _UNKNOWN_TIME_S)
-    return int(len(start_s) - hidden.sum())
+        return self._turn.complete(frames, self._turned)
 
 
 def _reason(error: Exception) -> str:
     """Return decord's own reason, and what it means where it is known."""
     text = first_line(error)
     if "cannot find video stream" in text:
-        return f"{text} (no video in it, or AV1, which decord does not know; data.reader=pyav reads AV1)"
+        return f"{text} (no video that decord knows); {WAY_OUT}"
+    if "Failed to measure duration" in text:
+        return f"decord finds no duration in the file; {WAY_OUT}"
     if "size must exactly match" in str(error):
-        return f"decord cannot hand out frames of this width; data.reader=pyav reads them ({text})"
+        return f"decord cannot hand out frames of this width; {WAY_OUT} ({text})"
     return text

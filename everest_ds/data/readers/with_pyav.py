@@ -3,12 +3,14 @@
 Opening reads all packets, without decoding them, to learn the times of the frames that can be shown; of MP4 files
 that hold keyframes alone (Motion JPEG) it reads the index. Of the packets only those are decoded that a wanted
 frame depends on: from the keyframe before it to its own, without those of unwanted frames that no other frame
-refers to. Where a container has no times that can be trusted (AVI with B-frames carries the order of decoding
-only), frames are counted instead: the video is decoded once at opening and again, from its beginning, in reading.
+refers to. Where packets do not tell which frames there are (`packets.Packets.pts` is None: AVI with B-frames,
+streams that begin between keyframes, packets without a frame, containers and codecs that no test covers), frames
+are counted instead: the video is decoded once at opening and again, from its beginning, in reading.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from everest_ds.data.readers.base import VideoReadError
+from everest_ds.data.readers.oddities import Oddity
 from everest_ds.data.readers.packets import FAULTS, Span, open_stream, read_index, reason_of, scan
+from everest_ds.data.readers.turns import turn_of
 
 # Codecs whose unreferenced frames can be left out. H.264 marks them in each packet and nothing depends on them
 # (in a damaged file, what conceals the damage may); HEVC marks them for one temporal layer only, and others seldom
@@ -38,20 +42,25 @@ class PyavReader:
         self._reformatter = VideoReformatter()
         try:
             self._container, self._stream = open_stream(path)
+            # A decoder that conceals damage does it with frames that it has; see `_decode_for`.
+            self._stream.codec_context.options = {"err_detect": "explode"}
             index = read_index(self._container, self._stream)
             self._packets = index or scan(self._container, self._stream, hold=True)
+            self._counted_pts: list[int | None] = []
             if self._packets.pts is None:
-                self._rewind()
-                self.num_frames = sum(1 for _ in self._all_frames())
-            else:
-                self.num_frames = len(self._packets.pts)
+                self._counted_pts = [frame.pts for frame in self._all_frames()]
+            self.num_frames = len(self._packets.pts or self._counted_pts)
         except FAULTS as error:
             raise VideoReadError(path, reason_of(error)) from error
         if self.num_frames == 0:
             raise VideoReadError(path, "none of its frames can be shown")
 
     def times_s(self) -> NDArray[np.float64]:
-        """Return when each frame starts."""
+        """Return when each frame starts; evenly spaced where the file does not say."""
+        pts = [time for time in self._counted_pts if time is not None]
+        ascends = all(earlier < later for earlier, later in pairwise(pts))
+        if len(pts) == self.num_frames and ascends and Oddity.DECODING_TIMES not in self._packets.oddities:
+            return (np.array(pts, dtype=np.float64) - pts[0]) / self._packets.ticks_per_s
         return self._packets.times_s(self.num_frames)
 
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
@@ -97,7 +106,6 @@ class PyavReader:
 
     def _count_to(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """Decode from the beginning, and yield the frames wanted."""
-        self._rewind()
         remaining = set(wanted)
         for index, frame in enumerate(self._all_frames()):
             if index in remaining:
@@ -106,18 +114,23 @@ class PyavReader:
                 return
 
     def _decode_for(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """Decode what the frames wanted depend on, and yield them."""
+        """Decode what the frames wanted depend on, and yield them.
+
+        At the first fault, or where a frame does not come, the rest is decoded from the beginning: what conceals a
+        fault may be any frame before it, and no seek can end too late then.
+        """
         for span in self._packets.spans(wanted):
             missing = dict(span.targets)
-            for frame in self._decode(span, self._packets_of(span)):
-                if frame.pts in missing:
-                    yield missing.pop(frame.pts), frame
-            if missing and self._packets.held is None:  # a seek may come out too late; the beginning never does
-                self._rewind()
-                packets = islice(self._filled_packets(), span.stop)
-                for frame in self._decode(span, packets):
+            with contextlib.suppress(*FAULTS):
+                for frame in self._decode(span, self._packets_of(span)):
                     if frame.pts in missing:
                         yield missing.pop(frame.pts), frame
+            if missing:
+                for frame in self._all_frames():
+                    if frame.pts in missing:
+                        yield missing.pop(frame.pts), frame
+                    if not missing:
+                        break
 
     def _packets_of(self, span: Span) -> Iterator[Any]:
         """Yield the packets of a span; none where the container cannot seek to its beginning."""
@@ -142,14 +155,18 @@ class PyavReader:
         decoder.flush_buffers()
         skips = decoder.name in _SKIPPING_CODECS
         for packet in packets:
+            if packet.pts < span.key.pts:  # refers to frames before the keyframe; no later frame refers to it
+                continue
             if skips:
                 decoder.skip_frame = "DEFAULT" if packet.pts in span.targets else "NONREF"
             yield from self._same_size(decoder.decode(packet))
         yield from self._same_size(decoder.decode(None))
 
     def _all_frames(self) -> Iterator[Any]:
-        """Decode all from where the container is."""
-        return self._same_size(self._container.decode(self._stream))
+        """Decode all from the beginning, concealing damage; opens the file again, since not all can seek there."""
+        container, stream = open_stream(self._path)
+        with container:
+            yield from self._same_size(container.decode(stream))
 
     def _same_size(self, frames: Any) -> Iterator[Any]:
         """Pass frames on as long as their size stays."""
@@ -161,15 +178,10 @@ class PyavReader:
                 raise ValueError(f"its frames change from {begun} to {size[0]}x{size[1]} pixels")
             yield frame
 
-    def _rewind(self) -> None:
-        """Open the file again: not every container can seek to its beginning."""
-        self._container.close()
-        self._container, self._stream = open_stream(self._path)
-
     def _pixels(self, frame: Any) -> NDArray[np.uint8]:
-        """Return a decoded frame as RGB, turned as the file asks for; valid as long as the frame."""
+        """Return a decoded frame as RGB, turned and mirrored as the file asks for; valid as long as the frame."""
         plane = self._reformatter.reformat(frame, format="rgb24", threads=1).planes[0]
         pixels: NDArray[np.uint8] = np.ndarray(
             (plane.height, plane.width, 3), np.uint8, buffer=memoryview(plane), strides=(plane.line_size, 3, 1)
         )
-        return np.rot90(pixels, round(frame.rotation / 90))
+        return turn_of(frame).apply(pixels)

@@ -1,0 +1,222 @@
+"""What the first bytes of a packet say about its frame, without decoding it.
+
+Place in the flow: `packets.scan` shows an `Inspector` the packets of a stream, in the order of decoding. A
+container marks keyframes, but not whether decoding can start at one. It counts packets, and some show no frame.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from everest_ds.data.readers.oddities import Oddity
+
+# Numbers of units in H.264 and HEVC.
+_H264_SLICE, _H264_IDR, _H264_SEI, _H264_SPS, _H264_B_TYPE = 1, 5, 6, 7, 1
+_HEVC_IRAP, _HEVC_BLA, _HEVC_NO_SLICE, _HEVC_SPS, _HEVC_SEI = range(16, 24), range(16, 19), 32, 33, 39
+_RECOVERY_POINT, _DISPLAY_ORIENTATION = 6, 47
+# As much of a unit is looked at.
+_HEAD_BYTES = 4096
+# MPEG-4 frames of no content are 6 or 7 bytes long; a coded one of the smallest picture, longer.
+_MPEG4_EMPTY_BYTES = 8
+_MPEG4_VOP = b"\0\0\1\xb6"
+_MPEG4_B_TYPE = 2
+
+
+class Inspector:
+    """Collects what is odd about the packets of one stream.
+
+    Args:
+        codec: FFmpeg's name of the codec.
+        extradata: What the container keeps for the decoder, or None.
+
+    Attributes:
+        oddities: What was found so far.
+        looks_at_all: Whether `look` wants each packet; otherwise it need not be called.
+    """
+
+    def __init__(self, codec: str, extradata: bytes | None) -> None:
+        self.oddities: set[Oddity] = set()
+        self._codec = codec
+        self._extradata = extradata
+        self._sizes: set[bytes] = set()
+        self._reference_pts: int | None = None
+        looks: dict[str, Callable[[Any], None]] = {
+            "vp8": self._look_vp8, "vp9": self._look_vp9, "mpeg4": self._look_mpeg4,
+        }  # fmt: skip
+        starts: dict[str, Callable[[Any], bool]] = {"h264": self._starts_h264, "hevc": self._starts_hevc}
+        self._look = looks.get(codec)
+        self._starts = starts.get(codec)
+        self.looks_at_all = self._look is not None
+
+    def look(self, packet: Any) -> None:
+        """Look at any packet."""
+        if self._look is not None:
+            self._look(packet)
+
+    def refers_ahead(self, packets: Iterable[Any]) -> bool:
+        """Return whether some of these packets of H.264 hold B-frames; True for other codecs: unknown."""
+        if self._codec != "h264":
+            return True
+        for packet in packets:
+            for unit in self._units(packet):
+                if unit[0] & 31 in (_H264_SLICE, _H264_IDR):
+                    if _h264_slice_type(unit[1:]) == _H264_B_TYPE:
+                        return True
+                    break
+        return False
+
+    def starts_clean(self, packet: Any) -> bool:
+        """Return whether decoding can start at a packet that its container calls a keyframe."""
+        if self._starts is None or self._starts(packet):
+            return True
+        self.oddities.add(Oddity.UNCLEAN_KEYS)
+        return False
+
+    def _note_size(self, header: bytes) -> None:
+        self._sizes.add(header)
+        if len(self._sizes) > 1:
+            self.oddities.add(Oddity.CHANGING)
+
+    def _look_vp8(self, packet: Any) -> None:
+        """A frame's first byte: not a keyframe (1), version (3), is shown (1); a keyframe's size is in 6 to 9."""
+        head = bytes(memoryview(packet)[:10])
+        if not head[0] >> 4 & 1:
+            self.oddities.add(Oddity.INVISIBLE)
+        if not head[0] & 1:
+            self._note_size(head[6:])
+
+    def _look_vp9(self, packet: Any) -> None:
+        frames = list(_vp9_frames(packet))
+        shown = [head for head in frames if _vp9_is_shown(head)]
+        if len(shown) != 1:
+            self.oddities.add(Oddity.INVISIBLE)
+        for head in frames:
+            # Profile 0: a keyframe's first byte, three that are always alike, then its size; others only differ
+            # in how they write the same.
+            if head[1:4] == b"\x49\x83\x42":
+                self._note_size(head[4:9])
+
+    def _look_mpeg4(self, packet: Any) -> None:
+        data = bytes(packet)
+        frames = data.count(_MPEG4_VOP)
+        if frames != 1 or len(data) <= _MPEG4_EMPTY_BYTES:  # packed B-frames, and what fills their places
+            self.oddities.add(Oddity.INVISIBLE)
+        place = data.find(_MPEG4_VOP) + len(_MPEG4_VOP)
+        if frames > 1 or (frames and place < len(data) and data[place] >> 6 == _MPEG4_B_TYPE):
+            self.oddities.add(Oddity.REFERS_AHEAD)
+            # Shown before the frame that was decoded before it: a later time cannot be that of showing.
+            if None not in (packet.pts, self._reference_pts) and packet.pts > self._reference_pts:
+                self.oddities.add(Oddity.DECODING_TIMES)
+        else:
+            self._reference_pts = packet.pts
+
+    def _starts_h264(self, packet: Any) -> bool:
+        """An IDR frame, or one from which on everything can be decoded at once."""
+        recovers = False
+        for unit in self._units(packet):
+            number = unit[0] & 31
+            if number in (_H264_SLICE, _H264_IDR):
+                return recovers or number == _H264_IDR
+            if number == _H264_SPS:
+                self._note_size(unit)
+            elif number == _H264_SEI:
+                for kind, content in self._messages(unit[1:]):
+                    # How many frames it takes, as an exponential Golomb number: 0 is a single bit 1.
+                    recovers |= kind == _RECOVERY_POINT and content[:1] >= b"\x80"
+        return False
+
+    def _starts_hevc(self, packet: Any) -> bool:
+        """A frame of random access. Some frames after a broken link are never shown."""
+        for unit in self._units(packet):
+            number = unit[0] >> 1 & 63
+            if number < _HEVC_NO_SLICE:
+                if number in _HEVC_BLA:
+                    self.oddities.add(Oddity.INVISIBLE)
+                return number in _HEVC_IRAP
+            if number == _HEVC_SPS:
+                self._note_size(unit)
+            elif number == _HEVC_SEI:
+                list(self._messages(unit[2:]))
+        return False
+
+    def _messages(self, unit: bytes) -> Iterator[tuple[int, bytes]]:
+        """Yield the kind and the content of the messages in a unit; note one that turns the picture."""
+        rest = unit.replace(b"\0\0\3", b"\0\0")
+        while len(rest) > 2:
+            header = []
+            for _ in range(2):  # a number is the sum of its bytes, up to the first that is not 255
+                size = len(rest) - len(rest.lstrip(b"\xff")) + 1
+                header.append(sum(rest[:size]))
+                rest = rest[size:]
+            kind, length = header
+            if kind == _DISPLAY_ORIENTATION:
+                self.oddities.add(Oddity.TURNED_BY_FRAMES)
+            yield kind, rest[:length]
+            rest = rest[length:]
+
+    def _units(self, packet: Any) -> Iterator[bytes]:
+        """Yield the units of a packet of H.264 or HEVC, their first bytes each."""
+        view = memoryview(packet)
+        extra = self._extradata
+        if extra and extra[0] == 1:  # each unit after its length
+            width = (extra[4 if self._codec == "h264" else 21] & 3) + 1
+            yield from _units_by_length(view, width)
+        else:  # each unit after 0, 0, 1
+            yield from _units_by_mark(view)
+
+
+def _h264_slice_type(header: bytes) -> int:
+    """Return 0 for P, 1 for B, 2 for I: the second of the exponential Golomb numbers that a slice begins with."""
+    bits = "".join(f"{byte:08b}" for byte in header[:8])
+    place = number = 0
+    for _ in range(2):
+        zeros = bits.find("1", place) - place
+        if zeros < 0:
+            return -1
+        number = int(bits[place + zeros : place + 2 * zeros + 1], 2) - 1
+        place += 2 * zeros + 1
+    return number % 5
+
+
+def _units_by_length(view: memoryview, width: int) -> Iterator[bytes]:
+    place = 0
+    while place + width < len(view):
+        length = int.from_bytes(view[place : place + width], "big")
+        place += width
+        if length:
+            yield bytes(view[place : place + min(length, _HEAD_BYTES)])
+        place += length
+
+
+def _units_by_mark(view: memoryview) -> Iterator[bytes]:
+    data = bytes(view)
+    place = data.find(b"\0\0\1")
+    while place >= 0:
+        start = place + 3
+        place = data.find(b"\0\0\1", start)
+        stop = len(data) if place < 0 else place
+        if start < stop:
+            yield data[start : min(stop, start + _HEAD_BYTES)].rstrip(b"\0") or b"\0"
+
+
+def _vp9_frames(packet: Any) -> Iterator[bytes]:
+    """Yield the first bytes of each frame in a packet of VP9; an index at its end says how many there are."""
+    data = memoryview(packet)
+    last = data[-1]
+    number, width = (last & 7) + 1, (last >> 3 & 3) + 1
+    index_start = len(data) - number * width - 1
+    if last & 0xE0 != 0xC0 or index_start < 1 or data[index_start - 1] != last:
+        yield bytes(data[:9])
+        return
+    index = data[index_start : len(data) - 1]
+    place = 0
+    for frame in range(number):
+        yield bytes(data[place : place + 9])
+        place += int.from_bytes(index[frame * width : (frame + 1) * width], "little")
+
+
+def _vp9_is_shown(head: bytes) -> bool:
+    """Marker (2), profile (2, a reserved bit after 3), shows an earlier frame (1), kind (1), is shown (1)."""
+    if not head:
+        return False
+    bits = head[0] << (1 if head[0] >> 4 & 3 == 3 else 0)
+    return bool(bits >> 3 & 1) or bool(bits >> 1 & 1)
