@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from everest_ds.config.sections import ReaderName
 from everest_ds.data.index import VideoRow
-from everest_ds.data.readers.base import VideoReadError
+from everest_ds.data.readers.base import WAY_OUT, VideoReadError
 from everest_ds.data.readers.choice import open_reader
 from everest_ds.data.timing import TIME_TOLERANCE_S
 
@@ -49,7 +49,7 @@ class Video:
         try:
             self._reader = open_reader(path, reader)
         except UnicodeEncodeError as error:  # decord and torchcodec take names as UTF-8 alone
-            raise VideoReadError(path, "its name is not UTF-8: data.reader=pyav reads it, or rename it") from error
+            raise VideoReadError(path, f"its name is not UTF-8; rename it, or {WAY_OUT}") from error
         self._first, self.num_frames = 0, self._reader.num_frames
         if start_s is None and end_s is None:
             return

@@ -18,6 +18,10 @@ from numpy.typing import NDArray
 _SOURCE_LINE = re.compile(r"^(?:(?:\[[\d:]+\] |\w+, )\S+\.(?:cpp|cc|h):\d+[:,] )+")
 
 
+WAY_OUT = "use --data.reader pyav (outside training: --reader pyav)"
+"""What to do about a file that another reader cannot read."""
+
+
 class VideoReadError(Exception):
     """A video that cannot be read.
 

@@ -10,13 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from everest_ds.data.readers.base import VideoReadError
+from everest_ds.data.readers.base import WAY_OUT, VideoReadError
 from everest_ds.data.readers.oddities import Oddity
 from everest_ds.data.readers.packets import FAULTS, Packets, open_stream, read_index, reason_of, scan
 from everest_ds.data.readers.turns import Turn, turn_of
-
-WAY_OUT = "use --data.reader pyav"
-"""What a refusal ends with."""
 
 
 @dataclass(frozen=True, kw_only=True)

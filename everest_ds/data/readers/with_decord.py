@@ -14,8 +14,8 @@ import numpy as np
 import torch.utils.dlpack
 from numpy.typing import NDArray
 
-from everest_ds.data.readers.base import VideoReadError, first_line
-from everest_ds.data.readers.proven import PROVEN, WAY_OUT, examine
+from everest_ds.data.readers.base import WAY_OUT, VideoReadError, first_line
+from everest_ds.data.readers.proven import PROVEN, examine
 
 # decord's times are float32 seconds; frames are further apart.
 _TIME_TOLERANCE_S = 2e-3

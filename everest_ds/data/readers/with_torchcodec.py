@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torchcodec.decoders import VideoDecoder
 
-from everest_ds.data.readers.base import VideoReadError, first_line
-from everest_ds.data.readers.proven import PROVEN, WAY_OUT, examine
+from everest_ds.data.readers.base import WAY_OUT, VideoReadError, first_line
+from everest_ds.data.readers.proven import PROVEN, examine
 
 _FAULTS = (RuntimeError, ValueError, IndexError, OSError)
 
