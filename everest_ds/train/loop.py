@@ -92,7 +92,6 @@ class Trainer:
             allowed=self.config.run.max_skipped_steps,
             count=self.start.num_skipped,
             world=self.world,
-            log=self.log,
         )
         self.best_step, self.best_score = self.start.best_step, self.start.best_score
         self.task.threshold = self.start.threshold
@@ -164,7 +163,7 @@ class Trainer:
 
     def _report(self, taken: int) -> None:
         """Reduce the window over all ranks, check it, write a line, print one, start the next window."""
-        self.skipped.settle()
+        self.skipped.settle(self.log)
         window, self.window = self.window, Window(self.device)
         num_updates = int(window.updates)
         reports = distributed.gather_objects((window.mean_loss(), window.tokens, window.data_wait_s))

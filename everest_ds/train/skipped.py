@@ -38,14 +38,12 @@ class SkippedSteps:
         allowed: How many there may be.
         count: How many there were.
         world: This process's place.
-        log: The metrics, on rank zero only.
     """
 
     rows: Sequence[VideoRow]
     allowed: int
     count: int
     world: World
-    log: MetricsLog | None
 
     def __post_init__(self) -> None:
         """Begin with nothing to look at."""
@@ -62,8 +60,11 @@ class SkippedSteps:
         """
         self._pending.append(_Pending(step, losses, applied, rows))
 
-    def settle(self) -> None:
+    def settle(self, log: MetricsLog | None) -> None:
         """Look at the steps seen since the last time; all ranks call this together.
+
+        Args:
+            log: Where a skipped step is written, on rank zero only.
 
         Raises:
             UserError: One was left out beyond those allowed; names step, rank and samples.
@@ -73,9 +74,9 @@ class SkippedSteps:
             return
         for step, applied in zip(seen, torch.stack([step.applied for step in seen]).tolist(), strict=True):
             if not applied:
-                self._record(step)
+                self._record(step, log)
 
-    def _record(self, pending: _Pending) -> None:
+    def _record(self, pending: _Pending, log: MetricsLog | None) -> None:
         """Write down a step and the samples that may be at fault; stop at one too many."""
         self.count += 1
         finite = bool(torch.stack(pending.losses).isfinite().all())
@@ -83,9 +84,9 @@ class SkippedSteps:
         suspects = {rank: paths for rank, (fine, paths) in enumerate(everyone) if not fine}
         what = f"the loss of rank {', '.join(map(str, suspects))}" if suspects else "a gradient, though no loss,"
         suspects = suspects or {rank: paths for rank, (_, paths) in enumerate(everyone)}
-        if self.log is not None:
+        if log is not None:
             named = {f"rank_{rank}": paths for rank, paths in suspects.items()}
-            self.log.write("event", pending.step, event="skipped_step", num_skipped=self.count, samples=named)
+            log.write("event", pending.step, event="skipped_step", num_skipped=self.count, samples=named)
         shown = [path for paths in suspects.values() for path in paths]
         listed = ", ".join(shown[:MAX_PATHS_SHOWN]) + (" ..." if len(shown) > MAX_PATHS_SHOWN else "")
         message = f"{what} is not finite at step {pending.step}, and no weight was changed; samples: {listed}"

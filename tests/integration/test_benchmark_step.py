@@ -19,7 +19,7 @@ from everest_ds.config import Config
 from everest_ds.recipes import find_config
 from everest_ds.train.tasks import make_task
 from tests.conftest import REPOSITORY
-from tests.integration.launch import compute, cpu_environment, ds_config, launch
+from tests.integration.launch import compute, cpu_environment, ds_config
 
 SMALL = "--model.size nano --data.num-frames 4 --data.image-size 32"
 FEW = "--steps 3 --warmup 1"
@@ -41,8 +41,7 @@ def small(recipe: str) -> Config:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_line_of_real_steps_is_whole_and_consistent(processes: int) -> None:
     words = f"benchmark step demo {SMALL} {FEW} --micro-batch 2 3 --json --precision fp32"
-    start = compute if processes == 1 else launch
-    done = start([*shlex.split(words), "--ds-config", ds_config("zero1")], processes=processes)
+    done = compute([*shlex.split(words), "--ds-config", ds_config("zero1")], processes=processes)
     assert done.returncode == 0, done.stderr
     lines = lines_of(done.stdout)
     assert [line["micro_batch"] for line in lines] == [2, 3]

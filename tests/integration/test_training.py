@@ -72,6 +72,17 @@ def test_loss_falls(reference: Path) -> None:
     assert sum(values[-5:]) < 0.95 * sum(values[:5])
 
 
+def test_skipped_steps_are_in_the_record_of_a_run(demo_folder: Path, tmp_path: Path) -> None:
+    """At such a rate the first update makes weights whose loss is not finite: all later steps are left out."""
+    words = ["--optim.base-lr", "1e30", "--optim.warmup-epochs", "0", "--run.max-skipped-steps", "2"]
+    done = compute(flags(demo_folder, tmp_path / "run", *words), processes=2)
+    assert done.returncode == 2, done.stderr
+    skipped = [line for line in metrics(tmp_path / "run", "event") if line["event"] == "skipped_step"]
+    assert [(line["step"], line["num_skipped"]) for line in skipped] == [(2, 1), (3, 2), (4, 3)]
+    assert all(line["samples"] for line in skipped)
+    assert "run.max_skipped_steps=2" in done.stderr
+
+
 @pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_two_processes_equal_one_at_every_stage(
     stage: int, reference: Path, demo_folder: Path, tmp_path: Path
