@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from subprocess import Popen
 
 _EXIT_INTERRUPTED = 128 + signal.SIGINT
-# One request may arrive twice: a launcher passes on, a moment later, a signal that its whole process group received;
+# One request may arrive twice: a launcher passes on a signal, a moment later, that its process group received too;
 # `timeout` sends one to its child and to its group.
 SAME_REQUEST_S = 2.0 if "LOCAL_RANK" in os.environ else 0.5
 

@@ -68,7 +68,7 @@ REFUSED = {
 def test_frames_come_by_number_in_any_order_or_are_refused(name: str, reader: str, ramps: Path) -> None:
     if (reader, name) in REFUSED:
         with pytest.raises(
-            VideoReadError, match=rf"^.*{reader} may give wrong frames of it: .*use --data\.reader pyav$"
+            VideoReadError, match=rf"^.*{reader} may give wrong frames of it: .*use --data\.reader pyav "
         ):
             Video(ramps / name, reader=reader)  # type: ignore[arg-type]
         return
