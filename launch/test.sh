@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs all gates: lint, format, types, tests.
 #
-#   bash launch/test.sh [FLAGS OF pytest]     e.g. --slow, -m gpu, -k selection
+#   bash launch/test.sh [FLAGS OF pytest]     e.g. --slow, -m gpu, -k selection; -n 0 for one process, to see what tests print
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
@@ -10,4 +10,4 @@ ensure_environment "[dev]"
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@"

@@ -212,7 +212,7 @@ def test_bad_video_is_replaced_counted_and_recorded(demo_folder: Path, tmp_path:
     records = [json.loads(line) for line in lines]
     assert [record["epoch"] for record in records] == [0, 1]
     assert {record["path"] for record in records} == {str(tmp_path / "broken0.mp4")}
-    assert all("Error reading" in record["reason"] for record in records)
+    assert all("Invalid data found" in record["reason"] for record in records)
     assert len(losses(tmp_path / "run")) == 8
 
 
