@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from everest_ds.interrupts import SAME_REQUEST_S, deferred
+from everest_ds.interrupts import deferred
 
 # `ready()` tells the test that the process has come so far. The main thread in C code runs no Python handler.
 BEGIN = """
@@ -24,15 +25,19 @@ def stay_in_c():
 
 # Seconds after which a process that was ready is in C code.
 IN_C_S = 0.5
+# Seconds within which a second signal is the first one again, without a launcher and under one.
+ECHO_S = {"alone": 0.5, "launched": 2.0}
 
 
 def run_and_interrupt(
-    program: str, *, at_s: tuple[float, ...] = (0.0,), folder: Path | None = None
+    program: str, *, at_s: tuple[float, ...] = (0.0,), folder: Path | None = None, launched: bool = False
 ) -> tuple[int, str, float]:
     """Run a program, send SIGINT so many seconds after it is ready; return exit code, stderr and seconds after."""
     command = [sys.executable, "-c", BEGIN + program]
+    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
+    environment |= {"LOCAL_RANK": "0"} if launched else {}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -73,9 +78,17 @@ except KeyboardInterrupt:
     ids=["command", "training", "end"],
 )
 def test_second_interrupt_ends_a_process_that_is_stuck_in_c_code(wait: str) -> None:
-    code, stderr, took_s = run_and_interrupt(wait, at_s=(IN_C_S, IN_C_S + SAME_REQUEST_S + 0.2))
+    code, stderr, took_s = run_and_interrupt(wait, at_s=(IN_C_S, IN_C_S + ECHO_S["alone"] + 0.2))
     assert (code, stderr) == (130, "")
     assert took_s < 5
+
+
+def test_second_interrupt_under_a_launcher_is_the_first_again_for_longer() -> None:
+    program = "interrupts.finish()\nready(); stay_in_c()"
+    moments_s = (IN_C_S, IN_C_S + ECHO_S["launched"] - 0.5, IN_C_S + ECHO_S["launched"] + 0.2)
+    code, stderr, took_s = run_and_interrupt(program, at_s=moments_s, launched=True)
+    assert (code, stderr) == (130, "")
+    assert 0 <= took_s < 5  # alive until the third was sent
 
 
 def test_interrupt_that_python_drops_comes_again() -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from everest_ds.interrupts import SAME_REQUEST_S
 from everest_ds.train.signals import STOP_SIGNALS, StopRequest
 
 
@@ -37,12 +36,13 @@ def test_without_a_request_the_signals_are_as_before() -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-SECOND = f"""
+SECOND = """
 import os, signal, time
+from everest_ds.interrupts import SAME_REQUEST_S
 from everest_ds.train.signals import StopRequest
 with StopRequest().listening():
     os.kill(os.getpid(), signal.SIGUSR1)
-    time.sleep({SAME_REQUEST_S} + 0.1)
+    time.sleep(SAME_REQUEST_S + 0.1)
     os.kill(os.getpid(), signal.SIGTERM)
     print("still here")
 """
