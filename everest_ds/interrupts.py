@@ -197,6 +197,7 @@ def _hear(pipe: int) -> None:
         for number in os.read(pipe, 1):
             if number == _AGAIN:
                 time.sleep(_SEND_AGAIN_AFTER_S)
+                _state.first_at = None  # the signal that is sent now is the first one again
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             elif number in _state.numbers:
                 now = time.monotonic()

@@ -64,7 +64,7 @@ except KeyboardInterrupt:
     time.sleep(1)  # the second signal comes here
     print("cleaned up", interrupts.was_raised(), file=sys.stderr)
 """
-    code, stderr, _ = run_and_interrupt(program, at_s=(0.0, 0.5))
+    code, stderr, _ = run_and_interrupt(program, at_s=(0.0, 0.2))
     assert (code, stderr) == (0, "cleaned up True\n")
 
 
@@ -78,14 +78,14 @@ except KeyboardInterrupt:
     ids=["command", "training", "end"],
 )
 def test_second_interrupt_ends_a_process_that_is_stuck_in_c_code(wait: str) -> None:
-    code, stderr, took_s = run_and_interrupt(wait, at_s=(IN_C_S, IN_C_S + ECHO_S["alone"] + 0.2))
+    code, stderr, took_s = run_and_interrupt(wait, at_s=(IN_C_S, IN_C_S + ECHO_S["alone"] + 0.5))
     assert (code, stderr) == (130, "")
     assert took_s < 5
 
 
 def test_second_interrupt_under_a_launcher_is_the_first_again_for_longer() -> None:
     program = "interrupts.finish()\nready(); stay_in_c()"
-    moments_s = (IN_C_S, IN_C_S + ECHO_S["launched"] - 0.5, IN_C_S + ECHO_S["launched"] + 0.2)
+    moments_s = (IN_C_S, IN_C_S + 1.2, IN_C_S + ECHO_S["launched"] + 0.5)
     code, stderr, took_s = run_and_interrupt(program, at_s=moments_s, launched=True)
     assert (code, stderr) == (130, "")
     assert 0 <= took_s < 5  # alive until the third was sent

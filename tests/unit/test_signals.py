@@ -42,7 +42,7 @@ from everest_ds.interrupts import SAME_REQUEST_S
 from everest_ds.train.signals import StopRequest
 with StopRequest().listening():
     os.kill(os.getpid(), signal.SIGUSR1)
-    time.sleep(SAME_REQUEST_S + 0.1)
+    time.sleep(SAME_REQUEST_S + 0.5)
     os.kill(os.getpid(), signal.SIGTERM)
     print("still here")
 """
