@@ -210,7 +210,7 @@ def decode_all(path: Path) -> list[np.ndarray]:
 
 def ffmpeg_digests(path: Path) -> list[str]:
     """Return the MD5 sums of all frames, in their own pixel format, as the ffmpeg command line decodes them."""
-    # One thread: with several, the frames of one file (xvid_b.mkv) came out otherwise once in a few hundred times.
+    # One thread: with several, frames of xvid_b.mkv came out otherwise once on a busy machine.
     words = ["ffmpeg", "-v", "quiet", "-nostdin", "-threads", "1", "-i", str(path)]
     words += ["-map", "0:v:0", "-vsync", "passthrough"]
     done = subprocess.run([*words, "-f", "framemd5", "-"], capture_output=True, text=True, timeout=120, check=False)

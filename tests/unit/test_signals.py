@@ -44,6 +44,7 @@ with StopRequest().listening():
     os.kill(os.getpid(), signal.SIGUSR1)
     time.sleep(SAME_REQUEST_S + 0.5)
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)  # another thread ends the process
     print("still here")
 """
 
