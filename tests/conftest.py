@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from everest_ds.data.demo import DemoConfig, write_demo_data
-from everest_ds.geometry import TokenGrid
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.sizes import ModelSize
+from everest_ds.tokens import TokenGrid
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"

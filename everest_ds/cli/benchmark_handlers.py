@@ -45,14 +45,14 @@ def _flops(rest: list[str], world: World) -> int:
         """One JSON line a row instead of a table."""
 
     arguments = parse(Arguments, rest, "everest benchmark flops", world)
-    from everest_ds.commands.benchmark.flops import benchmark_flops
+    from everest_ds.benchmark.flops import benchmark_flops
 
     benchmark_flops(as_json=arguments.json)
     return 0
 
 
 def _data(rest: list[str], world: World) -> int:
-    from everest_ds.commands.benchmark import data as command
+    from everest_ds.benchmark import data as command
 
     if world.size > 1:
         raise UserError("everest benchmark data starts loader processes of its own; start it without a launcher")
@@ -74,8 +74,8 @@ def _data(rest: list[str], world: World) -> int:
 
 
 def _step(rest: list[str], world: World) -> int:
-    from everest_ds.commands.benchmark.step import benchmark_step
-    from everest_ds.commands.benchmark.step_options import StepOptions
+    from everest_ds.benchmark.step import benchmark_step
+    from everest_ds.benchmark.step_options import StepOptions
 
     config, flags = recipe_and_flags("benchmark step", rest)
     kind = type(config)

@@ -169,7 +169,7 @@ def convert(rest: list[str], world: World) -> int:
 
 def study(rest: list[str], world: World) -> int:
     """Run the study in miniature."""
-    from everest_ds.commands import study as command
+    from everest_ds import study as command
 
     @dataclass(frozen=True, kw_only=True)
     class Arguments:

@@ -19,15 +19,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from everest_ds.commands.progress import with_progress
 from everest_ds.config.sections import ReaderName
-from everest_ds.data.findings import Record
-from everest_ds.data.guarded import Outcome, run_guarded
-from everest_ds.data.index import VideoRow, read_list, write_list
-from everest_ds.data.probe import DEFAULT_BAD, FaultName, Finding, Kind, ProbeSettings, probe_video
+from everest_ds.data.curation.probe import DEFAULT_BAD, FaultName, Finding, Kind, ProbeSettings, Record, probe_video
+from everest_ds.data.lists.video_list import VideoRow, read_list, write_list
+from everest_ds.data.loading.pool import Outcome, run_guarded
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.errors import UserError
-from everest_ds.whole_files import whole_file, write_whole_text
+from everest_ds.files import whole_file, write_whole_text
+from everest_ds.progress import with_progress
 
 FINDINGS, REPORT, CLEAN, QUARANTINE, SUMMARY = (
     "findings.jsonl", "report.csv", "clean.csv", "quarantine.csv", "summary.json",

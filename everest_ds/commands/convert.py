@@ -52,17 +52,17 @@ def convert(source: Path, target: Path, options: ConvertOptions) -> None:
     """
     recipe = find_config(options.recipe) if options.recipe else None
     distributed.select_accelerator()
-    from everest_ds.train.consolidated import export_fp32, read_any_weights
+    from everest_ds.train.checkpoints.consolidated import export_fp32, read_any_weights
 
     if options.to == "deepspeed-fp32":
         read = export_fp32(source, target)
         print(f"float32 weights of {read} -> {target} ({_mebibytes(target):.1f} MiB)")
         return
+    from everest_ds.inference.results import recorded_scores
     from everest_ds.model.weights.export import require_target, write_weights
     from everest_ds.model.weights.reading import require_complete
-    from everest_ds.train.checkpoint import AVERAGE
+    from everest_ds.train.checkpoints.save import AVERAGE
     from everest_ds.train.ema import averaged
-    from everest_ds.train.evaluation.recorded import recorded_scores
 
     require_target(target, options.to)
     weights = read_any_weights(source)

@@ -163,7 +163,7 @@ def _reader(name: ReaderName, broken: str) -> list[Row]:
 
     from everest_ds.data.demo import DemoConfig, encode_h264, render_video
     from everest_ds.data.readers.choice import choose_reader, obstacle
-    from everest_ds.data.video import Video, VideoReadError
+    from everest_ds.data.readers.video import Video, VideoReadError
 
     what = f"reader {name}"
     fault = obstacle(name)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from everest_ds import __version__, distributed
 from everest_ds.config import Config
 from everest_ds.config.finetune import FinetuneConfig
-from everest_ds.data.index import VideoRow, fingerprint, read_list, require_reachable
-from everest_ds.data.labels import Classes, require_known_labels, resolve_classes
+from everest_ds.data.lists.classes import Classes, require_known_labels, resolve_classes
+from everest_ds.data.lists.video_list import VideoRow, fingerprint, read_list, require_reachable
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.recipes import find_config
-from everest_ds.train.evaluation.inference import (
+from everest_ds.files import whole_file, write_whole_text
+from everest_ds.inference.source import (
     ClipSettings,
     InferenceOptions,
     Origin,
@@ -27,13 +27,13 @@ from everest_ds.train.evaluation.inference import (
     locate,
     weights_kind,
 )
-from everest_ds.whole_files import whole_file, write_whole_text
+from everest_ds.recipes import find_config
 
 if TYPE_CHECKING:
     import torch
 
-    from everest_ds.train.evaluation.scoring import Scores
-    from everest_ds.train.evaluation.trained import Trained
+    from everest_ds.inference.scores import Scores
+    from everest_ds.inference.trained import Trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +100,8 @@ def evaluate(source: Path, options: EvaluateOptions, world: World) -> int:
     on_gpu = distributed.select_accelerator()
     import torch
 
-    from everest_ds.train.evaluation import files
-    from everest_ds.train.evaluation.trained import load_trained
+    from everest_ds.inference import results as files
+    from everest_ds.inference.trained import load_trained
 
     trained = load_trained(plan.origin, plan.settings, options, torch.device("cuda" if on_gpu else "cpu"))
     names = _class_names(trained, plan)
@@ -155,9 +155,9 @@ def _score(
     plan: _Plan, trained: "Trained", num_classes: int, world: World, device: "torch.device"
 ) -> tuple["Scores", dict[str, Any]]:
     """Return the scores by the chosen protocol, and what the summary says of training videos."""
-    from everest_ds.train.evaluation.probing import score_knn, score_linear
-    from everest_ds.train.evaluation.scoring import score
-    from everest_ds.train.evaluation.trained import extract_features
+    from everest_ds.inference.probing import score_knn, score_linear
+    from everest_ds.inference.scores import score
+    from everest_ds.inference.trained import extract_features
 
     settings, options = plan.settings, plan.options
     if options.protocol == "head":
@@ -236,9 +236,9 @@ def _versions() -> dict[str, str]:
 
 
 def _write(plan: _Plan, summary: dict[str, Any], scores: "Scores", names: tuple[str, ...], began: float) -> None:
-    from everest_ds.train.evaluation.confusion import save_confusion
-    from everest_ds.train.evaluation.files import SUMMARY, write_predictions
-    from everest_ds.train.run_dir import describe_environment
+    from everest_ds.inference.confusion import save_confusion
+    from everest_ds.inference.results import SUMMARY, write_predictions
+    from everest_ds.train.checkpoints.run_dir import describe_environment
 
     out = plan.out
     out.mkdir(parents=True, exist_ok=True)

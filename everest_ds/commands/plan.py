@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from everest_ds.commands.measured import (
+from everest_ds.config import Config, FinetuneConfig
+from everest_ds.errors import UserError
+from everest_ds.planning.measured import (
     beside_estimates,
     describe_measured,
     fastest,
     read_measured,
     recomputation_of,
 )
-from everest_ds.config import Config, FinetuneConfig
-from everest_ds.errors import UserError
 from everest_ds.train.precision import PrecisionName
 
 # On one node; more GPUs need a host file.
@@ -69,7 +69,7 @@ def plan(config: Config, options: PlanOptions, *, recipe: str, base: Config) -> 
     found = None
     if options.measured:
         found = read_measured(options.measured, config, gpus=options.gpus, gpu_memory_gib=options.gpu_memory_gib)
-    from everest_ds.train.planning import plan_settings, recommend, smallest_change
+    from everest_ds.planning.planner import plan_settings, recommend, smallest_change
 
     systems, paths = _systems(options.ds_config)
     memory_bytes = int(options.gpu_memory_gib * 2**30)
@@ -101,8 +101,8 @@ def plan(config: Config, options: PlanOptions, *, recipe: str, base: Config) -> 
 
 def _measured(document: dict[str, Any], config: Config, recipe: str, base: Config) -> dict[str, Any]:
     """Return what was measured, beside estimates, and the command that runs the fastest of it."""
-    from everest_ds.train.planning import make_setting
-    from everest_ds.train.systems import shipped_files, shipped_systems
+    from everest_ds.planning.planner import make_setting
+    from everest_ds.train.engine import shipped_files, shipped_systems
 
     best, command = fastest(document["rows"], config.batch.global_size), None
     if best is not None:
@@ -140,8 +140,7 @@ def _require_possible(config: Config, options: PlanOptions) -> None:
 
 def _systems(path: Path | None) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Return the DeepSpeed configurations to plan with, and the file of each."""
-    from everest_ds.train.engine import check_sections, load_systems
-    from everest_ds.train.systems import shipped_files, shipped_systems
+    from everest_ds.train.engine import check_sections, load_systems, shipped_files, shipped_systems
 
     if path is None:
         return shipped_systems(), {name: str(path) for name, path in shipped_files().items()}
@@ -173,7 +172,7 @@ def _document(
     command: str | None,
     change: Any,
 ) -> dict[str, Any]:
-    from everest_ds.train.memory import ASSUMED_CONTEXT_BYTES, ASSUMED_FRAGMENTATION
+    from everest_ds.planning.memory import ASSUMED_CONTEXT_BYTES, ASSUMED_FRAGMENTATION
 
     smallest = None
     if change is not None:
@@ -221,7 +220,7 @@ def _print_table(config: Config, options: PlanOptions, rows: list[dict[str, Any]
 
 
 def _describe_parameters(config: Config) -> str:
-    from everest_ds.train.sharding import ASSUMED_CLASSES, count_parameters
+    from everest_ds.planning.sharding import ASSUMED_CLASSES, count_parameters
 
     counts = count_parameters(config)
     said = f"{counts.total / 1e6:.1f} M parameters"
@@ -233,7 +232,7 @@ def _describe_parameters(config: Config) -> str:
 
 
 def _advice(chosen: Any, command: str | None, change: Any, options: PlanOptions) -> str:
-    from everest_ds.train.planning import in_gib
+    from everest_ds.planning.planner import in_gib
 
     if chosen is not None:
         how = _recomputation_words(chosen)

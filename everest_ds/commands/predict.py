@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everest_ds import distributed
-from everest_ds.data.index import VideoRow, find_videos, read_list, require_reachable
+from everest_ds.data.lists.video_list import VideoRow, find_videos, read_list, require_reachable
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.recipes import find_config
-from everest_ds.train.evaluation.inference import (
+from everest_ds.inference.source import (
     ClipSettings,
     InferenceOptions,
     clip_settings,
@@ -20,12 +19,13 @@ from everest_ds.train.evaluation.inference import (
     locate,
     weights_kind,
 )
+from everest_ds.recipes import find_config
 
 if TYPE_CHECKING:
     import torch
 
-    from everest_ds.train.evaluation.passes import UnreadableRow
-    from everest_ds.train.evaluation.trained import Trained
+    from everest_ds.inference.passes import UnreadableRow
+    from everest_ds.inference.trained import Trained
 
 EXIT_UNREADABLE = 2
 _UNLABELLED = -1
@@ -81,7 +81,7 @@ def predict(source: Path, videos: Sequence[Path], options: PredictOptions, world
     on_gpu = distributed.select_accelerator()
     import torch
 
-    from everest_ds.train.evaluation.trained import load_trained
+    from everest_ds.inference.trained import load_trained
 
     trained = load_trained(origin, settings, options, torch.device("cuda" if on_gpu else "cpu"))
     if options.features is None and not trained.has_head:
@@ -130,9 +130,9 @@ def _labels(
     world: World,
     device: "torch.device",
 ) -> "tuple[UnreadableRow, ...]":
-    from everest_ds.data.views import ViewDataset
-    from everest_ds.train.evaluation.passes import map_rows
-    from everest_ds.train.evaluation.scoring import Ranking, rank_classes
+    from everest_ds.data.clips.views import ViewDataset
+    from everest_ds.inference.passes import map_rows
+    from everest_ds.inference.scores import Ranking, rank_classes
 
     names, top = trained.class_names, options.top
     outputs = map_rows(
@@ -182,9 +182,9 @@ def _features(
     """Write one row a readable video; metadata name the videos, their windows, the weights and the views."""
     import torch
 
+    from everest_ds.inference.results import view_recipe
+    from everest_ds.inference.trained import extract_features
     from everest_ds.model.weights.export import save_safetensors, write_whole
-    from everest_ds.train.evaluation.files import view_recipe
-    from everest_ds.train.evaluation.trained import extract_features
 
     anyway = replace(options, allow_unreadable=True)
     outputs = extract_features(trained, rows, settings, anyway, world, device, progress="features of")

@@ -20,13 +20,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from everest_ds.commands.prepared_folder import MANIFEST, Targets, require_place, write_lists
-from everest_ds.commands.progress import with_progress
 from everest_ds.config.sections import ReaderName
-from everest_ds.data.guarded import Outcome, run_guarded
-from everest_ds.data.index import VideoRow, read_list
-from everest_ds.data.manifest import Manifest
-from everest_ds.data.prepare import (
+from everest_ds.data.curation.prepared import MANIFEST, Manifest, Targets, require_place, write_lists
+from everest_ds.data.curation.reencode import (
     QUALITIES,
     CodecName,
     Prepared,
@@ -34,9 +30,12 @@ from everest_ds.data.prepare import (
     prepare_video,
     target_name,
 )
+from everest_ds.data.lists.video_list import VideoRow, read_list
+from everest_ds.data.loading.pool import Outcome, run_guarded
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.errors import UserError
-from everest_ds.whole_files import partial_path
+from everest_ds.files import partial_path
+from everest_ds.progress import with_progress
 
 # Files after which it is known how much room the others will take.
 _FILES_TO_ESTIMATE_BY = 32

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from everest_ds.config import Config
-from everest_ds.config_file import dump_config
+from everest_ds.config.file import dump_config
 from everest_ds.recipes import RECIPES, recipes_of
 
 

@@ -13,23 +13,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from everest_ds import distributed
-from everest_ds.commands.lists import Lists, read_lists
-from everest_ds.commands.record import close_run, compare_memory, open_run
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig
-from everest_ds.data.index import fingerprint
+from everest_ds.data.lists.run_lists import Lists, read_lists
+from everest_ds.data.lists.video_list import fingerprint
 from everest_ds.distributed import World
-from everest_ds.train.checkpoint import TrainState, set_aside
-from everest_ds.train.pointers import point_to_best
+from everest_ds.train.checkpoints.run_dir import find_resume, require_shared
+from everest_ds.train.checkpoints.save import TrainState, point_to_best, set_aside
 from everest_ds.train.precision import Precision, PrecisionName, choose_precision
-from everest_ds.train.run_dir import find_resume, require_shared
+from everest_ds.train.record.run_record import close_run, compare_memory, open_run
 from everest_ds.train.signals import EXIT_STOPPED
 
 if TYPE_CHECKING:
     import torch
 
-    from everest_ds.train.evaluation.validation import Validation
+    from everest_ds.inference.validation import Validation
+    from everest_ds.train.checkpoints.start import Start
     from everest_ds.train.loop import Trainer
-    from everest_ds.train.start import Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +69,8 @@ def train(config: Config, options: LaunchOptions, world: World) -> int:
 
     # 2. What needs torch and DeepSpeed: augmentation, systems file, schedule, compilation, attention backend.
     from everest_ds.train import engine as engines
+    from everest_ds.train.checkpoints.start import choose_start
     from everest_ds.train.schedule import Schedule
-    from everest_ds.train.start import choose_start
 
     _check_augmentation(config)
     systems = engines.load_systems(options.ds_config)
@@ -162,7 +161,7 @@ def _build(
 
 
 def _validation(lists: Lists, world: World, device: "torch.device") -> "Validation | None":
-    from everest_ds.train.evaluation.validation import Validation
+    from everest_ds.inference.validation import Validation
 
     if lists.val is None or not isinstance(lists.config, FinetuneConfig):
         return None
@@ -180,8 +179,8 @@ def _find_best(trainer: "Trainer") -> None:
 
 
 def _batches(trainer: "Trainer") -> Any:
-    from everest_ds.data.dataset import make_loader
-    from everest_ds.data.sampling import GlobalBatchSampler
+    from everest_ds.data.clips.dataset import make_loader
+    from everest_ds.data.clips.sampling import GlobalBatchSampler
 
     config, world, schedule = trainer.config, trainer.world, trainer.schedule
     sampler = GlobalBatchSampler(
@@ -201,7 +200,7 @@ def _batches(trainer: "Trainer") -> Any:
 
 
 def _check_augmentation(config: Config) -> None:
-    from everest_ds.data.augment import check_rand_augment
+    from everest_ds.data.clips.augment import check_rand_augment
 
     if isinstance(config, FinetuneConfig) and config.data.rand_augment is not None:
         check_rand_augment(config.data.rand_augment)

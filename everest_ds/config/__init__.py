@@ -2,7 +2,7 @@
 
 Every field is a command-line flag (``--optim.base-lr 1e-3``). A leaf without torch, so that a wrong setting is
 refused before anything heavy is imported. Learning rate, batch and the like live here; how they are sharded
-lives in ds_configs/. `everest_ds.config_file` writes and reads them.
+lives in ds_configs/. `everest_ds.config.file` writes and reads them.
 """
 
 from everest_ds.config.base import Config

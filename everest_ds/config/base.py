@@ -7,7 +7,7 @@ import tyro
 
 from everest_ds.config.sections import BatchConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TaskName
 from everest_ds.errors import UserError
-from everest_ds.geometry import TokenGrid
+from everest_ds.tokens import TokenGrid
 
 
 @dataclass(frozen=True, kw_only=True)

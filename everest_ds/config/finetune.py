@@ -8,8 +8,8 @@ import tyro
 from everest_ds.config.base import Config
 from everest_ds.config.sections import DataConfig, ModelConfig, OptimConfig, RunConfig, require
 from everest_ds.config.selection import FinetuneSelectionConfig
-from everest_ds.counts import count_kept
 from everest_ds.errors import UserError
+from everest_ds.tokens import count_kept
 
 SamplingName = Literal["dense", "segment"]
 

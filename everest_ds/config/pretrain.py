@@ -8,9 +8,15 @@ import tyro
 from everest_ds.config.base import Config
 from everest_ds.config.sections import DataConfig, ModelConfig, require
 from everest_ds.config.selection import SelectionConfig
-from everest_ds.counts import ClipCounts, bound_counts, count_candidate_steps, count_selection
 from everest_ds.errors import UserError
-from everest_ds.geometry import TokenGrid, ratio_to_count
+from everest_ds.tokens import (
+    ClipCounts,
+    TokenGrid,
+    bound_counts,
+    count_candidate_steps,
+    count_selection,
+    ratio_to_count,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

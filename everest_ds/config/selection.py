@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from everest_ds.config.sections import require
-from everest_ds.counts import DistanceName, OrderName, StrategyName, TargetName
 from everest_ds.errors import UserError
+from everest_ds.tokens import DistanceName, OrderName, StrategyName, TargetName
 
 BudgetName = Literal["clip", "batch", "threshold"]
 

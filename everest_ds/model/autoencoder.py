@@ -12,16 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from everest_ds.counts import ClipCounts
-from everest_ds.geometry import TokenGrid
 from everest_ds.model.encoder import DEFAULT_OPTIONS, EncoderOptions, TokenEncoder
 from everest_ds.model.frames import FrameChoice
 from everest_ds.model.packing import PackedTokens, Packing, TokenIndex
-from everest_ds.model.rules import DEFAULT_RULE, SelectionRule
-from everest_ds.model.selection import Selection
+from everest_ds.model.selection import DEFAULT_RULE, Selection, SelectionRule
 from everest_ds.model.sizes import ModelSize
 from everest_ds.model.transformer import NORM_EPS, init_linear_xavier, make_blocks, run_blocks
 from everest_ds.model.tubelets import ClipGroup, gather_positions, reconstruction_target, sinusoid_positions
+from everest_ds.tokens import ClipCounts, TokenGrid
 
 CountClips = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Sequence[ClipCounts]]]
 """Takes importance_BN and noise_BS of each group of clips, returns each clip's counts (`model.budgets`)."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from everest_ds.counts import ClipCounts, TargetName
+from everest_ds.tokens import ClipCounts, TargetName
 
 
 @dataclass(frozen=True, kw_only=True)

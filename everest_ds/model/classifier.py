@@ -10,14 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from everest_ds.counts import DistanceName, OrderName, StrategyName
-from everest_ds.geometry import TokenGrid
 from everest_ds.model.encoder import DEFAULT_OPTIONS, EncoderOptions, TokenEncoder
 from everest_ds.model.packing import TokenIndex
-from everest_ds.model.rules import SelectionRule
+from everest_ds.model.selection import SelectionRule
 from everest_ds.model.sizes import ModelSize
 from everest_ds.model.transformer import NORM_EPS, branch_scales, init_linear_normal
 from everest_ds.model.tubelets import ClipGroup
+from everest_ds.tokens import DistanceName, OrderName, StrategyName, TokenGrid
 
 Clips = Tensor | Sequence[Tensor]
 """clips_BCTHW, uint8 or floats in [0, 1]; or several such batches of different lengths and sizes."""

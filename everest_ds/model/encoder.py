@@ -13,8 +13,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from everest_ds.counts import DistanceName
-from everest_ds.geometry import TokenGrid, ratio_to_count
 from everest_ds.model.frames import FrameChoice, count_per_step, draw_steps, gather_steps
 from everest_ds.model.importance import NO_CHANGE, rero_importance
 from everest_ds.model.packing import PackedTokens, TokenIndex
@@ -29,6 +27,7 @@ from everest_ds.model.tubelets import (
     sinusoid_positions,
     standardise,
 )
+from everest_ds.tokens import DistanceName, TokenGrid, ratio_to_count
 
 # Pixel values that are held in float32 at once while all tokens are ranked (256 MiB).
 RANKING_CHUNK = 2**26
@@ -45,7 +44,7 @@ class EncoderOptions:
         attention: An attention backend's name, or auto.
         activation_checkpointing: Recompute each block in backward instead of storing its activations.
         recompute_attention: Then recompute attention too instead of keeping its output.
-        compile_blocks: Run blocks compiled, but for attention (`model.compilation`).
+        compile_blocks: Run blocks compiled, but for attention (`model.transformer`).
     """
 
     tubelet_size: int = 2

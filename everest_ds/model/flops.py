@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from everest_ds.geometry import TokenGrid
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import TokenEncoder
 from everest_ds.model.packing import TokenIndex
 from everest_ds.model.selection import Selection
 from everest_ds.model.tubelets import ClipGroup
+from everest_ds.tokens import TokenGrid
 
 LAYER_NORM_MACS = 5
 

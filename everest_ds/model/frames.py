@@ -21,8 +21,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from everest_ds.geometry import TokenGrid
 from everest_ds.model.selection import rank_by_importance
+from everest_ds.tokens import TokenGrid
 
 # Stands for "none": steps that hold no chosen token are drawn only after all that hold one.
 VANISHING_WEIGHT = 1e-30

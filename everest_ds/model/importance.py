@@ -11,8 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from everest_ds.counts import DistanceName
-from everest_ds.geometry import TokenGrid
+from everest_ds.tokens import DistanceName, TokenGrid
 
 
 def rero_importance(x_BND: Tensor, grid: TokenGrid, distance: DistanceName = "l2") -> Tensor:

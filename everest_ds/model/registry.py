@@ -15,11 +15,11 @@ from typing import Any
 from timm.models import register_model
 from torch import nn
 
-from everest_ds.geometry import TokenGrid
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.sizes import get_size
+from everest_ds.tokens import TokenGrid
 
 __all__: list[str] = []  # timm's decorator adds each registered function
 

@@ -5,16 +5,96 @@ K = D / A channels of a head, B clips, L branches (attention and MLP of each blo
 the official ones.
 """
 
+import functools
+import importlib.util
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
 import torch
 from einops import rearrange
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from everest_ds.model.attention import attention
-from everest_ds.model.compilation import compiled
 from everest_ds.model.packing import PackedTokens, Packing
-from everest_ds.model.recomputation import recomputed
+
+# By name: torch's varlen and flash-attn register theirs when they are imported. SDPA's fallback, which torch takes
+# where no fused kernel serves, is made of matrix products and not listed: it is computed again.
+ATTENTION_OPERATORS = frozenset(
+    {
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "torch_attn::_varlen_attn",
+        "flash_attn::_flash_attn_varlen_forward",
+    }
+)
+
+
+def recomputed(function: Callable[..., Tensor], *args: object, attention_too: bool) -> Tensor:
+    """Return ``function(*args)``, keeping only its inputs, and compute the rest again in backward.
+
+    Args:
+        function: A block; it runs a second time in backward.
+        args: Its arguments, tensors and others.
+        attention_too: Compute attention again like the rest; else its output and the log-sum-exp of each row and
+            head are kept.
+    """
+    if attention_too:
+        return checkpoint(function, *args, use_reentrant=False)
+    contexts = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+
+def _keep_attention(context: Any, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keep = operator.name() in ATTENTION_OPERATORS
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Tests put another here where there is no compiler.
+COMPILE_BACKEND: str | Callable[..., Any] = "inductor"
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function compiled for any number of tokens; always the same one, so that it is compiled once."""
+    return _compile(function, COMPILE_BACKEND)
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(function: Callable[..., Any], backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, backend=backend, dynamic=True)
+
+
+def compile_obstacle(device_type: str) -> str | None:
+    """Return why this machine cannot compile for a device, cpu or cuda, or None.
+
+    What torch.compile writes, C++ for a CPU and Triton for a GPU, is compiled here, against Python's headers.
+    """
+    if COMPILE_BACKEND != "inductor":
+        return None
+    if device_type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "it needs the triton package on a GPU; pip install triton"
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    else:
+        compilers = [os.environ.get("CXX", "g++")]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        return f"it needs a compiler, and there is no {' or '.join(compilers)} on this machine"
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return (
+        None if headers.is_file() else f"it needs Python's headers, and there is no {headers}; install python3-dev"
+    )
+
 
 NORM_EPS = 1e-6
 MLP_RATIO = 4

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from everest_ds.config import Config, TaskName
-from everest_ds.config_file import load_config
+from everest_ds.config.file import load_config
 from everest_ds.errors import UserError, nearest_hint
 
 Recipe = Callable[[], Config]

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.model.weights.export import save_safetensors
-from everest_ds.model.weights.reading import Weights
-from everest_ds.model.weights.soundness import require_finite
-from everest_ds.train.checkpoint import AVERAGE
+from everest_ds.model.weights.reading import Weights, require_finite
+from everest_ds.train.checkpoints.save import AVERAGE
 
 PREFIX = "model."
 
@@ -133,7 +132,7 @@ def averaged(weights: Weights, folder: Path) -> Weights:
     """Return a checkpoint's weights with the moving average in place of what was trained; the rest has none.
 
     Args:
-        weights: From `everest_ds.train.consolidated.read_any_weights`.
+        weights: From `everest_ds.train.checkpoints.consolidated.read_any_weights`.
         folder: The checkpoint's folder.
 
     Raises:

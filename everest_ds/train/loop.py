@@ -1,7 +1,7 @@
 """The training loop: one for every task.
 
 Place in the flow: loader -> task in the DeepSpeed engine -> optimiser step -> metrics, checkpoints. Between lines
-of metrics the loop never waits for the device; where DeepSpeed does, `train.updates` says.
+of metrics the loop never waits for the device; where DeepSpeed does, `train.optim_step` says.
 """
 
 import contextlib
@@ -18,26 +18,25 @@ import torch
 
 from everest_ds import distributed
 from everest_ds.config import Config, FinetuneRunConfig
-from everest_ds.data.clips import ClipBatch
-from everest_ds.data.index import VideoRow
+from everest_ds.data.clips.batch import ClipBatch
+from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.train.bad_samples import BadSamples
-from everest_ds.train.checkpoint import TrainState, prune_checkpoints, save_checkpoint
+from everest_ds.inference.validation import Validation, describe, to_metrics
+from everest_ds.train.checkpoints.save import TrainState, point_to_best, prune_checkpoints, save_checkpoint
+from everest_ds.train.device_feed import DeviceFeed
 from everest_ds.train.ema import WeightAverage
 from everest_ds.train.engine import set_learning_rate
-from everest_ds.train.evaluation.validation import Validation, describe, to_metrics
-from everest_ds.train.feeding import DeviceFeed
-from everest_ds.train.media import FrameLog
-from everest_ds.train.metrics import MetricsLog
 from everest_ds.train.optim import learning_rate, require_scaled_rates
-from everest_ds.train.pointers import point_to_best
-from everest_ds.train.progress import StallHint, Window, measure, print_progress
+from everest_ds.train.optim_step import Updater
+from everest_ds.train.record.bad_samples import BadSamples
+from everest_ds.train.record.frames import FrameLog
+from everest_ds.train.record.metrics import MetricsLog
+from everest_ds.train.record.progress import StallHint, Window, measure, print_progress
+from everest_ds.train.record.skipped_steps import SkippedSteps
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import EXIT_STOPPED, StopRequest
-from everest_ds.train.skipped import SkippedSteps
 from everest_ds.train.tasks import Task
-from everest_ds.train.updates import Updater
 
 
 @dataclass(kw_only=True)

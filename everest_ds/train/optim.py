@@ -98,7 +98,7 @@ def require_scaled_rates(groups: Sequence[Mapping[str, Any]], rate: float) -> No
 def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
     """Return torch's fused AdamW: one pass over weights and moments, on GPU and CPU alike.
 
-    DeepSpeed compiles nothing for it, and `train.updates` can tell the kernel on the device what to leave out.
+    DeepSpeed compiles nothing for it, and `train.optim_step` can tell the kernel on the device what to leave out.
     """
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from everest_ds import distributed
 from everest_ds.config import PretrainConfig
-from everest_ds.counts import ClipCounts, noise_length
 from everest_ds.model.budgets import ClipBudget, count_above, share_budget, upper_quantile
-from everest_ds.model.rules import SelectionRule
+from everest_ds.model.selection import SelectionRule
+from everest_ds.tokens import ClipCounts, noise_length
 
 
 def pretrain_rule(config: PretrainConfig) -> SelectionRule:

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig
-from everest_ds.data.augment import PairMixer
-from everest_ds.data.clips import ClipBatch
-from everest_ds.data.cuts import FinetuneCut, PretrainCut
-from everest_ds.data.dataset import ClipDataset
-from everest_ds.data.index import VideoRow
+from everest_ds.data.clips.augment import PairMixer
+from everest_ds.data.clips.batch import ClipBatch
+from everest_ds.data.clips.cuts import FinetuneCut, PretrainCut
+from everest_ds.data.clips.dataset import ClipDataset
+from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.flops import autoencoder_macs, classifier_macs
 from everest_ds.model.frames import FrameChoice
-from everest_ds.model.rules import keep_rule
+from everest_ds.model.selection import keep_rule
 from everest_ds.model.sizes import get_size
 from everest_ds.train.optim import parameter_groups
 from everest_ds.train.selecting import Budget, num_pretrain_noise, pretrain_rule, share_of_loss

@@ -30,7 +30,7 @@ from tests.conftest import REPOSITORY
 # Not the video libraries: one of them starts threads, which a fork would lose.
 PRELOADED = (
     "deepspeed", "everest_ds.commands.evaluate", "everest_ds.commands.predict", "everest_ds.commands.train",
-    "everest_ds.recipes", "everest_ds.train.reshard", "torch._inductor.compile_fx",
+    "everest_ds.recipes", "everest_ds.train.checkpoints.reshard", "torch._inductor.compile_fx",
     "torch.utils.cpp_extension", "torch.utils.tensorboard",
 )  # fmt: skip
 

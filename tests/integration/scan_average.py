@@ -18,8 +18,8 @@ from everest_ds.config import BatchConfig, PretrainDataConfig
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
 from everest_ds.train.ema import WeightAverage, read_average
+from everest_ds.train.optim_step import Updater
 from everest_ds.train.tasks import PretrainTask
-from everest_ds.train.updates import Updater
 
 DECAY, STEPS = 0.7, 5
 CONFIG = replace(get_recipe("demo"), data=PretrainDataConfig(image_size=32, num_frames=4))

@@ -15,9 +15,10 @@ import traceback
 from collections.abc import Sequence
 
 from everest_ds import cli, distributed
+from everest_ds.benchmark import sharding_sweep as stage_sweep
+from everest_ds.benchmark import workbench as measuring
 from everest_ds.cli import benchmark_handlers, dispatch, handlers, parsing
-from everest_ds.commands.benchmark import measuring, stage_sweep
-from everest_ds.model import compilation
+from everest_ds.model import transformer as compilation
 
 
 def run(words: Sequence[str]) -> subprocess.CompletedProcess[str]:

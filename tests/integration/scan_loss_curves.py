@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from everest_ds import distributed
 from everest_ds.config import BatchConfig, PretrainConfig
-from everest_ds.model import compilation, tubelets
+from everest_ds.model import transformer as compilation
+from everest_ds.model import tubelets
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
 from everest_ds.train.engine import PrecisionName
+from everest_ds.train.optim_step import Updater
 from everest_ds.train.tasks import make_task
-from everest_ds.train.updates import Updater
 
 CLIPS, BATCHES, FRAMES, EDGE = 4, 16, 8, 32
 PEAK_LR = 5e-4  # twice the recipe's for so few clips

@@ -20,9 +20,9 @@ from everest_ds import distributed
 from everest_ds.config import BatchConfig, PretrainConfig
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
+from everest_ds.train.optim_step import Updater
 from everest_ds.train.precision import PrecisionName
 from everest_ds.train.tasks import make_task
-from everest_ds.train.updates import Updater
 
 CLIPS, STEPS, LEARNING_RATE = 8, 4, 1e-3
 # Scalars travel too: norms, losses, whether a gradient is finite.

@@ -15,8 +15,8 @@ from everest_ds.config import BatchConfig, Config, FinetuneConfig, FinetuneDataC
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
 from everest_ds.train.engine import PrecisionName
+from everest_ds.train.optim_step import Updater
 from everest_ds.train.tasks import make_task
-from everest_ds.train.updates import Updater
 
 # model.activation_checkpointing and model.recompute_attention.
 RECOMPUTED = {"nothing": (False, True), "all but attention": (True, False), "all": (True, True)}

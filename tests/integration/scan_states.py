@@ -30,11 +30,11 @@ from everest_ds.config import (
     PretrainDataConfig,
     PretrainModelConfig,
 )
+from everest_ds.planning.memory import estimate_memory
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
-from everest_ds.train.memory import estimate_memory
+from everest_ds.train.optim_step import Updater
 from everest_ds.train.tasks import make_task
-from everest_ds.train.updates import Updater
 
 # ViT-S with its decoder over small clips: 24 M parameters, and activations that do not count.
 ACCUMULATION = 2

@@ -18,16 +18,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from everest_ds import distributed
-from everest_ds.commands.benchmark.clips import synthetic_batch
+from everest_ds.benchmark.workbench import synthetic_batch
 from everest_ds.config import BatchConfig, PretrainConfig, RunConfig
-from everest_ds.data.index import VideoRow
+from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
-from everest_ds.train.checkpoint import TrainState
+from everest_ds.train.checkpoints.save import TrainState
 from everest_ds.train.ema import WeightAverage
 from everest_ds.train.engine import PrecisionName
 from everest_ds.train.loop import Trainer
-from everest_ds.train.metrics import MetricsLog
+from everest_ds.train.record.metrics import MetricsLog
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.tasks import PretrainTask
 

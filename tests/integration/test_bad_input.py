@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from everest_ds.cli import main
-from everest_ds.config_file import dump_config
+from everest_ds.config.file import dump_config
 from everest_ds.recipes import get_recipe
 from tests.conftest import REPOSITORY
 

@@ -82,7 +82,7 @@ OUT_OF_MEMORY_ON_RANK_1 = """
 import os, sys
 import torch
 from everest_ds import cli
-from everest_ds.commands.benchmark import measuring
+from everest_ds.benchmark import measuring
 
 real = measuring.take_step
 

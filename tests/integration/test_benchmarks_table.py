@@ -13,7 +13,7 @@ import subprocess
 import pytest
 
 from everest_ds import cli
-from everest_ds.commands.benchmark.step_options import StepOptions
+from everest_ds.benchmark.step_options import StepOptions
 from everest_ds.config import Config
 from everest_ds.distributed import World
 from tests.conftest import REPOSITORY
@@ -77,7 +77,7 @@ def test_every_row_says_what_is_wanted_and_whether_it_was_measured() -> None:
 def test_command_is_understood_as_it_stands(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flags, recipe and fields, and that the options go together."""
     seen: list[tuple[Config, StepOptions, World]] = []
-    monkeypatch.setattr("everest_ds.commands.benchmark.step.benchmark_step", lambda *given: seen.append(given) or 0)
+    monkeypatch.setattr("everest_ds.benchmark.step.benchmark_step", lambda *given: seen.append(given) or 0)
     words = words_of(command)
     assert cli.main(words) == 0
     ((config, options, _),) = seen

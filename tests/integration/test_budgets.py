@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from everest_ds.config import PretrainConfig
-from everest_ds.config_file import load_config
+from everest_ds.config.file import load_config
 from tests.integration.launch import compute, ds_config, flags, losses, metrics
 
 RTOL = 1e-6

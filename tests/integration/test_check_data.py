@@ -15,9 +15,9 @@ import pytest
 from everest_ds import cli
 from everest_ds.commands import check_data as command
 from everest_ds.commands.check_data import CheckOptions, check_data
-from everest_ds.commands.lists import read_lists
-from everest_ds.data.index import VideoRow, read_list
-from everest_ds.data.probe import FaultName, Finding, Kind, ProbeSettings, probe_video
+from everest_ds.data.curation.probe import FaultName, Finding, Kind, ProbeSettings, probe_video
+from everest_ds.data.lists.run_lists import read_lists
+from everest_ds.data.lists.video_list import VideoRow, read_list
 from everest_ds.errors import UserError
 from everest_ds.recipes import get_recipe
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from everest_ds import __version__, cli
-from everest_ds.commands.benchmark import flops
-from everest_ds.commands.benchmark.data import DataBenchmarkOptions
-from everest_ds.commands.benchmark.step_options import StepOptions
+from everest_ds.benchmark import flops
+from everest_ds.benchmark.data import DataBenchmarkOptions
+from everest_ds.benchmark.step_options import StepOptions
 from everest_ds.commands.convert import ConvertOptions
 from everest_ds.commands.plan import PlanOptions
 from everest_ds.commands.prepare import PrepareOptions
 from everest_ds.commands.train import LaunchOptions
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig, RunConfig
-from everest_ds.config_file import dump_config
+from everest_ds.config.file import dump_config
 from everest_ds.data.demo import DemoConfig
 from everest_ds.recipes import RECIPES
 
@@ -118,7 +118,7 @@ def test_data_benchmark_takes_a_recipe_its_fields_and_options_of_its_own(
     shown = capsys.readouterr().out
     assert all(f"--{option.replace('_', '-')}" in shown for option in DATA_BENCHMARK_OPTIONS)
     seen: list[tuple[Config, DataBenchmarkOptions]] = []
-    monkeypatch.setattr("everest_ds.commands.benchmark.data.benchmark_data", lambda *given: seen.append(given))
+    monkeypatch.setattr("everest_ds.benchmark.data.benchmark_data", lambda *given: seen.append(given))
     words = "benchmark data k400_vit_b_ft --data.sampling-stride 2 --lists a.csv b.csv --readers pyav --workers"
     assert cli.main([*words.split(), "--json"]) == 0
     ((config, options),) = seen

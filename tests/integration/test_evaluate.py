@@ -14,13 +14,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from everest_ds.data.index import VideoRow, read_list
+from everest_ds.data.lists.video_list import VideoRow, read_list
+from everest_ds.inference.results import require_own
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.sizes import get_size
 from everest_ds.model.weights.export import write_weights
 from everest_ds.model.weights.reading import read_weights
 from everest_ds.recipes import get_recipe
-from everest_ds.train.evaluation.files import require_own
 from everest_ds.train.tasks import build_autoencoder, encoder_options
 from tests.integration.launch import compute, launch
 from tests.integration.test_bad_input import refused

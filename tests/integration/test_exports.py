@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from everest_ds.cli import main
-from everest_ds.data.index import read_list
+from everest_ds.data.lists.video_list import read_list
 from everest_ds.model.weights.reading import read_weights
-from everest_ds.train.checkpoint import AVERAGE
-from everest_ds.train.consolidated import ALONE
-from everest_ds.train.seal import SEAL, seal
+from everest_ds.train.checkpoints.consolidated import ALONE
+from everest_ds.train.checkpoints.save import AVERAGE
+from everest_ds.train.checkpoints.seal import SEAL, seal
 from tests.conftest import REPOSITORY
 from tests.integration.launch import compute, cpu_environment, ds_config
 from tests.integration.test_bad_input import refused

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from everest_ds.data.demo import DemoConfig, write_demo_data
-from everest_ds.train.consolidated import read_any_weights, read_fp32_weights
+from everest_ds.train.checkpoints.consolidated import read_any_weights, read_fp32_weights
 from tests.integration.launch import compute, contents, ds_config, losses, metrics
 
 LOSS_RTOL = 1e-6

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from everest_ds.train.consolidated import read_fp32_weights
+from everest_ds.train.checkpoints.consolidated import read_fp32_weights
 from tests.integration.launch import compute, ds_config, metrics
 
 HEAD = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}

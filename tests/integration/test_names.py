@@ -11,14 +11,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from everest_ds.data.index import VideoRow, read_list
+from everest_ds.data.lists.video_list import VideoRow, read_list
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.sizes import get_size
 from everest_ds.recipes import get_recipe
 from everest_ds.train.tasks import encoder_options
 from tests.integration.launch import run_in_turn
 from tests.integration.test_bad_input import refused
-from tests.unit.video_files import write_ramp
+from tests.unit.data.readers.video_files import write_ramp
 
 # Protocols of FFmpeg's, options, formats, separators and quotes of lists, numbers, other scripts.
 NAMES = [
@@ -136,7 +136,7 @@ def test_predict_without_videos_and_with_lists_that_are_none_is_refused(
 def test_name_that_is_not_utf8_is_read_or_named(
     reader: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from everest_ds.data.video import Video, VideoReadError
+    from everest_ds.data.readers.video import Video, VideoReadError
 
     write_ramp(tmp_path / "a.mp4", 24)
     odd = (tmp_path / "a.mp4").rename(tmp_path / "\udcfc.mp4")

@@ -13,7 +13,7 @@ from everest_ds import cli
 from everest_ds.commands.plan import config_flags
 from everest_ds.commands.train import LaunchOptions
 from everest_ds.config import BatchConfig, FinetuneConfig, PretrainConfig, PretrainDataConfig, RunConfig
-from everest_ds.config_file import dump_config
+from everest_ds.config.file import dump_config
 from everest_ds.recipes import get_recipe
 from tests.conftest import REPOSITORY
 

@@ -10,14 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
-from tests.integration.launch import (
-    compute,
-    ds_config,
-    flags,
-    losses,
-    metrics,
-    weights,
-)
+from tests.integration.launch import compute, ds_config, flags, losses, metrics, weights
 
 # Losses and norms of a step in another world, stage or accumulation, relative: measured 0 and 5.5e-7.
 LOSS_RTOL = 5e-6

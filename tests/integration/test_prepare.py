@@ -20,13 +20,13 @@ import pytest
 from everest_ds import cli
 from everest_ds.commands import prepare as command
 from everest_ds.commands.prepare import PrepareOptions
-from everest_ds.data.guarded import Outcome
-from everest_ds.data.index import VideoRow, read_list
-from everest_ds.data.prepare import Prepared, PrepareSettings, prepare_video
-from everest_ds.data.video import Video
+from everest_ds.data.curation.reencode import Prepared, PrepareSettings, prepare_video
+from everest_ds.data.lists.video_list import VideoRow, read_list
+from everest_ds.data.loading.pool import Outcome
+from everest_ds.data.readers.video import Video
 from everest_ds.errors import UserError
 from tests.conftest import REPOSITORY
-from tests.unit.video_files import shown, write_ramp
+from tests.unit.data.readers.video_files import shown, write_ramp
 
 LABELS = [0, 2, 1, 2, 0]
 # Seconds until a command that was just started has prepared its first videos; measured 8.

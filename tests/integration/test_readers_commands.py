@@ -18,7 +18,7 @@ from everest_ds.model.sizes import get_size
 from everest_ds.recipes import get_recipe
 from everest_ds.train.tasks import encoder_options
 from tests.integration.launch import compute
-from tests.unit.video_files import write_ramp, write_turned
+from tests.unit.data.readers.video_files import write_ramp, write_turned
 
 OPEN_GOP = "its frames refer to frames beyond a keyframe (open GOPs); use --data.reader pyav"
 

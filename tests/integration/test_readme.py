@@ -49,16 +49,12 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) ->
     conversions: list[tuple[object, ...]] = []
     monkeypatch.setattr("everest_ds.commands.convert.convert", lambda *given: conversions.append(given))
     measurements: list[tuple[object, ...]] = []
-    monkeypatch.setattr(
-        "everest_ds.commands.benchmark.step.benchmark_step", lambda *given: measurements.append(given) or 0
-    )
+    monkeypatch.setattr("everest_ds.benchmark.step.benchmark_step", lambda *given: measurements.append(given) or 0)
     monkeypatch.setattr("everest_ds.commands.plan.read_measured", lambda *given, **named: MEASURED)
     imports: list[tuple[object, ...]] = []
     monkeypatch.setattr("everest_ds.commands.index.index", lambda *given: imports.append(given))
     benchmarks: list[tuple[object, ...]] = []
-    monkeypatch.setattr(
-        "everest_ds.commands.benchmark.data.benchmark_data", lambda *given: benchmarks.append(given)
-    )
+    monkeypatch.setattr("everest_ds.benchmark.data.benchmark_data", lambda *given: benchmarks.append(given))
     others: list[tuple[object, ...]] = []
     for name in ("evaluate", "predict", "prepare"):
         monkeypatch.setattr(f"everest_ds.commands.{name}.{name}", lambda *given, **named: others.append(given) or 0)

@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 
 from everest_ds import cli
-from everest_ds.data.index import read_list
+from everest_ds.data.lists.video_list import read_list
 from tests.integration.launch import compute, flags
 from tests.integration.test_bad_input import refused
-from tests.unit.test_timing import even_s, write_at
+from tests.unit.data.clips.test_timing import even_s, write_at
 
 
 def features(path: Path) -> tuple[torch.Tensor, dict[str, str]]:

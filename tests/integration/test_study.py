@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from everest_ds.commands.study import Scale, StudyOptions, conditions, study
 from everest_ds.errors import UserError
+from everest_ds.study import Scale, StudyOptions, conditions, study
 
 MICRO = Scale(train=16, labelled=4, test=4, pretrain_epochs=2, finetune_epochs=3)
 

@@ -18,16 +18,7 @@ import torch
 
 import everest_ds.model.registry  # noqa: F401  (registers the models)
 from tests.conftest import REPOSITORY
-from tests.integration.launch import (
-    compute,
-    contents,
-    cpu_environment,
-    ds_config,
-    flags,
-    launch,
-    losses,
-    metrics,
-)
+from tests.integration.launch import compute, contents, cpu_environment, ds_config, flags, launch, losses, metrics
 
 LOSS_RTOL = 1e-5
 NUM_STEPS = 20
@@ -115,7 +106,7 @@ from everest_ds import distributed
 from everest_ds.config import BatchConfig
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
-from everest_ds.train.updates import Updater
+from everest_ds.train.optim_step import Updater
 
 class Task(torch.nn.Module):
     def __init__(self):

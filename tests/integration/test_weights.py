@@ -12,13 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from everest_ds import cli
-from everest_ds.config_file import load_config
+from everest_ds.config.file import load_config
 from everest_ds.errors import UserError
-from everest_ds.geometry import TokenGrid
-from everest_ds.train.checkpoint import TrainState
-from everest_ds.train.consolidated import ALONE, load_initial_weights
-from everest_ds.train.run_dir import Resume
-from everest_ds.train.start import choose_start
+from everest_ds.tokens import TokenGrid
+from everest_ds.train.checkpoints.consolidated import ALONE, load_initial_weights
+from everest_ds.train.checkpoints.run_dir import Resume
+from everest_ds.train.checkpoints.save import TrainState
+from everest_ds.train.checkpoints.start import choose_start
 from everest_ds.train.tasks import build_autoencoder
 from tests.conftest import REPOSITORY
 from tests.integration.launch import compute, contents, ds_config, flags
@@ -34,11 +34,11 @@ from everest_ds.config import BatchConfig
 from everest_ds.distributed import World
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
-from everest_ds.train.checkpoint import TrainState, save_checkpoint
-from everest_ds.train.consolidated import export_fp32
-from everest_ds.train.run_dir import write_run_files
+from everest_ds.train.checkpoints.save import TrainState, save_checkpoint
+from everest_ds.train.checkpoints.consolidated import export_fp32
+from everest_ds.train.checkpoints.run_dir import write_run_files
 from everest_ds.train.tasks import PretrainTask
-from everest_ds.train.updates import Updater
+from everest_ds.train.optim_step import Updater
 
 ds_configs, out = map(Path, sys.argv[1:])
 world = World.from_environment()

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from everest_ds.data.demo import DemoConfig, render_video
-from everest_ds.data.index import read_list
+from everest_ds.data.lists.video_list import read_list
 from tests.integration.launch import compute, metrics
-from tests.unit.layouts import write
+from tests.unit.data.importers.layouts import write
 
 CLASSES = ("Archery", "Biking", "Diving", "Fencing")
 TRAIN, TEST = 6, 2  # videos of a class

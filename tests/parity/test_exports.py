@@ -16,18 +16,18 @@ from torchvision.transforms.v2 import functional as tvf
 
 from everest_ds.cli import main
 from everest_ds.config import FinetuneConfig
-from everest_ds.config_file import dump_config
+from everest_ds.config.file import dump_config
+from everest_ds.data.clips.views import crop_origins, dense_clips, resized_shape, segment_clips
 from everest_ds.data.readers.choice import choose_reader
-from everest_ds.data.views import crop_origins, dense_clips, resized_shape, segment_clips
 from everest_ds.errors import UserError
 from everest_ds.model.classifier import EverestClassifier
-from everest_ds.model.rules import keep_rule
+from everest_ds.model.selection import keep_rule
 from everest_ds.model.sizes import get_size
 from everest_ds.model.tubelets import standardise
 from everest_ds.model.weights.export import write_weights
 from everest_ds.model.weights.reading import read_weights, weights_of_run
 from everest_ds.recipes import get_recipe
-from everest_ds.train.consolidated import facts_of_run
+from everest_ds.train.checkpoints.consolidated import facts_of_run
 from everest_ds.train.tasks import encoder_options
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[hf])")

@@ -19,16 +19,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from everest_ds.data.importers.gathering import (
-    SPLITS,
-    UNLABELLED,
-    Gathering,
-    Import,
-    resolve_names,
-    split_of,
-)
+from everest_ds.data.importers.gathering import SPLITS, UNLABELLED, Gathering, Import, resolve_names, split_of
 from everest_ds.data.importers.tree import SourceTree
-from everest_ds.data.list_line import VIDEO_SUFFIXES
+from everest_ds.data.lists.list_line import VIDEO_SUFFIXES
 from everest_ds.errors import UserError
 
 _IN_NO_CLASS = "a video in no class's folder"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from everest_ds.data.importers.tree import SourceTree
-from everest_ds.data.index import VideoRow, can_be_listed, window_fault
-from everest_ds.data.labels import read_class_names
+from everest_ds.data.lists.classes import read_class_names
+from everest_ds.data.lists.video_list import VideoRow, can_be_listed, window_fault
 from everest_ds.errors import UserError
 
 SPLITS = ("train", "val", "test")

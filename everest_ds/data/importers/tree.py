@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from everest_ds.data.list_line import VIDEO_SUFFIXES
+from everest_ds.data.lists.list_line import VIDEO_SUFFIXES
 from everest_ds.errors import UserError
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.data.importers.gathering import UNLABELLED, Import
-from everest_ds.data.index import VideoRow, format_list
-from everest_ds.data.labels import NAMES_FILE
+from everest_ds.data.lists.classes import NAMES_FILE
+from everest_ds.data.lists.video_list import VideoRow, format_list
 from everest_ds.errors import UserError
-from everest_ds.whole_files import whole_file
+from everest_ds.files import whole_file
 
 SUMMARY_FILE, MISSING_FILE, LEFT_OUT_FILE = "summary.json", "missing.txt", "left_out.txt"
 _WRITTEN_BY = "everest index"

@@ -1,6 +1,6 @@
 """What a reader of videos is, and what all of them have in common.
 
-Place in the flow: `everest_ds.data.video` opens a reader and asks it for frames. Axes: T frames asked for, H W
+Place in the flow: `readers.video` opens a reader and asks it for frames. Axes: T frames asked for, H W
 pixels, C colour.
 """
 

@@ -7,7 +7,7 @@ container marks keyframes, but not whether decoding can start at one. It counts 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from everest_ds.data.readers.oddities import Oddity
+from everest_ds.data.readers.quirks import Oddity
 
 # Numbers of units in H.264 and HEVC.
 _H264_SLICE, _H264_IDR, _H264_SEI, _H264_SPS, _H264_B_TYPE = 1, 5, 6, 7, 1

@@ -69,13 +69,13 @@ def open_reader(path: Path, wanted: ReaderName) -> Reader:
     if fault is not None:
         raise VideoReadError(path, f"{chosen} needs PyAV to look at the file first, and PyAV is {fault}")
     if chosen == "decord":
-        from everest_ds.data.readers.with_decord import DecordReader
+        from everest_ds.data.readers.decord import DecordReader
 
         return DecordReader(path)
     if chosen == "pyav":
-        from everest_ds.data.readers.with_pyav import PyavReader
+        from everest_ds.data.readers.pyav import PyavReader
 
         return PyavReader(path)
-    from everest_ds.data.readers.with_torchcodec import TorchcodecReader
+    from everest_ds.data.readers.torchcodec import TorchcodecReader
 
     return TorchcodecReader(path)

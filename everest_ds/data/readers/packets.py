@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from everest_ds.data.readers.base import VideoReadError, even_times_s, first_line
 from everest_ds.data.readers.bitstream import Inspector
-from everest_ds.data.readers.oddities import Oddity, finds_by_time, odd_decoding, odd_fields, odd_times
+from everest_ds.data.readers.quirks import Oddity, finds_by_time, odd_decoding, odd_fields, odd_times
 
 FAULTS = (av.FFmpegError, OSError, ValueError)
 """What PyAV raises for a file that it cannot read."""

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everest_ds.config_file import read_json_object
+from everest_ds.config.file import read_json_object
 from everest_ds.errors import UserError
-from everest_ds.model.weights.architecture import DECODER_MARKS
-from everest_ds.model.weights.facts import NO_FACTS, Facts
+from everest_ds.model.weights.architecture import DECODER_MARKS, NO_FACTS, Facts
 
 # Keys under which training codes keep the state dict, in the order of the official fine-tuning code.
 WRAPPERS = ("model", "module", "state_dict")

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from everest_ds.config import Config, FinetuneConfig, FinetuneDataConfig, FinetuneSelectionConfig
-from everest_ds.counts import describe_kept
-from everest_ds.geometry import TokenGrid
-from everest_ds.model.byte_embedding import IMAGENET_MEAN, IMAGENET_STD
 from everest_ds.model.classifier import fixed_draws
-from everest_ds.model.rules import SelectionRule, keep_rule
+from everest_ds.model.selection import SelectionRule, keep_rule
 from everest_ds.model.transformer import MLP_RATIO
+from everest_ds.model.tubelets import IMAGENET_MEAN, IMAGENET_STD
 from everest_ds.model.weights.architecture import Architecture, Kind
 from everest_ds.model.weights.huggingface import FIXED_SETTINGS
+from everest_ds.tokens import TokenGrid, describe_kept
 
 ARCHITECTURES: dict[Kind, str] = {
     "autoencoder": "VideoMAEForPreTraining",

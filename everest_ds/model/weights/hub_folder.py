@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from everest_ds.config import Config
-from everest_ds.config_file import config_from_dict
+from everest_ds.config.file import config_from_dict
 from everest_ds.errors import UserError
-from everest_ds.model.weights.card import CARD, CardFacts, card_for
 from everest_ds.model.weights.foreign import CONFIG
 from everest_ds.model.weights.hub_config import (
     MODELING_FILE,
@@ -21,6 +20,7 @@ from everest_ds.model.weights.hub_config import (
     config_for,
     preprocessors_for,
 )
+from everest_ds.model.weights.model_card import CARD, CardFacts, card_for
 from everest_ds.model.weights.reading import Weights
 
 

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from everest_ds.errors import UserError
 from everest_ds.model.transformer import MLP_RATIO, Block
-from everest_ds.model.weights.architecture import Architecture, Kind, count_blocks
-from everest_ds.model.weights.facts import Facts
+from everest_ds.model.weights.architecture import Architecture, Facts, Kind, count_blocks
 
 TRUNK = "videomae."
 ENCODER_BLOCKS, DECODER_BLOCKS = f"{TRUNK}encoder.layer", "decoder.decoder_layers"

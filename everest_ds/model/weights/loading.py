@@ -10,7 +10,6 @@ from collections.abc import Collection
 from torch import Tensor, nn
 
 from everest_ds.errors import UserError
-from everest_ds.geometry import TokenGrid
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import TokenEncoder
@@ -25,6 +24,7 @@ from everest_ds.model.weights.report import (
     part_of,
     unneeded,
 )
+from everest_ds.tokens import TokenGrid
 
 # Names that `allow` knows besides those of tensors.
 POSITIONS, HEADS = "positions", "num_heads"

@@ -1,0 +1,124 @@
+"""`everest benchmark step RECIPE --sweep-stages`: every way of sharding measured, and the fastest written down.
+
+Each way is measured by the same command in processes of its own, so that none finds what another has left behind,
+and one that fails leaves the others alone. On several GPUs they are started by `torch.distributed.run
+--standalone`, which finds a free port by itself and ends all processes when one has ended badly.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from everest_ds.benchmark.step_options import StepOptions
+from everest_ds.config import Config
+from everest_ds.config.file import dump_config
+from everest_ds.errors import UserError, nearest_hint
+from everest_ds.interrupts import ending_with_us
+from everest_ds.planning.measured import fastest, write_measured
+
+
+def sweep_stages(config: Config, options: StepOptions) -> int:
+    """Measure every stage, write the recommendation, print both, and return 0; or 1 where a stage failed.
+
+    Raises:
+        UserError: A stage that does not exist, or that none could be measured; the last process's message is shown.
+    """
+    from everest_ds.train.engine import shipped_files
+
+    files = shipped_files()
+    for name in options.stages:
+        if name not in files:
+            raise UserError(f"--stages {name}: there is no such file in ds_configs{nearest_hint(name, files)}")
+    gpus = options.gpus or _visible_gpus()
+    out = options.out or Path("runs") / f"{config.recipe}-stages.json"
+    rows: list[dict[str, Any]] = []
+    faults: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "config.json"
+        recipe.write_text(dump_config(config), encoding="utf-8")
+        for name in options.stages:
+            done = _run(_command(recipe, files[name], gpus, options), gpus)
+            found = _lines(done.stdout)
+            rows += [{**row, "ds_config": name} for row in found]
+            if done.returncode and not any(row["out_of_memory"] for row in found):
+                faults[name] = _last_line(done.stderr)
+            if not options.json:
+                _print_stage(name, found, faults.get(name))
+    if not rows:
+        raise UserError(f"no stage could be measured: {'; '.join(f'{n}: {text}' for n, text in faults.items())}")
+    document = write_measured(out, config, rows, faults, gpus=gpus)
+    if options.json:
+        print(json.dumps(document))
+    else:
+        best = fastest(rows, config.batch.global_size)
+        said = "none fits" if best is None else f"fastest: {best['ds_config']}, micro-batch {best['micro_batch']}"
+        print(f"{said}; written to {out}, for `everest plan {config.recipe} --measured {out}`")
+    return 1 if faults else 0
+
+
+def _command(recipe: Path, ds_config: Path, gpus: int, options: StepOptions) -> list[str]:
+    """Return the command that measures one stage."""
+    start = [sys.executable, "-m"]
+    if gpus > 1:
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), "-m"]
+    words = ["benchmark", "step", str(recipe), "--ds-config", str(ds_config), "--json"]
+    words += ["--steps", str(options.steps), "--warmup", str(options.warmup), "--precision", options.precision]
+    if options.micro_batch:
+        words += ["--micro-batch", *options.micro_batch]
+    if options.memory_gib is not None:
+        words += ["--memory-gib", str(options.memory_gib)]
+    return [*start, "everest_ds", *words]
+
+
+def _run(command: Sequence[str], gpus: int) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; on a CPU its processes share the cores out among them."""
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
+    with (
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        ) as process,
+        ending_with_us(process),
+    ):
+        stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def _lines(stdout: str) -> list[dict[str, Any]]:
+    """Return the measured lines among what processes have printed."""
+    found = []
+    for text in stdout.splitlines():
+        if text.startswith('{"benchmark": "step"'):
+            found.append(json.loads(text))
+    return found
+
+
+def _last_line(stderr: str) -> str:
+    """Return what a process that failed said: our own message, or else its last words."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    own = [line for line in lines if line.startswith("everest: error: ")]
+    return (own or lines or ["it said nothing"])[-1].removeprefix("everest: error: ")
+
+
+def _print_stage(name: str, rows: Sequence[dict[str, Any]], fault: str | None) -> None:
+    for row in rows:
+        what = "out of memory"
+        if not row["out_of_memory"]:
+            what = (
+                f"{row['clips_per_s']:.2f} clips/s, step {row['step_ms_median']:.1f} ms, "
+                f"{row['peak_allocated_gib']:.2f} GiB"
+            )
+        print(f"{name:<14} micro-batch {row['micro_batch']:>5}: {what}", flush=True)
+    if fault:
+        print(f"{name:<14} failed: {fault}", flush=True)
+
+
+def _visible_gpus() -> int:
+    import torch
+
+    return max(torch.cuda.device_count(), 1)

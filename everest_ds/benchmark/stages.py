@@ -1,0 +1,273 @@
+"""What a clip costs by stage: CPU time of all threads of one process, the ways to make it taken in turn.
+
+Place in the flow: rows of a list -> ways (ours, by a reader; the official one, `official`) -> rounds -> `Costs`.
+Every round makes the same clips, of the same frames and crops, so that rounds differ by the machine alone.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from everest_ds.data.clips.batch import Clip, ClipBatch, mix_pairs
+from everest_ds.data.clips.cuts import Draws, UnfitFramesError, choose_frames
+from everest_ds.data.clips.dataset import ClipDataset
+from everest_ds.data.clips.sampling import SampleKey, Stream, keyed_generator
+from everest_ds.data.readers.video import Video, VideoReadError
+
+Stage = Literal["open", "decode", "augment", "collate", "copy"]
+STAGES: tuple[Stage, ...] = ("open", "decode", "augment", "collate", "copy")
+CLIP_STAGES: tuple[Stage, ...] = ("open", "decode", "augment")
+"""What one clip takes, whatever batch it goes into."""
+WORKER_STAGES: tuple[Stage, ...] = (*CLIP_STAGES, "collate")
+"""What a loader process does for a clip."""
+
+# Ways take turns after so few videos, a second or less, that the machine is the same for all of them.
+_VIDEOS_A_TURN = 4
+
+
+class StageTimer:
+    """Adds up the time of each stage.
+
+    Args:
+        now: Seconds so far. The CPU time of all threads of this process by default: decoders have threads of their
+            own, and what other processes do does not count.
+
+    Attributes:
+        spent_s: Seconds by stage; a stage that never ran is missing.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.process_time) -> None:
+        self._now = now
+        self.spent_s: dict[Stage, float] = {}
+
+    @contextmanager
+    def stage(self, stage: Stage) -> Iterator[None]:
+        """Count what runs inside towards a stage."""
+        began = self._now()
+        yield
+        self.spent_s[stage] = self.spent_s.get(stage, 0.0) + self._now() - began
+
+
+class Way(Protocol):
+    """One way to make training clips of the rows of a list."""
+
+    @property
+    def name(self) -> str:
+        """What reads the videos, or `official`."""
+
+    @property
+    def repeats(self) -> int:
+        """Clips of one decoded video."""
+
+    def make_batch(self, rows: Sequence[int], timer: StageTimer) -> Tensor:
+        """Make the clips of some rows, as one batch, and count what each stage takes.
+
+        Returns:
+            clips_BCTHW, with ``repeats`` clips of every row.
+
+        Raises:
+            VideoReadError: A row gives no clip.
+        """
+
+
+@dataclass(frozen=True)
+class OurWay:
+    """What a loader process of a training run does, stage by stage.
+
+    Attributes:
+        dataset: The run's clips.
+        repeats: Clips, each of its own crop, of one decoded video.
+        device: GPU that batches are copied to; None for none.
+    """
+
+    dataset: ClipDataset
+    repeats: int = 1
+    device: torch.device | None = None
+
+    @property
+    def name(self) -> str:
+        """The reader."""
+        return self.dataset.config.reader
+
+    def make_batch(self, rows: Sequence[int], timer: StageTimer) -> Tensor:
+        """Make uint8 clips; see `Way.make_batch`."""
+        clips = [clip for row in rows for clip in self._clips(row, timer)]
+        with timer.stage("collate"):
+            mixer = self.dataset.mixer
+            lone = clips[-1:] if mixer and len(clips) % 2 else []  # mixed with itself
+            mixed = mix_pairs([*clips, *lone], mixer)[: len(clips)] if mixer else clips
+            batch = ClipBatch.collate(mixed, crops=self.dataset.cut.delivers_crops, pin=self.device is not None)
+        return time_copy(partial(batch.clips_on, image_size=self.dataset.config.image_size), self.device, timer)
+
+    def _clips(self, index: int, timer: StageTimer) -> list[Clip]:
+        row, cut = self.dataset.rows[index], self.dataset.cut
+        with timer.stage("open"):
+            video = Video.of_row(row, self.dataset.config.reader)
+        with timer.stage("decode"):
+            frame_idx = choose_frames(cut, video, draws_of(self.dataset.seed, index))
+            frames_THWC = video.read(frame_idx)
+            del video  # to close it is part of the cost
+        clips = []
+        for repeat in range(self.repeats):
+            draws = draws_of(self.dataset.seed, index, repeat)
+            with timer.stage("augment"):
+                try:
+                    pixels = cut.clip(frames_THWC, draws)
+                except UnfitFramesError as error:
+                    raise VideoReadError(row.path, str(error)) from error
+                clip = Clip(
+                    pixels=pixels,
+                    frames_T=np.array(frame_idx),
+                    noise_S=draws(Stream.NOISE).random(self.dataset.noise_length, dtype=np.float32),
+                    label=row.label,
+                    index=index,
+                    key=SampleKey(0, index, repeat),
+                )
+            clips.append(clip)
+        return clips
+
+
+def draws_of(seed: int, index: int, repeat: int = 0) -> Draws:
+    """Return the draws of a row, those of a run's first epoch: the same in all rounds and for all ways."""
+    return partial(_generator, seed, index, repeat)
+
+
+def time_copy(move: Callable[[torch.device], Tensor], device: torch.device | None, timer: StageTimer) -> Tensor:
+    """Move a batch to a GPU and count it; without a GPU it stays, and nothing is counted.
+
+    Where the device resizes crops (data.resize), that is part of it.
+    """
+    if device is None:
+        return move(torch.device("cpu"))
+    with timer.stage("copy"):
+        clips_BCTHW = move(device)
+        torch.cuda.synchronize(device)
+    return clips_BCTHW
+
+
+@dataclass
+class Costs:
+    """What a clip costs in one way.
+
+    Attributes:
+        rounds: CPU milliseconds a clip by stage, one dictionary a round.
+    """
+
+    rounds: list[dict[Stage, float]] = field(default_factory=list)
+
+    def stage_ms(self, stage: Stage) -> float | None:
+        """Return the median of a stage over the rounds; None for one that did not run."""
+        values = [spent[stage] for spent in self.rounds if stage in spent]
+        return statistics.median(values) if values else None
+
+    def sums_ms(self, stages: Sequence[Stage]) -> list[float]:
+        """Return the sum of some stages for each round."""
+        return [sum(spent.get(stage, 0.0) for stage in stages) for spent in self.rounds]
+
+    @property
+    def clip_ms(self) -> float:
+        """Milliseconds of `CLIP_STAGES`, the median of the rounds' sums."""
+        return statistics.median(self.sums_ms(CLIP_STAGES))
+
+    @property
+    def clip_p90_ms(self) -> float:
+        """Milliseconds of `CLIP_STAGES` that nine of ten rounds stay below."""
+        return float(np.percentile(self.sums_ms(CLIP_STAGES), 90))
+
+    @property
+    def clips_per_s_core(self) -> float:
+        """Clips that one core makes in a second, collated."""
+        return 1e3 / statistics.median(self.sums_ms(WORKER_STAGES))
+
+    def ratio_to(self, other: "Costs") -> float:
+        """Return the median over the rounds of this cost over the other's, `CLIP_STAGES` of both."""
+        pairs = zip(self.sums_ms(CLIP_STAGES), other.sums_ms(CLIP_STAGES), strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+
+def measure_round(
+    ways: Sequence[Way],
+    rows: Sequence[int],
+    *,
+    first: int = 0,
+    now: Callable[[], float] = time.process_time,
+) -> list[dict[Stage, float]]:
+    """Make the clips of all rows in every way, a few rows at a time by turns.
+
+    Args:
+        ways: The ways.
+        rows: Rows of the list that all of them can read.
+        first: The way, modulo their number, that begins; another one each round, so that none is always the first
+            to touch a file.
+        now: See `StageTimer`.
+
+    Returns:
+        CPU milliseconds a clip by stage, for each way.
+    """
+    timers = [StageTimer(now) for _ in ways]
+    order = [(first + turn) % len(ways) for turn in range(len(ways))]
+    for start in range(0, len(rows), _VIDEOS_A_TURN):
+        for place in order:
+            ways[place].make_batch(rows[start : start + _VIDEOS_A_TURN], timers[place])
+    return [
+        {stage: 1e3 * spent / (len(rows) * way.repeats) for stage, spent in timer.spent_s.items()}
+        for way, timer in zip(ways, timers, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A video that is not measured.
+
+    Attributes:
+        path: Where it is.
+        way: The first way that cannot make a clip of it.
+        reason: Why.
+    """
+
+    path: Path
+    way: str
+    reason: str
+
+
+def warm_up(ways: Sequence[Way], num_rows: int) -> tuple[list[int], list[LeftOut]]:
+    """Make every clip once in every way: caches are warm afterwards, and it is known what can be measured.
+
+    Returns:
+        Rows that all ways can read, and the other ones.
+    """
+    rows, left_out = [], []
+    for row in range(num_rows):
+        for way in ways:
+            try:
+                way.make_batch([row], StageTimer())
+            except VideoReadError as error:
+                left_out.append(LeftOut(error.path, way.name, error.reason))
+                break
+        else:
+            rows.append(row)
+    return rows, left_out
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch's operations run in one thread inside, as in a loader process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _generator(seed: int, index: int, repeat: int, stream: Stream) -> np.random.Generator:
+    return keyed_generator(seed, stream, 0, index, repeat)

@@ -1,0 +1,1 @@
+"""Clips: which frames, how they are cut and augmented, and the batches made of them."""

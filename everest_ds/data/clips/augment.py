@@ -1,0 +1,253 @@
+"""Augmentation of fine-tuning clips with timm's and torchvision's parts: one draw for all frames of a clip.
+
+Place in the flow: frames_THWC uint8 -> RandAugment -> random resized crop and flip (transforms.py) -> clip_CTHW
+uint8 -> random erasing -> mixing of pairs. These parts draw from process-wide generators; each runs inside
+`seeded_globals`, so that its draws belong to the sample. Axes: T frames, H W pixels, C colour channels, K classes.
+"""
+
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
+
+from everest_ds.config import FinetuneDataConfig
+from everest_ds.data.clips.sampling import SampleKey, Stream, keyed_generator
+from everest_ds.errors import UserError
+
+# ImageNet's statistics of pixels in [0, 1], with which the official code normalises clips.
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+
+_RAND_SECTION = re.compile(r"(m|n|mmax)\d+|(p|mstd)\d+(\.\d+)?|inc[01]|t(weights|3a|3aw)")
+
+
+def draw_seed(generator: np.random.Generator) -> int:
+    """Draw a seed for `seeded_globals`."""
+    return int(generator.integers(2**32))
+
+
+@contextmanager
+def seeded_globals(seed: int) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's process-wide CPU generators, and put them back as they were afterwards.
+
+    Without loader processes clips are made in the training process, whose own draws must not notice. The device's
+    generator is left alone.
+    """
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+
+
+def check_rand_augment(text: str) -> None:
+    """Check a RandAugment configuration.
+
+    timm itself passes over some of what it does not know, and would find the rest in a loader process.
+
+    Raises:
+        UserError: It is not in timm's notation, or asks for more operations than its set has.
+    """
+    first, *sections = text.split("-")
+    matches = [_RAND_SECTION.fullmatch(section) for section in sections]
+    fault = None
+    if first != "rand":
+        fault = "it must begin with 'rand'"
+    elif not all(matches):
+        fault = f"{sections[matches.index(None)]!r} is no part of it"
+    else:
+        try:
+            with seeded_globals(0):
+                _rand_augment_transform(text)(Image.new("RGB", (8, 8)))
+        except (AssertionError, ValueError) as error:
+            fault = str(error) or "timm refuses it"
+    if fault:
+        raise UserError(
+            f"data.rand_augment={text!r} is not in timm's notation: {fault}; expected rand, then any of m9 "
+            "(magnitude), n2 (operations), p0.5 (probability), mstd0.5 (spread of the magnitude), mmax10 (its "
+            "bound), inc1 (all operations grow with it), tweights, t3a or t3aw (set of operations), joined by '-', "
+            "as in rand-m9-mstd0.5-inc1, or None for no RandAugment"
+        )
+
+
+def rand_augment(frames_THWC: NDArray[np.uint8], text: str, generator: np.random.Generator) -> NDArray[np.uint8]:
+    """Apply timm's RandAugment to each frame, with the same operations, magnitudes and signs.
+
+    It runs on whole frames, before the crop, as in the official code: a shift or a rotation moves in what the crop
+    may take, and the frame's size decides the cost.
+
+    Args:
+        frames_THWC: uint8, RGB.
+        text: timm's notation, see `check_rand_augment`.
+        generator: The sample's draws.
+
+    Returns:
+        frames_THWC, uint8.
+
+    Source: official code, `create_random_augment`: bicubic, and grey (128) moves in from outside the frame. Its
+    translate_const has no effect on RandAugment's operations and is not passed.
+    Differs from the official code: Posterize keeps at least one bit, where the strongest made a clip all black.
+    """
+    transform = _rand_augment_transform(text)
+    seed = draw_seed(generator)
+    frames = []
+    for frame_HWC in frames_THWC:
+        with seeded_globals(seed):
+            frames.append(np.asarray(transform(Image.fromarray(frame_HWC))))
+    return np.stack(frames)
+
+
+def draw_resized_crop(
+    width: int,
+    height: int,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    generator: np.random.Generator,
+) -> tuple[int, int, int, int]:
+    """Draw a crop (left, top, width, height) in pixels, of random area and aspect, with torchvision.
+
+    Uniform in area, log-uniform in width over height; after ten draws that do not fit, the largest crop in the
+    middle whose aspect is allowed.
+
+    Args:
+        width: Of the frame, in pixels.
+        height: Of the frame, in pixels.
+        area: Share of the frame, from and to.
+        aspect: Width over height, from and to.
+        generator: The sample's draws.
+    """
+    with seeded_globals(draw_seed(generator)):
+        image = torch.empty(1, 1).expand(height, width)[None]  # only its shape counts
+        top, left, crop_height, crop_width = RandomResizedCrop.get_params(image, list(area), list(aspect))
+    return left, top, crop_width, crop_height
+
+
+def erase(clip_CTHW: Tensor, prob: float, generator: np.random.Generator) -> Tensor:
+    """Erase one box of random place and size, the same in all frames, with probability ``prob``.
+
+    The box takes 2 to 33 % of a frame. It is filled with normal noise, drawn for every pixel, channel and frame.
+
+    Args:
+        clip_CTHW: uint8.
+        prob: Share of clips that are erased.
+        generator: The sample's draws.
+
+    Returns:
+        clip_CTHW, uint8.
+
+    Source: official code, `RandomErasing` with mode pixel and one box.
+    Differs from the official code: there the noise replaces normalised pixels. Here it becomes bytes with
+    ImageNet's mean and standard deviation, and what lies beyond black or white (two deviations away) is clamped.
+    """
+    from timm.data.random_erasing import RandomErasing
+
+    channels, num_frames, height, width = clip_CTHW.shape
+    # timm knows images: the frames lie side by side as channels. What it leaves alone stays NaN.
+    noise = torch.full((channels * num_frames, height, width), torch.nan)
+    with seeded_globals(draw_seed(generator)):
+        noise = RandomErasing(probability=prob, mode="pixel", max_count=1, device="cpu")(noise)
+    places = (~noise[0].isnan()).nonzero().tolist()
+    if not places:
+        return clip_CTHW
+    (top, left), (bottom, right) = places[0], places[-1]
+    box = (..., slice(top, bottom + 1), slice(left, right + 1))
+    mean, std = (torch.tensor(values)[:, None, None, None] for values in (_MEAN, _STD))
+    noise_CTHW = rearrange(noise, "(c t) h w -> c t h w", c=channels)[box]
+    erased_CTHW = clip_CTHW.clone()
+    erased_CTHW[box] = ((noise_CTHW * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return erased_CTHW
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairMixer:
+    """Mixes pairs of neighbouring clips and their classes, with timm's mixup and CutMix.
+
+    The draws belong to the pair, so a global batch comes out the same from any even micro-batch and any number of
+    processes. All frames of a clip are mixed alike. Each pair is mixed, by CutMix or mixup at even odds where both
+    are on.
+
+    Attributes:
+        seed: The run's.
+        num_classes: K.
+        mixup_alpha: Mixup's beta distribution; 0 for none.
+        cutmix_alpha: CutMix's beta distribution; 0 for none.
+
+    Differs from the official code: one draw a pair, not one for a process's whole micro-batch, which is the first
+    clip with the last and so on; bytes are mixed, rounded to the nearest, instead of normalised floats.
+    """
+
+    seed: int
+    num_classes: int
+    mixup_alpha: float
+    cutmix_alpha: float
+
+    @classmethod
+    def of(cls, data: FinetuneDataConfig, *, seed: int, num_classes: int) -> "PairMixer | None":
+        """Return the mixer of a configuration, None where it mixes nothing."""
+        if not data.mixes:
+            return None
+        return cls(seed=seed, num_classes=num_classes, mixup_alpha=data.mixup_alpha, cutmix_alpha=data.cutmix_alpha)
+
+    def mix(self, first: Tensor, second: Tensor, labels: tuple[int, int], key: SampleKey) -> tuple[Tensor, Tensor]:
+        """Mix two clips.
+
+        Args:
+            first: clip_CTHW, uint8.
+            second: clip_CTHW, uint8.
+            labels: Their classes.
+            key: The first one's.
+
+        Returns:
+            clips_BCTHW uint8 of the two, and target_BK float32: each row holds the shares of the classes.
+        """
+        from timm.data.mixup import FastCollateMixup
+
+        collate = FastCollateMixup(
+            mixup_alpha=self.mixup_alpha,
+            cutmix_alpha=self.cutmix_alpha,
+            mode="pair",
+            label_smoothing=0.0,
+            num_classes=self.num_classes,
+        )
+        # timm cuts and pastes within the arrays that it is given.
+        images = [rearrange(clip, "c t h w -> (c t) h w").numpy().copy() for clip in (first, second)]
+        generator = keyed_generator(self.seed, Stream.MIX, key.epoch, key.index, key.repeat)
+        with seeded_globals(draw_seed(generator)):
+            mixed, target_BK = collate(list(zip(images, labels, strict=True)))
+        return rearrange(mixed, "b (c t) h w -> b c t h w", c=first.shape[0]), target_BK
+
+    def target(self, label: int) -> Tensor:
+        """Return the target_K of a clip that is not mixed, float32."""
+        return torch.nn.functional.one_hot(torch.tensor(label), self.num_classes).float()
+
+
+@lru_cache(maxsize=4)
+def _rand_augment_transform(text: str) -> Any:
+    from timm.data.auto_augment import rand_augment_transform
+
+    transform = rand_augment_transform(text, {"interpolation": Image.Resampling.BICUBIC})
+    for operation in transform.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
+    """Keep at least one bit: timm asks for none at the ends of its scale, which Pillow 13 refuses."""
+    return ImageOps.posterize(image, min(max(bits_to_keep, 1), 8))

@@ -1,0 +1,179 @@
+"""Training clips and batches of them.
+
+Place in the flow: clip_CTHW uint8 of a sample -> pairs mixed -> ClipBatch, in pinned memory where there is a GPU ->
+clips_BCTHW uint8 on the device. Axes: B clips, C T H W of a clip, S noise values, K classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from everest_ds.data.clips.augment import PairMixer
+from everest_ds.data.clips.sampling import SampleKey
+from everest_ds.data.clips.transforms import resize_crop
+from everest_ds.data.loading.shared_memory import Layout
+from everest_ds.errors import UserError
+
+MAX_REPLACEMENTS = 10
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A draw that could not be read."""
+
+    path: str
+    reason: str
+    epoch: int
+    index: int
+    repeat: int = 0
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One training sample, or nothing but the draws that failed when too many in a row did.
+
+    Attributes:
+        pixels: uint8, clip_CTHW, or crop_THWC where the device resizes it (data.resize); None when no replacement
+            could be read.
+        frames_T: int64, the frame of the video that each frame of the clip is; None as above. An array, as all that
+            is small: tensors travel from process to process by way of files.
+        noise_S: float32 in [0, 1), as many values as the task asked for; None as above.
+        label: Class of the list's row.
+        index: Row of the list.
+        key: What was asked for; another row where that one could not be read.
+        target_K: float32, the shares of the classes; None where no clips are mixed.
+        bad: Draws that could not be read before this one.
+    """
+
+    pixels: Tensor | None
+    frames_T: NDArray[np.int64] | None
+    noise_S: NDArray[np.float32] | None
+    label: int
+    index: int
+    key: SampleKey
+    target_K: NDArray[np.float32] | None = None
+    bad: tuple[BadSample, ...] = ()
+
+    @property
+    def was_read(self) -> bool:
+        """Whether there is a clip."""
+        return self.frames_T is not None
+
+    def with_pixels(self, pixels: Tensor | None) -> "Clip":
+        """Return the clip with other pixels."""
+        return replace(self, pixels=pixels)
+
+
+def mix_pairs(clips: Sequence[Clip], mixer: PairMixer) -> list[Clip]:
+    """Mix the first clip with the second, the third with the fourth and so on.
+
+    One that has lost its neighbour stays as it is.
+    """
+    if len(clips) % 2:
+        raise ValueError(f"{len(clips)} clips do not make pairs to mix; batch.micro_size must be even")
+    mixed: list[Clip] = []
+    for first, second in zip(clips[::2], clips[1::2], strict=True):
+        if first.pixels is not None and second.pixels is not None:
+            labels = (first.label, second.label)
+            clips_BCTHW, target_BK = mixer.mix(first.pixels, second.pixels, labels, first.key)
+            both = zip((first, second), clips_BCTHW, target_BK.numpy(), strict=True)
+            mixed += [replace(clip, pixels=pixels, target_K=target_K) for clip, pixels, target_K in both]
+            continue
+        for clip in (first, second):
+            mixed.append(replace(clip, target_K=mixer.target(clip.label).numpy()) if clip.was_read else clip)
+    return mixed
+
+
+@dataclass
+class ClipBatch:
+    """One micro-batch.
+
+    Attributes:
+        clips_BCTHW: uint8; empty where ``crops`` hold the pixels. In memory channels may come last, as they leave
+            the decoder, so that no process spends time on putting them into order.
+        frames_BT: int64, the frame of its video that each frame of a clip is; for a mixed clip, of its own video.
+        noise_BS: float32 in [0, 1), the values that the task asked for with each clip.
+        label_B: int64.
+        index_B: int64, rows of the list.
+        target_BK: float32, the shares of the classes in each clip; None where no clips are mixed.
+        crops: uint8, crop_THWC of each clip in its own size, which the device resizes (data.resize); else none.
+        bad: Draws that could not be read while this batch was made.
+        num_lost: Samples that are missing because no replacement could be read either.
+    """
+
+    clips_BCTHW: Tensor
+    frames_BT: Tensor
+    noise_BS: Tensor
+    label_B: Tensor
+    index_B: Tensor
+    target_BK: Tensor | None = None
+    crops: list[Tensor] = field(default_factory=list)
+    bad: list[BadSample] = field(default_factory=list)
+    num_lost: int = 0
+
+    @classmethod
+    def collate(cls, clips: Sequence[Clip], *, crops: bool = False, pin: bool = False) -> "ClipBatch":
+        """Copy samples into a batch; samples that no replacement was found for are left out.
+
+        Args:
+            clips: The samples.
+            crops: Whether their pixels are crops that the device resizes.
+            pin: Whether to put the batch into pinned memory.
+        """
+        read = [clip for clip in clips if clip.was_read]
+        pixels = [clip.pixels for clip in read if clip.pixels is not None]
+        targets = [clip.target_K for clip in read if clip.target_K is not None]
+        frames = [clip.frames_T for clip in read if clip.frames_T is not None]
+        noise = [clip.noise_S for clip in read if clip.noise_S is not None]
+        return cls(
+            clips_BCTHW=_stack([] if crops else pixels, pin=pin),
+            frames_BT=_to_tensor(np.array(frames, dtype=np.int64), pin=pin),
+            noise_BS=_to_tensor(np.array(noise, dtype=np.float32), pin=pin),
+            label_B=_to_tensor(np.array([clip.label for clip in read], dtype=np.int64), pin=pin),
+            index_B=_to_tensor(np.array([clip.index for clip in read], dtype=np.int64), pin=pin),
+            target_BK=_to_tensor(np.array(targets), pin=pin) if targets else None,
+            crops=[_stack([crop_THWC], pin=pin)[0] for crop_THWC in pixels] if crops else [],
+            bad=[bad for clip in clips for bad in clip.bad],
+            num_lost=len(clips) - len(read),
+        )
+
+    def require_whole(self) -> None:
+        """Refuse a batch with a hole in it.
+
+        Raises:
+            UserError: As many draws one after another as `MAX_REPLACEMENTS` allows could not be read.
+        """
+        if self.num_lost:
+            last = self.bad[-1]
+            raise UserError(
+                f"{MAX_REPLACEMENTS + 1} videos drawn one after another cannot be read, the last is {last.path}: "
+                f"{last.reason}; check the list and the storage it points to"
+            )
+
+    def clips_on(self, device: torch.device, image_size: int) -> Tensor:
+        """Return clips_BCTHW uint8 on a device, ``image_size`` pixels high and wide; crops are resized there."""
+        if not self.crops:
+            return self.clips_BCTHW.to(device, non_blocking=True)
+        crops = [crop_THWC.to(device, non_blocking=True) for crop_THWC in self.crops]
+        return torch.stack([resize_crop(crop_THWC, image_size) for crop_THWC in crops])
+
+
+def _stack(parts: Sequence[Tensor], *, pin: bool) -> Tensor:
+    """Copy tensors of bytes, all of one shape, into one, in pinned memory if asked for."""
+    if not parts:
+        return torch.empty(0, dtype=torch.uint8, pin_memory=pin)
+    layout = Layout.of(parts[0])
+    shape, stride = (len(parts), *layout.shape), (parts[0].numel(), *layout.stride)
+    stacked = torch.empty_strided(shape, stride, dtype=torch.uint8, pin_memory=pin)
+    for place, part in zip(stacked, parts, strict=True):
+        place.copy_(part)
+    return stacked
+
+
+def _to_tensor(values: NDArray[np.generic], *, pin: bool) -> Tensor:
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory() if pin else tensor

@@ -1,0 +1,258 @@
+"""The views that score a video: several clips over time, several crops over space, nothing random.
+
+Place in the flow: row of a list -> video opened once, each frame decoded and resized once -> clips_VCTHW uint8.
+Axes: V views of a video (time first, then space), C colour channels, F decoded frames, T frames of a clip, H W
+pixels.
+
+Source: official code, the test mode of its two fine-tuning datasets (golden frame_sampling.json). Ours goes on
+where that divides by zero (one view) and where it knows two views only (segments).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tvf
+
+from everest_ds.config import FinetuneDataConfig, ViewsConfig
+from everest_ds.data.lists.video_list import PackedRows, VideoRow
+from everest_ds.data.loading.loader import Loader
+from everest_ds.data.loading.pool import Mark
+from everest_ds.data.readers.choice import choose_reader
+from everest_ds.data.readers.timing import clip_room_s, frames_at
+from everest_ds.data.readers.video import Video, VideoReadError
+
+# Frames that are held at their own size at once; the whole of a long high-definition video would take gibibytes.
+_FRAMES_AT_ONCE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowViews:
+    """All views of one row of a list, or why there are none.
+
+    Attributes:
+        index: Row of the list.
+        label: Class of the row.
+        clips_VCTHW: uint8; None when the video cannot be read.
+        bad: Why it cannot be read; None when it can.
+    """
+
+    index: int
+    label: int
+    clips_VCTHW: Tensor | None
+    bad: str | None = None
+
+    @property
+    def pixels(self) -> Tensor | None:
+        """What the loader puts into shared memory."""
+        return self.clips_VCTHW
+
+    def with_pixels(self, pixels: Tensor | None) -> "RowViews":
+        """Return the row with other clips."""
+        return replace(self, clips_VCTHW=pixels)
+
+
+def dense_clips(num_frames: int, clip_length: int, stride: int, num_clips: int) -> list[list[int]]:
+    """Return the frames of clips spread evenly over a video, each of every ``stride``-th frame.
+
+    The strided frames of the whole video are laid out from frame 0; a video with fewer than ``clip_length`` of them
+    is padded by its last one. Clip k starts at place ``int(k * step)``, the last one ends at the end.
+
+    Source: official code, dense test mode. Differs from the official code: one clip is the one in the middle.
+    """
+    _require_frames(num_frames)
+    places = list(range(0, num_frames, stride))
+    places += [places[-1]] * (clip_length - len(places))
+    starts = spread(len(places) - clip_length, num_clips)
+    return [places[start : start + clip_length] for start in starts]
+
+
+def timed_clips(times_s: NDArray[np.float64], clip_length: int, seconds: float, num_clips: int) -> list[list[int]]:
+    """Return the frames of clips spread evenly over a video in time, each of frames shown ``seconds`` apart.
+
+    The first clip starts with the video, the last one ends at the start of its last frame; one clip is the one in
+    the middle. See `everest_ds.data.readers.timing.frames_at`.
+
+    Args:
+        times_s: When each frame of the video starts, ascending, in seconds.
+        clip_length: Frames of a clip.
+        seconds: From one frame of a clip to the next.
+        num_clips: How many there are.
+    """
+    room_s = clip_room_s(times_s, clip_length, seconds)
+    shares = [k / (num_clips - 1) for k in range(num_clips)] if num_clips > 1 else [0.5]
+    return [frames_at(times_s, clip_length, seconds, share * room_s) for share in shares]
+
+
+def segment_clips(num_frames: int, clip_length: int, num_clips: int) -> list[list[int]]:
+    """Return the frames of interleaved clips, each with one frame of every one of ``clip_length`` equal parts.
+
+    With parts of t frames, clip k of K takes frame ``int(t * i + t * k / K)`` of part i. A video with fewer frames
+    than parts repeats some.
+
+    Source: official code, segment test mode, which has K = 2. Differs from the official code: any K, and one clip
+    is the one in the middle of each part, ``int(t * i + t / 2)``.
+    """
+    _require_frames(num_frames)
+    tick = num_frames / clip_length
+    shares = [k * tick / num_clips for k in range(num_clips)] if num_clips > 1 else [tick / 2]
+    return [[int(tick * part + share) for part in range(clip_length)] for share in shares]
+
+
+def spread(room: int, count: int) -> list[int]:
+    """Return ``count`` places spread evenly over 0 to ``room``, both ends among them; one is in the middle.
+
+    Rounded down as the official code does, in floats: ``int(k * (room / (count - 1)))``.
+    """
+    if count == 1:
+        return [room // 2]
+    step = room / (count - 1)
+    return [int(k * step) for k in range(count)]
+
+
+def crop_origins(height: int, width: int, size: int, num_crops: int) -> list[tuple[int, int]]:
+    """Return where crops of ``size`` pixels begin, (top, left), along the longer side of a resized frame."""
+    places = spread(max(height, width) - size, num_crops)
+    return [(place, 0) if height > width else (0, place) for place in places]
+
+
+def resized_shape(height: int, width: int, size: int) -> tuple[int, int]:
+    """Return a frame's height and width once its shorter side has ``size`` pixels; the longer is rounded down.
+
+    Source: official code, ``int(size * longer / shorter)``: 320 x 240 gives 298 x 224 as in the golden cases.
+    """
+    if width < height:
+        return int(size * height / width), size
+    return size, int(size * width / height)
+
+
+def read_views(video: Video, data: FinetuneDataConfig, views: ViewsConfig) -> Tensor:
+    """Read all views of an open video, clips_VCTHW uint8; V = num_temporal * num_spatial, time first.
+
+    Differs from the official code: frames are resized with antialiased weights instead of OpenCV's bilinear ones.
+
+    Raises:
+        VideoReadError: A frame cannot be decoded.
+    """
+    if data.sampling_seconds is not None:
+        clips = timed_clips(video.times_s(), data.num_frames, data.sampling_seconds, views.num_temporal)
+    elif data.sampling == "segment":
+        clips = segment_clips(video.num_frames, data.num_frames, views.num_temporal)
+    else:
+        clips = dense_clips(video.num_frames, data.num_frames, data.sampling_stride, views.num_temporal)
+    frame_idx = sorted({frame for clip in clips for frame in clip})
+    frames_FCHW = _read_resized(video, frame_idx, data.image_size)
+    place = {frame: i for i, frame in enumerate(frame_idx)}
+    size = data.image_size
+    origins = crop_origins(frames_FCHW.shape[2], frames_FCHW.shape[3], size, views.num_spatial)
+    clips_VTCHW = torch.stack(
+        [
+            frames_FCHW[[place[frame] for frame in clip], :, top : top + size, left : left + size]
+            for clip in clips
+            for top, left in origins
+        ]
+    )
+    return rearrange(clips_VTCHW, "v t c h w -> v c t h w").contiguous()
+
+
+def _read_resized(video: Video, frame_idx: Sequence[int], size: int) -> Tensor:
+    """Decode frames and resize each so that its shorter side has ``size`` pixels."""
+    parts = []
+    for start in range(0, len(frame_idx), _FRAMES_AT_ONCE):
+        frames = torch.from_numpy(video.read(frame_idx[start : start + _FRAMES_AT_ONCE]))
+        frames_TCHW = rearrange(frames, "t h w c -> t c h w")
+        shape = resized_shape(frames_TCHW.shape[2], frames_TCHW.shape[3], size)
+        if frames_TCHW.shape[2:] != shape:
+            frames_TCHW = tvf.resize(frames_TCHW, list(shape), antialias=True)
+        parts.append(frames_TCHW)
+    return torch.cat(parts)
+
+
+def _require_frames(num_frames: int) -> None:
+    if num_frames < 1:
+        raise ValueError(f"num_frames={num_frames} must be at least 1")
+
+
+class ViewDataset:
+    """Makes the views of every row of a list, by row.
+
+    Args:
+        rows: The list of videos.
+        data: How long clips are, their frames and their size.
+        views: How many there are.
+
+    Raises:
+        UserError: The reader of ``data`` cannot serve on this machine.
+    """
+
+    def __init__(self, rows: Sequence[VideoRow], data: FinetuneDataConfig, views: ViewsConfig) -> None:
+        choose_reader(data.reader)
+        self.rows = rows
+        self.data = data
+        self.views = views
+
+    @property
+    def config(self) -> FinetuneDataConfig:
+        """How clips are loaded."""
+        return self.data
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of all views of a row."""
+        num_views = self.views.num_temporal * self.views.num_spatial
+        return num_views * 3 * self.data.num_frames * self.data.image_size**2
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Go to another process with packed rows."""
+        return self.__dict__ | {"rows": PackedRows(self.rows)}
+
+    def __getitem__(self, index: int) -> RowViews:
+        """Read a row; an unreadable one is reported, never raised."""
+        return self(index, {}, lambda _: None)[0]
+
+    def num_items(self, ask: int) -> int:
+        """Return 1: a row is one item."""
+        return 1
+
+    def __call__(self, ask: int, faults: Mapping[int, str], mark: Mark) -> list[RowViews]:
+        """Read a row, unless ``faults`` says that it is bad; see `everest_ds.data.loading.loader.Maker`."""
+        row = self.rows[ask]
+        try:
+            if faults:
+                raise VideoReadError(row.path, faults[0])
+            mark(0)
+            clips_VCTHW = read_views(Video.of_row(row, self.data.reader), self.data, self.views)
+        except VideoReadError as error:
+            return [RowViews(index=ask, label=row.label, clips_VCTHW=None, bad=error.reason)]
+        return [RowViews(index=ask, label=row.label, clips_VCTHW=clips_VCTHW)]
+
+
+def make_view_loader(
+    dataset: ViewDataset,
+    groups: Sequence[Sequence[int]],
+    *,
+    pin_memory: bool,
+) -> Loader[int, RowViews, list[RowViews]]:
+    """Return a loader that yields the rows of each group, in order."""
+    assemble = partial(_copy_rows, pin=pin_memory)
+    return Loader(dataset, groups, assemble, most_items=max(map(len, groups), default=1))
+
+
+def _copy_rows(rows: Sequence[RowViews], *, pin: bool) -> list[RowViews]:
+    """Copy the clips of rows, to pinned memory if asked for."""
+    return [
+        row
+        if row.clips_VCTHW is None
+        else row.with_pixels(torch.empty_like(row.clips_VCTHW, pin_memory=pin).copy_(row.clips_VCTHW))
+        for row in rows
+    ]

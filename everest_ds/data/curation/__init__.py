@@ -1,0 +1,1 @@
+"""Curation: checking and re-encoding the videos of a list."""

@@ -1,0 +1,166 @@
+"""What is wrong with a video: opened, sampled and held against what its container says.
+
+Place in the flow: a row of a list -> Finding. Runs in a process that can be killed (`data.loading.pool`).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from everest_ds.config.sections import ReaderName
+from everest_ds.data.curation.journal import Journal, identity
+from everest_ds.data.lists.video_list import VideoPart, VideoRow
+from everest_ds.data.readers.container import describe_missing, read_container
+from everest_ds.data.readers.video import Video, VideoReadError
+
+# Frames at the end that are compared with each other: decoders fill what they cannot decode with copies.
+_TAIL = 8
+
+
+class Kind(StrEnum):
+    """What a video is, or what is wrong with it."""
+
+    GOOD = "good"
+    MISSING = "missing"
+    UNREADABLE = "unreadable"
+    HANGING = "hanging"
+    CRASHING = "crashing"
+    TRUNCATED = "truncated"
+    TOO_SHORT = "too_short"
+    DUPLICATE_FRAMES = "duplicate_frames"
+    EDIT_LIST = "edit_list"
+    STARTS_LATE = "starts_late"
+
+
+FaultName = Literal[
+    "missing", "unreadable", "hanging", "crashing", "truncated", "too_short", "duplicate_frames", "edit_list",
+    "starts_late",
+]  # fmt: skip
+"""The kinds but good, for the command line."""
+
+DEFAULT_BAD: tuple[FaultName, ...] = ("missing", "unreadable", "hanging", "crashing", "truncated")
+"""What keeps a video out of training; the others are read as well as may be, and named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings:
+    """How closely a video is looked at.
+
+    Attributes:
+        samples: Frames that are decoded, spread over the video, its first and last among them.
+        min_frames: Frames that a clip needs; a video with fewer is too short.
+        reader: What reads it, as in training.
+    """
+
+    samples: int = 8
+    min_frames: int = 1
+    reader: ReaderName = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What came out.
+
+    Attributes:
+        kind: The gravest thing.
+        detail: In words; empty for a good video.
+        frames: Frames that can be shown; 0 where it cannot be opened.
+        width: In pixels, likewise.
+        height: Likewise.
+    """
+
+    kind: Kind
+    detail: str = ""
+    frames: int = 0
+    width: int = 0
+    height: int = 0
+
+
+def probe_video(row: VideoRow, settings: ProbeSettings) -> Finding:
+    """Look at one video; whatever is wrong with it is in the finding, nothing is raised."""
+    try:
+        if not row.path.exists():
+            return Finding(kind=Kind.MISSING, detail="no such file")
+        video = Video.of_row(row, settings.reader)
+        wanted = np.linspace(0, video.num_frames - 1, settings.samples).round().astype(int).tolist()
+        tail = list(range(max(0, video.num_frames - _TAIL), video.num_frames))
+        frames_THWC = video.read(sorted({*wanted, *tail}))
+    except VideoReadError as error:
+        return Finding(kind=Kind.UNREADABLE, detail=error.reason)
+    except OSError as error:
+        return Finding(kind=Kind.UNREADABLE, detail=error.strerror or str(error))
+    height, width = frames_THWC.shape[1:3]
+    kind, detail = _judge(row, settings, video.num_frames, frames_THWC[-len(tail) :])
+    return Finding(kind=kind, detail=detail, frames=video.num_frames, width=width, height=height)
+
+
+def _judge(
+    row: VideoRow, settings: ProbeSettings, num_frames: int, tail_THWC: NDArray[np.uint8]
+) -> tuple[Kind, str]:
+    """Return the gravest thing about a video that can be read."""
+    container = read_container(row.path)
+    if container is not None and (cut := describe_missing(container)):
+        return Kind.TRUNCATED, cut
+    if num_frames < settings.min_frames:
+        return Kind.TOO_SHORT, f"{num_frames} frames, a clip needs {settings.min_frames}"
+    if len(tail_THWC) > 1 and (tail_THWC == tail_THWC[0]).all():
+        return (
+            Kind.DUPLICATE_FRAMES,
+            f"its last {len(tail_THWC)} frames are all alike: it stands still, or is broken",
+        )
+    if container is not None and not container.starts_with_key:
+        return Kind.STARTS_LATE, "its first frame is no key frame: frames before the next one are wrong or copies"
+    if container is not None and container.hidden:
+        return Kind.EDIT_LIST, f"an edit list hides {container.hidden} frames at its start; they are left out"
+    return Kind.GOOD, ""
+
+
+class Record:
+    """Findings on disk, one JSON line each, after a line that says how closely videos were looked at.
+
+    A finding holds as long as its file is as large and as old as it was. What was missing or cut off is looked at
+    again: older versions took a file with longer sound for one that was cut off.
+
+    Args:
+        path: The file.
+        settings: How closely videos are looked at.
+    """
+
+    def __init__(self, path: Path, settings: ProbeSettings) -> None:
+        self._journal = Journal(path, asdict(settings), of="check")
+
+    def read(self) -> dict[VideoPart, Finding]:
+        """Return the findings that still hold; a last line that was cut short is left out.
+
+        Raises:
+            UserError: The file is of other settings, or none of ours.
+        """
+        entries = self._journal.read(lambda line: (_finding_of(line), _still_holds(line)))
+        return dict(finding for finding, holds in entries if holds)
+
+    @contextlib.contextmanager
+    def appending(self) -> Iterator[Callable[[VideoRow, Finding], None]]:
+        """Provide what adds a finding; each is on disk before the next is taken."""
+        with self._journal.appending() as append:
+            yield lambda row, finding: append(_line_of(row, finding))
+
+
+def _line_of(row: VideoRow, finding: Finding) -> dict[str, Any]:
+    window = {"start_s": row.start_s, "end_s": row.end_s}
+    return {"path": str(row.path), **window, "file": identity(row.path), **asdict(finding)}
+
+
+def _finding_of(line: dict[str, Any]) -> tuple[VideoPart, Finding]:
+    fields = {name: line[name] for name in Finding.__dataclass_fields__}
+    return (Path(line["path"]), line["start_s"], line["end_s"]), Finding(**fields | {"kind": Kind(line["kind"])})
+
+
+def _still_holds(line: dict[str, Any]) -> bool:
+    known = identity(Path(line["path"]))
+    return known is not None and known == line["file"] and line["kind"] != Kind.TRUNCATED

@@ -1,0 +1,1 @@
+"""Lists of videos: what a run trains on and is scored on."""

@@ -1,0 +1,150 @@
+"""Classes: how many there are, what they are called, and whether the lists agree.
+
+Place in the flow: rows of the lists and a file of names -> `Classes`. Needs no torch.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from everest_ds.data.lists.video_list import VideoRow
+from everest_ds.errors import UserError
+
+NAMES_FILE = "classes.txt"
+_NUM_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a run: 0 to ``num - 1``.
+
+    Attributes:
+        num: How many there are.
+        names: One a class, None where nobody named them.
+    """
+
+    num: int
+    names: tuple[str, ...] | None = None
+
+    def describe(self, label: int) -> str:
+        """Return a class in words, with its name where it has one."""
+        return f"class {label}" if self.names is None else f"class {label} ({self.names[label]})"
+
+    def describe_all(self, labels: Sequence[int]) -> str:
+        """Return several classes in words; of many the first few, and how many more there are."""
+        shown = ", ".join(self.describe(label) for label in labels[:_NUM_SHOWN])
+        rest = len(labels) - _NUM_SHOWN
+        return f"{shown} and {rest} more" if rest > 0 else shown
+
+    def untrained(self, trained_labels: Collection[int]) -> list[int]:
+        """Return the classes that have no training video."""
+        return [label for label in range(self.num) if label not in trained_labels]
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Read the names of the classes, one a line, in the order of the labels.
+
+    Raises:
+        UserError: The file is missing or empty, or a line is blank or names a class again.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read the class names {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the class names {path} are not UTF-8 text: {error.reason}") from error
+    lines: dict[str, int] = {}
+    for number, line in enumerate(text.rstrip().splitlines(), start=1):
+        name = line.strip()
+        if not name:
+            raise UserError(f"{path}, line {number} is blank; expected one class name a line, in the labels' order")
+        if name in lines:
+            raise UserError(f"{path}, line {number}: {name!r} is the name of line {lines[name]} already")
+        lines[name] = number
+    if not lines:
+        raise UserError(f"the class names {path} are empty; expected one name a line")
+    return tuple(lines)
+
+
+def resolve_classes(
+    rows: Sequence[VideoRow], train_list: Path, class_names: str | None, num_classes: int | None
+) -> Classes:
+    """Return the classes of a training list.
+
+    As many as ``num_classes`` says, else as there are names, else one more than the largest label. The names are
+    those of the file, else of classes.txt beside the list where there is one.
+
+    Args:
+        rows: The training list's.
+        train_list: Where it is.
+        class_names: File of names (data.class_names).
+        num_classes: How many there are (data.num_classes).
+
+    Raises:
+        UserError: The file of names is at fault, ``num_classes`` contradicts it, a label lies outside the range, or
+            there is one class only.
+    """
+    beside = train_list.parent / NAMES_FILE
+    source = Path(class_names) if class_names is not None else beside if beside.is_file() else None
+    names = None if source is None else read_class_names(source)
+    if names is not None and num_classes is not None and len(names) != num_classes:
+        way_out = "" if class_names is not None else " or name another file by data.class_names"
+        raise UserError(
+            f"data.num_classes={num_classes}, but {source} names {len(names)} classes; leave out "
+            f"data.num_classes{way_out}"
+        )
+    if num_classes is not None:
+        num, origin = num_classes, f"data.num_classes={num_classes}"
+    elif names is not None:
+        num, origin = len(names), f"{source} names {len(names)}"
+    else:
+        num, origin = max(row.label for row in rows) + 1, "the largest label says so"
+    classes = Classes(num, names)
+    _require_range(rows, train_list, classes, origin)
+    if num < 2:
+        raise UserError(
+            f"{train_list} has one class only ({origin}); classification needs two: label the list, or set "
+            "data.num_classes"
+        )
+    return classes
+
+
+def require_known_labels(
+    rows: Sequence[VideoRow], source: Path, classes: Classes, trained_labels: Collection[int]
+) -> None:
+    """Check the labels of a list that is scored.
+
+    Args:
+        rows: The list's.
+        source: Where it is.
+        classes: The run's.
+        trained_labels: Labels that the training list has.
+
+    Raises:
+        UserError: A label lies outside the range, or a class has no training video.
+    """
+    _require_range(rows, source, classes, f"the run has {classes.num} classes")
+    examples: dict[int, VideoRow] = {}
+    for row in rows:
+        if row.label not in trained_labels:
+            examples.setdefault(row.label, row)
+    if examples:
+        first = next(iter(examples.values()))
+        raise UserError(
+            f"{_place(first, source)}: {first.path} is of {classes.describe(first.label)}; the training list has "
+            f"no video of {classes.describe_all(sorted(examples))}: add some to it, or take their rows out"
+        )
+
+
+def _require_range(rows: Sequence[VideoRow], source: Path, classes: Classes, origin: str) -> None:
+    allowed = f"0 to {classes.num - 1} ({origin})" if classes.num else "0 and above"
+    for row in rows:
+        if not 0 <= row.label < classes.num:
+            raise UserError(
+                f"{_place(row, source)}: label {row.label} of {row.path} is not in the range {allowed}; mend the "
+                "list, or data.num_classes and data.class_names"
+            )
+
+
+def _place(row: VideoRow, source: Path) -> str:
+    return str(source) if row.line is None else f"{source}, line {row.line}"

@@ -1,0 +1,96 @@
+"""The lists of a run, read and checked before anything heavy is imported."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from everest_ds.config import Config, FinetuneConfig
+from everest_ds.data.lists.classes import Classes, require_known_labels, resolve_classes
+from everest_ds.data.lists.video_list import VideoPart, VideoRow, describe_repeats, read_list, require_reachable
+from everest_ds.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lists:
+    """What the lists of a run hold.
+
+    Attributes:
+        config: The run, its classes counted.
+        train: Training videos.
+        val: Videos that score the model during training, if there are any.
+        classes: The classes; None in pre-training.
+        note: What people should know of the lists; None when there is nothing.
+    """
+
+    config: Config
+    train: list[VideoRow]
+    val: list[VideoRow] | None = None
+    classes: Classes | None = None
+    note: str | None = None
+
+
+def read_lists(config: Config) -> Lists:
+    """Read the lists that a configuration names.
+
+    Raises:
+        UserError: A list is missing, empty or leads to no files, or a label does not fit the classes.
+    """
+    train_list = config.data.train_list
+    if train_list is None:
+        raise UserError(
+            "data.train_list is not set; give --data.train-list FILE (`everest demo-data DIR` makes one to try)"
+        )
+    left_out = _read_quarantine(config.data.quarantine)
+    train = _read(train_list, left_out)
+    if not isinstance(config, FinetuneConfig):
+        return Lists(config=config, train=train, note=_join(_describe_repeats({train_list: train})))
+    data = config.data
+    classes = resolve_classes(train, Path(train_list), data.class_names, data.num_classes)
+    trained = {row.label for row in train}
+    others = {}
+    for name in (data.val_list, data.test_list):
+        if name is not None:
+            others[name] = _read(name, left_out)
+            require_known_labels(others[name], Path(name), classes, trained)
+    return Lists(
+        config=replace(config, data=replace(data, num_classes=classes.num)),
+        train=train,
+        val=others.get(data.val_list or ""),
+        classes=classes,
+        note=_join([*_describe_repeats({train_list: train, **others}), _describe_untrained(classes, trained)]),
+    )
+
+
+def _read_quarantine(name: str | None) -> set[VideoPart]:
+    """Read which videos to leave out; the file may be empty, as `everest check-data` leaves it for a sound list."""
+    if name is None or (Path(name).is_file() and Path(name).stat().st_size == 0):
+        return set()
+    return {_resolved(row) for row in read_list(Path(name))}
+
+
+def _read(name: str, left_out: set[VideoPart]) -> list[VideoRow]:
+    path = Path(name)
+    rows = [row for row in read_list(path) if _resolved(row) not in left_out]
+    if not rows:
+        raise UserError(f"data.quarantine leaves no video of {path}; check that it is the right list")
+    require_reachable(rows, path)
+    return rows
+
+
+def _resolved(row: VideoRow) -> VideoPart:
+    """Return a row's part of a video, the same wherever the lists lie that name it."""
+    return row.path.resolve(), row.start_s, row.end_s
+
+
+def _describe_repeats(lists: dict[str, list[VideoRow]]) -> list[str]:
+    notes = {name: describe_repeats(rows) for name, rows in lists.items()}
+    return [f"{name}: {note}" for name, note in notes.items() if note is not None]
+
+
+def _join(notes: Sequence[str | None]) -> str | None:
+    return "; ".join(note for note in notes if note is not None) or None
+
+
+def _describe_untrained(classes: Classes, trained: set[int]) -> str | None:
+    untrained = classes.untrained(trained)
+    return f"no training video for {classes.describe_all(untrained)}" if untrained else None

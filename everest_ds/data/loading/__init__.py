@@ -1,0 +1,1 @@
+"""Loading: worker processes that make batches and may hang or crash."""

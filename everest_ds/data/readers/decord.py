@@ -1,0 +1,85 @@
+"""Reading videos with decord 0.6.
+
+decord seeks to a keyframe and counts frames from there, which in many kinds of files ends at another frame, without
+an error: `proven` lists the kinds that it reads rightly, all others are refused. Of a display matrix it applies the
+angle, in MP4 and MOV alone; the rest is done here. It hands no frames out that are 1, 16, 24, 48 or 72 pixels wide
+(tried: 1 and the even widths from 16 to 400), and knows no AV1.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import decord
+import numpy as np
+import torch.utils.dlpack
+from numpy.typing import NDArray
+
+from everest_ds.data.readers.base import WAY_OUT, VideoReadError, first_line
+from everest_ds.data.readers.supported import PROVEN, examine
+
+# decord's times are float32 seconds; frames are further apart.
+_TIME_TOLERANCE_S = 2e-3
+# Seconds beyond which a time is FFmpeg's "unknown" (Matroska of a few frames: their start is unknown to decord).
+_UNKNOWN_TIME_S = 1e9
+
+
+class DecordReader:
+    """An open video; see `everest_ds.data.readers.base.Reader`."""
+
+    def __init__(self, path: Path) -> None:
+        decord.logging.set_level(decord.logging.FATAL)
+        self._path = path
+        self._packets, self._turn = examine(path, "decord")
+        has_turned = self._packets.container in PROVEN["decord"].turns_in
+        self._turned = self._turn.rotation if has_turned else 0
+        try:
+            # Absolute, since FFmpeg takes the text before a colon, as in "10:30.mp4", for a protocol.
+            self._reader = decord.VideoReader(str(path.absolute()), num_threads=1)
+            length = len(self._reader)
+            start_s = self._reader.get_frame_timestamp(range(length))[:, 0] if length else np.zeros(0)
+        except (OSError, RuntimeError, decord.DECORDError) as error:
+            raise VideoReadError(path, _reason(error)) from error
+        self.num_frames = length
+        self._require_same_times(start_s.astype(np.float64))
+
+    def _require_same_times(self, start_s: NDArray[np.float64]) -> None:
+        """Refuse a file in which decord finds other frames than its packets announce."""
+        expected_s = self.times_s() if self._packets.pts else np.zeros(0)
+        if len(start_s) != len(expected_s):
+            raise VideoReadError(
+                self._path,
+                f"decord counts {len(start_s)} frames, its packets have times for {len(expected_s)}; {WAY_OUT}",
+            )
+        if (np.abs(start_s) > _UNKNOWN_TIME_S).all():
+            return
+        late_s = float(np.abs(start_s - start_s[0] - expected_s).max())
+        if late_s > _TIME_TOLERANCE_S:
+            raise VideoReadError(
+                self._path, f"decord's times are up to {late_s:.3f} s off those of its packets; {WAY_OUT}"
+            )
+
+    def times_s(self) -> NDArray[np.float64]:
+        """Return when each frame starts."""
+        return self._packets.times_s(self.num_frames)
+
+    def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """Return the frames at the given indices."""
+        try:
+            batch = self._reader.get_batch(list(indices))
+        except (RuntimeError, decord.DECORDError) as error:
+            raise VideoReadError(self._path, _reason(error)) from error
+        # Handed over, where asnumpy would copy it all.
+        frames: NDArray[np.uint8] = torch.utils.dlpack.from_dlpack(batch.to_dlpack()).numpy()
+        return self._turn.complete(frames, self._turned)
+
+
+def _reason(error: Exception) -> str:
+    """Return decord's own reason, and what it means where it is known."""
+    text = first_line(error)
+    if "cannot find video stream" in text:
+        return f"{text} (no video that decord knows); {WAY_OUT}"
+    if "Failed to measure duration" in text:
+        return f"decord finds no duration in the file; {WAY_OUT}"
+    if "size must exactly match" in str(error):
+        return f"decord cannot hand out frames of this width; {WAY_OUT} ({text})"
+    return text

@@ -1,0 +1,187 @@
+"""Reading videos with PyAV, that is with the FFmpeg in its wheel.
+
+Opening reads all packets, without decoding them, to learn the times of the frames that can be shown; of MP4 files
+that hold keyframes alone (Motion JPEG) it reads the index. Of the packets only those are decoded that a wanted
+frame depends on: from the keyframe before it to its own, without those of unwanted frames that no other frame
+refers to. Where packets do not tell which frames there are (`packets.Packets.pts` is None: AVI with B-frames,
+streams that begin between keyframes, packets without a frame, containers and codecs that no test covers), frames
+are counted instead: the video is decoded once at opening and again, from its beginning, in reading.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from numpy.typing import NDArray
+
+from everest_ds.data.readers.base import VideoReadError
+from everest_ds.data.readers.orientation import turn_of
+from everest_ds.data.readers.packets import FAULTS, Span, open_stream, read_index, reason_of, scan
+from everest_ds.data.readers.quirks import Oddity
+
+# Codecs whose unreferenced frames can be left out. H.264 marks them in each packet and nothing depends on them
+# (in a damaged file, what conceals the damage may); HEVC marks them for one temporal layer only, and others seldom
+# have any.
+_SKIPPING_CODECS = ("h264",)
+
+
+class PyavReader:
+    """An open video; see `everest_ds.data.readers.base.Reader`.
+
+    Frames that change their size on the way are an error.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._size: tuple[int, int] | None = None
+        # One for all frames: each makes a conversion of its own, which takes longer than a frame.
+        self._reformatter = VideoReformatter()
+        try:
+            self._container, self._stream = open_stream(path)
+            # A decoder that conceals damage does it with frames that it has; see `_decode_for`.
+            self._stream.codec_context.options = {"err_detect": "explode"}
+            index = read_index(self._container, self._stream)
+            self._packets = index or scan(self._container, self._stream, hold=True)
+            self._counted_pts: list[int | None] = []
+            if self._packets.pts is None:
+                self._counted_pts = [frame.pts for frame in self._all_frames()]
+            self.num_frames = len(self._packets.pts or self._counted_pts)
+        except FAULTS as error:
+            raise VideoReadError(path, reason_of(error)) from error
+        if self.num_frames == 0:
+            raise VideoReadError(path, "none of its frames can be shown")
+
+    def times_s(self) -> NDArray[np.float64]:
+        """Return when each frame starts; evenly spaced where the file does not say."""
+        pts = [time for time in self._counted_pts if time is not None]
+        ascends = all(earlier < later for earlier, later in pairwise(pts))
+        if len(pts) == self.num_frames and ascends and Oddity.DECODING_TIMES not in self._packets.oddities:
+            return (np.array(pts, dtype=np.float64) - pts[0]) / self._packets.ticks_per_s
+        return self._packets.times_s(self.num_frames)
+
+    def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """Return the frames at the given indices."""
+        places: dict[int, list[int]] = {}
+        for place, index in enumerate(indices):
+            places.setdefault(index, []).append(place)
+        frames: NDArray[np.uint8] | None = None
+        for index, pixels in self._found(sorted(places)):
+            if frames is None:
+                frames = np.empty((len(indices), *pixels.shape), dtype=np.uint8)
+            for place in places[index]:
+                frames[place] = pixels
+        assert frames is not None
+        return frames
+
+    def stream(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+        """Yield the frames at the given indices, distinct and ascending, one by one: not all are in memory.
+
+        Yields:
+            frame_HWC, uint8, RGB.
+
+        Raises:
+            VideoReadError: A frame cannot be decoded.
+        """
+        for index, (found, pixels) in zip(indices, self._found(indices), strict=True):
+            if found != index:
+                raise VideoReadError(self._path, f"frame {index} of {self.num_frames} cannot be decoded")
+            yield pixels.copy()
+
+    def _found(self, wanted: Sequence[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Yield each of the frames wanted, ascending, and its index; pixels are valid until the next one."""
+        find = self._count_to if self._packets.pts is None else self._decode_for
+        missing = set(wanted)
+        try:
+            for index, frame in find(wanted):
+                missing.discard(index)
+                yield index, self._pixels(frame)
+        except FAULTS as error:
+            raise VideoReadError(self._path, reason_of(error)) from error
+        if missing:
+            raise VideoReadError(self._path, f"frame {min(missing)} of {self.num_frames} cannot be decoded")
+
+    def _count_to(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """Decode from the beginning, and yield the frames wanted."""
+        remaining = set(wanted)
+        for index, frame in enumerate(self._all_frames()):
+            if index in remaining:
+                yield index, frame
+            if index >= wanted[-1]:
+                return
+
+    def _decode_for(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """Decode what the frames wanted depend on, and yield them.
+
+        At the first fault, or where a frame does not come, the rest is decoded from the beginning: what conceals a
+        fault may be any frame before it, and no seek can end too late then.
+        """
+        for span in self._packets.spans(wanted):
+            missing = dict(span.targets)
+            with contextlib.suppress(*FAULTS):
+                for frame in self._decode(span, self._packets_of(span)):
+                    if frame.pts in missing:
+                        yield missing.pop(frame.pts), frame
+            if missing:
+                for frame in self._all_frames():
+                    if frame.pts in missing:
+                        yield missing.pop(frame.pts), frame
+                    if not missing:
+                        break
+
+    def _packets_of(self, span: Span) -> Iterator[Any]:
+        """Yield the packets of a span; none where the container cannot seek to its beginning."""
+        if self._packets.held is not None:
+            yield from self._packets.held[span.key.position : span.stop]
+            return
+        self._container.seek(span.key.place, stream=self._stream)
+        length = span.stop - span.key.position
+        for packet in self._filled_packets():
+            if packet.pts == span.key.pts:
+                yield packet
+                yield from islice(self._filled_packets(), length - 1)
+                return
+
+    def _filled_packets(self) -> Iterator[Any]:
+        """Yield packets from where the container is; the scan counted no empty ones either."""
+        return (packet for packet in self._container.demux(self._stream) if packet.size)
+
+    def _decode(self, span: Span, packets: Iterator[Any]) -> Iterator[Any]:
+        """Decode packets from a fresh start to the last frame that is in them."""
+        decoder = self._stream.codec_context
+        decoder.flush_buffers()
+        skips = decoder.name in _SKIPPING_CODECS
+        for packet in packets:
+            if packet.pts < span.key.pts:  # refers to frames before the keyframe; no later frame refers to it
+                continue
+            if skips:
+                decoder.skip_frame = "DEFAULT" if packet.pts in span.targets else "NONREF"
+            yield from self._same_size(decoder.decode(packet))
+        yield from self._same_size(decoder.decode(None))
+
+    def _all_frames(self) -> Iterator[Any]:
+        """Decode all from the beginning, concealing damage; opens the file again, since not all can seek there."""
+        container, stream = open_stream(self._path)
+        with container:
+            yield from self._same_size(container.decode(stream))
+
+    def _same_size(self, frames: Any) -> Iterator[Any]:
+        """Pass frames on as long as their size stays."""
+        for frame in frames:
+            size = (frame.width, frame.height)
+            self._size = self._size or size
+            if size != self._size:
+                begun = "{}x{}".format(*self._size)
+                raise ValueError(f"its frames change from {begun} to {size[0]}x{size[1]} pixels")
+            yield frame
+
+    def _pixels(self, frame: Any) -> NDArray[np.uint8]:
+        """Return a decoded frame as RGB, turned and mirrored as the file asks for; valid as long as the frame."""
+        plane = self._reformatter.reformat(frame, format="rgb24", threads=1).planes[0]
+        pixels: NDArray[np.uint8] = np.ndarray(
+            (plane.height, plane.width, 3), np.uint8, buffer=memoryview(plane), strides=(plane.line_size, 3, 1)
+        )
+        return turn_of(frame).apply(pixels)

@@ -1,0 +1,53 @@
+"""Which frames make up a clip that is sampled in time, by the times at which frames start (data.sampling_seconds).
+
+Place in the flow: times of a video's frames -> frame indices. `clips.sampling` is for strides in frames.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+TIME_TOLERANCE_S = 6e-4
+"""Half a millisecond and a bit: Matroska rounds times to milliseconds, and lists are written from rounded times."""
+
+
+def timed_indices(
+    times_s: NDArray[np.float64], clip_length: int, seconds: float, generator: np.random.Generator
+) -> list[int]:
+    """Return the frames of one clip that are shown ``seconds`` apart, from a random moment on.
+
+    The moment is drawn evenly from those at which the whole clip fits between the starts of the first and the last
+    frame, so it does not depend on the frame rate. See `frames_at`.
+
+    Args:
+        times_s: When each frame of the video starts, ascending, in seconds.
+        clip_length: Frames of the clip.
+        seconds: From one frame of the clip to the next.
+        generator: Draws one number.
+    """
+    room_s = clip_room_s(times_s, clip_length, seconds)
+    return frames_at(times_s, clip_length, seconds, float(generator.random()) * room_s)
+
+
+def clip_room_s(times_s: NDArray[np.float64], clip_length: int, seconds: float) -> float:
+    """Return the latest moment at which a clip can start, in seconds from the first frame; 0 for a short video."""
+    if len(times_s) < 1:
+        raise ValueError("a video needs at least one frame")
+    return max(float(times_s[-1] - times_s[0]) - (clip_length - 1) * seconds, 0.0)
+
+
+def frames_at(times_s: NDArray[np.float64], clip_length: int, seconds: float, start_s: float) -> list[int]:
+    """Return the frames that are shown at ``start_s + i * seconds``, for each i below ``clip_length``.
+
+    A frame is shown from its start to the start of the next one, the last frame to the end of the clip: a video
+    that is shorter than the clip repeats it. Where frames are further apart than ``seconds``, some repeat. Starts
+    may be late by `TIME_TOLERANCE_S`.
+
+    Args:
+        times_s: When each frame of the video starts, ascending, in seconds.
+        clip_length: Frames of the clip.
+        seconds: From one frame of the clip to the next.
+        start_s: When the clip starts, in seconds from the first frame.
+    """
+    wanted_s = times_s[0] + start_s + np.arange(clip_length) * seconds + TIME_TOLERANCE_S
+    places = np.searchsorted(times_s, wanted_s, side="right") - 1
+    return [int(place) for place in np.clip(places, 0, len(times_s) - 1)]

@@ -1,0 +1,59 @@
+"""Reading videos with torchcodec, that is with the FFmpeg libraries of the machine.
+
+torchcodec leaves hidden frames out and turns pictures by the angle of their display matrix; mirroring is done here.
+It gives no times without decoding; those are taken from the packets, as PyAV reads them. Where times are not those
+of showing, or seeks end elsewhere (transport streams), it gives other frames without an error: `proven` lists the
+kinds of files that it reads rightly, all others are refused.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torchcodec.decoders import VideoDecoder
+
+from everest_ds.data.readers.base import WAY_OUT, VideoReadError, first_line
+from everest_ds.data.readers.supported import PROVEN, examine
+
+_FAULTS = (RuntimeError, ValueError, IndexError, OSError)
+
+
+class TorchcodecReader:
+    """An open video; see `everest_ds.data.readers.base.Reader`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._packets, self._turn = examine(path, "torchcodec")
+        has_turned = self._packets.container in PROVEN["torchcodec"].turns_in
+        self._turned = self._turn.rotation if has_turned else 0
+        try:
+            # Absolute, since FFmpeg takes the text before a colon, as in "10:30.mp4", for a protocol.
+            name = str(path.absolute())
+            self._decoder = VideoDecoder(name, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+            self.num_frames = len(self._decoder)
+        except _FAULTS as error:
+            raise VideoReadError(path, _reason(error)) from error
+        expected = len(self._packets.pts or ())
+        if self.num_frames != expected:
+            raise VideoReadError(
+                path,
+                f"torchcodec counts {self.num_frames} frames, its packets have times for {expected}; {WAY_OUT}",
+            )
+
+    def times_s(self) -> NDArray[np.float64]:
+        """Return when each frame starts."""
+        return self._packets.times_s(self.num_frames)
+
+    def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """Return the frames at the given indices."""
+        try:
+            frames: NDArray[np.uint8] = self._decoder.get_frames_at(list(indices)).data.numpy()
+        except _FAULTS as error:
+            raise VideoReadError(self._path, _reason(error)) from error
+        return self._turn.complete(frames, self._turned)
+
+
+def _reason(error: Exception) -> str:
+    text = first_line(error)
+    return "it has no video stream" if "best video stream is unknown" in text else text

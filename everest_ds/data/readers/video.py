@@ -1,0 +1,144 @@
+"""Reading frames of a video, or of a window of it, by index.
+
+Place in the flow: path -> frames_THWC uint8. Which library decodes is `everest_ds.data.readers`' concern; every
+failure, of whatever class it chooses, is a `VideoReadError` with the path and the reason.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from everest_ds.config.sections import ReaderName
+from everest_ds.data.lists.video_list import VideoRow
+from everest_ds.data.readers.base import WAY_OUT, VideoReadError
+from everest_ds.data.readers.choice import open_reader
+from everest_ds.data.readers.timing import TIME_TOLERANCE_S
+
+__all__ = ["DecodedVideo", "Video", "VideoReadError", "frames_of_window"]
+
+
+class Video:
+    """An open video. Opened in the loader process, used for one clip, then dropped.
+
+    Args:
+        path: Where it is.
+        reader: What reads it.
+        start_s: Only frames that start at this time or later, in seconds from the first frame; None for all.
+        end_s: Only frames that start before this time, in seconds from the first frame; None for all.
+
+    Attributes:
+        path: Where it is.
+        num_frames: Frames of the window that can be shown; see `everest_ds.data.readers.base.Reader`.
+
+    Raises:
+        VideoReadError: The file is missing, is no video, or has no frame to show, in its window or at all.
+        UserError: The reader cannot serve on this machine.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        reader: ReaderName = "auto",
+        start_s: float | None = None,
+        end_s: float | None = None,
+    ) -> None:
+        self.path = path
+        try:
+            self._reader = open_reader(path, reader)
+        except UnicodeEncodeError as error:  # decord and torchcodec take names as UTF-8 alone
+            raise VideoReadError(path, f"its name is not UTF-8; rename it, or {WAY_OUT}") from error
+        self._first, self.num_frames = 0, self._reader.num_frames
+        if start_s is None and end_s is None:
+            return
+        window = frames_of_window(path, self._reader.times_s(), start_s, end_s)
+        self._first, self.num_frames = window.start, len(window)
+
+    @staticmethod
+    def of_row(row: VideoRow, reader: ReaderName) -> "Video":
+        """Open the video of a list's row, or the window of it that the row names."""
+        return Video(row.path, reader=reader, start_s=row.start_s, end_s=row.end_s)
+
+    def times_s(self) -> NDArray[np.float64]:
+        """Return when each frame of the window starts, float64 seconds from its first one, ascending.
+
+        Raises:
+            VideoReadError: The times cannot be had.
+        """
+        times_s = self._reader.times_s()[self._first : self._first + self.num_frames]
+        return times_s - times_s[0]
+
+    def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """Return the frames at the given indices, in that order; repeats are allowed.
+
+        Returns:
+            frames_THWC, uint8, RGB.
+
+        Raises:
+            VideoReadError: A frame cannot be decoded.
+            IndexError: An index is not below `num_frames`.
+        """
+        self._require_frames(indices)
+        return self._reader.read([self._first + index for index in indices])
+
+    def _require_frames(self, indices: Sequence[int]) -> None:
+        if min(indices) < 0 or max(indices) >= self.num_frames:
+            raise IndexError(f"{self.path} has {self.num_frames} frames, asked for {list(indices)}")
+
+
+def frames_of_window(path: Path, times_s: NDArray[np.float64], start_s: float | None, end_s: float | None) -> range:
+    """Return which frames of a video are those of a window, from the times in seconds at which they start.
+
+    Args:
+        path: The video, for the message.
+        times_s: Of all its frames, ascending, from the first one.
+        start_s: See `Video`.
+        end_s: See `Video`.
+
+    Raises:
+        VideoReadError: No frame is.
+    """
+    window_s = (0.0 if start_s is None else start_s, float("inf") if end_s is None else end_s)
+    first, stop = (int(place) for place in np.searchsorted(times_s, np.array(window_s) - TIME_TOLERANCE_S))
+    if stop <= first:
+        raise VideoReadError(
+            path,
+            f"no frame starts in its window [{window_s[0]:g}, {window_s[1]:g}) s; the last of its "
+            f"{len(times_s)} frames starts at {times_s[-1]:.3f} s",
+        )
+    return range(first, stop)
+
+
+class DecodedVideo(Video):
+    """A video whose frames, those of its window, are all in memory, as bytes; its reader is not kept.
+
+    Args:
+        video: The video.
+        with_times: Whether to keep the times of its frames, too.
+
+    Raises:
+        VideoReadError: A frame cannot be decoded, or the times cannot be had.
+    """
+
+    def __init__(self, video: Video, *, with_times: bool = False) -> None:
+        self.path = video.path
+        self.num_frames = video.num_frames
+        self._times_s = video.times_s() if with_times else None
+        self._frames_THWC = video.read(range(video.num_frames))
+
+    def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """Return the frames at the given indices; see `Video.read`."""
+        self._require_frames(indices)
+        return self._frames_THWC[list(indices)]
+
+    def times_s(self) -> NDArray[np.float64]:
+        """Return when each frame starts; see `Video.times_s`.
+
+        Raises:
+            ValueError: The times were not kept.
+        """
+        if self._times_s is None:
+            raise ValueError(f"{self.path}: the times of its frames were not kept")
+        return self._times_s

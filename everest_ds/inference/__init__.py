@@ -1,0 +1,1 @@
+"""Trained weights over videos: scores, predictions, features."""

@@ -1,0 +1,161 @@
+"""Forward passes over every row of a list, once, whatever the number of processes.
+
+Place in the flow: rows -> `ViewDataset` -> groups of rows -> one forward pass a group -> one result a row. Groups
+do not depend on the number of processes, so every pass has the same clips in the same order, and results repeat
+bit for bit. Axes: B clips of a pass, V views of a row, C T H W of a clip, X values that are computed of a clip.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from everest_ds import distributed
+from everest_ds.data.clips.views import RowViews, ViewDataset, make_view_loader
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
+from everest_ds.progress import format_duration
+
+T = TypeVar("T")
+
+_REPORT_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnreadableRow:
+    """A row whose video could not be read."""
+
+    row: int
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowResults(Generic[T]):
+    """What was computed of a list.
+
+    Attributes:
+        results: By row, in row order; unreadable rows are not in it.
+        unreadable: The others, in row order.
+    """
+
+    results: dict[int, T]
+    unreadable: tuple[UnreadableRow, ...]
+
+
+def map_rows(
+    compute: Callable[[Tensor], Tensor],
+    reduce: Callable[[RowViews, Tensor], T],
+    dataset: ViewDataset,
+    *,
+    group_size: int,
+    world: World,
+    device: torch.device,
+    allow_unreadable: bool = False,
+    same_rounds: bool = False,
+    progress: str | None = None,
+) -> RowResults[T]:
+    """Compute something of every row; all ranks take part and all get the results of all rows.
+
+    Args:
+        compute: clips_BCTHW uint8 on the device -> (B, X); called without gradient. The caller puts its model into
+            evaluation mode.
+        reduce: A row and its values (V, X), on the CPU in the dtype they came in -> what is kept of it.
+        dataset: The rows and their views.
+        group_size: Rows of one forward pass. Results depend on it in their last bits, and on nothing else here.
+        world: This process's place.
+        device: Where passes run.
+        allow_unreadable: List unreadable rows instead of raising.
+        same_rounds: Let every rank do the same number of passes, as ZeRO-3 needs, where all ranks gather each
+            layer's weights together: a rank without a readable row runs a blank clip and drops the result.
+        progress: What is being done, for a line of progress now and then; None prints nothing.
+
+    Raises:
+        UserError: A video cannot be read; on the rank that met it.
+    """
+    starts = range(0, len(dataset), group_size)
+    groups = [range(start, min(start + group_size, len(dataset))) for start in starts]
+    mine = groups[world.rank :: world.size]
+    loader = make_view_loader(dataset, mine, pin_memory=device.type == "cuda")
+    clock = _Clock(progress if world.is_main else None, num_rounds=len(mine), num_rows=len(dataset))
+    results: dict[int, T] = {}
+    unreadable: list[UnreadableRow] = []
+    with torch.no_grad(), contextlib.closing(iter(loader)) as each_group:
+        for group in each_group:
+            for row in group:
+                if row.bad is not None:
+                    unreadable.append(_report(dataset, row, allow_unreadable))
+            values = _run(compute, group, device)
+            if not values and same_rounds:
+                compute(_blank(dataset, device))
+            for row, values_VX in values:
+                results[row.index] = reduce(row, values_VX)
+            clock.tick()
+        if same_rounds and len(mine) < -(-len(groups) // world.size):
+            compute(_blank(dataset, device))
+    everyone = distributed.gather_objects((results, unreadable))
+    merged = {index: result for part, _ in everyone for index, result in part.items()}
+    return RowResults(
+        results={index: merged[index] for index in sorted(merged)},
+        unreadable=tuple(sorted((bad for _, part in everyone for bad in part), key=lambda bad: bad.row)),
+    )
+
+
+def _run(
+    compute: Callable[[Tensor], Tensor], group: Sequence[RowViews], device: torch.device
+) -> list[tuple[RowViews, Tensor]]:
+    """Compute the readable rows of a group in one pass; returns each row with its values (V, X) on the CPU."""
+    pairs = [(row, row.clips_VCTHW) for row in group if row.clips_VCTHW is not None]
+    if not pairs:
+        return []
+    clips_BCTHW = torch.cat([clips_VCTHW.to(device, non_blocking=True) for _, clips_VCTHW in pairs])
+    values_BX = compute(clips_BCTHW).cpu()
+    views = [len(clips_VCTHW) for _, clips_VCTHW in pairs]
+    return list(zip([row for row, _ in pairs], values_BX.split(views), strict=True))
+
+
+def _blank(dataset: ViewDataset, device: torch.device) -> Tensor:
+    """Return one black clip."""
+    data = dataset.data
+    shape = (1, 3, data.num_frames, data.image_size, data.image_size)
+    return torch.zeros(shape, dtype=torch.uint8, device=device)
+
+
+def _report(dataset: ViewDataset, row: RowViews, allow_unreadable: bool) -> UnreadableRow:
+    bad = UnreadableRow(row=row.index, path=str(dataset.rows[row.index].path), reason=row.bad or "")
+    if not allow_unreadable:
+        raise UserError(
+            f"{bad.path} (row {bad.row}) cannot be read: {bad.reason}; none is replaced here. Mend it, take it "
+            "off the list, or leave unreadable videos out with --allow-unreadable; they are counted and listed"
+        )
+    return bad
+
+
+class _Clock:
+    """Prints how far this process is, and how long it will take, now and then."""
+
+    def __init__(self, what: str | None, *, num_rounds: int, num_rows: int) -> None:
+        self.what = what
+        self.num_rounds = num_rounds
+        self.num_rows = num_rows
+        self.done = 0
+        self.began = self.reported = time.perf_counter()
+
+    def tick(self) -> None:
+        """Count a group."""
+        self.done += 1
+        now = time.perf_counter()
+        if self.what is None or now - self.reported < _REPORT_EVERY_S:
+            return
+        self.reported = now
+        share = self.done / self.num_rounds
+        rate = share * self.num_rows / (now - self.began)
+        left = format_duration((now - self.began) * (1 - share) / share)
+        print(
+            f"{self.what} {round(share * self.num_rows)}/{self.num_rows} videos  {rate:.1f} videos/s  ETA {left}",
+            flush=True,
+        )

@@ -1,0 +1,206 @@
+"""Scores that are recorded of a run's checkpoint, for people: what it reached in training, and its evaluations.
+
+Place in the flow: a checkpoint -> lines of the model card (`everest convert --to hf`).
+"""
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from everest_ds.config import FinetuneConfig
+from everest_ds.config.file import load_config
+from everest_ds.data.lists.video_list import VideoRow
+from everest_ds.errors import UserError
+from everest_ds.files import whole_file
+from everest_ds.inference.scores import Scores
+from everest_ds.inference.source import ClipSettings
+from everest_ds.tokens import TokenGrid, describe_kept
+from everest_ds.train.checkpoints.save import AVERAGE, read_state
+
+SUMMARY = "summary.json"
+COLUMNS = (
+    "row", "path", "label", "label_name", "predicted", "predicted_name", "probability", "top5",
+    "top5_probabilities", "correct", "readable",
+)  # fmt: skip
+_NUM_LISTED = 5
+
+
+def view_recipe(settings: ClipSettings, num_kept: int) -> dict[str, Any]:
+    """Return everything that says which pixels the model saw."""
+    data, views = settings.data, settings.views
+    counts_frames = data.sampling == "dense" and data.sampling_seconds is None
+    # Named only where it is used, so that evaluations of older versions are those of the same views.
+    in_time = {} if data.sampling_seconds is None else {"sampling_seconds": data.sampling_seconds}
+    return {
+        "num_frames": data.num_frames,
+        "sampling": data.sampling,
+        "sampling_stride": data.sampling_stride if counts_frames else None,
+        **in_time,
+        "image_size": data.image_size,
+        "num_temporal": views.num_temporal,
+        "num_spatial": views.num_spatial,
+        "selection": asdict(settings.selection),
+        "tokens_kept": num_kept,
+    }
+
+
+def require_own(out: Path, summary: dict[str, Any]) -> None:
+    """Refuse a folder that holds the evaluation of something else; the same one may be done again.
+
+    Raises:
+        UserError: It does, or its summary is none of ours.
+    """
+    path = out / SUMMARY
+    if not path.is_file():
+        return
+    try:
+        earlier = _identity(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not of an evaluation; name another folder with --out") from error
+    now = _identity(summary)
+    differs = [key for key in now if earlier[key] != now[key]]
+    if differs:
+        key = differs[0]
+        raise UserError(
+            f"{out} holds an evaluation of another {key} ({json.dumps(earlier[key])}, now {json.dumps(now[key])}); "
+            "name another folder with --out, or remove it"
+        )
+
+
+def _identity(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be alike for an evaluation to take the place of an earlier one, wherever files lie."""
+    return {
+        "protocol": summary["protocol"],
+        "checkpoint": {key: summary["checkpoint"][key] for key in ("name", "weights", "sha256")},
+        "list": summary["list"]["videos"],
+        "view recipe": summary["views"],
+    }
+
+
+def score_summary(scores: Scores, class_names: Sequence[str], num_rows: int) -> dict[str, Any]:
+    """Return the scores as the summary has them; shares in [0, 1], null for what is not defined.
+
+    The loss has six digits: how many threads a process has may change bits behind them.
+    """
+    return {
+        "top1": scores.top1,
+        "top5": scores.top5,
+        "loss": round(scores.loss, 6) if math.isfinite(scores.loss) else None,
+        "mean_class_accuracy": scores.mean_class_accuracy,
+        "num_rows": num_rows,
+        "num_scored": scores.num_scored,
+        "num_unreadable": len(scores.unreadable),
+        "unreadable": [{"row": bad.row, "path": bad.path, "reason": bad.reason} for bad in scores.unreadable],
+        "per_class": [
+            {"name": name, "count": entry.count, "correct": entry.correct, "accuracy": entry.accuracy}
+            for name, entry in zip(class_names, scores.per_class, strict=True)
+        ],
+        "confusion": [list(counts) for counts in scores.confusion],
+    }
+
+
+def write_predictions(scores: Scores, rows: Sequence[VideoRow], class_names: Sequence[str], path: Path) -> None:
+    """Write one line a row of the list, unreadable ones among them.
+
+    Probabilities have six digits: how many threads a process has may change bits behind them.
+    """
+    by_row = {prediction.row: prediction for prediction in scores.predictions}
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for i, row in enumerate(rows):
+            start = [i, str(row.path), row.label, class_names[row.label]]
+            if i not in by_row:
+                writer.writerow([*start, *[""] * 6, "false"])
+                continue
+            prediction = by_row[i]
+            ranking, predicted = prediction.ranking, prediction.predicted
+            shown = [f"{probability:.6f}" for probability in ranking.probabilities[:5]]
+            classes = " ".join(str(k) for k in ranking.classes[:5])
+            values = [predicted, class_names[predicted], shown[0], classes, " ".join(shown)]
+            writer.writerow([*start, *values, "true" if prediction.is_correct else "false", "true"])
+
+
+def table(scores: Scores, class_names: Sequence[str], kept: str | None = None) -> str:
+    """Return the scores for people: in percent, with the classes that are recognised worst.
+
+    Args:
+        scores: What was scored.
+        class_names: A name for each class.
+        kept: How many tokens of a clip the model keeps, in words, where that is to be said.
+    """
+    lines = [f"top-1  {scores.top1:7.2%}"]
+    if scores.top5 is not None:
+        lines.append(f"top-5  {scores.top5:7.2%}")
+    lines.append(f"mean class accuracy {scores.mean_class_accuracy:.2%} over {scores.num_scored} videos")
+    if math.isfinite(scores.loss):
+        lines[-1] += f", loss {scores.loss:.4f}"
+    if kept is not None:
+        lines[-1] += f"; the model {kept}"
+    present = [(entry.accuracy, k) for k, entry in enumerate(scores.per_class) if entry.accuracy is not None]
+    worst = sorted(present)[: min(_NUM_LISTED, len(present) - 1)]
+    if worst:
+        lines.append("worst classes:")
+    for accuracy, k in worst:
+        entry = scores.per_class[k]
+        mistaken = [(count, -j) for j, count in enumerate(scores.confusion[k]) if count and j != k]
+        taken_for = f", most often taken for {class_names[-max(mistaken)[1]]}" if mistaken else ""
+        lines.append(f"  {accuracy:7.2%}  {class_names[k]} ({entry.correct} of {entry.count}){taken_for}")
+    if scores.unreadable:
+        bad = scores.unreadable
+        lines.append(f"NOT SCORED: {len(bad)} unreadable, the first is {bad[0].path}: {bad[0].reason}")
+    return "\n".join(lines)
+
+
+WeightsKind = Literal["model", "ema"]
+
+
+def recorded_scores(checkpoint: Path, kind: WeightsKind) -> tuple[str, ...]:
+    """Return the scores of a checkpoint's weights, or of their moving average, a line each.
+
+    None where nothing was scored. Evaluations of other weights are left out, and so are files that are not an
+    evaluation's summary.
+    """
+    run_dir, state = checkpoint.parent.parent, read_state(checkpoint)
+    config = load_config(run_dir / "config.json")
+    lines = []
+    if not isinstance(config, FinetuneConfig):
+        return ()
+    # Training scores the average where one is kept.
+    is_scored = kind == ("ema" if (checkpoint / AVERAGE).is_file() else "model")
+    if is_scored and state.best_score is not None and state.best_step == state.step:
+        videos = Path(config.data.val_list or "").name
+        lines.append(f"top-1 {state.best_score:.2%} on {videos}, one view in the middle of each video")
+    for path in sorted(run_dir.glob(f"evaluation-*/{SUMMARY}")):
+        try:
+            line = _line_of(json.loads(path.read_text(encoding="utf-8")), (checkpoint.name, kind), config)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if line is not None:
+            lines.append(line)
+    return tuple(lines)
+
+
+def _line_of(summary: dict[str, Any], wanted: tuple[str, str], config: FinetuneConfig) -> str | None:
+    """Return a summary's scores in words; None where it is of other weights or of frozen features."""
+    of, views = summary["checkpoint"], summary["views"]
+    if (of["name"], of["weights"]) != wanted or summary["protocol"]["name"] != "head":
+        return None
+    grid = TokenGrid.of_clip(
+        num_frames=views["num_frames"],
+        height=views["image_size"],
+        width=views["image_size"],
+        tubelet_size=config.model.tubelet_size,
+        patch_size=config.model.patch_size,
+    )
+    kept = describe_kept(views["selection"]["keep_ratio"], views["tokens_kept"], grid.num_tokens)
+    videos = Path(summary["list"]["path"]).name
+    top5 = "" if summary["top5"] is None else f", top-5 {summary['top5']:.2%}"
+    return (
+        f"top-1 {summary['top1']:.2%}{top5} on {summary['num_scored']} videos of {videos}, "
+        f"{views['num_temporal']} x {views['num_spatial']} views; the model {kept}"
+    )

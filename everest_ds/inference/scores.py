@@ -1,0 +1,225 @@
+"""Scores of a classifier over a list: each row once, softmax averaged over its views.
+
+Place in the flow: clips -> `predict` -> logits of each view -> log of the mean probability -> Scores. Axes: V views
+of a row, K classes.
+
+Differs from the official code: top-1 and top-5 are what they say, rows are told apart by their place in the list
+and not by the name of their file, and an unreadable video is no other video's score.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from everest_ds.config import FinetuneDataConfig, ViewsConfig
+from everest_ds.data.clips.views import RowViews, ViewDataset
+from everest_ds.data.lists.video_list import VideoRow
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
+from everest_ds.inference.passes import RowResults, UnreadableRow, map_rows
+
+DEFAULT_TOP = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """What is kept of a row's logits.
+
+    Attributes:
+        classes: The likeliest classes, the likeliest first; of equally likely ones the lower first.
+        probabilities: Theirs, averaged over the views.
+        log_probability: Log of the label's averaged probability; None for a row without a label.
+        num_views: Views that were averaged.
+    """
+
+    classes: tuple[int, ...]
+    probabilities: tuple[float, ...]
+    log_probability: float | None
+    num_views: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPrediction:
+    """A scored row.
+
+    Attributes:
+        row: Its place in the list, from 0.
+        path: Its video.
+        label: Its class.
+        ranking: What the model says.
+    """
+
+    row: int
+    path: str
+    label: int
+    ranking: Ranking
+
+    @property
+    def predicted(self) -> int:
+        """The likeliest class."""
+        return self.ranking.classes[0]
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether that is the label."""
+        return self.predicted == self.label
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassScore:
+    """How often a class was there, and how often it was recognised (accuracy is None where it was not there)."""
+
+    count: int
+    correct: int
+    accuracy: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Scores of a list; shares are in [0, 1], over the rows that could be read.
+
+    Attributes:
+        top1: Share whose likeliest class is the label.
+        top5: Share whose label is among the five likeliest; None when there are no more than five classes.
+        loss: Mean negative log of the label's averaged probability.
+        mean_class_accuracy: Mean accuracy of the classes that are in the list.
+        per_class: By class.
+        confusion: Counts; rows are true classes, columns predicted ones.
+        predictions: The rows, in order.
+        unreadable: The rows that are not scored.
+    """
+
+    top1: float
+    top5: float | None
+    loss: float
+    mean_class_accuracy: float
+    per_class: tuple[ClassScore, ...]
+    confusion: tuple[tuple[int, ...], ...]
+    predictions: tuple[RowPrediction, ...]
+    unreadable: tuple[UnreadableRow, ...] = ()
+
+    @property
+    def num_scored(self) -> int:
+        """Rows that were scored."""
+        return len(self.predictions)
+
+
+def score(
+    predict: Callable[[Tensor], Tensor],
+    rows: Sequence[VideoRow],
+    *,
+    data: FinetuneDataConfig,
+    views: ViewsConfig,
+    num_classes: int,
+    world: World,
+    device: torch.device,
+    group_size: int = 8,
+    top: int = DEFAULT_TOP,
+    allow_unreadable: bool = False,
+    same_rounds: bool = False,
+    progress: str | None = None,
+) -> Scores:
+    """Score a classifier over a list; all ranks take part and all return the same.
+
+    Args:
+        predict: clips_BCTHW uint8 on the device -> logits (B, K), from a model in evaluation mode.
+        rows: The list; labels in [0, num_classes).
+        data: How clips are cut; its loader settings are used too.
+        views: How many clips of each video.
+        num_classes: K.
+        world: This process's place.
+        device: Where passes run.
+        group_size: Rows of a forward pass, of views.num_temporal * views.num_spatial clips each.
+        top: Classes that each prediction lists.
+        allow_unreadable: Leave unreadable rows out, and list them, instead of raising.
+        same_rounds: All ranks run equally many passes (ZeRO-3); see `map_rows`.
+        progress: What is being done, for lines of progress.
+
+    Raises:
+        UserError: A video cannot be read, none can, or logits are not finite.
+    """
+    outputs = map_rows(
+        predict,
+        lambda row, logits_VK: rank_classes(logits_VK, row.label, top, _path(rows, row)),
+        ViewDataset(rows, data, views),
+        group_size=group_size,
+        world=world,
+        device=device,
+        allow_unreadable=allow_unreadable,
+        same_rounds=same_rounds,
+        progress=progress,
+    )
+    return summarise(outputs, rows, num_classes)
+
+
+def rank_classes(logits_VK: Tensor, label: int, top: int, source: str) -> Ranking:
+    """Average a row's softmax over its views and rank the classes, in float64 and in logarithms.
+
+    Raises:
+        UserError: The logits are not finite.
+    """
+    if not logits_VK.isfinite().all():
+        raise UserError(
+            f"{source}: the model's outputs are not finite; its weights have diverged or are damaged, or they need "
+            "--precision fp32"
+        )
+    num_views, num_classes = logits_VK.shape
+    log_probability_VK = logits_VK.double().log_softmax(dim=1)
+    mean_K = log_probability_VK.logsumexp(dim=0).sub(math.log(num_views)).clamp(max=0)
+    order_K = mean_K.argsort(descending=True, stable=True)[: max(top, DEFAULT_TOP)]
+    return Ranking(
+        classes=tuple(order_K.tolist()),
+        probabilities=tuple(mean_K[order_K].exp().tolist()),
+        log_probability=float(mean_K[label]) if 0 <= label < num_classes else None,
+        num_views=num_views,
+    )
+
+
+def summarise(outputs: RowResults[Ranking], rows: Sequence[VideoRow], num_classes: int) -> Scores:
+    """Count rankings of a list into scores, in the list's order.
+
+    Raises:
+        UserError: No row was scored.
+        ValueError: There are no rows, or a label is outside [0, num_classes).
+    """
+    if not rows:
+        raise ValueError("there are no rows to score")
+    predictions = tuple(
+        RowPrediction(row=row, path=str(rows[row].path), label=rows[row].label, ranking=ranking)
+        for row, ranking in outputs.results.items()
+    )
+    if not predictions:
+        bad = outputs.unreadable
+        raise UserError(f"no video could be read; the first of {len(bad)} is {bad[0].path}: {bad[0].reason}")
+    confusion = [[0] * num_classes for _ in range(num_classes)]
+    losses = []
+    for prediction in predictions:
+        log_probability = prediction.ranking.log_probability
+        if log_probability is None:
+            raise ValueError(f"row {prediction.row}: label {prediction.label} is not in [0, {num_classes})")
+        losses.append(-log_probability)
+        confusion[prediction.label][prediction.predicted] += 1
+    per_class = tuple(_class_score(sum(counts), counts[k]) for k, counts in enumerate(confusion))
+    present = [entry.accuracy for entry in per_class if entry.accuracy is not None]
+    in_top5 = sum(p.label in p.ranking.classes[:5] for p in predictions)
+    return Scores(
+        top1=sum(p.is_correct for p in predictions) / len(predictions),
+        top5=in_top5 / len(predictions) if num_classes > 5 else None,
+        loss=math.fsum(losses) / len(losses),
+        mean_class_accuracy=math.fsum(present) / len(present),
+        per_class=per_class,
+        confusion=tuple(tuple(counts) for counts in confusion),
+        predictions=predictions,
+        unreadable=outputs.unreadable,
+    )
+
+
+def _class_score(count: int, correct: int) -> ClassScore:
+    return ClassScore(count=count, correct=correct, accuracy=correct / count if count else None)
+
+
+def _path(rows: Sequence[VideoRow], row: RowViews) -> str:
+    return str(rows[row.index].path)

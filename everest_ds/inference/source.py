@@ -1,0 +1,209 @@
+"""What a trained model is and how it is to look at videos: a run, a checkpoint, or any file of weights.
+
+Place in the flow: PATH -> `locate` -> Origin -> `clip_settings` -> ClipSettings -> `evaluation.trained`.
+Needs no torch, so that what is wrong is refused before it is imported.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from everest_ds.config import Config, FinetuneConfig, FinetuneDataConfig, FinetuneSelectionConfig, ViewsConfig
+from everest_ds.config.file import load_config
+from everest_ds.config.sections import ReaderName
+from everest_ds.errors import UserError
+from everest_ds.train.checkpoints.save import AVERAGE, find_best, folder_of, list_checkpoints, read_state
+from everest_ds.train.checkpoints.seal import SEAL, is_sealed, sha256
+from everest_ds.train.precision import PrecisionName
+
+WeightsName = Literal["auto", "model", "ema"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceOptions:
+    """How a trained model looks at videos."""
+
+    recipe: str | None = None
+    """Recipe, or config.json, that says how clips are cut; for weights that come without a run."""
+    num_temporal: int | None = None
+    """Clips over time of each video, instead of the run's or the recipe's views.num_temporal."""
+    num_spatial: int | None = None
+    """Crops over space of each clip, instead of views.num_spatial."""
+    keep_ratio: float | None = None
+    """Share of a clip's tokens that is kept, instead of selection.keep_ratio; 1 keeps all."""
+    weights: WeightsName = "auto"
+    """ema: a checkpoint's moving average; model: the weights themselves; auto: the average where there is one."""
+    precision: PrecisionName = "auto"
+    """auto: bf16 on a GPU and fp32 on a CPU. Weights are float32 in any case: bf16 and autocast are the same here,
+    matrix products in bfloat16."""
+    batch_rows: int = 4
+    """Videos of one forward pass, with all their views. Results depend on it in their last bits."""
+    num_workers: int | None = None
+    """Loader processes of each process, instead of data.num_workers; 0 decodes in the process itself."""
+    reader: ReaderName | None = None
+    """Library that reads videos, instead of data.reader."""
+    allow_unreadable: bool = False
+    """Leave videos out that cannot be read, and list them, instead of stopping."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers that no configuration checks."""
+        if self.batch_rows < 1:
+            raise UserError(f"--batch-rows {self.batch_rows} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where weights are from.
+
+    Attributes:
+        given: The path as it was given.
+        weights: The checkpoint's folder, or the file or folder of weights.
+        run_dir: The run, if it is one.
+        config: Its configuration.
+        choice: Which of the run's checkpoints this is, in words.
+    """
+
+    given: Path
+    weights: Path
+    run_dir: Path | None = None
+    config: Config | None = None
+    choice: str = "as given"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSettings:
+    """How a model looks at videos.
+
+    Attributes:
+        data: Length, stride, size and sampling of clips, and the loader's settings.
+        views: How many clips of a video.
+        selection: Which tokens are kept.
+        attention: Attention backend.
+        position_frames: Frames of the clips that positions are laid out for, where the weights do not say.
+        position_size: Height and width of those clips.
+    """
+
+    data: FinetuneDataConfig
+    views: ViewsConfig
+    selection: FinetuneSelectionConfig
+    attention: str
+    position_frames: int
+    position_size: int
+
+    @property
+    def num_views(self) -> int:
+        """Clips of each video."""
+        return self.views.num_temporal * self.views.num_spatial
+
+
+def locate(path: Path) -> Origin:
+    """Return what a path names: a run stands for its best checkpoint where it has one, else for its newest.
+
+    Raises:
+        UserError: Nothing is there, or no complete checkpoint.
+    """
+    if folder_of(path).is_dir():
+        config = load_config(path / "config.json")
+        best = find_best(path)
+        if best is not None:
+            return Origin(given=path, weights=best, run_dir=path, config=config, choice="the best")
+        complete = list_checkpoints(path)
+        if not complete:
+            raise UserError(f"{path} has no complete checkpoint")
+        return Origin(given=path, weights=complete[0], run_dir=path, config=config, choice="the newest")
+    if not path.exists():
+        raise UserError(f"{path} does not exist; expected a run directory, a checkpoint, or weights")
+    run_dir = path.parent.parent
+    if path.parent.name == folder_of(run_dir).name and (run_dir / "config.json").is_file():
+        if not is_sealed(path):
+            raise UserError(f"{path} is no complete checkpoint: it has no {SEAL}")
+        return Origin(given=path, weights=path, run_dir=run_dir, config=load_config(run_dir / "config.json"))
+    return Origin(given=path, weights=path)
+
+
+def clip_settings(origin: Origin, recipe: Config | None, options: InferenceOptions) -> ClipSettings:
+    """Return how videos are to be cut: as the run or the recipe says, but for what the options say.
+
+    A configuration of pre-training gives length, stride and size of clips; one view, and the keep ratio that
+    fine-tuning has by default, go with it.
+
+    Raises:
+        UserError: Neither says it, both do, or a setting is wrong.
+    """
+    config = origin.config if recipe is None else recipe
+    if config is None:
+        raise UserError(
+            f"{origin.given} does not say how clips are cut; give --recipe, the name of a recipe (`everest "
+            "recipes` lists them) or a config.json"
+        )
+    if recipe is not None and isinstance(origin.config, FinetuneConfig):
+        raise UserError(
+            f"--recipe {options.recipe} has no effect: {origin.given} is of a run that says how clips are cut; "
+            "remove it"
+        )
+    if isinstance(config, FinetuneConfig):
+        data, views, selection = config.data, config.views, config.selection
+    else:
+        names = (
+            "num_frames",
+            "sampling_stride",
+            "sampling_seconds",
+            "image_size",
+            "reader",
+            "num_workers",
+            "prefetch_batches",
+            "timeout_s",
+        )
+        data = FinetuneDataConfig(**{name: getattr(config.data, name) for name in names})
+        views = ViewsConfig(num_temporal=1, num_spatial=1)
+        selection = FinetuneSelectionConfig()
+    given = {"num_temporal": options.num_temporal, "num_spatial": options.num_spatial}
+    if options.keep_ratio is not None:
+        selection = replace(selection, keep_ratio=options.keep_ratio)
+    if options.num_workers is not None:
+        data = replace(data, num_workers=options.num_workers)
+    if options.reader is not None:
+        data = replace(data, reader=options.reader)
+    return ClipSettings(
+        data=data,
+        views=replace(views, **{name: value for name, value in given.items() if value is not None}),
+        selection=selection,
+        attention=config.model.attention,
+        position_frames=config.model.position_frames or config.data.num_frames,
+        position_size=config.model.position_size or config.data.image_size,
+    )
+
+
+def identify(origin: Origin, kind: str) -> dict[str, Any]:
+    """Return what tells weights from all others: names, step, and a checksum that covers every file."""
+    path = origin.weights
+    in_run = origin.run_dir is not None
+    return {
+        "path": str(origin.given),
+        "name": path.name,
+        "step": read_state(path).step if in_run else None,
+        "weights": kind,
+        "sha256": sha256(path / SEAL) if in_run else _checksum(path),
+    }
+
+
+def weights_kind(origin: Origin, wanted: WeightsName) -> Literal["model", "ema"]:
+    """Return which of a checkpoint's weights to take.
+
+    Raises:
+        UserError: The average is wanted, and there is none.
+    """
+    there = origin.run_dir is not None and (origin.weights / AVERAGE).is_file()
+    if wanted == "ema" and not there:
+        raise UserError(f"--weights ema: {origin.weights} has no {AVERAGE}; use --weights model")
+    return "ema" if there and wanted != "model" else "model"
+
+
+def _checksum(path: Path) -> str:
+    """Return the checksum of a file, or of a folder's files and their names."""
+    if path.is_file():
+        return sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    lines = [f"{file.relative_to(path)} {sha256(file)}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

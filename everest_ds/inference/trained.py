@@ -1,0 +1,192 @@
+"""A trained model, ready to look at videos.
+
+Place in the flow: Origin and ClipSettings -> `load_trained` -> a model in evaluation mode, in the chosen precision.
+Axes: B clips, C T H W of a clip, V views of a video, D width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from everest_ds.data.clips.views import ViewDataset
+from everest_ds.data.lists.classes import NAMES_FILE, read_class_names
+from everest_ds.data.lists.video_list import VideoRow
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
+from everest_ds.inference.passes import RowResults, map_rows
+from everest_ds.inference.source import ClipSettings, InferenceOptions, Origin, weights_kind
+from everest_ds.model.attention import choose_backend
+from everest_ds.model.classifier import EverestClassifier
+from everest_ds.model.selection import keep_rule
+from everest_ds.model.weights.architecture import Architecture
+from everest_ds.model.weights.loading import load_weights
+from everest_ds.model.weights.reading import Weights
+from everest_ds.tokens import TokenGrid, describe_kept
+from everest_ds.train.checkpoints.consolidated import read_any_weights
+from everest_ds.train.ema import averaged
+from everest_ds.train.precision import Precision, choose_precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A model in evaluation mode, on the CPU until it is moved.
+
+    Attributes:
+        model: The classifier; its head is fresh where the weights have none.
+        has_head: Whether they have one.
+        class_names: Of each class; empty without a head.
+        kind: Which weights these are: model or ema.
+        precision: What it computes in, as asked for; its weights are float32.
+        attention: The backend that serves.
+        num_kept: Tokens of a clip that go through the encoder.
+        num_tokens: All tokens of a clip.
+        keep_ratio: The share that is kept, as the settings say it.
+        report: What was loaded, for people.
+    """
+
+    model: EverestClassifier
+    has_head: bool
+    class_names: tuple[str, ...]
+    kind: Literal["model", "ema"]
+    precision: Precision
+    attention: str
+    num_kept: int
+    num_tokens: int
+    keep_ratio: float
+    report: str
+
+    @property
+    def kept(self) -> str:
+        """How many of a clip's tokens are kept, in words."""
+        return describe_kept(self.keep_ratio, self.num_kept, self.num_tokens)
+
+    def wrap(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Return a method of the model that computes in the chosen precision and returns float32."""
+
+        lowers = self.precision.products_dtype != torch.float32
+
+        def run(clips_BCTHW: Tensor) -> Tensor:
+            with torch.autocast(clips_BCTHW.device.type, torch.bfloat16, enabled=lowers):
+                return function(clips_BCTHW).float()
+
+        return run
+
+
+def extract_features(
+    trained: Trained,
+    rows: Sequence[VideoRow],
+    settings: ClipSettings,
+    options: InferenceOptions,
+    world: World,
+    device: torch.device,
+    *,
+    progress: str | None = None,
+) -> RowResults[Tensor]:
+    """Return each video's features, averaged over its views, (D,) float32; all ranks take part and get all.
+
+    Raises:
+        UserError: A video cannot be read, and `options.allow_unreadable` is off.
+    """
+    return map_rows(
+        trained.wrap(trained.model.pool),
+        lambda row, features_VD: features_VD.double().mean(dim=0).float(),
+        ViewDataset(rows, settings.data, settings.views),
+        group_size=options.batch_rows,
+        world=world,
+        device=device,
+        allow_unreadable=options.allow_unreadable,
+        progress=progress,
+    )
+
+
+def load_trained(
+    origin: Origin, settings: ClipSettings, options: InferenceOptions, device: torch.device
+) -> Trained:
+    """Read weights, checked against their seal, and build their model, on the CPU.
+
+    The model is that of the weights, with their norms, heads and positions; where they do not say what positions
+    are laid out for, the settings do.
+
+    Args:
+        origin: Where they are.
+        settings: What the model looks at.
+        options: Which of a checkpoint's weights, and the precision.
+        device: Where it will run.
+
+    Raises:
+        UserError: Weights are damaged or incomplete, clips do not fit their tubelets, or a backend cannot serve.
+    """
+    kind = weights_kind(origin, options.weights)
+    weights = _read(origin, kind)
+    shape, data = weights.architecture, settings.data
+    grid = _grid(shape, data.num_frames, data.image_size)
+    if not shape.grid_is_known:
+        shape = replace(shape, grid=_grid(shape, settings.position_frames, settings.position_size))
+        weights = replace(weights, architecture=shape)
+    has_head = shape.kind == "classifier" and shape.num_classes is not None
+    model = replace(
+        shape,
+        kind="classifier",
+        num_classes=shape.num_classes if has_head else 1,
+        options=replace(shape.options, attention=settings.attention),
+    ).build()
+    assert isinstance(model, EverestClassifier)
+    model.rule = keep_rule(settings.selection)
+    weights = replace(weights, notes=weights.notes + _note_on_ratio(weights, settings.selection.keep_ratio))
+    report = load_weights(model, weights, clip_grid=grid)
+    precision = choose_precision({}, options.precision, device.type)
+    head_dim = shape.width // (shape.num_heads or 1)
+    backend = choose_backend(settings.attention, device, precision.products_dtype, head_dim)
+    return Trained(
+        model=model.eval().requires_grad_(False),
+        has_head=has_head,
+        class_names=_class_names(origin, weights, model.num_classes) if has_head else (),
+        kind=kind,
+        precision=precision,
+        attention=backend.name,
+        num_kept=model.rule.num_kept(grid),
+        num_tokens=grid.num_tokens,
+        keep_ratio=settings.selection.keep_ratio,
+        report=report.describe(),
+    )
+
+
+def _note_on_ratio(weights: Weights, ratio: float) -> tuple[str, ...]:
+    """Return a note where a model is used on another share of the tokens than it was trained on."""
+    trained = weights.keep_ratio
+    if trained is None or trained == ratio:
+        return ()
+    return (f"trained with keep_ratio={trained:g} and used with {ratio:g} here, which changes the scores",)
+
+
+def _grid(shape: Architecture, num_frames: int, edge: int) -> TokenGrid:
+    """Return the tokens of clips of this length and size in a model."""
+    options = shape.options
+    return TokenGrid.of_clip(
+        num_frames=num_frames,
+        height=edge,
+        width=edge,
+        tubelet_size=options.tubelet_size,
+        patch_size=options.patch_size,
+    )
+
+
+def _read(origin: Origin, kind: str) -> Weights:
+    weights = read_any_weights(origin.weights)
+    return weights if kind == "model" else averaged(weights, origin.weights)
+
+
+def _class_names(origin: Origin, weights: Weights, num_classes: int) -> tuple[str, ...]:
+    """Return a name for each class: the run's, else the weights', else numbers."""
+    names, source = weights.architecture.labels, weights.source
+    if origin.run_dir is not None and (origin.run_dir / NAMES_FILE).is_file():
+        source = str(origin.run_dir / NAMES_FILE)
+        names = read_class_names(origin.run_dir / NAMES_FILE)
+    if names is None:
+        return tuple(str(k) for k in range(num_classes))
+    if len(names) != num_classes:
+        raise UserError(f"{source} names {len(names)} classes, the head has {num_classes}; mend the names")
+    return names

@@ -1,0 +1,160 @@
+"""Weights of neighbouring projects: mmaction2's VideoMAE is read, other models are refused by what they are.
+
+Place in the flow: tensors under a file's own names, prefixes taken off -> our names (mmaction2), or an error that
+says which model it is instead of a list of names.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from everest_ds.errors import UserError
+from everest_ds.model.tubelets import sinusoid_positions
+from everest_ds.model.weights.huggingface import Translation
+from everest_ds.tokens import TokenGrid
+
+# mmaction2's names of the parts that are called otherwise; the rest of its encoder has the official names.
+MMACTION_NAMES = (
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"^(blocks\.\d+\.mlp)\.layers\.0\.0\.", r"\1.fc1."),
+    (r"^(blocks\.\d+\.mlp)\.layers\.1\.", r"\1.fc2."),
+    (r"^cls_head\.fc_cls\.", "head."),
+)
+MMACTION_MARKS = (r"patch_embed\.projection\.weight", r"blocks\.\d+\.mlp\.layers\.0\.0\.weight")
+MMACTION_EXTRA = ("data_preprocessor.",)  # the mean and deviation of its pixels
+POSITIONS = "pos_embed"
+# Rounding of a table of positions that is stored in half precision.
+POSITION_TOLERANCE = 1e-3
+
+Names = Mapping[str, Tensor]
+
+
+def is_mmaction(names: Names) -> bool:
+    """Return whether tensors of these names are mmaction2's VideoMAE (its `VisionTransformer` of vit_mae)."""
+    return all(any(re.fullmatch(mark, name) for name in names) for mark in MMACTION_MARKS)
+
+
+def from_mmaction(raw: Names, source: str) -> Translation:
+    """Bring mmaction2's names under ours.
+
+    Args:
+        raw: Tensors under its names, ``backbone.`` taken off.
+        source: Where they are from, for errors.
+
+    Raises:
+        UserError: Its positions are trained ones, or the classifier reads one token instead of the mean of all.
+    """
+    tensors: dict[str, Tensor] = {}
+    sources: dict[str, tuple[str, ...]] = {}
+    ignored, notes = [], []
+    for name, tensor in raw.items():
+        if name == POSITIONS:
+            _require_sinusoids(tensor, source)
+            notes.append(f"its positions are the fixed sinusoids of {tensor.shape[1]} tokens, which are made here")
+        if name == POSITIONS or name.startswith(MMACTION_EXTRA):
+            ignored.append(name)
+            continue
+        ours = name
+        for theirs, replacement in MMACTION_NAMES:
+            ours = re.sub(theirs, replacement, ours)
+        tensors[ours] = tensor
+        sources[ours] = (name,)
+    if "head.weight" in tensors and "norm.weight" in tensors:
+        raise UserError(
+            f"{source}: mmaction2's classifier reads the first token (use_mean_pooling is false), ours the mean of "
+            "all"
+        )
+    return Translation(tensors=tensors, sources=sources, ignored=tuple(ignored), notes=tuple(notes))
+
+
+def _require_sinusoids(positions_1ND: Tensor, source: str) -> None:
+    """Refuse positions that were trained: ours are fixed sinusoids, the same as mmaction2's default."""
+    if positions_1ND.ndim == 3:
+        _, count, width = positions_1ND.shape
+        expected_ND = sinusoid_positions(TokenGrid(time=1, rows=1, cols=count), width)
+        if float((positions_1ND[0].float() - expected_ND).abs().max()) < POSITION_TOLERANCE:
+            return
+    raise UserError(
+        f"{source}: its positions ({POSITIONS}) are trained ones; this project's models have fixed sinusoids"
+    )
+
+
+def refuse_other_models(raw: Names, config: Mapping[str, Any] | None, source: str) -> None:
+    """Refuse weights of a model that is not VideoMAE's, where it is recognised.
+
+    Args:
+        raw: Tensors under the file's names, prefixes taken off.
+        config: The config.json beside it, of a Hugging Face folder.
+        source: Where they are from, for errors.
+
+    Raises:
+        UserError: It is another model; what it is and what was expected is said.
+    """
+    other_type = config is not None and config.get("model_type", "videomae") != "videomae"
+    if config is not None and other_type and not any(name.startswith("videomae.") for name in raw):
+        what: str | None = f"a Hugging Face model of type {config['model_type']!r}"
+    else:
+        what = next((name for name, matches in OTHERS if matches(raw)), None) or _image_model(raw)
+        if what is None and _has(ONE_BIAS)(raw):
+            what = "V-JEPA or another vision transformer with one bias for queries, keys and values (attn.qkv.bias)"
+    if what is not None:
+        raise UserError(
+            f"{source} is {what}; expected a video model of VideoMAE's kind: a run, an official VideoMAE or "
+            "EVEREST file, mmaction2's VideoMAE, or Hugging Face's VideoMAE"
+        )
+
+
+def _has(*patterns: str) -> Callable[[Names], bool]:
+    """Return a test whether each pattern is found in some name."""
+    return lambda raw: all(any(re.search(pattern, name) for name in raw) for pattern in patterns)
+
+
+def _image_embedding(raw: Names) -> str | None:
+    """Return the name of a two-dimensional patch embedding; None where there is none."""
+    names = (name for name, tensor in raw.items() if tensor.ndim == 4 and re.search(PATCH_EMBEDDING, name))
+    return next(names, None)
+
+
+def _of_images(*patterns: str) -> Callable[[Names], bool]:
+    """Return a test whether the patch embedding is two-dimensional and each pattern is found in some name."""
+    return lambda raw: _image_embedding(raw) is not None and _has(*patterns)(raw)
+
+
+def _image_model(raw: Names) -> str | None:
+    """Return what a model with a two-dimensional patch embedding is; None where there is none."""
+    name = _image_embedding(raw)
+    if name is None:
+        return None
+    return (
+        f"an image model: its patch embedding {name} is 2-D, of shape {tuple(raw[name].shape)}; a video model's "
+        "has five axes"
+    )
+
+
+PATCH_EMBEDDING = r"patch_embed\w*\.(\w+\.)*weight$"
+# What is recognised by its names, the more special first.
+OTHERS: tuple[tuple[str, Callable[[Names], bool]], ...] = (
+    (
+        "a masked autoencoder of images (MAE): its patch embedding is 2-D",
+        _of_images(r"^decoder_(embed|blocks|pred)\."),
+    ),
+    ("an image model of DINOv2's kind: its patch embedding is 2-D", _of_images(r"\.ls1\.gamma$")),
+    ("TimeSformer: its blocks attend to time and space apart", _has(r"temporal_(attn|fc|attention|norm)")),
+    ("CLIP or a model made of it", _has(r"(resblocks\.|vision_model\.)", r"(conv1|patch_embedding)\.weight$")),
+    ("InternVideo2: its blocks scale their branches", _has(r"blocks\.\d+\.ls1\.gamma$")),
+    (
+        "MAE-ST: it has trained positions, for time and space apart",
+        _has(r"pos_embed_temporal$", r"\.attn\.q\.weight$"),
+    ),
+    (
+        "MViT or Hiera: its blocks pool their tokens",
+        _has(r"(attn\.(pool|norm)_[qkv]\.|rel_pos_[htw]$|pos_embed_spatial$)"),
+    ),
+    ("a Swin transformer: its blocks attend in windows", _has(r"relative_position_bias_table$")),
+    ("UniFormer: its first blocks are convolutions", _has(r"^blocks1\.\d+\.", r"^blocks2\.\d+\.")),
+    ("a convolutional network", _has(r"(^|\.)layer1\.\d+\.conv1\.")),
+)
+# Named last: an image model has one, too.
+ONE_BIAS = r"^blocks\.\d+\.attn\.qkv\.bias$"

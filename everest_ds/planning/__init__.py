@@ -1,0 +1,1 @@
+"""Planning: does a run fit, and what takes the memory."""

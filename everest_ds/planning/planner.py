@@ -1,0 +1,218 @@
+"""Which way of sharding, and how large a micro-batch, fits some GPUs.
+
+Place in the flow: `everest plan` asks; `planning.memory` answers for one setting, this module for all of them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from everest_ds.config import Config
+from everest_ds.planning.memory import GIB, MemoryEstimate, estimate_memory
+from everest_ds.planning.sharding import FLOAT32_BYTES, Sharding
+from everest_ds.train.engine import resolve_ds_config
+from everest_ds.train.precision import PrecisionName, choose_precision
+
+# More GPUs than this are not suggested.
+MAX_SUGGESTED_GPUS = 1024
+# model.activation_checkpointing and model.recompute_attention: nothing, all but attention, and all is recomputed.
+RECOMPUTATIONS = ((False, True), (True, False), (True, True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One way to run: a DeepSpeed configuration, recomputation or not, a micro-batch.
+
+    Attributes:
+        name: Of the DeepSpeed configuration.
+        precision: What --precision must say; None where the DeepSpeed configuration means the same by itself.
+        config: The run with this micro-batch and recomputation.
+        num_gpus: Processes, one a GPU.
+        accumulation: Micro-steps of an optimiser step.
+        accumulates_low: Whether several micro-steps add up in bf16.
+        stays: Whether its checkpoints go on in a world of the same size only (stage 0 in bf16).
+        gathers: Whether passes wait for parameters of other processes (stage 3).
+        offloads: Whether states live in host memory.
+        estimate: What it takes.
+    """
+
+    name: str
+    precision: str | None
+    config: Config
+    num_gpus: int
+    accumulation: int
+    accumulates_low: bool
+    stays: bool
+    gathers: bool
+    offloads: bool
+    estimate: MemoryEstimate
+
+    @property
+    def micro_size(self) -> int:
+        """Clips that a GPU takes through the model at once."""
+        return self.config.batch.micro_size
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether blocks are computed again in backward."""
+        return self.config.model.activation_checkpointing
+
+    @property
+    def recomputes_attention(self) -> bool:
+        """Whether attention is computed again too, as it is unless its output is kept."""
+        return self.checkpointing and self.config.model.recompute_attention
+
+    @property
+    def preference(self) -> tuple[bool, bool, bool, int, bool, bool, bool, int, int]:
+        """What `recommend` sorts by, best first."""
+        estimate = self.estimate
+        return (
+            self.offloads,
+            self.checkpointing,
+            self.recomputes_attention,
+            self.accumulation,
+            self.accumulates_low,
+            self.stays,
+            self.gathers,
+            estimate.sent,
+            estimate.total,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallestChange:
+    """What would have to change where nothing fits.
+
+    Attributes:
+        leanest: The setting that needs least memory on the same number of GPUs.
+        more_gpus: What fits on the smallest larger number of GPUs of the same memory, if any number helps.
+    """
+
+    leanest: Setting
+    more_gpus: Setting | None
+
+
+def make_setting(
+    config: Config,
+    name: str,
+    systems: dict[str, Any],
+    *,
+    num_gpus: int,
+    micro_size: int,
+    checkpointing: bool,
+    recompute_attention: bool = True,
+    precision: PrecisionName = "auto",
+) -> Setting:
+    """Estimate one setting; ``auto`` is the precision that the systems say for GPUs."""
+    config = replace(
+        config,
+        batch=replace(config.batch, micro_size=micro_size),
+        model=replace(
+            config.model, activation_checkpointing=checkpointing, recompute_attention=recompute_attention
+        ),
+    )
+    ds_config = resolve_ds_config(systems, config, world_size=num_gpus, precision=precision, device_type="cuda")
+    asked, own = (choose_precision(systems, given, "cuda").name for given in (precision, "auto"))
+    sharding = Sharding.of(ds_config, num_gpus)
+    if sharding.stage == 3:  # where blocks cannot be compiled
+        config = replace(config, model=replace(config.model, compile_blocks=False))
+    return Setting(
+        name=name,
+        precision=None if asked == own else asked,
+        config=config,
+        num_gpus=num_gpus,
+        accumulation=sharding.accumulation_steps,
+        accumulates_low=sharding.accumulation_steps > 1 and sharding.accumulation_bytes < FLOAT32_BYTES,
+        stays=sharding.stage == 0 and sharding.model_bytes < FLOAT32_BYTES,
+        gathers=sharding.stage == 3,
+        offloads=sharding.offloads_optimizer or sharding.offloads_parameters,
+        estimate=estimate_memory(config, ds_config, world_size=num_gpus),
+    )
+
+
+def plan_settings(
+    config: Config,
+    systems: Mapping[str, dict[str, Any]],
+    *,
+    num_gpus: int,
+    memory_bytes: int,
+    precision: PrecisionName = "auto",
+) -> list[Setting]:
+    """Return each way of sharding with no, some and full recomputation, at the largest micro-batch that fits.
+
+    Where none fits, the setting is that of one clip; its total says so. Micro-batches are those that divide a GPU's
+    share of the global batch, which must be a multiple of the GPUs.
+    """
+    share = config.batch.global_size // num_gpus
+    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    settings = []
+    for name, options in systems.items():
+        for checkpointing, recompute_attention in RECOMPUTATIONS:
+            for size in sizes:
+                setting = make_setting(
+                    config,
+                    name,
+                    options,
+                    num_gpus=num_gpus,
+                    micro_size=size,
+                    checkpointing=checkpointing,
+                    recompute_attention=recompute_attention,
+                    precision=precision,
+                )
+                if setting.estimate.total <= memory_bytes:
+                    break
+            settings.append(setting)
+    return settings
+
+
+def recommend(settings: list[Setting], memory_bytes: int) -> Setting | None:
+    """Return the setting to use, or None when none fits.
+
+    The rule: no offload before offload; no recomputation before that of all but attention, and that before all of
+    it; then the fewest accumulation steps, accumulation in float32 before bf16, checkpoints that go on in any world
+    before those that do not, stages that do not gather parameters in every pass before stage 3, the least
+    communication, the least memory. It knows no speeds: those have to be measured.
+    """
+    fitting = [setting for setting in settings if setting.estimate.total <= memory_bytes]
+    return min(fitting, key=lambda setting: setting.preference, default=None)
+
+
+def smallest_change(
+    config: Config,
+    systems: Mapping[str, dict[str, Any]],
+    *,
+    num_gpus: int,
+    memory_bytes: int,
+    precision: PrecisionName = "auto",
+) -> SmallestChange:
+    """Return what would fit where nothing does: larger GPUs, or more of them."""
+
+    def leanest_on(count: int) -> Setting:
+        """Return the setting that needs least memory on that many GPUs, one clip at a time."""
+        settings = (
+            make_setting(
+                config,
+                name,
+                options,
+                num_gpus=count,
+                micro_size=1,
+                checkpointing=checkpointing,
+                precision=precision,
+            )
+            for name, options in systems.items()
+            for checkpointing in (False, True)
+        )
+        return min(settings, key=lambda setting: setting.estimate.total)
+
+    larger = range(num_gpus + 1, min(config.batch.global_size, MAX_SUGGESTED_GPUS) + 1)
+    counts = (count for count in larger if config.batch.global_size % count == 0)
+    fitting = (leanest_on(count) for count in counts)
+    return SmallestChange(
+        leanest=leanest_on(num_gpus),
+        more_gpus=next((setting for setting in fitting if setting.estimate.total <= memory_bytes), None),
+    )
+
+
+def in_gib(value: int) -> float:
+    """Return bytes as GiB, rounded up to a hundredth."""
+    return -(-value * 100 // GIB) / 100

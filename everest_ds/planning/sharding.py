@@ -1,0 +1,219 @@
+"""What of a DeepSpeed configuration and a model decides how much is held and sent: read once, without DeepSpeed.
+
+Place in the flow: `planning.states` and `planning.memory` compute with it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from everest_ds.config import BatchConfig, Config, FinetuneConfig
+from everest_ds.train.precision import BF16, FP32, precision_of
+from everest_ds.train.tasks import make_task
+
+FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
+# DeepSpeed's own defaults (runtime/zero/config.py).
+DEFAULT_REUSE = 1_000_000_000
+DEFAULT_PERSISTENCE = 100_000
+# Of Kinetics-400, where a fine-tuning does not know its classes yet.
+ASSUMED_CLASSES = 400
+# Flat buffers are padded to this many elements times the processes (nccl_start_alignment_factor).
+ALIGNMENT = 2
+# Options that the arithmetic below follows, and those that do not change how much is held.
+KNOWN_OPTIONS = frozenset(
+    {
+        "stage", "overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size",
+        "reduce_scatter", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
+        "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save",
+        "offload_optimizer", "offload_param",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """Elements of the model.
+
+    Attributes:
+        groups: Elements of each trained parameter, by optimiser group.
+        buffers: Elements of the buffers (position tables).
+        frozen: Elements of each parameter that is not trained: no gradient, no optimiser states.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    buffers: int
+    frozen: tuple[int, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Parameters of the model."""
+        return sum(self.all)
+
+    @property
+    def all(self) -> list[int]:
+        """Elements of every parameter."""
+        return [*self.trained, *self.frozen]
+
+    @property
+    def trained(self) -> list[int]:
+        """Elements of every trained parameter."""
+        return [count for group in self.groups for count in group]
+
+    def aligned(self, world_size: int) -> list[int]:
+        """Elements of each group's flat buffer."""
+        unit = ALIGNMENT * world_size
+        return [-(-sum(group) // unit) * unit for group in self.groups]
+
+    def partitioned(self, world_size: int) -> list[int]:
+        """Elements of each group on one process at stage 3, where every parameter is split by itself."""
+        return [sum(-(-count // world_size) for count in group) for group in self.groups]
+
+    def touching(self, world_size: int) -> int:
+        """Elements of the parameters that lie at least in part in a process's partition, where that is most."""
+
+        def of_rank(rank: int) -> Iterator[int]:
+            """Yield the elements of each parameter that a rank's partition touches."""
+            for group, flat in zip(self.groups, self.aligned(world_size), strict=True):
+                start, begin, end = 0, rank * flat // world_size, (rank + 1) * flat // world_size
+                for count in group:
+                    if start < end and start + count > begin:
+                        yield count
+                    start += count
+
+        return max(sum(of_rank(rank)) for rank in range(world_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """What of a resolved DeepSpeed configuration decides how much is held.
+
+    Attributes:
+        stage: ZeRO stage.
+        model_bytes: Bytes of a parameter as the model holds it.
+        product_bytes: Bytes of a number in matrix products and attention.
+        accumulation_bytes: Bytes of an accumulated gradient.
+        communication_bytes: Bytes of a gradient on the wire.
+        options: The section ``zero_optimization``.
+        accumulation_steps: Micro-steps of an optimiser step.
+        world_size: Processes.
+    """
+
+    stage: int
+    model_bytes: int
+    product_bytes: int
+    accumulation_bytes: int
+    communication_bytes: int
+    options: dict[str, Any]
+    accumulation_steps: int
+    world_size: int
+
+    @classmethod
+    def of(cls, ds_config: dict[str, Any], world_size: int) -> "Sharding":
+        """Read a configuration as `train.engine.resolve_ds_config` returns it."""
+        precision = precision_of(ds_config)
+        model = "bf16" if precision == BF16 else "fp32"
+        size = {"bf16": BFLOAT16_BYTES, "fp32": FLOAT32_BYTES}
+        options = ds_config.get("zero_optimization", {})
+        return cls(
+            stage=int(options.get("stage", 0)),
+            model_bytes=size[model],
+            product_bytes=FLOAT32_BYTES if precision == FP32 else BFLOAT16_BYTES,
+            accumulation_bytes=size[ds_config.get("data_types", {}).get("grad_accum_dtype", model)],
+            communication_bytes=size[ds_config["communication_data_type"]],
+            options=options,
+            accumulation_steps=int(ds_config["gradient_accumulation_steps"]),
+            world_size=world_size,
+        )
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether optimiser states live in host memory."""
+        return _offloads(self.options, "offload_optimizer")
+
+    @property
+    def offloads_parameters(self) -> bool:
+        """Whether the partitioned parameters live in host memory."""
+        return _offloads(self.options, "offload_param")
+
+    @property
+    def not_modelled(self) -> tuple[str, ...]:
+        """Options of the file that the estimate does not know."""
+        unknown = sorted(set(self.options) - KNOWN_OPTIONS)
+        for name in ("offload_optimizer", "offload_param"):
+            if _offloads(self.options, name) and (self.stage < 3 or self.options[name]["device"] != "cpu"):
+                unknown.append(f"{name} other than to the CPU at stage 3")
+        return tuple(unknown)
+
+
+def _offloads(options: dict[str, Any], name: str) -> bool:
+    return (options.get(name) or {}).get("device", "none") != "none"
+
+
+def count_parameters(config: Config) -> ParameterCounts:
+    """Count the model that a configuration describes, built on the meta device.
+
+    A fine-tuning whose classes are not known yet, as in a recipe, is counted with `ASSUMED_CLASSES`.
+    """
+    plain: dict[str, Any] = {"batch": BatchConfig(), "run": type(config.run)()}
+    plain["model"] = replace(
+        config.model,
+        activation_checkpointing=False,
+        recompute_attention=True,
+        compile_blocks=False,
+        attention="sdpa",
+    )
+    plain["optim"] = type(config.optim)()
+    if isinstance(config, FinetuneConfig):
+        plain["optim"] = replace(plain["optim"], layer_decay=config.optim.layer_decay)
+        plain["data"] = replace(config.data, num_classes=num_classes(config))
+    return _count(replace(config, **plain))
+
+
+def num_classes(config: FinetuneConfig) -> int:
+    """Return the classes of a fine-tuning, or `ASSUMED_CLASSES` where they are not known yet."""
+    return config.data.num_classes or ASSUMED_CLASSES
+
+
+@lru_cache(maxsize=8)
+def _count(config: Config) -> ParameterCounts:
+    with torch.device("meta"):
+        task = make_task(config)
+    groups = [group["params"] for group in task.parameter_groups()]
+    return ParameterCounts(
+        groups=tuple(tuple(p.numel() for p in group) for group in groups),
+        buffers=sum(buffer.numel() for buffer in task.buffers()),
+        frozen=tuple(p.numel() for p in task.parameters() if not p.requires_grad),
+    )
+
+
+def persistent_elements(counts: ParameterCounts, sharding: Sharding) -> int:
+    """Elements of the parameters that stage 3 keeps whole on every process because they are small."""
+    threshold = int(sharding.options.get("stage3_param_persistence_threshold", DEFAULT_PERSISTENCE))
+    return sum(count for count in counts.all if count <= threshold)
+
+
+def bytes_sent(counts: ParameterCounts, sharding: Sharding) -> int:
+    """Return the bytes that one GPU sends in one optimiser step, by ring algorithms.
+
+    An all-reduce of X bytes sends 2 (N - 1) / N X, an all-gather or reduce-scatter half of it. Counted at
+    DeepSpeed's calls: stages 0 and 1 all-reduce once a step; stage 2 all-reduces in every micro-step (it does not
+    scatter); stages 1 and 2 gather the parameters after the step; stage 3 reduce-scatters in every micro-step and
+    gathers the parameters once in it, or twice where they are released between forward and backward. Checkpointing
+    adds no gather, and frozen parameters are not gathered for backward or after a step.
+    """
+    world, steps, total = sharding.world_size, sharding.accumulation_steps, counts.total
+    trained = sum(counts.trained)
+    gradients, parameters = trained * sharding.communication_bytes, trained * sharding.model_bytes
+    if sharding.stage == 0:
+        moved = 2 * gradients
+    elif sharding.stage < 3:
+        moved = 2 * gradients * (steps if sharding.stage == 2 else 1) + parameters
+    else:
+        persistent = persistent_elements(counts, sharding) * sharding.model_bytes
+        reuse = int(sharding.options.get("stage3_max_reuse_distance", DEFAULT_REUSE))
+        gathers = 1 if counts.frozen or 2 * total <= reuse else 2
+        moved = steps * (gathers * (total * sharding.model_bytes - persistent) + gradients) + persistent
+    return moved * (world - 1) // world

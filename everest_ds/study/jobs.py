@@ -1,0 +1,212 @@
+"""The runs of a study: commands of this project in processes of their own, some at a time.
+
+A job is done when its run says so and was started by the very same command, so that a study goes on where it was.
+Each leaves its command and its log beside what it makes: `KIND.command`, `KIND.log`.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from everest_ds.files import write_whole_text
+from everest_ds.inference.results import SUMMARY
+from everest_ds.interrupts import deferred
+from everest_ds.progress import format_duration
+
+JobKind = Literal["pretrain", "finetune", "probe"]
+
+_POLL_S = 0.1
+# What a parser draws around its complaints.
+_FRAME = " ─│╭╮╰╯"
+# Seconds that a run of each kind takes on one core, for the first estimates.
+_GUESS_S = {"pretrain": 45.0, "finetune": 30.0, "probe": 15.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One command.
+
+    Attributes:
+        kind: pretrain, finetune or probe.
+        name: What is run, for people.
+        words: The command, without `everest`.
+        folder: Where its command and its log go; the run's own files are in `folder / kind`.
+        needs: The job that must be done first.
+    """
+
+    kind: JobKind
+    name: str
+    words: tuple[str, ...]
+    folder: Path
+    needs: "Job | None" = None
+
+    @property
+    def out(self) -> Path:
+        """What the command makes."""
+        return self.folder / self.kind
+
+    @property
+    def log(self) -> Path:
+        """What the command says."""
+        return self.folder / f"{self.kind}.log"
+
+    @property
+    def command(self) -> str:
+        """The command, for a shell."""
+        return shlex.join(("python", "-m", "everest_ds", *self.words))
+
+    def is_complete(self) -> bool:
+        """Return whether its files say that it came to its end."""
+        if self.kind == "probe":
+            return (self.out / SUMMARY).is_file()  # the last file that an evaluation writes
+        return any(line.get("event") == "end" for line in read_metrics(self.out, "event"))
+
+    def is_done(self) -> bool:
+        """Return whether this very command came to its end."""
+        stamp = self.folder / f"{self.kind}.command"
+        return stamp.is_file() and stamp.read_text() == f"{self.command}\n" and self.is_complete()
+
+
+@dataclass(kw_only=True)
+class Runner:
+    """Runs jobs, a few at a time, and says how far it is.
+
+    Attributes:
+        jobs: In the order in which they are to start; one that is needed comes before those that need it.
+        slots: How many run at a time.
+        num_gpus: GPUs to spread them over; 0 runs on the CPU, one thread each.
+        on_done: Called when a job is done; returns what to say of it.
+    """
+
+    jobs: Sequence[Job]
+    slots: int
+    num_gpus: int
+    on_done: Callable[[Job], str]
+    failed: list[Job] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Look at what is done already."""
+        self._running: dict[int, tuple[Job, subprocess.Popen[bytes], TextIO, float]] = {}
+        self._done = {id(job) for job in self.jobs if job.is_done()}
+        self._waiting = [job for job in self.jobs if id(job) not in self._done]
+        self._took_s: dict[str, list[float]] = {}
+
+    def run(self) -> list[Job]:
+        """Run everything that is not done; return the jobs that failed.
+
+        An interruption stops the runs, which save what they have, and goes on to the caller.
+        """
+        if self._done:
+            print(f"{len(self._done)} of {len(self.jobs)} runs are done already", flush=True)
+        try:
+            while self._waiting or self._running:
+                self._drop_hopeless()
+                while len(self._running) < self.slots and (job := self._next()):
+                    with deferred():  # or a run could have started that nobody knows of
+                        self._start(job)
+                self._collect()
+                time.sleep(_POLL_S)
+        finally:
+            self._stop()
+        return self.failed
+
+    def _next(self) -> Job | None:
+        for job in self._waiting:
+            if job.needs is None or id(job.needs) in self._done:
+                self._waiting.remove(job)
+                return job
+        return None
+
+    def _drop_hopeless(self) -> None:
+        """Give up jobs that need one that failed."""
+        lost = {id(job) for job in self.failed}
+        for job in [job for job in self._waiting if job.needs is not None and id(job.needs) in lost]:
+            self._waiting.remove(job)
+            self.failed.append(job)
+            print(f"NOT RUN {job.kind} {job.name}: it needs a run that failed", flush=True)
+
+    def _start(self, job: Job) -> None:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_whole_text(job.folder / f"{job.kind}.command", f"{job.command}\n")
+        slot = next(slot for slot in range(self.slots) if slot not in self._running)
+        log = job.log.open("w", encoding="utf-8")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "everest_ds", *job.words],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=self._environment(slot),
+            start_new_session=True,  # a Ctrl-C is for this process, which then asks its runs to save
+        )
+        self._running[slot] = (job, process, log, time.perf_counter())
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        environment = {name: value for name, value in os.environ.items() if name not in launcher}
+        environment["OMP_NUM_THREADS"] = "1"
+        if not self.num_gpus:
+            return environment | {"DS_ACCELERATOR": "cpu"}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(gpu) for gpu in range(self.num_gpus)]
+        return environment | {"CUDA_VISIBLE_DEVICES": gpus[slot % self.num_gpus]}
+
+    def _collect(self) -> None:
+        for slot, (job, process, log, began) in list(self._running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self._running[slot]
+            log.close()
+            if code or not job.is_complete():
+                self.failed.append(job)
+                why = f"exit code {code}: {_reason(job.log)}"
+                print(f"FAILED {job.kind} {job.name} ({why}); see {job.log}", flush=True)
+                continue
+            self._done.add(id(job))
+            took_s = time.perf_counter() - began
+            self._took_s.setdefault(job.kind, []).append(took_s)
+            print(
+                f"[{len(self._done)}/{len(self.jobs)}] {job.kind} {job.name}: {self.on_done(job)}, {took_s:.0f} s; "
+                f"{format_duration(self._left_s())} left",
+                flush=True,
+            )
+
+    def _left_s(self) -> float:
+        """Return the seconds that are left, from what runs of each kind took so far."""
+        left = [*self._waiting, *(job for job, *_ in self._running.values())]
+        mean_s = {
+            kind: sum(took_s) / len(took_s) if (took_s := self._took_s.get(kind)) else guess
+            for kind, guess in _GUESS_S.items()
+        }
+        return sum(mean_s[job.kind] for job in left) / self.slots
+
+    def _stop(self) -> None:
+        for _, process, _, _ in self._running.values():
+            process.terminate()
+        for _, process, log, _ in self._running.values():
+            process.wait()
+            log.close()
+
+
+def read_metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the whole lines of one kind of RUN/metrics.jsonl; none where there is no such file."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def _reason(log: Path) -> str:
+    """Return the last line of a log that speaks of an error, or else its last line."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in (line.strip(_FRAME) for line in text.splitlines()) if line]
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or ["it said nothing"])[-1]

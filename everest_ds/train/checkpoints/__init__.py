@@ -1,0 +1,1 @@
+"""Checkpoints: saved, sealed, found again, resharded, read."""

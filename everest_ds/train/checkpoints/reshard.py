@@ -1,0 +1,231 @@
+"""Going on with other processes or another ZeRO stage, by way of DeepSpeed's universal checkpoints.
+
+    step-00001200/              shards of the world and stage that wrote them
+    universal-step-00001200/    one folder a parameter: weight and two moments, whole and in float32
+
+The copy is made when it is first needed, by DeepSpeed's own converter, and kept beside the checkpoint. DeepSpeed's
+loader, as of 0.19.8, has three traps that are mended here: a folder converted from one stage lacks what the loader
+of another asks for (`_bridge_stages`), ZeRO-3 gives every parameter group the hyper-parameters of the first
+(`_bridge_stages` stores none, so each group keeps its own), and ZeRO-3 makes all groups share one step counter,
+which then advances once for each (`_separate_step_counters`).
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everest_ds import distributed
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
+from everest_ds.interrupts import ending_with_us
+from everest_ds.train.checkpoints.save import TrainState, load_checkpoint, read_state, universal_of
+from everest_ds.train.checkpoints.seal import (
+    SEAL,
+    find_damage,
+    is_sealed,
+    remove_sealed,
+    seal,
+    sha256,
+    try_together,
+)
+
+REPORT_EVERY_S = 5.0
+
+
+def needs_resharding(was: TrainState, now: TrainState) -> bool:
+    """Return whether a checkpoint must be converted before this world and stage can load it.
+
+    Raises:
+        UserError: ZeRO-0 is on one side only, or its shards are split over another number of processes.
+    """
+    if (was.world_size, was.zero_stage) == (now.world_size, now.zero_stage):
+        return False
+    if was.zero_stage and now.zero_stage:
+        return True
+    if was.zero_stage == now.zero_stage and now.dtype == "float32":
+        return False  # every process of ZeRO-0 holds everything
+    raise UserError(
+        f"the checkpoint was written by {was.world_size} processes at ZeRO stage {was.zero_stage}; this run has "
+        f"{now.world_size} at stage {now.zero_stage}: stages 1, 2 and 3 can be exchanged and resumed on any number "
+        "of processes, stage 0 only in float32 and only as stage 0"
+    )
+
+
+@contextlib.contextmanager
+def universal_copy(checkpoint: Path, world: World) -> Iterator[Path]:
+    """Provide a checkpoint's universal copy, converting it when there is none yet; all ranks take part.
+
+    A copy made here is removed again when what follows fails, so that a failed start leaves the run as it was.
+
+    Raises:
+        UserError: The conversion failed.
+    """
+    copy, source = universal_of(checkpoint), sha256(checkpoint / SEAL)
+    fault = find_damage(copy, world) if is_sealed(copy) else "there is none yet"
+    if fault is None and json.loads((copy / SEAL).read_text()).get("source") != source:
+        fault = "it was made from another save of this step"
+    if distributed.agree(fault) is None:
+        if world.is_main:
+            print(f"using {copy}, converted earlier", flush=True)
+        yield copy
+        return
+    try:
+        _convert(checkpoint, copy, source, world)
+        yield copy
+    except BaseException:
+        if world.is_main:
+            remove_sealed(copy)
+        raise
+
+
+def load_resharded(engine: Any, copy: Path, num_updates: int) -> None:
+    """Load a universal copy into an engine that was built with `universal`; all ranks take part.
+
+    Args:
+        engine: The DeepSpeed engine.
+        copy: The folder that `universal_copy` provides.
+        num_updates: Updates that the optimiser had made.
+
+    Raises:
+        UserError: DeepSpeed did not load it on some rank.
+    """
+    load_checkpoint(engine, copy)
+    _separate_step_counters(engine.optimizer.optimizer, num_updates)
+
+
+def _convert(checkpoint: Path, copy: Path, source: str, world: World) -> None:
+    temporary = copy.with_name(f"tmp-{copy.name}")
+    started = time.monotonic()
+    if world.is_main:
+        print(f"converting {checkpoint.name} for another world or ZeRO stage", flush=True)
+    fault = (
+        _run_converter(checkpoint, temporary, world)
+        or try_together(lambda: _bridge_stages(checkpoint, temporary) if world.is_main else None)
+        or try_together(lambda: seal(temporary, world, source=source))
+        or try_together(lambda: _publish(temporary, copy) if world.is_main else None)
+    )
+    if fault:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{checkpoint} could not be converted for this world and ZeRO stage: {fault}")
+    if world.is_main:
+        print(f"converted to {copy} in {time.monotonic() - started:.1f} s", flush=True)
+
+
+def _publish(temporary: Path, copy: Path) -> None:
+    remove_sealed(copy)
+    temporary.rename(copy)
+
+
+def _run_converter(checkpoint: Path, temporary: Path, world: World) -> str | None:
+    """Run DeepSpeed's converter on rank zero, reporting progress; return what it said when it failed.
+
+    The other ranks hear of it every few seconds, so that no collective waits for longer than that.
+    """
+    process, fault, num_parameters, started = None, None, 0, time.monotonic()
+    if world.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir()
+            num_parameters = _count_parameters(checkpoint)
+            process = _start_converter(checkpoint, temporary)
+        except OSError as error:
+            fault = str(error)
+    with contextlib.nullcontext() if process is None else ending_with_us(process):
+        while any(distributed.gather_objects(_is_converting(process, temporary, num_parameters, started))):
+            pass
+    if process is not None and process.returncode:
+        last = (temporary / "converter.log").read_text(errors="replace").strip().splitlines()[-1:]
+        fault = f"DeepSpeed's converter ended with {process.returncode}: {' '.join(last)}"
+    if world.is_main:
+        (temporary / "converter.log").unlink(missing_ok=True)
+    return distributed.agree(fault)
+
+
+def _is_converting(
+    process: "subprocess.Popen[bytes] | None", temporary: Path, num_parameters: int, started: float
+) -> bool:
+    """Wait a while for the converter, report how far it is, and return whether it still runs; False without one."""
+    if process is None:
+        return False
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=REPORT_EVERY_S)
+    done = len(list(temporary.glob("zero/*/exp_avg_sq.pt")))
+    what = f"{done} of {num_parameters} parameters merged" if done else "taking the shards apart"
+    print(f"  {what}, {time.monotonic() - started:.0f} s", flush=True)
+    return process.poll() is None
+
+
+def _start_converter(checkpoint: Path, temporary: Path) -> "subprocess.Popen[bytes]":
+    """Start the converter as a process of its own, which knows nothing of this launch or its GPUs."""
+    launch = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in launch}
+    environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONUNBUFFERED"] = "1"  # or what it says first is written after its traceback
+    workers = str(max(1, min(8, (os.cpu_count() or 2) // 2)))
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(checkpoint), "--output_folder", str(temporary)]
+    command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
+    with (temporary / "converter.log").open("wb") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _count_parameters(checkpoint: Path) -> int:
+    shapes = _model_states(checkpoint)["param_shapes"]
+    return sum(len(group) for group in shapes) if isinstance(shapes, list) else len(shapes)
+
+
+def _bridge_stages(checkpoint: Path, temporary: Path) -> None:
+    """Give a universal folder what the loaders of all stages ask for, and nothing else that they would read.
+
+    ZeRO-1 and 2 look for one name of the model's states, ZeRO-3 for another; weights come from zero/ in any case.
+    Groups are listed without hyper-parameters: the new optimiser's own are the right ones.
+    """
+    states = {key: value for key, value in _model_states(checkpoint).items() if key not in ("module", "optimizer")}
+    for path in temporary.glob("*_model_states.pt"):
+        path.unlink()
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        torch.save(states, temporary / name)
+    path = temporary / "zero" / "optimizer_state.pt"
+    num_groups = len(torch.load(path, map_location="cpu", mmap=True, weights_only=False)["param_groups"])
+    train_state = read_state(checkpoint)
+    step = torch.tensor(float(train_state.step - train_state.num_skipped))
+    bridged = {
+        "ds_version": states["ds_version"],
+        "clip_grad": states["ds_config"]["gradient_clipping"],
+        "param_groups": [{} for _ in range(num_groups)],
+        "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": [{}]},
+    }
+    torch.save(bridged, path)
+    # DeepSpeed notes the converted folder in a pointer of its own; the seal takes that part here.
+    (checkpoint.parent / "latest_universal").unlink(missing_ok=True)
+    for tensor_path in (temporary / "zero").glob("*/*.pt"):
+        tensor = torch.load(tensor_path, map_location="cpu", weights_only=True)
+        if (
+            torch.is_tensor(tensor) and tensor_path.stem != "step"
+        ):  # as ZeRO-3 is converted; ZeRO-1 and 2 want a name
+            torch.save({"param": tensor, "cat_dim": 0}, tensor_path)
+
+
+def _model_states(checkpoint: Path) -> dict[str, Any]:
+    """Read the first model states file of a checkpoint of ours; it is DeepSpeed's own pickle."""
+    path = sorted(checkpoint.glob("*mp_rank_00_model_states.pt"))[0]
+    loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    return loaded
+
+
+def _separate_step_counters(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
+    """Give the state of every flat parameter a step counter of its own, as torch makes them."""
+    fused = bool(optimizer.defaults.get("fused"))
+    for parameter, state in optimizer.state.items():
+        device = parameter.device if fused else torch.device("cpu")
+        state["step"] = torch.tensor(float(num_updates), dtype=torch.float32, device=device)

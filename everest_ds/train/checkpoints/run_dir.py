@@ -1,0 +1,226 @@
+"""The run directory: whether a run may use it, where it goes on from, and what describes the run in it.
+
+RUN/config.json          the resolved recipe
+    ds_config.json       the DeepSpeed configuration as used
+    environment.json     command, commit, versions, hardware of the last start
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from everest_ds import __version__, distributed
+from everest_ds.config import Config
+from everest_ds.config.file import dump_config, load_config
+from everest_ds.errors import UserError
+from everest_ds.files import is_partial, write_whole_text
+from everest_ds.train.checkpoints.save import folder_of, list_checkpoints, read_latest
+from everest_ds.train.checkpoints.seal import SEAL, is_sealed
+
+# A network file system may show a new file to other nodes only after a while (NFS: up to a minute by default).
+VISIBLE_WITHIN_S = 90
+
+# Settings that may differ between a run and its continuation: they do not change what is computed.
+FREE_ON_RESUME = frozenset(
+    {
+        "batch.micro_size",
+        "data.keep_decoded",
+        "data.max_bad_share",
+        "data.num_workers",
+        "data.prefetch_batches",
+        "data.test_list",
+        "data.timeout_s",
+        "model.activation_checkpointing",
+        "model.attention",
+        "model.compile_blocks",
+        "model.recompute_attention",
+        "run.keep_checkpoints",
+        "run.keep_every_epochs",
+        "run.log_every_steps",
+        "run.max_skipped_steps",
+        "run.max_steps",
+        "run.save_every_epochs",
+        "run.save_every_steps",
+        "run.validate_every_epochs",
+        "views.num_spatial",
+        "views.num_temporal",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Where a run goes on from.
+
+    Attributes:
+        run_dir: The run directory.
+        candidates: Complete checkpoints to try, in this order; none to start afresh.
+        exact: Whether one was asked for by name, so that no other will do.
+    """
+
+    run_dir: Path
+    candidates: tuple[Path, ...] = ()
+    exact: bool = False
+
+
+def find_resume(out: Path | None, config: Config, resume: str) -> Resume:
+    """Return where to go on from: auto, never, or a checkpoint's path.
+
+    Without ``out``, the run directory is that of the named checkpoint, or runs/RECIPE.
+
+    Raises:
+        UserError: The directory is used and must not be, holds another run, or the named checkpoint is unusable.
+    """
+    if resume not in ("auto", "never"):
+        return _named_checkpoint(out, config, Path(resume))
+    run_dir = out or Path("runs") / config.recipe
+    if not _is_used(run_dir):
+        return Resume(run_dir=run_dir)
+    if resume == "never":
+        raise UserError(f"--out {run_dir} is not empty and --resume is never; name another folder")
+    if not (run_dir / "config.json").is_file():
+        raise UserError(f"--out {run_dir} is not empty and holds no run (no config.json); name another folder")
+    _require_same_run(run_dir, config)
+    return Resume(run_dir=run_dir, candidates=tuple(list_checkpoints(run_dir)))
+
+
+def _named_checkpoint(out: Path | None, config: Config, named: Path) -> Resume:
+    """Return the checkpoint of that name; a run directory, or its checkpoints/, stands for its `latest`."""
+    if folder_of(named).is_dir():
+        checkpoint = read_latest(named)
+    elif named.is_dir() and folder_of(named.parent).resolve() == named.resolve():
+        checkpoint = read_latest(named.parent)
+    else:
+        checkpoint = named
+    if not is_sealed(checkpoint):
+        raise UserError(
+            f"--resume {named}: no complete checkpoint there; expected auto, never, a run directory, or a folder "
+            f"RUN/checkpoints/step-... that holds {SEAL}"
+        )
+    source = checkpoint.parent.parent
+    run_dir = out or source
+    _require_same_run(source, config)
+    if run_dir.resolve() != source.resolve():
+        if _is_used(run_dir):
+            raise UserError(f"--out {run_dir} holds another run than --resume {named}; name an empty folder")
+    elif checkpoint.resolve() != (newest := list_checkpoints(source)[0]).resolve():
+        raise UserError(
+            f"--resume {named}: the run went on to {newest.name}; name another folder with --out to branch off"
+        )
+    return Resume(run_dir=run_dir, candidates=(checkpoint,), exact=True)
+
+
+def find_pointer_fault(run_dir: Path) -> str | None:
+    """Return what is wrong with a used run's `latest`, though its checkpoints do not depend on it."""
+    if not list_checkpoints(run_dir):
+        return None
+    try:
+        read_latest(run_dir)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _is_used(run_dir: Path) -> bool:
+    return run_dir.is_dir() and any(not is_partial(path) for path in run_dir.iterdir())
+
+
+def _require_same_run(run_dir: Path, config: Config) -> None:
+    stored, given = (_flatten(asdict(item)) for item in (load_config(run_dir / "config.json"), config))
+    if stored["task"] != given["task"]:
+        raise UserError(
+            f"{run_dir} holds another run: its task is {stored['task']}, this one's {given['task']}; use another "
+            f"--out{_way_to_start_from(run_dir)}"
+        )
+    changed = [key for key in stored if stored[key] != given[key] and key not in FREE_ON_RESUME]
+    if changed:
+        shown = ", ".join(f"{key} was {stored[key]!r} and is now {given[key]!r}" for key in changed[:4])
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        is_same_model = not any(key.startswith("model.") for key in changed)
+        raise UserError(
+            f"{run_dir} holds another run: {shown}{more}; use the stored settings to continue it, or another --out"
+            f"{_way_to_start_from(run_dir) if is_same_model else ''}"
+        )
+
+
+def _way_to_start_from(run_dir: Path) -> str:
+    """Return how a new run starts from this one's weights, as the end of a message; nothing where it has none."""
+    if not list_checkpoints(run_dir):
+        return ""
+    source = shlex.quote(str(run_dir))
+    return f". To train its weights longer or otherwise, start a new run: --init-from {source} --out ANOTHER"
+
+
+def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def write_run_files(run_dir: Path, config: Config, ds_config: dict[str, Any]) -> None:
+    """Write the files that describe a run; a continued run is described anew."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_whole_text(run_dir / "config.json", dump_config(config))
+    write_whole_text(run_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+    write_whole_text(run_dir / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
+
+
+def require_shared(run_dir: Path) -> None:
+    """Refuse a run directory that is another folder on another node; called by all ranks once it is written.
+
+    Raises:
+        UserError: Some process does not see what rank zero has written; its shards would go elsewhere.
+    """
+    deadline = time.monotonic() + VISIBLE_WITHIN_S
+    while not (run_dir / "config.json").is_file() and time.monotonic() < deadline:
+        time.sleep(1)
+    seen = (run_dir / "config.json").is_file()
+    fault = distributed.agree(None if seen else f"{platform.node()} does not see {run_dir}/config.json")
+    if fault:
+        raise UserError(f"{fault}; put the run directory on a file system that all nodes share")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return command, commit, versions and hardware of this process."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    versions: dict[str, str | None] = {"everest_ds": __version__, "python": platform.python_version()}
+    for package in ("torch", "deepspeed", "timm", "av", "decord", "flash-attn"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": shlex.join(sys.argv),
+        "commit": _commit(),
+        "versions": versions,
+        "host": platform.node(),
+        "cpu_count": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def _commit() -> str | None:
+    """Return the commit of a source checkout, marked when it has changes; None for an installed package."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,350 @@
+"""Checkpoints: DeepSpeed's shards, a state file, and a seal that is written last.
+
+RUN/checkpoints/step-00001200/ appears under its name only when every rank's shards are on disk and sealed with
+sizes and checksums; then RUN/checkpoints/latest points to it. A save that dies leaves a folder named tmp-* that
+nothing reads and the next save removes.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from everest_ds import distributed
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
+from everest_ds.train.checkpoints.seal import (
+    SEAL,
+    find_damage,
+    is_sealed,
+    remove_sealed,
+    seal,
+    sync_folder,
+    try_together,
+    write_durably,
+)
+
+LATEST, BEST = "latest", "best"
+
+
+def folder_of(run_dir: Path) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return run_dir / "checkpoints"
+
+
+def read_latest(run_dir: Path) -> Path:
+    """Return the checkpoint that a run's pointer to the newest one names; see `read_pointer`."""
+    return read_pointer(run_dir, LATEST)
+
+
+def find_best(run_dir: Path) -> Path | None:
+    """Return the checkpoint with the highest validation score; None without scores; see `read_pointer`."""
+    return read_pointer(run_dir, BEST) if (folder_of(run_dir) / BEST).is_file() else None
+
+
+def read_pointer(run_dir: Path, name: str) -> Path:
+    """Return the checkpoint that a pointer of a run names.
+
+    Raises:
+        UserError: There is no pointer, or it is empty, or names no complete checkpoint.
+    """
+    pointer = folder_of(run_dir) / name
+    try:
+        target = pointer.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{pointer} cannot be read: {error}") from error
+    if not target:
+        raise UserError(f"{pointer} is empty")
+    if Path(target).name != target or not is_sealed(pointer.parent / target):
+        raise UserError(f"{pointer} names {target!r}, which is no complete checkpoint")
+    return pointer.parent / target
+
+
+def point_to_best(run_dir: Path, step: int | None) -> bool:
+    """Make the pointer name the checkpoint of a step, or remove it; rank zero calls it.
+
+    Returns:
+        Whether the pointer names one: not without a step, nor where its checkpoint is gone, because the run goes on
+        from an older one.
+    """
+    pointer = folder_of(run_dir) / BEST
+    target = folder_of(run_dir) / f"step-{step or 0:08d}"
+    if step is None or not is_sealed(target):
+        pointer.unlink(missing_ok=True)
+        return False
+    point(pointer, target)
+    return True
+
+
+def point(pointer: Path, target: Path) -> None:
+    """Make a pointer name a checkpoint, by rename."""
+    temporary = pointer.with_name(f"{pointer.name}.tmp")
+    write_durably(temporary, target.name + "\n")
+    temporary.replace(pointer)
+    sync_folder(pointer.parent)
+
+
+STATE = "state.json"
+# The moving average of the weights, where one is kept.
+AVERAGE = "ema.safetensors"
+# Version of the folder's layout and of state.json; raise it when an older reader would misread a newer folder.
+FORMAT = 2
+# Where torch's file writer reports that a disk takes no more; it raises a RuntimeError.
+TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Where a run stands; everything else about its data follows from the seed and the step.
+
+    Attributes:
+        step: Optimiser steps gone by.
+        epoch: Whole epochs gone by.
+        samples: Clips seen.
+        num_bad: Unreadable draws so far.
+        num_skipped: Steps among them that changed no weight, because a gradient was not finite.
+        best_step: Where the validation score was highest so far; None where nothing was scored yet.
+        best_score: That score.
+        threshold: The running quantile of importance, where a budget goes by one.
+        world_size: Processes that wrote the shards.
+        zero_stage: How they are sharded.
+        dtype: What the model's weights are in as it computes with them, bfloat16 or float32.
+        autocast: Whether its matrix products are in bfloat16 all the same, by autocast.
+        videos: Fingerprint of the training list.
+        format: Version of the checkpoint's layout.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    samples: int = 0
+    num_bad: int = 0
+    num_skipped: int = 0
+    best_step: int | None = None
+    best_score: float | None = None
+    threshold: float | None = None
+    world_size: int
+    zero_stage: int
+    dtype: str
+    autocast: bool = False
+    videos: str
+    format: int = FORMAT
+
+    @property
+    def computes_in(self) -> str:
+        """What the model computes in, for people."""
+        return f"{self.dtype} with products in bfloat16" if self.autocast else self.dtype
+
+
+def universal_of(checkpoint: Path) -> Path:
+    """Return where a checkpoint's copy for other worlds and stages is kept, and removed with it."""
+    return checkpoint.with_name(f"universal-{checkpoint.name}")
+
+
+def save_checkpoint(
+    engine: Any, run_dir: Path, state: TrainState, world: World, *, save_more: Callable[[Path], None] | None = None
+) -> Path:
+    """Save a checkpoint; all ranks take part. Returns its folder.
+
+    Args:
+        engine: The DeepSpeed engine.
+        run_dir: The run directory.
+        state: Where the run stands.
+        world: This process's place.
+        save_more: Writes further files into the folder before it is sealed; called on every rank.
+
+    Raises:
+        UserError: The disk is full or cannot be written to; earlier checkpoints are as they were.
+    """
+    folder = folder_of(run_dir)
+    name = f"step-{state.step:08d}"
+    temporary, final = folder / f"tmp-{name}", folder / name
+    needed = checkpoint_bytes(engine.module, averages=save_more is not None)
+    _all_must(world, folder, lambda: _make_room(folder, needed) if world.is_main else None)
+    distributed.barrier()
+    try:
+        engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
+    except (OSError, RuntimeError) as error:
+        # The other ranks wait in DeepSpeed's own barrier: leave at once, and let the launcher end them.
+        if isinstance(error, OSError) or any(name in str(error) for name in TORCH_WRITER):
+            raise UserError(_unwritten(folder, str(error).splitlines()[0])) from error
+        raise
+    if save_more is not None:
+        _all_must(world, folder, lambda: save_more(temporary))
+    _all_must(world, folder, lambda: _write_state(temporary, state) if world.is_main else None)
+    _all_must(world, folder, lambda: seal(temporary, world))
+    _all_must(world, folder, lambda: _publish(temporary, final) if world.is_main else None)
+    return final
+
+
+def checkpoint_bytes(module: Any, *, averages: bool = False) -> int:
+    """Return about how many bytes a checkpoint takes.
+
+    The weights, and of those that are trained also float32 ones, two moments, and an average where one is kept.
+    """
+    total = 0
+    for parameter in module.parameters():
+        trained = 12 + 4 * averages if parameter.requires_grad else 0
+        total += getattr(parameter, "ds_numel", parameter.numel()) * (parameter.element_size() + trained)
+    return total
+
+
+def prune_checkpoints(
+    run_dir: Path, *, keep_last: int, keep_every_steps: int | None = None, keep_step: int | None = None
+) -> list[Path]:
+    """Remove complete checkpoints but the newest ``keep_last``, multiples of ``keep_every_steps``, and one step's.
+
+    Called by rank zero, after a save. Returns what was removed.
+    """
+    removed = []
+    for checkpoint in list_checkpoints(run_dir)[max(keep_last, 1) :]:
+        step = read_state(checkpoint).step
+        if step == keep_step or (keep_every_steps and step % keep_every_steps == 0):
+            continue
+        remove_sealed(universal_of(checkpoint))
+        remove_sealed(checkpoint)
+        removed.append(checkpoint)
+    return removed
+
+
+def set_aside(checkpoints: Iterable[Path]) -> None:
+    """Rename damaged checkpoints, so that they count neither as a place to resume from nor as ones to keep."""
+    for checkpoint in checkpoints:
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        remove_sealed(universal_of(checkpoint))
+        checkpoint.rename(aside)
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, newest first."""
+    sealed = sorted(path.parent for path in folder_of(run_dir).glob(f"step-*/{SEAL}"))
+    return sealed[::-1]
+
+
+def unfinished_saves(run_dir: Path) -> list[Path]:
+    """Return folders of saves that did not come to their end."""
+    folder = folder_of(run_dir)
+    unsealed = [path for path in folder.glob("step-*") if not is_sealed(path)]
+    return sorted([*unsealed, *folder.glob("tmp-*")])
+
+
+def read_state(checkpoint: Path) -> TrainState:
+    """Read where a checkpoint stands.
+
+    Raises:
+        UserError: The folder is no complete checkpoint, or one of another version.
+    """
+    if not is_sealed(checkpoint):
+        raise UserError(f"{checkpoint} is no complete checkpoint: it has no {SEAL}")
+    try:
+        raw = json.loads((checkpoint / STATE).read_text())
+        if raw.get("format", FORMAT) > FORMAT:
+            raise UserError(
+                f"{checkpoint} has format {raw['format']}; this version of everest_ds reads up to {FORMAT}: "
+                "update it"
+            )
+        return TrainState(**raw)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{checkpoint / STATE} cannot be read, or is another version's: {error}") from error
+
+
+def choose_checkpoint(candidates: Sequence[Path], world: World, *, exact: bool) -> Path | None:
+    """Return the first candidate whose files are what its seal says; all ranks take part and agree.
+
+    Damaged ones are named and passed over, unless one was asked for by name.
+
+    Raises:
+        UserError: The named checkpoint is damaged, or all candidates are.
+    """
+    faults = []
+    for checkpoint in candidates:
+        started = time.perf_counter()
+        fault = distributed.agree(find_damage(checkpoint, world))
+        if fault is None:
+            if world.is_main:
+                print(f"verified {checkpoint} in {time.perf_counter() - started:.2f} s", flush=True)
+            return checkpoint
+        faults.append(f"checkpoint {checkpoint} is damaged: {fault}")
+        if world.is_main and not exact:
+            print(f"warning: {faults[-1]}; passing it over", flush=True)
+    if faults:
+        raise UserError("; ".join(faults) + "; name another with --resume PATH, or start afresh in another --out")
+    return None
+
+
+def load_checkpoint(engine: Any, checkpoint: Path) -> None:
+    """Load a verified checkpoint into the engine; all ranks take part, and all stop when one cannot.
+
+    Raises:
+        UserError: DeepSpeed did not load it on some rank.
+    """
+    fault = None
+    try:
+        loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if not loaded:
+            fault = f"DeepSpeed did not load {checkpoint}"
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        fault = f"DeepSpeed did not load {checkpoint}: {type(error).__name__}: {error}"
+    fault = distributed.agree(fault)
+    if fault:
+        raise UserError(fault)
+
+
+def require_same_start(checkpoint: Path, was: TrainState, now: TrainState) -> None:
+    """Refuse to go on from a checkpoint that was written under other circumstances.
+
+    Raises:
+        UserError: Another precision or list of videos.
+    """
+    if was.computes_in != now.computes_in:
+        raise UserError(
+            f"{checkpoint} was written in {was.computes_in}; this run computes in {now.computes_in}: see "
+            "--precision"
+        )
+    if was.videos != now.videos:
+        raise UserError(
+            f"{checkpoint} was written with another training list ({was.videos}, now {now.videos}): order and "
+            "schedule would change; restore the list, or start afresh in another --out"
+        )
+
+
+def _make_room(folder: Path, needed: int) -> None:
+    """Remove what dead saves left, and refuse a save that cannot fit before anything is written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("tmp-*"):
+        shutil.rmtree(leftover)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"a checkpoint takes about {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
+
+
+def _write_state(temporary: Path, state: TrainState) -> None:
+    write_durably(temporary / STATE, json.dumps(asdict(state), indent=2) + "\n")
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Give a sealed folder its name, in place of an older save of the same step, and point to it."""
+    remove_sealed(universal_of(final))
+    if final.exists():
+        remove_sealed(final)
+    temporary.rename(final)
+    sync_folder(final.parent)
+    point(final.parent / LATEST, final)
+
+
+def _all_must(world: World, folder: Path, action: Callable[[], object]) -> None:
+    """Run a part of a save on every rank; when it fails on one, all stop alike and the torn folder is removed."""
+    fault = try_together(action)
+    if fault is None:
+        return
+    if world.is_main:
+        for leftover in folder.glob("tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    raise UserError(_unwritten(folder, fault))
+
+
+def _unwritten(folder: Path, fault: str) -> str:
+    return f"no checkpoint could be written to {folder}: {fault}; earlier ones are kept. Make room and start again"

@@ -1,0 +1,118 @@
+"""Where a run starts: afresh, from weights alone, or from a checkpoint, in this world or by way of another."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
+from everest_ds.train.checkpoints.consolidated import load_initial_weights, restore_frozen_weights
+from everest_ds.train.checkpoints.reshard import load_resharded, needs_resharding, universal_copy
+from everest_ds.train.checkpoints.run_dir import Resume
+from everest_ds.train.checkpoints.save import (
+    TrainState,
+    choose_checkpoint,
+    load_checkpoint,
+    read_state,
+    require_same_start,
+)
+from everest_ds.train.tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        run_dir: The run directory.
+        state: Where the run stands, and the world and stage that go on.
+        checkpoint: What is restored; None for a run that starts afresh.
+        was: Its state as it was written, with the world and stage of then.
+        damaged: Newer checkpoints that were passed over.
+        init_from: Weights that a fresh run starts from, and nothing else of theirs.
+        init_allow: What of them may be left fresh or ignored, by name.
+        reshards: Whether the checkpoint has to be converted for this world and stage.
+    """
+
+    run_dir: Path
+    state: TrainState
+    checkpoint: Path | None = None
+    was: TrainState | None = None
+    damaged: tuple[Path, ...] = ()
+    init_from: Path | None = None
+    init_allow: tuple[str, ...] = ()
+    reshards: bool = False
+
+    @contextlib.contextmanager
+    def ready(self, task: Task, world: World) -> Iterator[Callable[[Any], None]]:
+        """Prepare what is restored, and provide what brings a new engine to it; all ranks take part.
+
+        Raises:
+            UserError: Weights of another model, a conversion that fails, or shards that DeepSpeed does not load.
+        """
+        if self.checkpoint is None or self.was is None:
+            if self.init_from is not None:
+                grid = task.config.grid
+                report = load_initial_weights(task.model, self.init_from, allow=self.init_allow, clip_grid=grid)
+                if world.is_main:
+                    print(report.describe(), flush=True)
+            yield lambda engine: None
+        elif self.reshards:
+            num_updates = self.was.step - self.was.num_skipped
+            restore_frozen_weights(task, self.checkpoint)
+            with universal_copy(self.checkpoint, world) as copy:
+                yield lambda engine: load_resharded(engine, copy, num_updates)
+        else:
+            checkpoint = self.checkpoint
+            yield lambda engine: load_checkpoint(engine, checkpoint)
+
+    def describe(self) -> str | None:
+        """Return what is restored, for people; None for a fresh start."""
+        if self.checkpoint is None or self.was is None:
+            return f"weights from {self.init_from}, everything else fresh" if self.init_from else None
+        was, now = self.was, self.state
+        ignored = " (--init-from counts at the start of a run only)" if self.init_from else ""
+        return (
+            f"resumed from {self.checkpoint}: step {was.step}, epoch {was.epoch}, {was.samples} samples; "
+            f"{was.world_size} processes at ZeRO-{was.zero_stage} then, {now.world_size} at "
+            f"ZeRO-{now.zero_stage} now{ignored}"
+        )
+
+
+def choose_start(
+    resume: Resume, now: TrainState, world: World, init_from: Path | None, init_allow: tuple[str, ...] = ()
+) -> Start:
+    """Return where a run starts; all ranks take part and agree. Nothing is written.
+
+    Args:
+        resume: The candidates.
+        now: The state of a fresh run in this world.
+        world: This process's place.
+        init_from: Weights for a fresh run; a run that has checkpoints goes on from them instead.
+        init_allow: What of the weights may be left fresh or ignored, by name.
+
+    Raises:
+        UserError: No candidate is sound, or it cannot be gone on from under these circumstances.
+    """
+    if init_allow and init_from is None:
+        raise UserError(f"--init-allow {' '.join(init_allow)} has no effect without --init-from; remove it")
+    if init_from is not None and resume.exact:
+        raise UserError(
+            "--init-from starts a new run from weights alone, --resume PATH goes on with a run: give one of them"
+        )
+    checkpoint = choose_checkpoint(resume.candidates, world, exact=resume.exact)
+    if checkpoint is None:
+        return Start(run_dir=resume.run_dir, state=now, init_from=init_from, init_allow=init_allow)
+    was = read_state(checkpoint)
+    require_same_start(checkpoint, was, now)
+    return Start(
+        run_dir=resume.run_dir,
+        state=replace(was, world_size=now.world_size, zero_stage=now.zero_stage),
+        checkpoint=checkpoint,
+        was=was,
+        damaged=resume.candidates[: resume.candidates.index(checkpoint)],
+        init_from=init_from,
+        reshards=needs_resharding(was, now),
+    )

@@ -1,0 +1,71 @@
+"""From the loader to the device: on a GPU a batch is copied while the one before is computed.
+
+Place in the flow: ClipBatch in pinned memory -> what the task takes of it, on the device.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from everest_ds.data.clips.batch import ClipBatch
+from everest_ds.data.loading.loader import Stream
+
+Inputs = tuple[Tensor, ...]
+
+
+class DeviceFeed:
+    """Batches one after another, each with its tensors on the device.
+
+    On a GPU `look_ahead` begins the copy of the next batch, if one lies ready, on a stream of its own; the device
+    copies while it computes. Elsewhere it does nothing.
+
+    Args:
+        batches: The loader's.
+        move: Moves what the task takes of a batch to a device.
+        device: Where to.
+
+    Attributes:
+        waited_s: Seconds that `next` has waited for the loader.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[ClipBatch],
+        move: Callable[[ClipBatch, torch.device], Inputs],
+        device: torch.device,
+    ) -> None:
+        self._batches, self._move, self._device = batches, move, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: tuple[ClipBatch, Inputs] | None = None
+        self.waited_s = 0.0
+
+    def next(self) -> tuple[ClipBatch, Inputs]:
+        """Return the next batch.
+
+        Raises:
+            StopIteration: There is none left.
+        """
+        if self._ahead is None:
+            began = time.perf_counter()
+            batch = next(self._batches)
+            self.waited_s += time.perf_counter() - began
+            return batch, self._move(batch, self._device)
+        assert self._stream is not None
+        (batch, inputs), self._ahead = self._ahead, None
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._stream)
+        for tensor in inputs:
+            tensor.record_stream(computing)
+        return batch, inputs
+
+    def look_ahead(self) -> None:
+        """Begin to copy the next batch; call this once the work on the last one is under way."""
+        lies_ready = isinstance(self._batches, Stream) and self._batches.lies_ready
+        if self._stream is None or self._ahead is not None or not lies_ready:
+            return
+        batch = next(self._batches, None)
+        if batch is not None:
+            with torch.cuda.stream(self._stream):
+                self._ahead = batch, self._move(batch, self._device)

@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from everest_ds.data import demo
+from everest_ds.data.demo import (
+    CLASS_NAMES,
+    KINDS,
+    VELOCITIES,
+    DemoConfig,
+    Sprite,
+    render_movers,
+    render_video,
+    velocity_of,
+    write_demo_data,
+)
+from everest_ds.data.lists.video_list import read_list
+from everest_ds.data.readers.video import Video
+from everest_ds.errors import UserError
+
+SMALL = DemoConfig(train=9, val=2, test=0, num_frames=6)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_dataset_repeats_byte_for_byte_and_changes_with_the_seed(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_demo_data(tmp_path / name, DemoConfig(train=9, val=2, test=0, num_frames=6, seed=seed))
+    first, again, other = (hashes(tmp_path / name) for name in "abc")
+    assert first == again
+    videos = [name for name in first if name.endswith(".mp4")]
+    assert len(videos) == 11
+    assert all(first[name] != other[name] for name in videos)
+
+
+def test_equal_frames_give_equal_bytes(tmp_path: Path) -> None:
+    """With x264's macroblock tree, this video came out in six variants in 60 tries."""
+    frames = render_video(DemoConfig(num_frames=6), "train", 1)
+    variants = set()
+    for _ in range(60):
+        demo.encode_h264(tmp_path / "video.mp4", frames)
+        variants.add((tmp_path / "video.mp4").read_bytes())
+    assert len(variants) == 1
+
+
+def test_lists_name_readable_videos_with_balanced_labels(tmp_path: Path) -> None:
+    lists = write_demo_data(tmp_path / "demo", SMALL)
+    assert [path.name for path in lists] == ["train.csv", "val.csv"]
+    rows = read_list(lists[0])
+    assert [row.label for row in rows] == [0, 1, 2, 3, 4, 5, 6, 7, 0]
+    assert all(Video(row.path).num_frames == 6 for row in rows)
+    assert (tmp_path / "demo" / "classes.txt").read_text().split() == CLASS_NAMES
+
+
+def test_movers_drift_by_the_velocity_of_the_class_and_nothing_else_moves() -> None:
+    """Oracle: where two frames differ, shifting by the velocity explains every mover pixel."""
+    config = DemoConfig(train=8, num_frames=5, movers=1, distractors=1)
+    for label in range(len(CLASS_NAMES)):
+        frames = render_video(config, "train", label).astype(int)
+        down, right = velocity_of(label)
+        assert abs(down) + abs(right) in (1, 2)
+        background = np.median(render_video(config, "train", label), axis=0)
+        for t in range(1, 5):
+            changed = np.abs(frames[t] - frames[0]).max(axis=2) > 0
+            assert 0 < changed.sum() < 0.35 * changed.size
+        # A pixel deep inside the mover is found again, shifted.
+        moving = np.abs(frames[0] - background).max(axis=2) > 0
+        rows, cols = np.nonzero(moving)
+        shifted = frames[1][(rows + down) % config.size, (cols + right) % config.size]
+        agree = (np.abs(shifted - frames[0][rows, cols]).max(axis=1) == 0).mean()
+        assert agree > 0.5
+
+
+def test_no_single_frame_gives_the_class_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every frame of one class is, pixel for pixel, a first frame that any other class can start from.
+
+    The movers' start is uniform on the wrapped frame. Starting a video of another class where this one has come to
+    gives the same frame, so given a frame all classes are equally likely.
+    """
+    config = DemoConfig(train=8, num_frames=7, movers=2)
+    reached = render_video(config, "train", 0)[6]
+    down, right = velocity_of(0)
+    original = demo._disc
+    calls = 0
+
+    def started_elsewhere(generator: np.random.Generator, given: DemoConfig) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal calls
+        calls += 1
+        image, mask = original(generator, given)
+        if calls <= config.distractors:
+            return image, mask
+        return tuple(np.roll(part, (6 * down, 6 * right), axis=(0, 1)) for part in (image, mask))
+
+    monkeypatch.setattr(demo, "_disc", started_elsewhere)
+    monkeypatch.setattr(demo, "velocity_of", lambda label: (-2, 0))  # the draws of video 0, another class
+    assert np.array_equal(render_video(config, "train", 0)[0], reached)
+
+
+def test_finished_dataset_is_left_alone_and_another_is_not_overwritten(tmp_path: Path) -> None:
+    write_demo_data(tmp_path / "demo", SMALL)
+    stamp = (tmp_path / "demo" / "train" / "00000.mp4").stat().st_mtime_ns
+    write_demo_data(tmp_path / "demo", SMALL)
+    assert (tmp_path / "demo" / "train" / "00000.mp4").stat().st_mtime_ns == stamp
+    with pytest.raises(UserError, match="made with other settings"):
+        write_demo_data(tmp_path / "demo", DemoConfig(train=9, val=2, test=0, num_frames=7))
+
+
+def test_folder_with_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="is not empty"):
+        write_demo_data(tmp_path, SMALL)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train": 0},
+        {"val": -1},
+        {"size": 63},
+        {"size": 20},
+        {"radius": 0},
+        {"num_frames": 0},
+        {"clutter": -1},
+        {"shake": -1},
+        {"gop": 0},
+        {"width": 65},
+        {"width": 20},
+    ],
+)
+def test_impossible_settings_are_refused(change: dict[str, int]) -> None:
+    with pytest.raises(UserError):
+        DemoConfig(**change)
+
+
+def movers(**changes: Any) -> DemoConfig:
+    fixed = {"classes": "mover", "movers": 1, "distractors": 1, "radius": 8, "num_frames": 5, "clutter": 4}
+    return DemoConfig(**(fixed | changes))
+
+
+def with_label(monkeypatch: pytest.MonkeyPatch, config: DemoConfig, label: int) -> np.ndarray:
+    """Video 0, its draws as they are, under another class."""
+    with monkeypatch.context() as patch:
+        original = demo.render_movers
+        patch.setattr(demo, "render_movers", lambda *given, **named: original(*given, **{**named, "label": label}))
+        return render_video(config, "train", 0)
+
+
+def test_first_frame_does_not_depend_on_which_kind_moves_but_later_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    videos = [with_label(monkeypatch, movers(), label) for label in range(len(KINDS))]
+    assert all(np.array_equal(video[0], videos[0][0]) for video in videos)
+    assert all(not np.array_equal(video[1], videos[0][1]) for video in videos[1:])
+
+
+def test_no_frame_of_a_mover_gives_the_class_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every frame of one class is, pixel for pixel, a first frame that any other class can start from.
+
+    Places are uniform on the wrapped frame: a disc that has drifted lies where it might have been drawn. Kinds,
+    colours and order are the same, whatever moves.
+    """
+    config = movers(num_frames=4)
+    reached = render_video(config, "train", 0)[3]
+    original = demo.draw_sprites
+    velocities: list[tuple[int, int]] = []
+    draw_velocities = demo.draw_velocities
+
+    def remember(generator: np.random.Generator, count: int) -> list[tuple[int, int]]:
+        velocities[:] = draw_velocities(generator, count)
+        return velocities
+
+    monkeypatch.setattr(demo, "draw_velocities", remember)
+    render_video(config, "train", 0)
+
+    def drawn_elsewhere(generator: np.random.Generator, **given: int) -> list[Sprite]:
+        sprites = original(generator, **given)
+        return [
+            sprite if sprite.kind != 0 else Sprite(sprite.kind, *_rolled(sprite, (3 * down, 3 * right)))
+            for sprite, (down, right) in zip(sprites, velocities, strict=True)
+        ]
+
+    monkeypatch.setattr(demo, "draw_sprites", drawn_elsewhere)
+    for label in range(1, len(KINDS)):
+        assert np.array_equal(with_label(monkeypatch, config, label)[0], reached)
+
+
+def _rolled(sprite: Sprite, shift: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    image, mask = (np.roll(part, shift, axis=(0, 1)) for part in (sprite.image_HWC, sprite.mask_HW1))
+    return image, mask
+
+
+def test_every_kind_is_drawn_equally_often() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        sprites = demo.draw_sprites(generator, frame_px=(64, 64), radius=8, of_each_kind=2, more=0)
+        assert sorted(sprite.kind for sprite in sprites) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_only_discs_of_the_class_move_and_each_keeps_its_way() -> None:
+    """Oracle: without clutter and other discs on top, a mover's pixels are found again, shifted by its velocity."""
+    for label in range(len(KINDS)):
+        background = np.zeros((64, 64, 3), dtype=np.uint8)
+        sprites = demo.draw_sprites(
+            np.random.default_rng(label), frame_px=(64, 64), radius=6, of_each_kind=1, more=0
+        )
+        velocities = [VELOCITIES[(label + place) % len(VELOCITIES)] for place in range(len(sprites))]
+        alone = [sprite for sprite in sprites if sprite.kind == label]
+        way = [velocity for sprite, velocity in zip(sprites, velocities, strict=True) if sprite.kind == label]
+        frames = render_movers(background, alone, label=label, velocities=way, num_frames=3)
+        (down, right) = way[0]
+        rows, cols = np.nonzero(frames[0].any(axis=2))
+        assert len(rows) > 50
+        moved = frames[2][(rows + 2 * down) % 64, (cols + 2 * right) % 64]
+        assert np.array_equal(moved, frames[0][rows, cols])
+        others = [sprite for sprite in sprites if sprite.kind != label]
+        still = render_movers(background, others, label=label, velocities=velocities[:3], num_frames=3)
+        assert np.array_equal(still[0], still[2])
+
+
+@pytest.mark.parametrize("kind", range(len(KINDS)))
+def test_textures_of_kinds_repeat_every_four_pixels_along_their_own_directions(kind: int) -> None:
+    sprite = demo.draw_sprites(np.random.default_rng(3), frame_px=(64, 64), radius=12, of_each_kind=1, more=0)
+    mine = next(one for one in sprite if one.kind == kind)
+    rows, cols = np.nonzero(mine.mask_HW1[:, :, 0])
+    inside = set(zip(rows.tolist(), cols.tolist(), strict=True))
+
+    def same(down: int, right: int) -> bool:
+        pairs = [((r, c), (r + down, c + right)) for r, c in inside if (r + down, c + right) in inside]
+        return all(np.array_equal(mine.image_HWC[a], mine.image_HWC[b]) for a, b in pairs)
+
+    assert same(4, 0)
+    assert same(0, 4)
+    expected = {
+        "rows": [(0, 1)], "columns": [(1, 0)], "diagonal": [(1, -1)], "checks": [(2, 2), (2, -2)],
+    }  # fmt: skip
+    steps = [(0, 1), (1, 0), (1, -1), (2, 2), (2, -2)]
+    found = [step for step in steps if same(*step)]
+    assert set(expected[KINDS[kind]]) <= set(found)
+    assert not {(0, 1), (1, 0), (1, -1)} & set(found) - set(expected[KINDS[kind]])
+
+
+def test_clutter_and_shake_work_for_both_kinds_of_classes() -> None:
+    for classes in ("motion", "mover"):
+        plain = DemoConfig(num_frames=6, classes=classes, movers=1, radius=6)
+        cluttered, shaken = replace(plain, clutter=20), replace(plain, shake=3)
+        still = render_video(plain, "train", 1)
+        assert not np.array_equal(render_video(cluttered, "train", 1)[0], still[0])
+        for frame, moved in zip(still, render_video(shaken, "train", 1), strict=True):
+            found = [
+                (down, right)
+                for down in range(-3, 4)
+                for right in range(-3, 4)
+                if np.array_equal(np.roll(frame, (down, right), axis=(0, 1)), moved)
+            ]
+            assert found  # the whole frame went somewhere within reach
+
+
+def test_dataset_of_movers_repeats_byte_for_byte(tmp_path: Path) -> None:
+    config = movers(train=5, val=0, test=2, shake=1)
+    for name in "ab":
+        write_demo_data(tmp_path / name, config)
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+    assert (tmp_path / "a" / "classes.txt").read_text().split() == list(KINDS)
+    assert [row.label for row in read_list(tmp_path / "a" / "train.csv")] == [0, 1, 2, 3, 0]
+    with pytest.raises(UserError, match="made with other settings"):
+        write_demo_data(tmp_path / "a", replace(config, clutter=5))
+
+
+def test_stamp_of_defaults_is_that_of_before_the_later_fields() -> None:
+    """A folder that an earlier version has made stays usable: its stamp has none of the later fields."""
+    earlier = ["train", "val", "test", "seed", "num_frames", "size", "movers", "distractors", "radius"]
+    assert list(json.loads(DemoConfig().stamp)) == earlier
+    assert list(json.loads(DemoConfig(shake=2).stamp)) == [*earlier, "shake"]
+    assert list(json.loads(DemoConfig(width=96, gop=250).stamp)) == [*earlier, "width", "gop"]
+
+
+def test_default_video_is_that_of_before_the_later_fields() -> None:
+    """Golden: the digest of a video as it was rendered before classes, clutter and shake (fcf478d)."""
+    frames = render_video(DemoConfig(), "train", 3)
+    assert (
+        hashlib.sha256(frames.tobytes()).hexdigest()
+        == "c3c1cc3d8d60eae84c24fe7d04319308f78d7024b83b0bd53f6412c0df6e3f89"
+    )
+
+
+@pytest.mark.parametrize("classes", ["motion", "mover"])
+def test_frames_need_not_be_square_and_movers_wrap_around_both_edges(classes: Any) -> None:
+    config = DemoConfig(num_frames=4, size=40, width=72, radius=5, classes=classes, clutter=3, shake=1)
+    frames = render_video(config, "train", 1)
+    assert frames.shape == (4, 40, 72, 3)
+    assert render_video(replace(config, width=40), "train", 1).shape == (4, 40, 40, 3)
+    assert np.array_equal(
+        render_video(replace(config, width=40), "train", 1), render_video(replace(config, width=None), "train", 1)
+    )
+    # Discs lie anywhere on the wide frame, so over some videos every column changes between two frames.
+    changed = np.zeros(72, dtype=bool)
+    for number in range(60):
+        video = render_video(replace(config, shake=0, clutter=0), "train", number)
+        changed |= (video[0] != video[3]).any(axis=(0, 2))
+    assert changed.all()
+
+
+@pytest.mark.parametrize("gop", [5, 12, 250])
+def test_keyframes_stand_a_gop_apart(gop: int, tmp_path: Path) -> None:
+    config = DemoConfig(train=1, val=0, test=0, num_frames=30, gop=gop)
+    write_demo_data(tmp_path / "demo", config)
+    with av.open(str(tmp_path / "demo" / "train" / "00000.mp4")) as container:
+        keys = [number for number, frame in enumerate(container.decode(video=0)) if frame.key_frame]
+    assert keys == list(range(0, 30, gop))

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from everest_ds.progress import format_duration
+from everest_ds.train.record.metrics import (
+    MetricsLog,
+    drop_later_bad_samples,
+    peak_memory_gib,
+    peak_tflops,
+)
+
+
+def test_lines_are_appended_and_mirrored_to_tensorboard(tmp_path: Path) -> None:
+    for step in (1, 2):
+        log = MetricsLog(tmp_path, start_step=step - 1)
+        log.write("train", step, loss=0.5 * step, mfu=None, note="words")
+        log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"], line["loss"], line["mfu"]) for line in lines] == [
+        ("train", 1, 0.5, None),
+        ("train", 2, 1.0, None),
+    ]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 0.5), (2, 1.0)]
+
+
+def test_steps_that_are_taken_again_are_not_recorded_twice(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    for step in range(1, 6):
+        log.write("train", step, loss=float(step))
+    log.write("event", 5, event="checkpoint")
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # the process was killed here
+    log = MetricsLog(tmp_path, start_step=3)
+    log.write("train", 4, loss=40.0)
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    train = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+    assert train == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert [line["event"] for line in lines if line["kind"] == "event"] == ["checkpoint"]
+
+
+def test_numbers_that_json_has_not_become_null(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    log.write("train", 1, loss=float("nan"), grad_norm=float("inf"))
+    log.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert (line["loss"], line["grad_norm"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.4, "59s"), (60, "1m00s"), (3599, "59m59s"), (3600, "1h00m"), (90061, "1d01h"), (-5, "0s")],
+)
+def test_duration_is_readable(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def test_cpu_has_memory_but_no_peak() -> None:
+    cpu = torch.device("cpu")
+    assert peak_tflops(cpu) is None
+    assert 0.05 < peak_memory_gib(cpu) < 1000
+
+
+def test_bad_samples_of_steps_that_are_taken_again_are_not_recorded_twice(tmp_path: Path) -> None:
+    path = tmp_path / "bad_samples.jsonl"
+    drop_later_bad_samples(path, 3)  # a run without any
+    assert not path.exists()
+    path.write_text("one\ntwo\nthree, cut sho")
+    drop_later_bad_samples(path, 2)
+    assert path.read_text() == "one\ntwo\n"
