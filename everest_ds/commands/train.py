@@ -16,11 +16,13 @@ from everest_ds import distributed
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig
 from everest_ds.data.lists.run_lists import Lists, read_lists
 from everest_ds.data.lists.video_list import fingerprint
+from everest_ds.data.readers.choice import choose_reader
 from everest_ds.distributed import World
 from everest_ds.train.checkpoints.run_dir import find_resume, require_shared
 from everest_ds.train.checkpoints.save import TrainState, point_to_best, set_aside
 from everest_ds.train.precision import Precision, PrecisionName, choose_precision
 from everest_ds.train.record.run_record import close_run, compare_memory, open_run
+from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import EXIT_STOPPED
 
 if TYPE_CHECKING:
@@ -65,12 +67,12 @@ def train(config: Config, options: LaunchOptions, world: World) -> int:
     lists = read_lists(config)
     config = lists.config
     config.batch.accumulation_steps(world.size)
+    choose_reader(config.data.reader)
     resume = find_resume(options.out, config, options.resume)
 
     # 2. What needs torch and DeepSpeed: augmentation, systems file, schedule, compilation, attention backend.
     from everest_ds.train import engine as engines
     from everest_ds.train.checkpoints.start import choose_start
-    from everest_ds.train.schedule import Schedule
 
     _check_augmentation(config)
     systems = engines.load_systems(options.ds_config)
@@ -128,7 +130,6 @@ def _build(
     from everest_ds.train.engine import build_engine
     from everest_ds.train.loop import Trainer
     from everest_ds.train.optim import describe_groups
-    from everest_ds.train.schedule import Schedule
     from everest_ds.train.tasks import make_task
 
     config = lists.config
