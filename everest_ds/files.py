@@ -1,46 +1,129 @@
-"""Files that are there whole or not at all. A leaf.
+"""Files: atomic replacement, lines of JSON, checksums. A leaf.
 
-A file is written beside its place, under a hidden name, and then renamed. An error or Ctrl-C removes it; a process
-that is killed leaves the hidden file and nothing else.
+A file is written beside its target under a hidden name and then renamed: the target is there whole or not at all.
+An error or Ctrl-C removes the hidden file; a process that is killed leaves it behind and nothing else.
 """
 
 import contextlib
-from collections.abc import Iterator
+import csv
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def partial_path(path: Path) -> Path:
-    """Return where a file is written until it is whole."""
+    """Return where a file is written before it gets its name."""
     return path.with_name(f".{path.name}.partial")
 
 
 def is_partial(path: Path) -> bool:
-    """Return whether a path is that of a file that is not whole, or never became so."""
+    """Return whether a path has the name of an unfinished file."""
     return path.name.startswith(".") and path.name.endswith(".partial")
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Provide a path to write to; the file there takes its place when the block ends without an error.
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Provide a path to write a file or folder to; it replaces ``path`` when the block ends without an error.
 
     Raises:
         OSError: It cannot be written or renamed.
     """
     partial = partial_path(path)
+    _remove(partial)
     try:
         yield partial
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            partial.unlink()
+            _remove(partial)
         raise
 
 
-def write_whole_text(path: Path, text: str) -> None:
-    """Write a text in UTF-8, with line ends as they are, in place of what was there.
+def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Replace a file; text is written in UTF-8 with its line ends unchanged.
+
+    Args:
+        path: The file.
+        content: All of it.
+        durable: Wait until the file and its name are on disk.
 
     Raises:
         OSError: It cannot be written or renamed.
     """
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8", newline="")
+    with atomic_path(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        if durable:
+            sync(partial)
+    if durable:
+        sync(path.parent)
+
+
+def write_json(path: Path, content: Any, *, durable: bool = False) -> None:
+    """Replace a file by indented JSON; see `write_atomically`."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n", durable=durable)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Replace a file by a table; see `write_atomically`."""
+    with atomic_path(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append_json_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Append objects to a file, one a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def read_whole_lines(path: Path) -> list[str]:
+    """Return a file's lines with their line ends, without a last line that was cut short; none without a file."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return lines if not lines or lines[-1].endswith("\n") else lines[:-1]
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file, one a line; see `read_whole_lines`.
+
+    Raises:
+        ValueError: A whole line is not JSON.
+    """
+    return [json.loads(line) for line in read_whole_lines(path)]
+
+
+def drop_torn_line(path: Path) -> None:
+    """Remove a last line that was cut short; nothing without a file."""
+    if path.is_file():
+        with path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def sha256(path: Path) -> str:
+    """Return the checksum of a file, or of a folder's file names and contents."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        lines = [f"{file.relative_to(path)} {sha256(file)}" for file in files]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

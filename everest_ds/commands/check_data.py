@@ -10,11 +10,9 @@ Every video is opened and sampled in a process that can be killed. OUT/ holds
 """
 
 import contextlib
-import csv
-import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +23,7 @@ from everest_ds.data.lists.video_list import VideoRow, read_list, write_list
 from everest_ds.data.loading.pool import Outcome, run_guarded
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.errors import UserError
-from everest_ds.files import whole_file, write_whole_text
+from everest_ds.files import write_atomically, write_csv, write_json
 from everest_ds.progress import with_progress
 
 FINDINGS, REPORT, CLEAN, QUARANTINE, SUMMARY = (
@@ -118,15 +116,15 @@ def _conclude(
     source: Path, out: Path, rows: Sequence[VideoRow], findings: Sequence[Finding], options: CheckOptions
 ) -> int:
     """Write report, lists and summary, say what was found, and return the exit code."""
-    both = list(zip(rows, findings, strict=True))
     is_bad = [finding.kind in options.bad for finding in findings]
-    _write_report(out / REPORT, both, is_bad)
+    lines = map(_report_line, range(len(rows)), rows, findings, is_bad)
+    write_csv(out / REPORT, _COLUMNS, lines)
     for name, wanted in ((CLEAN, False), (QUARANTINE, True)):
         chosen = [row for row, bad in zip(rows, is_bad, strict=True) if bad is wanted]
         if chosen:
             write_list(out / name, chosen)
         else:
-            write_whole_text(out / name, "")  # so that a script can name it in any case
+            write_atomically(out / name, "")  # so that a script can name it in any case
     counts = Counter(finding.kind for finding in findings)
     share = sum(is_bad) / len(rows)
     summary = {
@@ -137,7 +135,7 @@ def _conclude(
         "kinds": {str(kind): counts[kind] for kind in Kind if counts[kind]},
         "duplicate_rows": len(rows) - len({row.part for row in rows}),
     }
-    write_whole_text(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_json(out / SUMMARY, summary)
     for kind in Kind:
         if counts[kind]:
             print(f"{counts[kind]:8} {kind}{' (bad)' if kind in options.bad else ''}")
@@ -152,11 +150,7 @@ def _conclude(
     return 0
 
 
-def _write_report(path: Path, both: Iterable[tuple[VideoRow, Finding]], is_bad: Sequence[bool]) -> None:
-    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        for number, ((row, finding), bad) in enumerate(zip(both, is_bad, strict=True)):
-            place = [number, str(row.path), row.start_s, row.end_s, row.label]
-            found = [finding.kind, str(bad).lower(), finding.detail, finding.frames, finding.width, finding.height]
-            writer.writerow([*place, *found])
+def _report_line(number: int, row: VideoRow, finding: Finding, is_bad: bool) -> list[object]:
+    where = [number, str(row.path), row.start_s, row.end_s, row.label]
+    found = [finding.kind, str(is_bad).lower(), finding.detail, finding.frames, finding.width, finding.height]
+    return [*where, *found]

@@ -4,7 +4,6 @@ What can be refused is refused before torch is imported. Works alone and under a
 weights itself and scores its share of the list.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from everest_ds.data.lists.classes import Classes, require_known_labels, resolve
 from everest_ds.data.lists.video_list import VideoRow, fingerprint, read_list, require_reachable
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.files import whole_file, write_whole_text
+from everest_ds.files import append_json_lines, atomic_path, write_json
 from everest_ds.inference.source import (
     ClipSettings,
     InferenceOptions,
@@ -243,11 +242,11 @@ def _write(plan: _Plan, summary: dict[str, Any], scores: "Scores", names: tuple[
     out = plan.out
     out.mkdir(parents=True, exist_ok=True)
     write_predictions(scores, plan.rows, names, out / "predictions.csv")
-    with whole_file(out / "confusion.png") as partial:
+    with atomic_path(out / "confusion.png") as partial:
         save_confusion(scores.confusion, names, partial)
     environment = describe_environment() | {"seconds": round(time.perf_counter() - began, 1)}
-    write_whole_text(out / "environment.json", json.dumps(environment, indent=2) + "\n")
-    write_whole_text(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_json(out / "environment.json", environment)
+    write_json(out / SUMMARY, summary)
 
 
 def _record(origin: Origin, summary: dict[str, Any]) -> None:
@@ -256,5 +255,4 @@ def _record(origin: Origin, summary: dict[str, Any]) -> None:
         return
     names = ("top1", "top5", "loss", "mean_class_accuracy", "num_scored", "num_unreadable", "protocol", "list")
     line = {"kind": "test", "step": summary["checkpoint"]["step"], "time_s": round(time.time(), 3)}
-    with (origin.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line | {name: summary[name] for name in names}) + "\n")
+    append_json_lines(origin.run_dir / "metrics.jsonl", [line | {name: summary[name] for name in names}])

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from everest_ds.errors import UserError
-from everest_ds.files import whole_file, write_whole_text
+from everest_ds.files import atomic_path, write_atomically
 
 KINDS = ("rows", "columns", "diagonal", "checks")
 
@@ -329,22 +329,22 @@ def write_demo_data(
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "classes.txt").is_file():
         raise UserError(f"{folder} is not empty and holds no demo dataset; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole_text(folder / "classes.txt", "\n".join(names) + "\n")
+    write_atomically(folder / "classes.txt", "\n".join(names) + "\n")
     videos = [(split, number) for split in SPLITS for number in range(config.count(split))]
     if not begun.is_file():
         for split, number in videos:  # made by something else
             (folder / _video_name(split, number)).unlink(missing_ok=True)
-        write_whole_text(begun, config.stamp)
+        write_atomically(begun, config.stamp)
     for done, (split, number) in enumerate(videos, start=1):
         path = folder / _video_name(split, number)
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
-            with whole_file(path) as partial:
+            with atomic_path(path) as partial:
                 encode_h264(partial, render_video(config, split, number), gop=config.gop)
         on_progress(done, len(videos))
     for path in lists:
         rows = (f"{_video_name(path.stem, i)} {i % len(names)}\n" for i in range(config.count(path.stem)))
-        write_whole_text(path, "".join(rows))
+        write_atomically(path, "".join(rows))
     begun.replace(stamp)
     return lists
 

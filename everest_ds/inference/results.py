@@ -3,7 +3,6 @@
 Place in the flow: a checkpoint -> lines of the model card (`everest convert --to hf`).
 """
 
-import csv
 import json
 import math
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from everest_ds.config import FinetuneConfig
 from everest_ds.config.file import load_config
 from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.errors import UserError
-from everest_ds.files import whole_file
+from everest_ds.files import write_csv
 from everest_ds.inference.scores import Scores
 from everest_ds.inference.source import ClipSettings
 from everest_ds.tokens import TokenGrid, describe_kept
@@ -109,20 +108,19 @@ def write_predictions(scores: Scores, rows: Sequence[VideoRow], class_names: Seq
     Probabilities have six digits: how many threads a process has may change bits behind them.
     """
     by_row = {prediction.row: prediction for prediction in scores.predictions}
-    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for i, row in enumerate(rows):
-            start = [i, str(row.path), row.label, class_names[row.label]]
-            if i not in by_row:
-                writer.writerow([*start, *[""] * 6, "false"])
-                continue
-            prediction = by_row[i]
-            ranking, predicted = prediction.ranking, prediction.predicted
-            shown = [f"{probability:.6f}" for probability in ranking.probabilities[:5]]
-            classes = " ".join(str(k) for k in ranking.classes[:5])
-            values = [predicted, class_names[predicted], shown[0], classes, " ".join(shown)]
-            writer.writerow([*start, *values, "true" if prediction.is_correct else "false", "true"])
+    lines: list[list[object]] = []
+    for i, row in enumerate(rows):
+        start = [i, str(row.path), row.label, class_names[row.label]]
+        if i not in by_row:
+            lines.append([*start, *[""] * 6, "false"])
+            continue
+        prediction = by_row[i]
+        ranking, predicted = prediction.ranking, prediction.predicted
+        shown = [f"{probability:.6f}" for probability in ranking.probabilities[:5]]
+        classes = " ".join(str(k) for k in ranking.classes[:5])
+        values = [predicted, class_names[predicted], shown[0], classes, " ".join(shown)]
+        lines.append([*start, *values, "true" if prediction.is_correct else "false", "true"])
+    write_csv(path, COLUMNS, lines)
 
 
 def table(scores: Scores, class_names: Sequence[str], kept: str | None = None) -> str:

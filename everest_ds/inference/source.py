@@ -4,7 +4,6 @@ Place in the flow: PATH -> `locate` -> Origin -> `clip_settings` -> ClipSettings
 Needs no torch, so that what is wrong is refused before it is imported.
 """
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +12,9 @@ from everest_ds.config import Config, FinetuneConfig, FinetuneDataConfig, Finetu
 from everest_ds.config.file import load_config
 from everest_ds.config.sections import ReaderName
 from everest_ds.errors import UserError
+from everest_ds.files import sha256
 from everest_ds.train.checkpoints.save import AVERAGE, find_best, folder_of, list_checkpoints, read_state
-from everest_ds.train.checkpoints.seal import SEAL, is_sealed, sha256
+from everest_ds.train.checkpoints.seal import SEAL, is_sealed
 from everest_ds.train.precision import PrecisionName
 
 WeightsName = Literal["auto", "model", "ema"]
@@ -184,7 +184,7 @@ def identify(origin: Origin, kind: str) -> dict[str, Any]:
         "name": path.name,
         "step": read_state(path).step if in_run else None,
         "weights": kind,
-        "sha256": sha256(path / SEAL) if in_run else _checksum(path),
+        "sha256": sha256(path / SEAL if in_run else path),
     }
 
 
@@ -198,12 +198,3 @@ def weights_kind(origin: Origin, wanted: WeightsName) -> Literal["model", "ema"]
     if wanted == "ema" and not there:
         raise UserError(f"--weights ema: {origin.weights} has no {AVERAGE}; use --weights model")
     return "ema" if there and wanted != "model" else "model"
-
-
-def _checksum(path: Path) -> str:
-    """Return the checksum of a file, or of a folder's files and their names."""
-    if path.is_file():
-        return sha256(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    lines = [f"{file.relative_to(path)} {sha256(file)}" for file in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -9,7 +9,6 @@ faults       why stages could not be measured, by name
 recommended  the fastest row that makes up the recipe's global batch, or null
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from everest_ds.config import BatchConfig, Config
 from everest_ds.config.file import config_from_dict, read_json_object
 from everest_ds.errors import UserError
-from everest_ds.files import write_whole_text
+from everest_ds.files import write_json
 
 FORMAT = "everest-stages-2"
 KEYS = (
@@ -72,7 +71,7 @@ def write_measured(
         "recommended": fastest(rows, config.batch.global_size),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole_text(path, json.dumps(document, indent=2) + "\n")
+    write_json(path, document)
     return document
 
 

@@ -4,7 +4,6 @@ A job is done when its run says so and was started by the very same command, so 
 Each leaves its command and its log beside what it makes: `KIND.command`, `KIND.log`.
 """
 
-import json
 import os
 import shlex
 import subprocess
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from everest_ds.files import write_whole_text
+from everest_ds.files import read_json_lines, write_atomically
 from everest_ds.inference.results import SUMMARY
 from everest_ds.interrupts import deferred
 from everest_ds.progress import format_duration
@@ -134,7 +133,7 @@ class Runner:
 
     def _start(self, job: Job) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
-        write_whole_text(job.folder / f"{job.kind}.command", f"{job.command}\n")
+        write_atomically(job.folder / f"{job.kind}.command", f"{job.command}\n")
         slot = next(slot for slot in range(self.slots) if slot not in self._running)
         log = job.log.open("w", encoding="utf-8")
         process = subprocess.Popen(
@@ -196,12 +195,7 @@ class Runner:
 
 def read_metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     """Return the whole lines of one kind of RUN/metrics.jsonl; none where there is no such file."""
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
-    return [line for line in lines if line["kind"] == kind]
+    return [line for line in read_json_lines(run_dir / "metrics.jsonl") if line["kind"] == kind]
 
 
 def _reason(log: Path) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from everest_ds.files import write_whole_text
+from everest_ds.files import write_atomically
 from everest_ds.study.conditions import BASELINE, GROUPS, Group
 from everest_ds.study.results import Result
 
@@ -62,12 +62,12 @@ class Spread:
 def write_report(folder: Path, results: Sequence[Result], *, chance: float) -> str:
     """Write results, table and plots into a folder; return the table."""
     lines = [json.dumps(asdict(result)) + "\n" for result in results]
-    write_whole_text(folder / "results.jsonl", "".join(lines))
+    write_atomically(folder / "results.jsonl", "".join(lines))
     text = make_table(results, chance=chance)
-    write_whole_text(folder / "table.md", text + "\n")
+    write_atomically(folder / "table.md", text + "\n")
     for group in GROUPS:
         if _rows_of(group, results):
-            write_whole_text(folder / f"{group.name}.svg", draw_group(group, results, chance=chance))
+            write_atomically(folder / f"{group.name}.svg", draw_group(group, results, chance=chance))
     return text
 
 

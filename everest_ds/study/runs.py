@@ -21,7 +21,7 @@ from types import FrameType
 from everest_ds.data.demo import KINDS, DemoConfig, write_demo_data
 from everest_ds.data.lists.video_list import read_list
 from everest_ds.errors import UserError, nearest_hint
-from everest_ds.files import write_whole_text
+from everest_ds.files import write_atomically
 from everest_ds.study.conditions import CONDITIONS, NO_PRETRAINING, PRETRAININGS, Condition
 from everest_ds.study.jobs import Job, JobKind, Runner
 from everest_ds.study.report import write_report
@@ -220,7 +220,7 @@ def _open(folder: Path, scale: Scale, shake: int) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no study; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole_text(stamp, wanted)
+    write_atomically(stamp, wanted)
 
 
 def _write_labelled(folder: Path, seed: int, of_each: int) -> None:
@@ -229,12 +229,12 @@ def _write_labelled(folder: Path, seed: int, of_each: int) -> None:
     random.Random(seed).shuffle(rows)
     chosen = [row for label in range(len(KINDS)) for row in [row for row in rows if row.label == label][:of_each]]
     lines = [f"{row.path.relative_to(folder)} {row.label}\n" for row in chosen]
-    write_whole_text(folder / f"labelled-{seed}.csv", "".join(lines))
+    write_atomically(folder / f"labelled-{seed}.csv", "".join(lines))
 
 
 def _write_commands(folder: Path, jobs: Sequence[Job]) -> None:
     lines = ["# The runs of this study, in an order in which they can be run by hand; one thread each on a CPU.\n"]
-    write_whole_text(folder / "commands.sh", "".join([*lines, *(f"{job.command}\n" for job in jobs)]))
+    write_atomically(folder / "commands.sh", "".join([*lines, *(f"{job.command}\n" for job in jobs)]))
 
 
 def _num_cores() -> int:

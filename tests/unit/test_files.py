@@ -1,17 +1,31 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from everest_ds.files import is_partial, partial_path, whole_file, write_whole_text
+from everest_ds.files import (
+    append_json_lines,
+    atomic_path,
+    drop_torn_line,
+    is_partial,
+    partial_path,
+    read_json_lines,
+    sha256,
+    write_atomically,
+    write_csv,
+    write_json,
+)
 
 
-def test_whole_file_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+def test_written_file_replaces_an_earlier_one(tmp_path: Path) -> None:
     path = tmp_path / "list.csv"
     path.write_text("earlier")
-    write_whole_text(path, "later\nü\r\n")
+    write_atomically(path, "later\nü\r\n")
     assert path.read_bytes() == "later\nü\r\n".encode()
+    write_atomically(path, b"bytes", durable=True)
+    assert path.read_bytes() == b"bytes"
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -23,7 +37,7 @@ def test_file_that_is_not_finished_leaves_the_earlier_one_and_nothing_else(
     path.write_text("earlier")
 
     def write_half() -> None:
-        with whole_file(path) as partial:
+        with atomic_path(path) as partial:
             partial.write_text("lat")
             raise error
 
@@ -37,3 +51,57 @@ def test_partial_files_are_told_from_others(tmp_path: Path) -> None:
     assert is_partial(partial_path(tmp_path / "config.json"))
     assert not is_partial(tmp_path / "config.json")
     assert not is_partial(tmp_path / ".config.json")
+
+
+def test_folder_is_there_whole_and_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    partial_path(folder).mkdir()
+    (partial_path(folder) / "stale").touch()
+    with atomic_path(folder) as partial:
+        partial.mkdir()
+        (partial / "config.json").write_text("{}")
+        assert not folder.exists()
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_folder_that_is_not_finished_is_removed(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full"), atomic_path(tmp_path / "weights") as partial:
+        partial.mkdir()
+        raise OSError("disk full")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_and_csv_are_as_readers_expect_them(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"b": [1]})
+    assert (tmp_path / "a.json").read_text() == '{\n  "b": [\n    1\n  ]\n}\n'
+    write_csv(tmp_path / "a.csv", ["x", "y"], [[1, "a,b"], [None, True]])
+    assert (tmp_path / "a.csv").read_bytes() == b'x,y\n1,"a,b"\n,True\n'
+
+
+def test_lines_survive_a_last_line_that_was_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    assert read_json_lines(path) == []
+    drop_torn_line(path)
+    assert not path.exists()
+    append_json_lines(path, [{"a": 1}, {"b": "\u00fc"}])
+    with path.open("a") as file:
+        file.write('{"c": ')
+    assert read_json_lines(path) == [{"a": 1}, {"b": "\u00fc"}]
+    drop_torn_line(path)
+    append_json_lines(path, [{"d": 2}])
+    assert read_json_lines(path) == [{"a": 1}, {"b": "\u00fc"}, {"d": 2}]
+
+
+def test_whole_line_that_is_not_json_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "lines.jsonl").write_text("{}\nx\n")
+    with pytest.raises(json.JSONDecodeError):
+        read_json_lines(tmp_path / "lines.jsonl")
+
+
+def test_checksum_covers_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("abc")
+    assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    before = sha256(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert sha256(tmp_path) != before

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from everest_ds.errors import UserError
-from everest_ds.files import write_whole_text
+from everest_ds.files import append_json_lines, drop_torn_line, read_json_lines
 
 Entry = TypeVar("Entry")
 
@@ -38,7 +38,7 @@ class Journal:
         if not self.path.is_file():
             return []
         try:
-            lines = [json.loads(line) for line in self._whole_lines()]
+            lines = read_json_lines(self.path)
             settings = lines[0]["settings"] if lines else self._settings
             entries = [parse(line) for line in lines[1:]] if settings == self._settings else []
         except (ValueError, KeyError, TypeError) as error:
@@ -53,19 +53,10 @@ class Journal:
     @contextlib.contextmanager
     def appending(self) -> Iterator[Callable[[dict[str, Any]], None]]:
         """Provide what adds a line; each is on disk before the next is taken."""
-        whole = "".join(self._whole_lines()) if self.path.is_file() else ""
-        write_whole_text(self.path, whole or json.dumps({"settings": self._settings}) + "\n")
-        with self.path.open("a", encoding="utf-8") as file:
-
-            def append(line: dict[str, Any]) -> None:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-
-            yield append
-
-    def _whole_lines(self) -> list[str]:
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("\n")]
+        drop_torn_line(self.path)
+        if not self.path.is_file() or not self.path.stat().st_size:
+            append_json_lines(self.path, [{"settings": self._settings}])
+        yield lambda line: append_json_lines(self.path, [line])
 
 
 def identity(path: Path) -> list[int] | None:

@@ -12,7 +12,7 @@ from everest_ds.data.curation.reencode import Prepared, PrepareSettings, target_
 from everest_ds.data.lists.classes import NAMES_FILE
 from everest_ds.data.lists.video_list import VideoRow, format_list
 from everest_ds.errors import UserError
-from everest_ds.files import whole_file
+from everest_ds.files import write_atomically
 
 # What a line has besides a result's own fields.
 _OF_THE_CALL = ("is_disk_full",)
@@ -146,13 +146,13 @@ def write_lists(
     accounts = {source.name: _account(source, rows, done) for source, rows in lists.items()}
     summary = {"settings": asdict(settings), "lost": lost, "lists": earlier | accounts}
     # First, since by it a later call knows the lists as ours.
-    _write(out / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n")
+    write_atomically(out / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     for source, rows in lists.items():
         kept = [VideoRow(out / target, row.label) for target, row in rows if done[target].fault is None]
-        _write(out / source.name, format_list(out / source.name, kept).encode() if kept else b"")
+        write_atomically(out / source.name, format_list(out / source.name, kept) if kept else "")
     names = _class_names(list(lists), out)
     if names is not None:
-        _write(out / NAMES_FILE, names)
+        write_atomically(out / NAMES_FILE, names)
     return accounts
 
 
@@ -174,8 +174,3 @@ def _account(source: Path, rows: Sequence[tuple[str, VideoRow]], done: Mapping[s
 
 def _sizes(paths: Iterable[Path]) -> list[int]:
     return [path.stat().st_size for path in paths if path.is_file()]
-
-
-def _write(path: Path, content: bytes) -> None:
-    with whole_file(path) as partial:
-        partial.write_bytes(content)

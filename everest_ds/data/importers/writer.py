@@ -15,7 +15,7 @@ from everest_ds.data.importers.gathering import UNLABELLED, Import
 from everest_ds.data.lists.classes import NAMES_FILE
 from everest_ds.data.lists.video_list import VideoRow, format_list
 from everest_ds.errors import UserError
-from everest_ds.files import whole_file
+from everest_ds.files import write_atomically
 
 SUMMARY_FILE, MISSING_FILE, LEFT_OUT_FILE = "summary.json", "missing.txt", "left_out.txt"
 _WRITTEN_BY = "everest index"
@@ -66,8 +66,7 @@ def write_import(found: Import, out: Path, settings: dict[str, Any]) -> dict[str
         (out / name).unlink(missing_ok=True)
     texts[SUMMARY_FILE] = _encode(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     for name, data in texts.items():
-        with whole_file(out / name) as partial:
-            partial.write_bytes(data)
+        write_atomically(out / name, data)
     return summary
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from everest_ds.data.lists.list_line import VIDEO_SUFFIXES, LineError, needs_quotes, parse_line
 from everest_ds.errors import UserError
-from everest_ds.files import write_whole_text
+from everest_ds.files import write_atomically
 
 _BYTE_ORDER_MARK = "\ufeff"
 _NUM_PROBED = 64
@@ -118,7 +118,7 @@ def write_list(path: Path, rows: Sequence[VideoRow]) -> None:
     Raises:
         UserError: There is no row, or a path cannot stand in a list.
     """
-    write_whole_text(path, format_list(path, rows))
+    write_atomically(path, format_list(path, rows))
 
 
 def format_list(path: Path, rows: Sequence[VideoRow]) -> str:

@@ -4,7 +4,6 @@ Place in the flow: complete Weights -> `write_weights` -> files, under a tempora
 """
 
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from everest_ds.config import Config
 from everest_ds.errors import UserError
+from everest_ds.files import atomic_path
 from everest_ds.model.weights.foreign import FACTS_KEY, RUN_CONFIG_KEY
 from everest_ds.model.weights.hub_config import with_positions_of
 from everest_ds.model.weights.hub_folder import folder_for
@@ -138,16 +138,9 @@ def write_whole(target: Path, save: Callable[[Path], None]) -> None:
     """
     from safetensors import SafetensorError
 
-    temporary = target.with_name(f"{target.name}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save(temporary)
-        temporary.rename(target)
-    except BaseException as error:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError | RuntimeError | SafetensorError):  # a full disk is each of them
-            raise UserError(f"cannot write {target}: {error}") from error
-        raise
+        with atomic_path(target) as partial:
+            save(partial)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of them
+        raise UserError(f"cannot write {target}: {error}") from error

@@ -26,6 +26,7 @@ import torch
 from everest_ds import distributed
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
+from everest_ds.files import sha256
 from everest_ds.interrupts import ending_with_us
 from everest_ds.train.checkpoints.save import TrainState, load_checkpoint, read_state, universal_of
 from everest_ds.train.checkpoints.seal import (
@@ -34,7 +35,6 @@ from everest_ds.train.checkpoints.seal import (
     is_sealed,
     remove_sealed,
     seal,
-    sha256,
     try_together,
 )
 

@@ -5,7 +5,6 @@ RUN/config.json          the resolved recipe
     environment.json     command, commit, versions, hardware of the last start
 """
 
-import json
 import os
 import platform
 import shlex
@@ -20,7 +19,7 @@ from everest_ds import __version__, distributed
 from everest_ds.config import Config
 from everest_ds.config.file import dump_config, load_config
 from everest_ds.errors import UserError
-from everest_ds.files import is_partial, write_whole_text
+from everest_ds.files import is_partial, write_atomically, write_json
 from everest_ds.train.checkpoints.save import folder_of, list_checkpoints, read_latest
 from everest_ds.train.checkpoints.seal import SEAL, is_sealed
 
@@ -171,9 +170,9 @@ def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_run_files(run_dir: Path, config: Config, ds_config: dict[str, Any]) -> None:
     """Write the files that describe a run; a continued run is described anew."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_whole_text(run_dir / "config.json", dump_config(config))
-    write_whole_text(run_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
-    write_whole_text(run_dir / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
+    write_atomically(run_dir / "config.json", dump_config(config))
+    write_json(run_dir / "ds_config.json", ds_config)
+    write_json(run_dir / "environment.json", describe_environment())
 
 
 def require_shared(run_dir: Path) -> None:

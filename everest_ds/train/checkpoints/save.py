@@ -16,15 +16,14 @@ from typing import Any
 from everest_ds import distributed
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
+from everest_ds.files import sync, write_atomically, write_json
 from everest_ds.train.checkpoints.seal import (
     SEAL,
     find_damage,
     is_sealed,
     remove_sealed,
     seal,
-    sync_folder,
     try_together,
-    write_durably,
 )
 
 LATEST, BEST = "latest", "best"
@@ -81,10 +80,7 @@ def point_to_best(run_dir: Path, step: int | None) -> bool:
 
 def point(pointer: Path, target: Path) -> None:
     """Make a pointer name a checkpoint, by rename."""
-    temporary = pointer.with_name(f"{pointer.name}.tmp")
-    write_durably(temporary, target.name + "\n")
-    temporary.replace(pointer)
-    sync_folder(pointer.parent)
+    write_atomically(pointer, target.name + "\n", durable=True)
 
 
 STATE = "state.json"
@@ -322,7 +318,7 @@ def _make_room(folder: Path, needed: int) -> None:
 
 
 def _write_state(temporary: Path, state: TrainState) -> None:
-    write_durably(temporary / STATE, json.dumps(asdict(state), indent=2) + "\n")
+    write_json(temporary / STATE, asdict(state), durable=True)
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -331,7 +327,7 @@ def _publish(temporary: Path, final: Path) -> None:
     if final.exists():
         remove_sealed(final)
     temporary.rename(final)
-    sync_folder(final.parent)
+    sync(final.parent)
     point(final.parent / LATEST, final)
 
 

@@ -3,15 +3,14 @@
 A folder counts only once it is sealed, and only as long as its files are what the seal says.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from everest_ds import distributed
 from everest_ds.distributed import World
+from everest_ds.files import sha256, sync, write_json
 
 SEAL = "complete.json"
 FileRecord = dict[str, int | str]
@@ -47,8 +46,7 @@ def seal(folder: Path, world: World, **facts: str) -> None:
     parts = distributed.gather_objects(records)
     if world.is_main:
         manifest = {name: record for part in parts for name, record in sorted(part.items())}
-        write_durably(folder / SEAL, json.dumps({**facts, "files": manifest}, indent=2) + "\n")
-        sync_folder(folder)
+        write_json(folder / SEAL, {**facts, "files": manifest}, durable=True)
 
 
 def find_damage(folder: Path, world: World) -> str | None:
@@ -86,29 +84,6 @@ def remove_sealed(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def sha256(path: Path) -> str:
-    """Return the checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file and wait until it is on disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's own entries, new names among them, are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _files(folder: Path) -> list[str]:
     return sorted(
         str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != SEAL
@@ -121,6 +96,5 @@ def _share_of(names: Sequence[str], world: World) -> Sequence[str]:
 
 def _records(folder: Path, names: Sequence[str]) -> dict[str, FileRecord]:
     for name in names:
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
+        sync(folder / name)
     return {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}

@@ -1,6 +1,5 @@
 """bad_samples.jsonl: every draw of a run that could not be read, and the stop when they are too many."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from everest_ds import distributed
 from everest_ds.data.clips.batch import BadSample, ClipBatch
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
+from everest_ds.files import append_json_lines
 
 
 class BadSamples:
@@ -61,5 +61,4 @@ class BadSamples:
         batch.require_whole()
 
     def _write(self, bad: Sequence[BadSample]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(sample)) + "\n" for sample in bad)
+        append_json_lines(self.path, [asdict(sample) for sample in bad])

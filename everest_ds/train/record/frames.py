@@ -11,7 +11,6 @@ Place in the flow: batch and the task's last FrameChoice -> a line, at every log
     frames               their frames, as numbers of the video's own
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from everest_ds.config import Config, PretrainConfig
 from everest_ds.data.clips.batch import ClipBatch
 from everest_ds.data.lists.video_list import VideoRow
+from everest_ds.files import append_json_lines, drop_torn_line
 from everest_ds.model.frames import FrameChoice
 
 FRAMES_FILE = Path("media") / "frames.jsonl"
@@ -41,8 +41,7 @@ class FrameLog:
         self.path = run_dir / FRAMES_FILE
         self._rows = rows
         self._last: tuple[int, list[int]] | None = None
-        if self.path.is_file():
-            drop_torn_line(self.path)
+        drop_torn_line(self.path)
 
     @classmethod
     def of(cls, config: Config, run_dir: Path, rows: Sequence[VideoRow], *, is_main: bool) -> "FrameLog | None":
@@ -66,8 +65,7 @@ class FrameLog:
         index, candidate_frames = self._last
         line = {"step": step, "path": str(self._rows[index].path), **describe_choice(candidate_frames, choice)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_json_lines(self.path, [line])
 
 
 def describe_choice(candidate_frames: Sequence[int], choice: FrameChoice) -> dict[str, Any]:
@@ -90,13 +88,6 @@ def describe_choice(candidate_frames: Sequence[int], choice: FrameChoice) -> dic
             candidate_frames[step * tubelet_size + place] for step in steps for place in range(tubelet_size)
         ],
     }
-
-
-def drop_torn_line(path: Path) -> None:
-    """Cut a file of lines back to the end of its last whole line."""
-    with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
 
 
 def _first_row(tensor: Tensor) -> list[int]:

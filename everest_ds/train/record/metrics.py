@@ -1,5 +1,6 @@
 """metrics.jsonl, the record of a run, and TensorBoard as a view of it. Rank zero only."""
 
+import contextlib
 import json
 import math
 import resource
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from everest_ds.files import read_whole_lines, write_atomically
 
 # Dense bfloat16 peak in TFLOP/s, from the vendors' data sheets.
 PEAK_BF16_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
@@ -49,27 +52,18 @@ class MetricsLog:
 def _drop_later_steps(path: Path, start_step: int) -> None:
     """Rewrite a record without measurements beyond a step, and without a line that a crash cut short."""
     kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for text in read_whole_lines(path):
+        with contextlib.suppress(json.JSONDecodeError):
             line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if line["kind"] == "event" or line["step"] <= start_step:
-            kept.append(text + "\n")
-    _rewrite(path, kept)
+            if line["kind"] == "event" or line["step"] <= start_step:
+                kept.append(text)
+    write_atomically(path, "".join(kept))
 
 
 def drop_later_bad_samples(path: Path, num_bad: int) -> None:
     """Cut a record of unreadable draws back to those that a checkpoint has counted; the later ones come again."""
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        _rewrite(path, lines[:num_bad])
-
-
-def _rewrite(path: Path, lines: list[str]) -> None:
-    shorter = path.with_name(f"{path.name}.tmp")
-    shorter.write_text("".join(lines), encoding="utf-8")
-    shorter.replace(path)
+        write_atomically(path, "".join(read_whole_lines(path)[:num_bad]))
 
 
 def peak_tflops(device: torch.device) -> float | None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from everest_ds import distributed
 from everest_ds.data.lists.run_lists import Lists
-from everest_ds.files import write_whole_text
+from everest_ds.files import write_atomically
 from everest_ds.train.checkpoints.run_dir import find_pointer_fault, write_run_files
 from everest_ds.train.checkpoints.save import unfinished_saves
 
@@ -73,7 +73,7 @@ def _describe_classes(trainer: "Trainer", lists: Lists) -> None:
     classes = lists.classes
     assert classes is not None
     if classes.names is not None:
-        write_whole_text(trainer.run_dir / "classes.txt", "\n".join(classes.names) + "\n")
+        write_atomically(trainer.run_dir / "classes.txt", "\n".join(classes.names) + "\n")
     every = trainer.config.run.validate_every_epochs  # type: ignore[attr-defined]
     scored = f"scored on {len(lists.val)} every {every} epochs" if lists.val else "not scored during training"
     print(f"{classes.num} classes, {len(lists.train)} training videos, {scored}", flush=True)
