@@ -5,7 +5,6 @@ refused with a name for what they look like: a header row, a frame folder, a com
 """
 
 import re
-from dataclasses import dataclass
 from typing import NamedTuple
 
 VIDEO_SUFFIXES = (
@@ -42,16 +41,8 @@ class LineError(ValueError):
     """A line that is no row of a list; the message says what it looks like and what to do."""
 
 
-@dataclass(frozen=True)
-class ListLine:
-    """What a line says.
-
-    Attributes:
-        path: As it is written, without quotes.
-        label: Class.
-        start_s: Start of the window in seconds, not checked; None, as ``end_s``, without a window.
-        end_s: Its end.
-    """
+class ListLine(NamedTuple):
+    """What a line says: a path without its quotes, a class, and an unchecked window in seconds or Nones."""
 
     path: str
     label: int

@@ -1,6 +1,5 @@
 """The lists of a run, read and checked before anything heavy is imported."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def read_lists(config: Config) -> Lists:
     left_out = _read_quarantine(config.data.quarantine)
     train = _read(train_list, left_out)
     if not isinstance(config, FinetuneConfig):
-        return Lists(config=config, train=train, note=_join(_describe_repeats({train_list: train})))
+        return Lists(config=config, train=train, note="; ".join(_describe_repeats({train_list: train})) or None)
     data = config.data
     classes = resolve_classes(train, Path(train_list), data.class_names, data.num_classes)
     trained = {row.label for row in train}
@@ -52,12 +51,15 @@ def read_lists(config: Config) -> Lists:
         if name is not None:
             others[name] = _read(name, left_out)
             require_known_labels(others[name], Path(name), classes, trained)
+    notes = _describe_repeats({train_list: train, **others})
+    if untrained := classes.untrained(trained):
+        notes.append(f"no training video for {classes.describe_all(untrained)}")
     return Lists(
         config=replace(config, data=replace(data, num_classes=classes.num)),
         train=train,
         val=others.get(data.val_list or ""),
         classes=classes,
-        note=_join([*_describe_repeats({train_list: train, **others}), _describe_untrained(classes, trained)]),
+        note="; ".join(notes) or None,
     )
 
 
@@ -83,14 +85,4 @@ def _resolved(row: VideoRow) -> VideoPart:
 
 
 def _describe_repeats(lists: dict[str, list[VideoRow]]) -> list[str]:
-    notes = {name: describe_repeats(rows) for name, rows in lists.items()}
-    return [f"{name}: {note}" for name, note in notes.items() if note is not None]
-
-
-def _join(notes: Sequence[str | None]) -> str | None:
-    return "; ".join(note for note in notes if note is not None) or None
-
-
-def _describe_untrained(classes: Classes, trained: set[int]) -> str | None:
-    untrained = classes.untrained(trained)
-    return f"no training video for {classes.describe_all(untrained)}" if untrained else None
+    return [f"{name}: {note}" for name, rows in lists.items() if (note := describe_repeats(rows)) is not None]

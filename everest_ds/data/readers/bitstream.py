@@ -7,7 +7,7 @@ container marks keyframes, but not whether decoding can start at one. It counts 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from everest_ds.data.readers.quirks import Oddity
+from everest_ds.data.readers.quirks import Quirk
 
 # Numbers of units in H.264 and HEVC.
 _H264_SLICE, _H264_IDR, _H264_SEI, _H264_SPS, _H264_B_TYPE = 1, 5, 6, 7, 1
@@ -29,12 +29,12 @@ class Inspector:
         extradata: What the container keeps for the decoder, or None.
 
     Attributes:
-        oddities: What was found so far.
+        quirks: What was found so far.
         looks_at_all: Whether `look` wants each packet; otherwise it need not be called.
     """
 
     def __init__(self, codec: str, extradata: bytes | None) -> None:
-        self.oddities: set[Oddity] = set()
+        self.quirks: set[Quirk] = set()
         self._codec = codec
         self._extradata = extradata
         self._sizes: set[bytes] = set()
@@ -68,19 +68,19 @@ class Inspector:
         """Return whether decoding can start at a packet that its container calls a keyframe."""
         if self._starts is None or self._starts(packet):
             return True
-        self.oddities.add(Oddity.UNCLEAN_KEYS)
+        self.quirks.add(Quirk.UNCLEAN_KEYS)
         return False
 
     def _note_size(self, header: bytes) -> None:
         self._sizes.add(header)
         if len(self._sizes) > 1:
-            self.oddities.add(Oddity.CHANGING)
+            self.quirks.add(Quirk.CHANGING)
 
     def _look_vp8(self, packet: Any) -> None:
         """A frame's first byte: not a keyframe (1), version (3), is shown (1); a keyframe's size is in 6 to 9."""
         head = bytes(memoryview(packet)[:10])
         if not head[0] >> 4 & 1:
-            self.oddities.add(Oddity.INVISIBLE)
+            self.quirks.add(Quirk.INVISIBLE)
         if not head[0] & 1:
             self._note_size(head[6:])
 
@@ -88,7 +88,7 @@ class Inspector:
         frames = list(_vp9_frames(packet))
         shown = [head for head in frames if _vp9_is_shown(head)]
         if len(shown) != 1:
-            self.oddities.add(Oddity.INVISIBLE)
+            self.quirks.add(Quirk.INVISIBLE)
         for head in frames:
             # Profile 0: a keyframe's first byte, three that are always alike, then its size; others only differ
             # in how they write the same.
@@ -99,13 +99,13 @@ class Inspector:
         data = bytes(packet)
         frames = data.count(_MPEG4_VOP)
         if frames != 1 or len(data) <= _MPEG4_EMPTY_BYTES:  # packed B-frames, and what fills their places
-            self.oddities.add(Oddity.INVISIBLE)
+            self.quirks.add(Quirk.INVISIBLE)
         place = data.find(_MPEG4_VOP) + len(_MPEG4_VOP)
         if frames > 1 or (frames and place < len(data) and data[place] >> 6 == _MPEG4_B_TYPE):
-            self.oddities.add(Oddity.REFERS_AHEAD)
+            self.quirks.add(Quirk.REFERS_AHEAD)
             # Shown before the frame that was decoded before it: a later time cannot be that of showing.
             if None not in (packet.pts, self._reference_pts) and packet.pts > self._reference_pts:
-                self.oddities.add(Oddity.DECODING_TIMES)
+                self.quirks.add(Quirk.DECODING_TIMES)
         else:
             self._reference_pts = packet.pts
 
@@ -130,7 +130,7 @@ class Inspector:
             number = unit[0] >> 1 & 63
             if number < _HEVC_NO_SLICE:
                 if number in _HEVC_BLA:
-                    self.oddities.add(Oddity.INVISIBLE)
+                    self.quirks.add(Quirk.INVISIBLE)
                 return number in _HEVC_IRAP
             if number == _HEVC_SPS:
                 self._note_size(unit)
@@ -149,7 +149,7 @@ class Inspector:
                 rest = rest[size:]
             kind, length = header
             if kind == _DISPLAY_ORIENTATION:
-                self.oddities.add(Oddity.TURNED_BY_FRAMES)
+                self.quirks.add(Quirk.TURNED_BY_FRAMES)
             yield kind, rest[:length]
             rest = rest[length:]
 
@@ -167,33 +167,33 @@ class Inspector:
 def _h264_slice_type(header: bytes) -> int:
     """Return 0 for P, 1 for B, 2 for I: the second of the exponential Golomb numbers that a slice begins with."""
     bits = "".join(f"{byte:08b}" for byte in header[:8])
-    place = number = 0
+    start = number = 0
     for _ in range(2):
-        zeros = bits.find("1", place) - place
+        zeros = bits.find("1", start) - start
         if zeros < 0:
             return -1
-        number = int(bits[place + zeros : place + 2 * zeros + 1], 2) - 1
-        place += 2 * zeros + 1
+        number = int(bits[start + zeros : start + 2 * zeros + 1], 2) - 1
+        start += 2 * zeros + 1
     return number % 5
 
 
 def _units_by_length(view: memoryview, width: int) -> Iterator[bytes]:
-    place = 0
-    while place + width < len(view):
-        length = int.from_bytes(view[place : place + width], "big")
-        place += width
+    start = 0
+    while start + width < len(view):
+        length = int.from_bytes(view[start : start + width], "big")
+        start += width
         if length:
-            yield bytes(view[place : place + min(length, _HEAD_BYTES)])
-        place += length
+            yield bytes(view[start : start + min(length, _HEAD_BYTES)])
+        start += length
 
 
 def _units_by_mark(view: memoryview) -> Iterator[bytes]:
     data = bytes(view)
-    place = data.find(b"\0\0\1")
-    while place >= 0:
-        start = place + 3
-        place = data.find(b"\0\0\1", start)
-        stop = len(data) if place < 0 else place
+    mark = data.find(b"\0\0\1")
+    while mark >= 0:
+        start = mark + 3
+        mark = data.find(b"\0\0\1", start)
+        stop = len(data) if mark < 0 else mark
         if start < stop:
             yield data[start : min(stop, start + _HEAD_BYTES)].rstrip(b"\0") or b"\0"
 
@@ -207,11 +207,11 @@ def _vp9_frames(packet: Any) -> Iterator[bytes]:
     if last & 0xE0 != 0xC0 or index_start < 1 or data[index_start - 1] != last:
         yield bytes(data[:9])
         return
-    index = data[index_start : len(data) - 1]
-    place = 0
+    sizes = data[index_start : len(data) - 1]
+    start = 0
     for frame in range(number):
-        yield bytes(data[place : place + 9])
-        place += int.from_bytes(index[frame * width : (frame + 1) * width], "little")
+        yield bytes(data[start : start + 9])
+        start += int.from_bytes(sizes[frame * width : (frame + 1) * width], "little")
 
 
 def _vp9_is_shown(head: bytes) -> bool:

@@ -1,9 +1,9 @@
 """Reading videos with decord 0.6.
 
-decord seeks to a keyframe and counts frames from there, which in many kinds of files ends at another frame, without
-an error: `proven` lists the kinds that it reads rightly, all others are refused. Of a display matrix it applies the
-angle, in MP4 and MOV alone; the rest is done here. It hands no frames out that are 1, 16, 24, 48 or 72 pixels wide
-(tried: 1 and the even widths from 16 to 400), and knows no AV1.
+decord seeks to a keyframe and counts frames from there. In many kinds of files it so returns another frame, without
+an error: `supported` lists the kinds that it reads correctly, and all others are refused. It applies the angle of a
+display matrix in MP4 and MOV alone; the rest is done here. It returns no frames that are 1, 16, 24, 48 or 72 pixels
+wide (tried: 1 and the even widths from 16 to 400), and does not know AV1.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import torch.utils.dlpack
 from numpy.typing import NDArray
 
 from everest_ds.data.readers.base import WAY_OUT, VideoReadError, first_line
-from everest_ds.data.readers.supported import PROVEN, examine
+from everest_ds.data.readers.supported import SupportedFile
 
 # decord's times are float32 seconds; frames are further apart.
 _TIME_TOLERANCE_S = 2e-3
@@ -23,15 +23,12 @@ _TIME_TOLERANCE_S = 2e-3
 _UNKNOWN_TIME_S = 1e9
 
 
-class DecordReader:
+class DecordReader(SupportedFile):
     """An open video; see `everest_ds.data.readers.base.Reader`."""
 
     def __init__(self, path: Path) -> None:
         decord.logging.set_level(decord.logging.FATAL)
-        self._path = path
-        self._packets, self._turn = examine(path, "decord")
-        has_turned = self._packets.container in PROVEN["decord"].turns_in
-        self._turned = self._turn.rotation if has_turned else 0
+        super().__init__(path, "decord")
         try:
             # Absolute, since FFmpeg takes the text before a colon, as in "10:30.mp4", for a protocol.
             self._reader = decord.VideoReader(str(path.absolute()), num_threads=1)
@@ -58,10 +55,6 @@ class DecordReader:
                 self._path, f"decord's times are up to {late_s:.3f} s off those of its packets; {WAY_OUT}"
             )
 
-    def times_s(self) -> NDArray[np.float64]:
-        """Return when each frame starts."""
-        return self._packets.times_s(self.num_frames)
-
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Return the frames at the given indices."""
         try:
@@ -70,7 +63,7 @@ class DecordReader:
             raise VideoReadError(self._path, _reason(error)) from error
         # Handed over, where asnumpy would copy it all.
         frames: NDArray[np.uint8] = torch.utils.dlpack.from_dlpack(batch.to_dlpack()).numpy()
-        return self._turn.complete(frames, self._turned)
+        return self._upright(frames)
 
 
 def _reason(error: Exception) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 _TOLERANCE = 0.0175
 
 
-class Turn(NamedTuple):
+class Orientation(NamedTuple):
     """One of the eight ways to put a picture: swap its axes, then mirror it.
 
     Attributes:
@@ -55,17 +55,17 @@ class Turn(NamedTuple):
         return self.swaps_axes ^ self.mirrors_rows ^ self.mirrors_columns ^ True
 
 
-def turn_of(frame: Any) -> Turn:
+def orientation_of(frame: Any) -> Orientation:
     """Return how a PyAV frame is to be turned.
 
     Raises:
         ValueError: By no quarter turn.
     """
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)
-    return Turn() if matrix is None else turn_of_matrix(struct.unpack("=9i", bytes(matrix)))
+    return Orientation() if matrix is None else orientation_of_matrix(struct.unpack("=9i", bytes(matrix)))
 
 
-def turn_of_matrix(matrix: tuple[int, ...]) -> Turn:
+def orientation_of_matrix(matrix: tuple[int, ...]) -> Orientation:
     """Return the turn of a display matrix: nine numbers, row by row; its scale does not count, as in ffmpeg.
 
     Raises:
@@ -74,9 +74,9 @@ def turn_of_matrix(matrix: tuple[int, ...]) -> Turn:
     a, b, _, c, d = matrix[:5]
     straight, crossed = min(abs(a), abs(d)), min(abs(b), abs(c))
     if max(abs(b), abs(c)) <= _TOLERANCE * straight or not any((a, b, c, d)):
-        return Turn(mirrors_rows=d < 0, mirrors_columns=a < 0)
+        return Orientation(mirrors_rows=d < 0, mirrors_columns=a < 0)
     if max(abs(a), abs(d)) <= _TOLERANCE * crossed:
-        return Turn(swaps_axes=True, mirrors_rows=b < 0, mirrors_columns=c < 0)
+        return Orientation(swaps_axes=True, mirrors_rows=b < 0, mirrors_columns=c < 0)
     raise ValueError(
         f"its display matrix {a / 65536:g} {b / 65536:g} {c / 65536:g} {d / 65536:g} is no quarter turn; "
         "re-encode it with ffmpeg, which turns the pictures"

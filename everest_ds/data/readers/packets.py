@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from everest_ds.data.readers.base import VideoReadError, even_times_s, first_line
 from everest_ds.data.readers.bitstream import Inspector
-from everest_ds.data.readers.quirks import Oddity, finds_by_time, odd_decoding, odd_fields, odd_times
+from everest_ds.data.readers.quirks import Quirk, field_quirks, has_trusted_times, order_quirks, time_quirks
 
 FAULTS = (av.FFmpegError, OSError, ValueError)
 """What PyAV raises for a file that it cannot read."""
@@ -33,28 +33,19 @@ _PROGRESSIVE = 1
 
 
 class Key(NamedTuple):
-    """A keyframe. Not a dataclass: making three hundred of those took a fifth of opening a file of keyframes.
+    """A keyframe: when it is shown and where to seek to, in ticks; its packet's number in decoding order.
 
-    Attributes:
-        pts: Time at which it is shown, in ticks.
-        place: Place to seek to, in ticks.
-        position: Its packet's number, in the order of decoding.
+    Not a dataclass: making three hundred of those took a fifth of opening a file of keyframes.
     """
 
     pts: int
-    place: int
+    seek_to: int
     position: int
 
 
 @dataclass
 class Span:
-    """Packets that are decoded in one go, from a keyframe on.
-
-    Attributes:
-        key: The keyframe.
-        stop: Number of the packet after the last, in the order of decoding.
-        targets: Frames wanted of it: time in ticks -> index.
-    """
+    """Packets decoded in one go, from a keyframe to before number ``stop``; frames wanted of them: pts -> index."""
 
     key: Key
     stop: int
@@ -66,16 +57,13 @@ class Packets:
     """What the packets of a video stream say.
 
     Attributes:
-        pts: Times of the frames that can be shown, ascending, in the stream's ticks; None where they cannot be
-            trusted.
+        pts: Times of the frames that can be shown, ascending, in ticks; None where they cannot be trusted.
         keys: Keyframes at which decoding can start, ascending by time.
         positions: Time of a frame -> its packet's number, in the order of decoding.
         held: The packets themselves, by number; None where they are too many bytes.
-        ticks_per_s: Ticks of a second.
         frames_per_s: The stream's average rate.
         container: FFmpeg's first name of the format.
         codec: FFmpeg's name of the codec.
-        oddities: What makes frames hard to find by number.
     """
 
     pts: list[int] | None
@@ -86,7 +74,7 @@ class Packets:
     frames_per_s: float
     container: str = "mov"
     codec: str = "h264"
-    oddities: frozenset[Oddity] = frozenset()
+    quirks: frozenset[Quirk] = frozenset()
 
     def times_s(self, num_frames: int) -> NDArray[np.float64]:
         """Return when each frame starts, seconds from the first one; evenly spaced without trusted times."""
@@ -142,11 +130,16 @@ def open_stream(path: Path) -> tuple[Any, Any]:
     return container, stream
 
 
-def read_index(container: Any, stream: Any) -> Packets | None:
-    """Return what a scan would, from the index in a file's header, without reading the rest of the file.
+def read_packets(container: Any, stream: Any, *, hold: bool = False) -> Packets:
+    """Read what the packets of an open stream say; ``hold`` them where they are not too many bytes."""
+    return packets_from_header(container, stream) or scan(container, stream, hold=hold)
 
-    Only for MP4 and MOV whose codec has keyframes alone, since the index knows the order of decoding only; whose
-    index is whole; which holds what it announces; and of which nothing is hidden. None for all others.
+
+def packets_from_header(container: Any, stream: Any) -> Packets | None:
+    """Return what `scan` would, from the table in a file's header, without reading the rest of the file.
+
+    Only for MP4 and MOV whose codec has keyframes alone (the table has the order of decoding only), whose table is
+    whole and of which nothing is hidden. None for all others.
     """
     if "mov" not in container.format.name.split(",") or not stream.codec_context.codec.intra_only:
         return None
@@ -172,11 +165,11 @@ def read_index(container: Any, stream: Any) -> Packets | None:
 
 
 def scan(container: Any, stream: Any, *, hold: bool) -> Packets:
-    """Read all packets of an open stream; ``hold`` them where they are not too many bytes."""
+    """Read all packets of an open stream, and inspect them."""
     # FFmpeg seeks in mp4 and mov by the time of decoding, elsewhere by that of showing.
     by_dts = "mov" in container.format.name.split(",")
     inspector = Inspector(stream.codec_context.codec.canonical_name, stream.codec_context.extradata)
-    oddities = inspector.oddities
+    quirks = inspector.quirks
     times: list[int | None] = []
     hidden: set[int] = set()
     keys: list[Key] = []
@@ -194,46 +187,42 @@ def scan(container: Any, stream: Any, *, hold: bool) -> Packets:
         if packet.is_discard:
             hidden.add(position)
         if packet.is_corrupt:
-            oddities.add(Oddity.DAMAGED)
+            quirks.add(Quirk.DAMAGED)
         if inspector.looks_at_all:
             inspector.look(packet)
     facts = _stream_facts(container, stream)
     kind, context = (facts["container"], facts["codec"]), stream.codec_context
-    oddities |= odd_times(times, hidden, [key.position for key in keys])
-    oddities |= odd_fields(*kind, is_interlaced=context.field_order > _PROGRESSIVE)
-    oddities |= odd_decoding(
+    quirks |= time_quirks(times, hidden, [key.position for key in keys])
+    quirks |= field_quirks(*kind, is_interlaced=context.field_order > _PROGRESSIVE)
+    quirks |= order_quirks(
         *kind,
         times,
-        has_b_frames=context.has_b_frames or Oddity.REFERS_AHEAD in oddities,
+        has_b_frames=context.has_b_frames or Quirk.REFERS_AHEAD in quirks,
         refers_ahead=lambda: inspector.refers_ahead(held[:_HEAD_PACKETS]),
     )
-    trusted = finds_by_time(*kind, is_intra_only=context.codec.intra_only, oddities=oddities)
+    trusted = has_trusted_times(*kind, is_intra_only=context.codec.intra_only, quirks=quirks)
     shown = [time for position, time in enumerate(times) if time is not None and position not in hidden]
     return Packets(
         pts=sorted(shown) if trusted and shown else None,
         keys=sorted(keys, key=lambda key: key.pts),
         positions={time: position for position, time in enumerate(times)},
         held=held if trusted and max_held > _HEAD_PACKETS else None,
-        oddities=frozenset(oddities),
+        quirks=frozenset(quirks),
         **facts,
     )
-
-
-def _format_name(container: Any) -> str:
-    return str(container.format.name).split(",", maxsplit=1)[0]
 
 
 def _stream_facts(container: Any, stream: Any) -> dict[str, Any]:
     return {
         "ticks_per_s": float(1 / stream.time_base),
         "frames_per_s": float(stream.average_rate or 25),
-        "container": _format_name(container),
+        "container": str(container.format.name).split(",", maxsplit=1)[0],
         "codec": stream.codec_context.codec.canonical_name,
     }
 
 
 def scan_packets(path: Path) -> Packets:
-    """Read the index of a video, or all its packets.
+    """Read what the packets of a file say.
 
     Raises:
         VideoReadError: The file cannot be opened, or has no video.
@@ -241,7 +230,7 @@ def scan_packets(path: Path) -> Packets:
     try:
         container, stream = open_stream(path)
         with container:
-            return read_index(container, stream) or scan(container, stream, hold=False)
+            return read_packets(container, stream)
     except FAULTS as error:
         raise VideoReadError(path, reason_of(error)) from error
 

@@ -19,9 +19,9 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from everest_ds.data.readers.base import VideoReadError
-from everest_ds.data.readers.orientation import turn_of
-from everest_ds.data.readers.packets import FAULTS, Span, open_stream, read_index, reason_of, scan
-from everest_ds.data.readers.quirks import Oddity
+from everest_ds.data.readers.orientation import orientation_of
+from everest_ds.data.readers.packets import FAULTS, Span, open_stream, read_packets, reason_of
+from everest_ds.data.readers.quirks import Quirk
 
 # Codecs whose unreferenced frames can be left out. H.264 marks them in each packet and nothing depends on them
 # (in a damaged file, what conceals the damage may); HEVC marks them for one temporal layer only, and others seldom
@@ -44,8 +44,7 @@ class PyavReader:
             self._container, self._stream = open_stream(path)
             # A decoder that conceals damage does it with frames that it has; see `_decode_for`.
             self._stream.codec_context.options = {"err_detect": "explode"}
-            index = read_index(self._container, self._stream)
-            self._packets = index or scan(self._container, self._stream, hold=True)
+            self._packets = read_packets(self._container, self._stream, hold=True)
             self._counted_pts: list[int | None] = []
             if self._packets.pts is None:
                 self._counted_pts = [frame.pts for frame in self._all_frames()]
@@ -59,7 +58,7 @@ class PyavReader:
         """Return when each frame starts; evenly spaced where the file does not say."""
         pts = [time for time in self._counted_pts if time is not None]
         ascends = all(earlier < later for earlier, later in pairwise(pts))
-        if len(pts) == self.num_frames and ascends and Oddity.DECODING_TIMES not in self._packets.oddities:
+        if len(pts) == self.num_frames and ascends and Quirk.DECODING_TIMES not in self._packets.quirks:
             return (np.array(pts, dtype=np.float64) - pts[0]) / self._packets.ticks_per_s
         return self._packets.times_s(self.num_frames)
 
@@ -137,7 +136,7 @@ class PyavReader:
         if self._packets.held is not None:
             yield from self._packets.held[span.key.position : span.stop]
             return
-        self._container.seek(span.key.place, stream=self._stream)
+        self._container.seek(span.key.seek_to, stream=self._stream)
         length = span.stop - span.key.position
         for packet in self._filled_packets():
             if packet.pts == span.key.pts:
@@ -184,4 +183,4 @@ class PyavReader:
         pixels: NDArray[np.uint8] = np.ndarray(
             (plane.height, plane.width, 3), np.uint8, buffer=memoryview(plane), strides=(plane.line_size, 3, 1)
         )
-        return turn_of(frame).apply(pixels)
+        return orientation_of(frame).apply(pixels)

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import cast
 
 
-class Oddity(StrEnum):
+class Quirk(StrEnum):
     """What makes the frames of a file hard to find by number; each value is the reason in words."""
 
     NO_TIMES = "its packets do not say when each frame is shown"
@@ -39,25 +39,25 @@ _DECODING_TIMES = {"avi", "asf"}
 _FRAME_PACKETS = {"mov", "matroska"}
 # With these, numbers and times of packets are not those of frames.
 _UNTIMED = {
-    Oddity.NO_TIMES, Oddity.DECODING_TIMES, Oddity.BACK_IN_TIME, Oddity.LATE_START, Oddity.LEADS_START,
-    Oddity.INVISIBLE,
+    Quirk.NO_TIMES, Quirk.DECODING_TIMES, Quirk.BACK_IN_TIME, Quirk.LATE_START, Quirk.LEADS_START,
+    Quirk.INVISIBLE,
 }  # fmt: skip
 
 
-def finds_by_time(container: str, codec: str, *, is_intra_only: bool, oddities: AbstractSet[Oddity]) -> bool:
+def has_trusted_times(container: str, codec: str, *, is_intra_only: bool, quirks: AbstractSet[Quirk]) -> bool:
     """Return whether the times of packets say which frames there are, and which packet each of them is in.
 
     Args:
         container: FFmpeg's first name of the format.
         codec: FFmpeg's name of the codec.
         is_intra_only: Whether the codec has keyframes alone.
-        oddities: What was found in the file.
+        quirks: What was found in the file.
     """
     is_tried = container in _TIMED_CONTAINERS and (is_intra_only or codec in _TIMED_CODECS)
-    return is_tried and not oddities & _UNTIMED
+    return is_tried and not quirks & _UNTIMED
 
 
-def odd_times(times: Sequence[int | None], hidden: AbstractSet[int], keys: Sequence[int]) -> set[Oddity]:
+def time_quirks(times: Sequence[int | None], hidden: AbstractSet[int], keys: Sequence[int]) -> set[Quirk]:
     """Return what is odd about the times at which packets are shown.
 
     Args:
@@ -65,30 +65,30 @@ def odd_times(times: Sequence[int | None], hidden: AbstractSet[int], keys: Seque
         hidden: Numbers of packets that are not shown.
         keys: Numbers of packets that are keyframes, ascending.
     """
-    found = {Oddity.HIDDEN} if hidden else set()
+    found = {Quirk.HIDDEN} if hidden else set()
     if not keys or keys[0] > 0:
-        found.add(Oddity.LATE_START)
+        found.add(Quirk.LATE_START)
     if None in times or len(set(times)) < len(times):
-        return found | {Oddity.NO_TIMES}
+        return found | {Quirk.NO_TIMES}
     ordered = cast(Sequence[int], times)
     latest, earlier_key = None, None
     for key, stop in pairwise([*keys, len(times)]):
         leading = [number for number in range(key, stop) if ordered[number] < ordered[key]]
         if latest is not None and latest >= ordered[key]:
-            found.add(Oddity.BACK_IN_TIME)
+            found.add(Quirk.BACK_IN_TIME)
         if leading:
-            found.add(Oddity.OPEN_GOP)
+            found.add(Quirk.OPEN_GOP)
             if earlier_key is None and not hidden >= set(leading):
-                found.add(Oddity.LEADS_START)
+                found.add(Quirk.LEADS_START)
             if earlier_key is not None and min(ordered[number] for number in leading) < ordered[earlier_key]:
-                found.add(Oddity.BACK_IN_TIME)
+                found.add(Quirk.BACK_IN_TIME)
         latest, earlier_key = max(ordered[key:stop]), key
     return found
 
 
-def odd_decoding(
+def order_quirks(
     container: str, codec: str, times: Sequence[int | None], *, has_b_frames: bool, refers_ahead: Callable[[], bool]
-) -> set[Oddity]:
+) -> set[Quirk]:
     """Return whether times are those of decoding, where frames are shown in another order.
 
     Args:
@@ -103,12 +103,12 @@ def odd_decoding(
     known = [time for time in times if time is not None]
     # Times that never go back, where B-frames make them go back. MPEG-4 is looked at packet by packet.
     in_order = codec != "mpeg4" and known == sorted(known) and refers_ahead()
-    return {Oddity.DECODING_TIMES} if container in _DECODING_TIMES or in_order else set()
+    return {Quirk.DECODING_TIMES} if container in _DECODING_TIMES or in_order else set()
 
 
-def odd_fields(container: str, codec: str, *, is_interlaced: bool) -> set[Oddity]:
+def field_quirks(container: str, codec: str, *, is_interlaced: bool) -> set[Quirk]:
     """Return what interlacing means for the frames of a file."""
     if not is_interlaced:
         return set()
     is_field = codec == "h264" and container not in _FRAME_PACKETS
-    return {Oddity.INTERLACED, Oddity.INVISIBLE} if is_field else {Oddity.INTERLACED}
+    return {Quirk.INTERLACED, Quirk.INVISIBLE} if is_field else {Quirk.INTERLACED}

@@ -2,7 +2,7 @@
 
 Both find a frame by seeking, and what they then give may be another frame, without an error. Whether it is depends
 on the container, the codec, and how frames refer to each other. tests/unit/test_reader_oracle.py tries each kind
-that is listed in `PROVEN` against decoding in one go, and that all others are refused.
+that is listed in `SUPPORTED` against decoding in one go, and that all others are refused.
 """
 
 from collections.abc import Mapping
@@ -10,62 +10,90 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from everest_ds.data.readers.base import WAY_OUT, VideoReadError
-from everest_ds.data.readers.orientation import Turn, turn_of
-from everest_ds.data.readers.packets import FAULTS, Packets, open_stream, read_index, reason_of, scan
-from everest_ds.data.readers.quirks import Oddity
+from everest_ds.data.readers.orientation import Orientation, orientation_of
+from everest_ds.data.readers.packets import FAULTS, Packets, open_stream, read_packets, reason_of
+from everest_ds.data.readers.quirks import Quirk
 
 
 @dataclass(frozen=True, kw_only=True)
-class Proven:
+class Supported:
     """Kinds of files that a reader reads rightly.
 
     Attributes:
         codecs: FFmpeg's names of the codecs, by the first name of the container's format.
-        oddities: What is allowed besides in files of H.264, HEVC, VP9 and AV1, by container.
-        turns_in: Containers in which the reader turns pictures by the angle of their display matrix; mirrored
+        quirks: What is allowed besides in files of H.264, HEVC, VP9 and AV1, by container.
+        rotates_in: Containers in which the reader turns pictures by the angle of their display matrix; mirrored
             pictures are turned by `everest_ds.data.readers.orientation` in any case.
     """
 
     codecs: Mapping[str, frozenset[str]]
-    oddities: Mapping[str, frozenset[Oddity]] = field(default_factory=dict)
-    turns_in: frozenset[str]
+    quirks: Mapping[str, frozenset[Quirk]] = field(default_factory=dict)
+    rotates_in: frozenset[str]
 
 
 _COMMON = frozenset({"h264", "hevc", "vp9", "mpeg4", "mjpeg", "prores"})
 _AVI = frozenset({"mpeg4", "mjpeg", "msmpeg4v2", "msmpeg4v3", "ffv1", "huffyuv"})
 _MANY_FRAMES = frozenset({"h264", "hevc", "vp9", "av1"})
-_REFERS_FAR = frozenset({Oddity.OPEN_GOP})
+_REFERS_FAR = frozenset({Quirk.OPEN_GOP})
 
-PROVEN = {
-    "decord": Proven(
+SUPPORTED = {
+    "decord": Supported(
         codecs={
             "mov": _COMMON,
             "matroska": _COMMON | {"vp8", "ffv1"},
             "avi": _AVI,
             "flv": frozenset({"h264", "flv1"}),
         },
-        turns_in=frozenset({"mov"}),
+        rotates_in=frozenset({"mov"}),
     ),
-    "torchcodec": Proven(
+    "torchcodec": Supported(
         codecs={
             "mov": _COMMON | {"av1"},
             "matroska": _COMMON | {"av1", "vp8", "ffv1"},
             "avi": _AVI,
             "flv": frozenset({"h264", "flv1"}),
         },
-        oddities={"mov": _REFERS_FAR | {Oddity.HIDDEN}, "matroska": _REFERS_FAR},
-        turns_in=frozenset({"mov", "matroska"}),
+        quirks={"mov": _REFERS_FAR | {Quirk.HIDDEN}, "matroska": _REFERS_FAR},
+        rotates_in=frozenset({"mov", "matroska"}),
     ),
 }
 """What each reader is known to read rightly, by the reader's name. PyAV reads all files."""
 
 
-def examine(path: Path, reader: str) -> tuple[Packets, Turn]:
-    """Look at a file that one of the readers in `PROVEN` is to read.
+class SupportedFile:
+    """What is known of a file before decord or torchcodec opens it; the readers' common part.
 
-    Returns:
-        What its packets say, and how its pictures are to be turned.
+    Args:
+        path: Where it is.
+        reader: Its reader's name.
+
+    Raises:
+        VideoReadError: It cannot be opened, or the reader is not known to read such files rightly.
+    """
+
+    num_frames: int
+
+    def __init__(self, path: Path, reader: str) -> None:
+        self._path = path
+        self._packets, self._orientation = _examine(path, reader)
+        rotates = self._packets.container in SUPPORTED[reader].rotates_in
+        self._rotation = self._orientation.rotation if rotates else 0
+
+    def times_s(self) -> NDArray[np.float64]:
+        """Return when each frame starts, from the file's packets."""
+        return self._packets.times_s(self.num_frames)
+
+    def _upright(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Turn and mirror frames as far as the reader has not."""
+        return self._orientation.complete(frames, self._rotation)
+
+
+def _examine(path: Path, reader: str) -> tuple[Packets, Orientation]:
+    """Return what a file's packets say, and how its pictures are to be turned.
 
     Raises:
         VideoReadError: It cannot be opened, or the reader is not known to read such files rightly.
@@ -73,29 +101,29 @@ def examine(path: Path, reader: str) -> tuple[Packets, Turn]:
     try:
         container, stream = open_stream(path)
         with container:
-            packets = read_index(container, stream) or scan(container, stream, hold=False)
-            fault = _fault_of(packets, PROVEN[reader])
+            packets = read_packets(container, stream)
+            fault = _fault_of(packets, SUPPORTED[reader])
             if fault is not None:
                 raise VideoReadError(path, f"{reader} may give wrong frames of it: {fault}; {WAY_OUT}")
-            container.seek(packets.keys[0].place, stream=stream)
+            container.seek(packets.keys[0].seek_to, stream=stream)
             frame: Any = next(container.decode(stream))
-            turn = turn_of(frame)
+            orientation = orientation_of(frame)
             is_interlaced = frame.interlaced_frame
     except StopIteration as error:
         raise VideoReadError(path, "none of its frames can be decoded") from error
     except FAULTS as error:
         raise VideoReadError(path, reason_of(error)) from error
     if is_interlaced:
-        raise VideoReadError(path, f"{reader} may give wrong colours of it: {Oddity.INTERLACED}; {WAY_OUT}")
-    return packets, turn
+        raise VideoReadError(path, f"{reader} may give wrong colours of it: {Quirk.INTERLACED}; {WAY_OUT}")
+    return packets, orientation
 
 
-def _fault_of(packets: Packets, proven: Proven) -> str | None:
+def _fault_of(packets: Packets, supported: Supported) -> str | None:
     """Return why the packets are of no kind that a reader is known to read rightly."""
-    allowed = proven.oddities.get(packets.container, frozenset()) if packets.codec in _MANY_FRAMES else frozenset()
-    odd = sorted(packets.oddities - allowed, key=list(Oddity).index)
+    allowed = supported.quirks.get(packets.container, frozenset()) if packets.codec in _MANY_FRAMES else frozenset()
+    odd = sorted(packets.quirks - allowed, key=list(Quirk).index)
     if odd:
         return str(odd[0])
-    if packets.codec not in proven.codecs.get(packets.container, ()):
+    if packets.codec not in supported.codecs.get(packets.container, ()):
         return f"{packets.codec} in {packets.container} did not pass the tests, or is not in them"
-    return None if packets.pts is not None else str(Oddity.NO_TIMES)
+    return None if packets.pts is not None else str(Quirk.NO_TIMES)

@@ -1,9 +1,9 @@
 """Reading videos with torchcodec, that is with the FFmpeg libraries of the machine.
 
 torchcodec leaves hidden frames out and turns pictures by the angle of their display matrix; mirroring is done here.
-It gives no times without decoding; those are taken from the packets, as PyAV reads them. Where times are not those
-of showing, or seeks end elsewhere (transport streams), it gives other frames without an error: `proven` lists the
-kinds of files that it reads rightly, all others are refused.
+It gives no times without decoding, so times come from the packets, as PyAV reads them. Where packets have decoding
+times only, or seeks are inexact (transport streams), it returns other frames without an error: `supported` lists the
+kinds of files that it reads correctly, and all others are refused.
 """
 
 from collections.abc import Sequence
@@ -14,19 +14,16 @@ from numpy.typing import NDArray
 from torchcodec.decoders import VideoDecoder
 
 from everest_ds.data.readers.base import WAY_OUT, VideoReadError, first_line
-from everest_ds.data.readers.supported import PROVEN, examine
+from everest_ds.data.readers.supported import SupportedFile
 
 _FAULTS = (RuntimeError, ValueError, IndexError, OSError)
 
 
-class TorchcodecReader:
+class TorchcodecReader(SupportedFile):
     """An open video; see `everest_ds.data.readers.base.Reader`."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._packets, self._turn = examine(path, "torchcodec")
-        has_turned = self._packets.container in PROVEN["torchcodec"].turns_in
-        self._turned = self._turn.rotation if has_turned else 0
+        super().__init__(path, "torchcodec")
         try:
             # Absolute, since FFmpeg takes the text before a colon, as in "10:30.mp4", for a protocol.
             name = str(path.absolute())
@@ -41,17 +38,13 @@ class TorchcodecReader:
                 f"torchcodec counts {self.num_frames} frames, its packets have times for {expected}; {WAY_OUT}",
             )
 
-    def times_s(self) -> NDArray[np.float64]:
-        """Return when each frame starts."""
-        return self._packets.times_s(self.num_frames)
-
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Return the frames at the given indices."""
         try:
             frames: NDArray[np.uint8] = self._decoder.get_frames_at(list(indices)).data.numpy()
         except _FAULTS as error:
             raise VideoReadError(self._path, _reason(error)) from error
-        return self._turn.complete(frames, self._turned)
+        return self._upright(frames)
 
 
 def _reason(error: Exception) -> str:

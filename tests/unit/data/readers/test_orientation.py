@@ -10,7 +10,7 @@ import pytest
 
 from everest_ds.data.readers.base import VideoReadError
 from everest_ds.data.readers.choice import READERS, obstacle
-from everest_ds.data.readers.orientation import turn_of_matrix
+from everest_ds.data.readers.orientation import orientation_of_matrix
 from everest_ds.data.readers.video import Video
 from tests.unit.data.readers.reader_corpus import require_ffmpeg
 from tests.unit.data.readers.video_files import TURNS, corners, turned_size, write_turned, write_turned_mkv
@@ -88,7 +88,9 @@ def test_matrix_of_no_quarter_turn_is_refused(reader: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("turn", TURNS)
 def test_scale_and_small_errors_of_a_matrix_do_not_count(turn: str) -> None:
     a, b, c, d = TURNS[turn][0]
-    expected = turn_of_matrix((a * ONE, b * ONE, 0, c * ONE, d * ONE, 0, 0, 0, 1 << 30))
-    found = turn_of_matrix((a * 2 * ONE + 9, b * 2 * ONE - 9, 0, c * 2 * ONE + 9, d * 2 * ONE, 0, 0, 0, 1 << 30))
+    expected = orientation_of_matrix((a * ONE, b * ONE, 0, c * ONE, d * ONE, 0, 0, 0, 1 << 30))
+    found = orientation_of_matrix(
+        (a * 2 * ONE + 9, b * 2 * ONE - 9, 0, c * 2 * ONE + 9, d * 2 * ONE, 0, 0, 0, 1 << 30)
+    )
     assert found == expected
-    assert turn_of_matrix((0,) * 9) == turn_of_matrix((ONE, 0, 0, 0, ONE, 0, 0, 0, 1 << 30))
+    assert orientation_of_matrix((0,) * 9) == orientation_of_matrix((ONE, 0, 0, 0, ONE, 0, 0, 0, 1 << 30))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from everest_ds.data.readers import packets
-from everest_ds.data.readers.packets import Key, Packets, open_stream, read_index, scan, scan_packets
+from everest_ds.data.readers.packets import Key, Packets, open_stream, packets_from_header, scan, scan_packets
 from everest_ds.data.readers.pyav import PyavReader
 from tests.unit.data.readers.video_files import shown, write_ramp
 
@@ -114,7 +114,7 @@ def write_jpegs(path: Path, container_options: dict[str, str] | None = None, *, 
 def both_ways(path: Path) -> tuple[Packets | None, Packets]:
     container, stream = open_stream(path)
     with container:
-        return read_index(container, stream), scan(container, stream, hold=False)
+        return packets_from_header(container, stream), scan(container, stream, hold=False)
 
 
 @pytest.mark.parametrize("name", ["jpegs.mp4", "jpegs.mov"])
