@@ -9,5 +9,5 @@ Usable without DeepSpeed, decord or a GPU. Tensor names end in their axes:
     A attention heads           K channels of a head     P pixel values of a tubelet
 
 Masks are never passed around. A token is named by its position in its clip's grid (time-major, then rows, then
-columns), and a set of tokens by a `TokenIndex`. Where a boolean mask does appear, True means kept.
+columns), and a set of tokens by a `TokenSet`. Where a boolean mask does appear, True means kept.
 """

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from everest_ds.model.encoder import DEFAULT_OPTIONS, EncoderOptions, TokenEncoder
 from everest_ds.model.frames import FrameChoice
-from everest_ds.model.packing import PackedTokens, Packing, TokenIndex
+from everest_ds.model.packing import Packing, TokenSet
 from everest_ds.model.selection import DEFAULT_RULE, Selection, SelectionRule
 from everest_ds.model.sizes import ModelSize
 from everest_ds.model.transformer import NORM_EPS, init_linear_xavier, make_blocks, run_blocks
@@ -65,7 +65,7 @@ class PretrainEncoder(TokenEncoder):
         super().__init__(size, grid, options)
         self.norm = nn.LayerNorm(size.width, eps=NORM_EPS)
 
-    def forward(self, groups: Sequence[ClipGroup], index: TokenIndex) -> Tensor:  # type: ignore[override]
+    def forward(self, groups: Sequence[ClipGroup], index: TokenSet) -> Tensor:  # type: ignore[override]
         """Encode the tokens of the index: (L, D)."""
         return self.norm(super().forward(groups, index))
 
@@ -96,16 +96,17 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Predict the pixels of the target tokens: (R, P)."""
 
-        def positions(index: TokenIndex) -> Tensor:
+        def positions(index: TokenSet) -> Tensor:
             # As precise as the weights: what is visible comes from a product, under autocast in bfloat16.
             return gather_positions(self.positions_ND, self.grid, groups, index, mask_token_D.dtype)
 
-        tokens, target_rows_R = interleave_clips(
+        x_MD, packing, target_rows_R = interleave_clips(
             visible_LD + positions(selection.visible), mask_token_D + positions(selection.target), selection
         )
         x_MD = run_blocks(
             self.blocks,
-            tokens,
+            x_MD,
+            packing,
             checkpointing=self.options.activation_checkpointing,
             recompute_attention=self.options.recompute_attention,
         )
@@ -196,11 +197,11 @@ class EverestAutoencoder(nn.Module):
         return Reconstruction(prediction_RP, target_RP, selection)
 
 
-def interleave_clips(visible_LD: Tensor, target_RD: Tensor, selection: Selection) -> tuple[PackedTokens, Tensor]:
+def interleave_clips(visible_LD: Tensor, target_RD: Tensor, selection: Selection) -> tuple[Tensor, Packing, Tensor]:
     """Put each clip's visible and target tokens side by side in one packed row.
 
     Returns:
-        The packed tokens, and the row of each target token, (R,) int64.
+        The tokens (M, D), their packing, and the row of each target token, (R,) int64.
     """
     visible, target = selection.visible, selection.target
     device = visible_LD.device
@@ -212,5 +213,5 @@ def interleave_clips(visible_LD: Tensor, target_RD: Tensor, selection: Selection
     rows_M = torch.cat((visible_rows_L, target_rows_R))
     source_M = torch.empty_like(rows_M).scatter_(0, rows_M, torch.arange(len(rows_M), device=device))
     both = zip(visible.packing.lengths, target.packing.lengths, strict=True)
-    packing = Packing.of([sum(lengths) for lengths in both], device)
-    return PackedTokens(torch.cat((visible_LD, target_RD))[source_M], packing), target_rows_R
+    packing = Packing.from_lengths([sum(lengths) for lengths in both], device)
+    return torch.cat((visible_LD, target_RD))[source_M], packing, target_rows_R

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.model.encoder import DEFAULT_OPTIONS, EncoderOptions, TokenEncoder
-from everest_ds.model.packing import TokenIndex
+from everest_ds.model.packing import TokenSet
 from everest_ds.model.selection import SelectionRule
 from everest_ds.model.sizes import ModelSize
 from everest_ds.model.transformer import NORM_EPS, branch_scales, init_linear_normal
@@ -113,13 +113,13 @@ class EverestClassifier(TokenEncoder):
         branch = self.num_branch_noise if self.training else 0
         scale_BL = branch_scales(torch.cat([n[:, :branch] for n in noises]), self.drop_path) if branch else None
         with torch.no_grad() if self.is_encoder_frozen else contextlib.nullcontext():
-            kept = TokenIndex.join(
+            kept = TokenSet.join(
                 [self.select(group, n[:, branch:]) for group, n in zip(groups, noises, strict=True)]
             )
             x_MD = super().forward(groups, kept, scale_BL)
             return mean_per_clip(x_MD, kept)
 
-    def select(self, group: ClipGroup, noise_BS: Tensor | None = None) -> TokenIndex:
+    def select(self, group: ClipGroup, noise_BS: Tensor | None = None) -> TokenSet:
         """Return the tokens that are kept of each clip."""
         rule, clips_BCTHW = self.rule, group.clips_BCTHW
         importance_BN = self.rank(group, rule.distance) if rule.ranks_to_keep(group.grid) else None
@@ -155,7 +155,7 @@ def fixed_draws(length: int) -> Tensor:
     return torch.rand(length, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
-def mean_per_clip(x_MD: Tensor, index: TokenIndex) -> Tensor:
+def mean_per_clip(x_MD: Tensor, index: TokenSet) -> Tensor:
     """Average packed tokens over each clip, (B, D).
 
     Raises:

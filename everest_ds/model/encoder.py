@@ -1,6 +1,6 @@
 """The encoder that pre-training and fine-tuning share: rank tubelets, embed the chosen ones, run the blocks.
 
-Place in the flow: clips and a TokenIndex in, encoded tokens out. Clips may differ in length and size: those of one
+Place in the flow: clips and a TokenSet in, encoded tokens out. Clips may differ in length and size: those of one
 shape make a group. Axes: B clips, C T H W of a clip, N tokens of a clip, K candidate steps, M chosen tokens of
 the batch in one packed row, D width, L branches (two a block).
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from everest_ds.model.frames import FrameChoice, count_per_step, draw_steps, gather_steps
 from everest_ds.model.importance import NO_CHANGE, rero_importance
-from everest_ds.model.packing import PackedTokens, TokenIndex
+from everest_ds.model.packing import TokenSet
 from everest_ds.model.sizes import ModelSize
 from everest_ds.model.transformer import make_blocks, run_blocks
 from everest_ds.model.tubelets import (
@@ -23,9 +23,9 @@ from everest_ds.model.tubelets import (
     TubeletEmbedding,
     gather_group_tubelets,
     gather_positions,
-    grid_of,
     sinusoid_positions,
     standardise,
+    token_grid,
 )
 from everest_ds.tokens import DistanceName, TokenGrid, ratio_to_count
 
@@ -97,9 +97,9 @@ class TokenEncoder(nn.Module):
         """
         batches = [clips] if isinstance(clips, Tensor) else clips
         tubelet, patch = self.options.tubelet_size, self.options.patch_size
-        return [ClipGroup(b, grid_of(b, tubelet_size=tubelet, patch_size=patch)) for b in batches]
+        return [ClipGroup(b, token_grid(b, tubelet_size=tubelet, patch_size=patch)) for b in batches]
 
-    def gather(self, groups: Sequence[ClipGroup], index: TokenIndex) -> Tensor:
+    def gather(self, groups: Sequence[ClipGroup], index: TokenSet) -> Tensor:
         """Return the pixels of the tokens of the index, (M, C, tubelet, patch, patch)."""
         return gather_group_tubelets(
             groups, index, tubelet_size=self.options.tubelet_size, patch_size=self.options.patch_size
@@ -159,7 +159,7 @@ class TokenEncoder(nn.Module):
         clips_BCTHW = gather_steps(group.clips_BCTHW, choice.steps_BT, self.options.tubelet_size)
         return ClipGroup(clips_BCTHW, grid), torch.cat(importance), choice
 
-    def forward(self, groups: Sequence[ClipGroup], index: TokenIndex, scale_BL: Tensor | None = None) -> Tensor:
+    def forward(self, groups: Sequence[ClipGroup], index: TokenSet, scale_BL: Tensor | None = None) -> Tensor:
         """Embed the tokens of the index with gradient, add positions, run the blocks: (M, D).
 
         Args:
@@ -171,11 +171,11 @@ class TokenEncoder(nn.Module):
         pixels_MCTHW = standardise(self.gather(groups, index)).to(dtype)
         x_MD = self.patch_embed(pixels_MCTHW).squeeze(1)
         x_MD = x_MD + gather_positions(self.positions_ND, self.grid, groups, index, dtype)
-        tokens = PackedTokens(x_MD, index.packing)
         scale_LM = None if scale_BL is None else scale_BL.to(dtype).T[:, index.clip_M]
         return run_blocks(
             self.blocks,
-            tokens,
+            x_MD,
+            index.packing,
             checkpointing=self.options.activation_checkpointing,
             recompute_attention=self.options.recompute_attention,
             scale_LM=scale_LM,

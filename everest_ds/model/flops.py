@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import TokenEncoder
-from everest_ds.model.packing import TokenIndex
+from everest_ds.model.packing import TokenSet
 from everest_ds.model.selection import Selection
 from everest_ds.model.tubelets import ClipGroup
 from everest_ds.tokens import TokenGrid
@@ -139,5 +139,5 @@ def _meta_clip(encoder: TokenEncoder, grid: TokenGrid) -> ClipGroup:
     return ClipGroup(torch.empty(shape, dtype=torch.uint8, device="meta"), grid)
 
 
-def _some_tokens(count: int) -> TokenIndex:
-    return TokenIndex.of_equal_counts(torch.empty((1, count), dtype=torch.int64, device="meta"))
+def _some_tokens(count: int) -> TokenSet:
+    return TokenSet.from_positions(torch.empty((1, count), dtype=torch.int64, device="meta"))

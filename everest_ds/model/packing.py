@@ -1,7 +1,7 @@
 """Packed tokens: how one row of tokens falls into clips, and which of its clip's tokens each one is.
 
-Place in the flow: a selection's indices -> gathered pixels -> PackedTokens -> blocks. How many tokens each clip
-has is known on the host, so that nothing that follows waits for the device.
+Place in the flow: selected tokens -> gathered pixels -> packed embeddings -> blocks. How many tokens each clip has
+is known on the host, so nothing later waits for the device.
 Axes: B clips, N tokens of a clip, M tokens of the batch in one row, D width.
 """
 
@@ -25,7 +25,7 @@ class Packing:
     cu_seqlens: Tensor
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> "Packing":
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device) -> "Packing":
         """Build the packing of clips of the given lengths."""
         ends = [0]
         for length in lengths:
@@ -56,7 +56,7 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class TokenIndex:
+class TokenSet:
     """A set of tokens of a batch: clip after clip, positions ascending within a clip.
 
     Attributes:
@@ -70,35 +70,35 @@ class TokenIndex:
     packing: Packing
 
     @classmethod
-    def of_equal_counts(cls, position_BS: Tensor) -> "TokenIndex":
+    def from_positions(cls, position_BS: Tensor) -> "TokenSet":
         """Build the index of clips that keep equally many tokens; positions in any order."""
         num_clips, count = position_BS.shape
-        packing = Packing.of([count] * num_clips, position_BS.device)
+        packing = Packing.from_lengths([count] * num_clips, position_BS.device)
         return cls(position_BS.sort(dim=1).values.flatten(), packing.clip_of_token(), packing)
 
     @classmethod
-    def of_mask(cls, kept_BN: Tensor, lengths: Sequence[int] | None = None) -> "TokenIndex":
+    def from_mask(cls, kept_BN: Tensor, lengths: Sequence[int] | None = None) -> "TokenSet":
         """Build the index of a boolean mask, True = kept; counts may differ by clip.
 
         Waits for the device, unless the host knows the ``lengths`` already.
         """
         if lengths is None:
             lengths = [int(count) for count in kept_BN.sum(dim=1).tolist()]
-        packing = Packing.of(lengths, kept_BN.device)
+        packing = Packing.from_lengths(lengths, kept_BN.device)
         kept_first = torch.argsort(kept_BN.flatten().byte(), descending=True, stable=True)
         position_M = kept_first[: packing.total] % kept_BN.shape[1]
         return cls(position_M, packing.clip_of_token(), packing)
 
     @classmethod
-    def join(cls, parts: "Sequence[TokenIndex]") -> "TokenIndex":
+    def join(cls, parts: "Sequence[TokenSet]") -> "TokenSet":
         """Put the clips of several batches one after another."""
         if len(parts) == 1:
             return parts[0]
         lengths = [length for part in parts for length in part.packing.lengths]
-        packing = Packing.of(lengths, parts[0].position_M.device)
+        packing = Packing.from_lengths(lengths, parts[0].position_M.device)
         return cls(torch.cat([part.position_M for part in parts]), packing.clip_of_token(), packing)
 
-    def split(self, num_clips: Sequence[int]) -> "list[TokenIndex]":
+    def split(self, num_clips: Sequence[int]) -> "list[TokenSet]":
         """Take apart what `join` has put together, so many clips each; clips are numbered from 0 again."""
         if sum(num_clips) != len(self.packing.lengths):
             raise ValueError(f"expected {len(self.packing.lengths)} clips in all, got {sum(num_clips)}")
@@ -106,21 +106,8 @@ class TokenIndex:
             return [self]
         parts, clip, row = [], 0, 0
         for count in num_clips:
-            packing = Packing.of(self.packing.lengths[clip : clip + count], self.position_M.device)
+            packing = Packing.from_lengths(self.packing.lengths[clip : clip + count], self.position_M.device)
             rows = slice(row, row + packing.total)
-            parts.append(TokenIndex(self.position_M[rows], self.clip_M[rows] - clip, packing))
+            parts.append(TokenSet(self.position_M[rows], self.clip_M[rows] - clip, packing))
             clip, row = clip + count, rows.stop
         return parts
-
-
-@dataclass(frozen=True)
-class PackedTokens:
-    """Tokens of a batch in one row, with no padding.
-
-    Attributes:
-        x_MD: Embeddings.
-        packing: Where each clip starts and ends.
-    """
-
-    x_MD: Tensor
-    packing: Packing

@@ -1,9 +1,8 @@
 """Which tokens the encoder sees and which the decoder predicts: every strategy as a small pure function.
 
 Place in the flow: importance_BN or a grid, and noise -> Selection(visible, target) -> gathered pixels ->
-PackedTokens. Every strategy is a small pure function; `SelectionRule` puts a strategy and its ratios together, the
-one interface by which models choose tokens. Nothing here waits for the device, and clips do not see each other: a
-permutation of the clips permutes the result.
+packed embeddings. `SelectionRule` puts a strategy and its ratios together; models choose tokens through it alone.
+Nothing here waits for the device, and clips do not see each other: a permutation of the clips permutes the result.
 Axes: B clips, N tokens of a clip, J of one time step, S selected tokens of a clip.
 """
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from everest_ds.config import FinetuneSelectionConfig
-from everest_ds.model.packing import TokenIndex
+from everest_ds.model.packing import TokenSet
 from everest_ds.tokens import (
     CELL_EDGE,
     CELL_TOKENS,
@@ -35,8 +34,8 @@ from everest_ds.tokens import (
 class Selection:
     """The tokens that the encoder sees and those that the decoder predicts."""
 
-    visible: TokenIndex
-    target: TokenIndex
+    visible: TokenSet
+    target: TokenSet
 
     def __post_init__(self) -> None:
         """Check that both name tokens of the same number of clips."""
@@ -47,8 +46,8 @@ class Selection:
     @classmethod
     def join(cls, parts: "Sequence[Selection]") -> "Selection":
         """Put the clips of several batches one after another."""
-        visible = TokenIndex.join([part.visible for part in parts])
-        return cls(visible, TokenIndex.join([part.target for part in parts]))
+        visible = TokenSet.join([part.visible for part in parts])
+        return cls(visible, TokenSet.join([part.target for part in parts]))
 
 
 def rank_by_importance(importance_BN: Tensor, order: OrderName = "descending") -> Tensor:
@@ -136,10 +135,10 @@ def select_rero_varying(
         is_target_BS = is_target_BS & ~is_visible_BS
     nothing_BN = torch.zeros_like(importance_BN, dtype=torch.bool)
     return Selection(
-        visible=TokenIndex.of_mask(
+        visible=TokenSet.from_mask(
             nothing_BN.scatter(1, shuffled_BS, is_visible_BS), [count.visible for count in counts]
         ),
-        target=TokenIndex.of_mask(
+        target=TokenSet.from_mask(
             nothing_BN.scatter(1, shuffled_BS, is_target_BS),
             [count.selected - (0 if keep_visible_as_target else count.visible) for count in counts],
         ),
@@ -160,8 +159,8 @@ def select_first(
     if target_BS.shape[1] == 0:
         raise ValueError(f"all {num_selected} selected tokens are visible; none is left to reconstruct")
     return Selection(
-        visible=TokenIndex.of_equal_counts(order_BN[:, :num_visible]),
-        target=TokenIndex.of_equal_counts(target_BS),
+        visible=TokenSet.from_positions(order_BN[:, :num_visible]),
+        target=TokenSet.from_positions(target_BS),
     )
 
 
@@ -221,8 +220,8 @@ def select_running_cells(
     if not keep_visible_as_target:
         target_BN = target_BN.scatter(1, visible_BS, False)
     return Selection(
-        visible=TokenIndex.of_equal_counts(visible_BS),
-        target=TokenIndex.of_mask(target_BN, [counts.targets] * len(noise_BS)),
+        visible=TokenSet.from_positions(visible_BS),
+        target=TokenSet.from_mask(target_BN, [counts.targets] * len(noise_BS)),
     )
 
 
@@ -329,7 +328,7 @@ class SelectionRule:
         device: torch.device,
         noise_BS: Tensor | None = None,
         importance_BN: Tensor | None = None,
-    ) -> TokenIndex:
+    ) -> TokenSet:
         """Choose what a classifier keeps.
 
         Args:
@@ -347,18 +346,18 @@ class SelectionRule:
             if importance_BN is None:
                 raise ValueError("strategy=rero chooses by importance; none is given")
             require_count(count, grid.num_tokens, "tokens kept")
-            return TokenIndex.of_equal_counts(rank_by_importance(importance_BN, self.order)[:, :count])
+            return TokenSet.from_positions(rank_by_importance(importance_BN, self.order)[:, :count])
         if count == grid.num_tokens:
             position_N = torch.arange(count, device=device)
-            return TokenIndex.of_equal_counts(position_N.expand(num_clips, -1))
+            return TokenSet.from_positions(position_N.expand(num_clips, -1))
         if noise_BS is None or len(noise_BS) != num_clips:
             raise ValueError(f"strategy={self.strategy} draws tokens; it needs noise for {num_clips} clips")
         _require_width(noise_BS, self.keep_noise_length(grid))
         if self.strategy == "running_cell":
             of_cell = count_of_cell(grid, self.selected_ratio)
             kept_BN = running_cells(noise_BS[:, -1], grid, of_cell)
-            return TokenIndex.of_mask(kept_BN, [count] * num_clips)
-        return TokenIndex.of_equal_counts(self._order_by_noise(grid, noise_BS)[:, :count])
+            return TokenSet.from_mask(kept_BN, [count] * num_clips)
+        return TokenSet.from_positions(self._order_by_noise(grid, noise_BS)[:, :count])
 
     def _order_by_noise(self, grid: TokenGrid, noise_BS: Tensor) -> Tensor:
         if self.strategy == "tube":

@@ -1,6 +1,6 @@
 """Pre-norm ViT blocks over packed tokens, and the stack that encoder, decoder and classifier share.
 
-Place in the flow: PackedTokens -> blocks -> PackedTokens. Axes: M packed tokens, D width, E = 3 D, A heads,
+Place in the flow: packed tokens -> blocks -> packed tokens. Axes: M packed tokens, D width, E = 3 D, A heads,
 K = D / A channels of a head, B clips, L branches (attention and MLP of each block, in order). Parameter names are
 the official ones.
 """
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from everest_ds.model.attention import attention
-from everest_ds.model.packing import PackedTokens, Packing
+from everest_ds.model.packing import Packing
 
 # By name: torch's varlen and flash-attn register theirs when they are imported. SDPA's fallback, which torch takes
 # where no fused kernel serves, is made of matrix products and not listed: it is computed again.
@@ -100,7 +100,7 @@ NORM_EPS = 1e-6
 MLP_RATIO = 4
 
 
-class BiasedByCaller(nn.Linear):
+class ExternalBiasLinear(nn.Linear):
     """A linear layer without a bias of its own; the caller hands one over.
 
     The query-key-value bias consists of two parameters and zeros, owned by the attention layer as in the official
@@ -124,7 +124,7 @@ class Attention(nn.Module):
             raise ValueError(f"width={width} is not divisible by num_heads={num_heads}")
         self.num_heads = num_heads
         self.backend = backend
-        self.qkv = BiasedByCaller(width, 3 * width, bias=False)
+        self.qkv = ExternalBiasLinear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
@@ -221,7 +221,8 @@ def branch_scales(noise_BL: Tensor, drop_path: float) -> Tensor:
 
 def run_blocks(
     blocks: nn.ModuleList,
-    tokens: PackedTokens,
+    x_MD: Tensor,
+    packing: Packing,
     *,
     checkpointing: bool,
     recompute_attention: bool = True,
@@ -231,18 +232,18 @@ def run_blocks(
 
     Args:
         blocks: The stack.
-        tokens: What goes in.
+        x_MD: Packed tokens.
+        packing: Where each clip starts and ends.
         checkpointing: Each block keeps only its input and is computed again in backward.
         recompute_attention: Then attention too; else each block also keeps attention's output.
         scale_LM: Factors of each token's branches, two a block; None scales nothing.
     """
-    x_MD = tokens.x_MD
     for number, block in enumerate(blocks):
         scale_2M = None if scale_LM is None else scale_LM[2 * number : 2 * number + 2]
         if checkpointing and torch.is_grad_enabled():
-            x_MD = recomputed(block, x_MD, tokens.packing, scale_2M, attention_too=recompute_attention)
+            x_MD = recomputed(block, x_MD, packing, scale_2M, attention_too=recompute_attention)
         else:
-            x_MD = block(x_MD, tokens.packing, scale_2M)
+            x_MD = block(x_MD, packing, scale_2M)
     return x_MD
 
 

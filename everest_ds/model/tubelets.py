@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from everest_ds.model.packing import TokenIndex
+from everest_ds.model.packing import TokenSet
 from everest_ds.tokens import TokenGrid
 
 CENTRE = 128
@@ -53,11 +53,11 @@ def embed_bytes(clips_BCTHW: Tensor, weight_DCthw: Tensor, bias_D: Tensor) -> Te
     weight_DP = (weight_DCthw / 255).flatten(1)
     rounded_DP = weight_DP.to(torch.bfloat16)
     rest_DP = (weight_DP - rounded_DP.float()).to(torch.bfloat16)
-    x_MD = exact_products(centred_MP, rest_DP).add_(centre_D).add_(exact_products(centred_MP, rounded_DP))
+    x_MD = exact_matmul(centred_MP, rest_DP).add_(centre_D).add_(exact_matmul(centred_MP, rounded_DP))
     return rearrange(x_MD, "(b t h w) d -> b d t h w", b=len(clips_BCTHW), t=num_steps, h=num_rows)
 
 
-def exact_products(x_MP: Tensor, weight_DP: Tensor) -> Tensor:
+def exact_matmul(x_MP: Tensor, weight_DP: Tensor) -> Tensor:
     """Return bfloat16 numbers times the transpose of others in float32, (M, D): sums alone are rounded."""
     if x_MP.device.type == "cuda":
         return torch.mm(x_MP, weight_DP.T, out_dtype=torch.float32)
@@ -65,7 +65,7 @@ def exact_products(x_MP: Tensor, weight_DP: Tensor) -> Tensor:
 
 
 @functools.cache
-def multiplies_exactly(device: torch.device) -> bool:
+def has_exact_matmul(device: torch.device) -> bool:
     """Return whether a GPU gives products of bfloat16 numbers in float32; tried out, once a device.
 
     Of a CPU it is False: there the convolution in float32 is as fast.
@@ -75,7 +75,7 @@ def multiplies_exactly(device: torch.device) -> bool:
     # 2^12 + 1 does not fit into the 8 bits of bfloat16, nor into the 11 of TF32 or float16.
     x_MP = torch.tensor([[64.0, 1.0] + [0.0] * 14] * 16, dtype=torch.bfloat16, device=device)
     try:
-        return bool((exact_products(x_MP, x_MP) == 64.0**2 + 1).all())
+        return bool((exact_matmul(x_MP, x_MP) == 64.0**2 + 1).all())
     except (RuntimeError, TypeError):  # a torch or a GPU that cannot
         return False
 
@@ -97,7 +97,7 @@ class ClipGroup:
         return len(self.clips_BCTHW)
 
 
-def grid_of(clips_BCTHW: Tensor, *, tubelet_size: int, patch_size: int) -> TokenGrid:
+def token_grid(clips_BCTHW: Tensor, *, tubelet_size: int, patch_size: int) -> TokenGrid:
     """Return the token grid of a batch of clips.
 
     Raises:
@@ -112,7 +112,7 @@ def grid_of(clips_BCTHW: Tensor, *, tubelet_size: int, patch_size: int) -> Token
     )
 
 
-def gather_tubelets(clips_BCTHW: Tensor, index: TokenIndex, *, tubelet_size: int, patch_size: int) -> Tensor:
+def gather_tubelets(clips_BCTHW: Tensor, index: TokenSet, *, tubelet_size: int, patch_size: int) -> Tensor:
     """Cut the tubelets that an index names out of their clips, copying nothing else.
 
     Returns:
@@ -132,7 +132,7 @@ def gather_tubelets(clips_BCTHW: Tensor, index: TokenIndex, *, tubelet_size: int
 
 
 def gather_group_tubelets(
-    groups: Sequence[ClipGroup], index: TokenIndex, *, tubelet_size: int, patch_size: int
+    groups: Sequence[ClipGroup], index: TokenSet, *, tubelet_size: int, patch_size: int
 ) -> Tensor:
     """Cut the tubelets that an index names out of clips of one or several shapes; see `gather_tubelets`."""
     parts = index.split([len(group) for group in groups])
@@ -235,7 +235,7 @@ class TubeletEmbedding(nn.Module):
 
     def embeds_bytes(self, clips_BCTHW: Tensor) -> bool:
         """Return whether clips may come as the bytes that they are: one layer, on a device that gains by it."""
-        return clips_BCTHW.dtype == torch.uint8 and not len(self.stem) and multiplies_exactly(clips_BCTHW.device)
+        return clips_BCTHW.dtype == torch.uint8 and not len(self.stem) and has_exact_matmul(clips_BCTHW.device)
 
     def forward(self, pixels_MCTHW: Tensor) -> Tensor:
         """Embed standardised clips or tubelets, (M, C, T, H, W) -> (M, tokens, D), in the input's dtype.
@@ -274,7 +274,7 @@ def interpolate_positions(table_ND: Tensor, grid: TokenGrid, to_grid: TokenGrid)
 
 
 def gather_positions(
-    table_ND: Tensor, grid: TokenGrid, groups: Sequence[ClipGroup], index: TokenIndex, dtype: torch.dtype
+    table_ND: Tensor, grid: TokenGrid, groups: Sequence[ClipGroup], index: TokenSet, dtype: torch.dtype
 ) -> Tensor:
     """Return the position embedding of each token of an index, (M, D), each clip's laid out for its own grid.
 

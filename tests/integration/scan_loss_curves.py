@@ -39,7 +39,7 @@ PATHS = {
 def choose_ways(paths: str) -> None:
     """Turn on or off what is fast and no setting: how GPUs rank, and the fused step that waits for nothing."""
     if paths == "on":
-        tubelets.multiplies_exactly = lambda device: True  # type: ignore[assignment]
+        tubelets.has_exact_matmul = lambda device: True  # type: ignore[assignment]
         return
     engines.make_optimizer = lambda groups, config: torch.optim.AdamW(
         groups, lr=0.0, betas=config.betas, eps=config.eps, foreach=False, fused=False

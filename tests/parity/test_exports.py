@@ -27,7 +27,7 @@ from everest_ds.model.tubelets import standardise
 from everest_ds.model.weights.export import write_weights
 from everest_ds.model.weights.reading import read_weights, weights_of_run
 from everest_ds.recipes import get_recipe
-from everest_ds.train.checkpoints.consolidated import facts_of_run
+from everest_ds.train.checkpoints.consolidated import metadata_of_run
 from everest_ds.train.tasks import encoder_options
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[hf])")
@@ -80,7 +80,7 @@ def model_of(config: FinetuneConfig) -> EverestClassifier:
 def export(config: FinetuneConfig, folder: Path) -> EverestClassifier:
     model = model_of(config)
     text = json.dumps(json.loads(dump_config(config)))
-    weights = weights_of_run(model.state_dict(), facts_of_run(config, NAMES), "memory", config=text)
+    weights = weights_of_run(model.state_dict(), metadata_of_run(config, NAMES), "memory", config=text)
     write_weights(weights, folder, "hf")
     return model
 

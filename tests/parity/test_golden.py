@@ -16,7 +16,7 @@ from torch import Tensor
 
 from everest_ds.model.autoencoder import EverestAutoencoder, Reconstruction
 from everest_ds.model.classifier import EverestClassifier
-from everest_ds.model.packing import TokenIndex
+from everest_ds.model.packing import TokenSet
 from everest_ds.model.selection import Selection, rank_by_importance, select_rero
 from everest_ds.model.tubelets import standardise
 from everest_ds.train.optim import parameter_groups
@@ -44,7 +44,7 @@ def run_everest(golden: GoldenModel, device: str = "cpu") -> tuple[EverestAutoen
 
 def run_tube(golden: GoldenModel) -> tuple[EverestAutoencoder, Reconstruction]:
     hidden_BN = golden.outputs["videomae.mask"]
-    selection = Selection(visible=TokenIndex.of_mask(~hidden_BN), target=TokenIndex.of_mask(hidden_BN))
+    selection = Selection(visible=TokenSet.from_mask(~hidden_BN), target=TokenSet.from_mask(hidden_BN))
     model = golden.autoencoder()
     return model, model.reconstruct(golden.clips_BCTHW, selection)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from everest_ds.model.autoencoder import EverestAutoencoder
-from everest_ds.model.packing import TokenIndex
+from everest_ds.model.packing import TokenSet
 from everest_ds.model.selection import Selection
 from everest_ds.model.tubelets import standardise
 from everest_ds.model.weights.export import Layout, write_weights
@@ -84,7 +84,7 @@ def our_outputs(model: Any, theirs: Any) -> tuple[Tensor, ...]:
     clips, hidden_BN = clips_and_mask(theirs)
     if not isinstance(model, EverestAutoencoder):
         return (model(clips),)
-    selection = Selection(visible=TokenIndex.of_mask(~hidden_BN), target=TokenIndex.of_mask(hidden_BN))
+    selection = Selection(visible=TokenSet.from_mask(~hidden_BN), target=TokenSet.from_mask(hidden_BN))
     output = model.reconstruct(clips, selection)
     return output.prediction_RP, output.loss
 

@@ -28,7 +28,7 @@ EPSILONS = ("norm_eps", "last_norm_eps")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class ModelMetadata:
     """What tensors do not tell of their model; None where nobody said.
 
     Attributes:
@@ -56,7 +56,7 @@ class Facts:
         return json.dumps(asdict(self))
 
     @classmethod
-    def parse(cls, text: object, source: str) -> "Facts":
+    def parse(cls, text: object, source: str) -> "ModelMetadata":
         """Read what `dump` wrote.
 
         Raises:
@@ -78,7 +78,7 @@ class Facts:
         return cls(**counts, **epsilons, labels=names)
 
 
-NO_FACTS = Facts()
+NO_METADATA = ModelMetadata()
 
 
 Kind = Literal["autoencoder", "classifier", "encoder"]
@@ -145,11 +145,11 @@ class Architecture:
             parts.append(f"{self.num_classes} classes")
         return ", ".join(parts)
 
-    def facts(self) -> Facts:
+    def facts(self) -> ModelMetadata:
         """Return what the tensors of this model do not tell."""
         options, grid = self.options, self.grid
         known = self.grid_is_known
-        return Facts(
+        return ModelMetadata(
             num_heads=self.num_heads,
             decoder_num_heads=self.decoder_num_heads,
             num_frames=grid.time * options.tubelet_size if known else None,
@@ -217,7 +217,7 @@ class Architecture:
         )
 
 
-def infer_architecture(tensors: Mapping[str, Tensor], facts: Facts, source: str) -> Architecture:
+def infer_architecture(tensors: Mapping[str, Tensor], facts: ModelMetadata, source: str) -> Architecture:
     """Read an architecture off tensors under our names.
 
     Args:
@@ -312,7 +312,7 @@ def _decoder_width(tensors: Mapping[str, Tensor]) -> int | None:
     return None
 
 
-def _grid(facts: Facts, options: EncoderOptions, source: str) -> TokenGrid:
+def _grid(facts: ModelMetadata, options: EncoderOptions, source: str) -> TokenGrid:
     tubelet, patch = options.tubelet_size, options.patch_size
     if facts.num_frames is None or facts.image_height is None or facts.image_width is None:
         edge = max(1, OFFICIAL_IMAGE_SIZE // patch)

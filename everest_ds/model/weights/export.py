@@ -15,7 +15,7 @@ from torch import Tensor
 from everest_ds.config import Config
 from everest_ds.errors import UserError
 from everest_ds.files import atomic_path
-from everest_ds.model.weights.foreign import FACTS_KEY, RUN_CONFIG_KEY
+from everest_ds.model.weights.foreign import METADATA_KEY, RUN_CONFIG_KEY
 from everest_ds.model.weights.hub_config import with_positions_of
 from everest_ds.model.weights.hub_folder import folder_for
 from everest_ds.model.weights.huggingface import to_huggingface
@@ -77,11 +77,11 @@ def write_weights(
     made_of: dict[str, tuple[str, ...]] = {name: (name,) for name in weights.tensors}
     notes: tuple[str, ...] = ()
     if layout == "everest":
-        metadata = {FACTS_KEY: facts} | ({} if weights.config is None else {RUN_CONFIG_KEY: weights.config})
+        metadata = {METADATA_KEY: facts} | ({} if weights.config is None else {RUN_CONFIG_KEY: weights.config})
         write_whole(target, lambda path: save_safetensors(weights.tensors, path, metadata))
     elif layout == "videomae":
         _require_official(weights)
-        write_whole(target, lambda path: torch.save({"model": weights.tensors, FACTS_KEY: facts}, path))
+        write_whole(target, lambda path: torch.save({"model": weights.tensors, METADATA_KEY: facts}, path))
     else:
         weights = replace(weights, architecture=with_positions_of(weights.architecture, recipe))
         translated = to_huggingface(weights.tensors, weights.architecture)

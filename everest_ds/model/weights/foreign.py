@@ -17,15 +17,15 @@ from torch import Tensor
 
 from everest_ds.config.file import read_json_object
 from everest_ds.errors import UserError
-from everest_ds.model.weights.architecture import DECODER_MARKS, NO_FACTS, Facts
+from everest_ds.model.weights.architecture import DECODER_MARKS, NO_METADATA, ModelMetadata
 
 # Keys under which training codes keep the state dict, in the order of the official fine-tuning code.
 WRAPPERS = ("model", "module", "state_dict")
 # Leading parts of names that wrappers add: data parallelism and DeepSpeed, our tasks, official fine-tuning.
 PREFIXES = ("module", "model", "backbone")
 COMPILED = "_orig_mod"  # torch.compile adds it, anywhere
-# Where our files keep `Facts`: a key beside the state dict, or of safetensors' metadata.
-FACTS_KEY = "everest_model"
+# Where our files keep `ModelMetadata`: a key beside the state dict, or of safetensors' metadata.
+METADATA_KEY = "everest_model"
 # Where the configuration of the run stands that they are from, in safetensors' metadata.
 RUN_CONFIG_KEY = "config"
 CONFIG = "config.json"
@@ -57,7 +57,7 @@ class RawWeights:
     tensors: dict[str, Tensor]
     names: dict[str, str]
     beside: tuple[str, ...] = ()
-    facts: Facts = NO_FACTS
+    facts: ModelMetadata = NO_METADATA
     config: dict[str, Any] | None = None
     run_config: str | None = None
     wrapper: str | None = None
@@ -79,8 +79,8 @@ def read_raw(path: Path) -> RawWeights:
         )
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
-        facts = Facts.parse(metadata[FACTS_KEY], str(path)) if FACTS_KEY in metadata else NO_FACTS
-        run_config = metadata.get(RUN_CONFIG_KEY) if FACTS_KEY in metadata else None
+        facts = ModelMetadata.parse(metadata[METADATA_KEY], str(path)) if METADATA_KEY in metadata else NO_METADATA
+        run_config = metadata.get(RUN_CONFIG_KEY) if METADATA_KEY in metadata else None
         raw = RawWeights(**_without_prefixes(tensors, path), facts=facts, run_config=run_config)
     else:
         raw = _unwrap(_read_pickle(path), path)
@@ -183,7 +183,7 @@ def _unwrap(content: Any, path: Path) -> RawWeights:
     wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
     state = content if wrapper is None else content[wrapper]
     tensors = {str(name): value for name, value in state.items() if torch.is_tensor(value)}
-    beside = [str(key) for key in content if key != wrapper and str(key) not in tensors and key != FACTS_KEY]
+    beside = [str(key) for key in content if key != wrapper and str(key) not in tensors and key != METADATA_KEY]
     if wrapper is not None:
         beside += [f"{wrapper}.{name}" for name in state if str(name) not in tensors]
     if not tensors:
@@ -194,7 +194,7 @@ def _unwrap(content: Any, path: Path) -> RawWeights:
             f"{path} holds no tensors: it has {shown or 'nothing'}; expected a state dict, bare or under "
             f"{' or '.join(WRAPPERS)}{nested}"
         )
-    facts = _facts_beside(content, path) if wrapper is not None else NO_FACTS
+    facts = _facts_beside(content, path) if wrapper is not None else NO_METADATA
     return RawWeights(**_without_prefixes(tensors, path), beside=tuple(beside), facts=facts, wrapper=wrapper)
 
 
@@ -202,16 +202,16 @@ def _has_tensors(state: Mapping[Any, Any]) -> bool:
     return any(torch.is_tensor(value) for value in state.values())
 
 
-def _facts_beside(content: Mapping[Any, Any], path: Path) -> Facts:
+def _facts_beside(content: Mapping[Any, Any], path: Path) -> ModelMetadata:
     """Return what a file says of its model: our own key, else the official code's arguments."""
-    if FACTS_KEY in content:
-        return Facts.parse(content[FACTS_KEY], str(path))
+    if METADATA_KEY in content:
+        return ModelMetadata.parse(content[METADATA_KEY], str(path))
     arguments = content.get("args")
     given = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
     num_frames, edge = given.get("num_frames"), given.get("input_size")
     if type(num_frames) is not int or type(edge) is not int or min(num_frames, edge) < 1:
-        return NO_FACTS
-    return Facts(num_frames=num_frames, image_height=edge, image_width=edge)
+        return NO_METADATA
+    return ModelMetadata(num_frames=num_frames, image_height=edge, image_width=edge)
 
 
 def _without_prefixes(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from everest_ds.errors import UserError
 from everest_ds.model.transformer import MLP_RATIO, Block
-from everest_ds.model.weights.architecture import Architecture, Facts, Kind, count_blocks
+from everest_ds.model.weights.architecture import Architecture, Kind, ModelMetadata, count_blocks
 
 TRUNK = "videomae."
 ENCODER_BLOCKS, DECODER_BLOCKS = f"{TRUNK}encoder.layer", "decoder.decoder_layers"
@@ -45,7 +45,7 @@ FIXED_SETTINGS: dict[str, Any] = {"model_type": "videomae", "hidden_act": "gelu"
 # What its decoder's and its classifier's norm add to the variance, whatever its configuration says of the others.
 LAST_NORM_EPS = 1e-5
 DEFAULT_NORM_EPS = 1e-12
-# Its numbers that `Facts` take, with transformers' defaults.
+# Its numbers that `ModelMetadata` take, with transformers' defaults.
 DEFAULT_NUMBERS = {"num_attention_heads": 12, "decoder_num_attention_heads": 6, "num_frames": 16, "tubelet_size": 2}
 
 
@@ -148,7 +148,7 @@ def to_huggingface(tensors: Mapping[str, Tensor], architecture: Architecture) ->
     return Translation(tensors=out, sources=sources, notes=tuple(notes))
 
 
-def facts_of_config(config: Mapping[str, Any], source: str) -> Facts:
+def facts_of_config(config: Mapping[str, Any], source: str) -> ModelMetadata:
     """Read what its configuration says and shapes do not.
 
     Raises:
@@ -175,7 +175,7 @@ def facts_of_config(config: Mapping[str, Any], source: str) -> Facts:
     if isinstance(labels, dict) and all(str(i) in labels for i in range(len(labels))):
         ordered = tuple(str(labels[str(i)]) for i in range(len(labels)))
         named = None if ordered == tuple(f"LABEL_{i}" for i in range(len(ordered))) else ordered
-    facts = Facts(
+    facts = ModelMetadata(
         num_heads=numbers["num_attention_heads"],
         decoder_num_heads=numbers["decoder_num_attention_heads"],
         num_frames=numbers["num_frames"],
@@ -188,7 +188,7 @@ def facts_of_config(config: Mapping[str, Any], source: str) -> Facts:
     return _facts_of_export(facts, config, source)
 
 
-def _facts_of_export(facts: Facts, config: Mapping[str, Any], source: str) -> Facts:
+def _facts_of_export(facts: ModelMetadata, config: Mapping[str, Any], source: str) -> ModelMetadata:
     """Return the facts with what a folder of ours says of them: the last norm, and the clips that positions are of.
 
     Raises:

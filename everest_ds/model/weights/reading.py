@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from everest_ds.errors import UserError
-from everest_ds.model.weights.architecture import Architecture, Facts, infer_architecture
+from everest_ds.model.weights.architecture import Architecture, ModelMetadata, infer_architecture
 from everest_ds.model.weights.foreign import read_raw
 from everest_ds.model.weights.huggingface import facts_of_config, from_huggingface, is_huggingface, notes_of_config
 from everest_ds.model.weights.other_projects import from_mmaction, is_mmaction, refuse_other_models
@@ -181,10 +181,14 @@ def read_weights(path: Path) -> Weights:
 
 
 def weights_of_run(
-    tensors: dict[str, Tensor], facts: Facts, source: str, config: str | None = None, checkpoint: Path | None = None
+    tensors: dict[str, Tensor],
+    metadata: ModelMetadata,
+    source: str,
+    config: str | None = None,
+    checkpoint: Path | None = None,
 ) -> Weights:
-    """Return a run's own weights, whose facts its configuration knows."""
-    architecture = infer_architecture(tensors, facts, source)
+    """Return a run's own weights, whose metadata its configuration knows."""
+    architecture = infer_architecture(tensors, metadata, source)
     return as_weights(
         Weights(
             source=source,

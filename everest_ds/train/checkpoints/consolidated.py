@@ -20,9 +20,9 @@ from everest_ds.errors import UserError
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.sizes import get_size
-from everest_ds.model.weights.architecture import Facts
+from everest_ds.model.weights.architecture import ModelMetadata
 from everest_ds.model.weights.export import save_safetensors, write_whole
-from everest_ds.model.weights.foreign import FACTS_KEY
+from everest_ds.model.weights.foreign import METADATA_KEY
 from everest_ds.model.weights.loading import load_weights
 from everest_ds.model.weights.reading import Weights, read_weights, require_finite, weights_of_run
 from everest_ds.model.weights.report import WeightsReport
@@ -148,7 +148,7 @@ def export_fp32(source: Path, target: Path) -> Path:
     facts = {
         "step": str(read_state(checkpoint).step),
         "config": _one_line(config),
-        FACTS_KEY: facts_of_run(config, _class_names(checkpoint)).dump(),
+        METADATA_KEY: metadata_of_run(config, _class_names(checkpoint)).dump(),
     }
     weights = read_fp32_weights(checkpoint)
     require_finite(weights, str(checkpoint))
@@ -165,11 +165,11 @@ def _class_names(checkpoint: Path) -> tuple[str, ...] | None:
     return read_class_names(names) if names.is_file() else None
 
 
-def facts_of_run(config: Config, labels: tuple[str, ...] | None = None) -> Facts:
+def metadata_of_run(config: Config, labels: tuple[str, ...] | None = None) -> ModelMetadata:
     """Return what a run says of its model and its weights do not: its configuration, and its classes' names."""
     size, model = get_size(config.model.size), config.model
     edge = model.position_size or config.data.image_size
-    return Facts(
+    return ModelMetadata(
         num_heads=size.num_heads,
         decoder_num_heads=size.decoder_num_heads,
         num_frames=model.position_frames or config.data.num_frames,
@@ -190,7 +190,7 @@ def read_any_weights(path: Path) -> Weights:
         return read_weights(path)
     checkpoint = find_source(path)
     config = load_config(checkpoint.parent.parent / "config.json")
-    facts = facts_of_run(config, _class_names(checkpoint))
+    facts = metadata_of_run(config, _class_names(checkpoint))
     weights, text = read_fp32_weights(checkpoint), _one_line(config)
     return weights_of_run(weights, facts, str(checkpoint), config=text, checkpoint=checkpoint)
 

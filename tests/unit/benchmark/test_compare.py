@@ -28,7 +28,7 @@ from everest_ds.benchmark.official_step import (
 from everest_ds.benchmark.timing import Outcome, Side, take_turns
 from everest_ds.config import PretrainConfig
 from everest_ds.errors import UserError
-from everest_ds.model.packing import TokenIndex
+from everest_ds.model.packing import TokenSet
 from everest_ds.model.selection import Selection
 from everest_ds.model.tubelets import standardise
 from everest_ds.recipes import get_recipe
@@ -313,6 +313,6 @@ def test_real_code_does_the_same_work(real: str) -> None:
         ours = task(clips, torch.rand(1, 470)).item()
         assert theirs == pytest.approx(ours, rel=5e-3)
         return
-    selection = Selection(visible=TokenIndex.of_mask(~mask_BN), target=TokenIndex.of_mask(mask_BN))
+    selection = Selection(visible=TokenSet.from_mask(~mask_BN), target=TokenSet.from_mask(mask_BN))
     output = task.model.reconstruct(clips, selection)
     assert F.mse_loss(output.prediction_RP, output.target_RP).item() == pytest.approx(theirs, rel=1e-5)

@@ -22,7 +22,7 @@ from everest_ds.model.sizes import get_size
 from everest_ds.model.weights.reading import weights_of_run
 from everest_ds.recipes import get_recipe
 from everest_ds.tokens import TokenGrid
-from everest_ds.train.checkpoints.consolidated import facts_of_run
+from everest_ds.train.checkpoints.consolidated import metadata_of_run
 from everest_ds.train.checkpoints.save import TrainState
 from everest_ds.train.tasks import encoder_options
 
@@ -149,7 +149,7 @@ def test_identity_follows_the_contents(tmp_path: Path) -> None:
 def run_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, EverestClassifier]:
     """A run whose checkpoint reads as a classifier's weights."""
     origin, model = locate(make_run(tmp_path / "run")), classifier()
-    weights = weights_of_run(model.state_dict(), facts_of_run(demo_ft()), "run")
+    weights = weights_of_run(model.state_dict(), metadata_of_run(demo_ft()), "run")
     monkeypatch.setattr(trained_module, "read_any_weights", lambda path: weights)
     return origin, model
 

@@ -33,7 +33,7 @@ def random_qkv(total: int, head_dim: int, device: str = "cpu") -> list[torch.Ten
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_sdpa_equals_the_dense_oracle_forward_and_backward(lengths: list[int]) -> None:
-    packing = Packing.of(lengths, torch.device("cpu"))
+    packing = Packing.from_lengths(lengths, torch.device("cpu"))
     inputs = [x.requires_grad_() for x in random_qkv(sum(lengths), 8)]
     copies = [x.detach().clone().requires_grad_() for x in inputs]
     out = attention(*inputs, packing, backend="sdpa")
@@ -56,7 +56,7 @@ def test_gpu_backends_agree_forward_and_backward(pair: tuple[str, str], lengths:
         obstacle = BACKENDS[name].obstacle(device, torch.bfloat16, head_dim)
         if obstacle:
             pytest.skip(obstacle)
-    packing = Packing.of(lengths, device)
+    packing = Packing.from_lengths(lengths, device)
     base = [x.bfloat16() for x in random_qkv(sum(lengths), head_dim, "cuda")]
     results = {}
     for backend in pair:
@@ -76,7 +76,7 @@ def test_torchs_kernel_takes_what_it_is_handed(
     """On fake tensors of a GPU that is not there: names, shapes and types of this torch's varlen_attn."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *given: (9, 0))
     with FakeTensorMode():
-        packing = Packing.of(lengths, torch.device("cuda"))
+        packing = Packing.from_lengths(lengths, torch.device("cuda"))
         q, k, v = (
             torch.empty(sum(lengths), 6, head_dim, dtype=torch.bfloat16, device="cuda", requires_grad=True)
             for _ in range(3)
@@ -112,4 +112,4 @@ def test_backend_that_cannot_serve_says_why(
 
 def test_packing_of_another_row_is_refused() -> None:
     with pytest.raises(ValueError, match="packing is of 4 tokens, got 5"):
-        attention(*random_qkv(5, 8), Packing.of([4], torch.device("cpu")))
+        attention(*random_qkv(5, 8), Packing.from_lengths([4], torch.device("cpu")))

@@ -10,7 +10,7 @@ from everest_ds.model.attention import BACKENDS
 from everest_ds.model.autoencoder import EverestAutoencoder, interleave_clips
 from everest_ds.model.classifier import EverestClassifier, mean_per_clip
 from everest_ds.model.encoder import EncoderOptions
-from everest_ds.model.packing import TokenIndex
+from everest_ds.model.packing import TokenSet
 from everest_ds.model.selection import DEFAULT_RULE, Selection
 from everest_ds.tokens import TokenGrid
 from tests.conftest import make_size
@@ -44,16 +44,16 @@ def random_selection(visible_counts: list[int], target_counts: list[int], num_to
         order = torch.randperm(num_tokens, generator=generator)
         visible[b, order[:v]] = True
         target[b, order[v : v + t]] = True
-    return Selection(visible=TokenIndex.of_mask(visible), target=TokenIndex.of_mask(target))
+    return Selection(visible=TokenSet.from_mask(visible), target=TokenSet.from_mask(target))
 
 
 def clip_of(selection: Selection, b: int) -> Selection:
     """The part of a selection that belongs to one clip."""
 
-    def part(index: TokenIndex) -> TokenIndex:
+    def part(index: TokenSet) -> TokenSet:
         mask = torch.zeros(1, 64, dtype=torch.bool)
         mask[0, index.position_M[index.clip_M == b]] = True
-        return TokenIndex.of_mask(mask)
+        return TokenSet.from_mask(mask)
 
     return Selection(visible=part(selection.visible), target=part(selection.target))
 
@@ -93,10 +93,10 @@ def test_packed_equals_clip_by_clip_forward_and_gradients(
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=PACKED_ATOL * max(scale, 1.0), msg=name)
 
 
-def _to(index: TokenIndex, device: str) -> TokenIndex:
+def _to(index: TokenSet, device: str) -> TokenSet:
     packing = index.packing
     moved = type(packing)(packing.lengths, packing.cu_seqlens.to(device))
-    return TokenIndex(index.position_M.to(device), index.clip_M.to(device), moved)
+    return TokenSet(index.position_M.to(device), index.clip_M.to(device), moved)
 
 
 # Packed against clip by clip in bfloat16, two blocks deep; outputs are of order 1.
@@ -124,11 +124,11 @@ def test_interleaving_puts_each_clips_tokens_side_by_side() -> None:
     selection = random_selection([2, 0, 3], [1, 4, 2])
     visible = torch.arange(5.0)[:, None] + 100
     target = torch.arange(7.0)[:, None] + 200
-    tokens, target_rows = interleave_clips(visible, target, selection)
+    x_MD, packing, target_rows = interleave_clips(visible, target, selection)
     expected = [100, 101, 200, 201, 202, 203, 204, 102, 103, 104, 205, 206]
-    assert tokens.x_MD.flatten().tolist() == expected
-    assert tokens.packing.lengths == (3, 4, 5)
-    assert tokens.x_MD[target_rows].flatten().tolist() == target.flatten().tolist()
+    assert x_MD.flatten().tolist() == expected
+    assert packing.lengths == (3, 4, 5)
+    assert x_MD[target_rows].flatten().tolist() == target.flatten().tolist()
 
 
 def test_checkpointing_changes_no_number() -> None:
@@ -191,10 +191,10 @@ def test_a_bias_of_the_key_would_change_nothing() -> None:
 
 
 def test_classifier_pools_each_clip_over_its_own_tokens() -> None:
-    index = TokenIndex.of_mask(torch.tensor([[True, True, False], [False, False, True]]))
+    index = TokenSet.from_mask(torch.tensor([[True, True, False], [False, False, True]]))
     pooled = mean_per_clip(torch.tensor([[1.0], [3.0], [7.0]]), index)
     assert pooled.tolist() == [[2.0], [7.0]]
-    empty = TokenIndex.of_mask(torch.tensor([[True], [False]]))
+    empty = TokenSet.from_mask(torch.tensor([[True], [False]]))
     with pytest.raises(ValueError, match="without tokens"):
         mean_per_clip(torch.zeros(1, 1), empty)
 
@@ -202,7 +202,7 @@ def test_classifier_pools_each_clip_over_its_own_tokens() -> None:
 @pytest.mark.parametrize("counts", [[900, 900], [900, 100]], ids=["equal", "unequal"])
 def test_mean_of_many_bfloat16_tokens_is_as_exact_as_one(counts: list[int]) -> None:
     """Summed in bfloat16, 900 tokens around 1 would come to a stop at 256."""
-    index = TokenIndex.of_mask(torch.arange(900) < torch.tensor(counts)[:, None])
+    index = TokenSet.from_mask(torch.arange(900) < torch.tensor(counts)[:, None])
     x_MD = (1 + 0.1 * torch.rand(sum(counts), 3)).to(torch.bfloat16)
     expected = torch.stack([part.double().mean(dim=0) for part in x_MD.split(counts)])
     assert torch.equal(mean_per_clip(x_MD, index), expected.to(torch.bfloat16))

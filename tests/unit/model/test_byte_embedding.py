@@ -15,8 +15,8 @@ from everest_ds.model.tubelets import (
     IMAGENET_STD,
     TubeletEmbedding,
     embed_bytes,
-    exact_products,
-    multiplies_exactly,
+    exact_matmul,
+    has_exact_matmul,
     standardise,
 )
 from everest_ds.tokens import TokenGrid
@@ -86,13 +86,13 @@ def test_products_are_exact_where_their_sums_are() -> None:
     x_MP = torch.tensor([[-128.0, 127.0, 1.0], [0.0, 3.0, 127.0]]).bfloat16()
     weight_DP = torch.tensor([[1 + 2**-7, -(2.0**-9), 2.0**-14]]).bfloat16()
     expected = [[-128 * (1 + 2**-7) - 127 * 2**-9 + 2**-14], [-3 * 2**-9 + 127 * 2**-14]]
-    assert exact_products(x_MP, weight_DP).tolist() == expected
+    assert exact_matmul(x_MP, weight_DP).tolist() == expected
 
 
 @pytest.fixture
 def exact_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that passes for a device that gains by it."""
-    monkeypatch.setattr(tubelets, "multiplies_exactly", lambda device: True)
+    monkeypatch.setattr(tubelets, "has_exact_matmul", lambda device: True)
 
 
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
@@ -124,7 +124,7 @@ def test_only_bytes_and_one_layer_go_this_way() -> None:
 
 
 def test_cpu_convolves_in_float32() -> None:
-    assert not multiplies_exactly(CPU)
+    assert not has_exact_matmul(CPU)
     encoder = TokenEncoder(get_size("nano"), GRID, EncoderOptions())
     (group,) = encoder.group(make_clips())
     x_BND = encoder.patch_embed(standardise(group.clips_BCTHW))
@@ -135,7 +135,7 @@ def test_cpu_convolves_in_float32() -> None:
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 def test_gpu_embeds_and_ranks_as_float64_does(dtype: torch.dtype) -> None:
     device = torch.device("cuda")
-    assert multiplies_exactly(device)
+    assert has_exact_matmul(device)
     clips, (weight, bias) = make_clips(device), make_kernel(dtype, device)
     expected, found = embed_in_float64(clips, weight, bias), embed_bytes(clips, weight, bias).cpu().double()
     torch.testing.assert_close(found, expected, rtol=0, atol=EMBEDDING_ATOL)

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from everest_ds.config import FinetuneConfig
 from everest_ds.errors import UserError
 from everest_ds.model import transformer as compilation
-from everest_ds.model.packing import PackedTokens, Packing
+from everest_ds.model.packing import Packing
 from everest_ds.model.transformer import branch_scales, make_blocks, run_blocks
 from everest_ds.planning.planner import plan_settings
 from everest_ds.recipes import get_recipe
@@ -64,7 +64,7 @@ def run_backward(
     torch.manual_seed(0)
     blocks = make_blocks(width=32, depth=DEPTH, num_heads=2, backend="auto", compiles=compiles).to(dtype)
     x_MD = torch.randn(sum(lengths), 32).to(dtype).requires_grad_()
-    packing = Packing.of(lengths, x_MD.device)
+    packing = Packing.from_lengths(lengths, x_MD.device)
     scale_LM = None
     if drops:
         scale_BL = branch_scales(torch.rand(len(lengths), 2 * DEPTH), 0.5)
@@ -73,7 +73,8 @@ def run_backward(
     with torch.autocast("cpu", torch.bfloat16, enabled=autocasts, cache_enabled=False):
         out_MD = run_blocks(
             blocks,
-            PackedTokens(x_MD, packing),
+            x_MD,
+            packing,
             checkpointing=checkpointing,
             recompute_attention=recompute_attention,
             scale_LM=scale_LM,

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from everest_ds.config import FinetuneConfig, PretrainConfig
 from everest_ds.model import tubelets
 from everest_ds.model.classifier import EverestClassifier
-from everest_ds.model.packing import TokenIndex
+from everest_ds.model.packing import TokenSet
 from everest_ds.recipes import get_recipe
 from everest_ds.train.selecting import num_pretrain_noise
 from everest_ds.train.tasks import Task, make_task
@@ -101,7 +101,7 @@ def test_pretraining_keeps_to_the_device(selection: dict[str, Any]) -> None:
 
 def test_ranking_by_exact_products_keeps_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is tried out on a real GPU before it is used; here it is taken to serve."""
-    monkeypatch.setattr(tubelets, "multiplies_exactly", lambda device: True)
+    monkeypatch.setattr(tubelets, "has_exact_matmul", lambda device: True)
     assert is_scalar_on_the_gpu(forward(pretraining()))
 
 
@@ -126,8 +126,8 @@ def test_what_would_wait_is_refused() -> None:
         with pytest.raises(REFUSED):
             float(torch.empty((), device="cuda"))
         with NoWaitedCopies(), pytest.raises((AssertionError, *REFUSED)):
-            TokenIndex.of_mask(mask_BN)
-        TokenIndex.of_mask(mask_BN, [3, 4])
+            TokenSet.from_mask(mask_BN)
+        TokenSet.from_mask(mask_BN, [3, 4])
         with NoWaitedCopies(), pytest.raises(AssertionError, match="brings a tensor to the host"):
             mask_BN.cpu()
         with NoWaitedCopies(), pytest.raises(AssertionError, match="and waits"):

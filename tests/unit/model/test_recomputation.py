@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from everest_ds.config import Config, FinetuneConfig, FinetuneDataConfig, ModelConfig
 from everest_ds.errors import UserError
-from everest_ds.model.packing import PackedTokens, Packing
+from everest_ds.model.packing import Packing
 from everest_ds.model.transformer import ATTENTION_OPERATORS, branch_scales, make_blocks, run_blocks
 from everest_ds.recipes import get_recipe
 from everest_ds.train.tasks import make_task
@@ -43,7 +43,7 @@ def run_backward(
     torch.manual_seed(0)
     blocks = make_blocks(width=32, depth=DEPTH, num_heads=2, backend="sdpa").to(dtype)
     x_MD = torch.randn(sum(lengths), 32, generator=generator).to(dtype).requires_grad_()
-    packing = Packing.of(lengths, x_MD.device)
+    packing = Packing.from_lengths(lengths, x_MD.device)
     scale_LM = None
     if drops:
         noise_BL = torch.rand(len(lengths), 2 * DEPTH, generator=generator)
@@ -52,7 +52,8 @@ def run_backward(
     with OperatorCounter() as counter:
         out_MD = run_blocks(
             blocks,
-            PackedTokens(x_MD, packing),
+            x_MD,
+            packing,
             checkpointing=checkpointing,
             recompute_attention=recompute_attention,
             scale_LM=scale_LM,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from everest_ds.model.importance import rero_importance
-from everest_ds.model.packing import Packing, TokenIndex
+from everest_ds.model.packing import Packing, TokenSet
 from everest_ds.model.selection import Selection, SelectionRule, rank_by_importance, select_rero
 from everest_ds.tokens import TokenGrid, ratio_to_count
 
@@ -114,7 +114,7 @@ def test_impossible_counts_are_refused(noise: torch.Tensor, num_visible: int, me
 
 @pytest.mark.parametrize("lengths", [[3, 3, 3], [2, 0, 5, 1], [4], [0, 0], []])
 def test_packing_says_where_each_clip_is(lengths: list[int]) -> None:
-    packing = Packing.of(lengths, torch.device("cpu"))
+    packing = Packing.from_lengths(lengths, torch.device("cpu"))
     assert packing.cu_seqlens.dtype == torch.int32
     assert packing.cu_seqlens.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     assert packing.total == sum(lengths)
@@ -125,19 +125,19 @@ def test_packing_says_where_each_clip_is(lengths: list[int]) -> None:
 
 def test_packing_refuses_a_negative_length() -> None:
     with pytest.raises(ValueError, match="-1 tokens"):
-        Packing.of([2, -1], torch.device("cpu"))
+        Packing.from_lengths([2, -1], torch.device("cpu"))
 
 
 def test_mask_and_positions_give_the_same_index() -> None:
     kept = torch.tensor([[True, False, True, False], [False, True, True, False]])
-    of_mask = TokenIndex.of_mask(kept)
-    of_positions = TokenIndex.of_equal_counts(torch.tensor([[2, 0], [1, 2]]))
+    of_mask = TokenSet.from_mask(kept)
+    of_positions = TokenSet.from_positions(torch.tensor([[2, 0], [1, 2]]))
     assert torch.equal(of_mask.position_M, of_positions.position_M)
     assert torch.equal(of_mask.clip_M, of_positions.clip_M)
     assert of_mask.packing.lengths == of_positions.packing.lengths == (2, 2)
 
 
 def test_selection_of_different_batches_is_refused() -> None:
-    one, two = (TokenIndex.of_mask(torch.ones(b, 2, dtype=torch.bool)) for b in (1, 2))
+    one, two = (TokenSet.from_mask(torch.ones(b, 2, dtype=torch.bool)) for b in (1, 2))
     with pytest.raises(ValueError, match="of 1 clips"):
         Selection(visible=one, target=two)

@@ -13,14 +13,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from everest_ds.errors import UserError
-from everest_ds.model.packing import TokenIndex
+from everest_ds.model.packing import TokenSet
 from everest_ds.model.selection import Selection, SelectionRule, running_cells, select_rero, select_rero_varying
 from everest_ds.tokens import ClipCounts, OrderName, StrategyName, TargetName, TokenGrid, bound_counts, count_kept
 
 CPU = torch.device("cpu")
 
 
-def clips_of(index: TokenIndex) -> list[list[int]]:
+def clips_of(index: TokenSet) -> list[list[int]]:
     """The positions of each clip."""
     return [part.tolist() for part in index.position_M.split(index.packing.lengths)]
 

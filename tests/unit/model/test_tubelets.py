@@ -5,18 +5,18 @@ import pytest
 import torch
 
 from everest_ds.errors import UserError
-from everest_ds.model.packing import TokenIndex
+from everest_ds.model.packing import TokenSet
 from everest_ds.model.tubelets import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     TubeletEmbedding,
     gather_tubelets,
-    grid_of,
     interpolate_positions,
     reconstruction_target,
     sinusoid_positions,
     standardise,
     to_unit_range,
+    token_grid,
 )
 from everest_ds.tokens import TokenGrid
 
@@ -33,7 +33,7 @@ def random_clips(batch: int = 2, frames: int = 4, height: int = 16, width: int =
 def test_gather_cuts_the_tubelets_that_the_index_names() -> None:
     clips = random_clips()
     position_M, clip_M = torch.tensor([0, 5, 11, 3, 7]), torch.tensor([0, 0, 0, 1, 1])
-    index = TokenIndex(position_M, clip_M, None)  # type: ignore[arg-type]
+    index = TokenSet(position_M, clip_M, None)  # type: ignore[arg-type]
     tubelets = gather_tubelets(clips, index, tubelet_size=2, patch_size=8)
     assert tubelets.shape == (5, 3, 2, 8, 8)
     for tubelet, position, clip in zip(tubelets, position_M.tolist(), clip_M.tolist(), strict=True):
@@ -79,7 +79,7 @@ def test_single_tubelets_embed_as_in_their_clip(num_layers: int) -> None:
     embedding = TubeletEmbedding(width=12, tubelet_size=2, patch_size=8, num_layers=num_layers)
     clips = random_clips()
     whole_BND = embedding(standardise(clips))
-    index = TokenIndex.of_mask(torch.ones(2, 12, dtype=torch.bool))
+    index = TokenSet.from_mask(torch.ones(2, 12, dtype=torch.bool))
     single = embedding(standardise(gather_tubelets(clips, index, tubelet_size=2, patch_size=8)))
     assert single.shape == (24, 1, 12)
     torch.testing.assert_close(single.view(2, 12, 12), whole_BND, rtol=0, atol=FLOAT32_ATOL)
@@ -149,6 +149,6 @@ def test_positions_of_other_clips_are_interpolated_along_each_axis(num_frames: i
 
 def test_clips_that_do_not_divide_are_refused() -> None:
     with pytest.raises(UserError, match="image height=20"):
-        grid_of(random_clips(height=20), tubelet_size=2, patch_size=8)
+        token_grid(random_clips(height=20), tubelet_size=2, patch_size=8)
     with pytest.raises(ValueError, match=r"\(B, 3, T, H, W\)"):
-        grid_of(torch.zeros(2, 4, 16, 16), tubelet_size=2, patch_size=8)
+        token_grid(torch.zeros(2, 4, 16, 16), tubelet_size=2, patch_size=8)

@@ -15,7 +15,7 @@ from everest_ds.model.autoencoder import CountClips, EverestAutoencoder
 from everest_ds.model.budgets import ClipBudget, count_above, share_budget, upper_quantile
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
-from everest_ds.model.packing import TokenIndex
+from everest_ds.model.packing import TokenSet
 from everest_ds.model.selection import Selection, SelectionRule
 from everest_ds.tokens import ClipCounts, TokenGrid, count_selection, ratio_to_count
 from tests.conftest import make_size
@@ -169,7 +169,7 @@ def test_positions_are_those_of_each_clips_own_grid() -> None:
     """A clip among others of another shape gets the positions that it has alone, not theirs."""
     model = make_autoencoder()
     groups = mixed_clips()[:2]
-    index = TokenIndex.of_equal_counts(torch.tensor([[5, 100], [5, 100], [5, 150]]))
+    index = TokenSet.from_positions(torch.tensor([[5, 100], [5, 100], [5, 150]]))
     both = model.encoder(model.encoder.group(groups), index)
     for g, part in enumerate(index.split([2, 1])):
         alone = model.encoder(model.encoder.group(groups[g]), part)

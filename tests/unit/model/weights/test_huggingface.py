@@ -16,7 +16,7 @@ from everest_ds.errors import UserError
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
-from everest_ds.model.weights.architecture import Facts
+from everest_ds.model.weights.architecture import ModelMetadata
 from everest_ds.model.weights.export import write_weights
 from everest_ds.model.weights.loading import load_weights
 from everest_ds.model.weights.reading import Weights, read_weights, require_complete, weights_of_run
@@ -26,20 +26,24 @@ from tests.conftest import GOLDEN, make_size
 KEYS = json.loads((GOLDEN / "checkpoint_keys_vit_base.json").read_text())
 KEY_MAP = json.loads((GOLDEN / "hf_key_map_vit_base.json").read_text())["map"]
 GRID = TokenGrid(time=2, rows=2, cols=3)
-FACTS = Facts(num_heads=2, decoder_num_heads=2, num_frames=4, image_height=32, image_width=48)
+METADATA = ModelMetadata(num_heads=2, decoder_num_heads=2, num_frames=4, image_height=32, image_width=48)
 
 
-def our_weights(kind: str, facts: Facts = FACTS) -> Weights:
+def our_weights(kind: str, metadata: ModelMetadata = METADATA) -> Weights:
     torch.manual_seed(0)
     model = {
         "autoencoder": lambda: EverestAutoencoder(make_size(), GRID, decoder_depth=2),
         "classifier": lambda: EverestClassifier(make_size(), GRID, num_classes=3),
     }[kind]()
-    return weights_of_run({name: torch.randn(t.shape) for name, t in model.state_dict().items()}, facts, "memory")
+    return weights_of_run(
+        {name: torch.randn(t.shape) for name, t in model.state_dict().items()}, metadata, "memory"
+    )
 
 
-def folder_of(kind: str, path: Path, facts: Facts = FACTS) -> tuple[Weights, dict[str, Tensor], dict[str, Any]]:
-    weights = our_weights(kind, facts)
+def folder_of(
+    kind: str, path: Path, metadata: ModelMetadata = METADATA
+) -> tuple[Weights, dict[str, Tensor], dict[str, Any]]:
+    weights = our_weights(kind, metadata)
     write_weights(weights, path, "hf")
     return weights, load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
 
@@ -53,7 +57,7 @@ def rewrite(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> N
 def test_names_are_those_of_the_converter(name: str, tmp_path: Path) -> None:
     """The map was read from the converter by someone else; ours is compared tensor by tensor, by value."""
     official = {key: torch.randn(1).expand(shape).contiguous() for key, shape in KEYS[name].items()}
-    weights = weights_of_run(official, Facts(), "memory")
+    weights = weights_of_run(official, ModelMetadata(), "memory")
     write_weights(weights, tmp_path / "hf", "hf")
     written = load_file(tmp_path / "hf" / "model.safetensors")
     expected = {}
@@ -138,7 +142,9 @@ def test_encoder_alone_starts_a_classifier_and_is_no_whole_model(tmp_path: Path)
 
 
 def test_configuration_says_what_shapes_do_not(tmp_path: Path) -> None:
-    labels = Facts(num_heads=4, num_frames=8, image_height=32, image_width=48, labels=("run", "jump", "sit"))
+    labels = ModelMetadata(
+        num_heads=4, num_frames=8, image_height=32, image_width=48, labels=("run", "jump", "sit")
+    )
     _, _, config = folder_of("classifier", tmp_path / "hf", labels)
     expected = {
         "model_type": "videomae", "architectures": ["VideoMAEForVideoClassification"], "hidden_size": 32,
@@ -187,7 +193,7 @@ def test_plain_pixels_and_other_last_norms_are_noted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["videomae", "hf"])
 def test_embedding_of_several_layers_has_no_foreign_layout(layout: Any, tmp_path: Path) -> None:
     model = EverestClassifier(make_size(), GRID, EncoderOptions(embedding_layers=2), num_classes=3)
-    weights = weights_of_run(model.state_dict(), FACTS, "memory")
+    weights = weights_of_run(model.state_dict(), METADATA, "memory")
     with pytest.raises(UserError, match="the tubelet embedding has 2 layers"):
         write_weights(weights, tmp_path / ("w.pth" if layout == "videomae" else "w"), layout)
     assert list(tmp_path.iterdir()) == []
