@@ -36,22 +36,24 @@ PRELOADED = (
 
 
 def run_forked(
-    words: Sequence[str], *, ranks: Sequence[Mapping[str, str]], timeout_s: float = 300
+    words: Sequence[str], *, ranks: Sequence[Mapping[str, str]], folder: Path = REPOSITORY, timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run `python WORDS` to its end in a process for each rank, and return what all of them printed.
 
     Args:
         words: `-m MODULE ARGUMENTS` or `FILE ARGUMENTS`.
         ranks: What each process's environment has besides the server's.
+        folder: Where the processes run.
         timeout_s: After so many seconds everything is killed.
 
     Raises:
         TimeoutExpired: It took longer.
     """
     server = _server()
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "stdout", Path(folder) / "stderr"
-        request = {"words": list(words), "ranks": [dict(rank) for rank in ranks], "out": str(out), "err": str(err)}
+    with tempfile.TemporaryDirectory() as streams:
+        out, err = Path(streams) / "stdout", Path(streams) / "stderr"
+        request = {"words": list(words), "ranks": [dict(rank) for rank in ranks], "folder": str(folder)}
+        request |= {"out": str(out), "err": str(err)}
         assert server.stdin is not None
         assert server.stdout is not None
         server.stdin.write(json.dumps(request) + "\n")
@@ -128,6 +130,7 @@ def become(request: dict[str, Any], environment: Mapping[str, str]) -> None:
         os.close(file)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ |= environment
+    os.chdir(request["folder"])
     words = request["words"]
     if words[0] == "-m":
         sys.argv = words[1:]

@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,8 @@ def compute(
     processes: int = 1,
     module: str | Path = "everest_ds",
     timeout_s: float = 300,
+    folder: Path = REPOSITORY,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run `everest ARGUMENTS`, or another module or file, to its end in forks of a warm process; see `forking`.
 
@@ -94,21 +96,9 @@ def compute(
     shared = {"WORLD_SIZE": str(processes), "LOCAL_SIZE": str(processes)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(processes)]
+    ranks = [rank | dict(environment or {}) for rank in (ranks if processes > 1 else [{}])]
     start = [str(module)] if isinstance(module, Path) else ["-m", module]
-    words = [*start, *map(str, arguments)]
-    return run_forked(words, ranks=ranks if processes > 1 else [{}], timeout_s=timeout_s)
-
-
-def run_in_turn(commands: Sequence[Sequence[str]], folder: Path) -> list[subprocess.CompletedProcess[str]]:
-    """Run several `everest` commands in one process that stands in a folder; see `scan_commands`."""
-    words = [sys.executable, "-m", "tests.integration.scan_commands", json.dumps([list(one) for one in commands])]
-    environment = cpu_environment(PYTHONPATH=str(REPOSITORY))
-    done = subprocess.run(
-        words, capture_output=True, text=True, env=environment, cwd=folder, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    seen = [json.loads(line.removeprefix("SEEN ")) for line in done.stdout.splitlines() if line.startswith("SEEN ")]
-    return [subprocess.CompletedProcess(one, *found) for one, found in zip(commands, seen, strict=True)]
+    return run_forked([*start, *map(str, arguments)], ranks=ranks, folder=folder, timeout_s=timeout_s)
 
 
 def metrics(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:

@@ -4,8 +4,6 @@ Each case trains a tiny model for some steps and averages it twice: with `Weight
 the whole weights after every step. The same steps without an average show whether swapping leaves a trace.
 """
 
-import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from everest_ds.train import engine as engines
 from everest_ds.train.ema import WeightAverage, read_average
 from everest_ds.train.optim_step import Updater
 from everest_ds.train.tasks import PretrainTask
+from tests.integration.scanning import report, run_scan
 
 DECAY, STEPS = 0.7, 5
 CONFIG = replace(get_recipe("demo"), data=PretrainDataConfig(image_size=32, num_frames=4))
@@ -145,21 +144,17 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
     return weights, seen
 
 
-def main(folder: Path, cases: list[str]) -> None:
+def main(world: distributed.World, device: torch.device) -> None:
     """Run each case, STAGE:PRECISION."""
-    world = distributed.World.from_environment()
-    device = distributed.start(world)
+    folder, cases = Path(sys.argv[1]), sys.argv[2:]
     for case in cases:
         own = folder / f"{case} of {world.size}"
         own.mkdir(exist_ok=True)
         weights, seen = train(case, world, device, own)
         plain, _ = train(case, world, device, None)
         seen["traceless"] = all(torch.equal(weights[name], plain[name]) for name in plain)
-        sys.stdout.write(f"SEEN {json.dumps({'case': case, 'rank': world.rank, **seen})}\n")
-        sys.stdout.flush()
-    distributed.finish()
-    os._exit(0)
+        report(case=case, rank=world.rank, **seen)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    run_scan(main)

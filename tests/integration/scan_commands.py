@@ -1,8 +1,8 @@
-"""Several commands in one process, which imports torch and DeepSpeed once: run by `launch.run_in_turn`.
+"""Several commands in one process, which imports torch and DeepSpeed once: run by `scanning.run_in_turn`.
 
 What one command leaves behind, the next one finds; so this is for commands that are measured or refused, not for
-runs. Stages that `--sweep-stages` measures in processes of their own are measured here too. One line of JSON a
-command, with its exit code and what it printed.
+runs. Stages that `--sweep-stages` measures in processes of their own are measured here too. One line a command,
+with its exit code and what it printed.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from everest_ds.benchmark import sharding_sweep as stage_sweep
 from everest_ds.benchmark import workbench as measuring
 from everest_ds.cli import benchmark_handlers, dispatch, handlers, parsing
 from everest_ds.model import transformer as compilation
+from tests.integration.scanning import report
 
 
 def run(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -51,7 +52,7 @@ def main(commands: Sequence[Sequence[str]]) -> None:
     compilation.COMPILE_BACKEND = "aot_eager"  # what inductor makes of it is tested elsewhere
     seen = [run(words) for words in commands]
     for done in seen:
-        print(f"SEEN {json.dumps([done.returncode, done.stdout, done.stderr])}")
+        report(returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)
     finish()
     sys.stdout.flush()
     os._exit(0)

@@ -1,11 +1,9 @@
 """Losses of a demo pre-training with every fast path on, or all off: run by test_loss_curves.py.
 
-One process, DeepSpeed's engine at ZeRO-2, clips of drifting textures made here. One line of JSON with the losses.
+One process, DeepSpeed's engine at ZeRO-2, clips of drifting textures made here. One line of losses a precision.
 """
 
 import itertools
-import json
-import os
 import sys
 from dataclasses import replace
 from typing import cast
@@ -22,6 +20,7 @@ from everest_ds.train import engine as engines
 from everest_ds.train.engine import PrecisionName
 from everest_ds.train.optim_step import Updater
 from everest_ds.train.tasks import make_task
+from tests.integration.scanning import report, run_scan
 
 CLIPS, BATCHES, FRAMES, EDGE = 4, 16, 8, 32
 PEAK_LR = 5e-4  # twice the recipe's for so few clips
@@ -62,13 +61,8 @@ def make_batches(num_noise: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return batches
 
 
-def main(paths: str, precision: str, steps: int) -> None:
-    """Train and print the losses."""
-    choose_ways(paths)
-    if compilation.compile_obstacle("cpu") is not None:
-        compilation.COMPILE_BACKEND = "aot_eager"
-    world = distributed.World.from_environment()
-    device = distributed.start(world)
+def train(paths: str, precision: str, steps: int, world: distributed.World, device: torch.device) -> list[float]:
+    """Train from the same weights on the same batches as any other call, and return the losses."""
     config = get_recipe("demo")
     assert isinstance(config, PretrainConfig)
     config = replace(
@@ -97,10 +91,20 @@ def main(paths: str, precision: str, steps: int) -> None:
         engine.backward(loss)
         updater.step()
         losses.append(loss.item())
-    print(f"SEEN {json.dumps({'backend': str(compilation.COMPILE_BACKEND), 'losses': losses})}", flush=True)
-    distributed.finish()
-    os._exit(0)
+    engine.destroy()
+    return losses
+
+
+def main(world: distributed.World, device: torch.device) -> None:
+    """Train in each precision."""
+    paths, steps, *precisions = sys.argv[1:]
+    choose_ways(paths)
+    if compilation.compile_obstacle("cpu") is not None:
+        compilation.COMPILE_BACKEND = "aot_eager"
+    for precision in precisions:
+        losses = train(paths, precision, int(steps), world, device)
+        report(precision=precision, backend=str(compilation.COMPILE_BACKEND), losses=losses)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    run_scan(main)

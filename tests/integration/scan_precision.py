@@ -1,12 +1,10 @@
 """A few steps at every ZeRO stage in one precision: run by the processes of test_precision.py.
 
-One line of JSON for each stage, from rank zero: losses, gradient norms, and the dtypes of weights as layers see
+One line for each stage, from rank zero: losses, gradient norms, and the dtypes of weights as layers see
 them and of the gradients and weights that travel.
 """
 
 import contextlib
-import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +21,7 @@ from everest_ds.train import engine as engines
 from everest_ds.train.optim_step import Updater
 from everest_ds.train.precision import PrecisionName
 from everest_ds.train.tasks import make_task
+from tests.integration.scanning import report, run_scan
 
 CLIPS, STEPS, LEARNING_RATE = 8, 4, 1e-3
 # Scalars travel too: norms, losses, whether a gradient is finite.
@@ -95,10 +94,9 @@ def run_stage(
     return {"losses": losses, "norms": norms, "weights": sorted(weights), "sent": sorted(sent)}
 
 
-def main(folder: Path, precision: str, micro_size: int) -> None:
+def main(world: distributed.World, device: torch.device) -> None:
     """Run all stages."""
-    world = distributed.World.from_environment()
-    device = distributed.start(world)
+    folder, precision, micro_size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     config = get_recipe("demo")
     assert isinstance(config, PretrainConfig)
     config = replace(
@@ -117,10 +115,8 @@ def main(folder: Path, precision: str, micro_size: int) -> None:
         )
         seen = run_stage(config, ds_config, world, device)
         if world.is_main:
-            print(f"SEEN {json.dumps({'stage': stage, **seen})}", flush=True)
-    distributed.finish()
-    os._exit(0)
+            report(stage=stage, **seen)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    run_scan(main)

@@ -1,11 +1,8 @@
 """A few steps at ZeRO-3 under each way of recomputation: run by the processes of test_recomputation.py.
 
-One line of JSON a case and rank, with the losses and a sum over the gathered weights, which all gradients are in.
+One line a case and rank, with the losses and a sum over the gathered weights, which all gradients are in.
 """
 
-import json
-import os
-import sys
 from dataclasses import replace
 
 import torch
@@ -17,6 +14,7 @@ from everest_ds.train import engine as engines
 from everest_ds.train.engine import PrecisionName
 from everest_ds.train.optim_step import Updater
 from everest_ds.train.tasks import make_task
+from tests.integration.scanning import report, run_scan
 
 # model.activation_checkpointing and model.recompute_attention.
 RECOMPUTED = {"nothing": (False, True), "all but attention": (True, False), "all": (True, True)}
@@ -75,22 +73,16 @@ def run_case(
     return figures
 
 
-def main() -> None:
+def main(world: distributed.World, device: torch.device) -> None:
     """Run both tasks, one in float32 and one in bf16, under each way of recomputation."""
-    world = distributed.World.from_environment()
-    device = distributed.start(world)
     cases: dict[str, PrecisionName] = {"demo": "fp32", "demo_ft": "bf16"}
     for recipe, precision in cases.items():
         config = make_config(recipe, world.size)
         for name, (on, attention_too) in RECOMPUTED.items():
             model = replace(config.model, activation_checkpointing=on, recompute_attention=attention_too)
             figures = run_case(replace(config, model=model), precision, world, device)
-            line = {"case": f"{recipe} {precision}", "recomputed": name, "rank": world.rank, "figures": figures}
-            sys.stdout.write(f"SEEN {json.dumps(line)}\n")  # in one piece: two processes write
-            sys.stdout.flush()
-    distributed.finish()
-    os._exit(0)
+            report(case=f"{recipe} {precision}", recomputed=name, rank=world.rank, figures=figures)
 
 
 if __name__ == "__main__":
-    main()
+    run_scan(main)

@@ -1,15 +1,15 @@
-"""What DeepSpeed holds: run by the processes of test_memory.py, one line of JSON a case and rank.
+"""What DeepSpeed holds: run by the processes of test_memory.py, one line a case and rank.
 
 After a backward pass, before the step, all live tensors of the process are collected and the bytes of their
 storages added up, each once: by the garbage collector and not by DeepSpeed's attributes, so that nothing is
-overlooked. Buckets are known by what the optimiser points to and are counted apart.
+overlooked. Buckets are known by what the optimiser points to and are counted apart. What was there before the
+first case is frozen, so that the collector need not walk over it.
 """
 
 import contextlib
 import gc
-import json
-import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -35,6 +35,7 @@ from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
 from everest_ds.train.optim_step import Updater
 from everest_ds.train.tasks import make_task
+from tests.integration.scanning import report, run_scan
 
 # ViT-S with its decoder over small clips: 24 M parameters, and activations that do not count.
 ACCUMULATION = 2
@@ -52,7 +53,8 @@ CONFIGS = {
     "probe": replace(FINETUNE, model=FinetuneModelConfig(size="small", drop_path=0.0, freeze_encoder=True)),
 }
 BUCKET = 5_000_000
-NUM_LOOKS = 4
+NUM_LOOKS, LOOK_EVERY_S = 4, 0.1
+BUSY_S = 30.0  # for so long at most other threads are waited for
 
 
 def storages() -> dict[int, int]:
@@ -105,6 +107,16 @@ def watch_step(engine: Any, look: Callable[[], None]) -> Iterator[None]:
         yield
 
 
+def others_are_running() -> bool:
+    """Whether another thread of this process runs or waits for a core."""
+    own, states = threading.get_native_id(), []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            if task.name != str(own):
+                states.append((task / "stat").read_text().rpartition(")")[2].split()[0])
+    return "R" in states
+
+
 def others(config: Config) -> tuple[torch.Tensor, ...]:
     """What a task takes besides one clip: noise, or a label and noise."""
     if isinstance(config, FinetuneConfig):
@@ -136,12 +148,13 @@ def run_case(config: Config, ds_config: dict[str, Any], device: torch.device) ->
         seen[moment] = max(seen[moment], held())
 
     def note_states() -> None:
-        """Look several times: on a busy machine a reduction that is done holds its bucket for a moment longer."""
+        """Look several times: the thread of a reduction that is done holds its bucket until it has a core again."""
         distributed.barrier()
-        looks = []
-        for _ in range(NUM_LOOKS):
-            time.sleep(0.1)
-            looks.append(held())
+        looks, until = [], time.monotonic() + BUSY_S
+        while len(looks) < NUM_LOOKS:
+            time.sleep(LOOK_EVERY_S)
+            if not others_are_running() or time.monotonic() > until:
+                looks.append(held())
         seen["states"] = max(seen["states"], min(looks))
 
     def micro_step(is_watched: bool) -> None:
@@ -163,10 +176,11 @@ def run_case(config: Config, ds_config: dict[str, Any], device: torch.device) ->
     return seen
 
 
-def main(folder: Path, cases: list[str]) -> None:
+def main(world: distributed.World, device: torch.device) -> None:
     """Run each case, FILE:PRECISION or FILE:PRECISION:CONFIG."""
-    world = distributed.World.from_environment()
-    device = distributed.start(world)
+    folder, cases = Path(sys.argv[1]), sys.argv[2:]
+    gc.collect()
+    gc.freeze()
     for case in cases:
         name, precision, *kind = case.split(":")
         batch = BatchConfig(global_size=world.size * ACCUMULATION, micro_size=1)
@@ -182,12 +196,8 @@ def main(folder: Path, cases: list[str]) -> None:
         estimate = estimate_memory(config, ds_config, world_size=world.size)
         states = estimate.states + estimate.host
         expected = {"states": states, "step": states + estimate.step, "gathered": estimate.gathered}
-        line = {"case": case, "rank": world.rank, "measured": measured, "estimate": expected}
-        sys.stdout.write(f"SEEN {json.dumps(line)}\n")  # in one piece: two processes write
-        sys.stdout.flush()
-    distributed.finish()
-    os._exit(0)
+        report(case=case, rank=world.rank, measured=measured, estimate=expected)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    run_scan(main)

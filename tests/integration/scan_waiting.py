@@ -2,11 +2,10 @@
 
 One process. On a CPU a wait shows as an operator that hands the host a value of a tensor, or as a call of the
 accelerator's `synchronize`; on a GPU torch makes it an error besides. The first step, in which DeepSpeed sets
-itself up, may wait. For each case one line of JSON: waits between lines by step, and the lines of metrics.jsonl.
+itself up, may wait. For each case one line: waits between lines by step, and the lines of metrics.jsonl.
 """
 
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from everest_ds.train.loop import Trainer
 from everest_ds.train.record.metrics import MetricsLog
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.tasks import PretrainTask
+from tests.integration.scanning import report, run_scan
 
 STEPS, LOG_EVERY, POISONED = 7, 3, 5
 # Operators that need a tensor's values on the host, or whose results' shapes do.
@@ -137,16 +137,14 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
     return {"waits": trainer.by_step, "lines": lines}
 
 
-def main(folder: str, *cases: str) -> None:
-    """Train all cases and print what was seen."""
-    world = distributed.World.from_environment()
-    device = distributed.start(world)
+def main(world: distributed.World, device: torch.device) -> None:
+    """Train all cases and report what was seen."""
+    folder, cases = Path(sys.argv[1]), sys.argv[2:]
     for case in cases:
-        out = Path(folder) / case
+        out = folder / case
         out.mkdir()
-        print(f"SEEN {json.dumps({'case': case, **train(case, world, device, out)})}", flush=True)
-    os._exit(0)
+        report(case=case, **train(case, world, device, out))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_scan(main)

@@ -17,7 +17,7 @@ from everest_ds.benchmark.step_options import StepOptions
 from everest_ds.config import Config
 from everest_ds.distributed import World
 from tests.conftest import REPOSITORY
-from tests.integration.launch import run_in_turn
+from tests.integration.scanning import run_in_turn
 
 TEXT = (REPOSITORY / "BENCHMARKS.md").read_text()
 SECTION = TEXT.split("\n### Step, on a GPU\n")[1].split("\n### ")[0]

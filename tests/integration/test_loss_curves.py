@@ -12,15 +12,11 @@ mean over 200 steps (20): autocast against fp32 6.2e-3, 1.2e-3 (1.0e-3, 1.4e-4),
 from __future__ import annotations
 
 import functools
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
 
 import pytest
 
-from tests.conftest import REPOSITORY
-from tests.integration.launch import cpu_environment
+from tests.integration.scanning import scan
 
 STEPS, FEW_STEPS = 200, 20
 # On against off.
@@ -30,18 +26,10 @@ PRECISION_RTOL = 2e-2
 
 
 @functools.cache
-def losses(paths: str, precision: str, steps: int = STEPS) -> list[float]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.integration.scan_loss_curves", paths, precision, str(steps)],
-        capture_output=True,
-        text=True,
-        env=cpu_environment(),
-        cwd=REPOSITORY,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    found: list[float] = json.loads(done.stdout.split("SEEN ")[1].splitlines()[0])["losses"]
-    assert len(found) == steps
+def losses(paths: str, steps: int = STEPS) -> dict[str, list[float]]:
+    """The losses of every precision."""
+    found = {line["precision"]: line["losses"] for line in scan("loss_curves", paths, steps, *RTOL)}
+    assert {len(values) for values in found.values()} == {steps}
     return found
 
 
@@ -52,7 +40,7 @@ def differences(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", RTOL)
 def test_losses_with_every_fast_path_are_those_without(precision: str) -> None:
-    plain, fast = losses("off", precision), losses("on", precision)
+    plain, fast = losses("off")[precision], losses("on")[precision]
     worst = max(differences(fast, plain))
     print(f"{precision}: {plain[0]:.4f} to {plain[-1]:.4f}, worst {worst:.1e}")
     assert plain[-1] < 0.75 * plain[0]  # it learns something
@@ -62,14 +50,15 @@ def test_losses_with_every_fast_path_are_those_without(precision: str) -> None:
 @pytest.mark.parametrize("steps", [FEW_STEPS, pytest.param(STEPS, marks=pytest.mark.slow)])
 def test_losses_of_bf16_autocast_and_fp32_stay_together(steps: int) -> None:
     """And autocast, whose weights are float32, begins closer to fp32 than bf16 does."""
-    fp32, bf16, autocast = (losses("off", precision, steps) for precision in ("fp32", "bf16", "autocast"))
+    found = losses("off", steps)
+    fp32, bf16, autocast = found["fp32"], found["bf16"], found["autocast"]
     pairs = {
         "autocast, bf16": differences(autocast, bf16),
         "autocast, fp32": differences(autocast, fp32),
         "bf16, fp32": differences(bf16, fp32),
     }
-    for name, found in pairs.items():
-        mean = sum(found) / steps
-        print(f"{name}, {steps} steps: first {found[0]:.1e}, worst {max(found):.1e}, mean {mean:.1e}")
-        assert 0 < max(found) < PRECISION_RTOL
+    for name, apart in pairs.items():
+        mean = sum(apart) / steps
+        print(f"{name}, {steps} steps: first {apart[0]:.1e}, worst {max(apart):.1e}, mean {mean:.1e}")
+        assert 0 < max(apart) < PRECISION_RTOL
     assert sum(pairs["autocast, fp32"][:FEW_STEPS]) < 0.5 * sum(pairs["bf16, fp32"][:FEW_STEPS])

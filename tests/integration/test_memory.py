@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.integration.launch import compute
+from tests.integration.scanning import scan
 
 # Measured over all ways of sharding, precisions and ranks: at most 0.31 % (float32 at stage 2, where the two ranks
 # hold whole gradients of different parameters and the estimate is for the one that holds more), else 0.006 %.
@@ -30,18 +29,6 @@ OTHER_CASES = [f"{name}:{precision}" for name in NAMES for precision in PRECISIO
 OTHER_CASES = [case for case in OTHER_CASES if case not in DEFAULT_CASES]
 
 
-def scan(cases: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """Run cases in two processes and return both ranks' figures of each."""
-    words, module = [REPOSITORY / "ds_configs", *cases], "tests.integration.scan_states"
-    done = compute(words, processes=2, module=module, timeout_s=600)
-    assert done.returncode == 0, done.stderr
-    seen: dict[str, list[dict[str, Any]]] = {}
-    for text in done.stdout.split("SEEN ")[1:]:
-        line = json.loads(text.splitlines()[0])
-        seen.setdefault(line["case"], []).append(line)
-    return seen
-
-
 @pytest.mark.parametrize(
     "cases",
     [
@@ -51,7 +38,9 @@ def scan(cases: list[str]) -> dict[str, list[dict[str, Any]]]:
     ],
 )
 def test_model_states_are_what_deepspeed_holds_on_each_rank(cases: list[str]) -> None:
-    seen = scan(cases)
+    seen: dict[str, list[dict[str, Any]]] = {}
+    for line in scan("states", REPOSITORY / "ds_configs", *cases, processes=2):
+        seen.setdefault(line["case"], []).append(line)
     assert list(seen) == cases
     for case, lines in seen.items():
         assert [line["rank"] for line in sorted(lines, key=lambda line: line["rank"])] == [0, 1]

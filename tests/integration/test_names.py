@@ -16,7 +16,7 @@ from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.sizes import get_size
 from everest_ds.recipes import get_recipe
 from everest_ds.train.tasks import encoder_options
-from tests.integration.launch import run_in_turn
+from tests.integration.scanning import run_in_turn
 from tests.integration.test_bad_input import refused
 from tests.unit.data.readers.video_files import write_ramp
 

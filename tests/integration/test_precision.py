@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,15 @@ import torch
 
 from tests.conftest import REPOSITORY
 from tests.integration.launch import compute, ds_config, flags, losses, metrics, weights
+from tests.integration.scanning import scan
 
 # Losses and norms of a step in another world, stage or accumulation, relative: measured 0 and 5.5e-7.
 LOSS_RTOL = 5e-6
 
 
-def scan(precision: str, *, processes: int, micro_size: int) -> list[dict[str, Any]]:
+def scan_stages(precision: str, *, processes: int) -> list[dict[str, Any]]:
     """What was seen at stages 0 to 3."""
-    words = [REPOSITORY / "ds_configs", precision, str(micro_size)]
-    done = compute(words, processes=processes, module="tests.integration.scan_precision")
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(text.splitlines()[0]) for text in done.stdout.split("SEEN ")[1:]]
+    lines = scan("precision", REPOSITORY / "ds_configs", precision, 2, processes=processes)
     assert [line["stage"] for line in lines] == [0, 1, 2, 3]
     return lines
 
@@ -31,8 +28,8 @@ def test_autocast_computes_the_same_at_every_stage_and_sends_float32() -> None:
 
     Other micro-batches would round the products of gradients otherwise.
     """
-    alone = scan("autocast", processes=1, micro_size=2)
-    shared = scan("autocast", processes=2, micro_size=2)
+    alone = scan_stages("autocast", processes=1)
+    shared = scan_stages("autocast", processes=2)
     first = alone[0]
     for line in (*alone, *shared):
         assert line["losses"] == pytest.approx(first["losses"], rel=LOSS_RTOL)
@@ -42,7 +39,7 @@ def test_autocast_computes_the_same_at_every_stage_and_sends_float32() -> None:
     for name in ("losses", "norms"):
         worst = max(abs(a / b - 1) for line in shared for a, b in zip(line[name], first[name], strict=True))
         print(f"{name}: worst {worst:.1e}")
-    bf16 = scan("bf16", processes=2, micro_size=2)  # the dtypes that are seen are not always the same ones
+    bf16 = scan_stages("bf16", processes=2)  # the dtypes that are seen are not always the same ones
     assert all(line["weights"] == ["torch.bfloat16"] for line in bf16)
     assert all("torch.bfloat16" in line["sent"] for line in bf16)
     assert all(line["losses"] != first["losses"] for line in bf16)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
-from tests.integration.launch import compute
+from tests.integration.scanning import scan
 
 
 def test_two_processes_at_stage_3_compute_the_same_bits_however_much_is_recomputed() -> None:
-    done = compute([], processes=2, module="tests.integration.scan_recomputation")
-    assert done.returncode == 0, done.stderr
-    seen = [json.loads(text.splitlines()[0]) for text in done.stdout.split("SEEN ")[1:]]
     figures: dict[tuple[str, int], dict[str, list[float]]] = {}
-    for line in seen:
+    for line in scan("recomputation", processes=2):
         figures.setdefault((line["case"], line["rank"]), {})[line["recomputed"]] = line["figures"]
     cases = ("demo fp32", "demo_ft bf16")
     assert set(figures) == {(case, rank) for case in cases for rank in (0, 1)}

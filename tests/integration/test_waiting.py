@@ -5,7 +5,6 @@ Seven steps of two micro-batches; a line every three; the fifth step's loss is n
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.integration.launch import compute
+from tests.integration.scanning import reported, scan
 
 # zero stage : precision : norm that gradients are clipped to. Norms are 1.01 and more.
 ON_DEVICE = ("2:bf16:1", "2:fp32:1", "2:fp32:0", "1:fp32:1", "0:fp32:1")
@@ -23,17 +22,10 @@ LOSS_RTOL = 1e-6  # measured: 5e-8 in float32
 BF16_RTOL = 1e-3  # measured: 2.3e-4 against ZeRO-1; against ZeRO-3 losses are equal and norms 5e-8 apart
 
 
-def by_case(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """What was seen in each case."""
-    assert done.returncode == 0, done.stderr
-    seen = [json.loads(line.removeprefix("SEEN ")) for line in done.stdout.splitlines() if line.startswith("SEEN")]
-    return {case["case"]: case for case in seen}
-
-
 @pytest.fixture(scope="module")
 def scanned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("waiting")
-    return by_case(compute([folder, *ON_DEVICE, *BY_DEEPSPEED], module="tests.integration.scan_waiting"))
+    return {line["case"]: line for line in scan("waiting", folder, *ON_DEVICE, *BY_DEEPSPEED)}
 
 
 @pytest.mark.parametrize("case", ON_DEVICE)
@@ -93,5 +85,8 @@ def test_clipping_takes_part(scanned: dict[str, Any]) -> None:
 def test_host_never_waits_for_a_gpu(tmp_path: Path) -> None:
     """Torch's debug mode makes any synchronising call an error."""
     words = [sys.executable, "-m", "tests.integration.scan_waiting", str(tmp_path), "2:bf16:1", "2:bf16:0"]
-    seen = by_case(subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY, timeout=300, check=False))
-    assert all(case["waits"] == {str(step): [] for step in range(1, 8)} for case in seen.values())
+    done = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    seen = reported(done.stdout)
+    assert len(seen) == 2
+    assert all(case["waits"] == {str(step): [] for step in range(1, 8)} for case in seen)
