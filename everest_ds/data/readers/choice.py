@@ -60,7 +60,7 @@ def open_reader(path: Path, wanted: ReaderName) -> Reader:
 
     Raises:
         VideoReadError: The file is missing, is no video, has no frame to show, or is of a kind that the reader
-            is not known to read rightly.
+            is not known to read correctly.
         UserError: The reader wanted cannot be imported.
     """
     chosen = choose_reader(wanted)

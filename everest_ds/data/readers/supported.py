@@ -1,4 +1,4 @@
-"""Which files decord and torchcodec are known to read rightly; they are asked for the frames of no others.
+"""Which files decord and torchcodec are known to read correctly; they are asked for the frames of no others.
 
 Both find a frame by seeking, and what they then give may be another frame, without an error. Whether it is depends
 on the container, the codec, and how frames refer to each other. tests/unit/test_reader_oracle.py tries each kind
@@ -21,7 +21,7 @@ from everest_ds.data.readers.quirks import Quirk
 
 @dataclass(frozen=True, kw_only=True)
 class Supported:
-    """Kinds of files that a reader reads rightly.
+    """Kinds of files that a reader reads correctly.
 
     Attributes:
         codecs: FFmpeg's names of the codecs, by the first name of the container's format.
@@ -61,7 +61,7 @@ SUPPORTED = {
         rotates_in=frozenset({"mov", "matroska"}),
     ),
 }
-"""What each reader is known to read rightly, by the reader's name. PyAV reads all files."""
+"""What each reader is known to read correctly, by the reader's name. PyAV reads all files."""
 
 
 class SupportedFile:
@@ -72,7 +72,7 @@ class SupportedFile:
         reader: Its reader's name.
 
     Raises:
-        VideoReadError: It cannot be opened, or the reader is not known to read such files rightly.
+        VideoReadError: It cannot be opened, or the reader is not known to read such files correctly.
     """
 
     num_frames: int
@@ -96,7 +96,7 @@ def _examine(path: Path, reader: str) -> tuple[Packets, Orientation]:
     """Return what a file's packets say, and how its pictures are to be turned.
 
     Raises:
-        VideoReadError: It cannot be opened, or the reader is not known to read such files rightly.
+        VideoReadError: It cannot be opened, or the reader is not known to read such files correctly.
     """
     try:
         container, stream = open_stream(path)
@@ -119,7 +119,7 @@ def _examine(path: Path, reader: str) -> tuple[Packets, Orientation]:
 
 
 def _fault_of(packets: Packets, supported: Supported) -> str | None:
-    """Return why the packets are of no kind that a reader is known to read rightly."""
+    """Return why a reader is not known to read such packets correctly; None where it is."""
     allowed = supported.quirks.get(packets.container, frozenset()) if packets.codec in _MANY_FRAMES else frozenset()
     odd = sorted(packets.quirks - allowed, key=list(Quirk).index)
     if odd:
