@@ -126,13 +126,12 @@ def test_there_are_figures_to_compare() -> None:
 def test_files_and_links_exist() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (REPOSITORY / target).exists(), target
-    for name in re.findall(r"^  ([\w/]+)/ ", README, flags=re.MULTILINE):
-        assert (REPOSITORY / "everest_ds" / name).is_dir(), name
-    folders = (
-        "cli|config|recipes|data|data/importers|data/readers|model|model/weights|train|train/evaluation|"
-        "commands|commands/benchmark|commands/study"
-    )
-    lines = re.findall(rf"^  (?:{folders})/ +(.*)$", README, re.MULTILINE)
-    listed = {name for line in lines for name in line.split()}
-    found = {path.stem for path in (REPOSITORY / "everest_ds").glob("*/**/*.py")} - {"__init__"}
-    assert listed == found
+    tree = README[README.index("everest_ds/  ") :].split("```")[0]
+    listed, parents = set(), [""] * 4
+    for indent, name in re.findall(r"^( *)(\w+)/ +\S", tree, flags=re.MULTILINE):
+        depth = len(indent) // 2
+        parents[depth] = name
+        listed.add("/".join(parents[: depth + 1]))
+    packages = {str(path.parent.relative_to(REPOSITORY)) for path in REPOSITORY.glob("everest_ds/**/__init__.py")}
+    copied = "everest_ds/model/weights/hub_code"  # not part of the program: it is copied into exported folders
+    assert listed == packages - {copied} | {"ds_configs", "launch", "tests"}

@@ -2,7 +2,7 @@
 
 torchcodec leaves hidden frames out and turns pictures by the angle of their display matrix; mirroring is done here.
 It gives no times without decoding, so times come from the packets, as PyAV reads them. Where packets have decoding
-times only, or seeks are inexact (transport streams), it returns other frames without an error: `supported` lists
+times only, or seeks are inexact (transport streams), it returns other frames without an error. `supported` lists
 the kinds of files that it reads correctly, and all others are refused.
 """
 
