@@ -1,5 +1,15 @@
 """`everest benchmark step RECIPE --sweep-stages`: every way of sharding measured, and the fastest written down.
 
+The file that it writes has the keys
+
+    format       of this file
+    config       the recipe with its flags, as RUN/config.json has it
+    gpus         processes, one a GPU
+    device       its name, device_memory_gib its memory (null on a CPU), environment the versions and the commit
+    rows         the lines of `everest benchmark step`, their ds_config by name
+    faults       why stages could not be measured, by name
+    recommended  the fastest row that makes up the recipe's global batch, or null
+
 Each way is measured by the same command in processes of its own, so that none finds what another has left behind,
 and one that fails leaves the others alone. On several GPUs they are started by `torch.distributed.run
 --standalone`, which finds a free port by itself and ends all processes when one has ended badly.
@@ -11,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +29,10 @@ from everest_ds.benchmark.step_options import StepOptions
 from everest_ds.config import Config
 from everest_ds.config.file import dump_config
 from everest_ds.errors import UserError, nearest_hint
+from everest_ds.files import write_json
 from everest_ds.interrupts import ending_with_us
-from everest_ds.planning.measured import fastest, write_measured
+
+FORMAT = "everest-stages-2"
 
 
 def sweep_stages(config: Config, options: StepOptions) -> int:
@@ -51,14 +64,34 @@ def sweep_stages(config: Config, options: StepOptions) -> int:
                 _print_stage(name, found, faults.get(name))
     if not rows:
         raise UserError(f"no stage could be measured: {'; '.join(f'{n}: {text}' for n, text in faults.items())}")
-    document = write_measured(out, config, rows, faults, gpus=gpus)
+    best = fastest(rows, config.batch.global_size)
+    document = {
+        "format": FORMAT,
+        "config": asdict(config),
+        "gpus": gpus,
+        "device": rows[0]["device"],
+        "device_memory_gib": rows[0]["memory_gib"] or rows[0]["device_memory_gib"],
+        "environment": rows[0]["environment"],
+        "rows": rows,
+        "faults": faults,
+        "recommended": best,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, document)
     if options.json:
         print(json.dumps(document))
     else:
-        best = fastest(rows, config.batch.global_size)
         said = "none fits" if best is None else f"fastest: {best['ds_config']}, micro-batch {best['micro_batch']}"
-        print(f"{said}; written to {out}, for `everest plan {config.recipe} --measured {out}`")
+        print(f"{said}; written to {out}")
     return 1 if faults else 0
+
+
+def fastest(rows: Sequence[dict[str, Any]], global_size: int) -> dict[str, Any] | None:
+    """Return the row of the most clips a second whose micro-batches make up a global batch, or None."""
+    usable = [
+        row for row in rows if not row["out_of_memory"] and global_size % (row["micro_batch"] * row["gpus"]) == 0
+    ]
+    return max(usable, key=lambda row: float(row["clips_per_s"]), default=None)
 
 
 def _command(recipe: Path, ds_config: Path, gpus: int, options: StepOptions) -> list[str]:

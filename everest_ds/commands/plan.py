@@ -9,13 +9,6 @@ from typing import Any
 
 from everest_ds.config import Config, FinetuneConfig
 from everest_ds.errors import UserError
-from everest_ds.planning.measured import (
-    beside_estimates,
-    describe_measured,
-    fastest,
-    read_measured,
-    recomputation_of,
-)
 from everest_ds.train.precision import PrecisionName
 
 # On one node; more GPUs need a host file.
@@ -46,8 +39,6 @@ class PlanOptions:
     """Plan with this file only, instead of the ways of sharding that come with the project."""
     precision: PrecisionName = "auto"
     """Of the run; auto: as the DeepSpeed files say, else bf16."""
-    measured: Path | None = None
-    """File that `everest benchmark step RECIPE --sweep-stages` wrote; shown beside the estimate."""
     json: bool = False
     """One JSON object, in bytes, instead of a table in GiB."""
 
@@ -62,13 +53,9 @@ def plan(config: Config, options: PlanOptions, *, recipe: str, base: Config) -> 
         base: What that names, without the flags.
 
     Raises:
-        UserError: No GPUs, no memory, a global batch that they cannot share, or a DeepSpeed file or a measurement
-            that is refused.
+        UserError: No GPUs, no memory, a global batch that they cannot share, or a DeepSpeed file that is refused.
     """
     _require_possible(config, options)
-    found = None
-    if options.measured:
-        found = read_measured(options.measured, config, gpus=options.gpus, gpu_memory_gib=options.gpu_memory_gib)
     from everest_ds.planning.planner import plan_settings, recommend, smallest_change
 
     systems, paths = _systems(options.ds_config)
@@ -85,41 +72,14 @@ def plan(config: Config, options: PlanOptions, *, recipe: str, base: Config) -> 
         change = smallest_change(config, systems, **limits)
     command = _command(chosen, recipe, base, paths[chosen.name]) if chosen else None
     rows = [_row(setting, memory_bytes, paths) for setting in settings]
-    measured = None if found is None else _measured(found, config, recipe, base)
     if options.json:
         document = _document(config, options, rows, chosen, command, change)
         document["recommended"] = _row(chosen, memory_bytes, paths) if chosen else None
-        document["measured"] = measured
         print(json.dumps(document))
     else:
         _print_table(config, options, rows)
         print(_advice(chosen, command, change, options))
-        if found is not None and measured is not None:
-            print(describe_measured(found, measured["rows"], measured["command"]))
     return 0 if chosen else 1
-
-
-def _measured(document: dict[str, Any], config: Config, recipe: str, base: Config) -> dict[str, Any]:
-    """Return what was measured, beside estimates, and the command that runs the fastest of it."""
-    from everest_ds.planning.planner import make_setting
-    from everest_ds.train.engine import shipped_files, shipped_systems
-
-    best, command = fastest(document["rows"], config.batch.global_size), None
-    if best is not None:
-        name = best["ds_config"]
-        setting = make_setting(
-            config,
-            name,
-            shipped_systems()[name],
-            num_gpus=document["gpus"],
-            micro_size=best["micro_batch"],
-            checkpointing=best["activation_checkpointing"],
-            recompute_attention=best["recompute_attention"],
-            precision=best["precision"],
-        )
-        command = _command(setting, recipe, base, str(shipped_files()[name]))
-    rows = beside_estimates(document, config)
-    return {"device": document["device"], "rows": rows, "recommended": best, "command": command}
 
 
 def _require_possible(config: Config, options: PlanOptions) -> None:
@@ -210,7 +170,9 @@ def _print_table(config: Config, options: PlanOptions, rows: list[dict[str, Any]
     print(f"{'ds_config':<14}{'ckpt':>5}{'micro':>6}{'accum':>6}" + "".join(f"{name:>7}" for name in columns))
     for row in rows:
         shown = "".join(f"{row['bytes'][part] / 2**30:>7.2f}" for part in columns.values())
-        recomputes = recomputation_of(row)
+        recomputes = "no"
+        if row["activation_checkpointing"]:
+            recomputes = "yes" if row["recompute_attention"] else "part"
         micro = f"{row['micro_size']}{'' if row['fits'] else '*'}"
         print(f"{Path(row['ds_config']).stem:<14}{recomputes:>5}{micro:>6}{row['accumulation_steps']:>6}{shown}")
     unknown = {name for row in rows for name in row["not_modelled"]}

@@ -1,4 +1,4 @@
-"""`everest benchmark step` as users start it: real steps on one and two processes, stages, and plan beside them."""
+"""`everest benchmark step` as users start it: real steps on one and two processes, and stages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from everest_ds import cli
 from everest_ds.config import Config
 from everest_ds.recipes import find_config
 from everest_ds.train.tasks import make_task
@@ -134,78 +133,6 @@ def test_stages_are_measured_each_on_all_processes_and_the_fastest_that_fits_is_
     assert document["recommended"] == max(usable, key=lambda row: row["clips_per_s"])
     assert document["config"]["recipe"] == "demo"
     assert document["faults"] == {}
-
-
-def test_plan_shows_what_was_measured_and_a_command_that_runs_it(
-    measured: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(REPOSITORY)
-    words = [*shlex.split(f"plan demo {SMALL} --gpus 2 --gpu-memory-gib 8"), "--measured", str(measured)]
-    assert cli.main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["measured"]
-    best = json.loads(measured.read_text())["recommended"]
-    assert found["recommended"] == best
-    assert len(found["rows"]) == 6
-    assert all(row["estimated_allocated_gib"] > 0 for row in found["rows"])
-    assert cli.main(words) == 0
-    shown = capsys.readouterr().out
-    assert found["command"] in shown
-    assert "fastest as measured:" in shown
-    assert "measured on a CPU" in shown
-    seen: list[tuple[Config, Any]] = []
-    monkeypatch.setattr(
-        "everest_ds.commands.train.train", lambda config, options, world: seen.append((config, options)) or 0
-    )
-    assert cli.main(shlex.split(found["command"].split("everest_ds ", 1)[1])) == 0
-    ((config, options),) = seen
-    assert config.batch.micro_size == best["micro_batch"]
-    assert config.batch.global_size == small("demo").batch.global_size
-    assert config.model.activation_checkpointing == best["activation_checkpointing"]
-    assert config.model.recompute_attention == best["recompute_attention"]
-    assert config.model.compile_blocks == best["compile_blocks"]
-    assert options.ds_config.stem == best["ds_config"]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (f"demo {SMALL} --gpus 4", "is of 2 GPUs, this plan of --gpus 4"),
-        (f"study {SMALL} --gpus 2", "is of recipe demo, this plan of study"),
-        ("demo --model.size tiny --data.num-frames 4 --data.image-size 32 --gpus 2", "is of model.size=nano"),
-        (f"demo {SMALL} --selection.selected-ratio 0.4 --gpus 2", "is of selection.selected_ratio=0.3"),
-        ("demo --gpus 2", "is of data.num_frames=4, this plan of 16"),
-    ],
-)
-def test_measurement_of_something_else_is_refused(
-    words: str, message: str, measured: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["plan", *shlex.split(words), "--gpu-memory-gib", "8", "--measured", str(measured)]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert "measure again with `everest benchmark step" in said
-
-
-def test_measurement_on_gpus_of_another_size_is_refused_and_of_about_the_same_taken(
-    measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    document = json.loads(measured.read_text())
-    path = tmp_path / "gpus.json"
-    path.write_text(json.dumps({**document, "device": "A100", "device_memory_gib": 79.15}))
-    words = ["plan", "demo", *shlex.split(SMALL), "--gpus", "2", "--measured", str(path), "--gpu-memory-gib"]
-    assert cli.main([*words, "80"]) == 0
-    assert "measured on a CPU" not in capsys.readouterr().out
-    assert cli.main([*words, "40"]) == 2
-    assert "is of GPUs of 79.15 GiB (A100), this plan of --gpu-memory-gib 40" in capsys.readouterr().err
-
-
-def test_file_that_is_no_measurement_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "other.json"
-    path.write_text('{"format": "something"}')
-    words = ["plan", "demo", "--gpus", "2", "--gpu-memory-gib", "8", "--measured"]
-    assert cli.main([*words, str(path)]) == 2
-    assert "is not what `everest benchmark step --sweep-stages`" in capsys.readouterr().err
-    assert cli.main([*words, str(tmp_path / "absent.json")]) == 2
-    assert "cannot read" in capsys.readouterr().err
 
 
 def test_stage_that_cannot_be_measured_is_named(tmp_path: Path) -> None:

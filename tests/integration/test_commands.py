@@ -28,7 +28,7 @@ COMMANDS = [
     "doctor", "demo-data", "index", "check-data", "prepare", "recipes", "plan", "pretrain", "finetune", "evaluate",
     "predict", "convert", "study", "benchmark",
 ]  # fmt: skip
-PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "precision", "measured", "json"]
+PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "precision", "json"]
 DATA_BENCHMARK_OPTIONS = [
     "lists", "readers", "repeats", "workers", "rounds", "clips", "compare", "clips_per_s", "json",
 ]  # fmt: skip

@@ -26,10 +26,6 @@ COMMANDS = [
 ]
 
 # What a command that reads a measurement finds: one of no rows.
-MEASURED = {
-    "rows": [], "gpus": 8, "device": "a GPU", "device_memory_gib": 80.0, "faults": {},
-    "environment": {"versions": {"torch": "2"}, "commit": None},
-}  # fmt: skip
 
 
 def everest_words(command: str) -> list[str] | None:
@@ -50,7 +46,6 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("everest_ds.commands.convert.convert", lambda *given: conversions.append(given))
     measurements: list[tuple[object, ...]] = []
     monkeypatch.setattr("everest_ds.benchmark.step.benchmark_step", lambda *given: measurements.append(given) or 0)
-    monkeypatch.setattr("everest_ds.commands.plan.read_measured", lambda *given, **named: MEASURED)
     imports: list[tuple[object, ...]] = []
     monkeypatch.setattr("everest_ds.commands.index.index", lambda *given: imports.append(given))
     benchmarks: list[tuple[object, ...]] = []
