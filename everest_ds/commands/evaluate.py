@@ -20,13 +20,12 @@ from everest_ds.files import append_json_lines, atomic_path, write_json
 from everest_ds.inference.source import (
     ClipSettings,
     InferenceOptions,
-    Origin,
     clip_settings,
     identify,
-    locate,
     weights_kind,
 )
 from everest_ds.recipes import find_config
+from everest_ds.train.checkpoints.origin import Origin, locate
 
 if TYPE_CHECKING:
     import torch

@@ -16,10 +16,10 @@ from everest_ds.inference.source import (
     InferenceOptions,
     clip_settings,
     identify,
-    locate,
     weights_kind,
 )
 from everest_ds.recipes import find_config
+from everest_ds.train.checkpoints.origin import locate
 
 if TYPE_CHECKING:
     import torch

@@ -1,20 +1,19 @@
-"""What a trained model is and how it is to look at videos: a run, a checkpoint, or any file of weights.
+"""How a trained model looks at videos: as its run, a recipe and the options say.
 
-Place in the flow: PATH -> `locate` -> Origin -> `clip_settings` -> ClipSettings -> `evaluation.trained`.
+Place in the flow: PATH -> `locate` -> Origin -> `clip_settings` -> ClipSettings -> `inference.trained`.
 Needs no torch, so that what is wrong is refused before it is imported.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from everest_ds.config import Config, FinetuneConfig, FinetuneDataConfig, FinetuneSelectionConfig, ViewsConfig
-from everest_ds.config.file import load_config
 from everest_ds.config.sections import ReaderName
 from everest_ds.errors import UserError
 from everest_ds.files import sha256
-from everest_ds.train.checkpoints.save import AVERAGE, find_best, folder_of, list_checkpoints, read_state
-from everest_ds.train.checkpoints.seal import SEAL, is_sealed
+from everest_ds.train.checkpoints.origin import Origin
+from everest_ds.train.checkpoints.save import AVERAGE, read_state
+from everest_ds.train.checkpoints.seal import SEAL
 from everest_ds.train.precision import PrecisionName
 
 WeightsName = Literal["auto", "model", "ema"]
@@ -53,25 +52,6 @@ class InferenceOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
-    """Where weights are from.
-
-    Attributes:
-        given: The path as it was given.
-        weights: The checkpoint's folder, or the file or folder of weights.
-        run_dir: The run, if it is one.
-        config: Its configuration.
-        choice: Which of the run's checkpoints this is, in words.
-    """
-
-    given: Path
-    weights: Path
-    run_dir: Path | None = None
-    config: Config | None = None
-    choice: str = "as given"
-
-
-@dataclass(frozen=True, kw_only=True)
 class ClipSettings:
     """How a model looks at videos.
 
@@ -95,31 +75,6 @@ class ClipSettings:
     def num_views(self) -> int:
         """Clips of each video."""
         return self.views.num_temporal * self.views.num_spatial
-
-
-def locate(path: Path) -> Origin:
-    """Return what a path names: a run stands for its best checkpoint where it has one, else for its newest.
-
-    Raises:
-        UserError: Nothing is there, or no complete checkpoint.
-    """
-    if folder_of(path).is_dir():
-        config = load_config(path / "config.json")
-        best = find_best(path)
-        if best is not None:
-            return Origin(given=path, weights=best, run_dir=path, config=config, choice="the best")
-        complete = list_checkpoints(path)
-        if not complete:
-            raise UserError(f"{path} has no complete checkpoint")
-        return Origin(given=path, weights=complete[0], run_dir=path, config=config, choice="the newest")
-    if not path.exists():
-        raise UserError(f"{path} does not exist; expected a run directory, a checkpoint, or weights")
-    run_dir = path.parent.parent
-    if path.parent.name == folder_of(run_dir).name and (run_dir / "config.json").is_file():
-        if not is_sealed(path):
-            raise UserError(f"{path} is no complete checkpoint: it has no {SEAL}")
-        return Origin(given=path, weights=path, run_dir=run_dir, config=load_config(run_dir / "config.json"))
-    return Origin(given=path, weights=path)
 
 
 def clip_settings(origin: Origin, recipe: Config | None, options: InferenceOptions) -> ClipSettings:

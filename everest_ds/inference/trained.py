@@ -17,7 +17,7 @@ from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.inference.passes import RowResults, map_rows
-from everest_ds.inference.source import ClipSettings, InferenceOptions, Origin, weights_kind
+from everest_ds.inference.source import ClipSettings, InferenceOptions, weights_kind
 from everest_ds.model.attention import choose_backend
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.selection import keep_rule
@@ -26,6 +26,7 @@ from everest_ds.model.weights.loading import load_weights
 from everest_ds.model.weights.reading import Weights
 from everest_ds.tokens import TokenGrid, describe_kept
 from everest_ds.train.checkpoints.consolidated import read_any_weights
+from everest_ds.train.checkpoints.origin import Origin
 from everest_ds.train.ema import averaged
 from everest_ds.train.precision import Precision, choose_precision
 

@@ -27,8 +27,9 @@ from everest_ds.model.weights.loading import load_weights
 from everest_ds.model.weights.reading import Weights, read_weights, require_finite, weights_of_run
 from everest_ds.model.weights.report import WeightsReport
 from everest_ds.tokens import TokenGrid
-from everest_ds.train.checkpoints.save import find_best, folder_of, list_checkpoints, read_state
-from everest_ds.train.checkpoints.seal import find_damage, is_sealed
+from everest_ds.train.checkpoints.origin import locate
+from everest_ds.train.checkpoints.save import read_state
+from everest_ds.train.checkpoints.seal import find_damage
 from everest_ds.train.tasks import Task, make_task
 
 # DeepSpeed wraps the task, whose model carries this prefix in shards; weights leave without it.
@@ -36,24 +37,10 @@ PREFIX = "model."
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
 
 
-def find_source(path: Path) -> Path:
-    """Return the checkpoint that a path names: a run stands for its best one where it has one, else its newest.
-
-    Raises:
-        UserError: There is none, or its files are not what its seal says.
-    """
-    checkpoint = path
-    if folder_of(path).is_dir():
-        complete = list_checkpoints(path)
-        if not complete:
-            raise UserError(f"{path} has no complete checkpoint")
-        checkpoint = find_best(path) or complete[0]
-    if not is_sealed(checkpoint):
-        raise UserError(f"{path} is neither a run directory nor a complete checkpoint of one")
+def _require_sound(checkpoint: Path) -> None:
     fault = find_damage(checkpoint, ALONE)
     if fault:
         raise UserError(f"checkpoint {checkpoint} is damaged: {fault}")
-    return checkpoint
 
 
 def read_fp32_weights(checkpoint: Path) -> dict[str, Tensor]:
@@ -130,7 +117,7 @@ def restore_frozen_weights(task: Task, checkpoint: Path) -> None:
 
 
 def export_fp32(source: Path, target: Path) -> Path:
-    """Write the float32 weights of a run (see `find_source`), or of a checkpoint, as one safetensors file.
+    """Write the float32 weights of a run (see `locate`), or of a checkpoint, as one safetensors file.
 
     Returns:
         The checkpoint that was read.
@@ -143,8 +130,11 @@ def export_fp32(source: Path, target: Path) -> Path:
         raise UserError(f"{target} must end in .safetensors")
     if target.exists():
         raise UserError(f"{target} exists; remove it or name another file")
-    checkpoint = find_source(source)
-    config = load_config(checkpoint.parent.parent / "config.json")
+    origin = locate(source)
+    checkpoint, config = origin.weights, origin.config
+    if config is None:
+        raise UserError(f"{source} is neither a run directory nor a complete checkpoint")
+    _require_sound(checkpoint)
     facts = {
         "step": str(read_state(checkpoint).step),
         "config": _one_line(config),
@@ -185,11 +175,11 @@ def read_any_weights(path: Path) -> Weights:
     Raises:
         UserError: There are none, they are damaged, or their layout is not known.
     """
-    in_a_run = path.parent.name == "checkpoints" and (path.parent.parent / "config.json").is_file()
-    if not (folder_of(path).is_dir() or is_sealed(path) or in_a_run):
+    origin = locate(path)
+    checkpoint, config = origin.weights, origin.config
+    if config is None:
         return read_weights(path)
-    checkpoint = find_source(path)
-    config = load_config(checkpoint.parent.parent / "config.json")
+    _require_sound(checkpoint)
     facts = metadata_of_run(config, _class_names(checkpoint))
     weights, text = read_fp32_weights(checkpoint), _one_line(config)
     return weights_of_run(weights, facts, str(checkpoint), config=text, checkpoint=checkpoint)

@@ -18,7 +18,7 @@ from everest_ds.inference.confusion import draw_confusion, save_confusion
 from everest_ds.inference.passes import RowResults, UnreadableRow
 from everest_ds.inference.results import require_own, score_summary, table, write_predictions
 from everest_ds.inference.scores import Scores, rank_classes, summarise
-from everest_ds.inference.source import Origin
+from everest_ds.train.checkpoints.origin import Origin
 
 NAMES = ("cut, slowly", "fold", "pour")
 ROWS = [VideoRow(Path(f"{i}.mp4"), label) for i, label in enumerate((0, 0, 1, 2, 1))]

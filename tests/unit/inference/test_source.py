@@ -13,7 +13,7 @@ from everest_ds.config import FinetuneConfig, FinetuneDataConfig
 from everest_ds.config.file import dump_config
 from everest_ds.errors import UserError
 from everest_ds.inference import trained as trained_module
-from everest_ds.inference.source import InferenceOptions, clip_settings, identify, locate, weights_kind
+from everest_ds.inference.source import InferenceOptions, clip_settings, identify, weights_kind
 from everest_ds.inference.trained import load_trained
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
@@ -23,6 +23,7 @@ from everest_ds.model.weights.reading import weights_of_run
 from everest_ds.recipes import get_recipe
 from everest_ds.tokens import TokenGrid
 from everest_ds.train.checkpoints.consolidated import metadata_of_run
+from everest_ds.train.checkpoints.origin import locate
 from everest_ds.train.checkpoints.save import TrainState
 from everest_ds.train.tasks import encoder_options
 
@@ -79,7 +80,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     torn = run / "checkpoints" / "step-00000012"
     torn.mkdir()
-    with pytest.raises(UserError, match=r"is no complete checkpoint: it has no complete\.json"):
+    with pytest.raises(UserError, match=r"nor a complete checkpoint: it has no complete\.json"):
         locate(torn)
     with pytest.raises(UserError, match="does not exist; expected a run directory"):
         locate(tmp_path / "absent")

@@ -1,0 +1,60 @@
+"""What a path names: a run, a checkpoint of a run, or weights. Needs no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from everest_ds.config import Config
+from everest_ds.config.file import load_config
+from everest_ds.errors import UserError
+from everest_ds.train.checkpoints.save import find_best, folder_of, list_checkpoints
+from everest_ds.train.checkpoints.seal import SEAL, is_sealed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where weights are from.
+
+    Attributes:
+        given: The path as it was given.
+        weights: The checkpoint's folder, or the file or folder of weights.
+        run_dir: The run that the checkpoint belongs to; None for other weights.
+        config: Its configuration.
+        choice: Which of the run's checkpoints this is, for people.
+    """
+
+    given: Path
+    weights: Path
+    run_dir: Path | None = None
+    config: Config | None = None
+    choice: str = "as given"
+
+
+def locate(path: Path) -> Origin:
+    """Return what a path names: a run stands for its best checkpoint where it has one, else for its newest.
+
+    Files of a checkpoint are not compared with its seal.
+
+    Raises:
+        UserError: Nothing is there, or no complete checkpoint.
+    """
+    if folder_of(path).is_dir():
+        config = load_config(path / "config.json")
+        best = find_best(path)
+        if best is not None:
+            return Origin(given=path, weights=best, run_dir=path, config=config, choice="the best")
+        complete = list_checkpoints(path)
+        if not complete:
+            raise UserError(f"{path} has no complete checkpoint")
+        return Origin(given=path, weights=complete[0], run_dir=path, config=config, choice="the newest")
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist; expected a run directory, a checkpoint, a .pth, .pt or .safetensors file, or "
+            "a Hugging Face folder"
+        )
+    run_dir = path.parent.parent
+    in_run = path.parent.name == folder_of(run_dir).name and (run_dir / "config.json").is_file()
+    if not in_run and not is_sealed(path):
+        return Origin(given=path, weights=path)
+    if not is_sealed(path):
+        raise UserError(f"{path} is neither a run directory nor a complete checkpoint: it has no {SEAL}")
+    return Origin(given=path, weights=path, run_dir=run_dir, config=load_config(run_dir / "config.json"))
