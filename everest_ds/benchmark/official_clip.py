@@ -20,7 +20,7 @@ from torch import Tensor
 
 from everest_ds.benchmark.stages import StageTimer, draws_of, time_copy
 from everest_ds.data.clips.cuts import PretrainCut
-from everest_ds.data.clips.sampling import Stream
+from everest_ds.data.clips.sampling import RandomStream
 from everest_ds.data.clips.transforms import draw_crop
 from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.data.readers.base import first_line
@@ -71,7 +71,7 @@ class OfficialWay:
             raise VideoReadError(Path(path), first_line(error)) from error
         with timer.stage("augment"):
             config, (height, width) = self.cut.config, frames_THWC.shape[1:3]
-            crop = draw_crop(width, height, config.image_size, config.crop_scales, draws(Stream.CROP))
+            crop = draw_crop(width, height, config.image_size, config.crop_scales, draws(RandomStream.CROP))
             return official_clip(frames_THWC, crop, config.image_size)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from everest_ds.data.clips.batch import Clip, ClipBatch, mix_pairs
 from everest_ds.data.clips.cuts import Draws, UnfitFramesError, choose_frames
 from everest_ds.data.clips.dataset import ClipDataset
-from everest_ds.data.clips.sampling import SampleKey, Stream, keyed_generator
+from everest_ds.data.clips.sampling import RandomStream, SampleKey, keyed_generator
 from everest_ds.data.readers.video import Video, VideoReadError
 
 Stage = Literal["open", "decode", "augment", "collate", "copy"]
@@ -127,7 +127,7 @@ class OurWay:
                 clip = Clip(
                     pixels=pixels,
                     frames_T=np.array(frame_idx),
-                    noise_S=draws(Stream.NOISE).random(self.dataset.noise_length, dtype=np.float32),
+                    noise_S=draws(RandomStream.NOISE).random(self.dataset.noise_length, dtype=np.float32),
                     label=row.label,
                     index=index,
                     key=SampleKey(0, index, repeat),
@@ -269,5 +269,5 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _generator(seed: int, index: int, repeat: int, stream: Stream) -> np.random.Generator:
+def _generator(seed: int, index: int, repeat: int, stream: RandomStream) -> np.random.Generator:
     return keyed_generator(seed, stream, 0, index, repeat)

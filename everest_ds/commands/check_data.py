@@ -20,7 +20,7 @@ from pathlib import Path
 from everest_ds.config.sections import ReaderName
 from everest_ds.data.curation.probe import DEFAULT_BAD, FaultName, Finding, Kind, ProbeSettings, Record, probe_video
 from everest_ds.data.lists.video_list import VideoRow, read_list, write_list
-from everest_ds.data.loading.pool import Outcome, run_guarded
+from everest_ds.data.loading.pool import Outcome, run_all
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.errors import UserError
 from everest_ds.files import write_atomically, write_csv, write_json
@@ -90,10 +90,10 @@ def check_data(source: Path, options: CheckOptions) -> int:
     known = sum(row.part in findings for row in rows)
     if known:
         print(f"{known} of {len(rows)} rows are known already", flush=True)
-    outcomes = run_guarded(
+    outcomes = run_all(
         partial(probe_video, settings=options.settings),
         todo,
-        processes=options.processes or len(os.sched_getaffinity(0)),
+        num_workers=options.processes or len(os.sched_getaffinity(0)),
         timeout_s=options.timeout_s,
     )
     with record.appending() as append, contextlib.closing(outcomes):

@@ -31,7 +31,7 @@ from everest_ds.data.curation.reencode import (
     target_name,
 )
 from everest_ds.data.lists.video_list import VideoRow, read_list
-from everest_ds.data.loading.pool import Outcome, run_guarded
+from everest_ds.data.loading.pool import Outcome, run_all
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.errors import UserError
 from everest_ds.files import partial_path
@@ -137,7 +137,7 @@ def _prepare_all(todo: Sequence[VideoRow], manifest: Manifest, options: PrepareO
     """Prepare videos, note each, and return what came of them by target."""
     function = partial(prepare_video, settings=options.settings, folder=options.out, min_psnr_db=options.min_psnr)
     processes = options.processes or len(os.sched_getaffinity(0))
-    outcomes = run_guarded(function, todo, processes=processes, timeout_s=options.timeout_s)
+    outcomes = run_all(function, todo, num_workers=processes, timeout_s=options.timeout_s)
     done: dict[str, Prepared] = {}
     sizes: list[int] = []
     with _removing_partials(todo, done, processes, options.out), manifest.appending() as append, closing(outcomes):

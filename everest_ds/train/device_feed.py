@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from everest_ds.data.clips.batch import ClipBatch
-from everest_ds.data.loading.loader import Stream
+from everest_ds.data.loading.loader import BatchIterator
 
 Inputs = tuple[Tensor, ...]
 
@@ -62,8 +62,8 @@ class DeviceFeed:
 
     def look_ahead(self) -> None:
         """Begin to copy the next batch; call this once the work on the last one is under way."""
-        lies_ready = isinstance(self._batches, Stream) and self._batches.lies_ready
-        if self._stream is None or self._ahead is not None or not lies_ready:
+        is_ready = isinstance(self._batches, BatchIterator) and self._batches.is_ready
+        if self._stream is None or self._ahead is not None or not is_ready:
             return
         batch = next(self._batches, None)
         if batch is not None:

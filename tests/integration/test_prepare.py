@@ -51,13 +51,13 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     called: list[str] = []
 
     def run(
-        function: Callable[[VideoRow], Prepared], items: Sequence[VideoRow], *, processes: int, timeout_s: float
+        function: Callable[[VideoRow], Prepared], items: Sequence[VideoRow], *, num_workers: int, timeout_s: float
     ) -> Iterator[Outcome[VideoRow, Prepared]]:
         for item in items:
             called.append(item.path.name)
             yield Outcome(item, function(item))
 
-    monkeypatch.setattr(command, "run_guarded", run)
+    monkeypatch.setattr(command, "run_all", run)
     return called
 
 

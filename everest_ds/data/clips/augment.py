@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from everest_ds.config import FinetuneDataConfig
-from everest_ds.data.clips.sampling import SampleKey, Stream, keyed_generator
+from everest_ds.data.clips.sampling import RandomStream, SampleKey, keyed_generator
 from everest_ds.errors import UserError
 
 # ImageNet's statistics of pixels in [0, 1], with which the official code normalises clips.
@@ -227,7 +227,7 @@ class PairMixer:
         )
         # timm cuts and pastes within the arrays that it is given.
         images = [rearrange(clip, "c t h w -> (c t) h w").numpy().copy() for clip in (first, second)]
-        generator = keyed_generator(self.seed, Stream.MIX, key.epoch, key.index, key.repeat)
+        generator = keyed_generator(self.seed, RandomStream.MIX, key.epoch, key.index, key.repeat)
         with seeded_globals(draw_seed(generator)):
             mixed, target_BK = collate(list(zip(images, labels, strict=True)))
         return rearrange(mixed, "b (c t) h w -> b c t h w", c=first.shape[0]), target_BK

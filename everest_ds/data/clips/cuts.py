@@ -16,11 +16,11 @@ from torch import Tensor
 from everest_ds.config import FinetuneDataConfig, PretrainDataConfig
 from everest_ds.config.sections import DataConfig
 from everest_ds.data.clips.augment import check_rand_augment, draw_resized_crop, erase, rand_augment
-from everest_ds.data.clips.sampling import Stream, dense_indices, segment_indices, stride_indices
+from everest_ds.data.clips.sampling import RandomStream, dense_indices, segment_indices, stride_indices
 from everest_ds.data.clips.transforms import crop_frames, draw_crop, resize_crop, resize_crop_by_pil
 from everest_ds.data.readers.timing import timed_indices
 
-Draws = Callable[[Stream], np.random.Generator]
+Draws = Callable[[RandomStream], np.random.Generator]
 """Gives the sample's generator for a purpose."""
 
 # The largest crop that may travel to the device as it is: a frame of full high definition.
@@ -86,7 +86,7 @@ class PretrainCut:
 
     def frame_idx(self, num_frames: int, draws: Draws) -> list[int]:
         """Choose ``self.num_frames`` frames."""
-        return stride_indices(num_frames, self.num_frames, self.config.sampling_stride, draws(Stream.FRAMES))
+        return stride_indices(num_frames, self.num_frames, self.config.sampling_stride, draws(RandomStream.FRAMES))
 
     def frame_idx_in_time(self, times_s: NDArray[np.float64], draws: Draws) -> list[int]:
         """Choose ``self.num_frames`` frames."""
@@ -96,14 +96,14 @@ class PretrainCut:
         """Cut the clip, or its crop."""
         config = self.config
         height, width = frames_THWC.shape[1:3]
-        crop = draw_crop(width, height, config.image_size, config.crop_scales, draws(Stream.CROP))
+        crop = draw_crop(width, height, config.image_size, config.crop_scales, draws(RandomStream.CROP))
         _require_pixels(crop, width, height)
         if self.delivers_crops and crop[2] * crop[3] > _LARGEST_CROP_PX:
             raise UnfitFramesError(
                 f"its crops of {crop[2]}x{crop[3]} pixels are too large for data.resize=device; take fast, or "
                 "make the videos smaller with `everest prepare`"
             )
-        mirror = config.flip and draws(Stream.FLIP).random() < 0.5
+        mirror = config.flip and draws(RandomStream.FLIP).random() < 0.5
         crop_THWC = crop_frames(frames_THWC, crop, mirror=mirror)
         if self.delivers_crops:
             return crop_THWC
@@ -140,7 +140,7 @@ class FinetuneCut:
 
     def frame_idx(self, num_frames: int, draws: Draws) -> list[int]:
         """Choose ``config.num_frames`` frames."""
-        config, generator = self.config, draws(Stream.FRAMES)
+        config, generator = self.config, draws(RandomStream.FRAMES)
         if config.sampling == "segment":
             return segment_indices(num_frames, config.num_frames, generator)
         return dense_indices(num_frames, config.num_frames, config.sampling_stride, generator)
@@ -154,14 +154,14 @@ class FinetuneCut:
         config = self.config
         height, width = frames_THWC.shape[1:3]
         if config.rand_augment is not None:
-            frames_THWC = rand_augment(frames_THWC, config.rand_augment, draws(Stream.AUGMENT))
-        crop = draw_resized_crop(width, height, config.crop_area, config.crop_aspect, draws(Stream.CROP))
+            frames_THWC = rand_augment(frames_THWC, config.rand_augment, draws(RandomStream.AUGMENT))
+        crop = draw_resized_crop(width, height, config.crop_area, config.crop_aspect, draws(RandomStream.CROP))
         _require_pixels(crop, width, height)
-        mirror = config.flip and draws(Stream.FLIP).random() < 0.5
+        mirror = config.flip and draws(RandomStream.FLIP).random() < 0.5
         crop_THWC = crop_frames(frames_THWC, crop, mirror=mirror)
         clip_CTHW = resize_crop(crop_THWC, config.image_size)
         if config.erase_prob > 0:
-            clip_CTHW = erase(clip_CTHW, config.erase_prob, draws(Stream.ERASE))
+            clip_CTHW = erase(clip_CTHW, config.erase_prob, draws(RandomStream.ERASE))
         return clip_CTHW
 
 
@@ -188,7 +188,7 @@ def choose_frames(cut: Cut, video: Timeline, draws: Draws) -> list[int]:
 def _choose_in_time(times_s: NDArray[np.float64], clip_length: int, config: DataConfig, draws: Draws) -> list[int]:
     if config.sampling_seconds is None:
         raise ValueError("data.sampling_seconds is not set: frames are chosen by number")
-    return timed_indices(times_s, clip_length, config.sampling_seconds, draws(Stream.FRAMES))
+    return timed_indices(times_s, clip_length, config.sampling_seconds, draws(RandomStream.FRAMES))
 
 
 def _require_pixels(crop: tuple[int, int, int, int], width: int, height: int) -> None:

@@ -19,7 +19,7 @@ from everest_ds.config.sections import DataConfig
 from everest_ds.data.clips.augment import PairMixer
 from everest_ds.data.clips.batch import MAX_REPLACEMENTS, BadSample, Clip, ClipBatch, mix_pairs
 from everest_ds.data.clips.cuts import Cut, UnfitFramesError, choose_frames
-from everest_ds.data.clips.sampling import SampleKey, Stream, keyed_generator
+from everest_ds.data.clips.sampling import RandomStream, SampleKey, keyed_generator
 from everest_ds.data.lists.video_list import PackedRows, VideoRow
 from everest_ds.data.loading.loader import Loader
 from everest_ds.data.loading.pool import Mark
@@ -67,7 +67,7 @@ class ClipDataset:
         return self.cut.config
 
     @property
-    def item_bytes(self) -> int:
+    def sample_bytes(self) -> int:
         """Bytes of a clip, or of a crop at most."""
         return self.cut.most_bytes
 
@@ -95,24 +95,20 @@ class ClipDataset:
                 start = place + 1
         return units + ([tuple(keys[start:])] if start < len(keys) else [])
 
-    def num_items(self, ask: Unit) -> int:
-        """Return the number of clips of a unit."""
-        return len(ask)
-
-    def __call__(self, ask: Unit, faults: Mapping[int, str], mark: Mark) -> list[Clip]:
+    def __call__(self, request: Sequence[SampleKey], unreadable: Mapping[int, str], mark: Mark) -> list[Clip]:
         """Make the clips of a unit; unreadable videos are replaced, at most `MAX_REPLACEMENTS` times each.
 
         Nothing is raised for bad videos: the batch says what was bad, see `ClipBatch.require_whole`.
 
         Args:
-            ask: The unit.
-            faults: Videos that are known to be bad, by their number in the order of opening, and why.
+            request: The unit.
+            unreadable: Videos that are known to be bad, by their number in the order of opening, and why.
             mark: Told the number of each video before it is opened.
         """
-        clips = self._read(ask, faults, mark)
+        clips = self._read(request, unreadable, mark)
         return mix_pairs(clips, self.mixer) if self.mixer else clips
 
-    def _read(self, unit: Unit, faults: Mapping[int, str], mark: Mark) -> list[Clip]:
+    def _read(self, unit: Sequence[SampleKey], faults: Mapping[int, str], mark: Mark) -> list[Clip]:
         numbers = itertools.count()
         clips: dict[SampleKey, Clip] = {}
         for epoch, index in dict.fromkeys((key.epoch, key.index) for key in unit):
@@ -125,7 +121,7 @@ class ClipDataset:
     ) -> list[Clip]:
         """Return the clips of one video, or of its replacement, which all of them share."""
         epoch, index = keys[0].epoch, keys[0].index
-        replacements = keyed_generator(self.seed, Stream.REPLACEMENT, epoch, index)
+        replacements = keyed_generator(self.seed, RandomStream.REPLACEMENT, epoch, index)
         failed: list[tuple[int, VideoReadError]] = []
         clips: Sequence[Clip] = ()
         while not clips and len(failed) <= MAX_REPLACEMENTS:
@@ -165,7 +161,7 @@ class ClipDataset:
                 pixels = self.cut.clip(own_THWC, draws)
             except UnfitFramesError as error:
                 raise VideoReadError(row.path, str(error)) from error
-            noise = draws(Stream.NOISE).random(self.noise_length, dtype=np.float32)
+            noise = draws(RandomStream.NOISE).random(self.noise_length, dtype=np.float32)
             clips.append(
                 Clip(
                     pixels=pixels,
@@ -193,7 +189,7 @@ class ClipDataset:
         self._decoded[index] = DecodedVideo(video, with_times=self.config.sampling_seconds is not None)
         return self._decoded[index]
 
-    def _draws(self, key: SampleKey, stream: Stream) -> np.random.Generator:
+    def _draws(self, key: SampleKey, stream: RandomStream) -> np.random.Generator:
         return keyed_generator(self.seed, stream, key.epoch, key.index, key.repeat)
 
 
@@ -203,14 +199,14 @@ def make_loader(
     *,
     micro_size: int,
     pin_memory: bool,
-) -> Loader[Unit, Clip, ClipBatch]:
+) -> Loader[SampleKey, Clip, ClipBatch]:
     """Return the loader of a process's micro-batches, of ``micro_size`` clips each."""
     return Loader(
         dataset,
         (dataset.units(keys) for keys in sampler),
         partial(ClipBatch.collate, crops=dataset.cut.delivers_crops, pin=pin_memory),
-        most_items=micro_size,
-        most_of_an_ask=min(dataset.config.repeats * (2 if dataset.mixer else 1), micro_size),
+        batch_samples=micro_size,
+        request_samples=min(dataset.config.repeats * (2 if dataset.mixer else 1), micro_size),
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 
-class Stream(IntEnum):
+class RandomStream(IntEnum):
     """What a draw is for; each purpose has its own stream, so that adding a draw to one shifts no other.
 
     NOISE is what the task takes with each clip, and MIX belongs to a pair of clips, by its first; the others belong
@@ -39,7 +39,9 @@ class SampleKey:
     repeat: int = 0
 
 
-def keyed_generator(seed: int, stream: Stream, epoch: int, index: int = 0, repeat: int = 0) -> np.random.Generator:
+def keyed_generator(
+    seed: int, stream: RandomStream, epoch: int, index: int = 0, repeat: int = 0
+) -> np.random.Generator:
     """Return the generator that belongs to a sample and a purpose.
 
     Philox is counter-based: key and counter say where in its sequence the draws start, so no two samples share
@@ -109,7 +111,7 @@ def segment_indices(num_frames: int, num_segments: int, generator: np.random.Gen
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order of all samples in an epoch; depends on the seed and the epoch alone."""
-    return keyed_generator(seed, Stream.ORDER, epoch).permutation(num_samples)
+    return keyed_generator(seed, RandomStream.ORDER, epoch).permutation(num_samples)
 
 
 @dataclass(kw_only=True, eq=False)

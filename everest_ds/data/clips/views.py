@@ -203,7 +203,7 @@ class ViewDataset:
         return self.data
 
     @property
-    def item_bytes(self) -> int:
+    def sample_bytes(self) -> int:
         """Bytes of all views of a row."""
         num_views = self.views.num_temporal * self.views.num_spatial
         return num_views * 3 * self.data.num_frames * self.data.image_size**2
@@ -218,23 +218,23 @@ class ViewDataset:
 
     def __getitem__(self, index: int) -> RowViews:
         """Read a row; an unreadable one is reported, never raised."""
-        return self(index, {}, lambda _: None)[0]
+        return self([index], {}, lambda _: None)[0]
 
-    def num_items(self, ask: int) -> int:
-        """Return 1: a row is one item."""
-        return 1
-
-    def __call__(self, ask: int, faults: Mapping[int, str], mark: Mark) -> list[RowViews]:
-        """Read a row, unless ``faults`` says that it is bad; see `everest_ds.data.loading.loader.Maker`."""
-        row = self.rows[ask]
-        try:
-            if faults:
-                raise VideoReadError(row.path, faults[0])
-            mark(0)
-            clips_VCTHW = read_views(Video.of_row(row, self.data.reader), self.data, self.views)
-        except VideoReadError as error:
-            return [RowViews(index=ask, label=row.label, clips_VCTHW=None, bad=error.reason)]
-        return [RowViews(index=ask, label=row.label, clips_VCTHW=clips_VCTHW)]
+    def __call__(self, request: Sequence[int], unreadable: Mapping[int, str], mark: Mark) -> list[RowViews]:
+        """Read rows; see `everest_ds.data.loading.loader.SampleMaker`."""
+        results = []
+        for number, index in enumerate(request):
+            row = self.rows[index]
+            try:
+                if number in unreadable:
+                    raise VideoReadError(row.path, unreadable[number])
+                mark(number)
+                clips_VCTHW = read_views(Video.of_row(row, self.data.reader), self.data, self.views)
+            except VideoReadError as error:
+                results.append(RowViews(index=index, label=row.label, clips_VCTHW=None, bad=error.reason))
+            else:
+                results.append(RowViews(index=index, label=row.label, clips_VCTHW=clips_VCTHW))
+        return results
 
 
 def make_view_loader(
@@ -244,8 +244,9 @@ def make_view_loader(
     pin_memory: bool,
 ) -> Loader[int, RowViews, list[RowViews]]:
     """Return a loader that yields the rows of each group, in order."""
+    requests = [[[index] for index in group] for group in groups]
     assemble = partial(_copy_rows, pin=pin_memory)
-    return Loader(dataset, groups, assemble, most_items=max(map(len, groups), default=1))
+    return Loader(dataset, requests, assemble, batch_samples=max(map(len, groups), default=1))
 
 
 def _copy_rows(rows: Sequence[RowViews], *, pin: bool) -> list[RowViews]:

@@ -1,9 +1,10 @@
-"""The loader: batches in their order, made ahead by processes that may hang, crash or be killed without harm.
+"""The loader: batches in order, made ahead by workers that may hang, crash or be killed without harm.
 
-Place in the flow: asks (which clips, or which row) -> processes (`loading.pool`) -> pixels in shared memory
-(`loading.shared_memory`) -> a batch. Every draw belongs to a key, so batches do not depend on the number of
-processes. A process that hangs on a video is killed, and the video is a bad one from then on, as if it could not be
-read; one that ends without being asked to is replaced, and only a video that ends two is a bad one.
+Place in the flow: requests (keys of samples) -> workers (`loading.pool`) -> pixels in shared memory
+(`loading.shared_memory`) -> a batch. Random draws belong to keys, so batches do not depend on the number of
+workers. A worker that hangs on a video is killed, and the video counts as unreadable. A worker that ends is
+replaced; a video counts as unreadable once it has ended two workers. The other requests of a lost worker are queued
+again.
 """
 
 import pickle
@@ -19,133 +20,114 @@ from torch import Tensor
 
 from everest_ds.config.sections import DataConfig
 from everest_ds.data.loading.pool import Mark, Outcome, Pool
-from everest_ds.data.loading.shared_memory import Layout, Places
+from everest_ds.data.loading.shared_memory import Layout, Slots
 
 
-class Item(Protocol):
-    """What processes make: something small, and pixels."""
+class Sample(Protocol):
+    """What workers make: something small, and pixels."""
 
     @property
     def pixels(self) -> Tensor | None:
         """uint8; None where nothing could be read."""
 
     def with_pixels(self, pixels: Tensor | None) -> Self:
-        """Return it with other pixels."""
+        """Return the sample with other pixels."""
 
 
-AskIn = TypeVar("AskIn", contravariant=True)
-MadeOut = TypeVar("MadeOut", bound=Item, covariant=True)
+KeyIn = TypeVar("KeyIn", contravariant=True)
+MadeOut = TypeVar("MadeOut", bound=Sample, covariant=True)
 
 
-class Maker(Protocol[AskIn, MadeOut]):
-    """What is asked for clips. Each process gets a copy."""
+class SampleMaker(Protocol[KeyIn, MadeOut]):
+    """Interface for code that runs in workers: turns a request into samples. Each worker gets a copy."""
 
     @property
     def config(self) -> DataConfig:
-        """How clips are loaded."""
+        """How samples are loaded."""
 
     @property
-    def item_bytes(self) -> int:
-        """Bytes of an item's pixels at most."""
+    def sample_bytes(self) -> int:
+        """Bytes of a sample's pixels at most."""
 
-    def num_items(self, ask: AskIn) -> int:
-        """Return how many items come of an ask."""
+    def __call__(self, request: Sequence[KeyIn], unreadable: Mapping[int, str], mark: Mark) -> Sequence[MadeOut]:
+        """Make a sample of each key of a request.
 
-    def __call__(self, ask: AskIn, faults: Mapping[int, str], mark: Mark) -> Sequence[MadeOut]:
-        """Make the items of an ask.
-
-        Videos are opened in an order that the ask alone decides. The number of each, from 0, is marked before it is
-        opened; one that ``faults`` names by its number is not opened but counts as bad for that reason.
+        Args:
+            request: The keys. They alone decide which videos are opened in which order.
+            unreadable: Why videos cannot be opened, by their number in that order, from 0.
+            mark: Called with the number of a video before it is opened.
         """
 
 
-Ask = TypeVar("Ask")
-Made = TypeVar("Made", bound=Item)
+Key = TypeVar("Key")
+Made = TypeVar("Made", bound=Sample)
 Batch = TypeVar("Batch")
 
-# Asks that a process has at a time, so that the next one lies ready when it has answered.
+# Requests that a worker has at a time, so that it need not wait for the next.
 _DEPTH = 2
 _MAX_DEATHS = 3
-# Seconds until a closed stream notices, and until processes get more to do while a batch waits to be taken.
+# Seconds until the feeder looks whether it was closed, and until it serves workers while a batch waits to be taken.
 _LOOK_AGAIN_S, _GLANCE_S = 0.1, 0.02
 
 
-class Loader(Generic[Ask, Made, Batch]):
-    """Batches in order, one pass; processes begin with `iter`.
+@dataclass(frozen=True, eq=False)
+class Loader(Generic[Key, Made, Batch]):
+    """Batches in order; each `iter` starts workers of its own.
 
-    Args:
-        maker: Makes what is asked for.
-        batches: What each batch asks for.
-        assemble: Makes a batch of the items of its asks, in order; must copy their pixels.
-        most_items: Items of the largest batch.
-        most_of_an_ask: Items of the largest ask.
+    Attributes:
+        maker: Makes the samples of requests.
+        batches: The requests of each batch.
+        assemble: Makes a batch of its samples, in order; must copy their pixels.
+        batch_samples: Samples of the largest batch.
+        request_samples: Samples of the largest request.
     """
 
-    def __init__(
-        self,
-        maker: Maker[Ask, Made],
-        batches: Iterable[Sequence[Ask]],
-        assemble: Callable[[Sequence[Made]], Batch],
-        *,
-        most_items: int,
-        most_of_an_ask: int = 1,
-    ) -> None:
-        self.maker, self.batches, self.assemble = maker, batches, assemble
-        self.most_items, self.most_of_an_ask = most_items, most_of_an_ask
+    maker: SampleMaker[Key, Made]
+    batches: Iterable[Sequence[Sequence[Key]]]
+    assemble: Callable[[Sequence[Made]], Batch]
+    batch_samples: int
+    request_samples: int = 1
 
-    def __iter__(self) -> "Stream[Batch] | Generator[Batch]":
-        """Return the batches; close what is returned when done with it early."""
-        if self.maker.config.num_workers:
-            return Stream(self)
-        return self._made_here()
+    def __iter__(self) -> "BatchIterator[Batch] | Generator[Batch]":
+        """Return the batches; close the iterator when done with it early."""
+        return BatchIterator(self) if self.maker.config.num_workers else self._make_here()
 
-    def _made_here(self) -> Generator[Batch]:
-        for asks in self.batches:
-            yield self.assemble([item for ask in asks for item in self.maker(ask, {}, _no_mark)])
+    def _make_here(self) -> Generator[Batch]:
+        for requests in self.batches:
+            yield self.assemble([sample for keys in requests for sample in self.maker(keys, {}, lambda _: None)])
 
 
-@dataclass(eq=False)
-class _Job(Generic[Ask]):
-    """An ask on its way."""
+class BatchIterator(Generic[Batch]):
+    """The batches of a `Loader` with workers. A thread feeds the workers.
 
-    ask: Ask
-    places: list[int]
-    faults: dict[int, str] = field(default_factory=dict)
-    deaths: int = 0
-    items: list[Any] | None = None
-
-
-class Stream(Generic[Batch]):
-    """The batches of a `Loader`, as its processes make them; a thread looks after these.
-
-    `close` ends thread and processes; so does losing the last reference to it.
+    `close` ends thread and workers; so does losing the last reference to it.
     """
 
     def __init__(self, loader: Loader[Any, Any, Batch]) -> None:
+        self._ended: BaseException | None = None
         self._feeder = _Feeder(loader)
         self._thread = threading.Thread(target=self._feeder.run, name="loader", daemon=True)
         self._thread.start()
-        self._ended: BaseException | None = None
 
     @property
     def pids(self) -> list[int]:
-        """The processes."""
+        """Process ids of the workers."""
         return self._feeder.pool.pids
 
     @property
-    def lies_ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether `next` would not have to wait."""
         return not self._feeder.ready.empty()
 
-    def __iter__(self) -> "Stream[Batch]":
+    def __iter__(self) -> "BatchIterator[Batch]":
         return self
 
     def __next__(self) -> Batch:
         """Return the next batch.
 
         Raises:
-            UserError: A process met something that is the user's to mend.
-            RuntimeError: A process met anything else, or processes do not stay alive.
+            UserError: A worker met something that the user can mend.
+            RuntimeError: A worker met anything else, or workers do not stay alive.
             StopIteration: There is none left.
         """
         if self._ended is not None:
@@ -158,143 +140,143 @@ class Stream(Generic[Batch]):
         raise error
 
     def close(self) -> None:
-        """End thread and processes."""
+        """End thread and workers."""
         self._ended = self._ended or StopIteration()
         self._feeder.closing.set()
         self._thread.join()
         self._feeder.pool.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_ended"):
+        if hasattr(self, "_thread"):
             self.close()
 
 
+@dataclass(eq=False)
+class _Job(Generic[Key]):
+    """A request on its way: a slot for each of its samples, and what has happened to it."""
+
+    request: Sequence[Key]
+    slots: list[int]
+    unreadable: dict[int, str] = field(default_factory=dict)
+    deaths: int = 0
+    samples: list[Any] | None = None
+
+
 class _Feeder:
-    """Hands asks to the processes and batches to whoever waits for them, in order."""
+    """Hands requests to the workers, and batches to whoever waits for them, in order."""
 
     def __init__(self, loader: Loader[Any, Any, Any]) -> None:
         config = loader.maker.config
-        self.loader = loader
-        # What the next batches hold, and what processes have in hand meanwhile.
-        ahead = config.prefetch_batches * loader.most_items
-        in_hand = _DEPTH * config.num_workers * loader.most_of_an_ask
-        self.places = Places(ahead + in_hand, loader.maker.item_bytes)
-        self.free = list(range(self.places.count))
+        self.assemble = loader.assemble
+        ahead = config.prefetch_batches * loader.batch_samples
+        in_work = _DEPTH * config.num_workers * loader.request_samples
+        self.slots = Slots(ahead + in_work, loader.maker.sample_bytes)
+        self.free = list(range(self.slots.count))
         self.pool: Pool[Any, Any] = Pool(
-            _MakeInPlaces(loader.maker, self.places),
-            processes=config.num_workers,
+            _MakeInSlots(loader.maker, self.slots),
+            num_workers=config.num_workers,
             timeout_s=config.timeout_s,
             depth=_DEPTH,
-            begin=_use_one_thread,
         )
         self.ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=1)
         self.closing = threading.Event()
         self.batches = iter(loader.batches)
-        self.unasked: deque[Any] = deque()  # what the last batch asks for and no process was given yet
+        self.unsent: deque[Sequence[Any]] = deque()  # requests of the last batch that wait for free slots
         self.pending: deque[list[_Job[Any]]] = deque()  # batches, in order; the last one may still grow
-        self.has_more = True
 
     def run(self) -> None:
-        """Make batches until there are none left, somebody closes the stream, or something fails."""
+        """Make batches until there are none left, the iterator is closed, or something fails."""
         torch.set_num_threads(1)  # of this thread: copying a batch must not take all cores
+        end: BaseException = StopIteration()
         try:
             self._make_all()
-        except BaseException as error:  # the thread that waits for batches raises it
-            self._offer((None, error))
-        else:
-            self._offer((None, StopIteration()))
+        except BaseException as error:  # raised in the thread that waits for batches
+            end = error
+        self._offer(None, end)
 
     def _make_all(self) -> None:
         while not self.closing.is_set():
             self._submit()
             if not self.pending:
                 return
-            head = self.pending[0]
-            is_whole = not self.unasked or len(self.pending) > 1
-            if is_whole and all(job.items is not None for job in head):
-                batch = self.loader.assemble([item for job in head for item in job.items or ()])
+            jobs = self.pending[0]
+            is_whole = not self.unsent or len(self.pending) > 1
+            if is_whole and all(job.samples is not None for job in jobs):
+                batch = self.assemble([sample for job in jobs for sample in job.samples or ()])
                 self.pending.popleft()
-                self.free += [place for job in head for place in job.places]
-                self._offer((batch, None))
+                self.free += [slot for job in jobs for slot in job.slots]
+                self._offer(batch)
             else:
-                self._look_after_pool()
+                self._collect(_LOOK_AGAIN_S)
 
     def _submit(self) -> None:
-        """Hand out asks as long as there is room for what comes of them."""
+        """Submit requests as long as there are slots for their samples."""
         while True:
-            if not self.unasked:
-                asks = next(self.batches, None) if self.has_more else None
-                if asks is None:
-                    self.has_more = False
+            if not self.unsent:
+                requests = next(self.batches, None)
+                if requests is None:
                     return
-                self.unasked.extend(asks)
+                self.unsent.extend(requests)
                 self.pending.append([])
-            num_items = self.loader.maker.num_items(self.unasked[0])
-            if num_items > len(self.free):
+            if len(self.unsent[0]) > len(self.free):
                 return
-            job = _Job(self.unasked.popleft(), [self.free.pop() for _ in range(num_items)])
+            request = self.unsent.popleft()
+            job = _Job(request, [self.free.pop() for _ in request])
             self.pending[-1].append(job)
             self.pool.submit(job)
 
-    def _look_after_pool(self, timeout_s: float = _LOOK_AGAIN_S) -> None:
+    def _collect(self, timeout_s: float) -> None:
         for outcome in self.pool.wait(timeout_s):
             job = outcome.item
             if outcome.fault is not None:
-                self._try_again(job, outcome)
+                self._submit_again(job, outcome)
                 continue
-            job.items = [
-                item if layout is None else item.with_pixels(self.places.view(place, layout))
-                for (item, layout), place in zip(outcome.result or (), job.places, strict=True)
+            job.samples = [
+                sample if layout is None else sample.with_pixels(self.slots.view(slot, layout))
+                for (sample, layout), slot in zip(outcome.result or (), job.slots, strict=True)
             ]
 
-    def _try_again(self, job: _Job[Any], outcome: Outcome[Any, Any]) -> None:
-        """Ask again, without the video that hung, or that a second process has ended at."""
+    def _submit_again(self, job: _Job[Any], outcome: Outcome[Any, Any]) -> None:
+        """Submit a failed job again, without the video that hung, or that has ended a second worker."""
         job.deaths += not outcome.hung
         if outcome.mark is not None and (outcome.hung or job.deaths > 1):
-            job.faults[outcome.mark] = outcome.fault or ""
+            job.unreadable[outcome.mark] = outcome.fault or ""
             job.deaths = 0
         if job.deaths > _MAX_DEATHS:
             raise RuntimeError(f"processes that read videos end before they open one: {outcome.fault}")
         self.pool.submit(job, first=True)
 
-    def _offer(self, what: tuple[Any, BaseException | None]) -> None:
+    def _offer(self, batch: Any, error: BaseException | None = None) -> None:
         while not self.closing.is_set():
             try:
-                self.ready.put(what, timeout=_GLANCE_S)
+                self.ready.put((batch, error), timeout=_GLANCE_S)
             except queue.Full:
-                if what[1] is None:  # keep the processes at work meanwhile
+                if error is None:  # meanwhile keep the workers busy
                     self._submit()
-                    self._look_after_pool(0)
+                    self._collect(0)
             else:
                 return
 
 
-class _MakeInPlaces:
-    """What processes do: make the items of an ask, and write their pixels to their places."""
+class _MakeInSlots:
+    """The function of the workers: makes the samples of a job, and writes their pixels to their slots."""
 
-    def __init__(self, maker: Maker[Any, Any], places: Places) -> None:
-        self._pickled = pickle.dumps(maker)  # once for all processes: it may hold a long list
-        self._maker: Maker[Any, Any] | None = None
-        self.places = places
+    def __init__(self, maker: SampleMaker[Any, Any], slots: Slots) -> None:
+        self._pickled = pickle.dumps(maker)  # once for all workers: it may hold a long list
+        self._maker: SampleMaker[Any, Any] | None = None
+        self._slots = slots
 
     def __call__(self, job: _Job[Any], mark: Mark) -> list[tuple[Any, Layout | None]]:
         if self._maker is None:
+            torch.set_num_threads(1)
             self._maker = pickle.loads(self._pickled)
         answer: list[tuple[Any, Layout | None]] = []
-        for item, place in zip(self._maker(job.ask, job.faults, mark), job.places, strict=True):
-            pixels = item.pixels
+        for sample, slot in zip(self._maker(job.request, job.unreadable, mark), job.slots, strict=True):
+            pixels = sample.pixels
             if pixels is None:
-                answer.append((item, None))
+                answer.append((sample, None))
                 continue
             layout = Layout.of(pixels)
-            self.places.view(place, layout).copy_(pixels)
-            answer.append((item.with_pixels(None), layout))
+            self._slots.view(slot, layout).copy_(pixels)
+            answer.append((sample.with_pixels(None), layout))
         return answer
-
-
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def _no_mark(how_far: int) -> None:
-    """Take no notice: nobody waits for this process."""

@@ -1,7 +1,8 @@
-"""Memory that processes share, in places of one size: what one process writes there, no process has to send."""
+"""Memory that processes share, in slots of one size: pixels written there need not be sent."""
 
 import mmap
 import os
+import weakref
 from collections.abc import Callable
 from multiprocessing import reduction
 from typing import Any, NamedTuple
@@ -11,65 +12,51 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """A tensor's shape, and which of its axes come first in memory; without gaps between its elements."""
+    """Shape and strides of a tensor without gaps between its elements."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Layout":
-        """Return the layout of a copy of a tensor, its axes in the same order in memory."""
+        """Return the layout of a dense copy; the order of the axes in memory stays."""
         copy = torch.empty_like(tensor, device="meta")
         return cls(tuple(copy.shape), copy.stride())
 
 
-class Places:
-    """Places in memory that is neither of the file system nor of /dev/shm, whose size containers bound.
+class Slots:
+    """Slots in anonymous memory, which processes that are being started can be given.
 
-    Only what was written to takes memory, so a place may be larger than what mostly goes into it. Can be handed to
-    a process that is being started.
+    It is not in /dev/shm, whose size containers limit. Only pages that were written to take memory, so a slot may
+    be larger than most of what it will hold.
 
     Args:
-        count: How many places there are.
+        count: Number of slots.
         num_bytes: Bytes of each.
+        file: Descriptor of the memory where another process has made it; it is closed with this object.
     """
 
-    _file = -1
+    def __init__(self, count: int, num_bytes: int, file: int | None = None) -> None:
+        self._file = os.memfd_create("everest-clips") if file is None else file
+        weakref.finalize(self, os.close, self._file)  # views keep their memory
+        self.count, self.num_bytes = count, num_bytes
+        os.ftruncate(self._file, count * num_bytes)
+        self._bytes = torch.frombuffer(mmap.mmap(self._file, count * num_bytes), dtype=torch.uint8)
 
-    def __init__(self, count: int, num_bytes: int) -> None:
-        self._open(os.memfd_create("everest-clips"), count, num_bytes)
-
-    def _open(self, file: int, count: int, num_bytes: int) -> None:
-        self._file, self.count, self.num_bytes = file, count, num_bytes
-        os.ftruncate(file, count * num_bytes)
-        self._bytes = torch.frombuffer(mmap.mmap(file, count * num_bytes), dtype=torch.uint8)
-
-    def view(self, place: int, layout: Layout) -> Tensor:
-        """Return the beginning of a place as a uint8 tensor; writing to it writes there.
+    def view(self, slot: int, layout: Layout) -> Tensor:
+        """Return the beginning of a slot as a uint8 tensor that shares its memory.
 
         Raises:
             ValueError: It does not fit.
         """
         size = torch.Size(layout.shape).numel()
         if size > self.num_bytes:
-            raise ValueError(f"{size} bytes do not fit into a place of {self.num_bytes}")
-        return self._bytes.as_strided(layout.shape, layout.stride, place * self.num_bytes)
+            raise ValueError(f"{size} bytes do not fit into a slot of {self.num_bytes}")
+        return self._bytes.as_strided(layout.shape, layout.stride, slot * self.num_bytes)
 
-    def close(self) -> None:
-        """Give up the file; memory goes when the last view of it does."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-    def __del__(self) -> None:
-        self.close()
-
-    def __reduce__(self) -> tuple[Callable[..., "Places"], tuple[Any, ...]]:
-        """Let it pass to a process that is being started."""
-        return _reopen, (reduction.DupFd(self._file), self.count, self.num_bytes)
+    def __reduce__(self) -> tuple[Callable[..., "Slots"], tuple[Any, ...]]:
+        return _reopen, (self.count, self.num_bytes, reduction.DupFd(self._file))
 
 
-def _reopen(file: Any, count: int, num_bytes: int) -> Places:
-    places = Places.__new__(Places)
-    places._open(file.detach(), count, num_bytes)
-    return places
+def _reopen(count: int, num_bytes: int, file: Any) -> Slots:
+    return Slots(count, num_bytes, file.detach())

@@ -49,7 +49,7 @@ class ReadyStream:
 
     def __init__(self) -> None:
         self.numbers: Iterator[int] = iter(range(100))
-        self.lies_ready = True
+        self.is_ready = True
 
     def __next__(self) -> ClipBatch:
         return batch(next(self.numbers), pin=True)
@@ -58,7 +58,7 @@ class ReadyStream:
 @pytest.mark.gpu
 def test_next_batch_is_copied_on_another_stream_and_read_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forty batches, each summed right after `next`, while the device is kept busy: no sum may see half a copy."""
-    monkeypatch.setattr(feeding, "Stream", ReadyStream)
+    monkeypatch.setattr(feeding, "BatchIterator", ReadyStream)
     device = torch.device("cuda", torch.cuda.current_device())
     streams: list[torch.cuda.Stream] = []
 
@@ -71,7 +71,7 @@ def test_next_batch_is_copied_on_another_stream_and_read_after_it(monkeypatch: p
     work = torch.randn(2048, 2048, device=device)
     sums = []
     for number in range(40):
-        source.lies_ready = number % 5 != 4  # now and then there is nothing to look ahead to
+        source.is_ready = number % 5 != 4  # now and then there is nothing to look ahead to
         found, (clips,) = feed.next()
         assert found.label_B.item() == number
         sums.append(clips.sum(dtype=torch.int64))

@@ -18,7 +18,7 @@ from everest_ds.data.clips.augment import (
     rand_augment,
     seeded_globals,
 )
-from everest_ds.data.clips.sampling import SampleKey, Stream, keyed_generator
+from everest_ds.data.clips.sampling import RandomStream, SampleKey, keyed_generator
 from everest_ds.errors import UserError
 
 PAPER = "rand-m9-mstd0.5-inc1"
@@ -27,7 +27,7 @@ OFFICIAL = "rand-m7-n4-mstd0.5-inc1"
 TARGET_ATOL = 1e-6
 
 
-def generator(stream: Stream, index: int) -> np.random.Generator:
+def generator(stream: RandomStream, index: int) -> np.random.Generator:
     return keyed_generator(0, stream, 0, index)
 
 
@@ -64,7 +64,7 @@ def test_all_frames_get_the_same_draw_of_rand_augment(text: str) -> None:
     frame = noise_frames(1)
     same, changed = np.repeat(frame, 4, axis=0), 0
     for index in range(40):
-        out = rand_augment(same, text, generator(Stream.AUGMENT, index))
+        out = rand_augment(same, text, generator(RandomStream.AUGMENT, index))
         assert (out.shape, out.dtype) == (same.shape, np.uint8)
         assert (out == out[:1]).all()
         changed += not (out[0] == frame[0]).all()
@@ -77,7 +77,7 @@ def test_rand_augment_survives_the_ends_of_its_scale(magnitude: str, kind: str) 
     """timm's Posterize asks for no bits there, which Pillow refuses."""
     frame = np.full((1, 12, 12, 3), 200, dtype=np.uint8)
     for index in range(40):
-        out = rand_augment(frame, f"rand-{magnitude}-n6-p1-{kind}", generator(Stream.AUGMENT, index))
+        out = rand_augment(frame, f"rand-{magnitude}-n6-p1-{kind}", generator(RandomStream.AUGMENT, index))
         assert out.shape == frame.shape
 
 
@@ -98,8 +98,8 @@ def test_posterize_at_its_strongest_keeps_one_bit() -> None:
 def test_rand_augment_of_a_frame_does_not_depend_on_the_others() -> None:
     frames = noise_frames(3)
     for index in range(20):
-        together = rand_augment(frames, OFFICIAL, generator(Stream.AUGMENT, index))
-        alone = [rand_augment(frame[None], OFFICIAL, generator(Stream.AUGMENT, index))[0] for frame in frames]
+        together = rand_augment(frames, OFFICIAL, generator(RandomStream.AUGMENT, index))
+        alone = [rand_augment(frame[None], OFFICIAL, generator(RandomStream.AUGMENT, index))[0] for frame in frames]
         assert (together == np.stack(alone)).all()
 
 
@@ -116,7 +116,7 @@ def test_rand_augment_maps_grey_levels_alike_in_frames_that_differ() -> None:
     frames_THWC = np.repeat(frames.reshape(2, 16, 32, 1), 3, axis=3)
     seen = set()
     for index in range(120):
-        out = rand_augment(frames_THWC, "rand-m6-n1-p1-mstd2-inc1", generator(Stream.AUGMENT, index))
+        out = rand_augment(frames_THWC, "rand-m6-n1-p1-mstd2-inc1", generator(RandomStream.AUGMENT, index))
         first, second = (levels(frame, image) for frame, image in zip(frames_THWC, out, strict=True))
         assert first == second
         if first is not None:
@@ -129,7 +129,7 @@ def test_rand_augment_moves_frames_alike_that_differ() -> None:
     frames = np.stack([np.full((40, 40, 3), level, dtype=np.uint8) for level in (200, 255)])
     moved = 0
     for index in range(80):
-        out = rand_augment(frames, "rand-m6-n1-p1-inc1", generator(Stream.AUGMENT, index))[..., 0]
+        out = rand_augment(frames, "rand-m6-n1-p1-inc1", generator(RandomStream.AUGMENT, index))[..., 0]
         first, second = (image != image[20, 20] for image in out)
         # Where hardly anything moves in, rounding shows it in one frame only: measured 0.012.
         assert (first != second).mean() <= 0.02
@@ -140,7 +140,7 @@ def test_rand_augment_moves_frames_alike_that_differ() -> None:
 def test_rand_augment_depends_on_the_key_and_leaves_no_trace() -> None:
     frames = noise_frames(2)
     before = states()
-    outs = {rand_augment(frames, OFFICIAL, generator(Stream.AUGMENT, i)).tobytes() for i in (0, 1, 2, 0)}
+    outs = {rand_augment(frames, OFFICIAL, generator(RandomStream.AUGMENT, i)).tobytes() for i in (0, 1, 2, 0)}
     assert len(outs) == 3
     assert states() == before
 
@@ -179,7 +179,7 @@ def test_resized_crops_keep_to_area_and_aspect() -> None:
     areas, aspects, lefts = [], [], []
     for index in range(1000):
         left, top, width, height = draw_resized_crop(
-            2000, 1000, (0.1, 0.2), (0.5, 2.0), generator(Stream.CROP, index)
+            2000, 1000, (0.1, 0.2), (0.5, 2.0), generator(RandomStream.CROP, index)
         )
         assert 0 <= left <= 2000 - width
         assert 0 <= top <= 1000 - height
@@ -205,12 +205,14 @@ def test_whole_frame_or_its_middle_is_taken_where_nothing_else_fits(
 ) -> None:
     aspect = (1.0, 1.0) if width == height else (0.75, 4 / 3)
     for index in range(20):
-        assert draw_resized_crop(width, height, (1.0, 1.0), aspect, generator(Stream.CROP, index)) == crop
+        assert draw_resized_crop(width, height, (1.0, 1.0), aspect, generator(RandomStream.CROP, index)) == crop
 
 
 def test_resized_crop_leaves_no_trace() -> None:
     before = states()
-    crops = {draw_resized_crop(340, 256, (0.08, 1), (0.75, 4 / 3), generator(Stream.CROP, i)) for i in (0, 1, 2, 0)}
+    crops = {
+        draw_resized_crop(340, 256, (0.08, 1), (0.75, 4 / 3), generator(RandomStream.CROP, i)) for i in (0, 1, 2, 0)
+    }
     assert len(crops) == 3
     assert states() == before
 
@@ -221,7 +223,7 @@ def test_erased_box_is_the_same_in_all_frames_and_the_rest_is_untouched() -> Non
     before = states()
     shares, noise = [], []
     for index in range(60):
-        out = erase(clip, 1.0, generator(Stream.ERASE, index))
+        out = erase(clip, 1.0, generator(RandomStream.ERASE, index))
         assert (out.shape, out.dtype, out.is_contiguous()) == (clip.shape, torch.uint8, True)
         changed_CTHW = out != clip
         rows = changed_CTHW.any(dim=(0, 1, 3)).nonzero().flatten().tolist()
@@ -246,9 +248,9 @@ def test_erased_box_is_the_same_in_all_frames_and_the_rest_is_untouched() -> Non
 
 def test_erasing_touches_the_share_of_clips_that_was_asked_for() -> None:
     clip = torch.zeros(3, 2, 16, 16, dtype=torch.uint8)
-    erased = sum(not torch.equal(erase(clip, 0.25, generator(Stream.ERASE, i)), clip) for i in range(400))
+    erased = sum(not torch.equal(erase(clip, 0.25, generator(RandomStream.ERASE, i)), clip) for i in range(400))
     assert 60 <= erased <= 145  # 400 draws leave this range once in 100,000
-    assert torch.equal(erase(clip, 0.0, generator(Stream.ERASE, 0)), clip)
+    assert torch.equal(erase(clip, 0.0, generator(RandomStream.ERASE, 0)), clip)
 
 
 def make_mixer(mixup_alpha: float, cutmix_alpha: float) -> PairMixer:

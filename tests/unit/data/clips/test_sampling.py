@@ -9,8 +9,8 @@ import pytest
 
 from everest_ds.data.clips.sampling import (
     GlobalBatchSampler,
+    RandomStream,
     SampleKey,
-    Stream,
     dense_indices,
     epoch_order,
     keyed_generator,
@@ -81,7 +81,7 @@ def test_segment_indices_equal_official(golden_json: Callable[[str], Any]) -> No
 def test_indices_stay_inside_the_video(draw_indices: Callable[..., list[int]], num_frames: int) -> None:
     spacing = () if draw_indices is segment_indices else (4,)
     for seed in range(20):
-        indices = draw_indices(num_frames, 16, *spacing, keyed_generator(seed, Stream.FRAMES, 0))
+        indices = draw_indices(num_frames, 16, *spacing, keyed_generator(seed, RandomStream.FRAMES, 0))
         assert len(indices) == 16
         assert all(type(index) is int for index in indices)
         assert min(indices) >= 0
@@ -93,13 +93,13 @@ def test_indices_stay_inside_the_video(draw_indices: Callable[..., list[int]], n
 def test_video_without_frames_is_refused(draw_indices: Callable[..., list[int]]) -> None:
     spacing = () if draw_indices is segment_indices else (4,)
     with pytest.raises(ValueError, match="must be at least 1"):
-        draw_indices(0, 16, *spacing, keyed_generator(0, Stream.FRAMES, 0))
+        draw_indices(0, 16, *spacing, keyed_generator(0, RandomStream.FRAMES, 0))
 
 
 def test_keyed_generators_repeat_and_differ_by_every_part_of_the_key() -> None:
     def draw(*key: int) -> float:
         seed, stream, epoch, index, repeat = key
-        return keyed_generator(seed, Stream(stream), epoch, index, repeat).random()
+        return keyed_generator(seed, RandomStream(stream), epoch, index, repeat).random()
 
     base = (1, 1, 2, 3, 4)
     neighbours = [tuple(value + (i == position) for i, value in enumerate(base)) for position in range(5)]
@@ -108,8 +108,8 @@ def test_keyed_generators_repeat_and_differ_by_every_part_of_the_key() -> None:
 
 
 def test_draws_of_one_sample_do_not_run_into_the_next() -> None:
-    many = keyed_generator(0, Stream.NOISE, 0, 0).random(10_000)
-    following = keyed_generator(0, Stream.NOISE, 0, 1).random(10_000)
+    many = keyed_generator(0, RandomStream.NOISE, 0, 0).random(10_000)
+    following = keyed_generator(0, RandomStream.NOISE, 0, 1).random(10_000)
     assert not np.intersect1d(many, following).size
 
 

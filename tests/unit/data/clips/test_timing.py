@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from everest_ds.config import FinetuneDataConfig, PretrainDataConfig, ViewsConfig
 from everest_ds.data.clips.cuts import FinetuneCut, PretrainCut
 from everest_ds.data.clips.dataset import ClipDataset
-from everest_ds.data.clips.sampling import SampleKey, Stream, keyed_generator
+from everest_ds.data.clips.sampling import RandomStream, SampleKey, keyed_generator
 from everest_ds.data.clips.views import ViewDataset, timed_clips
 from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.data.readers.timing import clip_room_s, frames_at, timed_indices
@@ -118,7 +118,7 @@ def test_clips_cover_the_same_time_at_any_frame_rate(reader: str, keep: bool, tm
             clip = dataset[SampleKey(epoch, index)]
             assert not clip.bad
             assert clip.pixels is not None
-            share = keyed_generator(0, Stream.FRAMES, epoch, index).random()
+            share = keyed_generator(0, RandomStream.FRAMES, epoch, index).random()
             start_s = share * max(times_s[-1] - 5 * SECONDS, 0)
             expected = [shown_at(times_s, start_s + place * SECONDS) for place in range(6)]
             assert clip.frames_T.tolist() == expected

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from everest_ds.data.clips.sampling import Stream, keyed_generator
+from everest_ds.data.clips.sampling import RandomStream, keyed_generator
 from everest_ds.data.clips.transforms import (
     crop_frames,
     crop_offsets,
@@ -61,7 +61,7 @@ def test_all_frames_get_the_same_crop_and_mirror() -> None:
 def test_draws_reach_every_crop_and_stay_inside() -> None:
     seen = set()
     for index in range(3000):
-        left, top, width, height = draw_crop(340, 256, 224, SCALES, keyed_generator(0, Stream.CROP, 0, index))
+        left, top, width, height = draw_crop(340, 256, 224, SCALES, keyed_generator(0, RandomStream.CROP, 0, index))
         assert 0 <= left <= 340 - width
         assert 0 <= top <= 256 - height
         seen.add((width, height))
@@ -71,7 +71,7 @@ def test_draws_reach_every_crop_and_stay_inside() -> None:
 @pytest.mark.parametrize(("width", "height"), [(30, 40), (1, 1), (2, 500), (300, 223), (222, 222), (225, 400)])
 def test_crop_of_a_small_frame_stays_inside(width: int, height: int) -> None:
     for index in range(200):
-        generator = keyed_generator(0, Stream.CROP, 0, index)
+        generator = keyed_generator(0, RandomStream.CROP, 0, index)
         left, top, crop_width, crop_height = draw_crop(width, height, 224, SCALES, generator)
         assert 0 <= left <= width - crop_width
         assert 0 <= top <= height - crop_height

@@ -19,10 +19,10 @@ import torch
 from everest_ds.config import PretrainDataConfig
 from everest_ds.data.clips.batch import Clip, ClipBatch
 from everest_ds.data.clips.cuts import PretrainCut
-from everest_ds.data.clips.dataset import ClipDataset, Unit, make_loader
+from everest_ds.data.clips.dataset import ClipDataset, make_loader
 from everest_ds.data.clips.sampling import GlobalBatchSampler, SampleKey
 from everest_ds.data.lists.video_list import PackedRows, VideoRow, read_list
-from everest_ds.data.loading.loader import Stream
+from everest_ds.data.loading.loader import BatchIterator
 from everest_ds.data.loading.pool import Mark
 from everest_ds.data.readers.video import Video
 from everest_ds.errors import UserError
@@ -208,7 +208,7 @@ def test_processes_killed_from_outside_are_replaced_and_nothing_is_lost_or_doubl
     )
     dataset = make_dataset(good, replace(CONFIG, num_workers=2))
     batches = iter(make_loader(dataset, sampler, micro_size=4, pin_memory=False))
-    assert isinstance(batches, Stream)
+    assert isinstance(batches, BatchIterator)
     seen, killed = [], set()
     with closing(batches):
         for number, batch in enumerate(batches):
@@ -252,7 +252,7 @@ def test_bad_real_clips_neither_hang_nor_end_a_process(real_clips: Path, good: l
     for reader in ("decord", "pyav"):
         dataset = make_dataset(rows, replace(CONFIG, num_workers=2, timeout_s=20.0, reader=reader))  # type: ignore[arg-type]
         stream = iter(make_loader(dataset, sampler, micro_size=8, pin_memory=False))
-        assert isinstance(stream, Stream)
+        assert isinstance(stream, BatchIterator)
         with closing(stream):
             pids = stream.pids
             batches = [next(stream) for _ in range(14)]
@@ -268,7 +268,7 @@ def test_bad_real_clips_neither_hang_nor_end_a_process(real_clips: Path, good: l
 class DyingDataset(ClipDataset):
     """Ends its process before it opens anything."""
 
-    def __call__(self, ask: Unit, faults: Mapping[int, str], mark: Mark) -> list[Clip]:
+    def __call__(self, request: Sequence[SampleKey], unreadable: Mapping[int, str], mark: Mark) -> list[Clip]:
         os._exit(5)
 
 
@@ -320,7 +320,7 @@ def test_closing_early_or_losing_the_stream_leaves_no_process(rows: list[VideoRo
             num_samples=12, global_size=4, micro_size=4, rank=0, world_size=1, seed=0, end_step=30
         )
         stream = iter(make_loader(dataset, sampler, micro_size=4, pin_memory=False))
-        assert isinstance(stream, Stream)
+        assert isinstance(stream, BatchIterator)
         pids = stream.pids
         next(stream)
         if close:
@@ -384,7 +384,7 @@ def test_memory_of_processes_does_not_grow_over_five_thousand_clips(good: list[V
     )
     dataset = make_dataset(good, replace(CONFIG, num_workers=2))
     stream = iter(make_loader(dataset, sampler, micro_size=8, pin_memory=False))
-    assert isinstance(stream, Stream)
+    assert isinstance(stream, BatchIterator)
     clips, after_warm_up = 0, []
     with closing(stream):
         for batch in stream:

@@ -3,13 +3,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
-from everest_ds.data.loading.pool import Mark, Outcome, Pool
-from everest_ds.data.loading.shared_memory import Layout, Places
+from everest_ds.data.loading.pool import Mark, Outcome, Pool, run_all
 from everest_ds.errors import UserError
 
 
@@ -42,7 +41,7 @@ def blocked_signals(item: int, mark: Mark) -> set[int]:
 
 def test_signals_of_a_terminal_or_launcher_are_left_to_the_parent() -> None:
     """They come to whole trees of processes. The processes inherit it, so that none is ever open to them."""
-    pool: Pool[int, set[int]] = Pool(blocked_signals, processes=2, timeout_s=30)
+    pool: Pool[int, set[int]] = Pool(blocked_signals, num_workers=2, timeout_s=30)
     stops = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     try:
         pids = pool.pids
@@ -59,12 +58,18 @@ def test_signals_of_a_terminal_or_launcher_are_left_to_the_parent() -> None:
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
-def never_begin() -> None:
-    os._exit(7)
+class EndsItsProcess:
+    """A function that cannot be unpickled: that ends the process."""
+
+    def __call__(self, item: object, mark: Mark) -> float:
+        return 0.0
+
+    def __reduce__(self) -> tuple[Callable[[int], None], tuple[int]]:
+        return os._exit, (7,)
 
 
 def run(items: list[tuple[str, float]], *, timeout_s: float = 30.0, depth: int = 2) -> list[Outcome]:
-    pool: Pool[tuple[str, float], float] = Pool(act, processes=2, timeout_s=timeout_s, depth=depth)
+    pool: Pool[tuple[str, float], float] = Pool(act, num_workers=2, timeout_s=timeout_s, depth=depth)
     try:
         for item in items:
             pool.submit(item)
@@ -101,7 +106,7 @@ def test_time_runs_from_mark_to_mark() -> None:
 
 
 def test_item_submitted_as_first_overtakes_those_that_wait() -> None:
-    pool: Pool[tuple[str, float], float] = Pool(act, processes=1, timeout_s=30)
+    pool: Pool[tuple[str, float], float] = Pool(act, num_workers=1, timeout_s=30)
     try:
         for number in (1.0, 2.0, 3.0):
             pool.submit(("answer", number))
@@ -129,7 +134,7 @@ def test_exception_in_a_process_is_raised_where_it_was_asked_for(
 
 
 def test_processes_that_cannot_begin_are_an_error_and_not_an_endless_loop() -> None:
-    pool: Pool[tuple[str, float], float] = Pool(act, processes=2, timeout_s=30, begin=never_begin)
+    pool: Pool[tuple[str, float], float] = Pool(EndsItsProcess(), num_workers=2, timeout_s=30)
     pool.submit(("answer", 1.0))
     try:
         with pytest.raises(RuntimeError, match=r"end before they can begin \(exit code 7\)"):
@@ -139,7 +144,7 @@ def test_processes_that_cannot_begin_are_an_error_and_not_an_endless_loop() -> N
 
 
 def test_closed_pool_leaves_no_process_and_answers_nothing() -> None:
-    pool: Pool[tuple[str, float], float] = Pool(act, processes=2, timeout_s=600)
+    pool: Pool[tuple[str, float], float] = Pool(act, num_workers=2, timeout_s=600)
     pids = pool.pids
     pool.submit(("hang", 1.0))
     pool.wait(1)
@@ -148,22 +153,55 @@ def test_closed_pool_leaves_no_process_and_answers_nothing() -> None:
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
-def test_places_hold_what_fits_and_take_memory_only_where_written_to() -> None:
-    places = Places(3, 4)
-    square = Layout((2, 2), (2, 1))
-    places.view(1, square).copy_(torch.tensor([[1, 2], [3, 4]]))
-    assert places.view(1, square).tolist() == [[1, 2], [3, 4]]
-    assert places.view(1, Layout.of(torch.empty(2, 2).T)).tolist() == [[1, 3], [2, 4]]
-    with pytest.raises(ValueError, match="5 bytes do not fit into a place of 4"):
-        places.view(0, Layout((5,), (1,)))
-    assert places.view(2, square).tolist() == [[0, 0], [0, 0]]
-    large = Places(100, 2**30)
-    large.view(99, Layout((3,), (1,))).fill_(7)
-    assert large.view(99, square).tolist() == [[7, 7], [7, 0]]
+def act_without_mark(item: tuple[str, int]) -> int:
+    """What the processes do: answer, take long, or end in one of several ways."""
+    what, number = item
+    if what == "hang":
+        time.sleep(600)
+    if what == "signal":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if what == "exit":
+        os._exit(3)
+    return number * number
 
 
-def test_layout_is_that_of_a_dense_copy() -> None:
-    whole = torch.arange(120).reshape(2, 3, 4, 5)
-    assert Layout.of(whole) == ((2, 3, 4, 5), (60, 20, 5, 1))
-    assert Layout.of(whole.permute(3, 0, 1, 2)) == ((5, 2, 3, 4), (1, 60, 20, 5))
-    assert Layout.of(whole[:, :, 1:3]) == ((2, 3, 2, 5), (30, 10, 5, 1))
+def run_each(items: Sequence[tuple[str, int]], *, num_workers: int, timeout_s: float = 30.0) -> dict[int, Outcome]:
+    outcomes = list(run_all(act_without_mark, items, num_workers=num_workers, timeout_s=timeout_s))
+    assert sorted(outcome.item for outcome in outcomes) == sorted(items)  # each once, none lost
+    return {outcome.item[1]: outcome for outcome in outcomes}
+
+
+def test_every_item_is_answered_once_by_any_number_of_processes() -> None:
+    items = [("answer", number) for number in range(9)]
+    for num_workers in (1, 2, 20):
+        outcomes = run_each(items, num_workers=num_workers)
+        assert {number: outcome.result for number, outcome in outcomes.items()} == {n: n * n for n in range(9)}
+        assert all(outcome.fault is None and not outcome.hung for outcome in outcomes.values())
+    assert run_each([], num_workers=2) == {}
+
+
+def test_call_that_hangs_is_killed_and_the_others_are_answered() -> None:
+    items = [("answer", 0), ("hang", 1), ("answer", 2), ("hang", 3), ("answer", 4)]
+    started = time.monotonic()
+    outcomes = run_each(items, num_workers=2, timeout_s=1.0)
+    assert time.monotonic() - started < 60
+    assert [outcomes[n].hung for n in range(5)] == [False, True, False, True, False]
+    assert outcomes[1].fault == "no answer within 1 s"
+    assert 1.0 <= outcomes[1].took_s < 10
+    assert [outcomes[n].result for n in (0, 2, 4)] == [0, 4, 16]
+
+
+def test_call_that_ends_its_process_says_how_and_the_others_are_answered() -> None:
+    outcomes = run_each([("signal", 0), ("answer", 1), ("exit", 2), ("answer", 3)], num_workers=1)
+    assert outcomes[0].fault == "it ended its process (signal 11)"
+    assert outcomes[2].fault == "it ended its process (exit code 3)"
+    assert not outcomes[0].hung
+    assert [outcomes[n].result for n in (1, 3)] == [1, 9]
+
+
+def test_leaving_early_leaves_no_process_behind() -> None:
+    outcomes = run_all(act_without_mark, [("answer", 1), ("hang", 2), ("hang", 3)], num_workers=2, timeout_s=60)
+    assert next(outcomes).result == 1
+    started = time.monotonic()
+    outcomes.close()
+    assert time.monotonic() - started < 10
