@@ -152,7 +152,8 @@ class _Worker:
         self.items: deque[Any] = deque()
         self.is_ready = False
         self._timeout_s = timeout_s
-        self._restart_clock()
+        self._mark: int | None = None
+        self._began = self._since = time.monotonic()
 
     def give(self, item: Any) -> None:
         """Let it call the function with an item, after those that it has."""
@@ -205,7 +206,7 @@ class _Worker:
         self.pipe.close()
 
     def _restart_clock(self) -> None:
-        self._mark: int | None = None
+        self._mark = None
         self._began = self._since = time.monotonic()
 
 
