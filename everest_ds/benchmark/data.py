@@ -13,58 +13,23 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from everest_ds.config import Config, FinetuneConfig, PretrainConfig
-from everest_ds.data.lists.run_lists import read_lists
+import torch
+
+from everest_ds.benchmark.data_loader import loader_clips_per_s
+from everest_ds.benchmark.data_options import DataBenchmarkOptions, DataJob, OneReader
+from everest_ds.benchmark.data_report import describe, format_table
+from everest_ds.benchmark.machine import describe_machine
+from everest_ds.benchmark.official_clip import OfficialWay
+from everest_ds.benchmark.stages import Costs, LeftOut, OurWay, Way, measure_round, one_thread, warm_up
+from everest_ds.config import Config, PretrainConfig
+from everest_ds.data.clips.cuts import PretrainCut
 from everest_ds.data.lists.video_list import VideoRow
-from everest_ds.data.readers.choice import choose_reader, obstacle
+from everest_ds.data.readers.video import Video
+from everest_ds.distributed import World
 from everest_ds.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-
-    from everest_ds.benchmark.stages import Costs, LeftOut, Way
-    from everest_ds.train.tasks import Task
-
-OneReader = Literal["decord", "pyav", "torchcodec"]
-_AUTO_READERS: tuple[OneReader, ...] = ("pyav", "decord")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataBenchmarkOptions:
-    """What is measured."""
-
-    lists: tuple[Path, ...] = ()
-    """Lists to measure side by side; data.train_list without this."""
-    readers: tuple[OneReader, ...] = ()
-    """Libraries to read with; without this data.reader, for auto pyav and decord, where they work."""
-    repeats: tuple[int, ...] = (1,)
-    """Clips, each of its own crop, of one decoded video."""
-    workers: tuple[int, ...] = (1, 2)
-    """Loader processes, one measurement each; `--workers` with no number after it leaves the loader out."""
-    rounds: int = 7
-    """Rounds whose median counts, after one of warm-up."""
-    clips: int = 16
-    """Videos of each list, spread over it; every round makes the same clips of them."""
-    compare: bool = False
-    """Also measure the official way to a pre-training clip: decord, PIL, normalised floats."""
-    clips_per_s: float | None = None
-    """Clips a second that one GPU trains, to say how many GPUs are fed."""
-    json: bool = False
-    """One JSON line for each list and way instead of a table."""
-
-    def __post_init__(self) -> None:
-        """Check each field by itself."""
-        counts = [("rounds", self.rounds), ("clips", self.clips)]
-        counts += [(name, value) for name in ("repeats", "workers") for value in getattr(self, name)]
-        for name, value in counts:
-            if value < 1:
-                raise UserError(f"--{name} {value} must be at least 1")
-        if not self.repeats:
-            raise UserError("--repeats has no number; give 1 for a clip a video, and others beside it")
-        if self.clips_per_s is not None and not self.clips_per_s > 0:
-            raise UserError(f"--clips-per-s {self.clips_per_s} must be above 0")
+from everest_ds.train.tasks import Task, make_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,31 +51,21 @@ class Measured:
     path: Path
     config: Config
     rows: list[VideoRow]
-    ways: list["Way"]
-    costs: list["Costs"]
+    ways: list[Way]
+    costs: list[Costs]
     readable: list[int]
-    left_out: list["LeftOut"]
+    left_out: list[LeftOut]
     frames: tuple[int, int]
     sizes: list[str]
 
 
-def benchmark_data(config: Config, options: DataBenchmarkOptions) -> None:
-    """Measure and print.
+def run(job: DataJob, world: World) -> int:
+    """Measure and print; return 0.
 
     Raises:
-        UserError: A list is missing or empty, none of its videos can be read, or a reader cannot serve here.
+        UserError: None of a list's videos can be read.
     """
-    runs = [(path, read_lists(_of_list(config, path))) for path in _lists(config, options)]
-    readers = _readers(config, options)
-    if config.data.keep_decoded:
-        raise UserError("data.keep_decoded keeps frames in memory, so that no reading is left to measure; unset it")
-    if options.compare:
-        _require_comparable(config, [row for _, lists in runs for row in lists.train])
-
-    from everest_ds.benchmark.data_report import describe, format_table
-    from everest_ds.benchmark.machine import describe_machine
-    from everest_ds.benchmark.stages import measure_round, one_thread
-
+    options, runs, readers = job.options, job.runs, job.readers
     with one_thread():
         lists = [_begin(path, run.config, run.train, readers, options) for path, run in runs]
         for number in range(options.rounds):
@@ -125,53 +80,7 @@ def benchmark_data(config: Config, options: DataBenchmarkOptions) -> None:
         rates = [_loader_rates(one, way, options) for way in one.ways]
         records += describe(one, rates, gpu_clips_per_s=options.clips_per_s, machine=machine)
     print("\n".join(json.dumps(record) for record in records) if options.json else f"\n{format_table(records)}")
-
-
-def _lists(config: Config, options: DataBenchmarkOptions) -> tuple[Path, ...]:
-    if options.lists:
-        return tuple(dict.fromkeys(options.lists))
-    if config.data.train_list is None:
-        raise UserError("no list to measure; give --data.train-list FILE, or --lists FILE... for several")
-    return (Path(config.data.train_list),)
-
-
-def _of_list(config: Config, path: Path) -> Config:
-    """Return the run that trains on a list and scores nothing."""
-    if isinstance(config, FinetuneConfig):
-        return replace(config, data=replace(config.data, train_list=str(path), val_list=None, test_list=None))
-    return replace(config, data=replace(config.data, train_list=str(path)))
-
-
-def _readers(config: Config, options: DataBenchmarkOptions) -> list[OneReader]:
-    """Return the readers to measure; refuse those that cannot serve."""
-    if options.readers:
-        wanted = list(dict.fromkeys(options.readers))
-        for reader in wanted:
-            choose_reader(reader)
-        return wanted
-    chosen = choose_reader(config.data.reader)
-    if config.data.reader != "auto":
-        return [chosen]  # type: ignore[list-item]
-    return [reader for reader in _AUTO_READERS if obstacle(reader) is None]
-
-
-def _require_comparable(config: Config, rows: Sequence[VideoRow]) -> None:
-    if not isinstance(config, PretrainConfig):
-        raise UserError(f"--compare knows the official way to a pre-training clip, and {config.recipe} fine-tunes")
-    if config.data.sampling_seconds is not None:
-        raise UserError(
-            f"--compare counts frames, as the official loaders do, and data.sampling_seconds is "
-            f"{config.data.sampling_seconds}; leave out one of the two"
-        )
-    fault = obstacle("decord")
-    if fault is not None:
-        raise UserError(f"--compare needs decord, which the official loaders read with: {fault}")
-    windows = [row for row in rows if row.start_s is not None]
-    if windows:
-        raise UserError(
-            f"--compare reads whole videos, as the official loaders do, and {len(windows)} rows are windows, the "
-            f"first of {windows[0].path}; leave --compare out, or give a list without windows"
-        )
+    return 0
 
 
 def _begin(
@@ -182,16 +91,11 @@ def _begin(
     options: DataBenchmarkOptions,
 ) -> Measured:
     """Choose videos, set the ways up, and go through all of it once."""
-    from everest_ds.benchmark.stages import Costs, OurWay, Way, warm_up
-
     num = min(options.clips, len(rows))
     chosen = [rows[place * len(rows) // num] for place in range(num)]
     device = _device()
     ways: list[Way] = []
     if options.compare:
-        from everest_ds.benchmark.official_clip import OfficialWay
-        from everest_ds.data.clips.cuts import PretrainCut
-
         assert isinstance(config, PretrainConfig)
         cut = PretrainCut(config.data, num_frames=config.candidate_frames)
         ways.append(OfficialWay(chosen, cut, config.run.seed, device))
@@ -224,8 +128,6 @@ def _begin(
 
 def _look_at(rows: Sequence[VideoRow], reader: OneReader) -> tuple[list[int], list[str]]:
     """Return the number of frames and the size of each video."""
-    from everest_ds.data.readers.video import Video
-
     frames, sizes = [], []
     for row in rows:
         video = Video.of_row(row, reader)
@@ -235,29 +137,20 @@ def _look_at(rows: Sequence[VideoRow], reader: OneReader) -> tuple[list[int], li
     return frames, sizes
 
 
-def _task(config: Config, reader: OneReader, *, num_workers: int, repeats: int = 1) -> "Task":
+def _task(config: Config, reader: OneReader, *, num_workers: int, repeats: int = 1) -> Task:
     """Return the task of a run, its model without memory: only its clips are wanted."""
-    import torch
-
-    from everest_ds.train.tasks import make_task
-
     data: Any = replace(config.data, reader=reader, num_workers=num_workers, repeats=repeats)
     batch = replace(config.batch, global_size=2 * repeats, micro_size=2 * repeats)  # any that repeats divide
     with torch.device("meta"):
         return make_task(replace(config, data=data, batch=batch))
 
 
-def _device() -> "torch.device | None":
-    import torch
-
+def _device() -> torch.device | None:
     return torch.device("cuda") if torch.cuda.is_available() else None
 
 
-def _loader_rates(one: Measured, way: "Way", options: DataBenchmarkOptions) -> dict[int, float]:
+def _loader_rates(one: Measured, way: Way, options: DataBenchmarkOptions) -> dict[int, float]:
     """Return the clips a second of the loader by its number of processes; the official way has no loader here."""
-    from everest_ds.benchmark.data_loader import loader_clips_per_s
-    from everest_ds.benchmark.stages import OurWay
-
     if not isinstance(way, OurWay):
         return {}
     rows = [one.rows[place] for place in one.readable]

@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from everest_ds.benchmark.flops_options import FlopsOptions
+from everest_ds.distributed import World
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
@@ -200,9 +202,9 @@ def _grid(row: PaperRow) -> TokenGrid:
     return TokenGrid.of_clip(num_frames=row.num_frames, height=224, width=224, tubelet_size=2, patch_size=16)
 
 
-def benchmark_flops(*, as_json: bool) -> None:
+def run(options: FlopsOptions, world: World) -> int:
     """Print every row: the paper's numbers, our count by the paper's rule, what we execute, and parameters."""
-    if not as_json:
+    if not options.json:
         print("GMACs of one clip's forward pass, decoder depth 4; the paper calls them GFLOPs.")
         print("`executed` adds the second embedding, with gradient, of the chosen tokens.")
         print("Parameters in millions, where the paper gives them; positions are fixed and none of them.\n")
@@ -213,7 +215,7 @@ def benchmark_flops(*, as_json: bool) -> None:
     for row in PAPER_ROWS:
         macs, parameters = count_row(row), count_parameters(row) / 1e6
         counted, executed = macs.paper / 1e9, macs.executed / 1e9
-        if as_json:
+        if options.json:
             values = {"table": row.table, "name": row.name, "paper_gmacs": row.gmacs}
             values |= {"counted_gmacs": round(counted, 4), "executed_gmacs": round(executed, 4)}
             values |= {"paper_parameters_millions": row.parameters, "parameters_millions": round(parameters, 4)}
@@ -222,6 +224,7 @@ def benchmark_flops(*, as_json: bool) -> None:
         costs = f"{_compare(row.gmacs, counted, 8)}{executed:>10.3f}"
         sizes = "" if row.parameters is None else _compare(row.parameters, parameters, 13)
         print(f"{row.table:<6}{row.name:<36}{costs}{sizes}")
+    return 0
 
 
 def _compare(printed: float | None, counted: float, width: int) -> str:

@@ -1,16 +1,31 @@
 """`everest benchmark step RECIPE`: clips a second, memory, utilisation, and where the time of a step goes.
 
-Four measurements share the recipe, the flags and the way of printing: steps over micro-batches (`measuring`), ours
-beside the official code (`compare`), the ways of sharding side by side (`stage_sweep`), and steps whose work grows
-(`growth`).
+Four measurements share the recipe, the flags and the way of printing: steps over micro-batches (`workbench`), ours
+beside the official code (`compare`), the ways of sharding side by side (`sharding_sweep`), and steps whose work
+grows (`growth`).
 """
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
+import torch
+
 from everest_ds import distributed
-from everest_ds.benchmark.step_options import StepOptions, micro_sizes, require_consistent
+from everest_ds.benchmark.compare import compare_steps
+from everest_ds.benchmark.growth import sweep_growth
+from everest_ds.benchmark.profile import measure_ceiling
+from everest_ds.benchmark.sharding_sweep import sweep_stages
+from everest_ds.benchmark.step_options import StepJob, StepOptions
+from everest_ds.benchmark.step_report import (
+    COMPARE_HEAD,
+    STEP_HEAD,
+    Report,
+    compare_rows,
+    describe_run,
+    step_rows,
+)
+from everest_ds.benchmark.workbench import build_workbench, limit_memory, measure_steps, powers_of_two
 from everest_ds.config import Config, PretrainConfig
 from everest_ds.distributed import World, speaks_first
 from everest_ds.errors import UserError
@@ -21,17 +36,14 @@ FIRST_OF_SWEEP = 8
 EXIT_OUT_OF_MEMORY = 1
 
 
-def benchmark_step(config: Config, options: StepOptions, world: World) -> int:
+def run(job: StepJob, world: World) -> int:
     """Measure, print, and return the exit code: 0, or 1 where a stage failed, or memory ran out on several GPUs.
 
     Raises:
-        UserError: Options that exclude each other or cannot be; see also `measuring`, `compare` and `stage_sweep`.
+        UserError: There is no GPU, and an option needs one; see also `workbench`, `compare` and `sharding_sweep`.
     """
-    sizes = micro_sizes(config, options)
-    require_consistent(config, options, world)
+    config, options, sizes = job.config, job.options, job.sizes
     if options.sweep_stages:
-        from everest_ds.benchmark.sharding_sweep import sweep_stages
-
         return sweep_stages(config, options)
     on_gpu = distributed.select_accelerator()
     if not on_gpu and sizes is None:
@@ -40,27 +52,17 @@ def benchmark_step(config: Config, options: StepOptions, world: World) -> int:
         )
     if not on_gpu and options.memory_gib is not None:
         raise UserError(f"--memory-gib {options.memory_gib} limits a GPU's memory, and there is none; leave it out")
-    from everest_ds.benchmark.workbench import powers_of_two
-
     chosen: Iterable[int] = powers_of_two(FIRST_OF_SWEEP) if sizes is None else sizes
     if options.compare:
         assert isinstance(config, PretrainConfig)
         return _compare(config, options, chosen, world)
     if options.sweep_ratio or options.sweep_frames:
-        from everest_ds.benchmark.growth import sweep_growth
-
         return sweep_growth(config, options, sizes, world)
     return _measure(config, options, chosen, world)
 
 
 def _measure(config: Config, options: StepOptions, sizes: Iterable[int], world: World) -> int:
     """Print a line for each micro-batch, until one does not fit."""
-    import torch
-
-    from everest_ds.benchmark.profile import measure_ceiling
-    from everest_ds.benchmark.step_report import STEP_HEAD, Report, describe_run, step_rows
-    from everest_ds.benchmark.workbench import build_workbench, limit_memory, measure_steps
-
     first, sizes = _peek(sizes)
     limit_memory(options.memory_gib, world)
     bench = build_workbench(config, options.ds_config, options.precision, world, micro_size=first)
@@ -98,13 +100,6 @@ def _measure(config: Config, options: StepOptions, sizes: Iterable[int], world: 
 
 def _compare(config: PretrainConfig, options: StepOptions, sizes: Iterable[int], world: World) -> int:
     """Print a line for each micro-batch, and for tables each side's best one at the end."""
-    import torch
-
-    from everest_ds.benchmark.compare import compare_steps
-    from everest_ds.benchmark.profile import measure_ceiling
-    from everest_ds.benchmark.step_report import COMPARE_HEAD, Report, compare_rows, describe_run
-    from everest_ds.benchmark.workbench import limit_memory
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_precision({}, options.precision, device.type)
     limit_memory(options.memory_gib, world)

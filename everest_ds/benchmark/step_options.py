@@ -68,6 +68,21 @@ class StepOptions:
         return {"steps": self.steps, "warmup": self.warmup, "memory_gib": self.memory_gib}
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepJob:
+    """Steps that are to be measured.
+
+    Attributes:
+        config: The run.
+        options: What is measured, and how.
+        sizes: The micro-batches, in order; None for auto.
+    """
+
+    config: Config
+    options: StepOptions
+    sizes: tuple[int, ...] | None
+
+
 def micro_sizes(config: Config, options: StepOptions) -> tuple[int, ...] | None:
     """Return the micro-batches to measure, in order; None for auto.
 

@@ -1,9 +1,8 @@
-"""The command line: `everest COMMAND ...`. Parses, calls a module of `everest_ds.commands`, no logic of its own.
+"""The words of a command line to the command that they name, and its faults to messages and exit codes.
 
 Exit codes: 0 done; 1 a check found a fault (`everest doctor`, `everest plan`) or we failed; 2 a fault of the
 user's, with one message and no traceback; 75 a signal stopped a run, all saved, and the same command resumes it;
 130 Ctrl-C ended a command, with one line and no traceback.
-Modules are imported when their command runs.
 """
 
 import errno
@@ -12,12 +11,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from everest_ds import __version__, interrupts
-from everest_ds.cli import benchmark_handlers, data_handlers, handlers
-from everest_ds.cli.parsing import leave, say
-from everest_ds.cli.table import COMMANDS, EXIT_INTERRUPTED, interrupted
+from everest_ds import __version__, distributed, interrupts
+from everest_ds.cli.table import COMMANDS, EXIT_INTERRUPTED, Command, interrupted
+from everest_ds.commands.parsing import leave, say, usage
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, nearest_hint
+from everest_ds.train.signals import EXIT_STOPPED
 
 # What launchers add to the words of each process unless they are told not to.
 LOCAL_RANK_FLAGS = ("--local_rank", "--local-rank")
@@ -70,8 +69,7 @@ def _interruptible(words: list[str], world: World) -> int:
 
 def _dispatch(words: list[str], world: World) -> int:
     if not words or words[0] in ("-h", "--help"):
-        say(_usage(), world, to_stdout=True)
-        return 0
+        return _show_usage("everest COMMAND ...", COMMANDS, world)
     if words[0] == "--version":
         print(__version__)
         return 0
@@ -81,28 +79,31 @@ def _dispatch(words: list[str], world: World) -> int:
             "the launcher passed --local_rank, which everest reads from the environment instead; start with "
             "`deepspeed --no_local_rank --module everest_ds ...` (or torchrun)"
         )
-    command, rest = words[0], words[1:]
-    if command not in COMMANDS:
-        raise UserError(f"unknown command {command!r}{nearest_hint(command, COMMANDS)}")
-    run = {
-        "doctor": handlers.doctor,
-        "demo-data": data_handlers.demo_data,
-        "index": data_handlers.index,
-        "check-data": data_handlers.check_data,
-        "prepare": data_handlers.prepare,
-        "recipes": handlers.recipes,
-        "plan": handlers.plan,
-        "pretrain": handlers.pretrain,
-        "finetune": handlers.finetune,
-        "evaluate": handlers.evaluate,
-        "predict": handlers.predict,
-        "convert": handlers.convert,
-        "study": handlers.study,
-        "benchmark": benchmark_handlers.benchmark,
-    }
-    return run[command](rest, world)
+    name, *rest = words
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}{nearest_hint(name, COMMANDS)}")
+    command = COMMANDS[name]
+    if command.parts:
+        part = rest[0] if rest else ""
+        if part in ("-h", "--help"):
+            return _show_usage(f"everest {name} NAME ...", command.parts, world)
+        if part not in command.parts:
+            raise UserError(f"{name} what? got {part!r}{nearest_hint(part, command.parts)}")
+        command, rest = command.parts[part], rest[1:]
+    return _call(command, rest, world)
 
 
-def _usage() -> str:
-    rows = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
-    return f"usage: everest COMMAND ...\n\n{rows}\n\n`everest COMMAND --help` shows its options.\n"
+def _call(command: Command, words: list[str], world: World) -> int:
+    """Run a command: its entry, and where that returns a job, its work."""
+    job = command.load_entry()(words, world)
+    if isinstance(job, int):
+        return job
+    distributed.select_accelerator()  # before DeepSpeed is imported
+    code = command.load_work()(job, world)
+    # The processes of a launch leave past Python's own end; so does a stopped run, whose end somebody waits for.
+    return leave(code, at_once=world.size > 1 or code == EXIT_STOPPED)
+
+
+def _show_usage(line: str, commands: dict[str, Command], world: World) -> int:
+    say(usage(line, {name: command.purpose for name, command in commands.items()}), world, to_stdout=True)
+    return 0

@@ -13,15 +13,20 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
+import tyro
+
+from everest_ds.commands.parsing import parse
 from everest_ds.config.sections import ReaderName
 from everest_ds.data.curation.probe import DEFAULT_BAD, FaultName, Finding, Kind, ProbeSettings, Record, probe_video
 from everest_ds.data.lists.video_list import VideoRow, read_list, write_list
 from everest_ds.data.loading.pool import Outcome, run_all
 from everest_ds.data.readers.choice import choose_reader
+from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.files import write_atomically, write_csv, write_json
 from everest_ds.progress import with_progress
@@ -71,6 +76,24 @@ class CheckOptions:
     def settings(self) -> ProbeSettings:
         """How closely each video is looked at."""
         return ProbeSettings(samples=self.samples, min_frames=self.min_frames, reader=self.reader)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Open and sample every video of a list, each in a process that can be killed; go on where it was.
+
+    Writes report.csv, clean.csv and quarantine.csv.
+    """
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="LIST")]
+    """List of videos."""
+    options: Annotated[CheckOptions, tyro.conf.arg(name="")] = field(default_factory=CheckOptions)
+
+
+def main(words: list[str], world: World) -> int:
+    """Parse, and check the list."""
+    arguments = parse(Arguments, words, "everest check-data", world)
+    return check_data(arguments.source, arguments.options)
 
 
 def check_data(source: Path, options: CheckOptions) -> int:

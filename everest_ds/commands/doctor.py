@@ -11,12 +11,15 @@ import platform
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 
 from everest_ds import distributed
+from everest_ds.commands.parsing import parse
 from everest_ds.config.sections import ReaderName
+from everest_ds.distributed import World
 
 OK, OPTIONAL, MISSING = "ok", "--", "MISSING"
 REQUIRED = ("torch", "torchvision", "timm", "deepspeed", "av", "einops", "tensorboard", "tyro")
@@ -30,8 +33,14 @@ Check = tuple[str, str, Callable[[], list[Row]]]
 """A part's state where it fails, its name, and what returns its rows."""
 
 
-def doctor() -> int:
+@dataclass(frozen=True)
+class Arguments:
+    """Check this machine."""
+
+
+def main(words: list[str], world: World) -> int:
     """Print one line for each finding; return 1 when something required is missing, else 0."""
+    parse(Arguments, words, "everest doctor", world)
     missing = []
     for state, what, finding in _survey(_checks()):
         print(f"{state:<8} {what:<22} {finding}", flush=True)

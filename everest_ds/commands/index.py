@@ -1,12 +1,47 @@
 """`everest index DATASET SRC --out DIR`: a dataset's own layout and split files -> lists, classes, a summary."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Generic, TypeVar
 
+import tyro
+
+from everest_ds.commands.parsing import parse, say, usage
 from everest_ds.data.importers.registry import IMPORTERS
 from everest_ds.data.importers.tree import SourceTree
 from everest_ds.data.importers.writer import LEFT_OUT_FILE, MISSING_FILE, SUMMARY_FILE, require_apart, write_import
+from everest_ds.distributed import World
+from everest_ds.errors import UserError, nearest_hint
+
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Generic[Options]):
+    """Write train.csv, val.csv, test.csv (what the dataset has), classes.txt and summary.json."""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
+    """Folder of the dataset as downloaded; nothing is written there."""
+    out: Path
+    """Folder for the lists, made where there is none; only files of an earlier index are replaced."""
+    options: Annotated[Options, tyro.conf.arg(name="")]
+
+
+def main(words: list[str], world: World) -> int:
+    """Parse with the options of the dataset that the first word names, and write its lists."""
+    dataset = words[0] if words else ""
+    if dataset in ("-h", "--help"):
+        layouts = {name: importer.layout for name, importer in IMPORTERS.items()}
+        say(usage("everest index DATASET SRC --out DIR", layouts), world, to_stdout=True)
+        return 0
+    if dataset not in IMPORTERS:
+        raise UserError(f"index which dataset? got {dataset!r}{nearest_hint(dataset, IMPORTERS)}")
+    if world.size > 1:
+        raise UserError("everest index runs in one process; start it without a launcher")
+    options = IMPORTERS[dataset].options
+    arguments = parse(Arguments[options], words[1:], f"everest index {dataset}", world)  # type: ignore[valid-type]
+    index(dataset, arguments.source, arguments.out, arguments.options)
+    return 0
 
 
 def index(dataset: str, source: Path, out: Path, options: Any) -> None:

@@ -1,85 +1,36 @@
 """`everest plan RECIPE --gpus N --gpu-memory-gib M`: will it fit, what takes the memory, and how to run it."""
 
-import dataclasses
-import json
-import shlex
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from everest_ds.config import Config, FinetuneConfig
+import tyro
+
+from everest_ds.commands.parsing import C, RecipeArguments, parse_recipe
+from everest_ds.config import Config
+from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.train.precision import PrecisionName
-
-# On one node; more GPUs need a host file.
-MAX_GPUS_OF_A_NODE = 8
-PARTS = (
-    "parameters", "gradients", "optimizer", "average", "gathered", "activations", "attention", "ranking", "step",
-    "input", "communication", "transient", "overhead", "allocated", "total", "host", "sent",
-)  # fmt: skip
-# Heads of the table, and the part that each shows.
-COLUMNS = {
-    "params": "parameters", "grads": "gradients", "optim": "optimizer", "ema": "average", "input": "input",
-    "comm": "communication", "work": "transient", "over": "overhead", "total": "total", "activ": "activations",
-    "attn": "attention", "sent": "sent", "host": "host",
-}  # fmt: skip
-
-SUMMANDS = ("params", "grads", "optim", "ema", "input", "comm", "work", "over")
+from everest_ds.planning.job import PlanJob, PlanOptions
+from everest_ds.recipes import find_config
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """What to plan for."""
+class Arguments(RecipeArguments[C]):
+    """Estimate what a recipe takes on some GPUs. Defaults shown are the recipe's."""
 
-    gpus: int
-    """GPUs of the run, one process each."""
-    gpu_memory_gib: float
-    """Memory of one GPU in GiB."""
-    ds_config: Path | None = None
-    """Plan with this file only, instead of the ways of sharding that come with the project."""
-    precision: PrecisionName = "auto"
-    """Of the run; auto: as the DeepSpeed files say, else bf16."""
-    json: bool = False
-    """One JSON object, in bytes, instead of a table in GiB."""
+    options: Annotated[PlanOptions, tyro.conf.arg(name="")]
 
 
-def plan(config: Config, options: PlanOptions, *, recipe: str, base: Config) -> int:
-    """Print what fits, and return 0; or the smallest change that would, and return 1.
-
-    Args:
-        config: The run, with the flags of the command line.
-        options: What to plan for.
-        recipe: The recipe's name, or the path of a run's config.json, as given.
-        base: What that names, without the flags.
+def main(words: list[str], world: World) -> PlanJob:
+    """Parse, and refuse what cannot be planned.
 
     Raises:
-        UserError: No GPUs, no memory, a global batch that they cannot share, or a DeepSpeed file that is refused.
+        UserError: No GPUs, no memory, or a global batch that they cannot share.
     """
+    required = PlanOptions(gpus=tyro.MISSING, gpu_memory_gib=tyro.MISSING)
+    arguments = parse_recipe(Arguments, words, "everest plan", world, options=required)
+    config, options = arguments.config, arguments.options
     _require_possible(config, options)
-    from everest_ds.planning.planner import plan_settings, recommend, smallest_change
-
-    systems, paths = _systems(options.ds_config)
-    memory_bytes = int(options.gpu_memory_gib * 2**30)
-    limits: dict[str, Any] = {
-        "num_gpus": options.gpus,
-        "memory_bytes": memory_bytes,
-        "precision": options.precision,
-    }
-    settings = plan_settings(config, systems, **limits)
-    chosen = recommend(settings, memory_bytes)
-    change = None
-    if chosen is None:
-        change = smallest_change(config, systems, **limits)
-    command = _command(chosen, recipe, base, paths[chosen.name]) if chosen else None
-    rows = [_row(setting, memory_bytes, paths) for setting in settings]
-    if options.json:
-        document = _document(config, options, rows, chosen, command, change)
-        document["recommended"] = _row(chosen, memory_bytes, paths) if chosen else None
-        print(json.dumps(document))
-    else:
-        _print_table(config, options, rows)
-        print(_advice(chosen, command, change, options))
-    return 0 if chosen else 1
+    return PlanJob(config=config, options=options, recipe=arguments.recipe, base=find_config(arguments.recipe))
 
 
 def _require_possible(config: Config, options: PlanOptions) -> None:
@@ -96,159 +47,3 @@ def _require_possible(config: Config, options: PlanOptions) -> None:
             f"batch.global_size={clips} cannot be shared out evenly among --gpus {gpus}; use "
             f"batch.global_size={sizes}, or --gpus {fewer}"
         )
-
-
-def _systems(path: Path | None) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Return the DeepSpeed configurations to plan with, and the file of each."""
-    from everest_ds.train.engine import check_sections, load_systems, shipped_files, shipped_systems
-
-    if path is None:
-        return shipped_systems(), {name: str(path) for name, path in shipped_files().items()}
-    systems = load_systems(path)
-    check_sections(systems, str(path))
-    return {path.stem: systems}, {path.stem: str(path)}
-
-
-def _row(setting: Any, memory_bytes: int, paths: dict[str, str]) -> dict[str, Any]:
-    """Return a setting as plain values, sizes in bytes."""
-    estimate = setting.estimate
-    return {
-        "ds_config": paths[setting.name],
-        "activation_checkpointing": setting.checkpointing,
-        "recompute_attention": setting.config.model.recompute_attention,
-        "fits": estimate.total <= memory_bytes,
-        "micro_size": setting.micro_size,
-        "accumulation_steps": setting.accumulation,
-        "bytes": {part: getattr(estimate, part) for part in PARTS},
-        "not_modelled": list(estimate.not_modelled),
-    }
-
-
-def _document(
-    config: Config,
-    options: PlanOptions,
-    rows: list[dict[str, Any]],
-    chosen: Any,
-    command: str | None,
-    change: Any,
-) -> dict[str, Any]:
-    from everest_ds.planning.memory import ASSUMED_CONTEXT_BYTES, ASSUMED_FRAGMENTATION
-
-    smallest = None
-    if change is not None:
-        more = change.more_gpus
-        smallest = {
-            "gpu_memory_bytes": change.leanest.estimate.total,
-            "ds_config": change.leanest.name,
-            "gpus": more.num_gpus if more else None,
-        }
-    return {
-        "recipe": config.recipe,
-        "gpus": options.gpus,
-        "gpu_memory_gib": options.gpu_memory_gib,
-        "global_size": config.batch.global_size,
-        "precision": options.precision,
-        "settings": rows,
-        "command": command,
-        "smallest_change": smallest,
-        "assumed": {"context_bytes": ASSUMED_CONTEXT_BYTES, "fragmentation": ASSUMED_FRAGMENTATION},
-    }
-
-
-def _print_table(config: Config, options: PlanOptions, rows: list[dict[str, Any]]) -> None:
-    columns = {head: part for head, part in COLUMNS.items() if head != "ema" or any(r["bytes"][part] for r in rows)}
-    summands = " + ".join(head for head in columns if head in SUMMANDS)
-    print(
-        f"{config.recipe}: ViT-{config.model.size}, {_describe_parameters(config)}; {config.tokens}\n"
-        f"batch {config.batch.global_size} on {options.gpus} GPUs of {options.gpu_memory_gib:g} GiB"
-        f"{'' if options.precision == 'auto' else f', {options.precision}'}\n\n"
-        "Estimated peak of one GPU in GiB, at the largest micro-batch that fits (* not even one clip does).\n"
-        f"total = {summands}. work: the largest of activations (activ, of\n"
-        "them attn attention's), ranking and step, and gathered parameters. sent: what a GPU sends in a step.\n"
-        "ckpt: blocks are computed again in backward; part: all but attention, whose output is kept.\n"
-    )
-    print(f"{'ds_config':<14}{'ckpt':>5}{'micro':>6}{'accum':>6}" + "".join(f"{name:>7}" for name in columns))
-    for row in rows:
-        shown = "".join(f"{row['bytes'][part] / 2**30:>7.2f}" for part in columns.values())
-        recomputes = "no"
-        if row["activation_checkpointing"]:
-            recomputes = "yes" if row["recompute_attention"] else "part"
-        micro = f"{row['micro_size']}{'' if row['fits'] else '*'}"
-        print(f"{Path(row['ds_config']).stem:<14}{recomputes:>5}{micro:>6}{row['accumulation_steps']:>6}{shown}")
-    unknown = {name for row in rows for name in row["not_modelled"]}
-    if unknown:
-        print(f"\nwarning: not counted: {', '.join(sorted(unknown))}")
-    print("\nAssumed, not yet measured: `over`, 1.5 GiB for CUDA and NCCL and 5 % for fragmentation.")
-
-
-def _describe_parameters(config: Config) -> str:
-    from everest_ds.planning.sharding import ASSUMED_CLASSES, count_parameters
-
-    counts = count_parameters(config)
-    said = f"{counts.total / 1e6:.1f} M parameters"
-    if counts.frozen:
-        said += f" ({sum(counts.trained) / 1e6:.2g} M trained)"
-    if isinstance(config, FinetuneConfig) and config.data.num_classes is None:
-        said += f", {ASSUMED_CLASSES} classes assumed"
-    return said
-
-
-def _advice(chosen: Any, command: str | None, change: Any, options: PlanOptions) -> str:
-    from everest_ds.planning.planner import in_gib
-
-    if chosen is not None:
-        how = _recomputation_words(chosen)
-        return (
-            f"\nrecommended: {chosen.name} {how}, {chosen.config.batch.global_size} = "
-            f"{chosen.micro_size} a GPU x {options.gpus} GPUs x {chosen.accumulation} accumulation steps, "
-            f"{in_gib(chosen.estimate.total):.2f} GiB of {options.gpu_memory_gib:g}\n{command}"
-        )
-    lean = change.leanest
-    how = _recomputation_words(lean)
-    wishes = [f"GPUs of {in_gib(lean.estimate.total):.2f} GiB ({lean.name} {how}, micro-batch 1)"]
-    more = change.more_gpus
-    if more is not None:
-        wishes.append(f"{more.num_gpus} GPUs of {options.gpu_memory_gib:g} GiB ({more.name}, micro-batch 1)")
-    return f"\nnothing fits. The smallest change that would: {', or '.join(wishes)}"
-
-
-def _recomputation_words(setting: Any) -> str:
-    if setting.checkpointing and not setting.recomputes_attention:
-        return "with recomputation of all but attention"
-    return f"{'with' if setting.checkpointing else 'without'} recomputation"
-
-
-def _command(setting: Any, recipe: str, base: Config, ds_config: str) -> str:
-    """Return the command that runs a setting: the recipe, and a flag for every field that differs from it."""
-    gpus = setting.num_gpus
-    where = ["--num_gpus", str(gpus)] if gpus <= MAX_GPUS_OF_A_NODE else ["--hostfile", "HOSTFILE"]
-    words = ["deepspeed", "--no_local_rank", *where, "--module", "everest_ds", setting.config.task, recipe]
-    words += config_flags(setting.config, base)
-    if setting.config.data.train_list is None:
-        words += ["--data.train-list", "LIST"]
-    if setting.config.task == "finetune":
-        words += ["--init-from", "WEIGHTS"]
-    words += ["--ds-config", ds_config]
-    if setting.precision is not None:
-        words += ["--precision", setting.precision]
-    return shlex.join([*words, "--out", f"runs/{setting.config.recipe}"])
-
-
-def config_flags(config: Config, base: Config) -> list[str]:
-    """Return the flags that turn one configuration into another."""
-    flags = []
-    for section in dataclasses.fields(config):
-        if section.name in ("recipe", "task"):
-            continue
-        ours, theirs = getattr(config, section.name), getattr(base, section.name)
-        for field in dataclasses.fields(ours):
-            value = getattr(ours, field.name)
-            if value == getattr(theirs, field.name):
-                continue
-            name = field.name.replace("_", "-")
-            if isinstance(value, bool):
-                flags.append(f"--{section.name}.{'' if value else 'no-'}{name}")
-            else:
-                values = value if isinstance(value, tuple) else (value,)
-                flags += [f"--{section.name}.{name}", *(str(item) for item in values)]
-    return flags

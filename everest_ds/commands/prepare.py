@@ -18,8 +18,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
+
+from everest_ds.commands.parsing import parse
 from everest_ds.config.sections import ReaderName
 from everest_ds.data.curation.prepared import MANIFEST, Manifest, Targets, require_place, write_lists
 from everest_ds.data.curation.reencode import (
@@ -33,6 +36,7 @@ from everest_ds.data.curation.reencode import (
 from everest_ds.data.lists.video_list import VideoRow, read_list
 from everest_ds.data.loading.pool import Outcome, run_all
 from everest_ds.data.readers.choice import choose_reader
+from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.files import partial_path
 from everest_ds.progress import with_progress
@@ -108,6 +112,28 @@ class PrepareOptions:
             keep_every=self.keep_every,
             reader=self.reader,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Re-encode videos so that they are quick to read, each in a process that can be killed; go on where it is.
+
+    Writes videos, a list for each list, manifest.jsonl and summary.json. Originals are only read.
+    """
+
+    sources: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="LIST...")]
+    """Lists of videos, each of another name."""
+    options: Annotated[PrepareOptions, tyro.conf.arg(name="")]
+
+
+def main(words: list[str], world: World) -> int:
+    """Parse, and prepare the lists."""
+    if world.size > 1:
+        raise UserError("everest prepare runs in one process and starts its own; start it without a launcher")
+    arguments = parse(Arguments, words, "everest prepare", world)
+    if not arguments.sources:
+        raise UserError("prepare which lists? expected `everest prepare LIST... --out DIR`")
+    return prepare(arguments.sources, arguments.options)
 
 
 def prepare(sources: Sequence[Path], options: PrepareOptions) -> int:

@@ -1,43 +1,47 @@
-"""`everest recipes [RECIPE]`: what a recipe comes to, before anything is started."""
+"""`everest recipes [RECIPE]`: the recipes, or what one comes to, before anything is started."""
 
 import inspect
-import json
+from dataclasses import dataclass
 from pathlib import Path
 
-from everest_ds.config import Config
-from everest_ds.config.file import dump_config
+from everest_ds.commands.parsing import C, RecipeArguments, parse, parse_recipe
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
+from everest_ds.planning.job import RecipeJob
 from everest_ds.recipes import RECIPES, recipes_of
 
 
-def list_recipes() -> None:
-    """Print each recipe with the first line of its document."""
+@dataclass(frozen=True)
+class NoArguments:
+    """List the recipes; `everest recipes RECIPE --help` has the options for one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(RecipeArguments[C]):
+    """Show one recipe as it would run."""
+
+    gpus: int = 8
+    """Processes to do the batch arithmetic for."""
+    ds_config: Path | None = None
+    """File of ds_configs/; plain ZeRO-2 without one."""
+
+
+def main(words: list[str], world: World) -> int | RecipeJob:
+    """List the recipes, each with the first line of its document; or return the one that is to be shown."""
+    if words and not words[0].startswith("-"):
+        arguments = parse_recipe(Arguments, words, "everest recipes", world)
+        if arguments.gpus < 1:
+            raise UserError(f"--gpus {arguments.gpus} must be at least 1")
+        config = arguments.config
+        recipe = RECIPES.get(config.recipe)
+        document = inspect.getdoc(recipe) if recipe else None
+        return RecipeJob(
+            config=config,
+            document=document or f"{config.recipe}: not a recipe of this version",
+            gpus=arguments.gpus,
+            ds_config=arguments.ds_config,
+        )
+    parse(NoArguments, words, "everest recipes [RECIPE]", world)
     for name in [*recipes_of("pretrain"), *recipes_of("finetune")]:
         print(f"{name:<16} {(RECIPES[name].__doc__ or '').splitlines()[0]}")
-
-
-def show_recipe(config: Config, *, num_gpus: int, ds_config: Path | None) -> None:
-    """Print a recipe's document, configuration, tokens, batch arithmetic and final DeepSpeed configuration.
-
-    Raises:
-        UserError: The batch cannot be made on that many processes, or the DeepSpeed file is refused.
-    """
-    from everest_ds.train.engine import check_sections, load_systems, resolve_ds_config
-
-    systems = load_systems(ds_config)
-    check_sections(systems, str(ds_config))
-    resolved = resolve_ds_config(systems, config, world_size=num_gpus, precision="auto", device_type="cuda")
-    grid, batch = config.grid, config.batch
-    peak = config.optim.base_lr * batch.global_size / 256
-    recipe = RECIPES.get(config.recipe)
-    print(inspect.getdoc(recipe) if recipe else f"{config.recipe}: not a recipe of this version")
-    print(f"\nconfiguration\n{dump_config(config)}")
-    print(f"tokens: {grid.time} x {grid.rows} x {grid.cols} = {config.tokens}")
-    print(
-        f"batch: {batch.global_size} = {batch.micro_size} a process x {num_gpus} processes x "
-        f"{batch.accumulation_steps(num_gpus)} accumulation steps; peak learning rate {config.optim.base_lr} x "
-        f"{batch.global_size} / 256 = {peak:.6g}"
-    )
-    clip_gib = 3 * config.data.num_frames * config.data.image_size**2 / 2**30
-    ahead_gib = clip_gib * batch.micro_size * max(config.data.num_workers, 1) * config.data.prefetch_batches
-    print(f"clips prepared ahead: up to {ahead_gib * num_gpus:.1f} GiB of shared memory for {num_gpus} processes")
-    print(f"\nDeepSpeed configuration on {num_gpus} GPUs\n{json.dumps(resolved, indent=2)}")
+    return 0

@@ -1,223 +1,43 @@
-"""`everest pretrain` and `everest finetune`: from a resolved configuration to a trained run directory.
+"""`everest pretrain` and `everest finetune`: train a recipe, or resume a run."""
 
-The order matters: everything that can be refused is refused before torch is imported and before any process
-joins the others, so that a wrong setting costs seconds and ends all ranks alike.
-"""
-
-import contextlib
-import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import tyro
 
-from everest_ds import distributed
-from everest_ds.config import Config, FinetuneConfig, PretrainConfig
-from everest_ds.data.lists.run_lists import Lists, read_lists
-from everest_ds.data.lists.video_list import fingerprint
+from everest_ds.commands.parsing import C, RecipeArguments, parse_recipe
+from everest_ds.data.lists.run_lists import read_lists
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.distributed import World
-from everest_ds.train.checkpoints.run_dir import find_resume, require_shared
-from everest_ds.train.checkpoints.save import TrainState, point_to_best, set_aside
-from everest_ds.train.precision import Precision, PrecisionName, choose_precision
-from everest_ds.train.record.run_record import close_run, compare_memory, open_run
-from everest_ds.train.schedule import Schedule
-from everest_ds.train.signals import EXIT_STOPPED
-
-if TYPE_CHECKING:
-    import torch
-
-    from everest_ds.inference.validation import Validation
-    from everest_ds.train.checkpoints.start import Start
-    from everest_ds.train.loop import Trainer
+from everest_ds.train.checkpoints.run_dir import find_resume
+from everest_ds.train.job import LaunchOptions, TrainingJob
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaunchOptions:
-    """How a run is started: where, how sharded, in which precision."""
+class Arguments(RecipeArguments[C]):
+    """Train a recipe. Defaults shown are the recipe's."""
 
-    ds_config: Path | None = None
-    """File of ds_configs/: how the run is sharded. Without one, plain ZeRO-2."""
-    out: Path | None = None
-    """Run directory; without one, that of the checkpoint named by --resume, or runs/RECIPE."""
-    resume: Annotated[str, tyro.conf.arg(metavar="{auto,never,PATH}")] = "auto"
-    """Go on from the run directory's newest checkpoint, or refuse a used directory, or name a checkpoint."""
-    init_from: Path | None = None
-    """Start a new run from these weights and nothing else: a run, a checkpoint, an official .pth file, a Hugging
-    Face folder, or a file of `everest convert`."""
-    init_allow: tuple[str, ...] = ()
-    """What of --init-from may be left fresh or ignored, by name: tensors or modules (decoder, head.weight),
-    positions, num_heads."""
-    precision: PrecisionName = "auto"
-    """auto: as the DeepSpeed file says, else bf16 on a GPU and fp32 on a CPU. bf16: weights and gradients in
-    bfloat16; autocast: these in float32, and matrix products in bfloat16."""
+    options: Annotated[LaunchOptions, tyro.conf.arg(name="")] = field(default_factory=LaunchOptions)
 
 
-def train(config: Config, options: LaunchOptions, world: World) -> int:
-    """Run or continue a training of either task.
+def pretrain(words: list[str], world: World) -> TrainingJob:
+    """Parse `everest pretrain`."""
+    return check(parse_recipe(Arguments, words, "everest pretrain", world, task="pretrain"), world)
 
-    Returns:
-        The exit code: 0, or `EXIT_STOPPED` when a signal stopped the run before its end, all saved.
+
+def finetune(words: list[str], world: World) -> TrainingJob:
+    """Parse `everest finetune`."""
+    return check(parse_recipe(Arguments, words, "everest finetune", world, task="finetune"), world)
+
+
+def check(arguments: Arguments[C], world: World) -> TrainingJob:
+    """Refuse a run that cannot start, as far as that needs no torch.
 
     Raises:
-        UserError: Anything the user can mend: lists, batch, run directory, DeepSpeed file, too many bad videos.
+        UserError: A list, the batch, the reader or the run directory is at fault.
     """
-    # 1. What needs neither torch nor the other processes.
-    lists = read_lists(config)
-    config = lists.config
-    config.batch.accumulation_steps(world.size)
-    choose_reader(config.data.reader)
-    resume = find_resume(options.out, config, options.resume)
-
-    # 2. What needs torch and DeepSpeed: augmentation, systems file, schedule, compilation, attention backend.
-    from everest_ds.train import engine as engines
-    from everest_ds.train.checkpoints.start import choose_start
-
-    _check_augmentation(config)
-    systems = engines.load_systems(options.ds_config)
-    engines.check_sections(systems, str(options.ds_config))
-    Schedule.of(config, len(lists.train))
-    device_type = "cuda" if distributed.select_accelerator() else "cpu"
-    precision = choose_precision(systems, options.precision, device_type)
-    engines.check_compilation(config, systems, device_type)
-    backend = _attention_backend(config, device_type, precision)
-
-    # 3. From here on all processes go together. The run directory is not touched before the checkpoint is loaded.
-    device = distributed.start(world)
-    ds_config = engines.resolve_ds_config(
-        systems, config, world_size=world.size, precision=options.precision, device_type=device.type
-    )
-    now = TrainState(
-        world_size=world.size,
-        zero_stage=engines.zero_stage(ds_config),
-        dtype=precision.weights,
-        autocast=precision.autocasts,
-        videos=fingerprint(lists.train),
-    )
-    began = time.perf_counter()
-    start = choose_start(resume, now, world, options.init_from, options.init_allow)
-    trainer = _build(lists, ds_config, start, world, device)
-
-    # 4. Write down what this is, and go.
-    if world.is_main:
-        set_aside(start.damaged)
-        open_run(trainer, lists, ds_config, start, backend, ready_s=time.perf_counter() - began)
-    distributed.barrier()
-    require_shared(start.run_dir)
-    _find_best(trainer)
-    taken = start.state.step
-    if trainer.schedule.num_left > 0:
-        with contextlib.closing(_batches(trainer)) as batches:
-            taken = trainer.run(batches)
-    compare_memory(trainer, ds_config, taken)
-    close_run(trainer, taken)
-    distributed.finish()
-    return 0 if taken >= trainer.schedule.end_step else EXIT_STOPPED
-
-
-def _build(
-    lists: Lists,
-    ds_config: dict[str, Any],
-    start: "Start",
-    world: World,
-    device: "torch.device",
-) -> "Trainer":
-    """Build model and engine and bring them to where the run starts."""
-    import torch
-
-    from everest_ds.train.ema import WeightAverage
-    from everest_ds.train.engine import build_engine
-    from everest_ds.train.loop import Trainer
-    from everest_ds.train.optim import describe_groups
-    from everest_ds.train.tasks import make_task
-
-    config = lists.config
-    torch.manual_seed(config.run.seed)
-    task = make_task(config)
-    groups = describe_groups(task.parameter_groups())
-    with start.ready(task, world) as load:
-        engine = build_engine(task, config, ds_config, device, universal=start.reshards)
-        load(engine)
-    average = None
-    if isinstance(config, FinetuneConfig) and config.optim.ema_decay is not None:
-        average = WeightAverage(engine, config.optim.ema_decay)
-        if start.checkpoint is not None:
-            average.load(start.checkpoint)
-    return Trainer(
-        engine=engine,
-        task=task,
-        config=config,
-        schedule=Schedule.of(config, len(lists.train), start_step=start.state.step),
-        world=world,
-        device=device,
-        run_dir=start.run_dir,
-        log=None,
-        start=start.state,
-        rows=lists.train,
-        groups=groups,
-        validation=_validation(lists, world, device),
-        average=average,
-    )
-
-
-def _validation(lists: Lists, world: World, device: "torch.device") -> "Validation | None":
-    from everest_ds.inference.validation import Validation
-
-    if lists.val is None or not isinstance(lists.config, FinetuneConfig):
-        return None
-    return Validation(rows=lists.val, config=lists.config, world=world, device=device)
-
-
-def _find_best(trainer: "Trainer") -> None:
-    """Go on without a best score when its checkpoint is gone; all ranks agree."""
-    step = trainer.best_step
-    found = distributed.gather_objects(point_to_best(trainer.run_dir, step) if trainer.world.is_main else False)
-    if step is not None and not found[0]:
-        trainer.best_step = trainer.best_score = None
-        if trainer.world.is_main:
-            print(f"warning: the best checkpoint, of step {step}, is gone; the next score counts", flush=True)
-
-
-def _batches(trainer: "Trainer") -> Any:
-    from everest_ds.data.clips.dataset import make_loader
-    from everest_ds.data.clips.sampling import GlobalBatchSampler
-
-    config, world, schedule = trainer.config, trainer.world, trainer.schedule
-    sampler = GlobalBatchSampler(
-        num_samples=len(trainer.rows),
-        repeats=config.clips_per_video,
-        global_size=config.batch.global_size,
-        micro_size=config.batch.micro_size,
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.run.seed,
-        start_step=schedule.start_step,
-        end_step=schedule.end_step,
-    )
-    dataset = trainer.task.make_dataset(trainer.rows)
-    pin_memory = trainer.device.type == "cuda"
-    return iter(make_loader(dataset, sampler, micro_size=config.batch.micro_size, pin_memory=pin_memory))
-
-
-def _check_augmentation(config: Config) -> None:
-    from everest_ds.data.clips.augment import check_rand_augment
-
-    if isinstance(config, FinetuneConfig) and config.data.rand_augment is not None:
-        check_rand_augment(config.data.rand_augment)
-
-
-def _attention_backend(config: Config, device_type: str, precision: Precision) -> str:
-    """Return the attention backend that will run; refuses one that cannot serve encoder and decoder."""
-    import torch
-
-    from everest_ds.model.attention import choose_backend
-    from everest_ds.model.sizes import get_size
-
-    size = get_size(config.model.size)
-    heads = [size.width // size.num_heads]
-    if isinstance(config, PretrainConfig):
-        heads.append(size.decoder_width // size.decoder_num_heads)
-    device, dtype = torch.device(device_type), precision.products_dtype
-    names = [choose_backend(config.model.attention, device, dtype, head).name for head in heads]
-    return names[0]
+    lists = read_lists(arguments.config)
+    lists.config.batch.accumulation_steps(world.size)
+    choose_reader(lists.config.data.reader)
+    options = arguments.options
+    return TrainingJob(lists=lists, resume=find_resume(options.out, lists.config, options.resume), options=options)

@@ -18,11 +18,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 from everest_ds.data.demo import KINDS, DemoConfig, write_demo_data
 from everest_ds.data.lists.video_list import read_list
-from everest_ds.errors import UserError, nearest_hint
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
 from everest_ds.files import write_atomically
-from everest_ds.study.conditions import CONDITIONS, NO_PRETRAINING, PRETRAININGS, Condition
+from everest_ds.study.conditions import NO_PRETRAINING, PRETRAININGS, Condition
+from everest_ds.study.job import StudyJob, StudyOptions
 from everest_ds.study.jobs import Job, JobKind, Runner
 from everest_ds.study.report import write_report
 from everest_ds.study.results import describe, read_result
@@ -31,40 +35,6 @@ from everest_ds.train.signals import EXIT_STOPPED
 
 # A run takes less than a gibibyte of a GPU and is mostly waiting for Python.
 _RUNS_A_GPU = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyOptions:
-    """How much is studied, and how many runs go at a time."""
-
-    quick: bool = False
-    """The main conditions alone, half the steps, one seed unless --seeds names others."""
-    seeds: tuple[int, ...] | None = None
-    """Seeds of weights, order, selection and labelled videos; 0 1 2 without this, 0 in a quick study."""
-    jobs: int | None = None
-    """Runs at a time; without this, one a CPU core, or four a GPU."""
-    only: tuple[str, ...] = ()
-    """Conditions to run, by name; all without this."""
-    shake: int = 0
-    """Pixels by which the camera shakes."""
-
-    def __post_init__(self) -> None:
-        """Check each field by itself."""
-        if self.jobs is not None and self.jobs < 1:
-            raise UserError(f"--jobs {self.jobs} must be at least 1")
-        if self.seeds is not None and len(set(self.seeds)) < max(len(self.seeds), 1):
-            raise UserError(f"--seeds {self.seeds} must be one or more different numbers")
-        known = [condition.name for condition in CONDITIONS]
-        for name in self.only:
-            if name not in known:
-                raise UserError(f"--only {name}: no such condition{nearest_hint(name, known)}")
-
-    @property
-    def conditions(self) -> list[Condition]:
-        """What is compared."""
-        if self.only:
-            return [condition for condition in CONDITIONS if condition.name in self.only]
-        return [condition for condition in CONDITIONS if condition.is_main or not self.quick]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +76,11 @@ class Scale:
         )
 
 
+def run(job: StudyJob, world: World) -> int:
+    """Do the work of `everest study`."""
+    return study(job.folder, job.options)
+
+
 def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> int:
     """Run a study, or what is left of it, and write what came out.
 
@@ -120,8 +95,6 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
     Raises:
         KeyboardInterrupt: Ctrl-C; its runs are stopped by then, and have saved.
     """
-    import torch
-
     scale = scale or Scale.of(options)
     seeds = options.seeds or ((0,) if options.quick else (0, 1, 2))
     _open(folder, scale, options.shake)

@@ -29,8 +29,8 @@ from tests.conftest import REPOSITORY
 # What every run imports sooner or later (the compiler, too: DeepSpeed decorates functions with torch.compile).
 # Not the video libraries: one of them starts threads, which a fork would lose.
 PRELOADED = (
-    "deepspeed", "everest_ds.commands.evaluate", "everest_ds.commands.predict", "everest_ds.commands.train",
-    "everest_ds.recipes", "everest_ds.train.checkpoints.reshard", "torch._inductor.compile_fx",
+    "deepspeed", "everest_ds.inference.evaluation", "everest_ds.inference.prediction",
+    "everest_ds.train.checkpoints.reshard", "everest_ds.train.launch", "torch._inductor.compile_fx",
     "torch.utils.cpp_extension", "torch.utils.tensorboard",
 )  # fmt: skip
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from everest_ds import cli, distributed
 from everest_ds.benchmark import sharding_sweep as stage_sweep
 from everest_ds.benchmark import workbench as measuring
-from everest_ds.cli import benchmark_handlers, dispatch, handlers, parsing
+from everest_ds.cli import dispatch
 from everest_ds.model import transformer as compilation
 from tests.integration.scanning import report
 
@@ -45,8 +45,7 @@ def main(commands: Sequence[Sequence[str]]) -> None:
     """Run the commands one after another, in one process group."""
     finish = distributed.finish
     distributed.finish = lambda: None  # DeepSpeed cannot begin a second group in the same process
-    for module in (parsing, dispatch, handlers, benchmark_handlers):
-        module.leave = stay
+    dispatch.leave = stay
     stage_sweep._run = lambda command, gpus: run(command[command.index("everest_ds") + 1 :])
     measuring.PROFILED_STEPS = 1  # to read a profile takes a second a step
     compilation.COMPILE_BACKEND = "aot_eager"  # what inductor makes of it is tested elsewhere

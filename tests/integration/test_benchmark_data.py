@@ -114,7 +114,7 @@ def test_what_cannot_be_measured_is_refused(
     write_ramp(tmp_path / "ramp.mp4")
     (tmp_path / "windows.csv").write_text("ramp.mp4 0 1.0 2.0\n")
     assert "1 rows are windows" in said(str(tmp_path / "windows.csv"), "--compare")
-    for module in ("everest_ds.data.readers.choice", "everest_ds.benchmark.data"):
+    for module in ("everest_ds.data.readers.choice", "everest_ds.benchmark.data_options"):
         monkeypatch.setattr(f"{module}.obstacle", {"decord": "not installed; install it"}.get)
     assert "data.reader=decord cannot read videos here" in said(demo, "--readers", "decord")
     assert "--compare needs decord" in said(demo, "--compare")
@@ -123,5 +123,5 @@ def test_what_cannot_be_measured_is_refused(
 def test_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("everest_ds.cli.parsing.speaks_first", lambda text, world: True)
+    monkeypatch.setattr("everest_ds.commands.parsing.speaks_first", lambda text, world: True)
     assert "start it without a launcher" in refused(["benchmark", "data", "demo"], capsys)

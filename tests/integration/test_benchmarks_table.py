@@ -13,9 +13,7 @@ import subprocess
 import pytest
 
 from everest_ds import cli
-from everest_ds.benchmark.step_options import StepOptions
-from everest_ds.config import Config
-from everest_ds.distributed import World
+from everest_ds.benchmark.step_options import StepJob
 from tests.conftest import REPOSITORY
 from tests.integration.scanning import run_in_turn
 
@@ -76,11 +74,12 @@ def test_every_row_says_what_is_wanted_and_whether_it_was_measured() -> None:
 @pytest.mark.parametrize("command", STEPS)
 def test_command_is_understood_as_it_stands(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flags, recipe and fields, and that the options go together."""
-    seen: list[tuple[Config, StepOptions, World]] = []
-    monkeypatch.setattr("everest_ds.benchmark.step.benchmark_step", lambda *given: seen.append(given) or 0)
+    seen: list[StepJob] = []
+    monkeypatch.setattr("everest_ds.benchmark.step.run", lambda job, world: seen.append(job) or 0)
     words = words_of(command)
     assert cli.main(words) == 0
-    ((config, options, _),) = seen
+    (job,) = seen
+    config, options = job.config, job.options
     assert config.recipe == words[2]
     assert list(options.micro_batch) == values_of(words, "--micro-batch") != []
     assert list(options.compare) == values_of(words, "--compare")

@@ -12,16 +12,16 @@ import pytest
 
 from everest_ds import __version__, cli
 from everest_ds.benchmark import flops
-from everest_ds.benchmark.data import DataBenchmarkOptions
+from everest_ds.benchmark.data_options import DataBenchmarkOptions
 from everest_ds.benchmark.step_options import StepOptions
-from everest_ds.commands.convert import ConvertOptions
-from everest_ds.commands.plan import PlanOptions
 from everest_ds.commands.prepare import PrepareOptions
-from everest_ds.commands.train import LaunchOptions
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig, RunConfig
 from everest_ds.config.file import dump_config
 from everest_ds.data.demo import DemoConfig
+from everest_ds.inference.job import ConversionJob, ConvertOptions
+from everest_ds.planning.job import PlanOptions
 from everest_ds.recipes import RECIPES
+from everest_ds.train.job import LaunchOptions
 
 # Scripts, notebooks and habits rely on these; changing one is a decision, not an accident.
 COMMANDS = [
@@ -118,7 +118,7 @@ def test_data_benchmark_takes_a_recipe_its_fields_and_options_of_its_own(
     shown = capsys.readouterr().out
     assert all(f"--{option.replace('_', '-')}" in shown for option in DATA_BENCHMARK_OPTIONS)
     seen: list[tuple[Config, DataBenchmarkOptions]] = []
-    monkeypatch.setattr("everest_ds.benchmark.data.benchmark_data", lambda *given: seen.append(given))
+    monkeypatch.setattr("everest_ds.commands.benchmark.check_data_options", lambda *given: seen.append(given) or 0)
     words = "benchmark data k400_vit_b_ft --data.sampling-stride 2 --lists a.csv b.csv --readers pyav --workers"
     assert cli.main([*words.split(), "--json"]) == 0
     ((config, options),) = seen
@@ -141,7 +141,7 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_flags_reach_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[PretrainConfig, LaunchOptions]] = []
     monkeypatch.setattr(
-        "everest_ds.commands.train.train", lambda config, options, world: seen.append((config, options)) or 0
+        "everest_ds.commands.train.check", lambda given, world: seen.append((given.config, given.options)) or 0
     )
     words = (
         "pretrain k400_vit_l --optim.base-lr 1e-3 --data.no-flip --model.attention sdpa --out runs/x --resume never"
@@ -157,8 +157,8 @@ def test_flags_reach_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_names_that_may_differ_reach_the_run_and_the_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
-    monkeypatch.setattr("everest_ds.commands.train.train", lambda config, options, world: seen.append(options) or 0)
-    monkeypatch.setattr("everest_ds.commands.convert.convert", lambda *given: seen.append(given))
+    monkeypatch.setattr("everest_ds.commands.train.check", lambda given, world: seen.append(given.options) or 0)
+    monkeypatch.setattr("everest_ds.inference.conversion.run", lambda job, world: seen.append(job) or 0)
     assert (
         cli.main(
             [
@@ -179,7 +179,12 @@ def test_names_that_may_differ_reach_the_run_and_the_conversion(monkeypatch: pyt
     allowed = ("decoder", "head.weight")
     assert seen == [
         LaunchOptions(init_from=Path("a.pth"), init_allow=allowed, resume="never"),
-        (Path("a.pth"), Path("b"), ConvertOptions(to="hf", allow=("encoder.pos_embed",))),
+        ConversionJob(
+            source=Path("a.pth"),
+            target=Path("b"),
+            options=ConvertOptions(to="hf", allow=("encoder.pos_embed",)),
+            recipe=None,
+        ),
     ]
 
 
@@ -187,7 +192,7 @@ def test_config_of_a_run_can_stand_in_a_recipes_place(tmp_path: Path, monkeypatc
     config = dataclasses.replace(RECIPES["demo"](), run=RunConfig(seed=7))
     (tmp_path / "config.json").write_text(dump_config(config))
     seen: list[PretrainConfig] = []
-    monkeypatch.setattr("everest_ds.commands.train.train", lambda config, options, world: seen.append(config) or 0)
+    monkeypatch.setattr("everest_ds.commands.train.check", lambda given, world: seen.append(given.config) or 0)
     assert cli.main(["pretrain", str(tmp_path / "config.json"), "--run.max-steps", "3"]) == 0
     assert seen == [dataclasses.replace(config, run=RunConfig(seed=7, max_steps=3))]
 
@@ -261,9 +266,9 @@ def test_disk_without_room_is_a_message_and_other_faults_of_ours_are_not(
     def fail(number: int) -> None:
         raise OSError(number, os.strerror(number), "runs/x/metrics.jsonl")
 
-    monkeypatch.setattr("everest_ds.commands.train.train", lambda *arguments: fail(errno.ENOSPC))
+    monkeypatch.setattr("everest_ds.commands.train.check", lambda *given: fail(errno.ENOSPC))
     assert cli.main(["pretrain", "demo"]) == 2
     assert "error: No space left on device: runs/x/metrics.jsonl; make room" in capsys.readouterr().err
-    monkeypatch.setattr("everest_ds.commands.train.train", lambda *arguments: fail(errno.EIO))
+    monkeypatch.setattr("everest_ds.commands.train.check", lambda *given: fail(errno.EIO))
     with pytest.raises(OSError, match="Input/output"):
         cli.main(["pretrain", "demo"])

@@ -14,6 +14,7 @@ import pytest
 
 from everest_ds import cli
 from everest_ds.commands import doctor
+from everest_ds.distributed import World
 from tests.conftest import REPOSITORY
 
 
@@ -89,7 +90,7 @@ def test_doctor_makes_a_row_of_a_broken_package(kind: str, tmp_path: Path) -> No
 def survey(monkeypatch: pytest.MonkeyPatch, looks: dict[str, Callable[[], list[doctor.Row]]]) -> int:
     checks = [(doctor.OPTIONAL if name == "extra" else doctor.MISSING, name, look) for name, look in looks.items()]
     monkeypatch.setattr(doctor, "_checks", lambda: checks)
-    return doctor.doctor()
+    return doctor.main([], World.from_environment())
 
 
 def test_doctor_looks_at_the_rest_when_a_part_crashes_or_hangs(

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from everest_ds import cli
-from everest_ds.commands.plan import config_flags
-from everest_ds.commands.train import LaunchOptions
 from everest_ds.config import BatchConfig, FinetuneConfig, PretrainConfig, PretrainDataConfig, RunConfig
 from everest_ds.config.file import dump_config
+from everest_ds.planning.report import config_flags
 from everest_ds.recipes import get_recipe
+from everest_ds.train.job import LaunchOptions
 from tests.conftest import REPOSITORY
 
 L_ON_80 = "plan k400_vit_l --gpus 8 --gpu-memory-gib 80"
@@ -44,7 +44,7 @@ def test_plan_prints_a_fitting_setting_and_a_command_that_runs_it(
 
     seen: list[tuple[PretrainConfig, LaunchOptions]] = []
     monkeypatch.setattr(
-        "everest_ds.commands.train.train", lambda config, options, world: seen.append((config, options)) or 0
+        "everest_ds.commands.train.check", lambda given, world: seen.append((given.config, given.options)) or 0
     )
     after_module = command.split("everest_ds ", 1)[1]
     assert cli.main(shlex.split(after_module)) == 0
@@ -70,7 +70,7 @@ def test_plan_of_a_fine_tuning_prints_a_command_that_runs_it(
     found = plan_json(words, capsys)
     seen: list[tuple[FinetuneConfig, LaunchOptions]] = []
     monkeypatch.setattr(
-        "everest_ds.commands.train.train", lambda config, options, world: seen.append((config, options)) or 0
+        "everest_ds.commands.train.check", lambda given, world: seen.append((given.config, given.options)) or 0
     )
     assert cli.main(shlex.split(command.split("everest_ds ", 1)[1])) == 0
     ((config, options),) = seen
@@ -148,7 +148,7 @@ def test_flags_turn_one_configuration_into_another(monkeypatch: pytest.MonkeyPat
         run=RunConfig(seed=3, max_steps=7),
     )
     seen: list[PretrainConfig] = []
-    monkeypatch.setattr("everest_ds.commands.train.train", lambda config, *others: seen.append(config) or 0)
+    monkeypatch.setattr("everest_ds.commands.train.check", lambda given, world: seen.append(given.config) or 0)
     assert cli.main(["pretrain", "k400_vit_b", *config_flags(config, base)]) == 0
     assert seen == [config]
 
@@ -186,7 +186,7 @@ def test_plan_of_autocast_prints_a_command_that_says_so(
     in_bf16 = plan_json(L_ON_80, capsys)
     assert "--precision" not in in_bf16["command"]
     seen: list[LaunchOptions] = []
-    monkeypatch.setattr("everest_ds.commands.train.train", lambda config, options, world: seen.append(options) or 0)
+    monkeypatch.setattr("everest_ds.commands.train.check", lambda given, world: seen.append(given.options) or 0)
     assert cli.main(shlex.split(command.split("everest_ds ", 1)[1])) == 0
     assert seen[0].precision == "autocast"
 

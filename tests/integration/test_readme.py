@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from everest_ds import cli
-from everest_ds.commands.train import LaunchOptions
 from everest_ds.config import Config
 from everest_ds.recipes import RECIPES
+from everest_ds.train.job import LaunchOptions
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -24,8 +24,6 @@ COMMANDS = [
     for line in text.splitlines()
     if line.strip() and line.split()[0] not in ("git", "source")  # see test_quickstart.py
 ]
-
-# What a command that reads a measurement finds: one of no rows.
 
 
 def everest_words(command: str) -> list[str] | None:
@@ -40,19 +38,21 @@ def everest_words(command: str) -> list[str] | None:
 def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Config, LaunchOptions]] = []
     monkeypatch.setattr(
-        "everest_ds.commands.train.train", lambda config, options, world: calls.append((config, options)) or 0
+        "everest_ds.commands.train.check", lambda given, world: calls.append((given.config, given.options)) or 0
     )
     conversions: list[tuple[object, ...]] = []
-    monkeypatch.setattr("everest_ds.commands.convert.convert", lambda *given: conversions.append(given))
+    monkeypatch.setattr("everest_ds.inference.conversion.run", lambda *given: conversions.append(given) or 0)
     measurements: list[tuple[object, ...]] = []
-    monkeypatch.setattr("everest_ds.benchmark.step.benchmark_step", lambda *given: measurements.append(given) or 0)
+    monkeypatch.setattr("everest_ds.benchmark.step.run", lambda *given: measurements.append(given) or 0)
     imports: list[tuple[object, ...]] = []
     monkeypatch.setattr("everest_ds.commands.index.index", lambda *given: imports.append(given))
     benchmarks: list[tuple[object, ...]] = []
-    monkeypatch.setattr("everest_ds.benchmark.data.benchmark_data", lambda *given: benchmarks.append(given))
+    monkeypatch.setattr(
+        "everest_ds.commands.benchmark.check_data_options", lambda *given: benchmarks.append(given) or 0
+    )
     others: list[tuple[object, ...]] = []
-    for name in ("evaluate", "predict", "prepare"):
-        monkeypatch.setattr(f"everest_ds.commands.{name}.{name}", lambda *given, **named: others.append(given) or 0)
+    for name in ("evaluate.check", "predict.check", "prepare.prepare"):
+        monkeypatch.setattr(f"everest_ds.commands.{name}", lambda *given: others.append(given) or 0)
     monkeypatch.chdir(REPOSITORY)
     words = everest_words(command)
     if words is None:
@@ -77,7 +77,7 @@ def test_there_are_commands_to_test() -> None:
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_command_in_a_recipes_document_is_understood(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Config] = []
-    monkeypatch.setattr("everest_ds.commands.train.train", lambda config, options, world: calls.append(config) or 0)
+    monkeypatch.setattr("everest_ds.commands.train.check", lambda given, world: calls.append(given.config) or 0)
     document = (RECIPES[name].__doc__ or "").replace("\\\n", " ")
     (line,) = (line for line in document.splitlines() if "deepspeed" in line)
     words = everest_words(line)

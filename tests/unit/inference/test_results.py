@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from everest_ds.commands.evaluate import _record
-from everest_ds.commands.predict import PredictOptions
 from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.errors import UserError
 from everest_ds.inference.confusion import draw_confusion, save_confusion
+from everest_ds.inference.evaluation import _record
+from everest_ds.inference.job import PredictOptions
 from everest_ds.inference.passes import RowResults, UnreadableRow
 from everest_ds.inference.results import require_own, score_summary, table, write_predictions
 from everest_ds.inference.scores import Scores, rank_classes, summarise

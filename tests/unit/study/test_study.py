@@ -13,11 +13,13 @@ import pytest
 from everest_ds import cli
 from everest_ds.config import FinetuneConfig, PretrainConfig
 from everest_ds.errors import UserError
-from everest_ds.study import Scale, StudyOptions, jobs, make_jobs
+from everest_ds.study import jobs
 from everest_ds.study.conditions import BASELINE, CONDITIONS, GROUPS, PRETRAININGS
+from everest_ds.study.job import StudyOptions
 from everest_ds.study.jobs import Job, Runner
 from everest_ds.study.report import Spread, draw_group, make_table, write_report
 from everest_ds.study.results import Result, seconds_of_steps
+from everest_ds.study.runs import Scale, make_jobs
 from everest_ds.train.optim import learning_rate
 from everest_ds.train.schedule import Schedule
 
@@ -33,7 +35,7 @@ def parsed(job: Job, monkeypatch: pytest.MonkeyPatch) -> PretrainConfig | Finetu
     """The configuration that a job's command comes to."""
     seen: list[PretrainConfig | FinetuneConfig] = []
     with monkeypatch.context() as patch:
-        patch.setattr("everest_ds.commands.train.train", lambda config, options, world: seen.append(config) or 0)
+        patch.setattr("everest_ds.commands.train.check", lambda given, world: seen.append(given.config) or 0)
         assert cli.main(list(job.words)) == 0
     return seen[0]
 

@@ -1,0 +1,50 @@
+"""`everest benchmark NAME`: what clips, steps and models cost."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from everest_ds.benchmark.data_options import DataBenchmarkOptions, DataJob
+from everest_ds.benchmark.data_options import check as check_data_options
+from everest_ds.benchmark.flops_options import FlopsOptions
+from everest_ds.benchmark.step_options import StepJob, StepOptions, micro_sizes, require_consistent
+from everest_ds.commands.parsing import C, RecipeArguments, parse, parse_recipe
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataArguments(RecipeArguments[C]):
+    """Measure what the clips of a recipe cost on this machine. Defaults shown are the recipe's."""
+
+    options: Annotated[DataBenchmarkOptions, tyro.conf.arg(name="")] = field(default_factory=DataBenchmarkOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepArguments(RecipeArguments[C]):
+    """Measure training steps of a recipe on clips that need no reading. Defaults shown are the recipe's."""
+
+    options: Annotated[StepOptions, tyro.conf.arg(name="")] = field(default_factory=StepOptions)
+
+
+def flops(words: list[str], world: World) -> FlopsOptions:
+    """Parse `everest benchmark flops`."""
+    return parse(FlopsOptions, words, "everest benchmark flops", world)
+
+
+def data(words: list[str], world: World) -> DataJob:
+    """Parse `everest benchmark data`, and read the lists."""
+    if world.size > 1:
+        raise UserError("everest benchmark data starts loader processes of its own; start it without a launcher")
+    arguments = parse_recipe(DataArguments, words, "everest benchmark data", world)
+    return check_data_options(arguments.config, arguments.options)
+
+
+def step(words: list[str], world: World) -> StepJob:
+    """Parse `everest benchmark step`, and refuse options that do not go together."""
+    arguments = parse_recipe(StepArguments, words, "everest benchmark step", world)
+    config, options = arguments.config, arguments.options
+    sizes = micro_sizes(config, options)
+    require_consistent(config, options, world)
+    return StepJob(config=config, options=options, sizes=sizes)

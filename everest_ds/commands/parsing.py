@@ -1,0 +1,110 @@
+"""Words of a command line -> the `Arguments` of a command; texts that a launch says once."""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, TypeVar
+
+import tyro
+
+from everest_ds.config import Config, TaskName
+from everest_ds.distributed import World, speaks_first
+from everest_ds.errors import UserError
+from everest_ds.recipes import RECIPES, find_config, recipes_of
+
+T = TypeVar("T")
+C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeArguments(Generic[C]):
+    """A recipe whose every field is a flag; commands add their options."""
+
+    recipe: Annotated[str, tyro.conf.Suppress]
+    """Its name, or the path of a run's config.json, as given."""
+    config: Annotated[C, tyro.conf.arg(name="")]
+    """The configuration, with the flags of the command line."""
+
+
+R = TypeVar("R", bound=RecipeArguments[Any])
+
+
+def parse(cls: type[T], words: list[str], prog: str, world: World, *, default: Any = None) -> T:
+    """Parse flags into a dataclass; a parser's complaint of many processes is said once.
+
+    Raises:
+        SystemExit: The flags are wrong, or help was asked for; the parser has said so.
+    """
+    captured = io.StringIO()
+    quiet = contextlib.ExitStack()
+    if world.size > 1:
+        quiet.enter_context(contextlib.redirect_stdout(captured))
+        quiet.enter_context(contextlib.redirect_stderr(captured))
+    try:
+        with quiet:
+            return tyro.cli(cls, args=words, prog=prog, **({} if default is None else {"default": default}))
+    except SystemExit:
+        say(captured.getvalue(), world)
+        raise
+
+
+def parse_recipe(
+    cls: type[R], words: list[str], prog: str, world: World, *, task: TaskName | None = None, **defaults: Any
+) -> R:
+    """Take the recipe off the words and parse the rest as its fields and the command's options.
+
+    Args:
+        cls: The command's arguments.
+        words: RECIPE and flags. Help without a recipe is shown with the demo's defaults.
+        prog: The command, in help and messages.
+        world: This process's place.
+        task: The recipe's, where the command is for one task.
+        defaults: Values of the command's options; `tyro.MISSING` makes a flag required.
+
+    Raises:
+        UserError: There is no recipe, or one of another task than the command's.
+    """
+    if words and words[0] in ("-h", "--help"):
+        recipe, flags = "demo_ft" if task == "finetune" else "demo", words
+    elif not words or words[0].startswith("-"):
+        known = sorted(recipes_of(task) if task else RECIPES)
+        raise UserError(f"{prog.removeprefix('everest ')} needs a recipe first; known: {', '.join(known)}")
+    else:
+        recipe, *flags = words
+    config = find_config(recipe)
+    if task and config.task != task:
+        other = f"{recipe}_ft" if task == "finetune" else recipe.removesuffix("_ft")
+        hint = f"; did you mean {other!r}?" if other in recipes_of(task) else ""
+        raise UserError(f"{recipe} is a recipe for `everest {config.task}`, not for `everest {task}`{hint}")
+    default = cls(recipe=recipe, config=config, **defaults)
+    return parse(cls[type(config)], flags, f"{prog} RECIPE", world, default=default)  # type: ignore[index]
+
+
+def usage(line: str, choices: Mapping[str, str]) -> str:
+    """Return the help of a command line whose next word is one of several, each with what it is for."""
+    width = max(len(name) for name in choices)
+    rows = "\n".join(f"  {name:<{width}} {text}" for name, text in choices.items())
+    prog = " ".join(word for word in line.split()[:3] if not word.startswith("."))
+    return f"usage: {line}\n\n{rows}\n\n`{prog} --help` shows its options.\n"
+
+
+def say(text: str, world: World, *, to_stdout: bool = False) -> None:
+    """Write a text once for all processes of a launch."""
+    if text and speaks_first(text, world):
+        (sys.stdout if to_stdout else sys.stderr).write(text)
+
+
+def leave(code: int, *, at_once: bool = False) -> int:
+    """Return the exit code, or exit at once where a process group would abort on the way out.
+
+    gloo does so now and then (exit code -6) even after the group was left: one launch in some hundreds.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    torch = sys.modules.get("torch")
+    if at_once or (torch is not None and torch.distributed.is_initialized()):
+        os._exit(code)
+    return code

@@ -1,0 +1,29 @@
+"""`everest study DIR`: the paper's comparisons in miniature."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from everest_ds.commands.parsing import parse
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
+from everest_ds.study.job import StudyJob, StudyOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Compare selections, ratios, distances and budgets on demo data, over seeds; go on where it was."""
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """Where videos, runs and results go."""
+    options: Annotated[StudyOptions, tyro.conf.arg(name="")] = field(default_factory=StudyOptions)
+
+
+def main(words: list[str], world: World) -> StudyJob:
+    """Parse."""
+    if world.size > 1:
+        raise UserError("everest study starts its runs itself; start it without a launcher")
+    arguments = parse(Arguments, words, "everest study", world)
+    return StudyJob(folder=arguments.folder, options=arguments.options)

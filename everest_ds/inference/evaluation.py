@@ -1,0 +1,134 @@
+"""The work of `everest evaluate`: scores of a list, into files and the run's record.
+
+Works alone and under any launcher; each process reads the weights itself and scores its share of the list.
+"""
+
+import time
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from everest_ds import __version__, distributed
+from everest_ds.data.lists.classes import Classes, require_known_labels, resolve_classes
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
+from everest_ds.files import append_json_lines, atomic_path, write_json
+from everest_ds.inference import results
+from everest_ds.inference.confusion import save_confusion
+from everest_ds.inference.job import EvaluationJob
+from everest_ds.inference.probing import score_knn, score_linear
+from everest_ds.inference.scores import Scores, score
+from everest_ds.inference.trained import Trained, extract_features, load_trained
+from everest_ds.train.checkpoints.origin import Origin
+from everest_ds.train.checkpoints.run_dir import describe_environment
+
+
+def run(job: EvaluationJob, world: World) -> int:
+    """Score a model over a list and write the results; return the exit code, 0.
+
+    Raises:
+        UserError: Labels or weights are at fault, or a video cannot be read.
+    """
+    began = time.perf_counter()
+    options = job.options
+    # Whatever can be refused is refused before the processes meet, so that all of them end alike.
+    on_gpu = distributed.select_accelerator()
+    trained = load_trained(job.origin, job.settings, options, torch.device("cuda" if on_gpu else "cpu"))
+    names = _class_names(trained, job)
+    summary = job.identity | {"views": results.view_recipe(job.settings, trained.num_kept)}
+    results.require_own(job.out, summary)
+
+    device = distributed.start(world)
+    trained.model.to(device)
+    if world.is_main:
+        print(trained.report)
+        print(
+            f"{job.origin.choice}: {job.origin.weights}, weights {trained.kind}, {trained.precision.name}, "
+            f"attention {trained.attention}, {trained.kept}\n"
+            f"{len(job.rows)} videos x {job.settings.num_views} views on {world.size} x {device.type}",
+            flush=True,
+        )
+    scores, of_training = _score(job, trained, len(names), world, device)
+    if world.is_main:
+        summary |= results.score_summary(scores, names, len(job.rows)) | of_training
+        summary |= {"classes": list(names), "precision": trained.precision.name, "attention": trained.attention}
+        summary |= {"batch_rows": options.batch_rows, "versions": _versions()}
+        _write(job, summary, scores, names, began)
+        _record(job.origin, summary)
+        print(f"{results.table(scores, names, trained.kept)}\n{job.out}", flush=True)
+    distributed.finish()
+    return 0
+
+
+def _score(
+    job: EvaluationJob, trained: Trained, num_classes: int, world: World, device: torch.device
+) -> tuple[Scores, dict[str, Any]]:
+    """Return the scores by the chosen protocol, and what the summary says of training videos."""
+    settings, options = job.settings, job.options
+    if options.protocol == "head":
+        scores = score(
+            trained.wrap(trained.model),
+            job.rows,
+            data=settings.data,
+            views=settings.views,
+            num_classes=num_classes,
+            world=world,
+            device=device,
+            group_size=options.batch_rows,
+            allow_unreadable=options.allow_unreadable,
+            progress="scored",
+        )
+        return scores, {}
+    train, test = (
+        extract_features(trained, rows, settings, options, world, device, progress=what)
+        for rows, what in ((job.train_rows, "training features"), (job.rows, "test features"))
+    )
+    lists = (train, job.train_rows, test, job.rows)
+    of_training = {"num_train": len(train.results), "num_train_unreadable": len(train.unreadable)}
+    if options.protocol == "knn":
+        return score_knn(*lists, num_classes, k=options.knn_k, temperature=options.knn_temperature), of_training
+    return score_linear(*lists, num_classes, l2=options.linear_l2), of_training
+
+
+def _class_names(trained: Trained, job: EvaluationJob) -> tuple[str, ...]:
+    """Return a name for each class, the head's or those of the training list; refuses other labels."""
+    train_list = job.options.train_list
+    if train_list is not None:
+        classes = resolve_classes(job.train_rows, train_list, None, None)
+    elif trained.has_head:
+        classes = Classes(len(trained.class_names), trained.class_names)
+    else:
+        raise UserError(
+            "these weights have no classification head; fine-tune them (`everest finetune`), or score their "
+            "features with --protocol knn or linear"
+        )
+    require_known_labels(job.rows, job.test_list, classes, range(classes.num))
+    return classes.names or tuple(str(k) for k in range(classes.num))
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "torchvision", "av")
+    return {"everest_ds": __version__} | {package: version(package) for package in packages}
+
+
+def _write(
+    job: EvaluationJob, summary: dict[str, Any], scores: Scores, names: tuple[str, ...], began: float
+) -> None:
+    out = job.out
+    out.mkdir(parents=True, exist_ok=True)
+    results.write_predictions(scores, job.rows, names, out / "predictions.csv")
+    with atomic_path(out / "confusion.png") as partial:
+        save_confusion(scores.confusion, names, partial)
+    environment = describe_environment() | {"seconds": round(time.perf_counter() - began, 1)}
+    write_json(out / "environment.json", environment)
+    write_json(out / results.SUMMARY, summary)
+
+
+def _record(origin: Origin, summary: dict[str, Any]) -> None:
+    """Append the scores to the run's record."""
+    if origin.run_dir is None or not (origin.run_dir / "metrics.jsonl").is_file():
+        return
+    names = ("top1", "top5", "loss", "mean_class_accuracy", "num_scored", "num_unreadable", "protocol", "list")
+    line = {"kind": "test", "step": summary["checkpoint"]["step"], "time_s": round(time.time(), 3)}
+    append_json_lines(origin.run_dir / "metrics.jsonl", [line | {name: summary[name] for name in names}])

@@ -1,0 +1,157 @@
+"""What is wanted of trained weights, known before torch is imported."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from everest_ds.config import Config
+from everest_ds.data.lists.video_list import VideoRow
+from everest_ds.errors import UserError
+from everest_ds.inference.source import ClipSettings, InferenceOptions
+from everest_ds.train.checkpoints.origin import Origin
+
+Target = Literal["everest", "videomae", "hf", "deepspeed-fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(InferenceOptions):
+    """What is scored, how, and where the results go."""
+
+    list: Path | None = None
+    """List of videos to score; without one, data.test_list of the run or the recipe."""
+    out: Path | None = None
+    """Folder for the results; without one, evaluation-LIST in the run directory or beside the weights."""
+    protocol: Literal["head", "knn", "linear"] = "head"
+    """head: the classifier itself; knn, linear: nearest neighbours or a linear probe on its frozen features."""
+    train_list: Path | None = None
+    """List of videos that knn and linear learn from."""
+    knn_k: int = 20
+    """Neighbours that vote (knn)."""
+    knn_temperature: float = 0.07
+    """Temperature of their votes, exp(cosine / temperature) (knn)."""
+    linear_l2: float = 1e-3
+    """Weight of half the squared norm of the probe's weights in its loss (linear)."""
+
+    def __post_init__(self) -> None:
+        """Check that the training list and the protocol go together."""
+        super().__post_init__()
+        if (self.protocol == "head") != (self.train_list is None):
+            given = "needs --train-list" if self.train_list is None else "takes no --train-list"
+            raise UserError(f"--protocol {self.protocol} {given}")
+        if self.knn_k < 1 or self.knn_temperature <= 0 or self.linear_l2 <= 0:
+            raise UserError("--knn-k must be at least 1, --knn-temperature and --linear-l2 above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationJob:
+    """A list that is to be scored.
+
+    Attributes:
+        origin: The weights.
+        settings: How they look at videos.
+        options: What is scored, and how.
+        test_list: The list.
+        rows: Its rows.
+        train_rows: Rows of the list that knn and linear learn from.
+        out: Folder for the results.
+        identity: What tells these results from others: protocol, checkpoint and list.
+    """
+
+    origin: Origin
+    settings: ClipSettings
+    options: EvaluateOptions
+    test_list: Path
+    rows: list[VideoRow]
+    train_rows: list[VideoRow]
+    out: Path
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(InferenceOptions):
+    """What is said of each video."""
+
+    list: Path | None = None
+    """List of videos, after those that are named: each row, or the window of it. Labels are not used."""
+    top: int = 5
+    """Classes to name for each video."""
+    json: bool = False
+    """One JSON line a video instead of a table."""
+    features: Path | None = None
+    """Write features instead of labels: a .safetensors file with a float32 row a video, the mean of the kept
+    tokens before the last norm, averaged over the views. The weights need no head."""
+
+    def __post_init__(self) -> None:
+        """Check the number, and the file's name."""
+        super().__post_init__()
+        if self.top < 1:
+            raise UserError(f"--top {self.top} must be at least 1")
+        if self.features is None:
+            return
+        if self.json:
+            raise UserError("--json has no effect with --features; remove it")
+        if self.features.suffix != ".safetensors":
+            raise UserError(f"--features {self.features} must end in .safetensors")
+        if self.features.exists():
+            raise UserError(f"--features {self.features} exists; remove it or name another file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionJob:
+    """Videos that are to be labelled, or whose features are wanted.
+
+    Attributes:
+        origin: The weights.
+        settings: How they look at videos.
+        options: What is said of them.
+        rows: The videos, without labels.
+    """
+
+    origin: Origin
+    settings: ClipSettings
+    options: PredictOptions
+    rows: list[VideoRow]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """What is written, and what of the source."""
+
+    to: Target
+    """everest: a float32 .safetensors file; videomae: a .pth file in the official layout; hf: a Hugging Face
+    folder; deepspeed-fp32: everest with a run's step and configuration."""
+    allow: tuple[str, ...] = ()
+    """Tensors or modules that may be in SRC and are left out."""
+    weights: Literal["model", "ema"] = "model"
+    """ema: the moving average that a run keeps (optim.ema_decay), which `everest evaluate` scores."""
+    recipe: str | None = None
+    """With --to hf: recipe, or config.json, that says how clips are cut and which tokens a classifier keeps, for
+    weights that come without a run."""
+
+    def __post_init__(self) -> None:
+        """Refuse options that have no effect."""
+        if self.recipe is not None and self.to != "hf":
+            raise UserError(f"--recipe {self.recipe} has no effect with --to {self.to}; remove it")
+        if self.to != "deepspeed-fp32":
+            return
+        if self.allow:
+            raise UserError(f"--allow {' '.join(self.allow)} has no effect with --to deepspeed-fp32; remove it")
+        if self.weights != "model":
+            raise UserError("--weights ema cannot be written with --to deepspeed-fp32; use --to everest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionJob:
+    """Weights that are to be written.
+
+    Attributes:
+        source: A run or checkpoint; for all but deepspeed-fp32 also any file or folder of weights.
+        target: What to write.
+        options: The layout, and what of the source.
+        recipe: What `options.recipe` names.
+    """
+
+    source: Path
+    target: Path
+    options: ConvertOptions
+    recipe: Config | None
