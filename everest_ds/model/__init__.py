@@ -8,6 +8,6 @@ Usable without DeepSpeed, decord or a GPU. Tensor names end in their axes:
     D width                     E three times D (query, key, value)
     A attention heads           K channels of a head     P pixel values of a tubelet
 
-Masks are never passed around. A token is named by its position in its clip's grid (time-major, then rows, then
-columns), and a set of tokens by a `TokenSet`. Where a boolean mask does appear, True means kept.
+Masks are not passed around. A token is named by its position in its clip's grid (time-major, then rows, then
+columns), and the kept tokens of a batch are a `TokenSet`. Where a boolean mask appears, True means kept.
 """

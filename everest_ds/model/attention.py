@@ -8,7 +8,7 @@ K channels of a head, B clips, S tokens of each clip where all are equally long.
     sdpa     scaled_dot_product_attention: one call when all clips are equally long, else one a length
              any device and dtype; the reference that the others are tested against
 
-`auto` takes the first that serves. A backend that was asked for by name and cannot serve is an error that says why.
+`auto` takes the first that is available. A backend that is asked for by name and is not available says why.
 """
 
 import functools
@@ -37,7 +37,7 @@ class Backend:
 
     Attributes:
         name: As in the configuration.
-        obstacle: Returns why the backend cannot serve (device, dtype, channels of a head), or None.
+        obstacle: Says why (device, dtype, channels of a head) is not supported, or returns None.
         run: Computes (q, k, v, packing) -> (M, A, K).
     """
 
@@ -50,17 +50,17 @@ def attention(q_MAK: Tensor, k_MAK: Tensor, v_MAK: Tensor, packing: Packing, *, 
     """Attend within each clip of a packed row of tokens, scaled by 1 / sqrt(K).
 
     Args:
-        q_MAK: Queries, one row for all clips.
+        q_MAK: Queries; keys and values alike.
         k_MAK: Keys.
         v_MAK: Values.
-        packing: Where each clip starts and ends; clips of no tokens are allowed.
+        packing: Where each clip starts and ends; clips without tokens are allowed.
         backend: A name of `BACKENDS`, or auto.
 
     Returns:
         (M, A, K) in the dtype of the inputs.
 
     Raises:
-        UserError: The backend does not exist or cannot serve these tensors, with the reason.
+        UserError: The backend does not exist or is not available for these tensors, with the reason.
     """
     if q_MAK.shape[0] != packing.total:
         raise ValueError(f"packing is of {packing.total} tokens, got {q_MAK.shape[0]}")
@@ -70,20 +70,20 @@ def attention(q_MAK: Tensor, k_MAK: Tensor, v_MAK: Tensor, packing: Packing, *, 
 
 @functools.lru_cache(maxsize=64)
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    """Return the backend of that name, or for auto the first that serves."""
+    """Return the backend of that name, or for auto the first that is available."""
     if name == "auto":
         return next(b for b in BACKENDS.values() if b.obstacle(device, dtype, head_dim) is None)
     if name not in BACKENDS:
         raise UserError(f"unknown attention backend {name!r}{nearest_hint(name, ['auto', *BACKENDS])}")
     obstacle = BACKENDS[name].obstacle(device, dtype, head_dim)
     if obstacle is not None:
-        raise UserError(f"model.attention={name} cannot serve: {obstacle}; use model.attention=auto")
+        raise UserError(f"model.attention={name} is not available: {obstacle}; use model.attention=auto")
     return BACKENDS[name]
 
 
 def _kernel_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if device.type != "cuda":
-        return f"it runs on CUDA devices only, got {device.type}"
+        return f"it needs a CUDA device, got {device.type}"
     if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
         return f"it needs compute capability 8.0, this GPU has {torch.cuda.get_device_capability(device)}"
     if dtype not in _KERNEL_DTYPES:
@@ -109,10 +109,6 @@ def _flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         except (ImportError, AttributeError) as error:
             return f"the flash-attn package does not load: {error}"
     return obstacle
-
-
-def _no_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    return None
 
 
 def _run_varlen(q_MAK: Tensor, k_MAK: Tensor, v_MAK: Tensor, packing: Packing) -> Tensor:
@@ -163,6 +159,6 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend("varlen", _varlen_obstacle, _run_varlen),
         Backend("flash", _flash_obstacle, _run_flash),
-        Backend("sdpa", _no_obstacle, _run_sdpa),
+        Backend("sdpa", lambda *_: None, _run_sdpa),
     )
 }

@@ -26,7 +26,7 @@ CountClips = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Sequence[Cl
 
 
 class Reconstruction(NamedTuple):
-    """What the model says about the target tokens, and what it should have said.
+    """Predicted and true pixels of the target tokens.
 
     A named tuple, because ZeRO-3 finds a module's output tensors, and so the moment to gather its parameters again
     for backward, in tuples but not in dataclasses.
@@ -34,8 +34,8 @@ class Reconstruction(NamedTuple):
     Attributes:
         prediction_RP: Standardised pixels as predicted, P over (frame, row, column, channel).
         target_RP: Standardised pixels of the video, float32.
-        selection: The tokens that were visible and those that were predicted.
-        frames: Which time steps were drawn of each group's clips, where any were.
+        selection: Visible and target tokens.
+        frames: The time steps drawn of each group's clips, where any were.
     """
 
     prediction_RP: Tensor
@@ -59,15 +59,15 @@ class _Ranked(NamedTuple):
 
 
 class PretrainEncoder(TokenEncoder):
-    """The encoder with the norm that ends it in pre-training."""
+    """The encoder, followed by a norm in pre-training."""
 
     def __init__(self, size: ModelSize, grid: TokenGrid, options: EncoderOptions = DEFAULT_OPTIONS) -> None:
         super().__init__(size, grid, options)
         self.norm = nn.LayerNorm(size.width, eps=NORM_EPS)
 
-    def forward(self, groups: Sequence[ClipGroup], index: TokenSet) -> Tensor:  # type: ignore[override]
-        """Encode the tokens of the index: (L, D)."""
-        return self.norm(super().forward(groups, index))
+    def forward(self, groups: Sequence[ClipGroup], tokens: TokenSet) -> Tensor:  # type: ignore[override]
+        """Encode tokens: (L, D)."""
+        return self.norm(super().forward(groups, tokens))
 
 
 class Decoder(nn.Module):
@@ -96,9 +96,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Predict the pixels of the target tokens: (R, P)."""
 
-        def positions(index: TokenSet) -> Tensor:
-            # As precise as the weights: what is visible comes from a product, under autocast in bfloat16.
-            return gather_positions(self.positions_ND, self.grid, groups, index, mask_token_D.dtype)
+        def positions(tokens: TokenSet) -> Tensor:
+            # As precise as the weights: visible tokens come from a matmul, in bfloat16 under autocast.
+            return gather_positions(self.positions_ND, self.grid, groups, tokens, mask_token_D.dtype)
 
         x_MD, packing, target_rows_R = interleave_clips(
             visible_LD + positions(selection.visible), mask_token_D + positions(selection.target), selection
@@ -153,10 +153,10 @@ class EverestAutoencoder(nn.Module):
         Args:
             clips: clips_BCTHW, uint8 or floats in [0, 1], not yet standardised; or several such batches of
                 different lengths and sizes, which are packed into one row.
-            noise: noise_BS, uniform in [0, 1), of each batch of clips: as many values a clip as the rule wants
-                (`SelectionRule.noise_length`), then one for each candidate step where it chooses frames.
+            noise: noise_BS, uniform in [0, 1), of each batch of clips: `SelectionRule.noise_length` values a clip,
+                then one for each candidate step where the rule chooses frames.
             rule: Which tokens are kept, and which frames.
-            count_clips: Says how many tokens each clip keeps where they differ; rero only.
+            count_clips: Returns how many tokens each clip keeps where they differ; rero only.
 
         Raises:
             UserError: Frames or pixels that do not divide into tubelets.
@@ -178,7 +178,7 @@ class EverestAutoencoder(nn.Module):
         return self.reconstruct([r.group.clips_BCTHW for r in ranked], selection)._replace(frames=frames)
 
     def _rank(self, group: ClipGroup, noise: Tensor, rule: SelectionRule) -> "_Ranked":
-        """Choose frames where the rule does, and rank tokens where its strategy goes by importance."""
+        """Choose frames where the rule does, and rank tokens where its strategy needs importance."""
         if rule.num_steps is not None and rule.num_steps != group.grid.time:
             noise_BS, noise_BK = noise.tensor_split([-group.grid.time], dim=1)
             chosen, importance_BN, frames = self.encoder.choose_frames(
@@ -198,14 +198,14 @@ class EverestAutoencoder(nn.Module):
 
 
 def interleave_clips(visible_LD: Tensor, target_RD: Tensor, selection: Selection) -> tuple[Tensor, Packing, Tensor]:
-    """Put each clip's visible and target tokens side by side in one packed row.
+    """Pack each clip's visible tokens followed by its target tokens.
 
     Returns:
         The tokens (M, D), their packing, and the row of each target token, (R,) int64.
     """
     visible, target = selection.visible, selection.target
     device = visible_LD.device
-    # Before a visible token stand the targets of earlier clips; before a target also its own clip's visible ones.
+    # A visible token follows the targets of earlier clips; a target follows its own clip's visible tokens, too.
     visible_rows_L = torch.arange(visible.packing.total, device=device) + target.packing.cu_seqlens[visible.clip_M]
     target_rows_R = (
         torch.arange(target.packing.total, device=device) + visible.packing.cu_seqlens[target.clip_M + 1]

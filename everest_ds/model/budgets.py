@@ -18,7 +18,7 @@ from everest_ds.tokens import ClipCounts, TargetName
 
 @dataclass(frozen=True, kw_only=True)
 class ClipBudget:
-    """What a clip may keep.
+    """How many tokens a clip may keep.
 
     Attributes:
         average: What it would keep if all clips kept the same share.
@@ -43,14 +43,14 @@ def share_budget(
 ) -> list[list[ClipCounts]]:
     """Share one budget among clips: the most important tokens win wherever they are.
 
-    Every clip first gets its ``least`` most important tokens. What is left of the budget, the sum of the
-    averages, goes to the most important tokens of all clips, up to ``most`` a clip. The visible tokens, as many
-    in all as the averages have, are shared out in proportion to the selected ones, rounded by largest remainder.
-    So both totals are exact whatever the content, and a permutation of the clips permutes the counts.
+    Every clip first gets its ``least`` most important tokens. The rest of the budget, the sum of the averages,
+    goes to the most important tokens of all clips, up to ``most`` a clip. The visible tokens, as many in all as the
+    averages have, are shared out in proportion to the selected ones, rounded by largest remainder. So both totals
+    are exact whatever the content, and a permutation of the clips permutes the counts.
 
     Args:
         importance: importance_BN of each group of clips; larger wins.
-        draws: A uniform value of each clip, (B,), which decides between clips where importance or remainders tie.
+        draws: A uniform value of each clip, (B,), which decides ties between clips.
         budgets: Of the clips of each group.
 
     Returns:
@@ -61,19 +61,16 @@ def share_budget(
     by_draw = torch.argsort(draw_B, stable=True)
     left = sum(b.average.selected - b.least for b in budget_of)
     width = max(b.most - b.least for b in budgets)
-    # Beyond its least tokens, each clip's scores in falling order; what it may not have comes last.
+    # Each clip's scores beyond its least tokens, in falling order; tokens that it may not have come last.
     rest_BR = torch.cat([_rest(group, b, width) for group, b in zip(importance, budgets, strict=True)])
     # Rank by rank, so that of equal scores lower ranks come first, and clips in the order of their draws.
     by_score = torch.argsort(rest_BR[by_draw].T.flatten(), descending=True, stable=True)
     won_B = torch.zeros_like(by_draw).index_add(0, by_score[:left] % len(by_draw), by_draw.new_ones(left))
     won_B = torch.empty_like(won_B).scatter(0, by_draw, won_B)
-    won = won_B.tolist()
-    selected = [b.least + extra for b, extra in zip(budget_of, won, strict=True)]
+    selected = [b.least + extra for b, extra in zip(budget_of, won_B.tolist(), strict=True)]
     total_visible = sum(b.average.visible for b in budget_of)
     visible = apportion(total_visible, selected, by_draw.tolist())
-    counts = iter(
-        b.with_selected(chosen, shown) for b, chosen, shown in zip(budget_of, selected, visible, strict=True)
-    )
+    counts = (b.with_selected(*chosen) for b, *chosen in zip(budget_of, selected, visible, strict=True))
     return [[next(counts) for _ in range(len(group))] for group in importance]
 
 
@@ -101,16 +98,15 @@ def apportion(total: int, weights: Sequence[int], priority: Sequence[int]) -> li
     """Share out a whole number in proportion to weights, by largest remainder.
 
     Args:
-        total: What is shared out.
+        total: The number.
         weights: At least 0, not all 0.
-        priority: The places, first those that win where remainders tie.
+        priority: All indices of ``weights``; where remainders tie, earlier ones win.
     """
     whole = sum(weights)
     shares = [divmod(total * weight, whole) for weight in weights]
-    ranked = sorted(priority, key=lambda place: -shares[place][1])  # sorted is stable
-    missing = total - sum(share for share, _ in shares)
-    first = set(ranked[:missing])
-    return [share + (place in first) for place, (share, _) in enumerate(shares)]
+    ranked = sorted(priority, key=lambda i: -shares[i][1])  # sorted is stable
+    first = set(ranked[: total - sum(share for share, _ in shares)])
+    return [share + (i in first) for i, (share, _) in enumerate(shares)]
 
 
 def _rest(importance_BN: Tensor, budget: ClipBudget, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The fine-tuning model: the encoder over selected tokens, mean over each clip, norm, linear head.
+"""The fine-tuning model: the encoder over kept tokens, mean over each clip, norm, linear head.
 
 Place in the flow: clips in, logits out. Clips may differ in length and size. Axes: B clips, C T H W of a clip, M
 packed kept tokens, D width, L branches (attention and MLP of each block, in order), S noise values of a clip.
@@ -25,7 +25,7 @@ Noise = Tensor | Sequence[Tensor] | None
 
 
 class EverestClassifier(TokenEncoder):
-    """Video classifier over a part of each clip's tokens, those that changed most unless told otherwise.
+    """Video classifier over a part of each clip's tokens, by default those that changed most.
 
     Args:
         size: Width, depth and heads of the encoder.
@@ -33,7 +33,7 @@ class EverestClassifier(TokenEncoder):
         options: Tubelets, attention, checkpointing.
         num_classes: Outputs of the head.
         keep_ratio: rho_pre of fine-tuning, share of a clip's tokens in (0, 1]; 1 keeps all and ranks nothing.
-        strategy: What the tokens are chosen by (`SelectionRule`).
+        strategy: See `SelectionRule`; so are order and distance.
         order: Of rero.
         distance: Of rero.
         head_init_scale: Factor on the head's initial weights (official `init_scale`).
@@ -72,18 +72,15 @@ class EverestClassifier(TokenEncoder):
 
     @property
     def num_branch_noise(self) -> int:
-        """Uniform values that drop path wants for each clip in training: one a branch, or none without."""
+        """Noise values of drop path for each clip in training: one a branch."""
         return 2 * len(self.blocks) if self.drop_path and not self.is_encoder_frozen else 0
 
     def num_noise(self, grid: TokenGrid) -> int:
-        """Return the uniform values that training wants for each clip of a grid: of drop path, then of the rule."""
+        """Return the noise values of a clip in training: of drop path, then of the rule."""
         return self.num_branch_noise + self.rule.keep_noise_length(grid)
 
     def freeze_encoder(self) -> None:
-        """Leave only the last norm and the head to train (linear probe); the encoder then keeps no activations.
-
-        A frozen encoder drops no branches.
-        """
+        """Train only the last norm and the head; the encoder then keeps no activations and drops no branches."""
         self.requires_grad_(False)
         self.fc_norm.requires_grad_(True)
         self.head.requires_grad_(True)
@@ -94,11 +91,11 @@ class EverestClassifier(TokenEncoder):
 
         Args:
             clips: One batch of clips, or several of different lengths and sizes.
-            noise: Uniform in [0, 1), float32, `num_noise` values a clip, for each batch. Training needs it where
-                there are draws; evaluation ignores it, and a rule that draws keeps the same tokens of every clip.
+            noise: Uniform in [0, 1), float32, `num_noise` values a clip, for each batch. Evaluation ignores it: a
+                rule that draws then keeps the same tokens of every clip.
 
         Raises:
-            ValueError: Training that draws, and the noise is missing or of another shape.
+            ValueError: In training, where the noise is missing or of another shape.
         """
         return self.head(self.forward_features(clips, noise))
 
@@ -109,7 +106,7 @@ class EverestClassifier(TokenEncoder):
     def pool(self, clips: Clips, noise: Noise = None) -> Tensor:
         """Return the mean of each clip's encoded tokens, before the norm, (B, D): the encoder's features."""
         groups = self.group(clips)
-        noises = self._noise_of(groups, noise)
+        noises = self._check_noise(groups, noise)
         branch = self.num_branch_noise if self.training else 0
         scale_BL = branch_scales(torch.cat([n[:, :branch] for n in noises]), self.drop_path) if branch else None
         with torch.no_grad() if self.is_encoder_frozen else contextlib.nullcontext():
@@ -120,13 +117,13 @@ class EverestClassifier(TokenEncoder):
             return mean_per_clip(x_MD, kept)
 
     def select(self, group: ClipGroup, noise_BS: Tensor | None = None) -> TokenSet:
-        """Return the tokens that are kept of each clip."""
+        """Return the kept tokens of each clip."""
         rule, clips_BCTHW = self.rule, group.clips_BCTHW
         importance_BN = self.rank(group, rule.distance) if rule.ranks_to_keep(group.grid) else None
         return rule.keep(group.grid, len(group), clips_BCTHW.device, noise_BS, importance_BN)
 
-    def _noise_of(self, groups: Sequence[ClipGroup], noise: Noise) -> list[Tensor]:
-        """Return the draws of each batch of clips; in evaluation the same ones for every clip."""
+    def _check_noise(self, groups: Sequence[ClipGroup], noise: Noise) -> list[Tensor]:
+        """Return the noise of each batch of clips; in evaluation the same for every clip."""
         if not self.training:
             return [
                 fixed_draws(self.rule.keep_noise_length(group.grid))
@@ -151,21 +148,21 @@ class EverestClassifier(TokenEncoder):
 
 
 def fixed_draws(length: int) -> Tensor:
-    """Return the draws of evaluation, the same for every clip, process and run, (length,) on the CPU."""
+    """Return the noise of evaluation, the same for every clip, process and run, (length,) on the CPU."""
     return torch.rand(length, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
-def mean_per_clip(x_MD: Tensor, index: TokenSet) -> Tensor:
+def mean_per_clip(x_MD: Tensor, tokens: TokenSet) -> Tensor:
     """Average packed tokens over each clip, (B, D).
 
     Raises:
         ValueError: A clip has no tokens.
     """
-    lengths = index.packing.lengths
+    lengths = tokens.packing.lengths
     if min(lengths, default=0) < 1:
         raise ValueError("a clip without tokens has no mean")
     if len(set(lengths)) == 1:  # sums in float32 whatever the dtype, keeps nothing for backward, and repeats
         return x_MD.view(len(lengths), lengths[0], -1).mean(dim=1)
-    sums_BD = torch.zeros(len(lengths), x_MD.shape[1], device=x_MD.device).index_add(0, index.clip_M, x_MD.float())
-    cu_seqlens = index.packing.cu_seqlens
-    return (sums_BD / (cu_seqlens[1:] - cu_seqlens[:-1])[:, None]).to(x_MD.dtype)
+    zeros_BD = torch.zeros(len(lengths), x_MD.shape[1], device=x_MD.device)
+    sums_BD = zeros_BD.index_add(0, tokens.clip_M, x_MD.float())
+    return (sums_BD / tokens.packing.cu_seqlens.diff()[:, None]).to(x_MD.dtype)

@@ -1,8 +1,8 @@
-"""The encoder that pre-training and fine-tuning share: rank tubelets, embed the chosen ones, run the blocks.
+"""The encoder of pre-training and fine-tuning: rank all tokens, embed the chosen ones, run the blocks.
 
 Place in the flow: clips and a TokenSet in, encoded tokens out. Clips may differ in length and size: those of one
-shape make a group. Axes: B clips, C T H W of a clip, N tokens of a clip, K candidate steps, M chosen tokens of
-the batch in one packed row, D width, L branches (two a block).
+shape make a group. Axes: B clips, C T H W of a clip, N tokens of a clip, J of a time step, K candidate steps,
+M chosen tokens of the batch in one packed row, D width, L branches (two a block).
 """
 
 import contextlib
@@ -29,13 +29,13 @@ from everest_ds.model.tubelets import (
 )
 from everest_ds.tokens import DistanceName, TokenGrid, ratio_to_count
 
-# Pixel values that are held in float32 at once while all tokens are ranked (256 MiB).
+# Pixel values that are in float32 at once while all tokens are ranked (256 MiB).
 RANKING_CHUNK = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderOptions:
-    """What all models have in common besides their size.
+    """Settings of all models besides their size.
 
     Attributes:
         tubelet_size: Frames of a tubelet.
@@ -43,8 +43,8 @@ class EncoderOptions:
         embedding_layers: Conv3d layers of the tubelet embedding: 1, 2 or 3.
         attention: An attention backend's name, or auto.
         activation_checkpointing: Recompute each block in backward instead of storing its activations.
-        recompute_attention: Then recompute attention too instead of keeping its output.
-        compile_blocks: Run blocks compiled, but for attention (`model.transformer`).
+        recompute_attention: With checkpointing, recompute attention too instead of keeping its output.
+        compile_blocks: Compile blocks, except attention (`model.transformer`).
     """
 
     tubelet_size: int = 2
@@ -72,6 +72,7 @@ class TokenEncoder(nn.Module):
 
     def __init__(self, size: ModelSize, grid: TokenGrid, options: EncoderOptions = DEFAULT_OPTIONS) -> None:
         super().__init__()
+        self.size = size
         self.grid = grid
         self.options = options
         self.patch_embed = TubeletEmbedding(
@@ -90,7 +91,7 @@ class TokenEncoder(nn.Module):
         self.register_buffer("positions_ND", sinusoid_positions(grid, size.width), persistent=False)
 
     def group(self, clips: Tensor | Sequence[Tensor]) -> list[ClipGroup]:
-        """Return clips with their grids: those of one shape as one group, those of several as given.
+        """Return each batch of clips of one shape with its grid.
 
         Raises:
             UserError: Frames or pixels that do not divide into tubelets.
@@ -99,29 +100,23 @@ class TokenEncoder(nn.Module):
         tubelet, patch = self.options.tubelet_size, self.options.patch_size
         return [ClipGroup(b, token_grid(b, tubelet_size=tubelet, patch_size=patch)) for b in batches]
 
-    def gather(self, groups: Sequence[ClipGroup], index: TokenSet) -> Tensor:
-        """Return the pixels of the tokens of the index, (M, C, tubelet, patch, patch)."""
-        return gather_group_tubelets(
-            groups, index, tubelet_size=self.options.tubelet_size, patch_size=self.options.patch_size
-        )
+    def gather(self, groups: Sequence[ClipGroup], tokens: TokenSet) -> Tensor:
+        """Return the pixels of tokens, (M, C, tubelet, patch, patch)."""
+        tubelet, patch = self.options.tubelet_size, self.options.patch_size
+        return gather_group_tubelets(groups, tokens, tubelet_size=tubelet, patch_size=patch)
 
     def _embed_all(self, clips_BCTHW: Tensor) -> Tensor:
         """Return all tokens' embeddings x_BND at float32's precision."""
-        if self.patch_embed.embeds_bytes(clips_BCTHW):
-            return self.patch_embed(clips_BCTHW)
-        return self.patch_embed(standardise(clips_BCTHW))
+        as_bytes = self.patch_embed.embeds_bytes(clips_BCTHW)
+        return self.patch_embed(clips_BCTHW if as_bytes else standardise(clips_BCTHW))
 
     @torch.no_grad()
     def rank(self, group: ClipGroup, distance: DistanceName = "l2") -> Tensor:
         """Return importance_BN of all tokens: embedded in float32, a few clips at a time, nothing kept."""
         clips_at_once = max(1, RANKING_CHUNK // group.clips_BCTHW[0].numel())
+        chunks = group.clips_BCTHW.split(clips_at_once)
         with full_float32(group.clips_BCTHW.device.type):
-            return torch.cat(
-                [
-                    rero_importance(self._embed_all(chunk_BCTHW), group.grid, distance)
-                    for chunk_BCTHW in group.clips_BCTHW.split(clips_at_once)
-                ]
-            )
+            return torch.cat([rero_importance(self._embed_all(chunk), group.grid, distance) for chunk in chunks])
 
     @torch.no_grad()
     def choose_frames(
@@ -134,7 +129,7 @@ class TokenEncoder(nn.Module):
             noise_BK: A uniform value of each candidate step.
             num_steps: Steps to draw.
             ratio: Share of the candidates' tokens that counts as changing.
-            distance: What change is measured by.
+            distance: How change is measured.
 
         Returns:
             The clips of the drawn steps, their importance_BN, and the choice.
@@ -159,23 +154,23 @@ class TokenEncoder(nn.Module):
         clips_BCTHW = gather_steps(group.clips_BCTHW, choice.steps_BT, self.options.tubelet_size)
         return ClipGroup(clips_BCTHW, grid), torch.cat(importance), choice
 
-    def forward(self, groups: Sequence[ClipGroup], index: TokenSet, scale_BL: Tensor | None = None) -> Tensor:
-        """Embed the tokens of the index with gradient, add positions, run the blocks: (M, D).
+    def forward(self, groups: Sequence[ClipGroup], tokens: TokenSet, scale_BL: Tensor | None = None) -> Tensor:
+        """Embed tokens with gradient, add positions, run the blocks: (M, D).
 
         Args:
             groups: The clips, of one shape or several.
-            index: The tokens, of all groups' clips in order.
+            tokens: Of all groups' clips in order.
             scale_BL: Factors of each clip's branches (`branch_scales`); None scales nothing.
         """
         dtype = self.patch_embed.proj.weight.dtype
-        pixels_MCTHW = standardise(self.gather(groups, index)).to(dtype)
+        pixels_MCTHW = standardise(self.gather(groups, tokens)).to(dtype)
         x_MD = self.patch_embed(pixels_MCTHW).squeeze(1)
-        x_MD = x_MD + gather_positions(self.positions_ND, self.grid, groups, index, dtype)
-        scale_LM = None if scale_BL is None else scale_BL.to(dtype).T[:, index.clip_M]
+        x_MD = x_MD + gather_positions(self.positions_ND, self.grid, groups, tokens, dtype)
+        scale_LM = None if scale_BL is None else scale_BL.to(dtype).T[:, tokens.clip_M]
         return run_blocks(
             self.blocks,
             x_MD,
-            index.packing,
+            tokens.packing,
             checkpointing=self.options.activation_checkpointing,
             recompute_attention=self.options.recompute_attention,
             scale_LM=scale_LM,

@@ -1,10 +1,11 @@
 """Costs counted by running the model under a profiler, on the meta device: no weights, no arithmetic.
 
-The paper's "GFLOPs" are multiply-accumulates at batch 1 of convolutions, linear layers and both attention
-products, plus five for each element of a LayerNorm (fvcore's convention). torch's flop counter counts two
+The paper's "GFLOPs" are multiply-accumulates at batch 1 of convolutions, linear layers and both matmuls of
+attention, plus five for each element of a LayerNorm (fvcore's convention). torch's flop counter counts two
 operations for a multiply-accumulate, so its totals are halved.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +32,7 @@ class ClipMacs:
         embedding_all: Embedding of all tokens of the clip.
         embedding_chosen: Embedding of the chosen tokens, with gradient.
         rest: Everything after the embedding.
-        ranking: Embedding of all tokens, or of all candidate frames, without gradient, to rank them; 0 where
-            nothing is ranked.
+        ranking: Embedding of all tokens, or of all candidate frames, to rank them; 0 where nothing is ranked.
     """
 
     embedding_all: float
@@ -47,7 +47,7 @@ class ClipMacs:
 
     @property
     def executed(self) -> float:
-        """What this implementation computes: chosen tokens are embedded a second time, with gradient."""
+        """The count of this implementation, which embeds chosen tokens a second time, with gradient."""
         return self.ranking + self.embedding_chosen + self.rest
 
 
@@ -61,12 +61,10 @@ def autoencoder_macs(
 ) -> ClipMacs:
     """Count one clip through an autoencoder on the meta device.
 
-    Which tokens are visible does not matter for the cost, only how many.
-
     Args:
         model: The autoencoder.
         grid: The clip's tokens.
-        num_visible: Tokens that the encoder sees.
+        num_visible: Tokens that the encoder sees; which ones does not change the cost.
         num_targets: Tokens that the decoder predicts.
         ranked: The tokens that are ranked: the clip's, or those of its candidate frames; None where none are.
     """
@@ -127,10 +125,7 @@ def _profile(run: Callable[[], object], part: torch.nn.Module) -> tuple[float, f
 
 
 def _layer_norm_flops(input_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    elements = 1
-    for length in input_shape:
-        elements *= int(length)
-    return 2 * LAYER_NORM_MACS * elements
+    return 2 * LAYER_NORM_MACS * math.prod(input_shape)
 
 
 def _meta_clip(encoder: TokenEncoder, grid: TokenGrid) -> ClipGroup:

@@ -1,18 +1,17 @@
 """Which of a clip's candidate frames are trained on: information-intensive frame selection.
 
 Place in the flow: more frames are read than a clip has -> importance_BN of all of them -> tokens per time step ->
-drawn steps -> a clip of only these frames, from which tokens are selected as ever. Pure functions; nothing here
-waits for the device. Axes: B clips, N candidate tokens of a clip, C candidate time steps (of pixels: colour
-channels), T chosen time steps (of pixels: frames), J tokens of a step, H W pixels.
+drawn steps -> a clip of these frames only, from which tokens are selected as usual. Nothing here waits for the
+device. Axes: B clips, N candidate tokens of a clip, C candidate time steps (of pixels: colour channels), T chosen
+time steps (of pixels: frames), J tokens of a step, H W pixels.
 
-Source: EVEREST Sec. 4.2, which leaves open how c_i is counted, how a draw without replacement goes on after its
-first step, and what the clip looks like afterwards. Here: the redundancy-robust tokens are the share rho_pre of all
-candidate tokens, ranked over the whole candidate set at once; c_i is how many of them time step i (frames 2i and
-2i + 1) holds; steps are drawn one after another with the probabilities renormalised over those that are left; the
-chosen ones are put in order of time and become steps 0, 1, ... of an ordinary clip, whose importance is computed
-anew between neighbours that may lie apart. Each clip is drawn afresh in every epoch, in pre-training only.
+Source: EVEREST Sec. 4.2, which leaves three things open. Here: c_i counts the tokens of time step i (frames 2i and
+2i + 1) among the share rho_pre of all candidate tokens, ranked over the whole candidate set. Steps are drawn one
+after another, probabilities renormalised over those that are left. The drawn steps in order of time become an
+ordinary clip; its importance is computed anew between its neighbours, which may be apart in the video. Each clip is
+drawn again in every epoch, in pre-training only.
 
-Differs from the official code: that has none of this.
+Differs from the official code, which has none of this.
 """
 
 from typing import NamedTuple
@@ -24,14 +23,14 @@ from torch import Tensor
 from everest_ds.model.selection import rank_by_importance
 from everest_ds.tokens import TokenGrid
 
-# Stands for "none": steps that hold no chosen token are drawn only after all that hold one.
+# Weight of steps without chosen tokens: they are drawn only after all others.
 VANISHING_WEIGHT = 1e-30
-# Half of the smallest float32 step of uniform noise: where a noise of exactly 0 is taken to lie.
+# A noise of exactly 0 counts as half of the smallest float32 step of uniform noise.
 LEAST_NOISE = 2.0**-25
 
 
 class FrameChoice(NamedTuple):
-    """The time steps that were chosen of each clip, and what they were chosen by.
+    """The chosen time steps of each clip, and the counts that they were drawn by.
 
     A named tuple, because ZeRO-3 finds tensors in tuples but not in dataclasses.
 
@@ -45,19 +44,18 @@ class FrameChoice(NamedTuple):
 
 
 def count_per_step(importance_BN: Tensor, grid: TokenGrid, count: int, *, no_change: float = 0.0) -> Tensor:
-    """Count how many of each clip's ``count`` most important tokens lie in each time step (c_i of the paper).
+    """Count how many of each clip's ``count`` most important tokens are in each time step (c_i of the paper).
 
-    A token that did not change at all counts nowhere, though it be among them: where fewer tokens change than are
-    counted, the rest would tie, and lower positions, the clip's first steps, would get them all.
+    Unchanged tokens are never counted: they tie, and lower positions, the clip's first steps, would get them all.
 
     Args:
-        importance_BN: From the importance of all candidate tokens, float32.
+        importance_BN: Of all candidate tokens, float32.
         grid: The candidates' token grid.
         count: How many tokens are chosen over the whole candidate set.
-        no_change: Importance of a token that did not change (`importance.NO_CHANGE`).
+        no_change: Importance of an unchanged token (`importance.NO_CHANGE`).
 
     Returns:
-        counts_BC, int64, its rows summing to ``count`` at most.
+        counts_BC int64; a row's sum is ``count`` at most.
 
     Raises:
         ValueError: A token count that is not the grid's, or a ``count`` that is not between 1 and it.
@@ -76,21 +74,21 @@ def draw_steps(counts_BC: Tensor, noise_BC: Tensor, num_steps: int) -> Tensor:
     """Draw time steps without replacement, each with probability ``c_i / sum c`` over the steps that are left.
 
     Done as an exponential race: step i arrives at time ``-log(u_i) / c_i``, u_i uniform, and the first
-    ``num_steps`` to arrive are taken. This is the sequential draw. Such a time is exponential with rate c_i, so the
-    first to arrive is i with probability c_i / sum c; and as an exponential time has no memory, what remains of
-    the others' is as if they all started then, so the next is drawn in the same way among those that are left.
+    ``num_steps`` to arrive are taken. That is the sequential draw: such times are exponential with rate c_i, so
+    step i is first with probability c_i / sum c; and exponential times have no memory, so the next one is drawn in
+    the same way among those that are left.
 
-    Steps that hold no chosen token come only after all that hold one, uniformly, by the same noise: they fill the
-    clip where fewer than ``num_steps`` hold any.
+    Steps without chosen tokens come after all others, uniformly: they fill the clip where fewer than ``num_steps``
+    have any.
 
     Args:
         counts_BC: From `count_per_step`, at least 0.
-        noise_BC: Uniform noise in [0, 1), float32, one value a step; u is 1 minus it, so that 0 is no infinity.
-            Computed with in float64, so that two devices agree on who is first.
+        noise_BC: Uniform noise in [0, 1), float32, one value a step; u is 1 minus it, so that 0 gives no infinity.
+            Arrival times are float64, so that two devices agree on their order.
         num_steps: Steps of the clip (tau of the paper).
 
     Returns:
-        steps_BT, int64, ascending; no step twice.
+        steps_BT int64, ascending; no step twice.
 
     Raises:
         ValueError: More steps than candidates, noise of another shape, or not float32 (two steps would often tie).
@@ -109,25 +107,17 @@ def draw_steps(counts_BC: Tensor, noise_BC: Tensor, num_steps: int) -> Tensor:
 
 
 def gather_steps(clips_BCTHW: Tensor, steps_BT: Tensor, tubelet_size: int) -> Tensor:
-    """Cut time steps out of clips, copying nothing else.
-
-    Args:
-        clips_BCTHW: Candidate frames, uint8 or floats.
-        steps_BT: Time steps of each clip, int64, as `draw_steps` returns them.
-        tubelet_size: Frames of a time step.
-
-    Returns:
-        (B, C, T * tubelet_size, H, W) in the clips' dtype.
+    """Cut time steps out of clips, copying nothing else: (B, C, T * tubelet_size, H, W) in the clips' dtype.
 
     Raises:
         ValueError: Frames that do not divide into steps, or steps for another number of clips.
     """
     num_clips, num_channels, num_frames = clips_BCTHW.shape[:3]
     if num_frames % tubelet_size:
-        raise ValueError(f"{num_frames} frames are no whole number of steps of {tubelet_size} frames")
+        raise ValueError(f"{num_frames} frames are not a whole number of steps of {tubelet_size} frames")
     if steps_BT.ndim != 2 or len(steps_BT) != num_clips:
         raise ValueError(f"{num_clips} clips, steps of shape {tuple(steps_BT.shape)}")
-    # One row a channel and step, so that a single gather makes the single copy.
+    # One row a channel and step, so that one gather makes the only copy.
     rows = rearrange(clips_BCTHW, "b c (t p) h w -> (b c t) p h w", p=tubelet_size)
     channel_BC = torch.arange(num_clips * num_channels, device=steps_BT.device).view(num_clips, num_channels)
     row_BCT = channel_BC[:, :, None] * (num_frames // tubelet_size) + steps_BT[:, None, :]

@@ -25,7 +25,7 @@ def rero_importance(x_BND: Tensor, grid: TokenGrid, distance: DistanceName = "l2
         distance: A name of `DISTANCES`.
 
     Returns:
-        importance_BN, float32; larger is more change, in the range of the distance.
+        importance_BN float32; larger is more change.
 
     Raises:
         ValueError: Not float32 (bfloat16 changes 1 to 14 % of the chosen tokens), a token count that is not
@@ -62,21 +62,18 @@ def negative_cosine(x: Tensor, y: Tensor) -> Tensor:
 
 
 def negative_cka(x: Tensor, y: Tensor) -> Tensor:
-    """Negative linear CKA of two token embeddings, their D channels as the samples: ``-<x', y'>^2 / (|x'|^2
-    |y'|^2)``.
+    """Negative linear CKA of two token embeddings: ``-<x', y'>^2 / (|x'|^2 |y'|^2)``, x' = x less its mean.
 
-    x' is x less its mean over the channels. Centred kernel alignment of kernels K and L is <K', L'> / (|K'| |L'|)
-    with Frobenius products of the centred kernels (Cortes et al., 2012); with K = x x^T and L = y y^T it comes
-    down to the squared correlation of the channels. In [-1, 0]; 0 where the channels of either are all alike.
+    The D channels are the samples. Centred kernel alignment of K = x x^T and L = y y^T (Cortes et al., 2012) then
+    is the squared correlation of the channels. In [-1, 0]; 0 where the channels of either are all alike.
 
-    Source: EVEREST Sec. 4.1 and Table 9. The paper does not say over which samples; a single token has no others
-    than its channels.
+    Source: EVEREST Sec. 4.1 and Table 9. The paper does not say over which samples; a single token has no others.
     """
     x, y = (z - z.mean(dim=-1, keepdim=True) for z in (x, y))
     return -F.cosine_similarity(x, y, dim=-1).square()
 
 
-# Importance of a token that is as it was. Cosines are rounded: that of a token with itself is not exactly 1.
+# Importance of an unchanged token. Cosines are rounded: that of a token with itself is not exactly 1.
 NO_CHANGE: dict[DistanceName, float] = {"l2": 0.0, "l1": 0.0, "cosine": -1 + 1e-6, "cka": -1 + 1e-6}
 
 DISTANCES: dict[DistanceName, Callable[[Tensor, Tensor], Tensor]] = {

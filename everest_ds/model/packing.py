@@ -1,12 +1,13 @@
-"""Packed tokens: how one row of tokens falls into clips, and which of its clip's tokens each one is.
+"""Packed tokens: where each clip starts in one row of tokens, and which of its clip's tokens each one is.
 
 Place in the flow: selected tokens -> gathered pixels -> packed embeddings -> blocks. How many tokens each clip has
 is known on the host, so nothing later waits for the device.
-Axes: B clips, N tokens of a clip, M tokens of the batch in one row, D width.
+Axes: B clips, N tokens of a clip, S selected tokens of a clip, M tokens of the batch in one row.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """How one row of tokens falls into clips.
+    """Where each clip starts and ends in one row of tokens.
 
     Attributes:
         lengths: Tokens of each clip, on the host.
@@ -27,14 +28,13 @@ class Packing:
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device) -> "Packing":
         """Build the packing of clips of the given lengths."""
-        ends = [0]
         for length in lengths:
             if length < 0:
                 raise ValueError(f"a clip cannot have {length} tokens")
-            ends.append(ends[-1] + length)
         if len(set(lengths)) == 1:  # made on the device, without a copy from the host
-            cu_seqlens = torch.arange(len(ends), dtype=torch.int32, device=device) * lengths[0]
+            cu_seqlens = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device) * lengths[0]
         else:
+            ends = list(accumulate(lengths, initial=0))
             cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
         return cls(tuple(lengths), cu_seqlens)
 
@@ -50,14 +50,14 @@ class Packing:
 
     def clip_of_token(self) -> Tensor:
         """Return each token's clip, (total,) int64."""
-        device = self.cu_seqlens.device
-        lengths = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).long()
-        return torch.arange(len(self.lengths), device=device).repeat_interleave(lengths, output_size=self.total)
+        lengths = self.cu_seqlens.diff().long()
+        clip_B = torch.arange(len(self.lengths), device=lengths.device)
+        return clip_B.repeat_interleave(lengths, output_size=self.total)
 
 
 @dataclass(frozen=True)
 class TokenSet:
-    """A set of tokens of a batch: clip after clip, positions ascending within a clip.
+    """Tokens of a batch: clip after clip, positions ascending within a clip.
 
     Attributes:
         position_M: Position in its clip's grid, int64.
@@ -71,14 +71,14 @@ class TokenSet:
 
     @classmethod
     def from_positions(cls, position_BS: Tensor) -> "TokenSet":
-        """Build the index of clips that keep equally many tokens; positions in any order."""
+        """Build the set of clips that keep equally many tokens; positions in any order."""
         num_clips, count = position_BS.shape
         packing = Packing.from_lengths([count] * num_clips, position_BS.device)
         return cls(position_BS.sort(dim=1).values.flatten(), packing.clip_of_token(), packing)
 
     @classmethod
     def from_mask(cls, kept_BN: Tensor, lengths: Sequence[int] | None = None) -> "TokenSet":
-        """Build the index of a boolean mask, True = kept; counts may differ by clip.
+        """Build the set of a boolean mask, True = kept; counts may differ by clip.
 
         Waits for the device, unless the host knows the ``lengths`` already.
         """
@@ -91,7 +91,7 @@ class TokenSet:
 
     @classmethod
     def join(cls, parts: "Sequence[TokenSet]") -> "TokenSet":
-        """Put the clips of several batches one after another."""
+        """Concatenate the clips of several batches."""
         if len(parts) == 1:
             return parts[0]
         lengths = [length for part in parts for length in part.packing.lengths]
@@ -99,7 +99,7 @@ class TokenSet:
         return cls(torch.cat([part.position_M for part in parts]), packing.clip_of_token(), packing)
 
     def split(self, num_clips: Sequence[int]) -> "list[TokenSet]":
-        """Take apart what `join` has put together, so many clips each; clips are numbered from 0 again."""
+        """Undo `join`: return batches of so many clips each, numbered from 0 again."""
         if sum(num_clips) != len(self.packing.lengths):
             raise ValueError(f"expected {len(self.packing.lengths)} clips in all, got {sum(num_clips)}")
         if len(num_clips) == 1:

@@ -38,14 +38,14 @@ class Selection:
     target: TokenSet
 
     def __post_init__(self) -> None:
-        """Check that both name tokens of the same number of clips."""
+        """Check that both are of the same number of clips."""
         clips = len(self.visible.packing.lengths), len(self.target.packing.lengths)
         if clips[0] != clips[1]:
             raise ValueError(f"visible tokens are of {clips[0]} clips, target tokens of {clips[1]}")
 
     @classmethod
     def join(cls, parts: "Sequence[Selection]") -> "Selection":
-        """Put the clips of several batches one after another."""
+        """Concatenate the clips of several batches."""
         visible = TokenSet.join([part.visible for part in parts])
         return cls(visible, TokenSet.join([part.target for part in parts]))
 
@@ -72,14 +72,10 @@ def select_rero(
 
     Args:
         importance_BN: How much each token changed (`model.importance`).
-        noise_BS: Uniform noise in [0, 1). Column r belongs to the token of rank r, not to a position; S is how
-            many tokens are selected.
-        num_visible: How many of the selected tokens the encoder sees: those with the lowest noise.
+        noise_BS: Uniform noise in [0, 1). Column r belongs to the token of rank r, not to a position.
+        num_visible: Of the selected tokens, those with the lowest noise are visible.
         keep_visible_as_target: Targets are all selected tokens (Eq. 3) instead of those that are not visible.
         order: ascending takes the least important ones (Table 16).
-
-    Returns:
-        Visible and target tokens, equally many for every clip.
 
     Raises:
         ValueError: More selected than tokens, more visible than selected, or no target left.
@@ -102,12 +98,12 @@ def select_rero_varying(
     keep_visible_as_target: bool = False,
     order: OrderName = "descending",
 ) -> Selection:
-    """Redundancy-robust selection where clips keep different numbers of tokens (`model.budgets`).
+    """`select_rero` where clips keep different numbers of tokens (`model.budgets`).
 
     Args:
         importance_BN: How much each token changed.
-        noise_BS: As for `select_rero`; S is at least the largest number of selected tokens, and a clip that selects
-            fewer ignores the rest of its noise.
+        noise_BS: As for `select_rero`, at least as wide as the largest number of selected tokens. A clip that
+            selects fewer ignores the rest of its noise.
         counts: Selected and visible tokens of each clip.
         keep_visible_as_target: See `select_rero`.
         order: See `select_rero`.
@@ -122,21 +118,19 @@ def select_rero_varying(
         require_count(count.selected, min(noise_BS.shape[1], importance_BN.shape[1]), "selected")
         require_count(count.visible, count.selected, "visible")
     device, widest = importance_BN.device, max(count.selected for count in counts)
-    of_clip_B2 = torch.tensor([(count.selected, count.visible) for count in counts])
-    selected_B1, visible_B1 = of_clip_B2.to(device, non_blocking=True)[:, :, None].unbind(1)
+    counts_B2 = torch.tensor([(count.selected, count.visible) for count in counts])
+    selected_B1, visible_B1 = counts_B2.to(device, non_blocking=True)[:, :, None].unbind(1)
     column_S = torch.arange(widest, device=device)
     # Ranks that a clip does not select come after all that it does.
     noise_BS = noise_BS[:, :widest].masked_fill(column_S >= selected_B1, 2.0)
     ranked_BS = rank_by_importance(importance_BN, order)[:, :widest]
     shuffled_BS = ranked_BS.gather(1, torch.argsort(noise_BS, dim=1, stable=True))
-    is_visible_BS = column_S < visible_B1
-    is_target_BS = column_S < selected_B1
-    if not keep_visible_as_target:
-        is_target_BS = is_target_BS & ~is_visible_BS
+    first = 0 if keep_visible_as_target else visible_B1
+    is_target_BS = (column_S >= first) & (column_S < selected_B1)
     nothing_BN = torch.zeros_like(importance_BN, dtype=torch.bool)
     return Selection(
         visible=TokenSet.from_mask(
-            nothing_BN.scatter(1, shuffled_BS, is_visible_BS), [count.visible for count in counts]
+            nothing_BN.scatter(1, shuffled_BS, column_S < visible_B1), [count.visible for count in counts]
         ),
         target=TokenSet.from_mask(
             nothing_BN.scatter(1, shuffled_BS, is_target_BS),
@@ -148,7 +142,7 @@ def select_rero_varying(
 def select_first(
     order_BN: Tensor, num_selected: int, num_visible: int, *, keep_visible_as_target: bool = False
 ) -> Selection:
-    """Select the first tokens of an order, and show the very first of them.
+    """Select the first tokens of an order; the very first of them are visible.
 
     Raises:
         ValueError: More selected than tokens, more visible than selected, or no target left.
@@ -158,33 +152,25 @@ def select_first(
     target_BS = order_BN[:, (0 if keep_visible_as_target else num_visible) : num_selected]
     if target_BS.shape[1] == 0:
         raise ValueError(f"all {num_selected} selected tokens are visible; none is left to reconstruct")
-    return Selection(
-        visible=TokenSet.from_positions(order_BN[:, :num_visible]),
-        target=TokenSet.from_positions(target_BS),
-    )
-
-
-def order_at_random(noise_BN: Tensor) -> Tensor:
-    """Return all tokens in the order of their noise, (B, N) int64: the random masking of ST-MAE."""
-    return torch.argsort(noise_BN, dim=1, stable=True)
+    return Selection(TokenSet.from_positions(order_BN[:, :num_visible]), TokenSet.from_positions(target_BS))
 
 
 def order_tubes(noise_BJ: Tensor, grid: TokenGrid) -> Tensor:
-    """Return all tokens place after place in the order of the places' noise, each in all time steps, (B, N) int64.
+    """Return all tokens ordered by the noise of their position in a time step, (B, N) int64: VideoMAE's tubes.
 
-    The first ``k * grid.time`` are the tubes of k places: the masking of VideoMAE.
+    The first ``k * grid.time`` are the k positions of lowest noise, each in all time steps.
     """
     step_T = torch.arange(grid.time, device=noise_BJ.device) * grid.tokens_per_step
     return (torch.argsort(noise_BJ, dim=1, stable=True)[:, :, None] + step_T).flatten(1)
 
 
 def running_cells(phase_B: Tensor, grid: TokenGrid, num_of_cell: int) -> Tensor:
-    """Return which tokens running cells keep, (B, N) bool: so many of each 2 x 2 cell, one place on with each step.
+    """Return which tokens running cells keep, (B, N) bool: so many of each 2 x 2 cell, moving on with each step.
 
     Args:
-        phase_B: Uniform in [0, 1): which of the four places a cell begins with.
+        phase_B: Uniform in [0, 1): with which of its four tokens a cell begins.
         grid: The clip's tokens, rows and columns even.
-        num_of_cell: Places kept of each cell in each step, 1 to 3.
+        num_of_cell: Tokens kept of each cell in each step, 1 to 3.
 
     Source: VideoMAE V2's dual masking, running cell masking (Qing et al., 2023).
     """
@@ -207,10 +193,10 @@ def select_running_cells(
     """Dual masking: the encoder sees tubes, the decoder predicts what running cells keep.
 
     Args:
-        noise_BS: Uniform in [0, 1): a value for each place of a time step, then the cells' phase.
+        noise_BS: Uniform in [0, 1): a value for each token of a time step, then the cells' phase.
         grid: The clip's tokens, rows and columns even, time steps in fours.
-        counts: What comes out: selected by the cells, visible in tubes, and targets.
-        num_of_cell: Places kept of each cell in each step.
+        counts: The result's: selected by the cells, visible in tubes, and targets.
+        num_of_cell: Tokens kept of each cell in each step.
         keep_visible_as_target: Targets are all tokens of the cells instead of those that are not visible.
 
     Source: VideoMAE V2 (Wang et al., 2023): its loss leaves out what the encoder has seen.
@@ -225,17 +211,6 @@ def select_running_cells(
     )
 
 
-def require_count(count: int, available: int, name: str) -> None:
-    """Refuse a number of tokens that cannot be had."""
-    if not 1 <= count <= available:
-        raise ValueError(f"{name}={count} must be between 1 and {available}")
-
-
-def _require_clips(noise_BS: Tensor, importance_BN: Tensor) -> None:
-    if noise_BS.shape[0] != importance_BN.shape[0]:
-        raise ValueError(f"noise for {noise_BS.shape[0]} clips, importance for {importance_BN.shape[0]}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class SelectionRule:
     """Which tokens are kept of a clip.
@@ -243,7 +218,7 @@ class SelectionRule:
     Attributes:
         strategy: rero, random, tube, running_cell or all.
         order: Whether rero takes the most or the least changing tokens.
-        distance: What change is measured by.
+        distance: How rero measures change.
         selected_ratio: rho_pre, share of a clip's tokens; a classifier keeps these.
         visible_ratio: Share of a clip's tokens that the encoder sees in pre-training.
         targets: Whether the decoder predicts what is selected and not visible, or all that is selected.
@@ -277,7 +252,7 @@ class SelectionRule:
         return 1 if self.strategy == "running_cell" else noise_length(self.strategy, grid, 0)
 
     def ranks_to_keep(self, grid: TokenGrid) -> bool:
-        """Return whether `keep` goes by importance: rero that does not keep all tokens."""
+        """Return whether `keep` needs importance: rero that does not keep all tokens."""
         return self.strategy == "rero" and self.num_kept(grid) < grid.num_tokens
 
     def select(
@@ -293,14 +268,13 @@ class SelectionRule:
             grid: The clips' token grid.
             noise_BS: Uniform in [0, 1), `noise_length` values a clip; with ``counts`` as many as a clip selects at
                 most.
-            importance_BN: How much each token changed; rero alone needs it.
-            counts: Tokens of each clip where they differ; rero alone can take them.
+            importance_BN: How much each token changed; for rero.
+            counts: Tokens of each clip where they differ; for rero.
 
         Raises:
-            ValueError: Noise, importance or counts that the strategy cannot do with.
+            ValueError: Noise, importance or counts that do not fit the strategy.
         """
-        both = self.targets == "selected"
-        own = self.counts(grid)
+        both, own = self.targets == "selected", self.counts(grid)
         if self.strategy == "rero":
             if importance_BN is None:
                 raise ValueError("strategy=rero chooses by importance; none is given")
@@ -329,14 +303,14 @@ class SelectionRule:
         noise_BS: Tensor | None = None,
         importance_BN: Tensor | None = None,
     ) -> TokenSet:
-        """Choose what a classifier keeps.
+        """Choose the tokens that a classifier keeps.
 
         Args:
             grid: The clips' token grid.
             num_clips: Clips.
             device: Where they are.
             noise_BS: Uniform in [0, 1), `keep_noise_length` values a clip.
-            importance_BN: How much each token changed; rero that does not keep all tokens needs it.
+            importance_BN: How much each token changed; where the rule `ranks_to_keep`.
 
         Raises:
             ValueError: Noise or importance is missing, or of another shape.
@@ -348,21 +322,20 @@ class SelectionRule:
             require_count(count, grid.num_tokens, "tokens kept")
             return TokenSet.from_positions(rank_by_importance(importance_BN, self.order)[:, :count])
         if count == grid.num_tokens:
-            position_N = torch.arange(count, device=device)
-            return TokenSet.from_positions(position_N.expand(num_clips, -1))
+            return TokenSet.from_positions(torch.arange(count, device=device).expand(num_clips, -1))
         if noise_BS is None or len(noise_BS) != num_clips:
             raise ValueError(f"strategy={self.strategy} draws tokens; it needs noise for {num_clips} clips")
         _require_width(noise_BS, self.keep_noise_length(grid))
         if self.strategy == "running_cell":
-            of_cell = count_of_cell(grid, self.selected_ratio)
-            kept_BN = running_cells(noise_BS[:, -1], grid, of_cell)
+            kept_BN = running_cells(noise_BS[:, -1], grid, count_of_cell(grid, self.selected_ratio))
             return TokenSet.from_mask(kept_BN, [count] * num_clips)
         return TokenSet.from_positions(self._order_by_noise(grid, noise_BS)[:, :count])
 
     def _order_by_noise(self, grid: TokenGrid, noise_BS: Tensor) -> Tensor:
-        if self.strategy == "tube":
-            return order_tubes(noise_BS, grid)
-        return order_at_random(noise_BS)
+        """Return all tokens in the order of their noise (ST-MAE's random masking) or of their tubes', (B, N)."""
+        return (
+            order_tubes(noise_BS, grid) if self.strategy == "tube" else torch.argsort(noise_BS, dim=1, stable=True)
+        )
 
 
 DEFAULT_RULE = SelectionRule()
@@ -376,6 +349,17 @@ def keep_rule(selection: FinetuneSelectionConfig) -> SelectionRule:
         distance=selection.distance,
         selected_ratio=selection.keep_ratio,
     )
+
+
+def require_count(count: int, available: int, name: str) -> None:
+    """Refuse a number of tokens that is not between 1 and ``available``."""
+    if not 1 <= count <= available:
+        raise ValueError(f"{name}={count} must be between 1 and {available}")
+
+
+def _require_clips(noise_BS: Tensor, importance_BN: Tensor) -> None:
+    if noise_BS.shape[0] != importance_BN.shape[0]:
+        raise ValueError(f"noise for {noise_BS.shape[0]} clips, importance for {importance_BN.shape[0]}")
 
 
 def _require_width(noise_BS: Tensor, expected: int) -> None:

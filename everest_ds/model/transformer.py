@@ -1,4 +1,4 @@
-"""Pre-norm ViT blocks over packed tokens, and the stack that encoder, decoder and classifier share.
+"""Pre-norm ViT blocks over packed tokens: the stack of encoder, decoder and classifier, compiled and recomputed.
 
 Place in the flow: packed tokens -> blocks -> packed tokens. Axes: M packed tokens, D width, E = 3 D, A heads,
 K = D / A channels of a head, B clips, L branches (attention and MLP of each block, in order). Parameter names are
@@ -24,8 +24,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from everest_ds.model.attention import attention
 from everest_ds.model.packing import Packing
 
-# By name: torch's varlen and flash-attn register theirs when they are imported. SDPA's fallback, which torch takes
-# where no fused kernel serves, is made of matrix products and not listed: it is computed again.
+# By name: torch's varlen and flash-attn register theirs when they are imported. SDPA's fallback where no fused kernel
+# is available consists of matmuls and is not listed: it is computed again.
 ATTENTION_OPERATORS = frozenset(
     {
         "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -38,14 +38,10 @@ ATTENTION_OPERATORS = frozenset(
 )
 
 
-def recomputed(function: Callable[..., Tensor], *args: object, attention_too: bool) -> Tensor:
-    """Return ``function(*args)``, keeping only its inputs, and compute the rest again in backward.
+def recompute(function: Callable[..., Tensor], *args: object, attention_too: bool) -> Tensor:
+    """Return ``function(*args)``, keep only its inputs, and run it again in backward.
 
-    Args:
-        function: A block; it runs a second time in backward.
-        args: Its arguments, tensors and others.
-        attention_too: Compute attention again like the rest; else its output and the log-sum-exp of each row and
-            head are kept.
+    Without ``attention_too`` attention's output and the log-sum-exp of each row and head are kept, too.
     """
     if attention_too:
         return checkpoint(function, *args, use_reentrant=False)
@@ -61,7 +57,7 @@ def _keep_attention(context: Any, operator: torch._ops.OpOverload, *args: Any, *
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Tests put another here where there is no compiler.
+# Tests set another one where there is no compiler.
 COMPILE_BACKEND: str | Callable[..., Any] = "inductor"
 
 
@@ -78,7 +74,7 @@ def _compile(function: Callable[..., Any], backend: str | Callable[..., Any]) ->
 def compile_obstacle(device_type: str) -> str | None:
     """Return why this machine cannot compile for a device, cpu or cuda, or None.
 
-    What torch.compile writes, C++ for a CPU and Triton for a GPU, is compiled here, against Python's headers.
+    torch.compile writes C++ for a CPU and Triton for a GPU; both are compiled here, against Python's headers.
     """
     if COMPILE_BACKEND != "inductor":
         return None
@@ -91,9 +87,9 @@ def compile_obstacle(device_type: str) -> str | None:
     if not any(shutil.which(compiler) for compiler in compilers):
         return f"it needs a compiler, and there is no {' or '.join(compilers)} on this machine"
     headers = Path(sysconfig.get_path("include"), "Python.h")
-    return (
-        None if headers.is_file() else f"it needs Python's headers, and there is no {headers}; install python3-dev"
-    )
+    if headers.is_file():
+        return None
+    return f"it needs Python's headers, and there is no {headers}; install python3-dev"
 
 
 NORM_EPS = 1e-6
@@ -101,10 +97,10 @@ MLP_RATIO = 4
 
 
 class ExternalBiasLinear(nn.Linear):
-    """A linear layer without a bias of its own; the caller hands one over.
+    """A linear layer whose bias is an argument.
 
-    The query-key-value bias consists of two parameters and zeros, owned by the attention layer as in the official
-    state dict. Its weight must still be read inside its own forward, where ZeRO-3 has gathered it.
+    The query-key-value bias is two parameters and zeros, owned by the attention layer as in the official state
+    dict. The weight must be read inside a forward of its own, where ZeRO-3 has gathered it.
     """
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
@@ -131,19 +127,18 @@ class Attention(nn.Module):
 
     def forward(self, x_MD: Tensor, packing: Packing) -> Tensor:
         """Attend within each clip: (M, D) -> (M, D)."""
-        z_MAK = attention(*self.split_heads(x_MD), packing, backend=self.backend)
-        return self.join_heads(z_MAK)
+        return self.join_heads(attention(*self.split_heads(x_MD), packing, backend=self.backend))
 
     def split_heads(self, x_MD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, (M, A, K) each."""
         bias_E = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        # Apart in the middle: in backward the three gradients are then written where they belong, once.
+        # Split on a middle axis: backward then writes the three gradients once, where they belong.
         qkv = rearrange(self.qkv(x_MD, bias_E), "m (three a k) -> m three a k", three=3, a=self.num_heads)
         q_MAK, k_MAK, v_MAK = qkv.unbind(1)
         return q_MAK, k_MAK, v_MAK
 
     def join_heads(self, z_MAK: Tensor) -> Tensor:
-        """Project what the heads attended to, (M, D)."""
+        """Project the heads' outputs (M, A, K) to (M, D)."""
         return self.proj(z_MAK.flatten(1))
 
 
@@ -154,8 +149,8 @@ class Block(nn.Module):
         width: Channels of a token.
         num_heads: Heads that share them.
         backend: An attention backend's name, or auto.
-        compiles: Run what stands before and after attention compiled. That goes past the modules' own calls, and
-            so past the hooks that gather weights at ZeRO-3.
+        compiles: Compile the parts before and after attention. They bypass the modules' own calls, and so the
+            hooks that gather weights at ZeRO-3.
     """
 
     def __init__(self, width: int, num_heads: int, *, backend: str, compiles: bool = False) -> None:
@@ -171,7 +166,7 @@ class Block(nn.Module):
 
         Args:
             x_MD: Tokens.
-            packing: The clips that they belong to.
+            packing: Where each clip starts and ends.
             scale_2M: Factor of each token's attention and MLP branch (`branch_scales`); None scales nothing.
         """
         if self.compiles:
@@ -186,13 +181,13 @@ class Block(nn.Module):
         return self.attn.split_heads(self.norm1(x_MD))
 
     def after_attention(self, x_MD: Tensor, z_MAK: Tensor, scale_2M: Tensor | None) -> Tensor:
-        """Return the block's output, given its input and what the heads attended to."""
+        """Return the block's output, given its input and the heads' outputs."""
         x_MD = add_branch(x_MD, self.attn.join_heads(z_MAK), scale_2M, 0)
         return add_branch(x_MD, self.mlp(self.norm2(x_MD)), scale_2M, 1)
 
 
 def add_branch(x_MD: Tensor, branch_MD: Tensor, scale_2M: Tensor | None, branch: int) -> Tensor:
-    """Return the sum of the residual row and a branch, scaled where scales are given."""
+    """Add a branch, scaled where scales are given, to the residual stream."""
     return x_MD + (branch_MD if scale_2M is None else scale_2M[branch, :, None] * branch_MD)
 
 
@@ -202,7 +197,7 @@ def make_blocks(*, width: int, depth: int, num_heads: int, backend: str, compile
 
 
 def branch_scales(noise_BL: Tensor, drop_path: float) -> Tensor:
-    """Return what each clip's branches are multiplied by: 0 where dropped, 1 / (1 - rate) where kept, (B, L).
+    """Return the factor of each clip's branches: 0 where dropped, 1 / (1 - rate) where kept, (B, L).
 
     The rate of a block rises linearly from 0 at the first to ``drop_path`` at the last; a branch is kept where
     noise >= rate.
@@ -212,7 +207,7 @@ def branch_scales(noise_BL: Tensor, drop_path: float) -> Tensor:
         drop_path: Rate of the last block, in [0, 1).
 
     Source: the official `drop_path_rate`, timm's `DropPath`.
-    Differs from the official code: the draws are handed in, so they belong to the sample and not to the process.
+    Differs from the official code: the draws are arguments, so they belong to the sample and not to the process.
     """
     depth = noise_BL.shape[1] // 2
     rate_L = torch.linspace(0, drop_path, depth, device=noise_BL.device).repeat_interleave(2)
@@ -235,13 +230,13 @@ def run_blocks(
         x_MD: Packed tokens.
         packing: Where each clip starts and ends.
         checkpointing: Each block keeps only its input and is computed again in backward.
-        recompute_attention: Then attention too; else each block also keeps attention's output.
+        recompute_attention: With checkpointing, compute attention again too; else its output is kept.
         scale_LM: Factors of each token's branches, two a block; None scales nothing.
     """
     for number, block in enumerate(blocks):
         scale_2M = None if scale_LM is None else scale_LM[2 * number : 2 * number + 2]
         if checkpointing and torch.is_grad_enabled():
-            x_MD = recomputed(block, x_MD, packing, scale_2M, attention_too=recompute_attention)
+            x_MD = recompute(block, x_MD, packing, scale_2M, attention_too=recompute_attention)
         else:
             x_MD = block(x_MD, packing, scale_2M)
     return x_MD

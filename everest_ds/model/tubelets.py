@@ -24,62 +24,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def embed_bytes(clips_BCTHW: Tensor, weight_DCthw: Tensor, bias_D: Tensor) -> Tensor:
-    """Standardise and embed all tubelets of 8-bit clips.
-
-    Args:
-        clips_BCTHW: uint8.
-        weight_DCthw: The kernel of a convolution whose stride is its size, in any precision.
-        bias_D: Its bias.
-
-    Returns:
-        (B, D, T / t, H / h, W / w) float32, as that convolution of standardised clips; in memory D comes last.
-    """
-    frames, height, width = weight_DCthw.shape[2:]
-    num_steps, num_rows = clips_BCTHW.shape[2] // frames, clips_BCTHW.shape[3] // height
-    tubelets = "b c (t pt) (h ph) (w pw) -> (b t h w) (c pt ph pw)"
-    # A byte with its highest bit turned over is, read as a signed one, itself less 128.
-    # The bytes are given no name, or they would lie beside the products.
-    centred_MP = (
-        (rearrange(clips_BCTHW, tubelets, pt=frames, ph=height, pw=width) ^ CENTRE)
-        .view(torch.int8)
-        .to(torch.bfloat16)
-    )
-    channels = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])
-    mean_C, std_C = channels.to(clips_BCTHW.device, non_blocking=True)[:, :, None, None, None]
-    weight_DCthw = weight_DCthw.float() / std_C
-    # What a clip of bytes that are all 128 is embedded to.
-    centre_D = bias_D.float() + (weight_DCthw * (CENTRE / 255 - mean_C)).flatten(1).sum(dim=1)
-    weight_DP = (weight_DCthw / 255).flatten(1)
-    rounded_DP = weight_DP.to(torch.bfloat16)
-    rest_DP = (weight_DP - rounded_DP.float()).to(torch.bfloat16)
-    x_MD = exact_matmul(centred_MP, rest_DP).add_(centre_D).add_(exact_matmul(centred_MP, rounded_DP))
-    return rearrange(x_MD, "(b t h w) d -> b d t h w", b=len(clips_BCTHW), t=num_steps, h=num_rows)
-
-
-def exact_matmul(x_MP: Tensor, weight_DP: Tensor) -> Tensor:
-    """Return bfloat16 numbers times the transpose of others in float32, (M, D): sums alone are rounded."""
-    if x_MP.device.type == "cuda":
-        return torch.mm(x_MP, weight_DP.T, out_dtype=torch.float32)
-    return x_MP.float() @ weight_DP.float().T
-
-
-@functools.cache
-def has_exact_matmul(device: torch.device) -> bool:
-    """Return whether a GPU gives products of bfloat16 numbers in float32; tried out, once a device.
-
-    Of a CPU it is False: there the convolution in float32 is as fast.
-    """
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return False
-    # 2^12 + 1 does not fit into the 8 bits of bfloat16, nor into the 11 of TF32 or float16.
-    x_MP = torch.tensor([[64.0, 1.0] + [0.0] * 14] * 16, dtype=torch.bfloat16, device=device)
-    try:
-        return bool((exact_matmul(x_MP, x_MP) == 64.0**2 + 1).all())
-    except (RuntimeError, TypeError):  # a torch or a GPU that cannot
-        return False
-
-
 @dataclass(frozen=True)
 class ClipGroup:
     """Clips of one shape, and their token grid. A batch of clips of several shapes is several groups, in order.
@@ -112,8 +56,8 @@ def token_grid(clips_BCTHW: Tensor, *, tubelet_size: int, patch_size: int) -> To
     )
 
 
-def gather_tubelets(clips_BCTHW: Tensor, index: TokenSet, *, tubelet_size: int, patch_size: int) -> Tensor:
-    """Cut the tubelets that an index names out of their clips, copying nothing else.
+def gather_tubelets(clips_BCTHW: Tensor, tokens: TokenSet, *, tubelet_size: int, patch_size: int) -> Tensor:
+    """Cut the tubelets of tokens out of their clips, copying nothing else.
 
     Returns:
         (M, C, tubelet_size, patch_size, patch_size) in the clips' dtype.
@@ -126,21 +70,21 @@ def gather_tubelets(clips_BCTHW: Tensor, index: TokenSet, *, tubelet_size: int, 
         pw=patch_size,
     )
     rows, cols = blocks.shape[2:4]
-    step_M = torch.div(index.position_M, rows * cols, rounding_mode="floor")
-    row_M = torch.div(index.position_M, cols, rounding_mode="floor") % rows
-    return blocks[index.clip_M, step_M, row_M, index.position_M % cols]
+    step_M = torch.div(tokens.position_M, rows * cols, rounding_mode="floor")
+    row_M = torch.div(tokens.position_M, cols, rounding_mode="floor") % rows
+    return blocks[tokens.clip_M, step_M, row_M, tokens.position_M % cols]
 
 
 def gather_group_tubelets(
-    groups: Sequence[ClipGroup], index: TokenSet, *, tubelet_size: int, patch_size: int
+    groups: Sequence[ClipGroup], tokens: TokenSet, *, tubelet_size: int, patch_size: int
 ) -> Tensor:
-    """Cut the tubelets that an index names out of clips of one or several shapes; see `gather_tubelets`."""
-    parts = index.split([len(group) for group in groups])
-    cut = [
+    """`gather_tubelets` of clips of one or several shapes."""
+    parts = tokens.split([len(group) for group in groups])
+    tubelets = [
         gather_tubelets(group.clips_BCTHW, part, tubelet_size=tubelet_size, patch_size=patch_size)
         for group, part in zip(groups, parts, strict=True)
     ]
-    return cut[0] if len(cut) == 1 else torch.cat(cut)
+    return tubelets[0] if len(tubelets) == 1 else torch.cat(tubelets)
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
@@ -160,7 +104,7 @@ def standardise(pixels_MCTHW: Tensor) -> Tensor:
     """Standardise clips or tubelets with ImageNet's mean and deviation; returns float32, a copy."""
     unit_MCTHW = to_unit_range(pixels_MCTHW)
     if unit_MCTHW is pixels_MCTHW:
-        unit_MCTHW = pixels_MCTHW.clone()  # what follows works in place
+        unit_MCTHW = pixels_MCTHW.clone()  # the next lines work in place
     for channel, mean, std in zip(unit_MCTHW.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True):
         channel.sub_(mean).div_(std)
     return unit_MCTHW
@@ -170,7 +114,7 @@ def reconstruction_target(tubelets_RCTHW: Tensor, *, eps: float = 1e-6) -> Tenso
     """Return what the decoder has to predict: each tubelet's pixels, standardised per channel over itself.
 
     Args:
-        tubelets_RCTHW: Tubelets as `gather_tubelets` returns them, uint8 or floats in [0, 1].
+        tubelets_RCTHW: uint8 or floats in [0, 1].
         eps: Added to the deviation (not to the variance).
 
     Returns:
@@ -180,16 +124,72 @@ def reconstruction_target(tubelets_RCTHW: Tensor, *, eps: float = 1e-6) -> Tenso
     """
     unit = to_unit_range(tubelets_RCTHW).flatten(2)
     centred = unit - unit.mean(dim=2, keepdim=True)
-    # The same in fewer passes than `var`, which takes three quarters of the time of a target on a CPU.
+    # Fewer passes than `var`, which takes three quarters of the time of a target on a CPU.
     deviation = torch.linalg.vector_norm(centred, dim=2, keepdim=True) / math.sqrt(unit.shape[2] - 1)
     return rearrange(centred / (deviation + eps), "r c p -> r (p c)")
 
 
-class BlockConv3d(nn.Conv3d):
-    """A Conv3d whose stride is its kernel; on inputs of exactly one kernel it is one matrix product.
+def embed_bytes(clips_BCTHW: Tensor, weight_DCthw: Tensor, bias_D: Tensor) -> Tensor:
+    """Standardise and embed all tubelets of 8-bit clips, by bfloat16 matmuls that are exact in float32.
 
-    Weights are used in the input's dtype, so that float32 pixels are embedded in float32 whatever the weights
-    are stored in. Bytes are standardised and embedded in float32.
+    Args:
+        clips_BCTHW: uint8.
+        weight_DCthw: The kernel of a convolution whose stride is its size, in any precision.
+        bias_D: Its bias.
+
+    Returns:
+        (B, D, T / t, H / h, W / w) float32, as that convolution of standardised clips; in memory D comes last.
+    """
+    frames, height, width = weight_DCthw.shape[2:]
+    num_steps, num_rows = clips_BCTHW.shape[2] // frames, clips_BCTHW.shape[3] // height
+    tubelets = "b c (t pt) (h ph) (w pw) -> (b t h w) (c pt ph pw)"
+    # A byte with its highest bit flipped, read as a signed byte, is the byte less 128.
+    # One expression, so that the rearranged bytes are freed before the matmuls.
+    centred_MP = (
+        (rearrange(clips_BCTHW, tubelets, pt=frames, ph=height, pw=width) ^ CENTRE)
+        .view(torch.int8)
+        .to(torch.bfloat16)
+    )
+    channels = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])
+    mean_C, std_C = channels.to(clips_BCTHW.device, non_blocking=True)[:, :, None, None, None]
+    weight_DCthw = weight_DCthw.float() / std_C
+    # The embedding of a clip whose bytes are all 128.
+    centre_D = bias_D.float() + (weight_DCthw * (CENTRE / 255 - mean_C)).flatten(1).sum(dim=1)
+    weight_DP = (weight_DCthw / 255).flatten(1)
+    rounded_DP = weight_DP.to(torch.bfloat16)
+    rest_DP = (weight_DP - rounded_DP.float()).to(torch.bfloat16)
+    x_MD = exact_matmul(centred_MP, rest_DP).add_(centre_D).add_(exact_matmul(centred_MP, rounded_DP))
+    return rearrange(x_MD, "(b t h w) d -> b d t h w", b=len(clips_BCTHW), t=num_steps, h=num_rows)
+
+
+def exact_matmul(x_MP: Tensor, weight_DP: Tensor) -> Tensor:
+    """Multiply bfloat16 numbers with the transpose of others, (M, D) float32: only sums are rounded."""
+    if x_MP.device.type == "cuda":
+        return torch.mm(x_MP, weight_DP.T, out_dtype=torch.float32)
+    return x_MP.float() @ weight_DP.float().T
+
+
+@functools.cache
+def has_exact_matmul(device: torch.device) -> bool:
+    """Return whether a GPU multiplies bfloat16 numbers into float32; tried once a device.
+
+    False for a CPU, where the convolution in float32 is as fast.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    # 2^12 + 1 does not fit into the 8 bits of bfloat16, nor into the 11 of TF32 or float16.
+    x_MP = torch.tensor([[64.0, 1.0] + [0.0] * 14] * 16, dtype=torch.bfloat16, device=device)
+    try:
+        return bool((exact_matmul(x_MP, x_MP) == 64.0**2 + 1).all())
+    except (RuntimeError, TypeError):  # a torch or a GPU that cannot
+        return False
+
+
+class BlockConv3d(nn.Conv3d):
+    """A Conv3d whose stride is its kernel; inputs of exactly one kernel are one matmul.
+
+    Weights are used in the input's dtype: float32 pixels are embedded in float32 whatever the weights are stored
+    in. Bytes are standardised and embedded in float32.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]) -> None:
@@ -197,11 +197,10 @@ class BlockConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (M, C, t, h, w) into (M, D, t', h', w')."""
+        assert self.bias is not None
         if x.dtype == torch.uint8:
-            assert self.bias is not None
             return embed_bytes(x, self.weight, self.bias)
-        weight = self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if tuple(x.shape[2:]) == self.kernel_size:
             return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None, None]
         return F.conv3d(x, weight, bias, stride=self.stride)
@@ -210,11 +209,9 @@ class BlockConv3d(nn.Conv3d):
 class TubeletEmbedding(nn.Module):
     """Embeds tubelets: one Conv3d as wide as a tubelet, or a stack of smaller ones (paper Table 15).
 
-    No kernel crosses a tubelet's edge, so whole clips and single tubelets can be embedded alike. The model does
-    both: clips without gradient to rank their tokens, the visible tubelets alone with gradient.
-
-    With two or three layers a GELU stands between them; the paper does not say what does. With one layer the
-    parameters are the official `patch_embed.proj`.
+    No kernel crosses a tubelet's edge, so whole clips (without gradient, to rank their tokens) and single tubelets
+    (with gradient) are embedded alike. A GELU follows each layer but the last; the paper does not say which
+    activation. With one layer the parameters are the official `patch_embed.proj`.
     """
 
     # Edges of the kernels before the last one; the first kernel spans all frames of the tubelet.
@@ -234,13 +231,13 @@ class TubeletEmbedding(nn.Module):
         self.proj = layers[-1]
 
     def embeds_bytes(self, clips_BCTHW: Tensor) -> bool:
-        """Return whether clips may come as the bytes that they are: one layer, on a device that gains by it."""
+        """Return whether uint8 clips are embedded as they are: one layer, on a device that gains by it."""
         return clips_BCTHW.dtype == torch.uint8 and not len(self.stem) and has_exact_matmul(clips_BCTHW.device)
 
     def forward(self, pixels_MCTHW: Tensor) -> Tensor:
         """Embed standardised clips or tubelets, (M, C, T, H, W) -> (M, tokens, D), in the input's dtype.
 
-        Clips that `embeds_bytes` may come as bytes: without gradient, in float32.
+        Clips that it `embeds_bytes` may be uint8: without gradient, in float32.
         """
         x = pixels_MCTHW
         for layer in self.stem:
@@ -251,7 +248,7 @@ class TubeletEmbedding(nn.Module):
 def sinusoid_positions(grid: TokenGrid, width: int) -> Tensor:
     """Return the fixed position embedding of a grid, (N, width) float32.
 
-    One-dimensional sines and cosines over the flat token index, sine in even and cosine in odd channels.
+    One-dimensional sines and cosines over the token's position, sine in even and cosine in odd channels.
 
     Source: official code, `get_sinusoid_encoding_table`. The paper does not mention positions.
     """
@@ -259,8 +256,7 @@ def sinusoid_positions(grid: TokenGrid, width: int) -> Tensor:
     channel = torch.arange(width)
     frequency = 10000.0 ** (-2 * torch.div(channel, 2, rounding_mode="floor").double() / width)
     angle = torch.arange(grid.num_tokens, dtype=torch.float64)[:, None] * frequency
-    table = torch.where(channel % 2 == 0, angle.sin(), angle.cos())
-    return table.float()
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
 
 
 def interpolate_positions(table_ND: Tensor, grid: TokenGrid, to_grid: TokenGrid) -> Tensor:
@@ -274,18 +270,18 @@ def interpolate_positions(table_ND: Tensor, grid: TokenGrid, to_grid: TokenGrid)
 
 
 def gather_positions(
-    table_ND: Tensor, grid: TokenGrid, groups: Sequence[ClipGroup], index: TokenSet, dtype: torch.dtype
+    table_ND: Tensor, grid: TokenGrid, groups: Sequence[ClipGroup], tokens: TokenSet, dtype: torch.dtype
 ) -> Tensor:
-    """Return the position embedding of each token of an index, (M, D), each clip's laid out for its own grid.
+    """Return the position embedding of tokens, (M, D) in ``dtype``.
 
     Args:
         table_ND: Positions of ``grid``.
-        grid: What they are laid out for; clips of other grids get them interpolated.
+        grid: The grid that they are laid out for; clips of other grids get them interpolated.
         groups: The clips.
-        index: The tokens.
+        tokens: Of all groups' clips in order.
         dtype: Of the result.
     """
-    parts = index.split([len(group) for group in groups])
+    parts = tokens.split([len(group) for group in groups])
     rows = [
         interpolate_positions(table_ND, grid, group.grid).to(dtype)[part.position_M]
         for group, part in zip(groups, parts, strict=True)

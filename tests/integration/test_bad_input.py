@@ -120,7 +120,7 @@ def train_list(demo_folder: Path) -> str:
         (["--model.size", "giant"], ["giant", "tiny"]),
         (["--ds-config", "absent.json"], ["absent.json", "No such file"]),
         (["--resume", "runs/absent"], ["no complete checkpoint there"]),
-        (["--model.attention", "flash"], ["model.attention=flash cannot serve", "use model.attention=auto"]),
+        (["--model.attention", "flash"], ["model.attention=flash is not available", "use model.attention=auto"]),
         (
             ["--model.no-activation-checkpointing", "--model.no-recompute-attention"],
             ["recompute_attention=False has no effect", "nothing is recomputed"],

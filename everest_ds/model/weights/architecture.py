@@ -1,4 +1,4 @@
-"""What a set of weights is a model of: read off names and shapes, and off the few facts that shapes do not hold.
+"""Which model a set of weights fills: read off names and shapes, and off metadata for what shapes do not hold.
 
 Place in the flow: `foreign` and `huggingface` bring tensors under our names; this module says which model they
 fill, and builds it; `loading` loads them.
@@ -7,8 +7,8 @@ fill, and builds it; `loading` loads them.
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ EPSILONS = ("norm_eps", "last_norm_eps")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelMetadata:
-    """What tensors do not tell of their model; None where nobody said.
+    """What tensors do not say about their model; None where unknown.
 
     Attributes:
         num_heads: Attention heads of the encoder.
@@ -52,27 +52,24 @@ class ModelMetadata:
     last_norm_eps: float | None = None
 
     def dump(self) -> str:
-        """Return the facts as one line of JSON."""
+        """Return one line of JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
-    def parse(cls, text: object, source: str) -> "ModelMetadata":
+    def parse(cls, text: Any, source: str) -> "ModelMetadata":
         """Read what `dump` wrote.
 
         Raises:
             UserError: The text is something else.
         """
         try:
-            raw: Any = json.loads(text) if isinstance(text, str) else None
-            counts = {name: raw[name] for name in COUNTS}
-            epsilons = {name: raw[name] for name in EPSILONS}
+            raw = json.loads(text)
+            counts, epsilons = ({name: raw[name] for name in names} for names in (COUNTS, EPSILONS))
             labels = raw["labels"]
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{source}: what it says of its model is not what `everest convert` writes") from error
         for kind, numbers in ((int, counts), (float, epsilons)):
-            if not all(
-                value is None or (type(value) is kind and 0 < value < math.inf) for value in numbers.values()
-            ):
+            if not all(v is None or (type(v) is kind and 0 < v < math.inf) for v in numbers.values()):
                 raise UserError(f"{source}: its model is described by {numbers}; expected positive numbers")
         names = tuple(str(label) for label in labels) if isinstance(labels, list) else None
         return cls(**counts, **epsilons, labels=names)
@@ -80,14 +77,13 @@ class ModelMetadata:
 
 NO_METADATA = ModelMetadata()
 
-
 Kind = Literal["autoencoder", "classifier", "encoder"]
 DESCRIPTIONS: dict[Kind, str] = {
     "autoencoder": "a pre-training model",
     "classifier": "a classifier",
     "encoder": "an encoder alone",
 }
-# What the official code trains on and its files do not say.
+# The clips of the official code, which its files do not mention.
 OFFICIAL_NUM_FRAMES, OFFICIAL_IMAGE_SIZE = 16, 224
 HEAD_WIDTH = 64  # channels of a head in the official models, whose widths have names; huge is the exception
 LAST_NORMS = ("decoder.norm", "fc_norm")
@@ -99,19 +95,11 @@ class Architecture:
     """The model that weights fill.
 
     Attributes:
-        kind: A pre-training model, a classifier, or an encoder alone.
-        width: Channels of the encoder.
-        depth: Blocks of the encoder.
-        num_heads: Heads of the encoder; None where it cannot be told.
+        num_heads: None where unknown; ``decoder_num_heads`` likewise.
         heads_are_known: Whether the weights came with the number of heads; else it is that of their width.
-        options: Tubelets of the embedding.
         grid: The tokens that positions are laid out for.
         grid_is_known: Whether the weights came with that grid; else it is the official 16 x 224 x 224.
-        decoder_width: Channels of the decoder.
-        decoder_depth: Blocks of the decoder.
-        decoder_num_heads: Heads of the decoder; None where it cannot be told.
-        num_classes: Outputs of the classifier.
-        labels: Names of its classes.
+        labels: Names of the classes.
         norm_eps: What the norms add to the variance.
         last_norm_eps: The same for the decoder's or the classifier's norm.
     """
@@ -145,8 +133,8 @@ class Architecture:
             parts.append(f"{self.num_classes} classes")
         return ", ".join(parts)
 
-    def facts(self) -> ModelMetadata:
-        """Return what the tensors of this model do not tell."""
+    def metadata(self) -> ModelMetadata:
+        """Return what the tensors of this model do not say."""
         options, grid = self.options, self.grid
         known = self.grid_is_known
         return ModelMetadata(
@@ -161,10 +149,10 @@ class Architecture:
         )
 
     def size(self) -> ModelSize:
-        """Return width, depth and heads of both parts; a classifier's decoder is the one that goes with it.
+        """Return width, depth and heads of both parts; a classifier gets the decoder that goes with its width.
 
         Raises:
-            UserError: The number of heads cannot be told.
+            UserError: The number of heads is unknown.
         """
         if self.num_heads is None or (self.kind == "autoencoder" and self.decoder_num_heads is None):
             raise UserError(
@@ -172,24 +160,32 @@ class Architecture:
                 f"{self.decoder_width}), and is known for {sorted(SIZES)} and multiples of {HEAD_WIDTH}; convert "
                 "from a run, a Hugging Face folder, or a file of `everest convert`, which say it"
             )
-        return self._size(self.num_heads, self.decoder_num_heads)
-
-    def _size(self, num_heads: int, decoder_num_heads: int | None) -> ModelSize:
         return ModelSize(
             width=self.width,
             depth=self.depth,
-            num_heads=num_heads,
+            num_heads=self.num_heads,
             decoder_width=self.decoder_width or self.width // 2,
-            decoder_num_heads=decoder_num_heads or max(1, num_heads // 2),
+            decoder_num_heads=self.decoder_num_heads or max(1, self.num_heads // 2),
         )
 
     def build(self) -> EverestAutoencoder | EverestClassifier:
-        """Return a freshly initialised model, its positions laid out and its norms computed as these weights' are.
+        """Return a freshly initialised model whose positions and norms are those of the weights.
 
         Raises:
-            UserError: The number of heads cannot be told, or it is an encoder alone.
+            UserError: The number of heads is unknown, or this is an encoder alone.
         """
-        model = self._build(self.size())
+        model: EverestAutoencoder | EverestClassifier
+        size = self.size()
+        if self.kind == "autoencoder":
+            model = EverestAutoencoder(size, self.grid, self.options, decoder_depth=self.decoder_depth or 0)
+        elif self.kind == "classifier":
+            classes = self.num_classes or 0
+            model = EverestClassifier(size, self.grid, self.options, num_classes=classes, keep_ratio=1)
+        else:
+            raise UserError(
+                "these weights are an encoder alone, neither a pre-training model nor a classifier; start a run "
+                "from them with --init-from"
+            )
         for name, module in model.named_modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = self.last_norm_eps if name in LAST_NORMS else self.norm_eps
@@ -197,36 +193,21 @@ class Architecture:
 
     @cached_property
     def expected_shapes(self) -> dict[str, torch.Size]:
-        """The names and shapes of a complete model; heads do not matter here.
+        """The names and shapes of a complete model, whatever its heads.
 
         Raises:
-            UserError: It is an encoder alone, which is no model of ours.
+            UserError: This is an encoder alone.
         """
         with torch.device("meta"):
-            model = self._build(self._size(1, 1))
+            model = replace(self, num_heads=1, decoder_num_heads=1).build()
         return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
-    def _build(self, size: ModelSize) -> EverestAutoencoder | EverestClassifier:
-        if self.kind == "autoencoder":
-            return EverestAutoencoder(size, self.grid, self.options, decoder_depth=self.decoder_depth or 0)
-        if self.kind == "classifier":
-            return EverestClassifier(size, self.grid, self.options, num_classes=self.num_classes or 0, keep_ratio=1)
-        raise UserError(
-            "these weights are an encoder alone, neither a pre-training model nor a classifier; start a run from "
-            "them with --init-from"
-        )
 
-
-def infer_architecture(tensors: Mapping[str, Tensor], facts: ModelMetadata, source: str) -> Architecture:
-    """Read an architecture off tensors under our names.
-
-    Args:
-        tensors: Weights under our names, of any kind; they need not be complete.
-        facts: What came with them.
-        source: Where they are from, for errors.
+def infer_architecture(tensors: Mapping[str, Tensor], metadata: ModelMetadata, source: str) -> Architecture:
+    """Read an architecture off tensors under our names, which need not be complete.
 
     Raises:
-        UserError: They are of no model that we know.
+        UserError: The model is not known; the message begins with ``source``.
     """
     kind = kind_of(tensors)
     trunk = "encoder." if kind == "autoencoder" else ""
@@ -241,9 +222,7 @@ def infer_architecture(tensors: Mapping[str, Tensor], facts: ModelMetadata, sour
     if not kernels:
         raise UserError(f"{source} lacks {trunk}patch_embed.proj.weight, five-dimensional, or a layer before it")
     width = tensors[f"{trunk}patch_embed.proj.weight"].shape[0]
-    patch_size = 1
-    for kernel in kernels:
-        patch_size *= kernel[1]
+    patch_size = math.prod(kernel[1] for kernel in kernels)
     options = EncoderOptions(tubelet_size=kernels[0][0], patch_size=patch_size, embedding_layers=len(kernels))
     decoder_width = _decoder_width(tensors) if kind == "autoencoder" else None
     head = tensors.get("head.weight", tensors.get("head.bias"))
@@ -251,36 +230,36 @@ def infer_architecture(tensors: Mapping[str, Tensor], facts: ModelMetadata, sour
         kind=kind,
         width=width,
         depth=depth,
-        num_heads=facts.num_heads or heads_of_width(width),
-        heads_are_known=facts.num_heads is not None,
+        num_heads=metadata.num_heads or heads_of_width(width),
+        heads_are_known=metadata.num_heads is not None,
         options=options,
-        grid=_grid(facts, options, source),
-        grid_is_known=None not in (facts.num_frames, facts.image_height, facts.image_width),
+        grid=_grid(metadata, options, source),
+        grid_is_known=None not in (metadata.num_frames, metadata.image_height, metadata.image_width),
         decoder_width=decoder_width,
         decoder_depth=count_blocks(tensors, "decoder.blocks") if kind == "autoencoder" else None,
-        decoder_num_heads=(facts.decoder_num_heads or heads_of_width(decoder_width)) if decoder_width else None,
+        decoder_num_heads=(metadata.decoder_num_heads or heads_of_width(decoder_width)) if decoder_width else None,
         num_classes=head.shape[0] if kind == "classifier" and head is not None else None,
-        labels=facts.labels,
-        norm_eps=facts.norm_eps or NORM_EPS,
-        last_norm_eps=facts.last_norm_eps or NORM_EPS,
+        labels=metadata.labels,
+        norm_eps=metadata.norm_eps or NORM_EPS,
+        last_norm_eps=metadata.last_norm_eps or NORM_EPS,
     )
 
 
-def kind_of(names: Mapping[str, Any]) -> Kind:
+def kind_of(names: Iterable[str], head: str = "head.") -> Kind:
     """Return which kind of model has tensors of these names."""
     if any(name.startswith(DECODER_MARKS) for name in names):
         return "autoencoder"
-    return "classifier" if any(name.startswith(("head.", "fc_norm.")) for name in names) else "encoder"
+    return "classifier" if any(name.startswith((head, "fc_norm.")) for name in names) else "encoder"
 
 
-def count_blocks(names: Mapping[str, Any], stem: str) -> int:
-    """Return how many blocks there are, by the highest index."""
+def count_blocks(names: Iterable[str], stem: str) -> int:
+    """Return how many blocks there are, by the highest number."""
     found = [re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in names]
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def heads_of_width(width: int) -> int | None:
-    """Return the heads of a named model of this width, else one for 64 channels; None if that does not divide."""
+    """Return the heads of the named model of this width, else one head per 64 channels, else None."""
     for size in SIZES.values():
         if width == size.width:
             return size.num_heads
@@ -290,7 +269,7 @@ def heads_of_width(width: int) -> int | None:
 
 
 def name_of_size(width: int, depth: int) -> str:
-    """Return width and depth, and the model that has both."""
+    """Return width and depth in words, after the name of the model that has both."""
     named = [f"ViT-{name}, " for name, size in SIZES.items() if (size.width, size.depth) == (width, depth)]
     return f"{''.join(named)}width {width}, {depth} blocks"
 
@@ -305,23 +284,22 @@ def _kernels(tensors: Mapping[str, Tensor], prefix: str) -> list[tuple[int, ...]
 
 
 def _decoder_width(tensors: Mapping[str, Tensor]) -> int | None:
-    """Return the decoder's width, from whichever tensor that tells it is there."""
     for name, axis in (("mask_token", -1), ("encoder_to_decoder.weight", 0), ("decoder.norm.weight", 0)):
         if name in tensors and tensors[name].ndim:
             return tensors[name].shape[axis]
     return None
 
 
-def _grid(facts: ModelMetadata, options: EncoderOptions, source: str) -> TokenGrid:
+def _grid(metadata: ModelMetadata, options: EncoderOptions, source: str) -> TokenGrid:
     tubelet, patch = options.tubelet_size, options.patch_size
-    if facts.num_frames is None or facts.image_height is None or facts.image_width is None:
+    if metadata.num_frames is None or metadata.image_height is None or metadata.image_width is None:
         edge = max(1, OFFICIAL_IMAGE_SIZE // patch)
         return TokenGrid(time=max(1, OFFICIAL_NUM_FRAMES // tubelet), rows=edge, cols=edge)
     try:
         return TokenGrid.of_clip(
-            num_frames=facts.num_frames,
-            height=facts.image_height,
-            width=facts.image_width,
+            num_frames=metadata.num_frames,
+            height=metadata.image_height,
+            width=metadata.image_width,
             tubelet_size=tubelet,
             patch_size=patch,
         )

@@ -1,6 +1,6 @@
 """Weights out: one safetensors file, the official layout, or a folder that Hugging Face's `from_pretrained` loads.
 
-Place in the flow: complete Weights -> `write_weights` -> files, under a temporary name first and never over others.
+Place in the flow: complete Weights -> `write_weights` -> new files, each there whole or not at all.
 """
 
 import re
@@ -10,44 +10,35 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from everest_ds.config import Config
 from everest_ds.errors import UserError
 from everest_ds.files import atomic_path
 from everest_ds.model.weights.foreign import METADATA_KEY, RUN_CONFIG_KEY
-from everest_ds.model.weights.hub_config import with_positions_of
-from everest_ds.model.weights.hub_folder import folder_for
+from everest_ds.model.weights.hub_folder import make_hub_folder
 from everest_ds.model.weights.huggingface import to_huggingface
 from everest_ds.model.weights.reading import Weights
 
 Layout = Literal["everest", "videomae", "hf"]
-SUFFIXES: dict[Layout, tuple[str, ...]] = {"everest": (".safetensors",), "videomae": (".pth", ".pt"), "hf": ("",)}
+SUFFIXES: dict[Layout, tuple[str, ...]] = {"everest": (".safetensors",), "videomae": (".pth", ".pt")}
 
 
 def require_target(target: Path, layout: Layout) -> None:
-    """Refuse a target of another kind or one that exists, before anything long is done.
-
-    Raises:
-        UserError: It must be mended.
-    """
+    """Refuse a target of another kind or one that exists, before anything long is done."""
     if target.exists():
         raise UserError(f"{target} exists; remove it or name another")
-    suffixes = SUFFIXES[layout]
     if layout == "hf" and target.suffix in (".safetensors", ".pth", ".pt", ".bin"):
         raise UserError(f"{target} is named like a file; a Hugging Face model is a folder")
-    if layout != "hf" and target.suffix not in suffixes:
-        raise UserError(f"{target} must end in {' or '.join(suffixes)}")
+    if layout != "hf" and target.suffix not in SUFFIXES[layout]:
+        raise UserError(f"{target} must end in {' or '.join(SUFFIXES[layout])}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What was written.
-
-    Attributes:
-        key_map: Names where the weights came from and names written, with one row for all blocks.
-        notes: What there is to know of the layout.
-    """
+    """What was written: pairs of source names and written names, one row for all blocks, and notes."""
 
     key_map: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = ()
@@ -61,62 +52,60 @@ def write_weights(
     Args:
         weights: From `everest_ds.model.weights.reading.require_complete`.
         target: A new file, or a new folder for hf.
-        layout: everest: our names in one float32 safetensors file; its metadata hold what shapes do not say and the
-            configuration of the run that they are from; videomae: the official state dict under 'model'; hf:
-            model.safetensors, config.json, settings of transformers' processors, a model card, and for a classifier
-            whose selection is known the code that selects tokens and frames in transformers.
+        layout: everest: our names in one float32 safetensors file, with metadata and the configuration of the run;
+            videomae: the official state dict under 'model'; hf: model.safetensors, config.json, settings of
+            transformers' processors, a model card, and for a classifier whose selection is known the code that
+            selects tokens and frames in transformers.
         recipe: Of hf: how clips are cut and which tokens are kept, for weights that come without a run.
-        scores: Of hf: what is recorded of the weights, a line each.
+        scores: Of hf: recorded scores of the weights, a line each.
 
     Raises:
-        UserError: The target exists or cannot be written, the layout has no place for this model, or the recipe has
-            no effect.
+        UserError: The target exists or cannot be written, the layout cannot hold this model, or the recipe has no
+            effect.
     """
     require_target(target, layout)
-    facts = weights.architecture.facts().dump()
-    made_of: dict[str, tuple[str, ...]] = {name: (name,) for name in weights.tensors}
+    architecture = weights.architecture
+    metadata = architecture.metadata().dump()
+    sources: Mapping[str, tuple[str, ...]] = {name: (name,) for name in weights.tensors}
     notes: tuple[str, ...] = ()
     if layout == "everest":
-        metadata = {METADATA_KEY: facts} | ({} if weights.config is None else {RUN_CONFIG_KEY: weights.config})
-        write_whole(target, lambda path: save_safetensors(weights.tensors, path, metadata))
+        texts = {METADATA_KEY: metadata} | ({} if weights.config is None else {RUN_CONFIG_KEY: weights.config})
+        write_whole(target, lambda path: save_safetensors(weights.tensors, path, texts))
     elif layout == "videomae":
-        _require_official(weights)
-        write_whole(target, lambda path: torch.save({"model": weights.tensors, METADATA_KEY: facts}, path))
+        layers = architecture.options.embedding_layers
+        if layers > 1:
+            raise UserError(
+                f"the tubelet embedding has {layers} layers, the official layout has one; convert to everest "
+                "instead"
+            )
+        write_whole(target, lambda path: torch.save({"model": weights.tensors, METADATA_KEY: metadata}, path))
     else:
-        weights = replace(weights, architecture=with_positions_of(weights.architecture, recipe))
-        translated = to_huggingface(weights.tensors, weights.architecture)
-        folder = folder_for(weights, recipe, scores, translated.notes)
-        made_of, notes = translated.sources, folder.notes
+        if not architecture.grid_is_known and recipe is not None:
+            architecture = replace(architecture, grid=recipe.position_grid, grid_is_known=True)
+            weights = replace(weights, architecture=architecture)
+        translated = to_huggingface(weights.tensors, architecture)
+        folder = make_hub_folder(weights, recipe, scores, translated.notes)
+        sources, notes = translated.sources, folder.notes
         write_whole(target, lambda path: _save_folder(translated.tensors, folder.files, path))
-    return Written(key_map=tuple(key_map(weights, made_of)), notes=notes)
+    return Written(key_map=tuple(_map_keys(weights, sources)), notes=notes)
 
 
-def key_map(weights: Weights, made_of: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:
-    """Return pairs of names, there and written, with one row for all blocks."""
+def _map_keys(weights: Weights, sources: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:
+    """Return pairs of names, read and written, with one row for all blocks."""
     rows: dict[tuple[str, str], None] = {}
-    for written, ours in made_of.items():
-        there = [name for our in ours for name in weights.sources.get(our, (our,))]
-        pair = " + ".join(there) or "(zeros)", written
-        rows[_numberless(pair[0]), _numberless(pair[1])] = None
+    for written, ours in sources.items():
+        read = [name for our in ours for name in weights.sources.get(our, (our,))]
+        pair = " + ".join(read) or "(zeros)", written
+        rows[_hide_numbers(pair[0]), _hide_numbers(pair[1])] = None
     return list(rows)
 
 
-def _numberless(names: str) -> str:
+def _hide_numbers(names: str) -> str:
     return re.sub(r"\.\d+(?=\.)", ".N", names)
-
-
-def _require_official(weights: Weights) -> None:
-    layers = weights.architecture.options.embedding_layers
-    if layers > 1:
-        raise UserError(
-            f"the tubelet embedding has {layers} layers, the official layout has one; convert to everest instead"
-        )
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write one safetensors file, marked as torch's, with the mode that the umask gives."""
-    from safetensors.torch import save_file
-
     path.touch()
     mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
@@ -131,13 +120,11 @@ def _save_folder(tensors: Mapping[str, Tensor], files: Mapping[str, str], path: 
 
 
 def write_whole(target: Path, save: Callable[[Path], None]) -> None:
-    """Write a file or folder beside its place and then give it its name, so that it is there whole or not at all.
+    """Write a file or folder, so that it is there whole or not at all.
 
     Raises:
         UserError: It cannot be written.
     """
-    from safetensors import SafetensorError
-
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as partial:

@@ -7,8 +7,7 @@ key's bias shifts all scores of a query alike, so softmax ignores it and it is l
 """
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,22 +15,44 @@ import torch
 from torch import Tensor
 
 from everest_ds.errors import UserError
-from everest_ds.model.transformer import MLP_RATIO, Block
-from everest_ds.model.weights.architecture import Architecture, Kind, ModelMetadata, count_blocks
+from everest_ds.model.transformer import MLP_RATIO
+from everest_ds.model.weights.architecture import Architecture, Kind, ModelMetadata, count_blocks, kind_of
 
 TRUNK = "videomae."
-ENCODER_BLOCKS, DECODER_BLOCKS = f"{TRUNK}encoder.layer", "decoder.decoder_layers"
-# Parts of a block that only differ in name; the rest is attention's input, see `_block_sources`.
-BLOCK_PARTS = {
-    "norm1": "layernorm_before",
-    "attn.proj": "attention.output.dense",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
+# Our modules and theirs, by kind of model; blocks follow below.
+PARTS: dict[Kind, dict[str, str]] = {
+    "autoencoder": {
+        "encoder.patch_embed.proj": f"{TRUNK}embeddings.patch_embeddings.projection",
+        "encoder.norm": f"{TRUNK}layernorm",
+    },
+    "classifier": {
+        "patch_embed.proj": f"{TRUNK}embeddings.patch_embeddings.projection",
+        "fc_norm": "fc_norm",
+        "head": "classifier",
+    },
+    "encoder": {
+        "patch_embed.proj": f"{TRUNK}embeddings.patch_embeddings.projection",
+        "norm": f"{TRUNK}layernorm",
+    },
 }
-ENCODER_PARTS = {"patch_embed.proj": f"{TRUNK}embeddings.patch_embeddings.projection"}
-HEAD_PARTS = {"fc_norm": "fc_norm", "head": "classifier"}
-NORM_PARTS = {"encoder.norm": f"{TRUNK}layernorm"}
+ENCODER_BLOCKS, DECODER_BLOCKS = f"{TRUNK}encoder.layer", "decoder.decoder_layers"
+# Tensors of a block, in our order. Theirs are alternatives: the first is written, any of them is read.
+ATTENTION = "attention.attention."
+BLOCK_TENSORS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "norm1.weight": (("layernorm_before.weight",),),
+    "norm1.bias": (("layernorm_before.bias",),),
+    "attn.q_bias": ((f"{ATTENTION}q_bias",), (f"{ATTENTION}query.bias",)),
+    "attn.v_bias": ((f"{ATTENTION}v_bias",), (f"{ATTENTION}value.bias",)),
+    "attn.qkv.weight": ((f"{ATTENTION}query.weight", f"{ATTENTION}key.weight", f"{ATTENTION}value.weight"),),
+    "attn.proj.weight": (("attention.output.dense.weight",),),
+    "attn.proj.bias": (("attention.output.dense.bias",),),
+    "norm2.weight": (("layernorm_after.weight",),),
+    "norm2.bias": (("layernorm_after.bias",),),
+    "mlp.fc1.weight": (("intermediate.dense.weight",),),
+    "mlp.fc1.bias": (("intermediate.dense.bias",),),
+    "mlp.fc2.weight": (("output.dense.weight",),),
+    "mlp.fc2.bias": (("output.dense.bias",),),
+}
 DECODER_NAMES = (
     "mask_token",
     "encoder_to_decoder.weight",
@@ -40,24 +61,24 @@ DECODER_NAMES = (
     "decoder.head.weight",
     "decoder.head.bias",
 )
-# Settings of its configuration that our models have one value of; absent ones have transformers' default.
+# Settings for which our models have one value; absent ones have transformers' default.
 FIXED_SETTINGS: dict[str, Any] = {"model_type": "videomae", "hidden_act": "gelu", "num_channels": 3}
-# What its decoder's and its classifier's norm add to the variance, whatever its configuration says of the others.
+# Epsilon of its decoder's and its classifier's norm; its configuration sets that of the others only.
 LAST_NORM_EPS = 1e-5
 DEFAULT_NORM_EPS = 1e-12
-# Its numbers that `ModelMetadata` take, with transformers' defaults.
+# Numbers of its configuration, with transformers' defaults.
 DEFAULT_NUMBERS = {"num_attention_heads": 12, "decoder_num_attention_heads": 6, "num_frames": 16, "tubelet_size": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Translation:
-    """Tensors under our names.
+    """Renamed tensors.
 
     Attributes:
-        tensors: By our name; what has none keeps its own.
-        sources: The names that each was made of.
-        ignored: Names that carry nothing.
-        notes: What was done that is not plain renaming.
+        tensors: By new name; unknown ones keep theirs.
+        sources: The old names that each was made of.
+        ignored: Old names of tensors that change nothing.
+        notes: What was done besides renaming.
     """
 
     tensors: dict[str, Tensor]
@@ -72,19 +93,14 @@ def is_huggingface(names: Mapping[str, Any]) -> bool:
 
 
 def from_huggingface(raw: Mapping[str, Tensor], config: Mapping[str, Any] | None, source: str) -> Translation:
-    """Bring tensors of its layout under our names.
-
-    Args:
-        raw: Tensors under its names, of VideoMAEForPreTraining, VideoMAEForVideoClassification or VideoMAEModel.
-        config: Its config.json, if there is one.
-        source: Where they are from, for errors.
+    """Rename tensors of VideoMAEForPreTraining, VideoMAEForVideoClassification or VideoMAEModel.
 
     Raises:
         UserError: Query, key and value of a block are not all there, or two names mean one tensor.
     """
     if not any(name.startswith(TRUNK) for name in raw):  # VideoMAEModel, the encoder alone
         raw = {f"{TRUNK}{name}": tensor for name, tensor in raw.items()}
-    kind = _kind(raw)
+    kind = kind_of(raw, head="classifier.")
     tensors: dict[str, Tensor] = {}
     sources: dict[str, tuple[str, ...]] = {}
     for ours, choices in _names(kind, count_blocks(raw, ENCODER_BLOCKS), count_blocks(raw, DECODER_BLOCKS)).items():
@@ -113,10 +129,10 @@ def from_huggingface(raw: Mapping[str, Tensor], config: Mapping[str, Any] | None
 
 
 def to_huggingface(tensors: Mapping[str, Tensor], architecture: Architecture) -> Translation:
-    """Bring a complete model's tensors under its names; ``sources`` are ours here.
+    """Rename a complete model's tensors to its names.
 
     Raises:
-        UserError: The embedding has more than one layer, which its model has not.
+        UserError: The embedding has more than one layer; its model has one.
     """
     layers = architecture.options.embedding_layers
     if layers > 1:
@@ -148,8 +164,8 @@ def to_huggingface(tensors: Mapping[str, Tensor], architecture: Architecture) ->
     return Translation(tensors=out, sources=sources, notes=tuple(notes))
 
 
-def facts_of_config(config: Mapping[str, Any], source: str) -> ModelMetadata:
-    """Read what its configuration says and shapes do not.
+def read_metadata(config: Mapping[str, Any], source: str) -> ModelMetadata:
+    """Read from its config.json what shapes do not say; a folder of ours says more in its block "everest".
 
     Raises:
         UserError: Another model, or a setting that our models do not have.
@@ -170,33 +186,19 @@ def facts_of_config(config: Mapping[str, Any], source: str) -> ModelMetadata:
     edges = [image_size] * 2 if isinstance(image_size, int) else image_size
     if not isinstance(edges, list) or len(edges) != 2 or not all(type(e) is int and e > 0 for e in edges):
         raise UserError(f"{source}: its config.json has image_size={image_size!r}; expected one or two edges")
-    labels = config.get("id2label")
-    named = None
-    if isinstance(labels, dict) and all(str(i) in labels for i in range(len(labels))):
-        ordered = tuple(str(labels[str(i)]) for i in range(len(labels)))
-        named = None if ordered == tuple(f"LABEL_{i}" for i in range(len(ordered))) else ordered
-    facts = ModelMetadata(
+    metadata = ModelMetadata(
         num_heads=numbers["num_attention_heads"],
         decoder_num_heads=numbers["decoder_num_attention_heads"],
         num_frames=numbers["num_frames"],
         image_height=edges[0],
         image_width=edges[1],
-        labels=named,
+        labels=_read_labels(config.get("id2label")),
         norm_eps=float(eps),
         last_norm_eps=LAST_NORM_EPS,
     )
-    return _facts_of_export(facts, config, source)
-
-
-def _facts_of_export(facts: ModelMetadata, config: Mapping[str, Any], source: str) -> ModelMetadata:
-    """Return the facts with what a folder of ours says of them: the last norm, and the clips that positions are of.
-
-    Raises:
-        UserError: Its block of config.json is not what `everest convert` writes.
-    """
     block = config.get("everest")
     if block is None:
-        return facts
+        return metadata
     try:
         eps, (time, rows, cols) = block["last_norm_eps"], block["position_grid"]
         tubelet, patch = config["tubelet_size"], config["patch_size"]
@@ -207,61 +209,43 @@ def _facts_of_export(facts: ModelMetadata, config: Mapping[str, Any], source: st
             f"{source}: the block everest of config.json is not what `everest convert` writes"
         ) from error
     sizes = {"num_frames": time * tubelet, "image_height": rows * patch, "image_width": cols * patch}
-    return replace(facts, **sizes, last_norm_eps=eps)
+    return replace(metadata, **sizes, last_norm_eps=eps)
 
 
-def notes_of_config(config: Mapping[str, Any], kind: Kind) -> list[str]:
-    """Return where its model computes something else with the same weights.
+def _read_labels(labels: Any) -> tuple[str, ...] | None:
+    """Return the names of classes, unless they are transformers' placeholders."""
+    if not isinstance(labels, dict) or not all(str(i) in labels for i in range(len(labels))):
+        return None
+    names = tuple(str(labels[str(i)]) for i in range(len(labels)))
+    return None if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
+
+
+def notes_of_config(config: Mapping[str, Any], kind: Kind) -> tuple[str, ...]:
+    """Return notes on what its model computes differently with the same weights.
 
     Raises:
         UserError: A classifier that reads the first token instead of the mean.
     """
-    notes = []
-    if kind == "autoencoder" and not config.get("norm_pix_loss", True):
-        notes.append("its decoder predicts plain pixels (norm_pix_loss is false), ours standardised ones")
     if kind == "classifier" and not config.get("use_mean_pooling", True):
         raise UserError("its classifier reads the first token (use_mean_pooling is false), ours the mean of all")
-    return notes
+    if kind == "autoencoder" and not config.get("norm_pix_loss", True):
+        return ("its decoder predicts plain pixels (norm_pix_loss is false), ours standardised ones",)
+    return ()
 
 
-def _kind(raw: Mapping[str, Any]) -> Kind:
-    if any(name.startswith(("decoder.", "encoder_to_decoder.", "mask_token")) for name in raw):
-        return "autoencoder"
-    return "classifier" if any(name.startswith(("classifier.", "fc_norm.")) for name in raw) else "encoder"
-
-
-def _names(kind: Kind, depth: int, decoder_depth: int) -> dict[str, list[tuple[str, ...]]]:
-    """Return, for each of our names, the names of theirs that it may be made of; the first choice is written."""
-    trunk = "encoder." if kind == "autoencoder" else ""
-    parts = {f"{trunk}{ours}": theirs for ours, theirs in ENCODER_PARTS.items()}
-    if kind == "autoencoder":
-        parts |= NORM_PARTS
-    elif kind == "encoder":
-        parts |= {"norm": f"{TRUNK}layernorm"}
-    else:
-        parts |= HEAD_PARTS
-    names: dict[str, list[tuple[str, ...]]] = {
-        f"{ours}.{leaf}": [(f"{theirs}.{leaf}",)] for ours, theirs in parts.items() for leaf in ("weight", "bias")
+def _names(kind: Kind, depth: int, decoder_depth: int) -> dict[str, Sequence[tuple[str, ...]]]:
+    """Return, for each of our names, the alternatives of theirs that it is made of."""
+    names: dict[str, Sequence[tuple[str, ...]]] = {
+        f"{ours}.{leaf}": [(f"{theirs}.{leaf}",)]
+        for ours, theirs in PARTS[kind].items()
+        for leaf in ("weight", "bias")
     }
-    stacks = [(f"{trunk}blocks", ENCODER_BLOCKS, depth)]
+    stacks = [("encoder.blocks" if kind == "autoencoder" else "blocks", ENCODER_BLOCKS, depth)]
     if kind == "autoencoder":
         names |= {name: [(name,)] for name in DECODER_NAMES}
         stacks.append(("decoder.blocks", DECODER_BLOCKS, decoder_depth))
-    with torch.device("meta"):
-        leaves = list(Block(1, 1, backend="auto").state_dict())
     for ours, theirs, count in stacks:
         for i in range(count):
-            names |= {f"{ours}.{i}.{leaf}": _block_sources(f"{theirs}.{i}.", leaf) for leaf in leaves}
+            for leaf, choices in BLOCK_TENSORS.items():
+                names[f"{ours}.{i}.{leaf}"] = [tuple(f"{theirs}.{i}.{name}" for name in parts) for parts in choices]
     return names
-
-
-def _block_sources(stem: str, leaf: str) -> list[tuple[str, ...]]:
-    attention = f"{stem}attention.attention."
-    if leaf == "attn.qkv.weight":
-        return [tuple(f"{attention}{part}.weight" for part in ("query", "key", "value"))]
-    bias = re.fullmatch(r"attn\.([qv])_bias", leaf)
-    if bias:
-        newer = {"q": "query.bias", "v": "value.bias"}[bias[1]]
-        return [(f"{attention}{bias[1]}_bias",), (f"{attention}{newer}",)]
-    part, _, kind = leaf.rpartition(".")
-    return [(f"{stem}{BLOCK_PARTS[part]}.{kind}",)]

@@ -1,19 +1,18 @@
 """Weights into a model, with a report and no surprises.
 
 Place in the flow: Weights -> `load_weights` -> a model that starts from them. What weights lack or a model does
-not know is an error, unless it is allowed by name. A classifier is expected to start from an encoder: its head is
-then fresh, and the decoder is not used.
+not know is an error, unless it is allowed by name. A classifier may start from an encoder: its head is then fresh,
+and the decoder is not used.
 """
 
 from collections.abc import Collection
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from everest_ds.errors import UserError
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
-from everest_ds.model.encoder import TokenEncoder
-from everest_ds.model.weights.architecture import name_of_size
+from everest_ds.model.weights.architecture import Architecture, name_of_size
 from everest_ds.model.weights.reading import Weights
 from everest_ds.model.weights.report import (
     WeightsReport,
@@ -45,7 +44,7 @@ def load_weights(
 
     Args:
         model: A model on the CPU, not sharded.
-        weights: What was read.
+        weights: From `read_weights`.
         allow: Names of tensors or modules (``decoder``, ``head.weight``) that may be left fresh or ignored;
             ``positions`` for positions of another grid than the weights', ``num_heads`` for other heads.
         clip_grid: The tokens of the clips to come; positions are interpolated where it is not the model's own.
@@ -54,15 +53,14 @@ def load_weights(
         UserError: Another size (both are named), or a tensor that is missing, unknown or of another shape and
             not allowed. The model is then as it was.
     """
-    renamed = _as_for(model, weights)
-    _require_same_size(model, weights, allow)
+    ours, theirs = _architecture(model), weights.architecture
+    heads_differ = _require_same_size(ours, weights, allow)
+    renamed = _rename_for(ours, weights)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     missing, extra, misshapen = compare(expected, renamed)
-    bare = isinstance(model, EverestClassifier) and weights.architecture.kind != "classifier"
-    may_lack = [*allow, *(FRESH_IN_CLASSIFIER if bare else ())]
-    may_have = [*allow, *(UNUSED_BY_CLASSIFIER if bare else ())]
-    lacking = [name for name in missing if not is_allowed(name, may_lack)]
-    unknown = [name for name in extra if not is_allowed(name, may_have)]
+    is_bare = ours.kind == "classifier" and theirs.kind != "classifier"
+    lacking = [n for n in missing if not is_allowed(n, [*allow, *(FRESH_IN_CLASSIFIER if is_bare else ())])]
+    unknown = [n for n in extra if not is_allowed(n, [*allow, *(UNUSED_BY_CLASSIFIER if is_bare else ())])]
     if lacking or unknown:
         way_out = "where that is meant, --init-allow"
         raise UserError(describe_difference(weights.source, lacking, unknown, way_out))
@@ -70,126 +68,104 @@ def load_weights(
         if not is_allowed(name, allow):
             shapes = describe_shapes(weights.source, name, renamed[name].shape, expected[name])
             raise UserError(f"{shapes}; to leave it fresh, --init-allow {part_of(name)}")
-    interpolated, notes = _check_positions(model, weights, allow, clip_grid)
-    notes += _note_on_norms(model, weights)
+    notes = _check_positions(ours.grid, weights, allow)
+    if (theirs.norm_eps, theirs.last_norm_eps) != (ours.norm_eps, ours.last_norm_eps):
+        notes += (
+            f"there the norms add {theirs.norm_eps:g} to the variance, the last one {theirs.last_norm_eps:g}; here "
+            f"{ours.norm_eps:g}",
+        )
     fresh = {*missing, *misshapen}
     loaded = {name: renamed[name] for name in expected if name not in fresh}
     model.load_state_dict(loaded, strict=False)
-    used = [
-        *fresh,
-        *extra,
-        *([POSITIONS] if _encoder_of(model).grid != weights.architecture.grid else []),
-        *([HEADS] if _heads_differ(model, weights) else []),
-    ]
+    to_grid = clip_grid or ours.grid
+    interpolated = f"positions {_shown(ours.grid)} -> {_shown(to_grid)} tokens"
+    used = [*fresh, *extra, *([POSITIONS] if ours.grid != theirs.grid else []), *([HEADS] if heads_differ else [])]
     return WeightsReport(
         source=weights.title(),
         loaded=tuple(loaded),
         fresh=tuple(name for name in expected if name in fresh),
-        interpolated=tuple(interpolated),
+        interpolated=() if to_grid == ours.grid else (interpolated,),
         ignored=weights.ignored + tuple(extra),
-        notes=weights.notes + tuple(notes) + unneeded(allow, used),
+        notes=weights.notes + notes + unneeded(allow, used),
     )
 
 
-def _encoder_of(model: EverestAutoencoder | EverestClassifier) -> TokenEncoder:
-    return model.encoder if isinstance(model, EverestAutoencoder) else model
+def _architecture(model: EverestAutoencoder | EverestClassifier) -> Architecture:
+    """Return a model's architecture."""
+    is_autoencoder = isinstance(model, EverestAutoencoder)
+    encoder = model.encoder if isinstance(model, EverestAutoencoder) else model
+    return Architecture(
+        kind="autoencoder" if is_autoencoder else "classifier",
+        width=encoder.size.width,
+        depth=len(encoder.blocks),
+        num_heads=encoder.size.num_heads,
+        heads_are_known=True,
+        options=encoder.options,
+        grid=encoder.grid,
+        grid_is_known=True,
+        decoder_width=encoder.size.decoder_width if is_autoencoder else None,
+        decoder_depth=len(model.decoder.blocks) if isinstance(model, EverestAutoencoder) else None,
+        decoder_num_heads=encoder.size.decoder_num_heads if is_autoencoder else None,
+        norm_eps=encoder.blocks[0].norm1.eps,  # type: ignore[union-attr, arg-type]
+        last_norm_eps=model.decoder.norm.eps if isinstance(model, EverestAutoencoder) else model.fc_norm.eps,
+    )
 
 
-def _as_for(model: EverestAutoencoder | EverestClassifier, weights: Weights) -> dict[str, Tensor]:
+def _rename_for(ours: Architecture, weights: Weights) -> dict[str, Tensor]:
     """Return tensors under the names that they have in this kind of model."""
     from_autoencoder = weights.architecture.kind == "autoencoder"
-    if isinstance(model, EverestAutoencoder):
-        if from_autoencoder:
-            return weights.tensors
-        bare = (*ENCODER_PARTS, "norm.")
-        return {f"encoder.{n}" if n.startswith(bare) else n: t for n, t in weights.tensors.items()}
-    if not from_autoencoder:
+    if (ours.kind == "autoencoder") == from_autoencoder:
         return weights.tensors
-    parts = tuple(f"encoder.{part}" for part in ENCODER_PARTS)
-    return {n.removeprefix("encoder.") if n.startswith(parts) else n: t for n, t in weights.tensors.items()}
+    if from_autoencoder:
+        parts = tuple(f"encoder.{part}" for part in ENCODER_PARTS)
+        return {n.removeprefix("encoder.") if n.startswith(parts) else n: t for n, t in weights.tensors.items()}
+    bare = (*ENCODER_PARTS, "norm.")
+    return {f"encoder.{n}" if n.startswith(bare) else n: t for n, t in weights.tensors.items()}
 
 
-def _require_same_size(
-    model: EverestAutoencoder | EverestClassifier, weights: Weights, allow: Collection[str]
-) -> None:
-    """Refuse weights of another encoder, by its size rather than by its first tensor."""
-    encoder, theirs = _encoder_of(model), weights.architecture
-    width, depth = encoder.patch_embed.proj.weight.shape[0], len(encoder.blocks)
-    if (theirs.width, theirs.depth) != (width, depth):
+def _require_same_size(ours: Architecture, weights: Weights, allow: Collection[str]) -> bool:
+    """Refuse weights of another size, by their size rather than by their first tensor; return if heads differ."""
+    theirs = weights.architecture
+    if (theirs.width, theirs.depth) != (ours.width, ours.depth):
         raise UserError(
-            f"{weights.source} is {theirs.describe()}; this model is {name_of_size(width, depth)}; use "
+            f"{weights.source} is {theirs.describe()}; this model is {name_of_size(ours.width, ours.depth)}; use "
             "weights of that size, or the model of these (--model.size)"
         )
-    if _heads_differ(model, weights) and not is_allowed(HEADS, allow):
+    is_autoencoder = ours.kind == "autoencoder"
+    our_heads = [ours.num_heads, *([ours.decoder_num_heads] if is_autoencoder else [])]
+    their_heads = [theirs.num_heads, theirs.decoder_num_heads]
+    pairs = zip(our_heads, their_heads, strict=False)
+    heads_differ = theirs.heads_are_known and any(b is not None and a != b for a, b in pairs)
+    if heads_differ and not is_allowed(HEADS, allow):
         raise UserError(
-            f"{weights.source} says {_heads_of(weights)} attention heads (encoder, decoder), this model has "
-            f"{_model_heads(model)}; where the file is wrong (Hugging Face's folders of ViT-small say 16 where 6 "
-            f"were trained), --init-allow {HEADS}"
+            f"{weights.source} says {their_heads} attention heads (encoder, decoder), this model has {our_heads}; "
+            "where the file is wrong (Hugging Face's folders of ViT-small say 16 where 6 were trained), "
+            f"--init-allow {HEADS}"
         )
-    if isinstance(model, EverestAutoencoder) and theirs.decoder_depth and not is_allowed("decoder", allow):
-        decoder_width, decoder_depth = model.mask_token.shape[-1], len(model.decoder.blocks)
-        if (theirs.decoder_width, theirs.decoder_depth) != (decoder_width, decoder_depth):
-            raise UserError(
-                f"{weights.source} has a decoder {theirs.decoder_width} wide with {theirs.decoder_depth} blocks, "
-                f"this model's is {decoder_width} wide with {decoder_depth} (--model.decoder-depth); to take what "
-                "fits of it, --init-allow decoder"
-            )
+    decoders_differ = (theirs.decoder_width, theirs.decoder_depth) != (ours.decoder_width, ours.decoder_depth)
+    if is_autoencoder and theirs.decoder_depth and decoders_differ and not is_allowed("decoder", allow):
+        raise UserError(
+            f"{weights.source} has a decoder {theirs.decoder_width} wide with {theirs.decoder_depth} blocks, "
+            f"this model's is {ours.decoder_width} wide with {ours.decoder_depth} (--model.decoder-depth); to take "
+            "what fits of it, --init-allow decoder"
+        )
+    return heads_differ
 
 
-def _model_heads(model: EverestAutoencoder | EverestClassifier) -> list[int]:
-    stacks = [_encoder_of(model).blocks, *([model.decoder.blocks] if isinstance(model, EverestAutoencoder) else [])]
-    return [stack[0].attn.num_heads for stack in stacks]  # type: ignore[union-attr, misc]
-
-
-def _heads_of(weights: Weights) -> list[int | None]:
-    architecture = weights.architecture
-    return [architecture.num_heads, architecture.decoder_num_heads]
-
-
-def _heads_differ(model: EverestAutoencoder | EverestClassifier, weights: Weights) -> bool:
-    if not weights.architecture.heads_are_known:
-        return False
-    pairs = zip(_model_heads(model), _heads_of(weights), strict=False)
-    return any(theirs is not None and ours != theirs for ours, theirs in pairs)
-
-
-def _check_positions(
-    model: EverestAutoencoder | EverestClassifier,
-    weights: Weights,
-    allow: Collection[str],
-    clip_grid: TokenGrid | None,
-) -> tuple[list[str], list[str]]:
-    """Return what is interpolated, and notes; positions are fixed, but weights were trained with some."""
-    ours, theirs = _encoder_of(model).grid, weights.architecture.grid
-    notes = []
-    if ours != theirs:
-        options = weights.architecture.options
+def _check_positions(ours: TokenGrid, weights: Weights, allow: Collection[str]) -> tuple[str, ...]:
+    """Return a note where allowed positions differ; they are fixed, but weights were trained with some."""
+    theirs, options = weights.architecture.grid, weights.architecture.options
+    if ours == theirs:
+        return ()
+    if not is_allowed(POSITIONS, allow):
         guess = "" if weights.architecture.grid_is_known else " (it does not say; the official code's)"
-        if not is_allowed(POSITIONS, allow):
-            raise UserError(
-                f"{weights.source} was trained with positions of {_shown(theirs)} tokens{guess}, this model's are "
-                f"laid out for {_shown(ours)}; to interpolate them, --model.position-frames "
-                f"{theirs.time * options.tubelet_size} --model.position-size {theirs.rows * options.patch_size}; "
-                f"to lay them out afresh, --init-allow {POSITIONS}"
-            )
-        notes.append(
-            f"positions laid out afresh for {_shown(ours)} tokens, not those of training, {_shown(theirs)}"
+        raise UserError(
+            f"{weights.source} was trained with positions of {_shown(theirs)} tokens{guess}, this model's are "
+            f"laid out for {_shown(ours)}; to interpolate them, --model.position-frames "
+            f"{theirs.time * options.tubelet_size} --model.position-size {theirs.rows * options.patch_size}; "
+            f"to lay them out afresh, --init-allow {POSITIONS}"
         )
-    if clip_grid is None or clip_grid == ours:
-        return [], notes
-    return [f"positions {_shown(ours)} -> {_shown(clip_grid)} tokens"], notes
-
-
-def _note_on_norms(model: EverestAutoencoder | EverestClassifier, weights: Weights) -> list[str]:
-    ours = _encoder_of(model).blocks[0].norm1.eps  # type: ignore[union-attr]
-    theirs = weights.architecture.norm_eps, weights.architecture.last_norm_eps
-    if theirs == (ours, _last_norm(model).eps):
-        return []
-    return [f"there the norms add {theirs[0]:g} to the variance, the last one {theirs[1]:g}; here {ours:g}"]
-
-
-def _last_norm(model: EverestAutoencoder | EverestClassifier) -> nn.LayerNorm:
-    return model.decoder.norm if isinstance(model, EverestAutoencoder) else model.fc_norm
+    return (f"positions laid out afresh for {_shown(ours)} tokens, not those of training, {_shown(theirs)}",)
 
 
 def _shown(grid: TokenGrid) -> str:

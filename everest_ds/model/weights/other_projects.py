@@ -1,7 +1,7 @@
-"""Weights of neighbouring projects: mmaction2's VideoMAE is read, other models are refused by what they are.
+"""Weights of other projects: mmaction2's VideoMAE is read, other models are refused by what they are.
 
 Place in the flow: tensors under a file's own names, prefixes taken off -> our names (mmaction2), or an error that
-says which model it is instead of a list of names.
+names the model instead of listing its tensors.
 """
 
 import re
@@ -15,7 +15,7 @@ from everest_ds.model.tubelets import sinusoid_positions
 from everest_ds.model.weights.huggingface import Translation
 from everest_ds.tokens import TokenGrid
 
-# mmaction2's names of the parts that are called otherwise; the rest of its encoder has the official names.
+# mmaction2's names where they are not the official ones.
 MMACTION_NAMES = (
     (r"^patch_embed\.projection\.", "patch_embed.proj."),
     (r"^(blocks\.\d+\.mlp)\.layers\.0\.0\.", r"\1.fc1."),
@@ -37,11 +37,7 @@ def is_mmaction(names: Names) -> bool:
 
 
 def from_mmaction(raw: Names, source: str) -> Translation:
-    """Bring mmaction2's names under ours.
-
-    Args:
-        raw: Tensors under its names, ``backbone.`` taken off.
-        source: Where they are from, for errors.
+    """Rename mmaction2's tensors, whose ``backbone.`` is taken off.
 
     Raises:
         UserError: Its positions are trained ones, or the classifier reads one token instead of the mean of all.
@@ -82,21 +78,27 @@ def _require_sinusoids(positions_1ND: Tensor, source: str) -> None:
 
 
 def refuse_other_models(raw: Names, config: Mapping[str, Any] | None, source: str) -> None:
-    """Refuse weights of a model that is not VideoMAE's, where it is recognised.
+    """Refuse weights of a known model that is not VideoMAE.
 
     Args:
         raw: Tensors under the file's names, prefixes taken off.
-        config: The config.json beside it, of a Hugging Face folder.
+        config: The config.json of a Hugging Face folder.
         source: Where they are from, for errors.
 
     Raises:
-        UserError: It is another model; what it is and what was expected is said.
+        UserError: It is another model, which the message names.
     """
-    other_type = config is not None and config.get("model_type", "videomae") != "videomae"
-    if config is not None and other_type and not any(name.startswith("videomae.") for name in raw):
-        what: str | None = f"a Hugging Face model of type {config['model_type']!r}"
+    model_type = "videomae" if config is None else config.get("model_type", "videomae")
+    if model_type != "videomae" and not any(name.startswith("videomae.") for name in raw):
+        what: str | None = f"a Hugging Face model of type {model_type!r}"
     else:
-        what = next((name for name, matches in OTHERS if matches(raw)), None) or _image_model(raw)
+        what = next((model for model, matches in OTHERS if matches(raw)), None)
+        image = _image_embedding(raw)
+        if what is None and image is not None:
+            what = (
+                f"an image model: its patch embedding {image} is 2-D, of shape {tuple(raw[image].shape)}; a video "
+                "model's has five axes"
+            )
         if what is None and _has(ONE_BIAS)(raw):
             what = "V-JEPA or another vision transformer with one bias for queries, keys and values (attn.qkv.bias)"
     if what is not None:
@@ -106,9 +108,12 @@ def refuse_other_models(raw: Names, config: Mapping[str, Any] | None, source: st
         )
 
 
-def _has(*patterns: str) -> Callable[[Names], bool]:
-    """Return a test whether each pattern is found in some name."""
-    return lambda raw: all(any(re.search(pattern, name) for name in raw) for pattern in patterns)
+def _has(*patterns: str, images: bool = False) -> Callable[[Names], bool]:
+    """Return a test whether each pattern is found in some name, and whether the patch embedding is 2-D."""
+    return lambda raw: (
+        all(any(re.search(pattern, name) for name in raw) for pattern in patterns)
+        and not (images and _image_embedding(raw) is None)
+    )
 
 
 def _image_embedding(raw: Names) -> str | None:
@@ -117,30 +122,14 @@ def _image_embedding(raw: Names) -> str | None:
     return next(names, None)
 
 
-def _of_images(*patterns: str) -> Callable[[Names], bool]:
-    """Return a test whether the patch embedding is two-dimensional and each pattern is found in some name."""
-    return lambda raw: _image_embedding(raw) is not None and _has(*patterns)(raw)
-
-
-def _image_model(raw: Names) -> str | None:
-    """Return what a model with a two-dimensional patch embedding is; None where there is none."""
-    name = _image_embedding(raw)
-    if name is None:
-        return None
-    return (
-        f"an image model: its patch embedding {name} is 2-D, of shape {tuple(raw[name].shape)}; a video model's "
-        "has five axes"
-    )
-
-
 PATCH_EMBEDDING = r"patch_embed\w*\.(\w+\.)*weight$"
-# What is recognised by its names, the more special first.
+# Models that are recognised by their names, the more special first.
 OTHERS: tuple[tuple[str, Callable[[Names], bool]], ...] = (
     (
         "a masked autoencoder of images (MAE): its patch embedding is 2-D",
-        _of_images(r"^decoder_(embed|blocks|pred)\."),
+        _has(r"^decoder_(embed|blocks|pred)\.", images=True),
     ),
-    ("an image model of DINOv2's kind: its patch embedding is 2-D", _of_images(r"\.ls1\.gamma$")),
+    ("an image model of DINOv2's kind: its patch embedding is 2-D", _has(r"\.ls1\.gamma$", images=True)),
     ("TimeSformer: its blocks attend to time and space apart", _has(r"temporal_(attn|fc|attention|norm)")),
     ("CLIP or a model made of it", _has(r"(resblocks\.|vision_model\.)", r"(conv1|patch_embedding)\.weight$")),
     ("InternVideo2: its blocks scale their branches", _has(r"blocks\.\d+\.ls1\.gamma$")),
@@ -156,5 +145,5 @@ OTHERS: tuple[tuple[str, Callable[[Names], bool]], ...] = (
     ("UniFormer: its first blocks are convolutions", _has(r"^blocks1\.\d+\.", r"^blocks2\.\d+\.")),
     ("a convolutional network", _has(r"(^|\.)layer1\.\d+\.conv1\.")),
 )
-# Named last: an image model has one, too.
+# Looked for last: image models have one too.
 ONE_BIAS = r"^blocks\.\d+\.attn\.qkv\.bias$"

@@ -1,4 +1,4 @@
-"""Weights in: any file or folder under our names, as weights of a model that is known.
+"""Weights in: any file or folder under our names, as finite float32 weights of a known model.
 
 Place in the flow: PATH -> `read_weights` -> Weights -> `loading` into a model that exists, or
 `Weights.architecture.build()`, or `export`. Reads the official VideoMAE and EVEREST files, Hugging Face folders,
@@ -17,7 +17,13 @@ from torch import Tensor
 from everest_ds.errors import UserError
 from everest_ds.model.weights.architecture import Architecture, ModelMetadata, infer_architecture
 from everest_ds.model.weights.foreign import read_raw
-from everest_ds.model.weights.huggingface import facts_of_config, from_huggingface, is_huggingface, notes_of_config
+from everest_ds.model.weights.huggingface import (
+    Translation,
+    from_huggingface,
+    is_huggingface,
+    notes_of_config,
+    read_metadata,
+)
 from everest_ds.model.weights.other_projects import from_mmaction, is_mmaction, refuse_other_models
 from everest_ds.model.weights.report import (
     WeightsReport,
@@ -32,15 +38,10 @@ from everest_ds.model.weights.report import (
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Last parts of names that are weights in every layout; counters and index tables have others.
 WEIGHT_LEAVES = ("weight", "bias", "q_bias", "v_bias", "mask_token")
-MAX_SHOWN = 3
 
 
 def widen(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Return every tensor as contiguous float32.
-
-    Args:
-        tensors: Weights by name.
-        source: Where they are from, for errors.
 
     Raises:
         UserError: A tensor is complex, sparse, quantised or of 8 bits, a weight is not of a floating type, or a
@@ -63,8 +64,7 @@ def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     if not bad:
         return
     first = tensors[bad[0]]
-    num_nan = int(torch.isnan(first).sum())
-    num_infinite = int(torch.isinf(first).sum())
+    num_nan, num_infinite = int(torch.isnan(first).sum()), int(torch.isinf(first).sum())
     others = f", and {len(bad) - 1} more tensors hold such values" if len(bad) > 1 else ""
     raise UserError(
         f"{source}: {bad[0]} holds {num_nan} NaN and {num_infinite} infinite of {first.numel()} values{others}; "
@@ -74,27 +74,23 @@ def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
 
 def _require_plain(name: str, tensor: Tensor, source: str) -> None:
     """Refuse one tensor that float32 does not hold."""
-    fault = None
+    dtype, fault = _dtype_name(tensor.dtype), None
     if tensor.layout != torch.strided:
         fault = f"is sparse ({tensor.layout})"
     elif tensor.is_complex():
-        fault = f"is complex ({_type(tensor)})"
+        fault = f"is complex ({dtype})"
     elif tensor.is_quantized:
-        fault = f"is quantised ({_type(tensor)})"
+        fault = f"is quantised ({dtype})"
     elif tensor.dtype not in PLAIN_DTYPES and (tensor.is_floating_point() or name.split(".")[-1] in WEIGHT_LEAVES):
-        fault = f"is {_type(tensor)}"
+        fault = f"is {dtype}"
     if fault:
         raise UserError(
-            f"{source}: {name} {fault}; expected dense weights in {', '.join(map(_name, PLAIN_DTYPES))}. Convert "
-            "them to one of these in the project that wrote them"
+            f"{source}: {name} {fault}; expected dense weights in {', '.join(map(_dtype_name, PLAIN_DTYPES))}. "
+            "Convert them to one of these in the project that wrote them"
         )
 
 
-def _type(tensor: Tensor) -> str:
-    return _name(tensor.dtype)
-
-
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -103,16 +99,15 @@ class Weights:
     """Weights under our names, float32.
 
     Attributes:
-        source: Where they are from.
-        layout: Whose names they had.
-        tensors: By our name; what has none keeps its own.
-        sources: The names in the file that each was made of, where not its own.
-        architecture: The model that they fill.
-        ignored: What else was there.
-        notes: What else there is to know.
-        config: The configuration of the run that they are from, as one line of JSON.
-        checkpoint: The checkpoint that they are of, where they are read from a run.
-        keep_ratio: The share of a clip's tokens that a classifier was trained on, where they say it.
+        source: Path, for messages.
+        layout: Whose names the file had.
+        tensors: By our name; unknown ones keep theirs.
+        sources: The names in the file that each was made of, where they differ.
+        ignored: Names of what else was there.
+        notes: For the report.
+        config: The configuration of their run, one line of JSON.
+        checkpoint: The checkpoint that they were read from.
+        keep_ratio: Share of a clip's tokens that a classifier was trained on.
     """
 
     source: str
@@ -127,7 +122,7 @@ class Weights:
     keep_ratio: float | None = None
 
     def title(self) -> str:
-        """Return where they are from, of which model and in which layout."""
+        """Return their path, model and layout in one line."""
         return f"{self.source}: {self.architecture.describe()}; layout {self.layout}"
 
 
@@ -141,42 +136,34 @@ def read_weights(path: Path) -> Weights:
         UserError: There is nothing to read, a pickle wants to run code, the layout is not known, or the weights
             hold NaN, infinite or complex values.
     """
-    raw = read_raw(path)
-    layout, facts = "ours and the official one", raw.facts
-    sources: dict[str, tuple[str, ...]] = {short: (name,) for short, name in raw.names.items() if short != name}
-    weights = raw.tensors
-    ignored = list(raw.beside)
-    notes = list(raw.notes)
+    source, raw = str(path), read_raw(path)
+    layout, metadata = "ours and the official one", raw.metadata
     if raw.wrapper is not None:
         layout += f", under {raw.wrapper!r}"
-    refuse_other_models(raw.tensors, raw.config, str(path))
-    translated = None
+    refuse_other_models(raw.tensors, raw.config, source)
+    renames: dict[str, tuple[str, ...]] = {short: (name,) for short, name in raw.names.items() if short != name}
+    translated = Translation(tensors=raw.tensors, sources=renames)
     if is_huggingface(raw.tensors):
         layout = "Hugging Face's"
-        translated = from_huggingface(raw.tensors, raw.config, str(path))
-        facts = facts_of_config(raw.config, str(path)) if raw.config is not None else facts
+        translated = from_huggingface(raw.tensors, raw.config, source)
+        metadata = metadata if raw.config is None else read_metadata(raw.config, source)
     elif is_mmaction(raw.tensors):
-        layout = "mmaction2's"
-        translated = from_mmaction(raw.tensors, str(path))
-    if translated is not None:
-        weights, sources = translated.tensors, translated.sources
-        ignored += translated.ignored
-        notes += translated.notes
-    architecture = infer_architecture(weights, facts, str(path))
-    if is_huggingface(raw.tensors) and raw.config is not None:
+        layout, translated = "mmaction2's", from_mmaction(raw.tensors, source)
+    architecture = infer_architecture(translated.tensors, metadata, source)
+    notes = raw.notes + translated.notes
+    if raw.config is not None and is_huggingface(raw.tensors):
         notes += notes_of_config(raw.config, architecture.kind)
-    return as_weights(
-        Weights(
-            source=str(path),
-            layout=layout,
-            tensors=weights,
-            architecture=architecture,
-            sources=sources,
-            ignored=tuple(ignored),
-            notes=tuple(notes),
-            config=raw.run_config,
-            keep_ratio=_keep_ratio(raw.run_config) or _keep_ratio_of_folder(raw.config),
-        )
+    tensors, widened = _widen_with_note(translated.tensors, source)
+    return Weights(
+        source=source,
+        layout=layout,
+        tensors=tensors,
+        architecture=architecture,
+        sources=translated.sources,
+        ignored=raw.beside + translated.ignored,
+        notes=notes + widened,
+        config=raw.run_config,
+        keep_ratio=_keep_ratio(raw.run_config, "selection") or _keep_ratio(raw.config, "everest"),
     )
 
 
@@ -189,52 +176,37 @@ def weights_of_run(
 ) -> Weights:
     """Return a run's own weights, whose metadata its configuration knows."""
     architecture = infer_architecture(tensors, metadata, source)
-    return as_weights(
-        Weights(
-            source=source,
-            layout="a run's",
-            tensors=tensors,
-            architecture=architecture,
-            config=config,
-            checkpoint=checkpoint,
-            keep_ratio=_keep_ratio(config),
-        )
+    widened, notes = _widen_with_note(tensors, source)
+    return Weights(
+        source=source,
+        layout="a run's",
+        tensors=widened,
+        architecture=architecture,
+        notes=notes,
+        config=config,
+        checkpoint=checkpoint,
+        keep_ratio=_keep_ratio(config, "selection"),
     )
 
 
-def _keep_ratio(config: str | None) -> float | None:
-    """Return the keep ratio in a run's configuration, one line of JSON; None where it has none."""
+def _keep_ratio(config: str | Mapping[str, Any] | None, section: str) -> float | None:
+    """Return the keep ratio in a section of a configuration, or of one line of JSON; None where it has none."""
     try:
-        ratio = json.loads(config or "null")["selection"]["keep_ratio"]
+        content: Any = json.loads(config) if isinstance(config, str) else config
+        ratio = content[section]["keep_ratio"]
     except (ValueError, TypeError, KeyError):  # pre-training, or another version of everest_ds
         return None
     return float(ratio) if isinstance(ratio, int | float) else None
 
 
-def _keep_ratio_of_folder(config: Mapping[str, Any] | None) -> float | None:
-    """Return the keep ratio in the config.json of an exported folder; None where it has none."""
-    block = (config or {}).get("everest")
-    ratio = block.get("keep_ratio") if isinstance(block, dict) else None
-    return float(ratio) if isinstance(ratio, int | float) else None
-
-
-def as_weights(weights: Weights) -> Weights:
-    """Widen every tensor to float32, and say so where it was another type.
-
-    Raises:
-        UserError: They hold something else than finite real numbers.
-    """
-    others = sorted({str(t.dtype).removeprefix("torch.") for t in weights.tensors.values()} - {"float32"})
+def _widen_with_note(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    others = sorted({_dtype_name(tensor.dtype) for tensor in tensors.values()} - {"float32"})
     notes = (f"stored in {', '.join(others)}, widened to float32",) if others else ()
-    return replace(weights, tensors=widen(weights.tensors, weights.source), notes=weights.notes + notes)
+    return widen(tensors, source), notes
 
 
 def require_complete(weights: Weights, allow: Collection[str] = ()) -> tuple[Weights, WeightsReport]:
-    """Check weights against the whole model that they are of.
-
-    Args:
-        weights: What was read.
-        allow: Names, or modules, that may be there and are left out; a missing one has no substitute here.
+    """Check weights against their whole model; ``allow`` names what may be left out of them.
 
     Returns:
         The weights of exactly that model, and the report.

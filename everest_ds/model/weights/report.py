@@ -1,8 +1,9 @@
-"""What became of weights, and what differs between those that are there and those that a model wants.
+"""How weights differ from a model, and the report on what was loaded.
 
 Place in the flow: `reading` and `loading` decide by what is compared here.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,15 +15,15 @@ MAX_NAMES_SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsReport:
-    """What became of weights.
+    """What was loaded from weights.
 
     Attributes:
-        source: Where they are from, in which layout, of which model.
-        loaded: Names of the model's that got a value.
-        fresh: Names of the model's that did not.
+        source: Their path, model and layout.
+        loaded: The model's tensors that got a value.
+        fresh: The model's tensors that did not.
         interpolated: What is resampled from one grid of tokens to another.
         ignored: What is in the source and not used.
-        notes: What else there is to know.
+        notes: Further lines.
     """
 
     source: str
@@ -33,7 +34,7 @@ class WeightsReport:
     notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """Return the report, for people."""
+        """Return the printed report."""
         total = len(self.loaded) + len(self.fresh)
         lines = [
             f"weights of {self.source}",
@@ -48,7 +49,7 @@ class WeightsReport:
 def compare(
     expected: Mapping[str, torch.Size], given: Mapping[str, Tensor]
 ) -> tuple[list[str], list[str], list[str]]:
-    """Return names that are missing, that are too many, and whose shapes differ."""
+    """Return the names that are missing, that are unknown, and whose shapes differ."""
     missing = [name for name in expected if name not in given]
     extra = [name for name in given if name not in expected]
     misshapen = [name for name in expected if name in given and given[name].shape != expected[name]]
@@ -61,7 +62,7 @@ def is_allowed(name: str, allow: Collection[str]) -> bool:
 
 
 def unneeded(allow: Collection[str], used: Sequence[str]) -> tuple[str, ...]:
-    """Return a note on what was allowed without need."""
+    """Return a note on entries that allow nothing that was used."""
     idle = [entry for entry in allow if not any(is_allowed(name, [entry]) for name in used)]
     return (f"allowed and not needed: {', '.join(idle)}",) if idle else ()
 
@@ -73,28 +74,24 @@ def part_of(name: str) -> str:
 
 
 def _grouped(names: Sequence[str]) -> str:
-    """Return a part's name and number of tensors for each part."""
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[part_of(name)] = counts.get(part_of(name), 0) + 1
+    """Return each part and its number of tensors."""
+    counts = Counter(part_of(name) for name in names)
     return ", ".join(f"{part} ({n})" if n > 1 else part for part, n in counts.items()) or "none"
 
 
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
-    return f"{', '.join(names[:MAX_NAMES_SHOWN])}{more}"
-
-
 def describe_difference(source: str, missing: Sequence[str], unknown: Sequence[str], way_out: str) -> str:
-    """Return what is missing and what is too much; ``way_out`` ends in a flag when names are to follow it."""
-    parts = []
-    if missing:
-        parts.append(f"lacks {_few(missing)}")
+    """Return what is missing and what is unknown; a ``way_out`` with a flag is followed by the parts' names."""
+    parts = [f"lacks {_few(missing)}"] if missing else []
     if unknown:
         parts.append(f"has, unlike the model, {_few(unknown)}")
     names = dict.fromkeys(part_of(name) for name in [*missing, *unknown])
     words = f" {' '.join(names)}" if "--" in way_out else ""
     return f"{source} {' and '.join(parts)}; {way_out}{words}"
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
+    return f"{', '.join(names[:MAX_NAMES_SHOWN])}{more}"
 
 
 def describe_shapes(source: str, name: str, given: torch.Size, expected: torch.Size) -> str:

@@ -97,7 +97,7 @@ def test_auto_takes_the_first_that_serves() -> None:
 @pytest.mark.parametrize(
     ("name", "device", "dtype", "head_dim", "message"),
     [
-        ("varlen", "cpu", torch.bfloat16, 64, "CUDA devices only, got cpu"),
+        ("varlen", "cpu", torch.bfloat16, 64, "needs a CUDA device, got cpu"),
         ("varlen", "cuda", torch.float32, 64, "float16 or bfloat16 only, got float32"),
         ("varlen", "cuda", torch.bfloat16, 36, "multiple of 8"),
         ("flsh", "cpu", torch.float32, 64, "did you mean 'flash'"),

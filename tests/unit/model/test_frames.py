@@ -224,7 +224,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"float32 noise, got torch.bfloat16"):
         draw_steps(counts_BC, noise_BC.bfloat16(), 2)
     clips_BCTHW = torch.zeros(2, 3, 8, 2, 2)
-    with pytest.raises(ValueError, match=r"8 frames are no whole number of steps of 3 frames"):
+    with pytest.raises(ValueError, match=r"8 frames are not a whole number of steps of 3 frames"):
         gather_steps(clips_BCTHW, torch.zeros(2, 2, dtype=torch.int64), 3)
     with pytest.raises(ValueError, match=r"2 clips, steps of shape \(3, 2\)"):
         gather_steps(clips_BCTHW, torch.zeros(3, 2, dtype=torch.int64), 2)
