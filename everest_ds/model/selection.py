@@ -333,9 +333,9 @@ class SelectionRule:
 
     def _order_by_noise(self, grid: TokenGrid, noise_BS: Tensor) -> Tensor:
         """Return all tokens in the order of their noise (ST-MAE's random masking) or of their tubes', (B, N)."""
-        return (
-            order_tubes(noise_BS, grid) if self.strategy == "tube" else torch.argsort(noise_BS, dim=1, stable=True)
-        )
+        if self.strategy == "tube":
+            return order_tubes(noise_BS, grid)
+        return torch.argsort(noise_BS, dim=1, stable=True)
 
 
 DEFAULT_RULE = SelectionRule()

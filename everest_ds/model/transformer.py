@@ -24,8 +24,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from everest_ds.model.attention import attention
 from everest_ds.model.packing import Packing
 
-# By name: torch's varlen and flash-attn register theirs when they are imported. SDPA's fallback where no fused kernel
-# is available consists of matmuls and is not listed: it is computed again.
+# By name: torch's varlen and flash-attn register theirs when they are imported. SDPA's fallback, where no fused
+# kernel is available, consists of matmuls and is not listed: it is computed again.
 ATTENTION_OPERATORS = frozenset(
     {
         "aten::_scaled_dot_product_flash_attention_for_cpu",
