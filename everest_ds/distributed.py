@@ -3,11 +3,11 @@
 Works under ``deepspeed``, ``torchrun``, or with neither (then the launch has one process).
 """
 
+import errno
 import hashlib
 import os
 import socket
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+# Waits for the end of the launcher, at most a minute: by then it has ended all that might say the same.
+_OUTLIVE_US = (
+    "import os, select, sys; launcher = select.poll(); launcher.register(os.pidfd_open(int(sys.argv[1]))); "
+    "launcher.poll(60_000)"
+)
 
 # Processes of a GPU launch talk about files, signals and numbers through this group: it never waits for the device.
 _host_group: Any = None
@@ -51,8 +57,9 @@ def speaks_first(message: str, world: World) -> bool:
     """Return whether this process is the first of its launch on this machine to say a message.
 
     All processes meet the same fault at nearly the same time, and the launcher kills the others once one has ended:
-    whoever comes first has to speak, not whoever has rank zero. The claim is a file that names the launcher (the
-    parent process and when it started) and the message.
+    whoever comes first has to speak, not whoever has rank zero. The first one takes the abstract name of a socket,
+    made of the launcher (the parent process and when it started) and the message. A small process keeps the name
+    taken until the launcher has ended. No file is left behind.
     """
     if world.size == 1:
         return True
@@ -63,13 +70,22 @@ def speaks_first(message: str, world: World) -> bool:
         started = ""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     name = hashlib.sha256(f"{parent} {started} {attempt} {message}".encode()).hexdigest()[:24]
+    claim = socket.socket(socket.AF_UNIX)
     try:
-        claim = os.open(Path(tempfile.gettempdir()) / f"everest-said-{name}", os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return False
-    except OSError:
-        return True
-    os.close(claim)
+        claim.bind(f"\0everest-said-{name}")
+        claim.set_inheritable(True)
+        os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-I", "-S", "-c", _OUTLIVE_US, str(parent)],
+            os.environ,
+            file_actions=[(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_RDWR, 0) for stream in range(3)],
+            setsid=True,
+        )
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            claim.close()
+            return False
+    claim.detach()  # taken until this process ends, too
     return True
 
 

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
+import time
 import uuid
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +44,27 @@ def test_of_all_processes_of_a_launch_exactly_one_speaks_and_each_launch_anew() 
     for _ in range(2):  # two launchers, the same message
         done = subprocess.run([sys.executable, "-c", ASK, message], capture_output=True, text=True, check=True)
         assert done.stdout.split() == ["False", "False", "True"]
+
+
+def keepers_of(launcher: int) -> list[bytes]:
+    """The processes that keep a launcher's messages taken."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines.append(path.read_bytes())
+    return [line for line in lines if b"pidfd_open" in line and line.endswith(f"\0{launcher}\0".encode())]
+
+
+def test_nothing_of_a_launch_that_was_refused_stays_behind(tmp_path: Path) -> None:
+    ranks = "for RANK in 0 1; do RANK=$RANK LOCAL_RANK=$RANK $PYTHON -m everest_ds pretrain no-recipe & done; wait"
+    given = {"TMPDIR": str(tmp_path), "WORLD_SIZE": "2", "PYTHON": sys.executable}
+    launcher = subprocess.Popen(["bash", "-c", ranks], env=os.environ | given, stderr=subprocess.PIPE, text=True)
+    assert launcher.communicate()[1].count("unknown recipe 'no-recipe'") == 1
+    assert list(tmp_path.iterdir()) == []
+    deadline = time.monotonic() + 30
+    while keepers_of(launcher.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_other_messages_are_said_too_and_a_single_process_always_speaks() -> None:
