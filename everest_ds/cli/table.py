@@ -106,13 +106,13 @@ COMMANDS = {
     "pretrain": Command(
         purpose="pre-train a recipe; every config field is a flag",
         entry="train:pretrain",
-        work="train.launch:run",
+        work="training_run:run",
         on_interrupt=_NOT_TRAINED,
     ),
     "finetune": Command(
         purpose="fine-tune a recipe on labelled videos, scoring it on the way",
         entry="train:finetune",
-        work="train.launch:run",
+        work="training_run:run",
         on_interrupt=_NOT_TRAINED,
     ),
     "evaluate": Command(

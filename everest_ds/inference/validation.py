@@ -1,7 +1,9 @@
 """Scoring a classifier during training: the view in the middle of each video, on all processes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,27 +13,87 @@ from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.inference.scores import Scores, score
+from everest_ds.train.callbacks import Callback
+from everest_ds.train.checkpoints.save import TrainState
+from everest_ds.train.ema import WeightAverage
+from everest_ds.train.record.metrics import MetricsLog
+from everest_ds.train.schedule import Schedule
 
 MIDDLE = ViewsConfig(num_temporal=1, num_spatial=1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Validation:
-    """Scores the list of validation videos.
+class Validation(Callback):
+    """Scores the list of validation videos every few epochs, and asks for a checkpoint of each best score.
 
-    Attributes:
+    Args:
+        engine: The DeepSpeed engine around the task.
         rows: The list.
         config: The run, its classes counted.
-        world: This process's place.
-        device: Its device.
+        schedule: The steps of the run.
+        world: This rank and how many there are.
+        device: This rank's.
+        log: The record.
+        average: The moving average of the weights; scored in place of the model where it is kept.
+        start: Where the run stands: its best score so far, and the step.
     """
 
-    rows: Sequence[VideoRow]
-    config: FinetuneConfig
-    world: World
-    device: torch.device
+    def __init__(
+        self,
+        engine: Any,
+        rows: Sequence[VideoRow],
+        config: FinetuneConfig,
+        schedule: Schedule,
+        *,
+        world: World,
+        device: torch.device,
+        log: MetricsLog,
+        average: WeightAverage | None,
+        start: TrainState,
+    ) -> None:
+        self._engine, self._rows, self._config, self._schedule = engine, rows, config, schedule
+        self._world, self._device, self._log, self._average = world, device, log, average
+        self._best_step, self._best_score = start.best_step, start.best_score
 
-    def run(self, engine: Any) -> Scores:
+    def wants_log(self, step: int) -> bool:
+        """Whether scoring is due."""
+        return self._schedule.validates_after(step, self._config.run.validate_every_epochs)
+
+    def on_log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Score the model where it is due, and record the scores."""
+        if not self.wants_log(step):
+            return
+        started = time.perf_counter()
+        with contextlib.nullcontext() if self._average is None else self._average.swapped():
+            scores = self.run()
+        is_best = self._best_score is None or scores.top1 > self._best_score
+        if is_best:
+            self._best_step, self._best_score = step, scores.top1
+        self._log.write(
+            "val",
+            step,
+            epoch=values["epoch"],
+            weights="model" if self._average is None else "ema",
+            top1=scores.top1,
+            top5=scores.top5,
+            loss=scores.loss,
+            mean_class_accuracy=scores.mean_class_accuracy,
+            num_scored=scores.num_scored,
+            num_unreadable=len(scores.unreadable),
+            is_best=is_best,
+            best_step=self._best_step,
+            took_s=round(time.perf_counter() - started, 2),
+        )
+        self._log.say(f"step {step}  {_describe(scores)}{', the best so far' if is_best else ''}")
+
+    def wants_save(self, step: int) -> bool:
+        """Whether this step has the best score so far."""
+        return self._best_step == step
+
+    def on_save(self, state: TrainState) -> TrainState:
+        """Add the best score and its step."""
+        return replace(state, best_step=self._best_step, best_score=self._best_score)
+
+    def run(self) -> Scores:
         """Score the engine's model as it stands; all ranks take part and get the same scores.
 
         Unreadable videos are left out and counted: a night's training should not end for one of them.
@@ -39,46 +101,33 @@ class Validation:
         Raises:
             UserError: More of the videos are unreadable than data.max_bad_share allows.
         """
-        data = self.config.data
+        data, engine = self._config.data, self._engine
         assert data.num_classes is not None
         engine.eval()
         scores = score(
             engine,
-            self.rows,
+            self._rows,
             data=data,
             views=MIDDLE,
             num_classes=data.num_classes,
-            world=self.world,
-            device=self.device,
-            group_size=self.config.batch.micro_size,
+            world=self._world,
+            device=self._device,
+            group_size=self._config.batch.micro_size,
             allow_unreadable=True,
             same_rounds=engine.zero_optimization_stage() == 3,
             progress="validation",
         )
         engine.train()
-        if len(scores.unreadable) > data.max_bad_share * len(self.rows):
+        if len(scores.unreadable) > data.max_bad_share * len(self._rows):
             first = scores.unreadable[0]
             raise UserError(
-                f"{len(scores.unreadable)} of {len(self.rows)} videos of {data.val_list} cannot be read, more than "
-                f"data.max_bad_share={data.max_bad_share}; the first is {first.path}: {first.reason}"
+                f"{len(scores.unreadable)} of {len(self._rows)} videos of {data.val_list} cannot be read, more "
+                f"than data.max_bad_share={data.max_bad_share}; the first is {first.path}: {first.reason}"
             )
         return scores
 
 
-def to_metrics(scores: Scores) -> dict[str, Any]:
-    """Return the values of a line of metrics."""
-    return {
-        "top1": scores.top1,
-        "top5": scores.top5,
-        "loss": scores.loss,
-        "mean_class_accuracy": scores.mean_class_accuracy,
-        "num_scored": scores.num_scored,
-        "num_unreadable": len(scores.unreadable),
-    }
-
-
-def describe(scores: Scores) -> str:
-    """Return the scores in words."""
+def _describe(scores: Scores) -> str:
     top5 = "" if scores.top5 is None else f"  top-5 {scores.top5:.2%}"
     unreadable = f", {len(scores.unreadable)} unreadable" if scores.unreadable else ""
     shown = f"top-1 {scores.top1:.2%}{top5}  loss {scores.loss:.4f}"

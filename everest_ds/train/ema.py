@@ -1,7 +1,7 @@
 """An exponential moving average of the weights, sharded over the processes, for validation and export.
 
-Place in the flow: engine step -> `update`; validation inside `swapped`; `save` into a checkpoint's folder before it
-is sealed; `load` in any world and stage.
+Place in the flow: engine step -> `update`; validation inside `swapped`; `write_checkpoint` before the folder is
+sealed; `load` in any world and stage.
 
 Every process averages the slice of each trainable parameter that it also holds at ZeRO-3: rank r of N has elements
 [r n, (r + 1) n) with n = ceil(size / N). So an update needs no communication, and the memory is 4 bytes x trainable
@@ -11,7 +11,7 @@ float32 ones; the average itself is float32.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.model.weights.export import save_safetensors
 from everest_ds.model.weights.reading import Weights, require_finite
+from everest_ds.train.callbacks import Callback
 from everest_ds.train.checkpoints.save import AVERAGE
+from everest_ds.train.optim_step import StepResult
 
 PREFIX = "model."
 
 
-class WeightAverage:
+class WeightAverage(Callback):
     """The moving average of an engine's trainable weights; it starts as a copy of them.
 
     Args:
@@ -45,6 +46,11 @@ class WeightAverage:
         trained = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
         self._parameters: dict[str, nn.Parameter] = {name.removeprefix(PREFIX): p for name, p in trained}
         self._slices = {name: _slice(p).detach().float().clone() for name, p in self._parameters.items()}
+        self.checkpoint_bytes = 4 * sum(_shape(p).numel() for p in self._parameters.values())
+
+    def on_step(self, step: int, losses: Sequence[Tensor], result: StepResult) -> None:
+        """Take in the weights that the step has changed."""
+        self.update(result.applied)
 
     @torch.no_grad()
     def update(self, applied: Tensor) -> None:
@@ -75,7 +81,7 @@ class WeightAverage:
         for name, parameter in self._parameters.items():
             yield name, _gather(self._slices[name], parameter, self._engine.device)
 
-    def save(self, folder: Path, world: World) -> None:
+    def write_checkpoint(self, folder: Path) -> None:
         """Write the averages, whole, as one file of a folder; all ranks take part, rank zero writes.
 
         Rank zero holds all of them in host memory for that.
@@ -85,11 +91,11 @@ class WeightAverage:
         """
         from safetensors import SafetensorError
 
-        tensors = {}
+        tensors, is_main = {}, dist.get_rank() == 0
         for name, tensor in self.whole():
-            if world.is_main:
+            if is_main:
                 tensors[name] = tensor.cpu()
-        if world.is_main:
+        if is_main:
             try:
                 save_safetensors(tensors, folder / AVERAGE, {"decay": str(self.decay)})
             except SafetensorError as error:

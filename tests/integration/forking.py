@@ -30,7 +30,7 @@ from tests.conftest import REPOSITORY
 # Not the video libraries: one of them starts threads, which a fork would lose.
 PRELOADED = (
     "deepspeed", "everest_ds.inference.evaluation", "everest_ds.inference.prediction",
-    "everest_ds.train.checkpoints.reshard", "everest_ds.train.launch", "torch._inductor.compile_fx",
+    "everest_ds.train.checkpoints.reshard", "everest_ds.training_run", "torch._inductor.compile_fx",
     "torch.utils.cpp_extension", "torch.utils.tensorboard",
 )  # fmt: skip
 

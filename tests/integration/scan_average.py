@@ -120,7 +120,7 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
         seen["restored"].append(all(torch.equal(after[name], before[name]) for name in before))
         seen["restored"].append(all(torch.equal(small[name], before[name]) for name in small))
     if average is not None and folder is not None:
-        average.save(folder, world)
+        average.write_checkpoint(folder)
         distributed.barrier()
         saved = read_average(folder)
         assert saved.keys() == expected.keys()
@@ -134,7 +134,7 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
             again = folder.parent / f"again {folder.name}, {other.parent.name}"
             again.mkdir(exist_ok=True)
             fresh.load(other.parent)
-            fresh.save(again, world)
+            fresh.write_checkpoint(again)
             distributed.barrier()
             there, back = read_average(other.parent), read_average(again)
             assert there.keys() == back.keys()

@@ -27,6 +27,7 @@ from everest_ds.train.ema import WeightAverage
 from everest_ds.train.engine import PrecisionName
 from everest_ds.train.loop import Trainer
 from everest_ds.train.record.metrics import MetricsLog
+from everest_ds.train.record.skipped_steps import SkippedSteps
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.tasks import PretrainTask
 from tests.integration.scanning import report, run_scan
@@ -100,7 +101,7 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
         config,
         data=replace(config.data, num_frames=4, image_size=32),
         batch=BatchConfig(global_size=4, micro_size=2),
-        run=RunConfig(max_steps=STEPS, log_every_steps=LOG_EVERY, max_skipped_steps=1),
+        run=RunConfig(max_steps=STEPS, log_every_steps=LOG_EVERY),
         optim=replace(config.optim, max_grad_norm=float(max_norm)),
     )
     systems = {"zero_optimization": {"stage": int(stage), "overlap_comm": True}}
@@ -115,6 +116,7 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
     batches = [synthetic_batch(task, config, 2, device, seed) for seed in range(2 * STEPS)]
     on_host = [replace(b, index_B=b.index_B.cpu(), frames_BT=b.frames_BT.cpu()) for b in batches]
     log = MetricsLog(folder)
+    rows = [VideoRow(Path(f"{number}.mp4"), 0) for number in range(40)]
     trainer = ListeningTrainer(
         engine=engine,
         task=task,
@@ -125,8 +127,7 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
         run_dir=folder,
         log=log,
         start=TrainState(world_size=1, zero_stage=int(stage), dtype=precision, videos="40 videos, abc"),
-        rows=[VideoRow(Path(f"{number}.mp4"), 0) for number in range(40)],
-        average=WeightAverage(engine, 0.9),
+        callbacks=[SkippedSteps(rows, log, allowed=1, count=0), WeightAverage(engine, 0.9)],
     )
     trainer._save = lambda taken: None  # type: ignore[method-assign]
     trainer.by_step = {}
@@ -134,6 +135,7 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
         trainer.run(iter(on_host))
     log.close()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines.pop()["event"] == "end"
     return {"waits": trainer.by_step, "lines": lines}
 
 

@@ -140,7 +140,13 @@ def universal_of(checkpoint: Path) -> Path:
 
 
 def save_checkpoint(
-    engine: Any, run_dir: Path, state: TrainState, world: World, *, save_more: Callable[[Path], None] | None = None
+    engine: Any,
+    run_dir: Path,
+    state: TrainState,
+    world: World,
+    *,
+    extra_bytes: int = 0,
+    write_more: Sequence[Callable[[Path], None]] = (),
 ) -> Path:
     """Save a checkpoint; all ranks take part. Returns its folder.
 
@@ -149,7 +155,8 @@ def save_checkpoint(
         run_dir: The run directory.
         state: Where the run stands.
         world: This process's place.
-        save_more: Writes further files into the folder before it is sealed; called on every rank.
+        extra_bytes: About how many bytes `write_more` writes.
+        write_more: Write more files into the folder before it is sealed; called on every rank.
 
     Raises:
         UserError: The disk is full or cannot be written to; earlier checkpoints are as they were.
@@ -157,7 +164,7 @@ def save_checkpoint(
     folder = folder_of(run_dir)
     name = f"step-{state.step:08d}"
     temporary, final = folder / f"tmp-{name}", folder / name
-    needed = checkpoint_bytes(engine.module, averages=save_more is not None)
+    needed = checkpoint_bytes(engine.module) + extra_bytes
     _all_must(world, folder, lambda: _make_room(folder, needed) if world.is_main else None)
     distributed.barrier()
     try:
@@ -167,22 +174,18 @@ def save_checkpoint(
         if isinstance(error, OSError) or any(name in str(error) for name in TORCH_WRITER):
             raise UserError(_unwritten(folder, str(error).splitlines()[0])) from error
         raise
-    if save_more is not None:
-        _all_must(world, folder, lambda: save_more(temporary))
+    _all_must(world, folder, lambda: [write(temporary) for write in write_more])
     _all_must(world, folder, lambda: _write_state(temporary, state) if world.is_main else None)
     _all_must(world, folder, lambda: seal(temporary, world))
     _all_must(world, folder, lambda: _publish(temporary, final) if world.is_main else None)
     return final
 
 
-def checkpoint_bytes(module: Any, *, averages: bool = False) -> int:
-    """Return about how many bytes a checkpoint takes.
-
-    The weights, and of those that are trained also float32 ones, two moments, and an average where one is kept.
-    """
+def checkpoint_bytes(module: Any) -> int:
+    """Return about how many bytes a checkpoint takes: weights; of trained ones also float32 copies and moments."""
     total = 0
     for parameter in module.parameters():
-        trained = 12 + 4 * averages if parameter.requires_grad else 0
+        trained = 12 if parameter.requires_grad else 0
         total += getattr(parameter, "ds_numel", parameter.numel()) * (parameter.element_size() + trained)
     return total
 

@@ -1,64 +1,77 @@
-"""bad_samples.jsonl: every draw of a run that could not be read, and the stop when they are too many."""
+"""RUN/bad_samples.jsonl: every draw of a run that could not be read. Too many of them stop the run."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from everest_ds import distributed
 from everest_ds.data.clips.batch import BadSample, ClipBatch
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.files import append_json_lines
+from everest_ds.files import append_json_lines, read_whole_lines, write_atomically
+from everest_ds.train.callbacks import Callback
+from everest_ds.train.checkpoints.save import TrainState
 
 
-class BadSamples:
-    """Counts unreadable draws of all processes and writes them down, on rank zero.
+class BadSamples(Callback):
+    """Counts unreadable draws of all ranks; rank zero records them.
 
     Args:
         run_dir: The run directory.
-        world: This process's place.
-        max_share: Unreadable draws as a share of the list, or of all draws so far if more, above which a run stops.
+        world: This rank and how many there are.
+        max_share: Stop the run when more than this share of the draws so far, but at least of the list, was bad.
         num_rows: Rows of the list.
-        count: Draws that the run has written down before.
+        global_size: Clips of an optimiser step.
+        count: Draws already recorded when the run starts or resumes.
     """
 
-    def __init__(self, run_dir: Path, world: World, *, max_share: float, num_rows: int, count: int) -> None:
+    def __init__(
+        self, run_dir: Path, world: World, *, max_share: float, num_rows: int, global_size: int, count: int
+    ) -> None:
         self.path = run_dir / "bad_samples.jsonl"
-        self.world, self.max_share, self.num_rows = world, max_share, num_rows
+        self.world, self.max_share, self.num_rows, self.global_size = world, max_share, num_rows, global_size
         self.count = count
+        self._unrecorded: list[BadSample] = []
 
-    def record(self, bad: Sequence[BadSample], draws: int) -> None:
-        """Write down what all processes could not read since the last time; all of them call this.
+    def on_start(self) -> None:
+        """Drop the records of steps that are taken again."""
+        if self.world.is_main and self.path.is_file():
+            write_atomically(self.path, "".join(read_whole_lines(self.path)[: self.count]))
 
-        Args:
-            bad: Those of this process.
-            draws: Draws of all processes so far.
+    def on_batch(self, batch: ClipBatch) -> None:
+        """Remember bad draws, and refuse a batch with a hole in it.
 
         Raises:
-            UserError: They are too many.
+            UserError: See `ClipBatch.require_whole`. What this rank could not read is recorded first.
         """
-        everyone = [sample for part in distributed.gather_objects(list(bad)) for sample in part]
+        self._unrecorded += batch.bad
+        if batch.num_lost:
+            self._write(self._unrecorded)
+        batch.require_whole()
+
+    def before_log(self, step: int) -> None:
+        """Record what all ranks could not read since the last time.
+
+        Raises:
+            UserError: There are too many.
+        """
+        everyone = [sample for part in distributed.gather_objects(self._unrecorded) for sample in part]
+        self._unrecorded = []
         if not everyone:
             return
         self.count += len(everyone)
         if self.world.is_main:
             self._write(everyone)
-        draws = max(draws, self.num_rows)
+        draws = max(step * self.global_size, self.num_rows)
         if self.count > self.max_share * draws:
             raise UserError(
                 f"{self.count} of {draws} draws could not be read, more than data.max_bad_share={self.max_share}; "
                 f"see {self.path}, mend the list or raise the share"
             )
 
-    def require_whole(self, batch: ClipBatch, bad: Sequence[BadSample]) -> None:
-        """Refuse a batch with a hole in it, and write down before what this process could not read.
-
-        Raises:
-            UserError: See `ClipBatch.require_whole`.
-        """
-        if batch.num_lost:
-            self._write(bad)
-        batch.require_whole()
+    def on_save(self, state: TrainState) -> TrainState:
+        """Add the count."""
+        return replace(state, num_bad=self.count)
 
     def _write(self, bad: Sequence[BadSample]) -> None:
         append_json_lines(self.path, [asdict(sample) for sample in bad])

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the record of a run, and TensorBoard as a view of it. Rank zero only."""
+"""RUN/metrics.jsonl, the record of a run, and TensorBoard as a view of it."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -17,36 +17,55 @@ PEAK_BF16_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
 
 
 class MetricsLog:
-    """Appends lines to RUN/metrics.jsonl and mirrors numbers to RUN/tensorboard/.
+    """Appends lines to RUN/metrics.jsonl and mirrors their numbers to RUN/tensorboard/; opened by the first line.
 
     Args:
         run_dir: The run directory.
-        start_step: The step the run goes on from. What an interrupted run wrote of later steps is taken out: those
-            steps are taken again, with the same numbers.
+        start_step: The step that the run starts from. Measurements of later steps, left by an interrupted run, are
+            dropped: those steps are taken again, with the same numbers.
+        is_main: False on the ranks that record and print nothing.
     """
 
-    def __init__(self, run_dir: Path, start_step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        path = run_dir / "metrics.jsonl"
-        if path.is_file():
-            _drop_later_steps(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+    def __init__(self, run_dir: Path, start_step: int = 0, *, is_main: bool = True) -> None:
+        self._run_dir, self._start_step, self._is_main = run_dir, start_step, is_main
+        self._file: TextIO | None = None
+        self._board: Any = None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line and flush it; infinities and NaN, which JSON has not, become null."""
-        line = {"kind": kind, "step": step, "time_s": round(time.time(), 3), **_finite(values)}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        if not self._is_main:
+            return
+        file = self._file or self._open()
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+        file.write(json.dumps({"kind": kind, "step": step, "time_s": round(time.time(), 3), **finite}) + "\n")
+        file.flush()
         for name, value in values.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
+    def say(self, text: str) -> None:
+        """Print a text for people, on rank zero."""
+        if self._is_main:
+            print(text, flush=True)
+
     def close(self) -> None:
         """Flush and close both."""
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+    def _open(self) -> TextIO:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = self._run_dir / "metrics.jsonl"
+        if path.is_file():
+            _drop_later_steps(path, self._start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=self._start_step + 1)
+        return self._file
 
 
 def _drop_later_steps(path: Path, start_step: int) -> None:
@@ -58,12 +77,6 @@ def _drop_later_steps(path: Path, start_step: int) -> None:
             if line["kind"] == "event" or line["step"] <= start_step:
                 kept.append(text)
     write_atomically(path, "".join(kept))
-
-
-def drop_later_bad_samples(path: Path, num_bad: int) -> None:
-    """Cut a record of unreadable draws back to those that a checkpoint has counted; the later ones come again."""
-    if path.is_file():
-        write_atomically(path, "".join(read_whole_lines(path)[:num_bad]))
 
 
 def peak_tflops(device: torch.device) -> float | None:
@@ -79,10 +92,3 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }

@@ -1,18 +1,21 @@
-"""Progress of a run between two lines of metrics: what is counted, what is written, what is printed."""
+"""The line of metrics: what a run measures between two of them, and how it is printed."""
 
+import math
 import os
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from everest_ds import distributed
 from everest_ds.config import Config
-from everest_ds.data.clips.batch import BadSample
+from everest_ds.errors import UserError
 from everest_ds.progress import format_duration
+from everest_ds.train.callbacks import Callback
 from everest_ds.train.optim_step import StepResult
-from everest_ds.train.record.metrics import peak_memory_gib, peak_tflops
-from everest_ds.train.schedule import Schedule
+from everest_ds.train.record.metrics import MetricsLog, peak_memory_gib, peak_tflops
 
 STALL_SHARE = 0.1
 """Share of the time spent waiting for clips above which people are told what to do."""
@@ -27,10 +30,9 @@ class Window:
         updates: How many these are, int64.
         grad_norm: Of the last of them; nan before there was one.
         steps: All steps taken.
-        tokens: Visible tokens of this process.
+        tokens: Visible tokens of this rank.
         data_wait_s: Seconds spent waiting for clips.
         started: When the window began, by the clock of time.perf_counter.
-        bad: Videos that could not be read.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,76 +43,67 @@ class Window:
         self.tokens = 0
         self.data_wait_s = 0.0
         self.started = time.perf_counter()
-        self.bad: list[BadSample] = []
 
-    def add(self, losses: list[Tensor], result: StepResult) -> None:
-        """Take in a step's losses and norm if it changed the weights; nothing is waited for."""
-        mean = torch.stack(losses).to(torch.float64).mean()
+    def add(self, losses: Sequence[Tensor], result: StepResult) -> None:
+        """Take in a step's losses, and its norm if it changed the weights; does not wait for the device."""
+        self.steps += 1
+        mean = torch.stack(list(losses)).to(torch.float64).mean()
         self.loss_sum += mean.where(result.applied, 0.0)
         self.updates += result.applied
         self.grad_norm = result.grad_norm.where(result.applied, self.grad_norm)
 
-    def mean_loss(self) -> float:
-        """Return this process's mean loss; nan when no step changed the weights. Waits for the device."""
-        return float(self.loss_sum / self.updates)
+    def measure(self, step: int, clip_flops: float, global_size: int) -> dict[str, Any]:
+        """Return what was measured, units in the names; all ranks take part.
+
+        Args:
+            step: Steps taken in all.
+            clip_flops: Operations of a clip that fall to one rank.
+            global_size: Clips of a step.
+
+        Raises:
+            UserError: A loss or norm is not finite though weights were updated.
+        """
+        mean_loss = float(self.loss_sum / self.updates)
+        reports = distributed.gather_objects((mean_loss, self.tokens, self.data_wait_s))
+        losses, tokens, waits_s = zip(*reports, strict=True)
+        broken = [f"loss of rank {rank}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        if not math.isfinite(float(self.grad_norm)):
+            broken.append("gradient norm")
+        if broken and int(self.updates):
+            raise UserError(f"not finite at step {step}: {', '.join(broken)}; the last checkpoint is kept")
+        device = self.loss_sum.device
+        seconds = (time.perf_counter() - self.started) / self.steps
+        wait_s = max(waits_s) / self.steps
+        clips_per_s, peak = global_size / seconds, peak_tflops(device)
+        return {
+            "loss": sum(losses) / len(losses),
+            "grad_norm": float(self.grad_norm),
+            "clips_per_s": round(clips_per_s, 3),
+            "tokens_per_s": round(sum(tokens) / self.steps / seconds, 1),
+            "data_wait_ms": round(wait_s * 1e3, 2),
+            "stalled": round(min(wait_s / seconds, 1.0), 4),
+            "step_ms": round(seconds * 1e3, 2),
+            "memory_gib": round(peak_memory_gib(device), 3),
+            "mfu": None if peak is None else round(clips_per_s * clip_flops / 1e12 / peak, 4),
+        }
 
 
-def measure(
-    window: Window, taken: int, loss: float, tokens: int, rates: list[float], config: Config, schedule: Schedule,
-    flops: float,
-) -> dict[str, Any]:  # fmt: skip
-    """Return the values of a line of metrics, units in their names.
-
-    Args:
-        window: What happened on this process, and the longest wait of all.
-        taken: Steps gone by.
-        loss: Mean of all processes.
-        tokens: Visible tokens of the window, of all processes.
-        rates: Learning rates of the parameter groups.
-        config: The run.
-        schedule: Its steps.
-        flops: Operations of a clip that fall to one process.
-    """
-    device = window.loss_sum.device
-    seconds = (time.perf_counter() - window.started) / window.steps
-    clips_per_s = config.batch.global_size / seconds
-    peak = peak_tflops(device)
-    used = clips_per_s * flops / 1e12
-    return {
-        "epoch": round(taken / schedule.steps_per_epoch, 4),
-        "samples": taken * config.batch.global_size,
-        "loss": loss,
-        "grad_norm": float(window.grad_norm),
-        "lr": max(rates),
-        **({"lr_min": min(rates)} if min(rates) < max(rates) else {}),
-        "weight_decay": config.optim.weight_decay,
-        "clips_per_s": round(clips_per_s, 3),
-        "tokens_per_s": round(tokens / window.steps / seconds, 1),
-        "data_wait_ms": round(window.data_wait_s / window.steps * 1e3, 2),
-        "stalled": round(min(window.data_wait_s / window.steps / seconds, 1.0), 4),
-        "step_ms": round(seconds * 1e3, 2),
-        "memory_gib": round(peak_memory_gib(device), 3),
-        "mfu": None if peak is None else round(used / peak, 4),
-    }
-
-
-def print_progress(taken: int, end_step: int, values: dict[str, Any]) -> None:
-    """Print a line of metrics for people, with the time that is left."""
-    left = format_duration((end_step - taken) * values["step_ms"] / 1e3)
+def describe_line(step: int, end_step: int, values: Mapping[str, Any]) -> str:
+    """Return a line of metrics for people, with the time that is left."""
+    left = format_duration((end_step - step) * values["step_ms"] / 1e3)
     mfu = "" if values["mfu"] is None else f"  mfu {values['mfu']:.1%}"
-    print(
-        f"step {taken}/{end_step}  epoch {values['epoch']:.2f}  loss {values['loss']:.4f}"
+    return (
+        f"step {step}/{end_step}  epoch {values['epoch']:.2f}  loss {values['loss']:.4f}"
         f"  grad {values['grad_norm']:.3g}  lr {values['lr']:.2e}  {values['clips_per_s']:.1f} clips/s"
         f"  step {values['step_ms']:.0f} ms  data {values['data_wait_ms']:.0f} ms"
-        f"  {values['memory_gib']:.2f} GiB{mfu}  ETA {left}",
-        flush=True,
+        f"  {values['memory_gib']:.2f} GiB{mfu}  ETA {left}"
     )
 
 
-class StallHint:
-    """Says what to do when training waits for clips: once when it begins to, and again after many more lines.
+class StallHint(Callback):
+    """Says what to do when training waits for clips: when it begins to, and again after many lines.
 
-    The first line of a run says nothing: its loader processes have only just begun.
+    The first line of a run says nothing: its workers have only just begun. Rank zero only.
     """
 
     def __init__(self, config: Config) -> None:
@@ -118,8 +111,8 @@ class StallHint:
         self._lines = 0
         self._silent_until = 1
 
-    def consider(self, values: dict[str, Any]) -> None:
-        """Look at a line of metrics, and print the hint where it is due."""
+    def on_log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Print the hint where it is due."""
         self._lines += 1
         if values["stalled"] <= STALL_SHARE or self._lines <= self._silent_until:
             return
@@ -135,3 +128,27 @@ class StallHint:
             f"benchmark data {self._config.recipe}` shows where the time goes",
             flush=True,
         )
+
+
+class MemoryComparison(Callback):
+    """Records the peak of the rank that held most, beside what `everest plan` expects.
+
+    Args:
+        log: The record.
+        device: This rank's.
+        estimated_gib: What is expected to be allocated at the peak.
+    """
+
+    def __init__(self, log: MetricsLog, device: torch.device, estimated_gib: float) -> None:
+        self._log, self._device, self._estimated_gib = log, device, estimated_gib
+
+    def on_end(self, step: int) -> None:
+        """Write and print both."""
+        peak_gib, expected = max(distributed.gather_objects(peak_memory_gib(self._device))), self._estimated_gib
+        values = {"peak_gib": round(peak_gib, 3), "estimated_gib": round(expected, 3)}
+        self._log.write("event", step, event="memory", device=self._device.type, **values)
+        if self._device.type == "cuda":
+            difference = f"({peak_gib / expected - 1:+.1%})"
+            self._log.say(f"peak memory {peak_gib:.2f} GiB allocated, estimated {expected:.2f} {difference}")
+        else:  # Python and its libraries are in it
+            self._log.say(f"peak resident memory {peak_gib:.2f} GiB, tensors estimated {expected:.2f}")

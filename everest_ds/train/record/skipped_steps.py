@@ -1,92 +1,88 @@
-"""Steps that changed no weight because a gradient was not finite: found, told of, and counted.
+"""Detects, reports and counts optimiser steps that were skipped because a gradient was not finite.
 
-Place in the flow: `train.optim_step` leaves a step out without waiting for the device; the loop settles here when a
-line of metrics is due, and before anything is saved.
+`train.optim_step` skips a step without waiting for the device. Whether it did is looked up when a line of metrics
+is due, and so before anything is saved.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from everest_ds import distributed
+from everest_ds.data.clips.batch import ClipBatch
 from everest_ds.data.lists.video_list import VideoRow
-from everest_ds.distributed import World
 from everest_ds.errors import UserError
+from everest_ds.train.callbacks import Callback
+from everest_ds.train.checkpoints.save import TrainState
+from everest_ds.train.optim_step import StepResult
 from everest_ds.train.record.metrics import MetricsLog
 
 MAX_PATHS_SHOWN = 4
 
 
 class _Pending(NamedTuple):
-    """A step that was taken and not looked at yet: micro-steps' losses, whether it was applied, videos' rows."""
+    """A step whose result nobody has looked at yet, with the rows of its videos on this rank."""
 
     step: int
-    losses: list[Tensor]
+    losses: Sequence[Tensor]
     applied: Tensor
     rows: list[int]
 
 
-@dataclass(kw_only=True)
-class SkippedSteps:
-    """Counts the steps of a run that were left out.
+class SkippedSteps(Callback):
+    """Stops a run that skips more steps than are allowed.
 
-    Attributes:
+    Args:
         rows: The training list.
-        allowed: How many there may be.
-        count: How many there were.
-        world: This process's place.
+        log: The record.
+        allowed: How many steps may be skipped.
+        count: How many were when the run starts or resumes.
     """
 
-    rows: Sequence[VideoRow]
-    allowed: int
-    count: int
-    world: World
-
-    def __post_init__(self) -> None:
-        """Begin with nothing to look at."""
+    def __init__(self, rows: Sequence[VideoRow], log: MetricsLog, *, allowed: int, count: int) -> None:
+        self.rows, self.log, self.allowed, self.count = rows, log, allowed, count
+        self._seen_rows: list[int] = []
         self._pending: list[_Pending] = []
 
-    def see(self, step: int, losses: list[Tensor], applied: Tensor, rows: list[int]) -> None:
-        """Remember what is on the device, and which videos this process took; nothing is waited for.
+    def on_batch(self, batch: ClipBatch) -> None:
+        """Remember which videos this step takes."""
+        self._seen_rows += batch.index_B.tolist()
 
-        Args:
-            step: Number of the step, from 1.
-            losses: Of its micro-steps.
-            applied: Whether it changed weights, a bool scalar, the same on all ranks.
-            rows: Its videos on this process, as rows of the list.
-        """
-        self._pending.append(_Pending(step, losses, applied, rows))
+    def on_step(self, step: int, losses: Sequence[Tensor], result: StepResult) -> None:
+        """Remember the step."""
+        self._pending.append(_Pending(step, losses, result.applied, self._seen_rows))
+        self._seen_rows = []
 
-    def settle(self, log: MetricsLog | None) -> None:
-        """Look at the steps seen since the last time; all ranks call this together.
-
-        Args:
-            log: Where a skipped step is written, on rank zero only.
+    def before_log(self, step: int) -> None:
+        """Look at the steps since the last time.
 
         Raises:
-            UserError: One was left out beyond those allowed; names step, rank and samples.
+            UserError: More were skipped than are allowed; names step, rank and samples.
         """
         seen, self._pending = self._pending, []
         if not seen:
             return
-        for step, applied in zip(seen, torch.stack([step.applied for step in seen]).tolist(), strict=True):
+        for pending, applied in zip(seen, torch.stack([one.applied for one in seen]).tolist(), strict=True):
             if not applied:
-                self._record(step, log)
+                self._record(pending)
 
-    def _record(self, pending: _Pending, log: MetricsLog | None) -> None:
-        """Write down a step and the samples that may be at fault; stop at one too many."""
+    def on_save(self, state: TrainState) -> TrainState:
+        """Add the count."""
+        return replace(state, num_skipped=self.count)
+
+    def _record(self, pending: _Pending) -> None:
+        """Record a skipped step and the samples that may be at fault; stop at one too many."""
         self.count += 1
-        finite = bool(torch.stack(pending.losses).isfinite().all())
+        finite = bool(torch.stack(list(pending.losses)).isfinite().all())
         everyone = distributed.gather_objects((finite, [str(self.rows[row].path) for row in pending.rows]))
         suspects = {rank: paths for rank, (fine, paths) in enumerate(everyone) if not fine}
         what = f"the loss of rank {', '.join(map(str, suspects))}" if suspects else "a gradient, though no loss,"
         suspects = suspects or {rank: paths for rank, (_, paths) in enumerate(everyone)}
-        if log is not None:
-            named = {f"rank_{rank}": paths for rank, paths in suspects.items()}
-            log.write("event", pending.step, event="skipped_step", num_skipped=self.count, samples=named)
+        named = {f"rank_{rank}": paths for rank, paths in suspects.items()}
+        self.log.write("event", pending.step, event="skipped_step", num_skipped=self.count, samples=named)
         shown = [path for paths in suspects.values() for path in paths]
         listed = ", ".join(shown[:MAX_PATHS_SHOWN]) + (" ..." if len(shown) > MAX_PATHS_SHOWN else "")
         message = f"{what} is not finite at step {pending.step}, and no weight was changed; samples: {listed}"
@@ -96,5 +92,4 @@ class SkippedSteps:
                 "optim.warmup_epochs, set optim.max_grad_norm, or allow more than "
                 f"run.max_skipped_steps={self.allowed}"
             )
-        if self.world.is_main:
-            print(f"warning: {message}; skipped, {self.count} of {self.allowed} allowed", flush=True)
+        self.log.say(f"warning: {message}; skipped, {self.count} of {self.allowed} allowed")

@@ -10,12 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train.checkpoints.save import AVERAGE
 from everest_ds.train.ema import WeightAverage, read_average
-
-ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
 
 
 @pytest.fixture(autouse=True)
@@ -56,14 +53,14 @@ def test_error_inside_a_swap_comes_out() -> None:
 def test_frozen_weights_are_not_averaged(tmp_path: Path) -> None:
     engine = make_engine()
     engine.module["model"].weight.requires_grad_(False)
-    WeightAverage(engine, 0.9).save(tmp_path, ALONE)
+    WeightAverage(engine, 0.9).write_checkpoint(tmp_path)
     assert list(read_average(tmp_path)) == ["bias"]
 
 
 def test_averages_of_other_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no ema\.safetensors: the run was trained without optim\.ema_decay"):
         WeightAverage(make_engine(), 0.9).load(tmp_path)
-    WeightAverage(make_engine(4), 0.9).save(tmp_path, ALONE)
+    WeightAverage(make_engine(4), 0.9).write_checkpoint(tmp_path)
     with pytest.raises(UserError, match="averages of other weights than are trained here: weight"):
         WeightAverage(make_engine(), 0.9).load(tmp_path)
 
@@ -71,4 +68,4 @@ def test_averages_of_other_weights_are_refused(tmp_path: Path) -> None:
 def test_file_that_cannot_be_written_is_the_disks_fault(tmp_path: Path) -> None:
     (tmp_path / AVERAGE).mkdir()
     with pytest.raises(OSError, match="directory"):
-        WeightAverage(make_engine(), 0.9).save(tmp_path, ALONE)
+        WeightAverage(make_engine(), 0.9).write_checkpoint(tmp_path)

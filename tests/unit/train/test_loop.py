@@ -4,7 +4,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,14 @@ from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.recipes import get_recipe
+from everest_ds.train.callbacks import Callback
 from everest_ds.train.checkpoints.save import TrainState
 from everest_ds.train.loop import Trainer
 from everest_ds.train.optim import learning_rate
+from everest_ds.train.optim_step import StepResult
+from everest_ds.train.record.bad_samples import BadSamples
 from everest_ds.train.record.metrics import MetricsLog
+from everest_ds.train.record.skipped_steps import SkippedSteps
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import STOP_SIGNALS
 
@@ -91,6 +95,7 @@ class FakeEngine:
 
 class FakeTask:
     visible_tokens = 28
+    threshold: float | None = None
 
     def clip_flops(self) -> float:
         return 1e9
@@ -126,21 +131,30 @@ def train(
     bad_at: dict[int, int] | None = None,
     norm: float = 0.25,
     source: Iterator[ClipBatch] | None = None,
+    callbacks: Sequence[Callback] = (),
+    start_step: int = 0,
 ) -> tuple[FakeEngine, list[dict[str, Any]]]:
     config = make_config(run, micro_size=micro_size)
+    rows = [VideoRow(Path(f"{number}.mp4"), 0) for number in range(DATASET_SIZE)]
     engine = FakeEngine(losses, config.batch.accumulation_steps(1), norm)
     log = MetricsLog(tmp_path)
     trainer = Trainer(
         engine=engine,
         task=FakeTask(),  # type: ignore[arg-type]
         config=config,
-        schedule=Schedule.of(config, DATASET_SIZE),
+        schedule=Schedule.of(config, DATASET_SIZE, start_step=start_step),
         world=ALONE,
         device=CPU,
         run_dir=tmp_path,
         log=log,
         start=TrainState(world_size=1, zero_stage=2, dtype="float32", videos="40 videos, abc"),
-        rows=[VideoRow(Path(f"{number}.mp4"), 0) for number in range(DATASET_SIZE)],
+        callbacks=[
+            SkippedSteps(rows, log, allowed=run.max_skipped_steps, count=0),
+            BadSamples(
+                tmp_path, ALONE, max_share=config.data.max_bad_share, num_rows=len(rows), global_size=8, count=0
+            ),
+            *callbacks,
+        ],
     )
     try:
         trainer.run(source or batches(bad_at or {}))
@@ -270,6 +284,70 @@ def test_bad_samples_are_recorded_and_too_many_stop_the_run(tmp_path: Path) -> N
         train(tmp_path, [1.0] * 4, run, bad_at={1: 2})
     records = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
     assert [(record["path"], record["reason"]) for record in records] == [("0.mp4", "broken"), ("1.mp4", "broken")]
+
+
+class Listener(Callback):
+    """Writes down which hooks are called, asks for a line after step 2 and for a checkpoint after step 4."""
+
+    checkpoint_bytes = 3
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def on_start(self) -> None:
+        self.seen.append("start")
+
+    def on_batch(self, batch: ClipBatch) -> None:
+        self.seen.append("batch")
+
+    def on_step(self, step: int, losses: Sequence[torch.Tensor], result: StepResult) -> None:
+        self.seen.append(f"step {step} of {len(losses)}")
+
+    def wants_log(self, step: int) -> bool:
+        return step == 2
+
+    def before_log(self, step: int) -> None:
+        self.seen.append(f"before log {step}")
+
+    def on_log(self, step: int, values: Mapping[str, Any]) -> None:
+        self.seen.append(f"log {step}: {values['loss']}")
+
+    def wants_save(self, step: int) -> bool:
+        return step == 4
+
+    def on_save(self, state: TrainState) -> TrainState:
+        self.seen.append(f"save {state.step}")
+        return replace(state, num_bad=7)
+
+    def write_checkpoint(self, folder: Path) -> None:
+        (folder / "more").write_text("123")
+
+    def on_end(self, step: int) -> None:
+        self.seen.append(f"end {step}")
+
+
+def test_callbacks_are_called_at_their_moments_and_add_to_checkpoints(tmp_path: Path) -> None:
+    listener, run = Listener(), RunConfig(max_steps=5, log_every_steps=4)
+    train(tmp_path, [1.0] * 10, run, micro_size=4, callbacks=[listener])
+    assert listener.seen == [
+        "start",
+        *("batch", "batch", "step 1 of 2"),
+        *("batch", "batch", "step 2 of 2", "before log 2", "log 2: 1.0"),
+        *("batch", "batch", "step 3 of 2"),
+        *("batch", "batch", "step 4 of 2", "before log 4", "log 4: 1.0", "save 4"),
+        *("batch", "batch", "step 5 of 2", "before log 5", "log 5: 1.0", "save 5"),
+        "end 5",
+    ]  # fmt: skip
+    folder = tmp_path / "checkpoints" / "step-00000004"
+    assert json.loads((folder / "state.json").read_text())["num_bad"] == 7
+    assert "more" in json.loads((folder / "complete.json").read_text())["files"]
+
+
+def test_run_with_no_step_left_still_ends(tmp_path: Path) -> None:
+    listener = Listener()
+    _, lines = train(tmp_path, [], RunConfig(max_steps=3), callbacks=[listener], start_step=4)
+    assert listener.seen == ["start", "end 4"]
+    assert [(line["event"], line["step"]) for line in lines] == [("end", 4)]
 
 
 def test_list_shorter_than_a_batch_is_refused() -> None:

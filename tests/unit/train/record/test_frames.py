@@ -16,7 +16,7 @@ from everest_ds.model.frames import FrameChoice
 from everest_ds.recipes import get_recipe
 from everest_ds.train.checkpoints.save import TrainState
 from everest_ds.train.loop import Trainer
-from everest_ds.train.record.frames import FrameLog, describe_choice
+from everest_ds.train.record.frames import FrameLog, chooses_frames, describe_choice
 from everest_ds.train.record.metrics import MetricsLog
 from everest_ds.train.schedule import Schedule
 from tests.unit.train.test_loop import ALONE, CPU, DATASET_SIZE, FakeEngine, FakeTask, make_config
@@ -59,10 +59,10 @@ def batches() -> Iterator[ClipBatch]:
 
 
 def train(run_dir: Path, config: PretrainConfig, start_step: int = 0) -> None:
-    log = MetricsLog(run_dir)
+    log, task = MetricsLog(run_dir), ChoosingTask()
     trainer = Trainer(
         engine=FakeEngine([1.0] * 100, config.batch.accumulation_steps(1), 0.25),
-        task=ChoosingTask(),  # type: ignore[arg-type]
+        task=task,  # type: ignore[arg-type]
         config=config,
         schedule=Schedule.of(config, DATASET_SIZE, start_step=start_step),
         world=ALONE,
@@ -70,7 +70,7 @@ def train(run_dir: Path, config: PretrainConfig, start_step: int = 0) -> None:
         run_dir=run_dir,
         log=log,
         start=TrainState(world_size=1, zero_stage=2, dtype="float32", videos="40 videos, abc"),
-        rows=ROWS,
+        callbacks=[FrameLog(run_dir, ROWS, task)] if chooses_frames(config) else [],
     )
     try:
         trainer.run(batches())
@@ -115,12 +115,11 @@ def test_run_that_chooses_no_frames_writes_none(tmp_path: Path) -> None:
     assert not (tmp_path / "media").exists()
 
 
-def test_other_ranks_and_fine_tuning_have_no_log(tmp_path: Path) -> None:
-    config = with_alpha(make_config(RunConfig()), 1.5)
-    assert FrameLog.of(config, tmp_path, ROWS, is_main=False) is None
-    assert FrameLog.of(get_recipe("demo_ft"), tmp_path, ROWS, is_main=True) is None
-    assert not list(tmp_path.iterdir())
-    assert FrameLog.of(config, tmp_path, ROWS, is_main=True) is not None
+def test_frames_are_chosen_in_pretraining_from_more_candidates_only() -> None:
+    config = make_config(RunConfig())
+    assert chooses_frames(with_alpha(config, 1.5))
+    assert not chooses_frames(config)
+    assert not chooses_frames(get_recipe("demo_ft"))
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 3, "path": "', '{"step": 3}'])
@@ -140,21 +139,11 @@ def test_file_of_nothing_but_a_torn_line_is_emptied(tmp_path: Path) -> None:
     path = tmp_path / "media" / "frames.jsonl"
     path.parent.mkdir()
     path.write_text('{"step": 1')
-    FrameLog(tmp_path, ROWS)
+    FrameLog(tmp_path, ROWS, ChoosingTask()).on_start()
     assert path.read_text() == ""
 
 
 def test_nothing_is_written_before_the_first_line(tmp_path: Path) -> None:
     """A run is built before its directory is its own: an empty media/ in it would make the next start refuse it."""
-    FrameLog(tmp_path / "run", ROWS)
+    FrameLog(tmp_path / "run", ROWS, ChoosingTask()).on_start()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_line_without_a_choice_is_refused(tmp_path: Path) -> None:
-    log = FrameLog(tmp_path, ROWS)
-    with pytest.raises(ValueError, match=r"no frames were chosen at step 7"):
-        log.write(7, choice_of(0))
-    log.see(next(batches()))
-    with pytest.raises(ValueError, match=r"no frames were chosen at step 7"):
-        log.write(7, None)
-    assert not log.path.exists()

@@ -7,10 +7,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from everest_ds.distributed import World
 from everest_ds.progress import format_duration
+from everest_ds.train.record.bad_samples import BadSamples
 from everest_ds.train.record.metrics import (
     MetricsLog,
-    drop_later_bad_samples,
     peak_memory_gib,
     peak_tflops,
 )
@@ -64,6 +65,18 @@ def test_duration_is_readable(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
+def test_log_touches_the_disk_with_its_first_line_and_on_rank_zero_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for is_main in (True, False):
+        log = MetricsLog(tmp_path / "run", is_main=is_main)
+        log.close()
+    log.write("train", 1, loss=1.0)
+    log.say("nothing")
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
 def test_cpu_has_memory_but_no_peak() -> None:
     cpu = torch.device("cpu")
     assert peak_tflops(cpu) is None
@@ -71,9 +84,10 @@ def test_cpu_has_memory_but_no_peak() -> None:
 
 
 def test_bad_samples_of_steps_that_are_taken_again_are_not_recorded_twice(tmp_path: Path) -> None:
-    path = tmp_path / "bad_samples.jsonl"
-    drop_later_bad_samples(path, 3)  # a run without any
+    path, alone = tmp_path / "bad_samples.jsonl", World(rank=0, local_rank=0, size=1, local_size=1)
+    resumed = BadSamples(tmp_path, alone, max_share=0.1, num_rows=40, global_size=8, count=2)
+    resumed.on_start()  # a run without any
     assert not path.exists()
     path.write_text("one\ntwo\nthree, cut sho")
-    drop_later_bad_samples(path, 2)
+    resumed.on_start()
     assert path.read_text() == "one\ntwo\n"

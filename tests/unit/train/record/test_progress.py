@@ -7,8 +7,7 @@ import torch
 
 from everest_ds.recipes import get_recipe
 from everest_ds.train.record import progress
-from everest_ds.train.record.progress import StallHint, Window, measure
-from everest_ds.train.schedule import Schedule
+from everest_ds.train.record.progress import StallHint, Window
 
 
 def test_line_says_which_share_of_the_time_was_spent_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,9 +17,7 @@ def test_line_says_which_share_of_the_time_was_spent_waiting(monkeypatch: pytest
     window = Window(torch.device("cpu"))
     window.steps, window.data_wait_s = 2, 3.0
     config = get_recipe("demo")
-    values = measure(
-        window, 2, 0.5, 100, [1e-3], config, Schedule(steps_per_epoch=4, start_step=0, end_step=8), 1e9
-    )
+    values = window.measure(2, 1e9, config.batch.global_size)
     assert (values["step_ms"], values["data_wait_ms"], values["stalled"]) == (4000.0, 1500.0, 0.375)
     assert values["clips_per_s"] == config.batch.global_size / 4
 
@@ -30,7 +27,7 @@ def test_stall_is_told_of_when_it_begins_and_again_after_many_lines(capsys: pyte
     hint = StallHint(replace(config, data=replace(config.data, reader="decord")))
     said = []
     for share in [0.9, 0.05, 0.1, 0.34] + [0.5] * 120:  # the first line waits for loader processes to begin
-        hint.consider({"stalled": share})
+        hint.on_log(1, {"stalled": share})
         said.append(capsys.readouterr().out)
     assert [number for number, text in enumerate(said) if text] == [3, 54, 105]
     assert said[3].startswith("note: 34% of the time was spent waiting for clips. 1 loader processes")
@@ -39,5 +36,5 @@ def test_stall_is_told_of_when_it_begins_and_again_after_many_lines(capsys: pyte
         assert way_out in said[3]
     hint = StallHint(config)  # reads with PyAV
     for _ in range(2):
-        hint.consider({"stalled": 0.5})
+        hint.on_log(1, {"stalled": 0.5})
     assert "data.reader" not in capsys.readouterr().out

@@ -1,0 +1,336 @@
+"""From a job to a trained run directory: the work of `everest pretrain` and `everest finetune`.
+
+The order matters. Everything that can be refused is refused first, as far as possible before any process joins the
+others: a wrong setting costs seconds, ends all ranks alike, and leaves nothing behind.
+"""
+
+import contextlib
+import shlex
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everest_ds import distributed
+from everest_ds.config import Config, FinetuneConfig, PretrainConfig
+from everest_ds.data.clips.augment import check_rand_augment
+from everest_ds.data.clips.dataset import make_loader
+from everest_ds.data.clips.sampling import GlobalBatchSampler
+from everest_ds.data.lists.run_lists import Lists
+from everest_ds.data.lists.video_list import fingerprint
+from everest_ds.data.readers.choice import choose_reader
+from everest_ds.distributed import World
+from everest_ds.files import write_atomically
+from everest_ds.inference.validation import Validation
+from everest_ds.model.attention import choose_backend
+from everest_ds.model.sizes import get_size
+from everest_ds.planning.memory import GIB, MemoryEstimate, describe_estimate, estimate_memory
+from everest_ds.train.callbacks import Callback
+from everest_ds.train.checkpoints.run_dir import find_pointer_fault, require_shared, write_run_files
+from everest_ds.train.checkpoints.save import TrainState, point_to_best, set_aside, unfinished_saves
+from everest_ds.train.checkpoints.start import Start, choose_start
+from everest_ds.train.ema import WeightAverage
+from everest_ds.train.engine import (
+    build_engine,
+    check_compilation,
+    check_sections,
+    load_systems,
+    resolve_ds_config,
+    zero_stage,
+)
+from everest_ds.train.job import TrainingJob
+from everest_ds.train.loop import Trainer
+from everest_ds.train.optim import describe_groups
+from everest_ds.train.precision import Precision, choose_precision
+from everest_ds.train.record.bad_samples import BadSamples
+from everest_ds.train.record.frames import FrameLog, chooses_frames
+from everest_ds.train.record.metrics import MetricsLog
+from everest_ds.train.record.progress import MemoryComparison, StallHint
+from everest_ds.train.record.skipped_steps import SkippedSteps
+from everest_ds.train.schedule import Schedule
+from everest_ds.train.signals import EXIT_STOPPED
+from everest_ds.train.tasks import Task, make_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run whose start nothing refuses any more. Nothing is written yet.
+
+    Attributes:
+        lists: Its lists, with the configuration.
+        ds_config: The resolved DeepSpeed configuration.
+        start: Where it starts.
+        schedule: Its steps.
+        task: The task, with the weights that the run starts from.
+        engine: The DeepSpeed engine around it.
+        average: The moving average of the weights, where one is kept.
+        groups: The optimiser's groups, for the record.
+        attention: The attention backend.
+        world: This rank and how many there are.
+        device: This rank's.
+    """
+
+    lists: Lists
+    ds_config: dict[str, Any]
+    start: Start
+    schedule: Schedule
+    task: Task
+    engine: Any
+    average: WeightAverage | None
+    groups: list[dict[str, float]]
+    attention: str
+    world: World
+    device: torch.device
+
+    @property
+    def config(self) -> Config:
+        """The run, its classes counted."""
+        return self.lists.config
+
+
+def run(job: TrainingJob, world: World) -> int:
+    """Run or resume a training of either task.
+
+    Returns:
+        The exit code: 0, or `EXIT_STOPPED` when a signal stopped the run before its end, all saved.
+
+    Raises:
+        UserError: Anything the user can mend: DeepSpeed file, weights, too many bad videos.
+    """
+    attention, precision = _check_alone(job)
+    device = distributed.start(world)  # from here on all processes go together
+    began = time.perf_counter()
+    prepared = _prepare(job, world, device, attention, precision)
+    start, schedule = prepared.start, prepared.schedule
+    estimate = estimate_memory(prepared.config, prepared.ds_config, world_size=world.size)
+    with contextlib.closing(MetricsLog(start.run_dir, schedule.start_step, is_main=world.is_main)) as log:
+        if world.is_main:
+            _open_record(prepared, log, estimate, ready_s=time.perf_counter() - began)
+        distributed.barrier()
+        require_shared(start.run_dir)
+        state = _with_best(start, world)
+        trainer = Trainer(
+            engine=prepared.engine,
+            task=prepared.task,
+            config=prepared.config,
+            schedule=schedule,
+            world=world,
+            device=device,
+            run_dir=start.run_dir,
+            log=log,
+            start=state,
+            callbacks=make_callbacks(prepared, state, log, estimate),
+        )
+        if schedule.num_left > 0:
+            with contextlib.closing(_batches(prepared)) as batches:
+                taken = trainer.run(batches)
+        else:
+            taken = trainer.run(iter(()))
+            log.say(_nothing_left(prepared))
+        if taken >= schedule.end_step:
+            log.say(f"done: {start.run_dir}")
+    distributed.finish()
+    return 0 if taken >= schedule.end_step else EXIT_STOPPED
+
+
+def _check_alone(job: TrainingJob) -> tuple[str, Precision]:
+    """Refuse what can be refused without the other processes; return attention backend and precision."""
+    config = job.lists.config
+    if isinstance(config, FinetuneConfig) and config.data.rand_augment is not None:
+        check_rand_augment(config.data.rand_augment)
+    systems = load_systems(job.options.ds_config)
+    check_sections(systems, str(job.options.ds_config))
+    Schedule.of(config, len(job.lists.train))
+    device_type = "cuda" if distributed.select_accelerator() else "cpu"
+    precision = choose_precision(systems, job.options.precision, device_type)
+    check_compilation(config, systems, device_type)
+    size = get_size(config.model.size)
+    heads = [size.width // size.num_heads]
+    if isinstance(config, PretrainConfig):
+        heads.append(size.decoder_width // size.decoder_num_heads)
+    dtype = precision.products_dtype
+    backends = [choose_backend(config.model.attention, torch.device(device_type), dtype, head) for head in heads]
+    return backends[0].name, precision
+
+
+def _prepare(
+    job: TrainingJob, world: World, device: torch.device, attention: str, precision: Precision
+) -> Prepared:
+    """Build model and engine and bring them to where the run starts; all ranks take part."""
+    options, config = job.options, job.lists.config
+    systems = load_systems(options.ds_config)
+    ds_config = resolve_ds_config(
+        systems, config, world_size=world.size, precision=options.precision, device_type=device.type
+    )
+    now = TrainState(
+        world_size=world.size,
+        zero_stage=zero_stage(ds_config),
+        dtype=precision.weights,
+        autocast=precision.autocasts,
+        videos=fingerprint(job.lists.train),
+    )
+    start = choose_start(job.resume, now, world, options.init_from, options.init_allow)
+    torch.manual_seed(config.run.seed)
+    task = make_task(config)
+    task.threshold = start.state.threshold
+    groups = describe_groups(task.parameter_groups())
+    with start.ready(task, world) as load:
+        engine = build_engine(task, config, ds_config, device, universal=start.reshards)
+        load(engine)
+    average = None
+    if isinstance(config, FinetuneConfig) and config.optim.ema_decay is not None:
+        average = WeightAverage(engine, config.optim.ema_decay)
+        if start.checkpoint is not None:
+            average.load(start.checkpoint)
+    return Prepared(
+        lists=job.lists,
+        ds_config=ds_config,
+        start=start,
+        schedule=Schedule.of(config, len(job.lists.train), start_step=start.state.step),
+        task=task,
+        engine=engine,
+        average=average,
+        groups=groups,
+        attention=attention,
+        world=world,
+        device=device,
+    )
+
+
+def make_callbacks(
+    prepared: Prepared, state: TrainState, log: MetricsLog, estimate: MemoryEstimate
+) -> list[Callback]:
+    """Return what a run does besides its steps: a new concern is one more line here."""
+    lists, config, world, run_dir = prepared.lists, prepared.config, prepared.world, prepared.start.run_dir
+    callbacks: list[Callback] = [
+        SkippedSteps(lists.train, log, allowed=config.run.max_skipped_steps, count=state.num_skipped),
+        BadSamples(
+            run_dir,
+            world,
+            max_share=config.data.max_bad_share,
+            num_rows=len(lists.train),
+            global_size=config.batch.global_size,
+            count=state.num_bad,
+        ),
+        MemoryComparison(log, prepared.device, estimate.allocated / GIB),
+    ]
+    if world.is_main:
+        if chooses_frames(config):
+            callbacks.append(FrameLog(run_dir, lists.train, prepared.task))
+        callbacks.append(StallHint(config))
+    if prepared.average is not None:
+        callbacks.append(prepared.average)
+    if lists.val is not None and isinstance(config, FinetuneConfig):
+        callbacks.append(
+            Validation(
+                prepared.engine,
+                lists.val,
+                config,
+                prepared.schedule,
+                world=world,
+                device=prepared.device,
+                log=log,
+                average=prepared.average,
+                start=state,
+            )
+        )
+    return callbacks
+
+
+def _with_best(start: Start, world: World) -> TrainState:
+    """Return where the run stands, without a best score when its checkpoint is gone; all ranks agree."""
+    step = start.state.best_step
+    found = distributed.gather_objects(point_to_best(start.run_dir, step) if world.is_main else False)
+    if step is None or found[0]:
+        return start.state
+    if world.is_main:
+        print(f"warning: the best checkpoint, of step {step}, is gone; the next score counts", flush=True)
+    return replace(start.state, best_step=None, best_score=None)
+
+
+def _batches(prepared: Prepared) -> Any:
+    config, world, rows = prepared.config, prepared.world, prepared.lists.train
+    sampler = GlobalBatchSampler(
+        num_samples=len(rows),
+        repeats=config.clips_per_video,
+        global_size=config.batch.global_size,
+        micro_size=config.batch.micro_size,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.run.seed,
+        start_step=prepared.schedule.start_step,
+        end_step=prepared.schedule.end_step,
+    )
+    pin_memory = prepared.device.type == "cuda"
+    dataset = prepared.task.make_dataset(rows)
+    return iter(make_loader(dataset, sampler, micro_size=config.batch.micro_size, pin_memory=pin_memory))
+
+
+def _open_record(prepared: Prepared, log: MetricsLog, estimate: MemoryEstimate, *, ready_s: float) -> None:
+    """Write the run's files, say what is about to run, and begin the record. Rank zero only."""
+    config, world, start, schedule = prepared.config, prepared.world, prepared.start, prepared.schedule
+    run_dir, state = start.run_dir, start.state
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in prepared.task.parameters())
+    reader = choose_reader(config.data.reader)
+    compiled = ", compiled blocks" if config.model.compile_blocks else ""
+    log.say(
+        f"{config.recipe}: ViT-{config.model.size}, {parameters / 1e6:.1f} M parameters, {config.tokens}\n"
+        f"{world.size} x {prepared.device.type}, ZeRO-{state.zero_stage}, {state.computes_in}, "
+        f"attention {prepared.attention}{compiled}, videos by {reader}, "
+        f"batch {config.batch.global_size} = {config.batch.micro_size} x {world.size} x "
+        f"{config.batch.accumulation_steps(world.size)}, "
+        f"{schedule.end_step} steps of {schedule.steps_per_epoch} an epoch"
+    )
+    log.say(describe_estimate(estimate))
+    set_aside(start.damaged)
+    pointer_fault = find_pointer_fault(run_dir)
+    if pointer_fault:
+        log.say(f"warning: {pointer_fault}; the newest complete checkpoint counts")
+    for folder in unfinished_saves(run_dir):
+        log.say(f"warning: {folder} is a save that did not come to its end; passing it over")
+    write_run_files(run_dir, config, prepared.ds_config)
+    _describe_classes(prepared.lists, run_dir, log)
+    if prepared.lists.note:
+        log.say(f"warning: {prepared.lists.note}")
+    restored = start.describe()
+    if restored:
+        log.say(f"{restored}; ready in {ready_s:.1f} s")
+    log.write(
+        "event",
+        schedule.start_step,
+        event="resume" if start.checkpoint else "start",
+        world_size=world.size,
+        zero_stage=state.zero_stage,
+        dtype=state.dtype,
+        autocast=state.autocast,
+        attention=prepared.attention,
+        compile_blocks=config.model.compile_blocks,
+        reader=reader,
+        parameters=parameters,
+        ready_s=round(ready_s, 2),
+        init_from=None if start.init_from is None else str(start.init_from),
+        groups=prepared.groups,
+    )
+
+
+def _describe_classes(lists: Lists, run_dir: Path, log: MetricsLog) -> None:
+    """Write the names of the classes, and say what they are scored on."""
+    classes, config = lists.classes, lists.config
+    if classes is None or not isinstance(config, FinetuneConfig):
+        return
+    if classes.names is not None:
+        write_atomically(run_dir / "classes.txt", "\n".join(classes.names) + "\n")
+    every = config.run.validate_every_epochs
+    scored = f"scored on {len(lists.val)} every {every} epochs" if lists.val else "not scored during training"
+    log.say(f"{classes.num} classes, {len(lists.train)} training videos, {scored}")
+
+
+def _nothing_left(prepared: Prepared) -> str:
+    schedule, limit = prepared.schedule, prepared.config.run.max_steps
+    longer = "raise --run.max-steps, or " if limit is not None and schedule.end_step == limit else ""
+    return (
+        f"nothing left to do: step {schedule.start_step} of {schedule.end_step}; to train longer, {longer}"
+        f"start a new run from these weights: --init-from {shlex.quote(str(prepared.start.run_dir))} --out ANOTHER"
+    )
