@@ -1,30 +1,20 @@
-"""Will it fit: what one GPU holds at the peak of a run, part by part, before the run.
+"""What one GPU holds at the peak of a run, part by part, before the run.
 
-Place in the flow: configuration and resolved DeepSpeed configuration in, `MemoryEstimate` out; `everest plan`
-compares many, a run logs its own at the start and holds it against the peak at the end. Arithmetic only: neither
-DeepSpeed nor a GPU is needed. What building the engine and saving a checkpoint take for a moment is not counted.
+Place in the flow: configuration and resolved DeepSpeed configuration in, `MemoryEstimate` out. `everest plan`
+compares many; a run prints its own at the start and compares it with the measured peak at the end. Arithmetic only:
+neither DeepSpeed nor a GPU is needed. What building the engine and saving a checkpoint take is not counted.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig
-from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.selection import keep_rule
 from everest_ds.model.sizes import get_size
-from everest_ds.planning.activations import (
-    FLOAT32_BYTES,
-    ActivationBytes,
-    NumberBytes,
-    TokenCounts,
-    activation_bytes,
-    classifier_activation_bytes,
-    ranking_bytes,
-)
-from everest_ds.planning.sharding import Sharding, bytes_sent, count_parameters, num_classes
-from everest_ds.planning.states import model_states
+from everest_ds.planning.activations import NumberBytes, activation_bytes, ranking_bytes
+from everest_ds.planning.sharding import FLOAT32_BYTES, Sharding, bytes_sent, count_parameters, num_classes
+from everest_ds.planning.states import ModelStates, model_states
 from everest_ds.train.selecting import num_pretrain_noise
-from everest_ds.train.tasks import encoder_options
 
 GIB = 2**30
 # Assumed, not yet measured: CUDA context, kernels, cuBLAS workspace and NCCL's buffers and channels.
@@ -34,39 +24,25 @@ ASSUMED_FRAGMENTATION = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryEstimate:
-    """Bytes on one GPU, of the process that holds most.
+class MemoryEstimate(ModelStates):
+    """Bytes on one GPU, of the process that holds most: model states and what comes beside them.
 
     Attributes:
-        parameters: Parameters as the model computes with them (stage 3: this process's share and the small ones).
-        gradients: Gradients, held from backward to the step.
-        optimizer: Master weights and both moments of Adam.
         average: This process's share of the weights' moving average.
-        gathered: Parameters of other processes during forward and backward (stage 3).
         activations: The most that forward and backward need at once.
         attention: The part of ``activations`` that is attention's own.
-        ranking: What ranking all tokens in float32 needs, before any activation is there.
-        step: What reducing gradients and stepping need, after the activations are gone.
+        ranking: What ranking all tokens in float32 needs, before any activation is alive.
         input: The micro-batch: uint8 clips, noise, and labels.
-        communication: Buffers that gradients are communicated in.
-        host: Host memory that offload takes for one GPU, pinned.
         sent: Bytes that one GPU sends in one optimiser step.
         not_modelled: Options of the DeepSpeed configuration that the estimate does not know, and
             model.compile_blocks: compiled code keeps other tensors for backward.
     """
 
-    parameters: int
-    gradients: int
-    optimizer: int
     average: int
-    gathered: int
     activations: int
     attention: int
     ranking: int
-    step: int
     input: int
-    communication: int
-    host: int
     sent: int
     not_modelled: tuple[str, ...]
 
@@ -87,7 +63,7 @@ class MemoryEstimate:
 
     @property
     def overhead(self) -> int:
-        """Context, NCCL and fragmentation: assumed, not yet measured."""
+        """CUDA context, NCCL and fragmentation: assumed, not yet measured."""
         return ASSUMED_CONTEXT_BYTES + int(ASSUMED_FRAGMENTATION * self.allocated)
 
     @property
@@ -106,61 +82,17 @@ def estimate_memory(config: Config, ds_config: dict[str, Any], *, world_size: in
     """
     sharding = Sharding.of(ds_config, world_size)
     counts = count_parameters(config)
-    states = model_states(counts, sharding)
-    options, clips = encoder_options(config), config.batch.micro_size
-    activations = _activations(config, _numbers(sharding))
+    activations = activation_bytes(config, NumberBytes.of(sharding))
     return MemoryEstimate(
-        parameters=states.parameters,
-        gradients=states.gradients,
-        optimizer=states.optimizer,
+        **asdict(model_states(counts, sharding)),
         average=_average_bytes(config, sum(counts.trained), world_size),
-        gathered=states.gathered,
         activations=activations.peak,
         attention=activations.attention,
-        ranking=_ranking_bytes(config, options, clips),
-        step=states.step,
-        input=clips * _clip_bytes(config),
-        communication=states.buckets,
-        host=states.host,
+        ranking=ranking_bytes(config),
+        input=config.batch.micro_size * _clip_bytes(config),
         sent=bytes_sent(counts, sharding),
         not_modelled=sharding.not_modelled + (("model.compile_blocks",) if config.model.compile_blocks else ()),
     )
-
-
-def _numbers(sharding: Sharding) -> NumberBytes:
-    """Return bytes of a number; at stage 3 DeepSpeed puts a linear layer of its own in the place of torch's."""
-    return NumberBytes(row=sharding.model_bytes, product=sharding.product_bytes, keeps_casts=sharding.stage < 3)
-
-
-def _activations(config: Config, numbers: NumberBytes) -> ActivationBytes:
-    size, options, clips = get_size(config.model.size), encoder_options(config), config.batch.micro_size
-    if isinstance(config, FinetuneConfig):
-        return classifier_activation_bytes(
-            size,
-            options,
-            clips=clips,
-            kept=config.num_kept,
-            num_classes=num_classes(config),
-            drop_path=config.model.drop_path > 0,
-            frozen=config.model.freeze_encoder,
-            numbers=numbers,
-        )
-    assert isinstance(config, PretrainConfig)
-    # Where clips differ, the most that a process may get, not the average.
-    counts = TokenCounts(clips=clips, visible=config.most.visible, targets=config.most.targets)
-    return activation_bytes(size, options, counts, decoder_depth=config.model.decoder_depth, numbers=numbers)
-
-
-def _ranking_bytes(config: Config, options: EncoderOptions, clips: int) -> int:
-    """Return what ranking all tokens takes, those of candidate frames among them; 0 where nothing is ranked."""
-    if isinstance(config, FinetuneConfig):
-        ranks, grid = keep_rule(config.selection).ranks_to_keep(config.grid), config.grid
-    else:
-        assert isinstance(config, PretrainConfig)
-        ranks, grid = config.selection.measures_change, config.candidate_grid
-    if not ranks:
-        return 0
-    return ranking_bytes(grid, options, width=get_size(config.model.size).width, clips=clips)
 
 
 def _average_bytes(config: Config, trained: int, world_size: int) -> int:
@@ -186,19 +118,13 @@ def _clip_bytes(config: Config) -> int:
 
 def describe_estimate(estimate: MemoryEstimate) -> str:
     """Return one line for the start of a run: the peak and its parts in GiB."""
-    parts = {
-        "parameters": estimate.parameters,
-        "gradients": estimate.gradients,
-        "optimiser": estimate.optimizer,
-        "moving average": estimate.average,
-        "gathered": estimate.gathered,
-        "activations": estimate.activations,
-        "ranking": estimate.ranking,
-        "step": estimate.step,
-        "input": estimate.input,
-        "communication": estimate.communication,
-    }
-    shown = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items() if value)
+    names = (
+        "parameters", "gradients", "optimizer", "average", "gathered", "activations", "ranking", "step", "input",
+        "communication",
+    )  # fmt: skip
+    spelled = {"optimizer": "optimiser", "average": "moving average"}
+    parts = {spelled.get(name, name): getattr(estimate, name) / GIB for name in names}
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in parts.items() if value)
     line = (
         f"memory estimate a process: {estimate.allocated / GIB:.2f} GiB allocated at the peak, "
         f"{estimate.total / GIB:.2f} with context and fragmentation ({shown})"

@@ -93,7 +93,7 @@ class Sharding:
     Attributes:
         stage: ZeRO stage.
         model_bytes: Bytes of a parameter as the model holds it.
-        product_bytes: Bytes of a number in matrix products and attention.
+        matmul_bytes: Bytes of a number in matmuls and attention.
         accumulation_bytes: Bytes of an accumulated gradient.
         communication_bytes: Bytes of a gradient on the wire.
         options: The section ``zero_optimization``.
@@ -103,7 +103,7 @@ class Sharding:
 
     stage: int
     model_bytes: int
-    product_bytes: int
+    matmul_bytes: int
     accumulation_bytes: int
     communication_bytes: int
     options: dict[str, Any]
@@ -120,7 +120,7 @@ class Sharding:
         return cls(
             stage=int(options.get("stage", 0)),
             model_bytes=size[model],
-            product_bytes=FLOAT32_BYTES if precision == FP32 else BFLOAT16_BYTES,
+            matmul_bytes=FLOAT32_BYTES if precision == FP32 else BFLOAT16_BYTES,
             accumulation_bytes=size[ds_config.get("data_types", {}).get("grad_accum_dtype", model)],
             communication_bytes=size[ds_config["communication_data_type"]],
             options=options,

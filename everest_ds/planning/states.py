@@ -38,19 +38,20 @@ class ModelStates:
     """Bytes on one GPU, of the process that holds most.
 
     Attributes:
-        parameters: Parameters as the model computes with them, and its buffers.
+        parameters: Parameters as the model computes with them, and its buffers. At stage 3 this process's share and
+            the small ones.
         gradients: Held from backward to the step.
         optimizer: Master weights and both moments of Adam.
-        buckets: Buffers that gradients are communicated in.
+        communication: Buffers that gradients are communicated in.
         gathered: Parameters of other processes, held during forward and backward (stage 3).
         step: What reducing and stepping need for a moment, when the activations are gone.
-        host: In host memory instead.
+        host: Host memory that offload takes for one GPU, pinned.
     """
 
     parameters: int
     gradients: int
     optimizer: int
-    buckets: int = 0
+    communication: int = 0
     gathered: int = 0
     step: int = 0
     host: int = 0
@@ -116,7 +117,7 @@ def _stages_1_and_2(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
         parameters=(sum(aligned) + sum(counts.frozen)) * model,
         gradients=gradients,
         optimizer=partition * (MASTER_BYTES + ADAM_BYTES),
-        buckets=buffers * bucket * model if contiguous else 0,
+        communication=buffers * bucket * model if contiguous else 0,
         step=step,
     )
 
@@ -151,7 +152,7 @@ def _stage_3(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
         parameters=shards + persistent * model,
         gradients=gradients,
         optimizer=optimizer,
-        buckets=bucket * sharding.communication_bytes + reduced + reduced // world,
+        communication=bucket * sharding.communication_bytes + reduced + reduced // world,
         gathered=min(total - persistent, kept) * model,
         step=step,
         host=host,
