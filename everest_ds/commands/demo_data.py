@@ -1,6 +1,5 @@
 """`everest demo-data DIR`: make the demo dataset, with progress."""
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -22,21 +21,9 @@ class Arguments:
 
 
 def main(words: list[str], world: World) -> int:
-    """Parse, and write the dataset."""
+    """Parse, write the dataset, and say what is there."""
     arguments = parse(Arguments, words, "everest demo-data", world)
-    demo_data(arguments.folder, arguments.demo)
-    return 0
-
-
-def demo_data(folder: Path, config: DemoConfig) -> None:
-    """Write the dataset and say what is there."""
-    started = time.perf_counter()
-
-    def show(done: int, total: int) -> None:
-        if done % 100 == 0 or done == total:
-            left_s = (time.perf_counter() - started) / done * (total - done)
-            print(f"{done}/{total} videos, {left_s:.0f} s left", flush=True)
-
-    lists = write_demo_data(folder, config, on_progress=show)
+    lists = write_demo_data(arguments.folder, arguments.demo)
     names = ", ".join(str(path) for path in lists)
-    print(f"{len(config.class_names)} classes in {folder}: {names}")
+    print(f"{len(arguments.demo.class_names)} classes in {arguments.folder}: {names}")
+    return 0

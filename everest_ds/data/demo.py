@@ -1,189 +1,50 @@
 """A small labelled video dataset that needs motion to be told apart: `everest demo-data`.
 
-Smooth textured discs drift over a smooth textured background; other discs stand still. The class is the direction
-(four) and the speed (two) of the drift. The movers wrap around the frame, so at every moment their positions
-are uniform whatever the class: no single frame gives the class away. With `classes="mover"` the class is what
-moves instead of how (`demo_movers`), and with clutter and shake it is harder to find. Every video derives from
-(seed, split, number), and x264 is set so that the files repeat byte for byte.
+Discs lie on a smooth background. Some drift and wrap around the frame's edges, the others stand still. The class is
+either how they drift (four directions, two speeds; all discs have smooth textures) or which of four textures drifts
+(`classes="mover"`). At every moment the discs' places are uniform whatever the class, so no single frame gives the
+class away. Clutter on the background and a shaking camera make it harder.
+
+Every video derives from (seed, split, number) by a counter-based generator, and x264 is set so that files repeat
+byte for byte. The order of the draws is part of the format.
 """
 
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
+import av
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from everest_ds.errors import UserError
 from everest_ds.files import atomic_path, write_atomically
-
-KINDS = ("rows", "columns", "diagonal", "checks")
-
-# Pixels a frame, (down, right). In the two frames of a tubelet none goes a multiple of the textures' period: a disc
-# that came as far would, at stride 1, look as if it had not changed.
-VELOCITIES = tuple(
-    (down * speed, right * speed) for down, right in ((0, 1), (0, -1), (1, 0), (-1, 0)) for speed in (1, 3)
-)
-# Least difference in brightness, of 255, between the two colours of a texture.
-_CONTRAST = 150
-_CLUTTER_RADII_PX = (1, 4)
-
-
-@dataclass(frozen=True)
-class Sprite:
-    """A disc of one kind at its place in the first frame.
-
-    Attributes:
-        kind: Its texture, an index of `KINDS`.
-        image_HWC: The frame's size, uint8; what is outside of the mask does not count.
-        mask_HW1: Where the disc is.
-    """
-
-    kind: int
-    image_HWC: NDArray[np.uint8]
-    mask_HW1: NDArray[np.bool_]
-
-    def paint(self, frame_HWC: NDArray[np.uint8], shift: tuple[int, int]) -> NDArray[np.uint8]:
-        """Return the frame with the disc on it, moved by (down, right) pixels around the frame's edges."""
-        image_HWC, mask_HW1 = (np.roll(part, shift, axis=(0, 1)) for part in (self.image_HWC, self.mask_HW1))
-        return np.where(mask_HW1, image_HWC, frame_HWC)
-
-
-def draw_sprites(
-    generator: np.random.Generator, *, frame_px: tuple[int, int], radius: int, of_each_kind: int, more: int
-) -> list[Sprite]:
-    """Draw discs of every kind, equally many, and some more of any kind; the last one lies on top.
-
-    Args:
-        generator: The video's draws.
-        frame_px: Height and width of the frame.
-        radius: Of a disc, in pixels.
-        of_each_kind: Discs of every kind.
-        more: Discs of any kind.
-    """
-    kinds = np.repeat(np.arange(len(KINDS)), of_each_kind)
-    kinds = np.concatenate((kinds, generator.integers(len(KINDS), size=more)))
-    return [_draw_sprite(generator, int(kind), frame_px, radius) for kind in generator.permutation(kinds)]
-
-
-def render_movers(
-    background_HWC: NDArray[np.uint8],
-    sprites: Sequence[Sprite],
-    *,
-    label: int,
-    velocities: Sequence[tuple[int, int]],
-    num_frames: int,
-) -> NDArray[np.uint8]:
-    """Return the frames_THWC in which discs of the class's kind drift and all others stand still.
-
-    Args:
-        background_HWC: What lies below.
-        sprites: The discs, the last one on top.
-        label: The kind that moves.
-        velocities: Pixels a frame, (down, right), for each disc; those of other kinds do not count.
-        num_frames: Frames of the video.
-    """
-    frames = []
-    for t in range(num_frames):
-        frame_HWC = background_HWC
-        for sprite, (down, right) in zip(sprites, velocities, strict=True):
-            moved = t if sprite.kind == label else 0
-            frame_HWC = sprite.paint(frame_HWC, (down * moved, right * moved))
-        frames.append(frame_HWC)
-    return np.stack(frames)
-
-
-def draw_velocities(generator: np.random.Generator, count: int) -> list[tuple[int, int]]:
-    """Draw a way to drift for each disc, whether it moves or not."""
-    return [VELOCITIES[place] for place in generator.integers(len(VELOCITIES), size=count)]
-
-
-def add_clutter(generator: np.random.Generator, background_HWC: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
-    """Return the background with small shapes of random pixels on it: detail that stands still."""
-    frame_px = (background_HWC.shape[0], background_HWC.shape[1])
-    for _ in range(count):
-        radius = int(generator.integers(*_CLUTTER_RADII_PX, endpoint=True))
-        edge = 2 * radius + 1
-        image_HWC = np.zeros_like(background_HWC)
-        image_HWC[:edge, :edge] = _two_colours(generator, generator.random((edge, edge)) < 0.5)
-        draw_mask = _disc_mask if generator.random() < 0.5 else _square_mask
-        sprite = Sprite(-1, image_HWC, draw_mask(frame_px, radius))
-        background_HWC = sprite.paint(background_HWC, draw_place(generator, frame_px))
-    return background_HWC
-
-
-def shake_camera(generator: np.random.Generator, frames_THWC: NDArray[np.uint8], reach: int) -> NDArray[np.uint8]:
-    """Return the frames, each moved as a whole by up to ``reach`` pixels each way, around its edges."""
-    shifts = generator.integers(-reach, reach, size=(len(frames_THWC), 2), endpoint=True)
-    moved = [
-        np.roll(frame, (int(down), int(right)), axis=(0, 1))
-        for frame, (down, right) in zip(frames_THWC, shifts, strict=True)
-    ]
-    return np.stack(moved)
-
-
-def draw_place(generator: np.random.Generator, frame_px: tuple[int, int]) -> tuple[int, int]:
-    """Draw a place (down, right) in pixels, uniform on a frame of this height and width."""
-    down, right = generator.integers(frame_px)
-    return int(down), int(right)
-
-
-def _draw_sprite(generator: np.random.Generator, kind: int, frame_px: tuple[int, int], radius: int) -> Sprite:
-    edge = 2 * radius + 1
-    image_HWC = np.zeros((*frame_px, 3), dtype=np.uint8)
-    image_HWC[:edge, :edge] = _two_colours(generator, _two_tone_texture(generator, kind, edge))
-    place = draw_place(generator, frame_px)
-    return Sprite(
-        kind, np.roll(image_HWC, place, axis=(0, 1)), np.roll(_disc_mask(frame_px, radius), place, axis=(0, 1))
-    )
-
-
-def _two_tone_texture(generator: np.random.Generator, kind: int, edge: int) -> NDArray[np.bool_]:
-    """Return where a kind's texture has its second colour; period four pixels, at a random phase."""
-    phase = generator.integers(4, size=2)
-    rows, cols = np.ogrid[:edge, :edge]
-    down, right = rows + phase[0], cols + phase[1]
-    if KINDS[kind] == "rows":
-        return np.broadcast_to(down // 2 % 2 == 0, (edge, edge))
-    if KINDS[kind] == "columns":
-        return np.broadcast_to(right // 2 % 2 == 0, (edge, edge))
-    if KINDS[kind] == "diagonal":
-        return (down + right) // 2 % 2 == 0
-    return (down // 2 + right // 2) % 2 == 0
-
-
-def _two_colours(generator: np.random.Generator, second: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Colour a texture with two random colours that differ in brightness."""
-    while True:
-        colours = generator.integers(256, size=(2, 3))
-        brightness = colours.mean(axis=1)
-        if abs(brightness[0] - brightness[1]) >= _CONTRAST:
-            return colours[second.astype(int)].astype(np.uint8)
-
-
-def _disc_mask(frame_px: tuple[int, int], radius: int) -> NDArray[np.bool_]:
-    rows, cols = np.ogrid[: frame_px[0], : frame_px[1]]
-    return ((rows - radius) ** 2 + (cols - radius) ** 2 <= radius**2)[:, :, None]
-
-
-def _square_mask(frame_px: tuple[int, int], radius: int) -> NDArray[np.bool_]:
-    rows, cols = np.ogrid[: frame_px[0], : frame_px[1]]
-    return ((rows <= 2 * radius) & (cols <= 2 * radius))[:, :, None]
-
+from everest_ds.progress import with_progress
 
 DIRECTIONS = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}
-SPEEDS_PX = (1, 2)
-CLASS_NAMES = [f"{direction}-{speed}px" for direction in DIRECTIONS for speed in SPEEDS_PX]
+MOTIONS = {
+    f"{name}-{speed}px": (down * speed, right * speed)
+    for name, (down, right) in DIRECTIONS.items()
+    for speed in (1, 2)
+}
+"""Class names of `classes="motion"` and their drift in pixels a frame, (down, right)."""
+
+TEXTURES = ("rows", "columns", "diagonal", "checks")
+"""Class names of `classes="mover"`: two-coloured textures with a period of four pixels."""
+
+# Drifts of `classes="mover"`. Over the two frames of a tubelet none is a multiple of the textures' period: a disc
+# that moved so far would look unchanged at stride 1.
+VELOCITIES = tuple((down * speed, right * speed) for down, right in DIRECTIONS.values() for speed in (1, 3))
+
 SPLITS = ("train", "val", "test")
 STAMP = "demo.json"
-
-_TEXTURE_CELLS = 4
-# Fields that came later: a stamp has them only where they are not at their default, as if they were not there.
+_SMOOTH_CELLS = 4
+# Least difference in mean brightness, of 255, between the two colours of a texture.
+_CONTRAST = 150
+_CLUTTER_RADII_PX = (1, 4)
+# Fields that are newer than the stamp: it has them only where they differ from their default.
 _LATER_FIELDS = ("classes", "clutter", "shake", "width", "gop")
 
 
@@ -223,12 +84,13 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         """Check each field, and the disc against the frame."""
-        for name in ("train", "num_frames", "movers", "radius", "gop"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("val", "test", "seed", "distractors", "clutter", "shake"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
+        for least, names in (
+            (1, ("train", "num_frames", "movers", "radius", "gop")),
+            (0, ("val", "test", "seed", "distractors", "clutter", "shake")),
+        ):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
         for name, edge in zip(("size", "width"), self.frame_px, strict=True):
             if edge % 2 or edge < 4 * self.radius:
                 raise UserError(f"{name}={edge} must be even and at least four radii ({4 * self.radius})")
@@ -245,7 +107,7 @@ class DemoConfig:
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, by label."""
-        return CLASS_NAMES if self.classes == "motion" else list(KINDS)
+        return list(MOTIONS if self.classes == "motion" else TEXTURES)
 
     @property
     def stamp(self) -> str:
@@ -259,55 +121,166 @@ class DemoConfig:
         return json.dumps(kept, indent=2) + "\n"
 
 
-def velocity_of(label: int) -> tuple[int, int]:
-    """Return a class's drift in pixels a frame, (down, right)."""
-    direction, speed = CLASS_NAMES[label].removesuffix("px").split("-")
-    down, right = DIRECTIONS[direction]
-    return down * int(speed), right * int(speed)
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A disc, or a piece of clutter.
+
+    Attributes:
+        image_EEC: Its pixels, a square of E pixels, uint8.
+        mask_EE1: Which of them are visible.
+        corner: The square's first pixel (down, right) in the first frame.
+        velocity: Pixels a frame, (down, right).
+        texture: Index of `TEXTURES`; None for other textures.
+    """
+
+    image_EEC: NDArray[np.uint8]
+    mask_EE1: NDArray[np.bool_]
+    corner: tuple[int, int]
+    velocity: tuple[int, int] = (0, 0)
+    texture: int | None = None
+
+    def paint(self, frame_HWC: NDArray[np.uint8], time: int = 0) -> None:
+        """Paint it onto a frame, in place, where it is after so many frames; it wraps around the edges."""
+        steps = np.arange(len(self.image_EEC))
+        rows, cols = (
+            (start + speed * time + steps) % length
+            for start, speed, length in zip(self.corner, self.velocity, frame_HWC.shape[:2], strict=True)
+        )
+        square = np.ix_(rows, cols)
+        frame_HWC[square] = np.where(self.mask_EE1, self.image_EEC, frame_HWC[square])
 
 
 def render_video(config: DemoConfig, split: str, number: int) -> NDArray[np.uint8]:
     """Return the frames_THWC of a video; its class is ``number`` modulo the number of classes."""
+    generator = make_generator(config, split, number)
+    background_HWC = draw_background(generator, config)
+    shapes = draw_discs(generator, config, number % len(config.class_names))
+    frames_THWC = render(background_HWC, shapes, config.num_frames)
+    return _shake(generator, frames_THWC, config.shake) if config.shake else frames_THWC
+
+
+def make_generator(config: DemoConfig, split: str, number: int) -> np.random.Generator:
+    """Return the generator of a video's draws."""
     key = np.array([config.seed, SPLITS.index(split)], dtype=np.uint64)
     counter = np.array([0, number, 0, 0], dtype=np.uint64)
-    generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
-    background = _texture(generator, config.frame_px)
-    if config.clutter:
-        background = add_clutter(generator, background, config.clutter)
-    label = number % len(config.class_names)
-    draw = _drift if config.classes == "motion" else _move
-    frames = draw(generator, config, background, label)
-    return shake_camera(generator, frames, config.shake) if config.shake else frames
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def _drift(
-    generator: np.random.Generator, config: DemoConfig, still: NDArray[np.uint8], label: int
-) -> NDArray[np.uint8]:
-    for _ in range(config.distractors):
-        disc, mask = _disc(generator, config)
-        still = np.where(mask, disc, still)
-    movers = [_disc(generator, config) for _ in range(config.movers)]
-    down, right = velocity_of(label)
-    return np.stack([_draw(still, movers, (down * t, right * t)) for t in range(config.num_frames)])
+def draw_background(generator: np.random.Generator, config: DemoConfig) -> NDArray[np.uint8]:
+    """Return the background (H, W, C), with its clutter."""
+    background_HWC = _smooth_texture(generator, config.frame_px)
+    for _ in range(config.clutter):
+        radius = int(generator.integers(*_CLUTTER_RADII_PX, endpoint=True))
+        edge = 2 * radius + 1
+        image_EEC = _two_colours(generator, generator.random((edge, edge)) < 0.5)
+        mask_EE1 = _disc_mask(radius) if generator.random() < 0.5 else np.ones((edge, edge, 1), dtype=bool)
+        corner = _draw_corner(generator, config.frame_px)
+        Shape(image_EEC=image_EEC, mask_EE1=mask_EE1, corner=corner).paint(background_HWC)
+    return background_HWC
 
 
-def _move(
-    generator: np.random.Generator, config: DemoConfig, background: NDArray[np.uint8], label: int
-) -> NDArray[np.uint8]:
-    sprites = draw_sprites(
-        generator,
-        frame_px=config.frame_px,
-        radius=config.radius,
-        of_each_kind=config.movers,
-        more=config.distractors,
+def draw_discs(generator: np.random.Generator, config: DemoConfig, label: int) -> list[Shape]:
+    """Return the discs of a video, the lowest first. Only their velocities depend on the label."""
+    mask_EE1 = _disc_mask(config.radius)
+    if config.classes == "motion":
+        kinds: list[int | None] = [None] * (config.distractors + config.movers)
+    else:
+        textures = np.repeat(np.arange(len(TEXTURES)), config.movers)
+        textures = np.concatenate((textures, generator.integers(len(TEXTURES), size=config.distractors)))
+        kinds = generator.permutation(textures).tolist()
+    drawn = []
+    for kind in kinds:
+        image_EEC = _disc_image(generator, kind, 2 * config.radius + 1)
+        drawn.append((image_EEC, _draw_corner(generator, config.frame_px)))
+    if config.classes == "motion":
+        velocities = [(0, 0)] * config.distractors + [list(MOTIONS.values())[label]] * config.movers
+    else:
+        chosen = [VELOCITIES[i] for i in generator.integers(len(VELOCITIES), size=len(kinds))]
+        velocities = [way if kind == label else (0, 0) for way, kind in zip(chosen, kinds, strict=True)]
+    return [
+        Shape(image_EEC=image_EEC, mask_EE1=mask_EE1, corner=corner, velocity=velocity, texture=kind)
+        for (image_EEC, corner), velocity, kind in zip(drawn, velocities, kinds, strict=True)
+    ]
+
+
+def render(background_HWC: NDArray[np.uint8], shapes: list[Shape], num_frames: int) -> NDArray[np.uint8]:
+    """Return the frames_THWC of shapes that drift over a background; the last shape lies on top."""
+    frames_THWC = np.repeat(background_HWC[None], num_frames, axis=0)
+    for time, frame_HWC in enumerate(frames_THWC):
+        for shape in shapes:
+            shape.paint(frame_HWC, time)
+    return frames_THWC
+
+
+def _shake(generator: np.random.Generator, frames_THWC: NDArray[np.uint8], reach: int) -> NDArray[np.uint8]:
+    """Return the frames, each moved as a whole by up to ``reach`` pixels each way, around its edges."""
+    shifts = generator.integers(-reach, reach, size=(len(frames_THWC), 2), endpoint=True)
+    return np.stack(
+        [np.roll(frame, shift, axis=(0, 1)) for frame, shift in zip(frames_THWC, shifts.tolist(), strict=True)]
     )
-    velocities = draw_velocities(generator, len(sprites))
-    return render_movers(background, sprites, label=label, velocities=velocities, num_frames=config.num_frames)
 
 
-def write_demo_data(
-    folder: Path, config: DemoConfig, *, on_progress: Callable[[int, int], None] = lambda done, total: None
-) -> list[Path]:
+def _draw_corner(generator: np.random.Generator, frame_px: tuple[int, int]) -> tuple[int, int]:
+    down, right = generator.integers(frame_px)
+    return int(down), int(right)
+
+
+def _smooth_texture(generator: np.random.Generator, size_px: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return random cells (H, W, C), enlarged bilinearly.
+
+    In float32, with each product added in one rounding and in this order: so torch.nn.functional.interpolate
+    computes it, by which earlier versions made their videos.
+    """
+    cells_HWC = generator.random((3, _SMOOTH_CELLS, _SMOOTH_CELLS), dtype=np.float32).transpose(1, 2, 0)
+    (top, down), (left, right) = (_between_cells(length) for length in size_px)
+    up, down, left_share, right_share = 1 - down, down, 1 - right, right
+    smooth_HWC = np.zeros((*size_px, 3), dtype=np.float32)
+    for rows, cols, row_shares, col_shares in (
+        (top, left + 1, up, right_share),
+        (top, left, up, left_share),
+        (top + 1, left, down, left_share),
+        (top + 1, left + 1, down, right_share),
+    ):
+        corner_HWC = cells_HWC[np.ix_(rows % _SMOOTH_CELLS, cols % _SMOOTH_CELLS)].astype(np.float64)
+        shares_HW1 = np.outer(row_shares, col_shares)[:, :, None]
+        smooth_HWC = (corner_HWC * shares_HW1 + smooth_HWC).astype(np.float32)
+    return (smooth_HWC * 255).round().astype(np.uint8)
+
+
+def _between_cells(length: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return, for each pixel of an edge, the cell before it and the share of the cell after it."""
+    places = np.arange(length, dtype=np.float32) * np.float32((_SMOOTH_CELLS - 1) / (length - 1))
+    cells = places.astype(np.int64)
+    return cells, (places - cells).astype(np.float32)
+
+
+def _disc_image(generator: np.random.Generator, texture: int | None, edge: int) -> NDArray[np.uint8]:
+    """Return a square of one of `TEXTURES` at a random phase and in random colours, or a smooth one."""
+    if texture is None:
+        return _smooth_texture(generator, (edge, edge))
+    phase = generator.integers(4, size=2)
+    rows, cols = np.ogrid[:edge, :edge]
+    down, right = rows + phase[0], cols + phase[1]
+    bands = {"rows": down // 2, "columns": right // 2, "diagonal": (down + right) // 2}
+    band = bands.get(TEXTURES[texture], down // 2 + right // 2)
+    return _two_colours(generator, np.broadcast_to(band % 2 == 0, (edge, edge)))
+
+
+def _two_colours(generator: np.random.Generator, is_second_EE: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Colour a texture with two random colours that differ in brightness."""
+    while True:
+        colours = generator.integers(256, size=(2, 3))
+        brightness = colours.mean(axis=1)
+        if abs(brightness[0] - brightness[1]) >= _CONTRAST:
+            return colours[is_second_EE.astype(int)].astype(np.uint8)
+
+
+def _disc_mask(radius: int) -> NDArray[np.bool_]:
+    rows, cols = np.ogrid[-radius : radius + 1, -radius : radius + 1]
+    return (rows**2 + cols**2 <= radius**2)[:, :, None]
+
+
+def write_demo_data(folder: Path, config: DemoConfig) -> list[Path]:
     """Write videos, classes.txt, one list a split, and a stamp of what was made; return the lists.
 
     A folder that already holds this very dataset is left as it is, and one that holds a part of it is completed.
@@ -335,13 +308,12 @@ def write_demo_data(
         for split, number in videos:  # made by something else
             (folder / _video_name(split, number)).unlink(missing_ok=True)
         write_atomically(begun, config.stamp)
-    for done, (split, number) in enumerate(videos, start=1):
+    for split, number in with_progress(videos, len(videos)):
         path = folder / _video_name(split, number)
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
             with atomic_path(path) as partial:
                 encode_h264(partial, render_video(config, split, number), gop=config.gop)
-        on_progress(done, len(videos))
     for path in lists:
         rows = (f"{_video_name(path.stem, i)} {i % len(names)}\n" for i in range(config.count(path.stem)))
         write_atomically(path, "".join(rows))
@@ -358,8 +330,6 @@ def encode_h264(path: Path, frames_THWC: NDArray[np.uint8], *, frames_per_s: int
 
     From one keyframe to the next it is at most ``gop`` frames.
     """
-    import av
-
     height, width = frames_THWC.shape[1:3]
     with av.open(f"file:{path}", "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(frames_per_s))
@@ -370,32 +340,3 @@ def encode_h264(path: Path, frames_THWC: NDArray[np.uint8], *, frames_per_s: int
         for image in frames_THWC:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
-
-
-def _texture(generator: np.random.Generator, frame_px: tuple[int, int]) -> NDArray[np.uint8]:
-    cells = torch.from_numpy(generator.random((1, 3, _TEXTURE_CELLS, _TEXTURE_CELLS), dtype=np.float32))
-    smooth = F.interpolate(cells, size=frame_px, mode="bilinear", align_corners=True)
-    return (smooth[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-
-
-def _disc(generator: np.random.Generator, config: DemoConfig) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Return a disc of its own texture at a uniform place of the wrapped frame, and its mask (H, W, 1)."""
-    (height, width), radius = config.frame_px, config.radius
-    image = np.zeros((height, width, 3), dtype=np.uint8)
-    edge = 2 * radius + 1
-    image[:edge, :edge] = _texture(generator, (edge, edge))
-    rows, cols = np.ogrid[:height, :width]
-    mask = ((rows - radius) ** 2 + (cols - radius) ** 2 <= radius**2)[:, :, None]
-    place = draw_place(generator, (height, width))
-    return np.roll(image, place, axis=(0, 1)), np.roll(mask, place, axis=(0, 1))
-
-
-def _draw(
-    still: NDArray[np.uint8],
-    movers: list[tuple[NDArray[np.uint8], NDArray[np.bool_]]],
-    shift: tuple[int, int],
-) -> NDArray[np.uint8]:
-    frame = still
-    for image, mask in movers:
-        frame = np.where(np.roll(mask, shift, axis=(0, 1)), np.roll(image, shift, axis=(0, 1)), frame)
-    return frame

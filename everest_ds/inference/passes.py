@@ -6,7 +6,6 @@ bit for bit. Axes: B clips of a pass, V views of a row, C T H W of a clip, X val
 """
 
 import contextlib
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -18,11 +17,9 @@ from everest_ds import distributed
 from everest_ds.data.clips.views import RowViews, ViewDataset, make_view_loader
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.progress import format_duration
+from everest_ds.progress import Progress
 
 T = TypeVar("T")
-
-_REPORT_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +78,11 @@ def map_rows(
     groups = [range(start, min(start + group_size, len(dataset))) for start in starts]
     mine = groups[world.rank :: world.size]
     loader = make_view_loader(dataset, mine, pin_memory=device.type == "cuda")
-    clock = _Clock(progress if world.is_main else None, num_rounds=len(mine), num_rows=len(dataset))
+    shown = Progress(len(dataset), progress or "")
     results: dict[int, T] = {}
     unreadable: list[UnreadableRow] = []
     with torch.no_grad(), contextlib.closing(iter(loader)) as each_group:
-        for group in each_group:
+        for done, group in enumerate(each_group, start=1):
             for row in group:
                 if row.bad is not None:
                     unreadable.append(_report(dataset, row, allow_unreadable))
@@ -94,7 +91,8 @@ def map_rows(
                 compute(_blank(dataset, device))
             for row, values_VX in values:
                 results[row.index] = reduce(row, values_VX)
-            clock.tick()
+            if progress and world.is_main:  # every rank has its share of the groups
+                shown.show(round(done / len(mine) * len(dataset)))
         if same_rounds and len(mine) < -(-len(groups) // world.size):
             compute(_blank(dataset, device))
     everyone = distributed.gather_objects((results, unreadable))
@@ -133,29 +131,3 @@ def _report(dataset: ViewDataset, row: RowViews, allow_unreadable: bool) -> Unre
             "off the list, or leave unreadable videos out with --allow-unreadable; they are counted and listed"
         )
     return bad
-
-
-class _Clock:
-    """Prints how far this process is, and how long it will take, now and then."""
-
-    def __init__(self, what: str | None, *, num_rounds: int, num_rows: int) -> None:
-        self.what = what
-        self.num_rounds = num_rounds
-        self.num_rows = num_rows
-        self.done = 0
-        self.began = self.reported = time.perf_counter()
-
-    def tick(self) -> None:
-        """Count a group."""
-        self.done += 1
-        now = time.perf_counter()
-        if self.what is None or now - self.reported < _REPORT_EVERY_S:
-            return
-        self.reported = now
-        share = self.done / self.num_rounds
-        rate = share * self.num_rows / (now - self.began)
-        left = format_duration((now - self.began) * (1 - share) / share)
-        print(
-            f"{self.what} {round(share * self.num_rows)}/{self.num_rows} videos  {rate:.1f} videos/s  ETA {left}",
-            flush=True,
-        )

@@ -20,7 +20,7 @@ from types import FrameType
 
 import torch
 
-from everest_ds.data.demo import KINDS, DemoConfig, write_demo_data
+from everest_ds.data.demo import TEXTURES, DemoConfig, write_demo_data
 from everest_ds.data.lists.video_list import read_list
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
@@ -98,7 +98,7 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
     scale = scale or Scale.of(options)
     seeds = options.seeds or ((0,) if options.quick else (0, 1, 2))
     _open(folder, scale, options.shake)
-    write_demo_data(folder / "data", scale.demo(options.shake), on_progress=_show_videos)
+    write_demo_data(folder / "data", scale.demo(options.shake))
     for seed in seeds:
         _write_labelled(folder, seed, scale.labelled)
     jobs = make_jobs(folder, options.conditions, seeds, scale)
@@ -125,7 +125,7 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
         for seed in seeds
         if (result := read_result(folder, condition, seed, jobs)) is not None
     ]
-    print(f"\n{write_report(folder, results, chance=1 / len(KINDS))}\n{folder}", flush=True)
+    print(f"\n{write_report(folder, results, chance=1 / len(TEXTURES))}\n{folder}", flush=True)
     for job in runner.failed:
         print(f"failed or not run: {job.kind} {job.name}, see {job.log}", flush=True)
     if is_stopped:
@@ -200,7 +200,8 @@ def _write_labelled(folder: Path, seed: int, of_each: int) -> None:
     """Draw so many training videos of each class: those that a seed's fine-tunings learn from."""
     rows = read_list(folder / "data" / "train.csv")
     random.Random(seed).shuffle(rows)
-    chosen = [row for label in range(len(KINDS)) for row in [row for row in rows if row.label == label][:of_each]]
+    by_label = [[row for row in rows if row.label == label] for label in range(len(TEXTURES))]
+    chosen = [row for same in by_label for row in same[:of_each]]
     lines = [f"{row.path.relative_to(folder)} {row.label}\n" for row in chosen]
     write_atomically(folder / f"labelled-{seed}.csv", "".join(lines))
 
@@ -212,11 +213,6 @@ def _write_commands(folder: Path, jobs: Sequence[Job]) -> None:
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _show_videos(done: int, total: int) -> None:
-    if done % 200 == 0 or done == total:
-        print(f"{done}/{total} videos", flush=True)
 
 
 class _Terminated(KeyboardInterrupt):

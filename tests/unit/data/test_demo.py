@@ -12,14 +12,15 @@ import pytest
 
 from everest_ds.data import demo
 from everest_ds.data.demo import (
-    CLASS_NAMES,
-    KINDS,
-    VELOCITIES,
+    MOTIONS,
+    TEXTURES,
     DemoConfig,
-    Sprite,
-    render_movers,
+    Shape,
+    draw_background,
+    draw_discs,
+    make_generator,
+    render,
     render_video,
-    velocity_of,
     write_demo_data,
 )
 from everest_ds.data.lists.video_list import read_list
@@ -60,15 +61,15 @@ def test_lists_name_readable_videos_with_balanced_labels(tmp_path: Path) -> None
     rows = read_list(lists[0])
     assert [row.label for row in rows] == [0, 1, 2, 3, 4, 5, 6, 7, 0]
     assert all(Video(row.path).num_frames == 6 for row in rows)
-    assert (tmp_path / "demo" / "classes.txt").read_text().split() == CLASS_NAMES
+    assert (tmp_path / "demo" / "classes.txt").read_text().split() == list(MOTIONS)
 
 
 def test_movers_drift_by_the_velocity_of_the_class_and_nothing_else_moves() -> None:
     """Oracle: where two frames differ, shifting by the velocity explains every mover pixel."""
     config = DemoConfig(train=8, num_frames=5, movers=1, distractors=1)
-    for label in range(len(CLASS_NAMES)):
+    for label in range(len(list(MOTIONS))):
         frames = render_video(config, "train", label).astype(int)
-        down, right = velocity_of(label)
+        down, right = list(MOTIONS.values())[label]
         assert abs(down) + abs(right) in (1, 2)
         background = np.median(render_video(config, "train", label), axis=0)
         for t in range(1, 5):
@@ -82,29 +83,30 @@ def test_movers_drift_by_the_velocity_of_the_class_and_nothing_else_moves() -> N
         assert agree > 0.5
 
 
-def test_no_single_frame_gives_the_class_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def scene(config: DemoConfig, label: int, number: int = 0) -> tuple[np.ndarray, list[Shape]]:
+    """Background and discs of a training video, its draws as they are, under a class of choice."""
+    generator = make_generator(config, "train", number)
+    return draw_background(generator, config), draw_discs(generator, config, label)
+
+
+@pytest.mark.parametrize("classes", ["motion", "mover"])
+def test_no_single_frame_gives_the_class_away(classes: Any) -> None:
     """Every frame of one class is, pixel for pixel, a first frame that any other class can start from.
 
-    The movers' start is uniform on the wrapped frame. Starting a video of another class where this one has come to
-    gives the same frame, so given a frame all classes are equally likely.
+    Places are uniform on the wrapped frame: a disc that has drifted lies where it might have been drawn. Textures,
+    colours and order are the same for every class. So given a frame all classes are equally likely.
     """
-    config = DemoConfig(train=8, num_frames=7, movers=2)
+    config = movers(num_frames=7) if classes == "mover" else DemoConfig(train=8, num_frames=7, movers=2)
     reached = render_video(config, "train", 0)[6]
-    down, right = velocity_of(0)
-    original = demo._disc
-    calls = 0
-
-    def started_elsewhere(generator: np.random.Generator, given: DemoConfig) -> tuple[np.ndarray, np.ndarray]:
-        nonlocal calls
-        calls += 1
-        image, mask = original(generator, given)
-        if calls <= config.distractors:
-            return image, mask
-        return tuple(np.roll(part, (6 * down, 6 * right), axis=(0, 1)) for part in (image, mask))
-
-    monkeypatch.setattr(demo, "_disc", started_elsewhere)
-    monkeypatch.setattr(demo, "velocity_of", lambda label: (-2, 0))  # the draws of video 0, another class
-    assert np.array_equal(render_video(config, "train", 0)[0], reached)
+    drifted = [
+        tuple(start + 6 * speed for start, speed in zip(disc.corner, disc.velocity, strict=True))
+        for disc in scene(config, 0)[1]
+    ]
+    for label in range(1, len(config.class_names)):
+        background, discs = scene(config, label)
+        moved = [replace(disc, corner=corner) for disc, corner in zip(discs, drifted, strict=True)]
+        assert np.array_equal(render(background, moved, 2)[0], reached)
+        assert not np.array_equal(render(background, moved, 2)[1], render_video(config, "train", 0)[0])
 
 
 def test_finished_dataset_is_left_alone_and_another_is_not_overwritten(tmp_path: Path) -> None:
@@ -148,94 +150,46 @@ def movers(**changes: Any) -> DemoConfig:
     return DemoConfig(**(fixed | changes))
 
 
-def with_label(monkeypatch: pytest.MonkeyPatch, config: DemoConfig, label: int) -> np.ndarray:
-    """Video 0, its draws as they are, under another class."""
-    with monkeypatch.context() as patch:
-        original = demo.render_movers
-        patch.setattr(demo, "render_movers", lambda *given, **named: original(*given, **{**named, "label": label}))
-        return render_video(config, "train", 0)
-
-
-def test_first_frame_does_not_depend_on_which_kind_moves_but_later_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    videos = [with_label(monkeypatch, movers(), label) for label in range(len(KINDS))]
+def test_first_frame_does_not_depend_on_which_texture_moves_but_later_ones_do() -> None:
+    videos = [render(*scene(movers(), label), 2) for label in range(len(TEXTURES))]
+    assert np.array_equal(videos[0], render_video(movers(), "train", 0)[:2])
     assert all(np.array_equal(video[0], videos[0][0]) for video in videos)
     assert all(not np.array_equal(video[1], videos[0][1]) for video in videos[1:])
 
 
-def test_no_frame_of_a_mover_gives_the_class_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every frame of one class is, pixel for pixel, a first frame that any other class can start from.
-
-    Places are uniform on the wrapped frame: a disc that has drifted lies where it might have been drawn. Kinds,
-    colours and order are the same, whatever moves.
-    """
-    config = movers(num_frames=4)
-    reached = render_video(config, "train", 0)[3]
-    original = demo.draw_sprites
-    velocities: list[tuple[int, int]] = []
-    draw_velocities = demo.draw_velocities
-
-    def remember(generator: np.random.Generator, count: int) -> list[tuple[int, int]]:
-        velocities[:] = draw_velocities(generator, count)
-        return velocities
-
-    monkeypatch.setattr(demo, "draw_velocities", remember)
-    render_video(config, "train", 0)
-
-    def drawn_elsewhere(generator: np.random.Generator, **given: int) -> list[Sprite]:
-        sprites = original(generator, **given)
-        return [
-            sprite if sprite.kind != 0 else Sprite(sprite.kind, *_rolled(sprite, (3 * down, 3 * right)))
-            for sprite, (down, right) in zip(sprites, velocities, strict=True)
-        ]
-
-    monkeypatch.setattr(demo, "draw_sprites", drawn_elsewhere)
-    for label in range(1, len(KINDS)):
-        assert np.array_equal(with_label(monkeypatch, config, label)[0], reached)
+def test_every_texture_is_drawn_equally_often() -> None:
+    for number in range(20):
+        discs = scene(movers(movers=2, distractors=0), 0, number)[1]
+        assert sorted(disc.texture for disc in discs) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def _rolled(sprite: Sprite, shift: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    image, mask = (np.roll(part, shift, axis=(0, 1)) for part in (sprite.image_HWC, sprite.mask_HW1))
-    return image, mask
-
-
-def test_every_kind_is_drawn_equally_often() -> None:
-    generator = np.random.default_rng(0)
-    for _ in range(20):
-        sprites = demo.draw_sprites(generator, frame_px=(64, 64), radius=8, of_each_kind=2, more=0)
-        assert sorted(sprite.kind for sprite in sprites) == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
-def test_only_discs_of_the_class_move_and_each_keeps_its_way() -> None:
+@pytest.mark.parametrize("label", range(len(TEXTURES)))
+def test_only_discs_of_the_class_move_and_each_keeps_its_way(label: int) -> None:
     """Oracle: without clutter and other discs on top, a mover's pixels are found again, shifted by its velocity."""
-    for label in range(len(KINDS)):
-        background = np.zeros((64, 64, 3), dtype=np.uint8)
-        sprites = demo.draw_sprites(
-            np.random.default_rng(label), frame_px=(64, 64), radius=6, of_each_kind=1, more=0
-        )
-        velocities = [VELOCITIES[(label + place) % len(VELOCITIES)] for place in range(len(sprites))]
-        alone = [sprite for sprite in sprites if sprite.kind == label]
-        way = [velocity for sprite, velocity in zip(sprites, velocities, strict=True) if sprite.kind == label]
-        frames = render_movers(background, alone, label=label, velocities=way, num_frames=3)
-        (down, right) = way[0]
-        rows, cols = np.nonzero(frames[0].any(axis=2))
-        assert len(rows) > 50
-        moved = frames[2][(rows + 2 * down) % 64, (cols + 2 * right) % 64]
-        assert np.array_equal(moved, frames[0][rows, cols])
-        others = [sprite for sprite in sprites if sprite.kind != label]
-        still = render_movers(background, others, label=label, velocities=velocities[:3], num_frames=3)
-        assert np.array_equal(still[0], still[2])
+    discs = scene(movers(radius=6, distractors=0), label)[1]
+    assert [disc.texture for disc in discs if disc.velocity != (0, 0)] == [label]
+    mover = next(disc for disc in discs if disc.texture == label)
+    frames = render(np.zeros((64, 64, 3), dtype=np.uint8), [mover], 3)
+    rows, cols = np.nonzero(frames[0].any(axis=2))
+    assert len(rows) > 50
+    down, right = mover.velocity
+    moved = frames[2][(rows + 2 * down) % 64, (cols + 2 * right) % 64]
+    assert np.array_equal(moved, frames[0][rows, cols])
+    others = [disc for disc in discs if disc.texture != label]
+    still = render(np.zeros((64, 64, 3), dtype=np.uint8), others, 3)
+    assert still.any()
+    assert np.array_equal(still[0], still[2])
 
 
-@pytest.mark.parametrize("kind", range(len(KINDS)))
-def test_textures_of_kinds_repeat_every_four_pixels_along_their_own_directions(kind: int) -> None:
-    sprite = demo.draw_sprites(np.random.default_rng(3), frame_px=(64, 64), radius=12, of_each_kind=1, more=0)
-    mine = next(one for one in sprite if one.kind == kind)
-    rows, cols = np.nonzero(mine.mask_HW1[:, :, 0])
+@pytest.mark.parametrize("texture", range(len(TEXTURES)))
+def test_textures_repeat_every_four_pixels_along_their_own_directions(texture: int) -> None:
+    disc = next(one for one in scene(movers(radius=12), 0, number=3)[1] if one.texture == texture)
+    rows, cols = np.nonzero(disc.mask_EE1[:, :, 0])
     inside = set(zip(rows.tolist(), cols.tolist(), strict=True))
 
     def same(down: int, right: int) -> bool:
         pairs = [((r, c), (r + down, c + right)) for r, c in inside if (r + down, c + right) in inside]
-        return all(np.array_equal(mine.image_HWC[a], mine.image_HWC[b]) for a, b in pairs)
+        return all(np.array_equal(disc.image_EEC[a], disc.image_EEC[b]) for a, b in pairs)
 
     assert same(4, 0)
     assert same(0, 4)
@@ -244,8 +198,13 @@ def test_textures_of_kinds_repeat_every_four_pixels_along_their_own_directions(k
     }  # fmt: skip
     steps = [(0, 1), (1, 0), (1, -1), (2, 2), (2, -2)]
     found = [step for step in steps if same(*step)]
-    assert set(expected[KINDS[kind]]) <= set(found)
-    assert not {(0, 1), (1, 0), (1, -1)} & set(found) - set(expected[KINDS[kind]])
+    assert set(expected[TEXTURES[texture]]) <= set(found)
+    assert not {(0, 1), (1, 0), (1, -1)} & set(found) - set(expected[TEXTURES[texture]])
+
+
+def test_no_drift_of_a_tubelet_is_a_whole_period_of_the_textures() -> None:
+    assert len(set(demo.VELOCITIES)) == 8
+    assert all((2 * down) % 4 or (2 * right) % 4 for down, right in demo.VELOCITIES)
 
 
 def test_clutter_and_shake_work_for_both_kinds_of_classes() -> None:
@@ -269,7 +228,7 @@ def test_dataset_of_movers_repeats_byte_for_byte(tmp_path: Path) -> None:
     for name in "ab":
         write_demo_data(tmp_path / name, config)
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
-    assert (tmp_path / "a" / "classes.txt").read_text().split() == list(KINDS)
+    assert (tmp_path / "a" / "classes.txt").read_text().split() == list(TEXTURES)
     assert [row.label for row in read_list(tmp_path / "a" / "train.csv")] == [0, 1, 2, 3, 0]
     with pytest.raises(UserError, match="made with other settings"):
         write_demo_data(tmp_path / "a", replace(config, clutter=5))
@@ -283,13 +242,41 @@ def test_stamp_of_defaults_is_that_of_before_the_later_fields() -> None:
     assert list(json.loads(DemoConfig(width=96, gop=250).stamp)) == [*earlier, "width", "gop"]
 
 
-def test_default_video_is_that_of_before_the_later_fields() -> None:
-    """Golden: the digest of a video as it was rendered before classes, clutter and shake (fcf478d)."""
-    frames = render_video(DemoConfig(), "train", 3)
-    assert (
-        hashlib.sha256(frames.tobytes()).hexdigest()
-        == "c3c1cc3d8d60eae84c24fe7d04319308f78d7024b83b0bd53f6412c0df6e3f89"
-    )
+@pytest.mark.parametrize(
+    ("config", "split", "number", "digest"),
+    [
+        # As rendered before there were classes, clutter and shake (fcf478d).
+        (DemoConfig(), "train", 3, "c3c1cc3d8d60eae84c24fe7d04319308f78d7024b83b0bd53f6412c0df6e3f89"),
+        (
+            DemoConfig(num_frames=5, clutter=20, shake=3, width=72),
+            "val",
+            6,
+            "ba0787d59dc553f98c7c73e0330963dbb279f8fd64850667db7e4d129deab219",
+        ),
+        (
+            DemoConfig(num_frames=5, classes="mover", movers=1, radius=10),
+            "train",
+            13,
+            "9db7fab662f5705bca79dc84612210990c1a36f3dab31f2abe0ed5c59cc4082d",
+        ),
+        (
+            DemoConfig(num_frames=5, classes="mover", clutter=20, shake=2, size=40, width=96, seed=3),
+            "test",
+            2,
+            "6692856207b3a7fe8bcb12545c1bbf2dca1b30fd0951945f33f5174bf4a85b2b",
+        ),
+        # On one thread: with two, torch rounded three values in a million otherwise on frames as large as this.
+        (
+            DemoConfig(num_frames=2, size=224, radius=20),
+            "train",
+            5,
+            "1a042f80173ec67f364064c9ea86a375839864c1cdb77300d8ca878400c7eaac",
+        ),
+    ],
+)
+def test_videos_are_those_of_earlier_versions(config: DemoConfig, split: str, number: int, digest: str) -> None:
+    """Golden: frames as they were rendered before discs and movers became one story (4e7ac09)."""
+    assert hashlib.sha256(render_video(config, split, number).tobytes()).hexdigest() == digest
 
 
 @pytest.mark.parametrize("classes", ["motion", "mover"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from everest_ds import progress
 from everest_ds.config import FinetuneDataConfig, ViewsConfig
 from everest_ds.data.clips.views import ViewDataset
 from everest_ds.data.lists.video_list import VideoRow, read_list
@@ -238,7 +239,7 @@ def test_label_outside_the_classes_is_refused() -> None:
 def test_progress_is_printed_now_and_then(
     rows: list[VideoRow], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passes, "_REPORT_EVERY_S", 0.0)
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
     run(rows[:4], group_size=2, progress="scored")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" videos ")[0] for line in lines] == ["scored 2/4", "scored 4/4"]

@@ -8,7 +8,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from everest_ds.distributed import World
-from everest_ds.progress import format_duration
 from everest_ds.train.record.bad_samples import BadSamples
 from everest_ds.train.record.metrics import (
     MetricsLog,
@@ -55,14 +54,6 @@ def test_numbers_that_json_has_not_become_null(tmp_path: Path) -> None:
     log.close()
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
     assert (line["loss"], line["grad_norm"]) == (None, None)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0s"), (59.4, "59s"), (60, "1m00s"), (3599, "59m59s"), (3600, "1h00m"), (90061, "1d01h"), (-5, "0s")],
-)
-def test_duration_is_readable(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
 
 
 def test_log_touches_the_disk_with_its_first_line_and_on_rank_zero_only(
