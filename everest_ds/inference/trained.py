@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from everest_ds.data.clips.views import ViewDataset
-from everest_ds.data.lists.classes import NAMES_FILE, read_class_names
+from everest_ds.data.lists.classes import NAMES_FILE
 from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
@@ -181,13 +181,11 @@ def _read(origin: Origin, kind: str) -> Weights:
 
 
 def _class_names(origin: Origin, weights: Weights, num_classes: int) -> tuple[str, ...]:
-    """Return a name for each class: the run's, else the weights', else numbers."""
-    names, source = weights.architecture.labels, weights.source
-    if origin.run_dir is not None and (origin.run_dir / NAMES_FILE).is_file():
-        source = str(origin.run_dir / NAMES_FILE)
-        names = read_class_names(origin.run_dir / NAMES_FILE)
+    """Return a name for each class: the run's or the weights' own, else numbers."""
+    names = weights.architecture.labels
     if names is None:
         return tuple(str(k) for k in range(num_classes))
     if len(names) != num_classes:
+        source = weights.source if origin.run_dir is None else origin.run_dir / NAMES_FILE
         raise UserError(f"{source} names {len(names)} classes, the head has {num_classes}; mend the names")
     return names

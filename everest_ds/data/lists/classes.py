@@ -66,6 +66,12 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def find_class_names(folder: Path) -> tuple[str, ...] | None:
+    """Return the names in a folder's classes.txt; None where there is none."""
+    path = folder / NAMES_FILE
+    return read_class_names(path) if path.is_file() else None
+
+
 def resolve_classes(
     rows: Sequence[VideoRow], train_list: Path, class_names: str | None, num_classes: int | None
 ) -> Classes:

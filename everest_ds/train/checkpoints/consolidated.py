@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from everest_ds.config import Config
 from everest_ds.config.file import dump_config, load_config
-from everest_ds.data.lists.classes import NAMES_FILE, read_class_names
+from everest_ds.data.lists.classes import find_class_names
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.model.autoencoder import EverestAutoencoder
@@ -138,7 +138,7 @@ def export_fp32(source: Path, target: Path) -> Path:
     facts = {
         "step": str(read_state(checkpoint).step),
         "config": _one_line(config),
-        METADATA_KEY: metadata_of_run(config, _class_names(checkpoint)).dump(),
+        METADATA_KEY: metadata_of_run(config, find_class_names(checkpoint.parent.parent)).dump(),
     }
     weights = read_fp32_weights(checkpoint)
     require_finite(weights, str(checkpoint))
@@ -148,11 +148,6 @@ def export_fp32(source: Path, target: Path) -> Path:
 
 def _one_line(config: Config) -> str:
     return json.dumps(json.loads(dump_config(config)))
-
-
-def _class_names(checkpoint: Path) -> tuple[str, ...] | None:
-    names = checkpoint.parent.parent / NAMES_FILE
-    return read_class_names(names) if names.is_file() else None
 
 
 def metadata_of_run(config: Config, labels: tuple[str, ...] | None = None) -> ModelMetadata:
@@ -180,7 +175,7 @@ def read_any_weights(path: Path) -> Weights:
     if config is None:
         return read_weights(path)
     _require_sound(checkpoint)
-    facts = metadata_of_run(config, _class_names(checkpoint))
+    facts = metadata_of_run(config, find_class_names(checkpoint.parent.parent))
     weights, text = read_fp32_weights(checkpoint), _one_line(config)
     return weights_of_run(weights, facts, str(checkpoint), config=text, checkpoint=checkpoint)
 
