@@ -21,19 +21,29 @@ from everest_ds.config import (
 from everest_ds.recipes.registry import register
 
 
-def _k400(recipe: str, *, size: SizeName, base_lr: float, global_size: int, epochs: int) -> FinetuneConfig:
+def _table_8(
+    recipe: str,
+    *,
+    base_lr: float,
+    epochs: int,
+    global_size: int,
+    size: SizeName = "base",
+    sampling_stride: int = 4,
+    keep_ratio: float = 0.6,
+    num_temporal: int = 2,
+) -> FinetuneConfig:
     return FinetuneConfig(
         recipe=recipe,
-        data=FinetuneDataConfig(sampling_stride=4, flip=True),
+        data=FinetuneDataConfig(sampling_stride=sampling_stride, flip=True),
         model=FinetuneModelConfig(size=size, activation_checkpointing=size == "huge"),
-        selection=FinetuneSelectionConfig(keep_ratio=0.6),
+        selection=FinetuneSelectionConfig(keep_ratio=keep_ratio),
         optim=FinetuneOptimConfig(base_lr=base_lr, epochs=epochs),
         batch=BatchConfig(global_size=global_size, micro_size=global_size // 8),
-        views=ViewsConfig(num_temporal=2, num_spatial=3),
+        views=ViewsConfig(num_temporal=num_temporal, num_spatial=3),
     )
 
 
-@register("finetune")
+@register
 def k400_vit_s_ft() -> FinetuneConfig:
     r"""Kinetics-400, ViT-S: Table 8, 75 epochs, batch 384, lr 5e-4, rho 0.6, 2 x 3 views (75.9 top-1, Table 1).
 
@@ -41,10 +51,10 @@ def k400_vit_s_ft() -> FinetuneConfig:
         --data.val-list k400/val.csv --init-from runs/k400_s --ds-config ds_configs/zero1.json --out runs/k400_s_ft
     Paper value, not rerun.
     """
-    return _k400("k400_vit_s_ft", size="small", base_lr=5e-4, global_size=384, epochs=75)
+    return _table_8("k400_vit_s_ft", size="small", base_lr=5e-4, epochs=75, global_size=384)
 
 
-@register("finetune")
+@register
 def k400_vit_b_ft() -> FinetuneConfig:
     r"""Kinetics-400, ViT-B: Table 8, 35 epochs, batch 384, lr 1e-3, rho 0.6, 2 x 3 views (79.2 top-1, Table 1).
 
@@ -52,10 +62,10 @@ def k400_vit_b_ft() -> FinetuneConfig:
         --data.val-list k400/val.csv --init-from runs/k400_b --ds-config ds_configs/zero1.json --out runs/k400_b_ft
     Paper value, not rerun. From VideoMAE's weights the paper reports 81.6 (Table 5).
     """
-    return _k400("k400_vit_b_ft", size="base", base_lr=1e-3, global_size=384, epochs=35)
+    return _table_8("k400_vit_b_ft", size="base", base_lr=1e-3, epochs=35, global_size=384)
 
 
-@register("finetune")
+@register
 def k400_vit_l_ft() -> FinetuneConfig:
     r"""Kinetics-400, ViT-L: Table 8, 35 epochs, batch 128, lr 2e-3, rho 0.6, 2 x 3 views (82.1 top-1, Table 1).
 
@@ -63,10 +73,10 @@ def k400_vit_l_ft() -> FinetuneConfig:
         --data.val-list k400/val.csv --init-from runs/k400_l --ds-config ds_configs/zero2.json --out runs/k400_l_ft
     Paper value, not rerun. From VideoMAE's weights the paper reports 84.8 (Table 11).
     """
-    return _k400("k400_vit_l_ft", size="large", base_lr=2e-3, global_size=128, epochs=35)
+    return _table_8("k400_vit_l_ft", size="large", base_lr=2e-3, epochs=35, global_size=128)
 
 
-@register("finetune")
+@register
 def k400_vit_h_ft() -> FinetuneConfig:
     r"""Kinetics-400, ViT-H: not in the paper; the settings of its ViT-L row, with activation checkpointing.
 
@@ -74,10 +84,10 @@ def k400_vit_h_ft() -> FinetuneConfig:
         --data.val-list k400/val.csv --init-from runs/k400_h --ds-config ds_configs/zero2.json --out runs/k400_h_ft
     No expected result.
     """
-    return _k400("k400_vit_h_ft", size="huge", base_lr=2e-3, global_size=128, epochs=35)
+    return _table_8("k400_vit_h_ft", size="huge", base_lr=2e-3, epochs=35, global_size=128)
 
 
-@register("finetune")
+@register
 def ssv2_vit_b_ft() -> FinetuneConfig:
     r"""Something-Something v2, ViT-B: Table 8, 50 epochs, batch 48, rho 0.8, segments (64.6 top-1, Table 2).
 
@@ -85,18 +95,11 @@ def ssv2_vit_b_ft() -> FinetuneConfig:
         --data.val-list ssv2/val.csv --init-from runs/ssv2_b --ds-config ds_configs/zero1.json --out runs/ssv2_b_ft
     Paper value, not rerun.
     """
-    return FinetuneConfig(
-        recipe="ssv2_vit_b_ft",
-        data=FinetuneDataConfig(sampling="segment", flip=False),
-        model=FinetuneModelConfig(size="base"),
-        selection=FinetuneSelectionConfig(keep_ratio=0.8),
-        optim=FinetuneOptimConfig(base_lr=5e-4, epochs=50),
-        batch=BatchConfig(global_size=48, micro_size=6),
-        views=ViewsConfig(num_temporal=2, num_spatial=3),
-    )
+    config = _table_8("ssv2_vit_b_ft", base_lr=5e-4, epochs=50, global_size=48, keep_ratio=0.8)
+    return replace(config, data=FinetuneDataConfig(sampling="segment", flip=False))
 
 
-@register("finetune")
+@register
 def ucf101_vit_b_ft() -> FinetuneConfig:
     r"""UCF101, ViT-B: Table 8, 100 epochs, batch 128, lr 1e-3, rho 0.6, 5 x 3 views (93.4 top-1, Table 2).
 
@@ -105,18 +108,10 @@ def ucf101_vit_b_ft() -> FinetuneConfig:
         --out runs/ucf101_b_ft
     Paper value, not rerun.
     """
-    return FinetuneConfig(
-        recipe="ucf101_vit_b_ft",
-        data=FinetuneDataConfig(sampling_stride=4, flip=True),
-        model=FinetuneModelConfig(size="base"),
-        selection=FinetuneSelectionConfig(keep_ratio=0.6),
-        optim=FinetuneOptimConfig(base_lr=1e-3, epochs=100),
-        batch=BatchConfig(global_size=128, micro_size=16),
-        views=ViewsConfig(num_temporal=5, num_spatial=3),
-    )
+    return _table_8("ucf101_vit_b_ft", base_lr=1e-3, epochs=100, global_size=128, num_temporal=5)
 
 
-@register("finetune")
+@register
 def ucf101_vit_b_24f_ft() -> FinetuneConfig:
     r"""UCF101, ViT-B, 24 frames: Table 12, the rest as `ucf101_vit_b_ft` (94.42 top-1).
 
@@ -129,7 +124,7 @@ def ucf101_vit_b_24f_ft() -> FinetuneConfig:
     return replace(config, recipe="ucf101_vit_b_24f_ft", data=replace(config.data, num_frames=24))
 
 
-@register("finetune")
+@register
 def hmdb51_vit_b_ft() -> FinetuneConfig:
     r"""HMDB51, ViT-B: Table 8, 50 epochs, batch 128, lr 1e-3, rho 0.6, 10 x 3 views (68.1 top-1, Table 2).
 
@@ -138,18 +133,10 @@ def hmdb51_vit_b_ft() -> FinetuneConfig:
         --out runs/hmdb51_b_ft
     Paper value, not rerun.
     """
-    return FinetuneConfig(
-        recipe="hmdb51_vit_b_ft",
-        data=FinetuneDataConfig(sampling_stride=2, flip=True),
-        model=FinetuneModelConfig(size="base"),
-        selection=FinetuneSelectionConfig(keep_ratio=0.6),
-        optim=FinetuneOptimConfig(base_lr=1e-3, epochs=50),
-        batch=BatchConfig(global_size=128, micro_size=16),
-        views=ViewsConfig(num_temporal=10, num_spatial=3),
-    )
+    return _table_8("hmdb51_vit_b_ft", base_lr=1e-3, epochs=50, global_size=128, sampling_stride=2, num_temporal=10)
 
 
-@register("finetune")
+@register
 def oscc_vit_b_ft() -> FinetuneConfig:
     r"""Ego4D OSCC, ViT-B: Table 8, 30 epochs, batch 32, lr 1e-4, all tokens, 2 x 3 views (76.2, Table 6).
 
@@ -157,18 +144,10 @@ def oscc_vit_b_ft() -> FinetuneConfig:
         --data.val-list oscc/val.csv --init-from runs/oscc_b --ds-config ds_configs/zero1.json --out runs/oscc_b_ft
     Paper value, not rerun. Table 8 gives no rho: all tokens are kept.
     """
-    return FinetuneConfig(
-        recipe="oscc_vit_b_ft",
-        data=FinetuneDataConfig(sampling_stride=10, flip=True),
-        model=FinetuneModelConfig(size="base"),
-        selection=FinetuneSelectionConfig(keep_ratio=1.0),
-        optim=FinetuneOptimConfig(base_lr=1e-4, epochs=30),
-        batch=BatchConfig(global_size=32, micro_size=4),
-        views=ViewsConfig(num_temporal=2, num_spatial=3),
-    )
+    return _table_8("oscc_vit_b_ft", base_lr=1e-4, epochs=30, global_size=32, sampling_stride=10, keep_ratio=1.0)
 
 
-@register("finetune")
+@register
 def demo_ft() -> FinetuneConfig:
     r"""The videos of `everest demo-data`, a tiny model: minutes on two CPU cores.
 

@@ -10,20 +10,14 @@ from everest_ds.errors import UserError, nearest_hint
 
 Recipe = Callable[[], Config]
 RECIPES: dict[str, Recipe] = {}
-_task_of: dict[str, TaskName] = {}
 
-C = TypeVar("C", bound=Config)
+R = TypeVar("R", bound=Recipe)
 
 
-def register(task: TaskName) -> Callable[[Callable[[], C]], Callable[[], C]]:
-    """Return a decorator that makes a function a recipe under its own name."""
-
-    def add(recipe: Callable[[], C]) -> Callable[[], C]:
-        RECIPES[recipe.__name__] = recipe
-        _task_of[recipe.__name__] = task
-        return recipe
-
-    return add
+def register(recipe: R) -> R:
+    """Make a function a recipe under its own name."""
+    RECIPES[recipe.__name__] = recipe
+    return recipe
 
 
 def get_recipe(name: str) -> Config:
@@ -48,4 +42,4 @@ def find_config(name: str) -> Config:
 
 def recipes_of(task: TaskName) -> list[str]:
     """Return the names of a task's recipes."""
-    return [name for name in RECIPES if _task_of[name] == task]
+    return [name for name, recipe in RECIPES.items() if recipe().task == task]

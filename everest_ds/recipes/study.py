@@ -26,7 +26,7 @@ from everest_ds.recipes.registry import register
 _NEVER = 10_000
 
 
-@register("pretrain")
+@register
 def study() -> PretrainConfig:
     r"""The baseline of `everest study`: the paper's selection, 32 of 256 tokens visible, 592 steps of 16 clips.
 
@@ -53,7 +53,7 @@ def study() -> PretrainConfig:
     )
 
 
-@register("finetune")
+@register
 def study_ft() -> FinetuneConfig:
     r"""The fine-tuning of `everest study`: few labels, 250 steps of 16 clips, scored once, at the end.
 

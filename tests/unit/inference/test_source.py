@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from everest_ds.config import FinetuneConfig, FinetuneDataConfig
 from everest_ds.config.file import dump_config
+from everest_ds.data.lists.classes import find_class_names
 from everest_ds.errors import UserError
 from everest_ds.inference import trained as trained_module
 from everest_ds.inference.source import InferenceOptions, clip_settings, identify, weights_kind
@@ -19,7 +20,7 @@ from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.sizes import get_size
-from everest_ds.model.weights.reading import weights_of_run
+from everest_ds.model.weights.reading import Weights, weights_of_run
 from everest_ds.recipes import get_recipe
 from everest_ds.tokens import TokenGrid
 from everest_ds.train.checkpoints.consolidated import metadata_of_run
@@ -150,8 +151,12 @@ def test_identity_follows_the_contents(tmp_path: Path) -> None:
 def run_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, EverestClassifier]:
     """A run whose checkpoint reads as a classifier's weights."""
     origin, model = locate(make_run(tmp_path / "run")), classifier()
-    weights = weights_of_run(model.state_dict(), metadata_of_run(demo_ft()), "run")
-    monkeypatch.setattr(trained_module, "read_any_weights", lambda path: weights)
+
+    def read(checkpoint: Path) -> Weights:
+        metadata = metadata_of_run(demo_ft(), find_class_names(checkpoint.parent.parent))
+        return weights_of_run(model.state_dict(), metadata, "run")
+
+    monkeypatch.setattr(trained_module, "read_any_weights", read)
     return origin, model
 
 
