@@ -97,7 +97,7 @@ def _begin(
     ways: list[Way] = []
     if options.compare:
         assert isinstance(config, PretrainConfig)
-        cut = PretrainCut(config.data, num_frames=config.candidate_frames)
+        cut = PretrainCut(replace(config.data, num_frames=config.candidate_frames))
         ways.append(OfficialWay(chosen, cut, config.run.seed, device))
     for reader in readers:
         dataset = _task(config, reader, num_workers=0).make_dataset(chosen)

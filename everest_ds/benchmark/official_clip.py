@@ -25,10 +25,7 @@ from everest_ds.data.clips.transforms import draw_crop
 from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.data.readers.base import first_line
 from everest_ds.data.readers.video import VideoReadError
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-"""ImageNet's, of pixels in [0, 1]."""
+from everest_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class OfficialWay:
             with timer.stage("open"):
                 reader: Any = decord.VideoReader(str(path.absolute()), num_threads=1)
             with timer.stage("decode"):
-                frame_idx = self.cut.frame_idx(len(reader), draws)
+                frame_idx = self.cut.frames_by_number(len(reader), draws(RandomStream.FRAMES))
                 frames_THWC: NDArray[np.uint8] = reader.get_batch(frame_idx).asnumpy()
                 del reader  # to close it is part of the cost
         except (OSError, RuntimeError, ValueError, decord.DECORDError) as error:
@@ -92,6 +89,6 @@ def official_clip(frames_THWC: NDArray[np.uint8], crop: tuple[int, int, int, int
     images = [image.resize((size, size), Image.Resampling.BILINEAR) for image in images]
     stacked_THWC = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     clip_CTHW = stacked_THWC.permute(3, 0, 1, 2).contiguous().float().div(255)
-    for channel_THW, mean, std in zip(clip_CTHW, MEAN, STD, strict=True):
+    for channel_THW, mean, std in zip(clip_CTHW, IMAGENET_MEAN, IMAGENET_STD, strict=True):
         channel_THW.sub_(mean).div_(std)
     return clip_CTHW

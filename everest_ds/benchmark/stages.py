@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from everest_ds.data.clips.batch import Clip, ClipBatch, mix_pairs
-from everest_ds.data.clips.cuts import Draws, UnfitFramesError, choose_frames
 from everest_ds.data.clips.dataset import ClipDataset
-from everest_ds.data.clips.sampling import RandomStream, SampleKey, keyed_generator
+from everest_ds.data.clips.sampling import Draws, SampleKey, sample_draws
 from everest_ds.data.readers.video import Video, VideoReadError
 
 Stage = Literal["open", "decode", "augment", "collate", "copy"]
@@ -109,36 +108,22 @@ class OurWay:
         return time_copy(partial(batch.clips_on, image_size=self.dataset.config.image_size), self.device, timer)
 
     def _clips(self, index: int, timer: StageTimer) -> list[Clip]:
-        row, cut = self.dataset.rows[index], self.dataset.cut
         with timer.stage("open"):
-            video = Video.of_row(row, self.dataset.config.reader)
+            video = Video.of_row(self.dataset.rows[index], self.dataset.config.reader)
         with timer.stage("decode"):
-            frame_idx = choose_frames(cut, video, draws_of(self.dataset.seed, index))
+            frame_idx = self.dataset.cut.choose_frames(video, draws_of(self.dataset.seed, index))
             frames_THWC = video.read(frame_idx)
             del video  # to close it is part of the cost
         clips = []
         for repeat in range(self.repeats):
-            draws = draws_of(self.dataset.seed, index, repeat)
             with timer.stage("augment"):
-                try:
-                    pixels = cut.clip(frames_THWC, draws)
-                except UnfitFramesError as error:
-                    raise VideoReadError(row.path, str(error)) from error
-                clip = Clip(
-                    pixels=pixels,
-                    frames_T=np.array(frame_idx),
-                    noise_S=draws(RandomStream.NOISE).random(self.dataset.noise_length, dtype=np.float32),
-                    label=row.label,
-                    index=index,
-                    key=SampleKey(0, index, repeat),
-                )
-            clips.append(clip)
+                clips.append(self.dataset.make_clip(SampleKey(0, index, repeat), frame_idx, frames_THWC))
         return clips
 
 
-def draws_of(seed: int, index: int, repeat: int = 0) -> Draws:
+def draws_of(seed: int, index: int) -> Draws:
     """Return the draws of a row, those of a run's first epoch: the same in all rounds and for all ways."""
-    return partial(_generator, seed, index, repeat)
+    return sample_draws(seed, SampleKey(0, index))
 
 
 def time_copy(move: Callable[[torch.device], Tensor], device: torch.device | None, timer: StageTimer) -> Tensor:
@@ -267,7 +252,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _generator(seed: int, index: int, repeat: int, stream: RandomStream) -> np.random.Generator:
-    return keyed_generator(seed, stream, 0, index, repeat)

@@ -16,12 +16,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from everest_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from everest_ds.model.packing import TokenSet
 from everest_ds.tokens import TokenGrid
 
 CENTRE = 128
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)

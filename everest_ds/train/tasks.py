@@ -130,7 +130,7 @@ class PretrainTask(Task):
         config = self.config
         return ClipDataset(
             rows,
-            PretrainCut(config.data, num_frames=config.candidate_frames),
+            PretrainCut(replace(config.data, num_frames=config.candidate_frames)),
             seed=config.run.seed,
             noise_length=num_pretrain_noise(config),
         )

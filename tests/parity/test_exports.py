@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tvf
 
 from everest_ds.cli import main
 from everest_ds.config import FinetuneConfig
 from everest_ds.config.file import dump_config
-from everest_ds.data.clips.views import crop_origins, dense_clips, resized_shape, segment_clips
+from everest_ds.data.clips.views import crop_origins, dense_clips, resize_shorter_side, segment_clips
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.errors import UserError
 from everest_ds.model.classifier import EverestClassifier
@@ -228,7 +227,7 @@ def test_trusted_processor_scales_and_crops_as_the_middle_view(size: tuple[int, 
     export(recipe(), tmp_path / "hf")
     processor = transformers.AutoVideoProcessor.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     frames = torch.randint(0, 256, (16, 3, *size), dtype=torch.uint8)
-    resized = tvf.resize(frames, list(resized_shape(*size, 48)), antialias=True)
+    resized = resize_shorter_side(frames, 48)
     ((top, left),) = crop_origins(*resized.shape[2:], 48, 1)
     expected = standardise(resized[None, :, :, top : top + 48, left : left + 48].transpose(1, 2)).transpose(1, 2)
     found = processor(frames, return_tensors="pt", do_sample_frames=False)["pixel_values"]

@@ -1,7 +1,7 @@
 """Augmentation of fine-tuning clips with timm's and torchvision's parts: one draw for all frames of a clip.
 
 Place in the flow: frames_THWC uint8 -> RandAugment -> random resized crop and flip (transforms.py) -> clip_CTHW
-uint8 -> random erasing -> mixing of pairs. These parts draw from process-wide generators; each runs inside
+uint8 -> random erasing -> mixing of pairs. These parts draw from process-wide generators. Each runs inside
 `seeded_globals`, so that its draws belong to the sample. Axes: T frames, H W pixels, C colour channels, K classes.
 """
 
@@ -23,26 +23,18 @@ from torchvision.transforms import RandomResizedCrop
 
 from everest_ds.config import FinetuneDataConfig
 from everest_ds.data.clips.sampling import RandomStream, SampleKey, keyed_generator
+from everest_ds.data.clips.transforms import Crop
 from everest_ds.errors import UserError
-
-# ImageNet's statistics of pixels in [0, 1], with which the official code normalises clips.
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
+from everest_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 _RAND_SECTION = re.compile(r"(m|n|mmax)\d+|(p|mstd)\d+(\.\d+)?|inc[01]|t(weights|3a|3aw)")
 
 
-def draw_seed(generator: np.random.Generator) -> int:
-    """Draw a seed for `seeded_globals`."""
-    return int(generator.integers(2**32))
-
-
 @contextmanager
 def seeded_globals(seed: int) -> Iterator[None]:
-    """Seed Python's, numpy's and torch's process-wide CPU generators, and put them back as they were afterwards.
+    """Seed Python's, numpy's and torch's process-wide CPU generators, and restore their state afterwards.
 
-    Without loader processes clips are made in the training process, whose own draws must not notice. The device's
-    generator is left alone.
+    Without workers, clips are made in the training process, whose own draws must not change.
     """
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
@@ -57,12 +49,10 @@ def seeded_globals(seed: int) -> Iterator[None]:
 
 
 def check_rand_augment(text: str) -> None:
-    """Check a RandAugment configuration.
-
-    timm itself passes over some of what it does not know, and would find the rest in a loader process.
+    """Check a RandAugment configuration; timm ignores some errors and would raise the others in a worker.
 
     Raises:
-        UserError: It is not in timm's notation, or asks for more operations than its set has.
+        UserError: It is not in timm's notation, or has more operations than timm's set.
     """
     first, *sections = text.split("-")
     matches = [_RAND_SECTION.fullmatch(section) for section in sections]
@@ -105,7 +95,7 @@ def rand_augment(frames_THWC: NDArray[np.uint8], text: str, generator: np.random
     Differs from the official code: Posterize keeps at least one bit, where the strongest made a clip all black.
     """
     transform = _rand_augment_transform(text)
-    seed = draw_seed(generator)
+    seed = _draw_seed(generator)
     frames = []
     for frame_HWC in frames_THWC:
         with seeded_globals(seed):
@@ -119,8 +109,8 @@ def draw_resized_crop(
     area: tuple[float, float],
     aspect: tuple[float, float],
     generator: np.random.Generator,
-) -> tuple[int, int, int, int]:
-    """Draw a crop (left, top, width, height) in pixels, of random area and aspect, with torchvision.
+) -> Crop:
+    """Draw a crop of random area and aspect, with torchvision.
 
     Uniform in area, log-uniform in width over height; after ten draws that do not fit, the largest crop in the
     middle whose aspect is allowed.
@@ -132,42 +122,34 @@ def draw_resized_crop(
         aspect: Width over height, from and to.
         generator: The sample's draws.
     """
-    with seeded_globals(draw_seed(generator)):
+    with seeded_globals(_draw_seed(generator)):
         image = torch.empty(1, 1).expand(height, width)[None]  # only its shape counts
         top, left, crop_height, crop_width = RandomResizedCrop.get_params(image, list(area), list(aspect))
     return left, top, crop_width, crop_height
 
 
 def erase(clip_CTHW: Tensor, prob: float, generator: np.random.Generator) -> Tensor:
-    """Erase one box of random place and size, the same in all frames, with probability ``prob``.
+    """Erase one box of random position and size, the same in all frames, with probability ``prob``: uint8.
 
     The box takes 2 to 33 % of a frame. It is filled with normal noise, drawn for every pixel, channel and frame.
 
-    Args:
-        clip_CTHW: uint8.
-        prob: Share of clips that are erased.
-        generator: The sample's draws.
-
-    Returns:
-        clip_CTHW, uint8.
-
     Source: official code, `RandomErasing` with mode pixel and one box.
     Differs from the official code: there the noise replaces normalised pixels. Here it becomes bytes with
-    ImageNet's mean and standard deviation, and what lies beyond black or white (two deviations away) is clamped.
+    ImageNet's mean and standard deviation; what is beyond black or white (two deviations away) is clamped.
     """
     from timm.data.random_erasing import RandomErasing
 
     channels, num_frames, height, width = clip_CTHW.shape
-    # timm knows images: the frames lie side by side as channels. What it leaves alone stays NaN.
+    # timm takes an image: frames become channels. Pixels that it leaves alone stay NaN.
     noise = torch.full((channels * num_frames, height, width), torch.nan)
-    with seeded_globals(draw_seed(generator)):
+    with seeded_globals(_draw_seed(generator)):
         noise = RandomErasing(probability=prob, mode="pixel", max_count=1, device="cpu")(noise)
-    places = (~noise[0].isnan()).nonzero().tolist()
-    if not places:
+    pixels = (~noise[0].isnan()).nonzero().tolist()
+    if not pixels:
         return clip_CTHW
-    (top, left), (bottom, right) = places[0], places[-1]
+    (top, left), (bottom, right) = pixels[0], pixels[-1]
     box = (..., slice(top, bottom + 1), slice(left, right + 1))
-    mean, std = (torch.tensor(values)[:, None, None, None] for values in (_MEAN, _STD))
+    mean, std = (torch.tensor(values)[:, None, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     noise_CTHW = rearrange(noise, "(c t) h w -> c t h w", c=channels)[box]
     erased_CTHW = clip_CTHW.clone()
     erased_CTHW[box] = ((noise_CTHW * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
@@ -178,9 +160,8 @@ def erase(clip_CTHW: Tensor, prob: float, generator: np.random.Generator) -> Ten
 class PairMixer:
     """Mixes pairs of neighbouring clips and their classes, with timm's mixup and CutMix.
 
-    The draws belong to the pair, so a global batch comes out the same from any even micro-batch and any number of
-    processes. All frames of a clip are mixed alike. Each pair is mixed, by CutMix or mixup at even odds where both
-    are on.
+    The draws belong to the pair, so any even micro-batch and any number of processes makes the same global batch.
+    All frames of a clip are mixed alike. Each pair is mixed, by CutMix or mixup at even odds where both are on.
 
     Attributes:
         seed: The run's.
@@ -188,8 +169,8 @@ class PairMixer:
         mixup_alpha: Mixup's beta distribution; 0 for none.
         cutmix_alpha: CutMix's beta distribution; 0 for none.
 
-    Differs from the official code: one draw a pair, not one for a process's whole micro-batch, which is the first
-    clip with the last and so on; bytes are mixed, rounded to the nearest, instead of normalised floats.
+    Differs from the official code: one draw a pair, not one for a rank's whole micro-batch, which is the first clip
+    with the last and so on; bytes are mixed, rounded to the nearest, instead of normalised floats.
     """
 
     seed: int
@@ -225,16 +206,20 @@ class PairMixer:
             label_smoothing=0.0,
             num_classes=self.num_classes,
         )
-        # timm cuts and pastes within the arrays that it is given.
+        # timm mixes in place.
         images = [rearrange(clip, "c t h w -> (c t) h w").numpy().copy() for clip in (first, second)]
         generator = keyed_generator(self.seed, RandomStream.MIX, key.epoch, key.index, key.repeat)
-        with seeded_globals(draw_seed(generator)):
+        with seeded_globals(_draw_seed(generator)):
             mixed, target_BK = collate(list(zip(images, labels, strict=True)))
         return rearrange(mixed, "b (c t) h w -> b c t h w", c=first.shape[0]), target_BK
 
     def target(self, label: int) -> Tensor:
         """Return the target_K of a clip that is not mixed, float32."""
         return torch.nn.functional.one_hot(torch.tensor(label), self.num_classes).float()
+
+
+def _draw_seed(generator: np.random.Generator) -> int:
+    return int(generator.integers(2**32))
 
 
 @lru_cache(maxsize=4)
@@ -249,5 +234,5 @@ def _rand_augment_transform(text: str) -> Any:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
-    """Keep at least one bit: timm asks for none at the ends of its scale, which Pillow 13 refuses."""
+    """Keep at least one bit: timm keeps none at the ends of its scale, which Pillow 13 refuses."""
     return ImageOps.posterize(image, min(max(bits_to_keep, 1), 8))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from everest_ds.data.clips.augment import PairMixer
@@ -34,34 +34,39 @@ class BadSample:
 
 @dataclass(frozen=True)
 class Clip:
-    """One training sample, or nothing but the draws that failed when too many in a row did.
+    """One training sample, or only the failed draws where no replacement could be read.
+
+    Small parts are arrays, not tensors: those would travel between processes by way of files.
 
     Attributes:
-        pixels: uint8, clip_CTHW, or crop_THWC where the device resizes it (data.resize); None when no replacement
-            could be read.
-        frames_T: int64, the frame of the video that each frame of the clip is; None as above. An array, as all that
-            is small: tensors travel from process to process by way of files.
-        noise_S: float32 in [0, 1), as many values as the task asked for; None as above.
+        pixels: uint8, clip_CTHW, or crop_THWC where the device resizes it (data.resize); None for a lost clip.
+        frames_T: int64, the frame of the video that each frame of the clip is; empty for a lost clip.
+        noise_S: float32 in [0, 1), as many values as the task wanted.
         label: Class of the list's row.
         index: Row of the list.
-        key: What was asked for; another row where that one could not be read.
+        key: The requested key; another row than ``index`` where that one could not be read.
         target_K: float32, the shares of the classes; None where no clips are mixed.
         bad: Draws that could not be read before this one.
     """
 
     pixels: Tensor | None
-    frames_T: NDArray[np.int64] | None
-    noise_S: NDArray[np.float32] | None
+    frames_T: NDArray[np.int64]
+    noise_S: NDArray[np.float32]
     label: int
     index: int
     key: SampleKey
     target_K: NDArray[np.float32] | None = None
     bad: tuple[BadSample, ...] = ()
 
+    @classmethod
+    def lost(cls, key: SampleKey) -> "Clip":
+        """Return the clip of a key for which no video could be read."""
+        return cls(None, np.empty(0, np.int64), np.empty(0, np.float32), label=-1, index=key.index, key=key)
+
     @property
     def was_read(self) -> bool:
         """Whether there is a clip."""
-        return self.frames_T is not None
+        return len(self.frames_T) > 0
 
     def with_pixels(self, pixels: Tensor | None) -> "Clip":
         """Return the clip with other pixels."""
@@ -69,10 +74,7 @@ class Clip:
 
 
 def mix_pairs(clips: Sequence[Clip], mixer: PairMixer) -> list[Clip]:
-    """Mix the first clip with the second, the third with the fourth and so on.
-
-    One that has lost its neighbour stays as it is.
-    """
+    """Mix the first clip with the second, the third with the fourth and so on; one without a neighbour stays."""
     if len(clips) % 2:
         raise ValueError(f"{len(clips)} clips do not make pairs to mix; batch.micro_size must be even")
     mixed: list[Clip] = []
@@ -94,13 +96,13 @@ class ClipBatch:
 
     Attributes:
         clips_BCTHW: uint8; empty where ``crops`` hold the pixels. In memory channels may come last, as they leave
-            the decoder, so that no process spends time on putting them into order.
+            the decoder: no process spends time on reordering them.
         frames_BT: int64, the frame of its video that each frame of a clip is; for a mixed clip, of its own video.
-        noise_BS: float32 in [0, 1), the values that the task asked for with each clip.
+        noise_BS: float32 in [0, 1), the values that the task wanted with each clip.
         label_B: int64.
         index_B: int64, rows of the list.
         target_BK: float32, the shares of the classes in each clip; None where no clips are mixed.
-        crops: uint8, crop_THWC of each clip in its own size, which the device resizes (data.resize); else none.
+        crops: uint8, crop_THWC of each clip in its own size, which the device resizes (data.resize); else empty.
         bad: Draws that could not be read while this batch was made.
         num_lost: Samples that are missing because no replacement could be read either.
     """
@@ -117,7 +119,7 @@ class ClipBatch:
 
     @classmethod
     def collate(cls, clips: Sequence[Clip], *, crops: bool = False, pin: bool = False) -> "ClipBatch":
-        """Copy samples into a batch; samples that no replacement was found for are left out.
+        """Copy clips into a batch; lost ones are left out.
 
         Args:
             clips: The samples.
@@ -127,25 +129,23 @@ class ClipBatch:
         read = [clip for clip in clips if clip.was_read]
         pixels = [clip.pixels for clip in read if clip.pixels is not None]
         targets = [clip.target_K for clip in read if clip.target_K is not None]
-        frames = [clip.frames_T for clip in read if clip.frames_T is not None]
-        noise = [clip.noise_S for clip in read if clip.noise_S is not None]
         return cls(
             clips_BCTHW=_stack([] if crops else pixels, pin=pin),
-            frames_BT=_to_tensor(np.array(frames, dtype=np.int64), pin=pin),
-            noise_BS=_to_tensor(np.array(noise, dtype=np.float32), pin=pin),
-            label_B=_to_tensor(np.array([clip.label for clip in read], dtype=np.int64), pin=pin),
-            index_B=_to_tensor(np.array([clip.index for clip in read], dtype=np.int64), pin=pin),
-            target_BK=_to_tensor(np.array(targets), pin=pin) if targets else None,
+            frames_BT=_to_tensor([clip.frames_T for clip in read], np.int64, pin=pin),
+            noise_BS=_to_tensor([clip.noise_S for clip in read], np.float32, pin=pin),
+            label_B=_to_tensor([clip.label for clip in read], np.int64, pin=pin),
+            index_B=_to_tensor([clip.index for clip in read], np.int64, pin=pin),
+            target_BK=_to_tensor(targets, np.float32, pin=pin) if targets else None,
             crops=[_stack([crop_THWC], pin=pin)[0] for crop_THWC in pixels] if crops else [],
             bad=[bad for clip in clips for bad in clip.bad],
             num_lost=len(clips) - len(read),
         )
 
     def require_whole(self) -> None:
-        """Refuse a batch with a hole in it.
+        """Refuse a batch with lost samples.
 
         Raises:
-            UserError: As many draws one after another as `MAX_REPLACEMENTS` allows could not be read.
+            UserError: More draws one after another than `MAX_REPLACEMENTS` could not be read.
         """
         if self.num_lost:
             last = self.bad[-1]
@@ -163,17 +163,17 @@ class ClipBatch:
 
 
 def _stack(parts: Sequence[Tensor], *, pin: bool) -> Tensor:
-    """Copy tensors of bytes, all of one shape, into one, in pinned memory if asked for."""
+    """Copy byte tensors of one shape into one; each keeps its order of axes in memory, unlike in `torch.stack`."""
     if not parts:
         return torch.empty(0, dtype=torch.uint8, pin_memory=pin)
     layout = Layout.of(parts[0])
     shape, stride = (len(parts), *layout.shape), (parts[0].numel(), *layout.stride)
     stacked = torch.empty_strided(shape, stride, dtype=torch.uint8, pin_memory=pin)
-    for place, part in zip(stacked, parts, strict=True):
-        place.copy_(part)
+    for target, part in zip(stacked, parts, strict=True):
+        target.copy_(part)
     return stacked
 
 
-def _to_tensor(values: NDArray[np.generic], *, pin: bool) -> Tensor:
-    tensor = torch.from_numpy(values)
+def _to_tensor(values: Sequence[object], dtype: DTypeLike, *, pin: bool) -> Tensor:
+    tensor = torch.from_numpy(np.array(values, dtype=dtype))
     return tensor.pin_memory() if pin else tensor

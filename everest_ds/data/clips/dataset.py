@@ -1,4 +1,4 @@
-"""Training clips by key: what the loader's processes do.
+"""Training clips by key, made in the loader's workers.
 
 Place in the flow: SampleKey -> video opened once -> frames of all its clips read once -> clip_CTHW uint8 (cuts.py),
 the task's noise -> Clip, mixed with its neighbour where clips are mixed. An unreadable video is replaced by another
@@ -18,16 +18,13 @@ from torch.utils.data import Sampler
 from everest_ds.config.sections import DataConfig
 from everest_ds.data.clips.augment import PairMixer
 from everest_ds.data.clips.batch import MAX_REPLACEMENTS, BadSample, Clip, ClipBatch, mix_pairs
-from everest_ds.data.clips.cuts import Cut, UnfitFramesError, choose_frames
-from everest_ds.data.clips.sampling import RandomStream, SampleKey, keyed_generator
+from everest_ds.data.clips.cuts import Cut, UnfitFramesError
+from everest_ds.data.clips.sampling import RandomStream, SampleKey, keyed_generator, sample_draws
 from everest_ds.data.lists.video_list import PackedRows, VideoRow
 from everest_ds.data.loading.loader import Loader
 from everest_ds.data.loading.pool import Mark
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.data.readers.video import DecodedVideo, Video, VideoReadError
-
-Unit = tuple[SampleKey, ...]
-"""Clips that are made together: those of a video, and where clips are mixed, those of all videos that mix."""
 
 
 class ClipDataset:
@@ -41,7 +38,7 @@ class ClipDataset:
         mixer: Mixes the clips of a micro-batch in pairs.
 
     Raises:
-        UserError: The reader of ``cut.config`` cannot serve on this machine.
+        UserError: The reader of ``cut.config`` is not available on this machine.
     """
 
     def __init__(
@@ -69,74 +66,71 @@ class ClipDataset:
     @property
     def sample_bytes(self) -> int:
         """Bytes of a clip, or of a crop at most."""
-        return self.cut.most_bytes
+        return self.cut.max_bytes
 
     def __len__(self) -> int:
-        """Return the number of videos."""
         return len(self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Go to another process with packed rows, and without decoded frames."""
+        """Go to a worker with packed rows, and without decoded frames."""
         return self.__dict__ | {"rows": PackedRows(self.rows), "_decoded": {}}
 
     def __getitem__(self, key: SampleKey) -> Clip:
         """Return the clip of a key, not mixed."""
-        return self._read((key,), {}, lambda _: None)[0]
+        return self._read([key], {}, lambda _: None)[0]
 
-    def units(self, keys: Sequence[SampleKey]) -> list[Unit]:
-        """Divide a micro-batch into what is made together, in its order."""
-        last = {(key.epoch, key.index): place for place, key in enumerate(keys)}
-        units: list[Unit] = []
+    def requests(self, keys: Sequence[SampleKey]) -> list[list[SampleKey]]:
+        """Divide a micro-batch, in its order, into clips that are made together.
+
+        These are the clips of a video, and where clips are mixed, of all videos that are mixed.
+        """
+        last = {(key.epoch, key.index): position for position, key in enumerate(keys)}
+        requests: list[list[SampleKey]] = []
         start = furthest = 0
-        for place, key in enumerate(keys):
+        for position, key in enumerate(keys):
             furthest = max(furthest, last[key.epoch, key.index])
-            if place == furthest and not (self.mixer and place % 2 == 0):
-                units.append(tuple(keys[start : place + 1]))
-                start = place + 1
-        return units + ([tuple(keys[start:])] if start < len(keys) else [])
+            if position == furthest and not (self.mixer and position % 2 == 0):
+                requests.append(list(keys[start : position + 1]))
+                start = position + 1
+        return requests + ([list(keys[start:])] if start < len(keys) else [])
 
     def __call__(self, request: Sequence[SampleKey], unreadable: Mapping[int, str], mark: Mark) -> list[Clip]:
-        """Make the clips of a unit; unreadable videos are replaced, at most `MAX_REPLACEMENTS` times each.
+        """Make the clips of a request; see `everest_ds.data.loading.loader.SampleMaker`.
 
-        Nothing is raised for bad videos: the batch says what was bad, see `ClipBatch.require_whole`.
-
-        Args:
-            request: The unit.
-            unreadable: Videos that are known to be bad, by their number in the order of opening, and why.
-            mark: Told the number of each video before it is opened.
+        Unreadable videos are replaced, at most `MAX_REPLACEMENTS` times each. Nothing is raised for them: the batch
+        says what was bad, see `ClipBatch.require_whole`.
         """
         clips = self._read(request, unreadable, mark)
         return mix_pairs(clips, self.mixer) if self.mixer else clips
 
-    def _read(self, unit: Sequence[SampleKey], faults: Mapping[int, str], mark: Mark) -> list[Clip]:
-        numbers = itertools.count()
+    def _read(self, request: Sequence[SampleKey], unreadable: Mapping[int, str], mark: Mark) -> list[Clip]:
+        videos: dict[tuple[int, int], list[SampleKey]] = {}
+        for key in request:
+            videos.setdefault((key.epoch, key.index), []).append(key)
+        opened = itertools.count()
         clips: dict[SampleKey, Clip] = {}
-        for epoch, index in dict.fromkeys((key.epoch, key.index) for key in unit):
-            keys = [key for key in unit if (key.epoch, key.index) == (epoch, index)]
-            clips |= zip(keys, self._clips_of(keys, numbers, faults, mark), strict=True)
-        return [clips[key] for key in unit]
+        for keys in videos.values():
+            clips |= zip(keys, self._read_video(keys, opened, unreadable, mark), strict=True)
+        return [clips[key] for key in request]
 
-    def _clips_of(
-        self, keys: Sequence[SampleKey], numbers: Iterator[int], faults: Mapping[int, str], mark: Mark
+    def _read_video(
+        self, keys: Sequence[SampleKey], opened: Iterator[int], unreadable: Mapping[int, str], mark: Mark
     ) -> list[Clip]:
         """Return the clips of one video, or of its replacement, which all of them share."""
         epoch, index = keys[0].epoch, keys[0].index
         replacements = keyed_generator(self.seed, RandomStream.REPLACEMENT, epoch, index)
         failed: list[tuple[int, VideoReadError]] = []
-        clips: Sequence[Clip] = ()
-        while not clips and len(failed) <= MAX_REPLACEMENTS:
-            number = next(numbers)
+        clips = [Clip.lost(key) for key in keys]
+        while not clips[0].was_read and len(failed) <= MAX_REPLACEMENTS:
+            number = next(opened)
             try:
-                if number in faults:
-                    raise VideoReadError(self.rows[index].path, faults[number])
+                if number in unreadable:
+                    raise VideoReadError(self.rows[index].path, unreadable[number])
                 mark(number)
-                clips = self._cut([replace(key, index=index) for key in keys])
+                clips = self._cut_clips([replace(key, index=index) for key in keys])
             except VideoReadError as error:
                 failed.append((index, error))
                 index = int(replacements.integers(len(self.rows)))
-        if not clips:
-            lost = Clip(pixels=None, frames_T=None, noise_S=None, label=-1, index=keys[0].index, key=keys[0])
-            clips = [lost] * len(keys)
         return [
             replace(
                 clip,
@@ -146,38 +140,33 @@ class ClipDataset:
             for clip, key in zip(clips, keys, strict=True)
         ]
 
-    def _cut(self, keys: Sequence[SampleKey]) -> list[Clip]:
+    def _cut_clips(self, keys: Sequence[SampleKey]) -> list[Clip]:
         """Read the frames of all clips of a video once, and cut the clips."""
-        row = self.rows[keys[0].index]
         video = self._open(keys[0].index)
-        frame_idx = [self._frame_idx(video, key) for key in keys]
-        wanted = sorted({frame for idx in frame_idx for frame in idx})
-        frames_THWC = video.read(wanted)
-        clips = []
-        for key, idx in zip(keys, frame_idx, strict=True):
-            draws = partial(self._draws, key)
-            own_THWC = _choose(frames_THWC, wanted, idx)
-            try:
-                pixels = self.cut.clip(own_THWC, draws)
-            except UnfitFramesError as error:
-                raise VideoReadError(row.path, str(error)) from error
-            noise = draws(RandomStream.NOISE).random(self.noise_length, dtype=np.float32)
-            clips.append(
-                Clip(
-                    pixels=pixels,
-                    frames_T=np.array(idx),
-                    noise_S=noise,
-                    label=row.label,
-                    index=key.index,
-                    key=key,
-                )
-            )
-        return clips
+        # The clips of a video share their frames unless each draws its own.
+        share = self.config.repeat_frames == "shared"
+        drawn_for = [replace(key, repeat=0) if share else key for key in keys]
+        frame_idx = [self.cut.choose_frames(video, sample_draws(self.seed, key)) for key in drawn_for]
+        present = sorted({frame for idx in frame_idx for frame in idx})
+        frames_THWC = video.read(present)
+        return [
+            self.make_clip(key, idx, _pick(frames_THWC, present, idx))
+            for key, idx in zip(keys, frame_idx, strict=True)
+        ]
 
-    def _frame_idx(self, video: Video, key: SampleKey) -> list[int]:
-        """Draw the frames of a clip; the clips of a video share them unless they are to have their own."""
-        drawn_for = key if self.config.repeat_frames == "own" else replace(key, repeat=0)
-        return choose_frames(self.cut, video, partial(self._draws, drawn_for))
+    def make_clip(self, key: SampleKey, frame_idx: Sequence[int], frames_THWC: NDArray[np.uint8]) -> Clip:
+        """Cut the clip of a key out of its frames.
+
+        Raises:
+            VideoReadError: The frames give no clip.
+        """
+        row, draws = self.rows[key.index], sample_draws(self.seed, key)
+        try:
+            pixels = self.cut.clip(frames_THWC, draws)
+        except UnfitFramesError as error:
+            raise VideoReadError(row.path, str(error)) from error
+        noise_S = draws(RandomStream.NOISE).random(self.noise_length, dtype=np.float32)
+        return Clip(pixels, np.array(frame_idx), noise_S, label=row.label, index=key.index, key=key)
 
     def _open(self, index: int) -> Video:
         """Open the video of a row, or take it from memory where decoded frames are kept."""
@@ -189,9 +178,6 @@ class ClipDataset:
         self._decoded[index] = DecodedVideo(video, with_times=self.config.sampling_seconds is not None)
         return self._decoded[index]
 
-    def _draws(self, key: SampleKey, stream: RandomStream) -> np.random.Generator:
-        return keyed_generator(self.seed, stream, key.epoch, key.index, key.repeat)
-
 
 def make_loader(
     dataset: ClipDataset,
@@ -200,19 +186,18 @@ def make_loader(
     micro_size: int,
     pin_memory: bool,
 ) -> Loader[SampleKey, Clip, ClipBatch]:
-    """Return the loader of a process's micro-batches, of ``micro_size`` clips each."""
+    """Return the loader of a rank's micro-batches, of ``micro_size`` clips each."""
     return Loader(
         dataset,
-        (dataset.units(keys) for keys in sampler),
+        map(dataset.requests, sampler),
         partial(ClipBatch.collate, crops=dataset.cut.delivers_crops, pin=pin_memory),
         batch_samples=micro_size,
         request_samples=min(dataset.config.repeats * (2 if dataset.mixer else 1), micro_size),
     )
 
 
-def _choose(frames_THWC: NDArray[np.uint8], present: Sequence[int], wanted: Sequence[int]) -> NDArray[np.uint8]:
+def _pick(frames_THWC: NDArray[np.uint8], present: Sequence[int], wanted: Sequence[int]) -> NDArray[np.uint8]:
     """Return the frames wanted of those present; copies only where it must."""
     if list(present) == list(wanted):
         return frames_THWC
-    place = {frame: i for i, frame in enumerate(present)}
-    return frames_THWC[[place[frame] for frame in wanted]]
+    return frames_THWC[np.searchsorted(present, wanted)]

@@ -1,10 +1,10 @@
 """Which samples make up a step, which frames make up a clip, and where every random draw comes from.
 
-Place in the flow: (seed, epoch, sample index, repeat) -> random generator -> frame indices. Nothing here reads
-the state of a worker or a rank, so the same global batch comes out on any number of processes.
+Place in the flow: (seed, epoch, sample index, repeat) -> random generator -> frame numbers. Nothing here depends on
+the state of a worker or a rank, so any number of processes makes the same global batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -13,10 +13,10 @@ from torch.utils.data import Sampler
 
 
 class RandomStream(IntEnum):
-    """What a draw is for; each purpose has its own stream, so that adding a draw to one shifts no other.
+    """What a draw is for. Each purpose has its own stream, so that a new draw for one does not shift the others.
 
-    NOISE is what the task takes with each clip, and MIX belongs to a pair of clips, by its first; the others belong
-    to a sample, ORDER to an epoch.
+    ORDER belongs to an epoch, MIX to a pair of clips (by the first one's key), the others to a sample. NOISE is
+    what the task takes with each clip.
     """
 
     ORDER = 0
@@ -39,10 +39,14 @@ class SampleKey:
     repeat: int = 0
 
 
+Draws = Callable[[RandomStream], np.random.Generator]
+"""Gives a sample's generator for a purpose."""
+
+
 def keyed_generator(
     seed: int, stream: RandomStream, epoch: int, index: int = 0, repeat: int = 0
 ) -> np.random.Generator:
-    """Return the generator that belongs to a sample and a purpose.
+    """Return the generator of a sample and a purpose.
 
     Philox is counter-based: key and counter say where in its sequence the draws start, so no two samples share
     draws and none depends on another.
@@ -52,7 +56,18 @@ def keyed_generator(
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def stride_indices(num_frames: int, clip_length: int, stride: int, generator: np.random.Generator) -> list[int]:
+def sample_draws(seed: int, key: SampleKey) -> Draws:
+    """Return the draws of a sample."""
+    return lambda stream: keyed_generator(seed, stream, key.epoch, key.index, key.repeat)
+
+
+def require_frames(num_frames: int) -> None:
+    """Refuse a video without frames."""
+    if num_frames < 1:
+        raise ValueError(f"num_frames={num_frames} must be at least 1")
+
+
+def strided_frames(num_frames: int, clip_length: int, stride: int, generator: np.random.Generator) -> list[int]:
     """Return the frames of one clip: every ``stride``-th from a random start.
 
     A video shorter than ``clip_length * stride`` frames starts at 0; one that runs out repeats the last frame that
@@ -60,8 +75,7 @@ def stride_indices(num_frames: int, clip_length: int, stride: int, generator: np
 
     Source: official code, the pre-training loader's indices (golden frame_sampling.json, pretrain_train).
     """
-    if num_frames < 1:
-        raise ValueError(f"num_frames={num_frames} must be at least 1")
+    require_frames(num_frames)
     num_starts = num_frames - clip_length * stride + 1
     start = int(generator.integers(num_starts)) if num_starts > 0 else 0
     # The official loop advances only while another frame lies beyond the one it would reach.
@@ -69,18 +83,17 @@ def stride_indices(num_frames: int, clip_length: int, stride: int, generator: np
     return [start + min(step, last_reachable) * stride for step in range(clip_length)]
 
 
-def dense_indices(num_frames: int, clip_length: int, stride: int, generator: np.random.Generator) -> list[int]:
-    """Return the frames of one fine-tuning clip: spread over ``clip_length * stride`` frames at a random place.
+def dense_frames(num_frames: int, clip_length: int, stride: int, generator: np.random.Generator) -> list[int]:
+    """Return the frames of one fine-tuning clip: spread over ``clip_length * stride`` frames at a random position.
 
-    From the first of these frames to the last, so that they lie a little more than ``stride`` apart (4.27 for 16
-    frames at stride 4); the video's last frame is not reached. A video that is not longer than that gives a frame
-    for each of its whole strides, spread over all of it, and then its last frame to the end of the clip.
+    From the first of these frames to the last, so they are a little more than ``stride`` apart (4.27 for 16 frames
+    at stride 4); the video's last frame is not reached. A video that is not longer than that gives a frame for each
+    of its whole strides, spread over all of it, and then repeats its last frame.
 
     Source: official code, the fine-tuning loader's training indices (golden frame_sampling.json,
     finetune_dense_train_and_val).
     """
-    if num_frames < 1:
-        raise ValueError(f"num_frames={num_frames} must be at least 1")
+    require_frames(num_frames)
     length = clip_length * stride
     if num_frames > length:
         end = int(generator.integers(length, num_frames))
@@ -90,18 +103,17 @@ def dense_indices(num_frames: int, clip_length: int, stride: int, generator: np.
         start, num_spread = 0, num_frames // stride
     spread = np.linspace(start, end, num=num_spread).astype(int).tolist()
     padding = [end] * (clip_length - num_spread)
-    return [min(index, end - 1) for index in spread + padding]
+    return [min(frame, end - 1) for frame in spread + padding]
 
 
-def segment_indices(num_frames: int, num_segments: int, generator: np.random.Generator) -> list[int]:
-    """Return one random frame of each of ``num_segments`` equal parts; what is left at the end is not reached.
+def segment_frames(num_frames: int, num_segments: int, generator: np.random.Generator) -> list[int]:
+    """Return one random frame of each of ``num_segments`` equal parts; the remainder at the end is not reached.
 
     A video with fewer frames than that gives its first frame every time.
 
     Source: official code, the training indices of Something-Something (golden frame_sampling.json, ssv2_segment).
     """
-    if num_frames < 1:
-        raise ValueError(f"num_frames={num_frames} must be at least 1")
+    require_frames(num_frames)
     length = num_frames // num_segments
     if length == 0:
         return [0] * num_segments
@@ -110,21 +122,21 @@ def segment_indices(num_frames: int, num_segments: int, generator: np.random.Gen
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of all samples in an epoch; depends on the seed and the epoch alone."""
+    """Return the order of all samples in an epoch."""
     return keyed_generator(seed, RandomStream.ORDER, epoch).permutation(num_samples)
 
 
 @dataclass(kw_only=True, eq=False)
 class GlobalBatchSampler(Sampler[list[SampleKey]]):
-    """Yields this process's micro-batches of the run, epoch after epoch, from any step on.
+    """Yields this rank's micro-batches of the run, epoch after epoch, from any step on.
 
-    Micro-step a of process r takes the slice ``(a * world_size + r) * micro_size`` of each global batch, so the
-    global batch is the same whatever the number of processes. The rest of an epoch that makes no whole batch is
-    left out; another order leaves out others.
+    Micro-step a of rank r takes the slice ``(a * world_size + r) * micro_size`` of each global batch, so the global
+    batch does not depend on the number of ranks. The rest of an epoch that makes no whole batch is left out;
+    another order leaves out others.
 
-    With repeated sampling a global batch holds ``global_size / repeats`` videos, two by two: all clips of the two,
-    one of each in turn. So neighbours are different videos (but for the last of an odd number), and the clips of a
-    video are near each other, where one process makes them from one decoding.
+    With repeated sampling a global batch holds ``global_size / repeats`` videos, two by two: repeat 0 of both,
+    repeat 1 of both and so on. So neighbours are different videos (except for the last of an odd number), and the
+    clips of a video are close together, where one worker makes them from one decoding.
     """
 
     num_samples: int
@@ -138,7 +150,7 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
     end_step: int
 
     def __post_init__(self) -> None:
-        """Check that steps can be made."""
+        """Check that there is at least one step in an epoch."""
         if self.global_size % (self.micro_size * self.world_size):
             raise ValueError(
                 f"micro_size={self.micro_size} x world_size={self.world_size} does not divide {self.global_size}"

@@ -13,6 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
+Crop = tuple[int, int, int, int]
+"""Left, top, width and height in pixels."""
+
 # MultiScaleCrop takes a crop edge within this many pixels of the output size as the output size itself.
 _SNAP_PX = 3
 
@@ -20,7 +23,7 @@ _SNAP_PX = 3
 def multi_scale_crops(width: int, height: int, size: int, scales: Sequence[float]) -> list[tuple[int, int]]:
     """Return the crop sizes (width, height) that MultiScaleCrop draws from.
 
-    All pairs of edges whose scales are at most one place apart in the list of scales.
+    All pairs of edges whose scales are at most one apart in the list of scales.
 
     Source: official code, `GroupMultiScaleCrop` with max_distort 1 (golden multiscale_crop.json).
     Differs from the official code: a frame one or two pixels smaller than the output is not padded with black.
@@ -33,7 +36,7 @@ def multi_scale_crops(width: int, height: int, size: int, scales: Sequence[float
 
 
 def crop_offsets(width: int, height: int, crop_width: int, crop_height: int) -> list[tuple[int, int]]:
-    """Return the thirteen places (left, top) of a crop that MultiScaleCrop draws from, in the official order."""
+    """Return the thirteen positions (left, top) of a crop that MultiScaleCrop draws from, in the official order."""
     step_x = (width - crop_width) // 4
     step_y = (height - crop_height) // 4
     steps = [
@@ -44,10 +47,8 @@ def crop_offsets(width: int, height: int, crop_width: int, crop_height: int) -> 
     return [(x * step_x, y * step_y) for x, y in steps]
 
 
-def draw_crop(
-    width: int, height: int, size: int, scales: Sequence[float], generator: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """Draw a crop (left, top, width, height) in pixels."""
+def draw_crop(width: int, height: int, size: int, scales: Sequence[float], generator: np.random.Generator) -> Crop:
+    """Draw MultiScaleCrop's crop of a frame."""
     pairs = multi_scale_crops(width, height, size, scales)
     crop_width, crop_height = pairs[generator.integers(len(pairs))]
     offsets = crop_offsets(width, height, crop_width, crop_height)
@@ -55,8 +56,8 @@ def draw_crop(
     return left, top, crop_width, crop_height
 
 
-def crop_frames(frames_THWC: NDArray[np.uint8], crop: tuple[int, int, int, int], *, mirror: bool) -> Tensor:
-    """Cut the same crop (left, top, width, height) out of all frames: crop_THWC uint8, contiguous."""
+def crop_frames(frames_THWC: NDArray[np.uint8], crop: Crop, *, mirror: bool) -> Tensor:
+    """Cut the same crop out of all frames: crop_THWC uint8, contiguous."""
     left, top, width, height = crop
     crop_THWC = torch.from_numpy(frames_THWC)[:, top : top + height, left : left + width]
     return crop_THWC.flip(2) if mirror else crop_THWC.contiguous()
@@ -72,9 +73,7 @@ def resize_crop(crop_THWC: Tensor, size: int) -> Tensor:
     times as fast.
     """
     crop_TCHW = rearrange(crop_THWC, "t h w c -> t c h w")
-    if tuple(crop_TCHW.shape[2:]) != (size, size):
-        crop_TCHW = tvf.resize(crop_TCHW, [size, size], antialias=True)
-    return rearrange(crop_TCHW, "t c h w -> c t h w")
+    return rearrange(tvf.resize(crop_TCHW, [size, size], antialias=True), "t c h w -> c t h w")
 
 
 def resize_crop_by_pil(crop_THWC: Tensor, size: int) -> Tensor:

@@ -4,8 +4,8 @@ Place in the flow: row of a list -> video opened once, each frame decoded and re
 Axes: V views of a video (time first, then space), C colour channels, F decoded frames, T frames of a clip, H W
 pixels.
 
-Source: official code, the test mode of its two fine-tuning datasets (golden frame_sampling.json). Ours goes on
-where that divides by zero (one view) and where it knows two views only (segments).
+Source: official code, the test mode of its two fine-tuning datasets (golden frame_sampling.json). Ours also covers
+one view, where that divides by zero, and any number of segment clips, where that has two.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
 from everest_ds.config import FinetuneDataConfig, ViewsConfig
+from everest_ds.data.clips.sampling import require_frames
 from everest_ds.data.lists.video_list import PackedRows, VideoRow
 from everest_ds.data.loading.loader import Loader
 from everest_ds.data.loading.pool import Mark
@@ -28,7 +29,7 @@ from everest_ds.data.readers.choice import choose_reader
 from everest_ds.data.readers.timing import clip_room_s, frames_at
 from everest_ds.data.readers.video import Video, VideoReadError
 
-# Frames that are held at their own size at once; the whole of a long high-definition video would take gibibytes.
+# Frames that are held at their own size at once; all of a long high-definition video would take gibibytes.
 _FRAMES_AT_ONCE = 32
 
 
@@ -50,7 +51,7 @@ class RowViews:
 
     @property
     def pixels(self) -> Tensor | None:
-        """What the loader puts into shared memory."""
+        """The clips, for the loader."""
         return self.clips_VCTHW
 
     def with_pixels(self, pixels: Tensor | None) -> "RowViews":
@@ -62,15 +63,15 @@ def dense_clips(num_frames: int, clip_length: int, stride: int, num_clips: int) 
     """Return the frames of clips spread evenly over a video, each of every ``stride``-th frame.
 
     The strided frames of the whole video are laid out from frame 0; a video with fewer than ``clip_length`` of them
-    is padded by its last one. Clip k starts at place ``int(k * step)``, the last one ends at the end.
+    is padded by its last one. Clip k starts at strided frame ``int(k * step)``, the last one ends at the end.
 
     Source: official code, dense test mode. Differs from the official code: one clip is the one in the middle.
     """
-    _require_frames(num_frames)
-    places = list(range(0, num_frames, stride))
-    places += [places[-1]] * (clip_length - len(places))
-    starts = spread(len(places) - clip_length, num_clips)
-    return [places[start : start + clip_length] for start in starts]
+    require_frames(num_frames)
+    strided = list(range(0, num_frames, stride))
+    strided += [strided[-1]] * (clip_length - len(strided))
+    starts = spread(len(strided) - clip_length, num_clips)
+    return [strided[start : start + clip_length] for start in starts]
 
 
 def timed_clips(times_s: NDArray[np.float64], clip_length: int, seconds: float, num_clips: int) -> list[list[int]]:
@@ -83,7 +84,7 @@ def timed_clips(times_s: NDArray[np.float64], clip_length: int, seconds: float, 
         times_s: When each frame of the video starts, ascending, in seconds.
         clip_length: Frames of a clip.
         seconds: From one frame of a clip to the next.
-        num_clips: How many there are.
+        num_clips: Number of clips.
     """
     room_s = clip_room_s(times_s, clip_length, seconds)
     shares = [k / (num_clips - 1) for k in range(num_clips)] if num_clips > 1 else [0.5]
@@ -99,14 +100,14 @@ def segment_clips(num_frames: int, clip_length: int, num_clips: int) -> list[lis
     Source: official code, segment test mode, which has K = 2. Differs from the official code: any K, and one clip
     is the one in the middle of each part, ``int(t * i + t / 2)``.
     """
-    _require_frames(num_frames)
-    tick = num_frames / clip_length
-    shares = [k * tick / num_clips for k in range(num_clips)] if num_clips > 1 else [tick / 2]
-    return [[int(tick * part + share) for part in range(clip_length)] for share in shares]
+    require_frames(num_frames)
+    part = num_frames / clip_length
+    shares = [k * part / num_clips for k in range(num_clips)] if num_clips > 1 else [part / 2]
+    return [[int(part * i + share) for i in range(clip_length)] for share in shares]
 
 
 def spread(room: int, count: int) -> list[int]:
-    """Return ``count`` places spread evenly over 0 to ``room``, both ends among them; one is in the middle.
+    """Return ``count`` positions spread evenly over 0 to ``room``, both ends among them; one is in the middle.
 
     Rounded down as the official code does, in floats: ``int(k * (room / (count - 1)))``.
     """
@@ -118,24 +119,21 @@ def spread(room: int, count: int) -> list[int]:
 
 def crop_origins(height: int, width: int, size: int, num_crops: int) -> list[tuple[int, int]]:
     """Return where crops of ``size`` pixels begin, (top, left), along the longer side of a resized frame."""
-    places = spread(max(height, width) - size, num_crops)
-    return [(place, 0) if height > width else (0, place) for place in places]
+    starts = spread(max(height, width) - size, num_crops)
+    return [(start, 0) if height > width else (0, start) for start in starts]
 
 
-def resized_shape(height: int, width: int, size: int) -> tuple[int, int]:
-    """Return a frame's height and width once its shorter side has ``size`` pixels; the longer is rounded down.
+def resize_shorter_side(frames_TCHW: Tensor, size: int) -> Tensor:
+    """Resize uint8 frames so that their shorter side has ``size`` pixels; the longer is rounded down.
 
     Source: official code, ``int(size * longer / shorter)``: 320 x 240 gives 298 x 224 as in the golden cases.
+    Differs from the official code: antialiased weights instead of OpenCV's bilinear ones.
     """
-    if width < height:
-        return int(size * height / width), size
-    return size, int(size * width / height)
+    return tvf.resize(frames_TCHW, [size], antialias=True)
 
 
 def read_views(video: Video, data: FinetuneDataConfig, views: ViewsConfig) -> Tensor:
     """Read all views of an open video, clips_VCTHW uint8; V = num_temporal * num_spatial, time first.
-
-    Differs from the official code: frames are resized with antialiased weights instead of OpenCV's bilinear ones.
 
     Raises:
         VideoReadError: A frame cannot be decoded.
@@ -146,14 +144,14 @@ def read_views(video: Video, data: FinetuneDataConfig, views: ViewsConfig) -> Te
         clips = segment_clips(video.num_frames, data.num_frames, views.num_temporal)
     else:
         clips = dense_clips(video.num_frames, data.num_frames, data.sampling_stride, views.num_temporal)
-    frame_idx = sorted({frame for clip in clips for frame in clip})
-    frames_FCHW = _read_resized(video, frame_idx, data.image_size)
-    place = {frame: i for i, frame in enumerate(frame_idx)}
     size = data.image_size
+    frame_idx = sorted({frame for clip in clips for frame in clip})
+    parts = [frame_idx[start : start + _FRAMES_AT_ONCE] for start in range(0, len(frame_idx), _FRAMES_AT_ONCE)]
+    frames_FCHW = torch.cat([resize_shorter_side(_read(video, part), size) for part in parts])
     origins = crop_origins(frames_FCHW.shape[2], frames_FCHW.shape[3], size, views.num_spatial)
     clips_VTCHW = torch.stack(
         [
-            frames_FCHW[[place[frame] for frame in clip], :, top : top + size, left : left + size]
+            frames_FCHW[np.searchsorted(frame_idx, clip), :, top : top + size, left : left + size]
             for clip in clips
             for top, left in origins
         ]
@@ -161,22 +159,8 @@ def read_views(video: Video, data: FinetuneDataConfig, views: ViewsConfig) -> Te
     return rearrange(clips_VTCHW, "v t c h w -> v c t h w").contiguous()
 
 
-def _read_resized(video: Video, frame_idx: Sequence[int], size: int) -> Tensor:
-    """Decode frames and resize each so that its shorter side has ``size`` pixels."""
-    parts = []
-    for start in range(0, len(frame_idx), _FRAMES_AT_ONCE):
-        frames = torch.from_numpy(video.read(frame_idx[start : start + _FRAMES_AT_ONCE]))
-        frames_TCHW = rearrange(frames, "t h w c -> t c h w")
-        shape = resized_shape(frames_TCHW.shape[2], frames_TCHW.shape[3], size)
-        if frames_TCHW.shape[2:] != shape:
-            frames_TCHW = tvf.resize(frames_TCHW, list(shape), antialias=True)
-        parts.append(frames_TCHW)
-    return torch.cat(parts)
-
-
-def _require_frames(num_frames: int) -> None:
-    if num_frames < 1:
-        raise ValueError(f"num_frames={num_frames} must be at least 1")
+def _read(video: Video, frame_idx: Sequence[int]) -> Tensor:
+    return rearrange(torch.from_numpy(video.read(frame_idx)), "t h w c -> t c h w")
 
 
 class ViewDataset:
@@ -184,11 +168,11 @@ class ViewDataset:
 
     Args:
         rows: The list of videos.
-        data: How long clips are, their frames and their size.
-        views: How many there are.
+        data: Length, frames and size of clips.
+        views: Number of views.
 
     Raises:
-        UserError: The reader of ``data`` cannot serve on this machine.
+        UserError: The reader of ``data`` is not available on this machine.
     """
 
     def __init__(self, rows: Sequence[VideoRow], data: FinetuneDataConfig, views: ViewsConfig) -> None:
@@ -209,11 +193,10 @@ class ViewDataset:
         return num_views * 3 * self.data.num_frames * self.data.image_size**2
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Go to another process with packed rows."""
+        """Go to a worker with packed rows."""
         return self.__dict__ | {"rows": PackedRows(self.rows)}
 
     def __getitem__(self, index: int) -> RowViews:
@@ -238,10 +221,7 @@ class ViewDataset:
 
 
 def make_view_loader(
-    dataset: ViewDataset,
-    groups: Sequence[Sequence[int]],
-    *,
-    pin_memory: bool,
+    dataset: ViewDataset, groups: Sequence[Sequence[int]], *, pin_memory: bool
 ) -> Loader[int, RowViews, list[RowViews]]:
     """Return a loader that yields the rows of each group, in order."""
     requests = [[[index] for index in group] for group in groups]

@@ -72,7 +72,7 @@ _LOOK_AGAIN_S, _GLANCE_S = 0.1, 0.02
 
 @dataclass(frozen=True, eq=False)
 class Loader(Generic[Key, Made, Batch]):
-    """Batches in order; each `iter` starts workers of its own.
+    """Batches in order, for one pass; `iter` starts the workers.
 
     Attributes:
         maker: Makes the samples of requests.

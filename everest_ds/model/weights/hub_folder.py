@@ -24,10 +24,10 @@ from everest_ds.config import (
 )
 from everest_ds.config.file import config_from_dict
 from everest_ds.errors import UserError
+from everest_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from everest_ds.model.classifier import fixed_draws
 from everest_ds.model.selection import SelectionRule, keep_rule
 from everest_ds.model.transformer import MLP_RATIO
-from everest_ds.model.tubelets import IMAGENET_MEAN, IMAGENET_STD
 from everest_ds.model.weights.architecture import Architecture, Kind
 from everest_ds.model.weights.foreign import CONFIG
 from everest_ds.model.weights.huggingface import FIXED_SETTINGS

@@ -16,21 +16,22 @@ import torch
 from torch import Tensor
 
 from everest_ds.benchmark import data_loader as throughput
-from everest_ds.benchmark.official_clip import MEAN, STD, OfficialWay, official_clip
+from everest_ds.benchmark.official_clip import OfficialWay, official_clip
 from everest_ds.benchmark.stages import Costs, OurWay, StageTimer, draws_of, measure_round, warm_up
 from everest_ds.config import FinetuneConfig, FinetuneDataConfig, PretrainConfig, PretrainDataConfig
 from everest_ds.data.clips.augment import PairMixer
 from everest_ds.data.clips.cuts import Cut, FinetuneCut, PretrainCut
 from everest_ds.data.clips.dataset import ClipDataset
-from everest_ds.data.clips.sampling import SampleKey
+from everest_ds.data.clips.sampling import SampleKey, sample_draws
 from everest_ds.data.lists.video_list import VideoRow, read_list
 from everest_ds.data.readers.video import Video, VideoReadError
+from everest_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from everest_ds.recipes import RECIPES
 from everest_ds.train.tasks import Task, make_task
 from tests.unit.data.readers.video_files import shown, write_ramp
 
 DATA = PretrainDataConfig(num_frames=8, sampling_stride=2, image_size=32, num_workers=0, reader="pyav")
-CUT = PretrainCut(DATA, num_frames=8)
+CUT = PretrainCut(DATA)
 FINE_CUT = FinetuneCut(
     FinetuneDataConfig(num_frames=8, sampling_stride=2, image_size=32, num_workers=0, reader="pyav", erase_prob=1.0)
 )
@@ -121,8 +122,8 @@ def test_repeats_are_crops_of_one_decode_and_each_stage_is_counted_once_for_what
     clips_BCTHW = OurWay(of(rows), repeats=3).make_batch([1, 2], timer)
     assert timer.spent_s == {"open": 2, "decode": 2, "augment": 6, "collate": 1}
     video = Video(rows[1].path, reader="pyav")
-    frames_THWC = video.read(CUT.frame_idx(video.num_frames, draws_of(3, 1)))
-    expected = [CUT.clip(frames_THWC, draws_of(3, 1, repeat)) for repeat in range(3)]
+    frames_THWC = video.read(CUT.choose_frames(video, draws_of(3, 1)))
+    expected = [CUT.clip(frames_THWC, sample_draws(3, SampleKey(0, 1, repeat))) for repeat in range(3)]
     assert torch.equal(clips_BCTHW[:3], torch.stack(expected))
     assert not torch.equal(clips_BCTHW[0], clips_BCTHW[1])
 
@@ -140,13 +141,13 @@ def test_official_way_reads_the_frames_of_our_clip(tmp_path: Path) -> None:
     write_ramp(tmp_path / "ramp.mp4")
     ramp = [VideoRow(tmp_path / "ramp.mp4", 0)]
     data = replace(DATA, flip=False)
-    cut = PretrainCut(data, num_frames=8)
+    cut = PretrainCut(data)
     timer = StageTimer(ticks())
     theirs_BCTHW = OfficialWay(ramp, cut, seed=3).make_batch([0, 0], timer)
     assert timer.spent_s == {"open": 2, "decode": 2, "augment": 2, "collate": 1}
     assert theirs_BCTHW.dtype == torch.float32
     ours_BCTHW = OurWay(of(ramp, cut)).make_batch([0], StageTimer())
-    mean, std = (torch.tensor(values)[:, None, None, None] for values in (MEAN, STD))
+    mean, std = (torch.tensor(values)[:, None, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     pixels_CTHW = (theirs_BCTHW[1] * std + mean) * 255
     assert shown(pixels_CTHW.permute(1, 2, 3, 0).numpy()) == shown(ours_BCTHW[0].permute(1, 2, 3, 0).numpy())
 
@@ -171,7 +172,7 @@ def test_official_clip_is_that_of_the_definition(crop: tuple[int, int, int, int]
     resized = np.einsum("yh,thwc,xw->ctyx", triangle_weights(height, 32), cut, triangle_weights(width, 32))
     clip_CTHW = official_clip(frames_THWC, crop, 32).double().numpy()
     assert clip_CTHW.shape == (3, 3, 32, 32)
-    mean, std = (np.array(values)[:, None, None, None] for values in (MEAN, STD))
+    mean, std = (np.array(values)[:, None, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     off = np.abs((clip_CTHW * std + mean) * 255 - resized).max()
     assert off < (1e-3 if (width, height) == (32, 32) else PIL_TOLERANCE)
 
@@ -193,7 +194,7 @@ def test_rows_that_one_way_cannot_read_are_left_out_for_all_with_path_way_and_re
 
 def test_frames_that_are_too_small_to_crop_are_left_out(tmp_path: Path) -> None:
     write_ramp(tmp_path / "ramp.mp4")
-    tiny = PretrainCut(replace(DATA, crop_scales=(0.001,)), num_frames=8)
+    tiny = PretrainCut(replace(DATA, crop_scales=(0.001,)))
     with pytest.raises(VideoReadError, match="96x64 pixels are too small to crop"):
         OurWay(of([VideoRow(tmp_path / "ramp.mp4", 0)], tiny)).make_batch([0], StageTimer())
 

@@ -5,14 +5,13 @@ import torch
 from torch.nn import functional as F
 
 from everest_ds.benchmark.workbench import moving_clips
+from everest_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from everest_ds.model import tubelets
 from everest_ds.model.encoder import EncoderOptions, TokenEncoder
 from everest_ds.model.importance import rero_importance
 from everest_ds.model.selection import rank_by_importance
 from everest_ds.model.sizes import get_size
 from everest_ds.model.tubelets import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     TubeletEmbedding,
     embed_bytes,
     exact_matmul,

@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from everest_ds.errors import UserError
+from everest_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from everest_ds.model.packing import TokenSet
 from everest_ds.model.tubelets import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     TubeletEmbedding,
     gather_tubelets,
     interpolate_positions,

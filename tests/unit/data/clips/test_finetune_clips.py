@@ -64,7 +64,6 @@ def test_sample_has_the_promised_shapes_and_depends_on_its_key_alone(demo_folder
     key = SampleKey(2, 9)
     clip = one[key]
     assert (pixels(clip).shape, pixels(clip).dtype) == ((3, 8, 32, 32), torch.uint8)
-    assert clip.noise_S is not None
     assert (clip.noise_S.shape, clip.noise_S.dtype) == ((5,), np.float32)
     assert (clip.label, clip.index, clip.key, clip.bad) == (9 % 8, 9, key, ())
     assert torch.equal(pixels(clip), pixels(other[key]))
@@ -187,7 +186,7 @@ def test_batch_without_mixing_has_no_soft_targets(demo_folder: Path) -> None:
 def test_clip_that_lost_its_neighbour_stays_unmixed(demo_folder: Path) -> None:
     dataset = make_dataset(demo_folder)
     good = [dataset[SampleKey(0, index)] for index in range(3)]
-    lost = Clip(pixels=None, frames_T=None, noise_S=None, label=-1, index=7, key=SampleKey(0, 7))
+    lost = Clip.lost(SampleKey(0, 7))
     batch = ClipBatch.collate(mix_pairs([good[0], lost, good[1], good[2]], dataset.mixer))
     assert batch.target_BK is not None
     assert (batch.num_lost, batch.index_B.tolist()) == (1, [0, 1, 2])

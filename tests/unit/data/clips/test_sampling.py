@@ -11,11 +11,11 @@ from everest_ds.data.clips.sampling import (
     GlobalBatchSampler,
     RandomStream,
     SampleKey,
-    dense_indices,
+    dense_frames,
     epoch_order,
     keyed_generator,
-    segment_indices,
-    stride_indices,
+    segment_frames,
+    strided_frames,
 )
 
 
@@ -40,7 +40,7 @@ def test_stride_indices_equal_official(golden_json: Callable[[str], Any]) -> Non
     assert len(cases) == 23
     for case in cases:
         recorded = RecordedDraws(case["random_draws"] or [])
-        indices = stride_indices(
+        indices = strided_frames(
             case["num_frames"],
             case["clip_len"],
             case["sampling_rate"],
@@ -56,7 +56,7 @@ def test_dense_indices_equal_official(golden_json: Callable[[str], Any]) -> None
     assert len(cases) == 23
     for case in cases:
         recorded = RecordedDraws(case["random_draws"])
-        indices = dense_indices(
+        indices = dense_frames(
             case["num_frames"],
             case["clip_len"],
             case["sampling_rate"],
@@ -71,17 +71,17 @@ def test_segment_indices_equal_official(golden_json: Callable[[str], Any]) -> No
     assert len(cases) == 10
     for case in cases:
         recorded = RecordedDraws(case["random_draws"])
-        indices = segment_indices(case["num_frames"], case["num_segment"], recorded)  # type: ignore[arg-type]
+        indices = segment_frames(case["num_frames"], case["num_segment"], recorded)  # type: ignore[arg-type]
         assert indices == case["indices"], case["num_frames"]
         assert not recorded.draws
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 3, 5, 16, 17, 31, 64, 65, 100])
-@pytest.mark.parametrize("draw_indices", [stride_indices, dense_indices, segment_indices])
-def test_indices_stay_inside_the_video(draw_indices: Callable[..., list[int]], num_frames: int) -> None:
-    spacing = () if draw_indices is segment_indices else (4,)
+@pytest.mark.parametrize("draw_frames", [strided_frames, dense_frames, segment_frames])
+def test_indices_stay_inside_the_video(draw_frames: Callable[..., list[int]], num_frames: int) -> None:
+    spacing = () if draw_frames is segment_frames else (4,)
     for seed in range(20):
-        indices = draw_indices(num_frames, 16, *spacing, keyed_generator(seed, RandomStream.FRAMES, 0))
+        indices = draw_frames(num_frames, 16, *spacing, keyed_generator(seed, RandomStream.FRAMES, 0))
         assert len(indices) == 16
         assert all(type(index) is int for index in indices)
         assert min(indices) >= 0
@@ -89,11 +89,11 @@ def test_indices_stay_inside_the_video(draw_indices: Callable[..., list[int]], n
         assert indices == sorted(indices)
 
 
-@pytest.mark.parametrize("draw_indices", [stride_indices, dense_indices, segment_indices])
-def test_video_without_frames_is_refused(draw_indices: Callable[..., list[int]]) -> None:
-    spacing = () if draw_indices is segment_indices else (4,)
+@pytest.mark.parametrize("draw_frames", [strided_frames, dense_frames, segment_frames])
+def test_video_without_frames_is_refused(draw_frames: Callable[..., list[int]]) -> None:
+    spacing = () if draw_frames is segment_frames else (4,)
     with pytest.raises(ValueError, match="must be at least 1"):
-        draw_indices(0, 16, *spacing, keyed_generator(0, RandomStream.FRAMES, 0))
+        draw_frames(0, 16, *spacing, keyed_generator(0, RandomStream.FRAMES, 0))
 
 
 def test_keyed_generators_repeat_and_differ_by_every_part_of_the_key() -> None:

@@ -15,7 +15,7 @@ from everest_ds.data.clips.views import (
     dense_clips,
     make_view_loader,
     read_views,
-    resized_shape,
+    resize_shorter_side,
     segment_clips,
     spread,
 )
@@ -119,7 +119,7 @@ def test_more_segment_clips_interleave_evenly() -> None:
     ],
 )
 def test_longer_side_is_rounded_down(height: int, width: int, expected: tuple[int, int]) -> None:
-    assert resized_shape(height, width, 224) == expected
+    assert resize_shorter_side(torch.zeros(1, 3, height, width, dtype=torch.uint8), 224).shape[2:] == expected
 
 
 def test_views_are_the_named_pixels_of_the_named_frames() -> None:

@@ -51,7 +51,7 @@ class TroubledDataset(ClipDataset):
 def make_dataset(
     rows: Sequence[VideoRow], config: PretrainDataConfig = CONFIG, kind: type[ClipDataset] = ClipDataset
 ) -> ClipDataset:
-    return kind(rows, PretrainCut(config, num_frames=config.num_frames), seed=0, noise_length=5)
+    return kind(rows, PretrainCut(config), seed=0, noise_length=5)
 
 
 def load(
@@ -128,17 +128,16 @@ def test_clips_of_a_video_are_those_of_each_alone_from_one_decoding(
     for frames in ("shared", "own"):
         dataset = make_dataset(rows, replace(CONFIG, repeats=3, repeat_frames=frames))  # type: ignore[type-var]
         keys = [SampleKey(1, index, repeat) for repeat in range(3) for index in (7, 9)]
-        (unit,) = dataset.units(keys[:1] + keys[2:3] + keys[4:5])
+        (request,) = dataset.requests(keys[:1] + keys[2:3] + keys[4:5])
         opened.clear()
-        together = dataset(unit, {}, lambda _: None)
+        together = dataset(request, {}, lambda _: None)
         assert opened == [dataset.rows[7].path]
-        for key, clip in zip(unit, together, strict=True):
+        for key, clip in zip(request, together, strict=True):
             alone = dataset[key]
             assert clip.pixels is not None
             assert torch.equal(clip.pixels, alone.pixels)  # type: ignore[arg-type]
-            assert clip.frames_T is not None
-            assert clip.frames_T.tolist() == alone.frames_T.tolist()  # type: ignore[union-attr]
-        drawn = {tuple(clip.frames_T.tolist()) for clip in together}  # type: ignore[union-attr]
+            assert clip.frames_T.tolist() == alone.frames_T.tolist()
+        drawn = {tuple(clip.frames_T.tolist()) for clip in together}
         assert (len(drawn) == 1) == (frames == "shared")
         assert len({clip.pixels.sum().item() for clip in together if clip.pixels is not None}) > 1  # other crops
 
@@ -161,14 +160,14 @@ def test_packed_rows_are_the_rows_in_ninety_bytes_each() -> None:
     assert list(pickle.loads(in_bytes)) == many
 
 
-def test_units_keep_the_clips_of_a_video_and_of_a_mixed_pair_together(rows: list[VideoRow]) -> None:
+def test_requests_keep_the_clips_of_a_video_and_of_a_mixed_pair_together(rows: list[VideoRow]) -> None:
     dataset = make_dataset(rows)
     a0, b0, a1, b1, c0, d0 = (SampleKey(0, i, r) for i, r in ((0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (3, 0)))
-    assert dataset.units([a0, b0, c0]) == [(a0,), (b0,), (c0,)]
-    assert dataset.units([a0, b0, a1, b1, c0, d0]) == [(a0, b0, a1, b1), (c0,), (d0,)]
+    assert dataset.requests([a0, b0, c0]) == [[a0], [b0], [c0]]
+    assert dataset.requests([a0, b0, a1, b1, c0, d0]) == [[a0, b0, a1, b1], [c0], [d0]]
     dataset.mixer = object()  # type: ignore[assignment]
-    assert dataset.units([a0, b0, a1, b1, c0, d0]) == [(a0, b0, a1, b1), (c0, d0)]
-    assert dataset.units([a0, b0, c0, d0]) == [(a0, b0), (c0, d0)]
+    assert dataset.requests([a0, b0, a1, b1, c0, d0]) == [[a0, b0, a1, b1], [c0, d0]]
+    assert dataset.requests([a0, b0, c0, d0]) == [[a0, b0], [c0, d0]]
 
 
 @pytest.mark.parametrize("trouble", ["hang", "crash"])

@@ -18,7 +18,7 @@ from everest_ds.errors import UserError
 from tests.unit.data.readers.video_files import shown, write_ramp
 
 CONFIG = PretrainDataConfig(num_frames=8, sampling_stride=2, image_size=32, num_workers=0)
-CUT = PretrainCut(CONFIG, num_frames=8)
+CUT = PretrainCut(CONFIG)
 VIEW_DATA = FinetuneDataConfig(num_frames=4, sampling_stride=3, image_size=32, num_workers=0)
 
 
@@ -32,7 +32,7 @@ def test_clips_of_a_row_with_a_window_stay_in_it(keep: bool, reader: str, tmp_pa
         VideoRow(tmp_path / "ramp.mp4", 2),
     ]
     config = replace(CONFIG, num_frames=3, keep_decoded=keep, reader=reader)  # type: ignore[arg-type]
-    dataset = ClipDataset(rows, PretrainCut(config, num_frames=3), seed=0, noise_length=1)
+    dataset = ClipDataset(rows, PretrainCut(config), seed=0, noise_length=1)
     seen: list[set[int]] = []
     for index in range(3):
         clips = [dataset[SampleKey(epoch, index)] for epoch in range(30)]
@@ -59,7 +59,7 @@ def test_window_without_a_frame_is_a_bad_sample(tmp_path: Path) -> None:
 def test_reader_that_cannot_serve_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("everest_ds.data.readers.choice.obstacle", lambda reader: "not installed; install it")
     with pytest.raises(UserError, match=r"data\.reader=torchcodec cannot read videos here: not installed"):
-        ClipDataset([], PretrainCut(replace(CONFIG, reader="torchcodec"), num_frames=8), seed=0, noise_length=1)
+        ClipDataset([], PretrainCut(replace(CONFIG, reader="torchcodec")), seed=0, noise_length=1)
     with pytest.raises(UserError, match=r"data\.reader=pyav cannot read videos here: not installed"):
         ViewDataset([], replace(VIEW_DATA, reader="pyav"), ViewsConfig())
 
