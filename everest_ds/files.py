@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from everest_ds.errors import UserError
+
 
 def partial_path(path: Path) -> Path:
     """Return where a file is written before it gets its name."""
@@ -65,6 +67,23 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
 def write_json(path: Path, content: Any, *, durable: bool = False) -> None:
     """Replace a file by indented JSON; see `write_atomically`."""
     write_atomically(path, json.dumps(content, indent=2) + "\n", durable=durable)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        UserError: The file is missing, is no JSON, or holds something else.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold an object, got {type(raw).__name__}")
+    return raw
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -254,7 +254,7 @@ def _batches(prepared: Prepared) -> Any:
     config, world, rows = prepared.config, prepared.world, prepared.lists.train
     sampler = GlobalBatchSampler(
         num_samples=len(rows),
-        repeats=config.clips_per_video,
+        repeats=config.data.repeats,
         global_size=config.batch.global_size,
         micro_size=config.batch.micro_size,
         rank=world.rank,

@@ -59,7 +59,6 @@ class CheckOptions:
     """Share of the list that may be bad; more makes the exit code 1."""
 
     def __post_init__(self) -> None:
-        """Check each field by itself."""
         for name, value in (
             ("processes", self.processes),
             ("samples", self.samples),

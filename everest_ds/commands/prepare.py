@@ -75,7 +75,6 @@ class PrepareOptions:
     """Share of the rows that may fail; more makes the exit code 1."""
 
     def __post_init__(self) -> None:
-        """Check each field, and those that belong together."""
         for name in ("gop", "keep_every", "sampling_stride", "processes"):
             value = getattr(self, name)
             if value is not None and value < 1:

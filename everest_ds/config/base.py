@@ -25,7 +25,6 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        """Check what depends on several sections at once."""
         _, _ = self.grid, self.position_grid  # both must divide into tubelets
         if self.batch.global_size % self.data.repeats:
             raise UserError(
@@ -45,13 +44,8 @@ class Config:
         return self._grid(frames or self.data.num_frames, edge or self.data.image_size)
 
     @property
-    def clips_per_video(self) -> int:
-        """Clips that an epoch draws of each video."""
-        return self.data.repeats
-
-    @property
     def tokens(self) -> str:
-        """What becomes of a clip's tokens, in words."""
+        """Counts of a clip's tokens, for people."""
         return f"{self.grid.num_tokens} tokens a clip"
 
     def _grid(self, num_frames: int, edge: int) -> TokenGrid:

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig
 from everest_ds.errors import UserError, nearest_hint
+from everest_ds.files import read_json_object
 
 _ADDED_LATER = frozenset({"data.sampling_seconds"})
 """Fields that stored configurations of older versions lack; the default of each is what those versions did."""
@@ -34,23 +35,6 @@ def load_config(path: Path) -> Config:
             value has another type than its field.
     """
     return config_from_dict(read_json_object(path), source=str(path))
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Raises:
-        UserError: The file is missing, is no JSON, or holds something else.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold an object, got {type(raw).__name__}")
-    return raw
 
 
 def config_from_dict(raw: Any, *, source: str = "config") -> Config:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from everest_ds.config.base import Config
-from everest_ds.config.sections import DataConfig, ModelConfig, OptimConfig, RunConfig, require
+from everest_ds.config.sections import DataConfig, ModelConfig, OptimConfig, RunConfig, require, require_counts
 from everest_ds.config.selection import FinetuneSelectionConfig
 from everest_ds.errors import UserError
 from everest_ds.tokens import count_kept
@@ -43,10 +43,10 @@ class FinetuneDataConfig(DataConfig):
     """CutMix's beta distribution; 0 mixes nothing (the official code has 1.0). With mixup, either at even odds."""
 
     def __post_init__(self) -> None:
-        """Check each field by itself."""
         super().__post_init__()
-        classes = self.num_classes
-        require(classes is None or classes >= 2, "data.num_classes", classes, "at least 2")
+        require(
+            self.num_classes is None or self.num_classes >= 2, "data.num_classes", self.num_classes, "at least 2"
+        )
         low, high = self.crop_area
         require(0 < low <= high <= 1, "data.crop_area", self.crop_area, "two shares in (0, 1], the smaller first")
         low, high = self.crop_aspect
@@ -78,7 +78,6 @@ class FinetuneModelConfig(ModelConfig):
     """Train the last norm and the head alone (linear probe)."""
 
     def __post_init__(self) -> None:
-        """Check each field by itself, and drop path against freezing."""
         super().__post_init__()
         require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "a share in [0, 1)")
         require(self.head_init_scale >= 0, "model.head_init_scale", self.head_init_scale, "at least 0")
@@ -111,7 +110,6 @@ class FinetuneOptimConfig(OptimConfig):
     """Also keep an exponential moving average of the weights, with this decay a step; validation scores it."""
 
     def __post_init__(self) -> None:
-        """Check each field by itself."""
         super().__post_init__()
         require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "in (0, 1]")
         require(0 <= self.label_smoothing < 1, "optim.label_smoothing", self.label_smoothing, "a share in [0, 1)")
@@ -129,10 +127,8 @@ class FinetuneRunConfig(RunConfig):
     """Epochs from one scoring of data.val_list to the next; the last step always scores. The best one is saved."""
 
     def __post_init__(self) -> None:
-        """Check each field by itself."""
         super().__post_init__()
-        value = self.validate_every_epochs
-        require(value >= 1, "run.validate_every_epochs", value, "at least 1")
+        require_counts("run", self, "validate_every_epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +141,7 @@ class ViewsConfig:
     """Crops spread evenly over the longer side; 1 is the one in the middle."""
 
     def __post_init__(self) -> None:
-        """Check each field by itself."""
-        for name in ("num_temporal", "num_spatial"):
-            require(getattr(self, name) >= 1, f"views.{name}", getattr(self, name), "at least 1")
+        require_counts("views", self, "num_temporal", "num_spatial")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +158,6 @@ class FinetuneConfig(Config):
     views: ViewsConfig = field(default_factory=ViewsConfig)
 
     def __post_init__(self) -> None:
-        """Check what depends on several sections at once."""
         super().__post_init__()
         if self.num_kept < self.grid.num_tokens and self.selection.measures_change:
             self._require_two_steps()
@@ -186,5 +179,5 @@ class FinetuneConfig(Config):
 
     @property
     def tokens(self) -> str:
-        """What becomes of a clip's tokens, in words."""
+        """Counts of a clip's tokens, for people."""
         return f"{super().tokens}, {self.num_kept} kept"

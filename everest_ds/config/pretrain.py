@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from everest_ds.config.base import Config
-from everest_ds.config.sections import DataConfig, ModelConfig, require
+from everest_ds.config.sections import DataConfig, ModelConfig, require, require_counts
 from everest_ds.config.selection import SelectionConfig
 from everest_ds.errors import UserError
 from everest_ds.tokens import (
@@ -30,7 +30,6 @@ class PretrainDataConfig(DataConfig):
     on the device that trains, which takes the work from the loader processes."""
 
     def __post_init__(self) -> None:
-        """Check each field by itself."""
         super().__post_init__()
         scales_ok = bool(self.crop_scales) and all(0 < scale <= 1 for scale in self.crop_scales)
         require(scales_ok, "data.crop_scales", self.crop_scales, "one or more shares in (0, 1]")
@@ -44,9 +43,8 @@ class PretrainModelConfig(ModelConfig):
     """Decoder blocks; the paper's costs are those of 4, VideoMAE's own large and huge models have 12."""
 
     def __post_init__(self) -> None:
-        """Check each field by itself."""
         super().__post_init__()
-        require(self.decoder_depth >= 1, "model.decoder_depth", self.decoder_depth, "at least 1")
+        require_counts("model", self, "decoder_depth")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,6 @@ class PretrainConfig(Config):
     selection: SelectionConfig = field(default_factory=SelectionConfig)
 
     def __post_init__(self) -> None:
-        """Check what depends on several sections at once."""
         super().__post_init__()
         if self.selection.measures_change:
             self._require_two_steps()
@@ -137,7 +134,7 @@ class PretrainConfig(Config):
 
     @property
     def tokens(self) -> str:
-        """What becomes of a clip's tokens, in words."""
+        """Counts of a clip's tokens, for people."""
         chosen = f" of {self.candidate_frames} candidate frames" if self.candidate_steps > self.grid.time else ""
         counts = (
             f"{super().tokens}{chosen}, {self.num_selected} selected, {self.num_visible} visible, "

@@ -52,16 +52,11 @@ class DataConfig:
     """Unreadable draws as a share of the list (or of all draws so far, if more) above which the run stops."""
 
     def __post_init__(self) -> None:
-        """Check each field by itself."""
-        require(self.num_frames >= 1, "data.num_frames", self.num_frames, "at least 1")
-        require(self.sampling_stride >= 1, "data.sampling_stride", self.sampling_stride, "at least 1")
+        require_counts("data", self, "num_frames", "sampling_stride", "image_size", "repeats", "prefetch_batches")
         seconds = self.sampling_seconds
         seconds_ok = seconds is None or (math.isfinite(seconds) and seconds > 0)
         require(seconds_ok, "data.sampling_seconds", seconds, "above 0")
-        require(self.image_size >= 1, "data.image_size", self.image_size, "at least 1")
-        require(self.repeats >= 1, "data.repeats", self.repeats, "at least 1")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "at least 0")
-        require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "at least 1")
         require(self.timeout_s > 0, "data.timeout_s", self.timeout_s, "above 0")
         require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "a share in [0, 1]")
 
@@ -94,10 +89,7 @@ class ModelConfig:
     """Height and width of those clips; this run's clips get their positions interpolated."""
 
     def __post_init__(self) -> None:
-        """Check each field by itself."""
-        for name in ("patch_size", "tubelet_size", "position_frames", "position_size"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"model.{name}", value, "at least 1")
+        require_counts("model", self, "patch_size", "tubelet_size", "position_frames", "position_size")
         if not (self.activation_checkpointing or self.recompute_attention):
             raise UserError(
                 "model.recompute_attention=False has no effect with model.activation_checkpointing=False: nothing "
@@ -136,11 +128,10 @@ class OptimConfig:
     """Clip the global gradient norm at this; 0 clips nothing (the paper does not clip)."""
 
     def __post_init__(self) -> None:
-        """Check each field, and the warm-up against the schedule."""
         for name in ("base_lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "max_grad_norm"):
             require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "at least 0")
         require(self.eps > 0, "optim.eps", self.eps, "above 0")
-        require(self.epochs >= 1, "optim.epochs", self.epochs, "at least 1")
+        require_counts("optim", self, "epochs")
         betas_ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(betas_ok, "optim.betas", self.betas, "two numbers in [0, 1)")
         if self.warmup_epochs > self.epochs:
@@ -159,9 +150,7 @@ class BatchConfig:
     """Clips a process takes through the model at once; accumulation follows from the other two numbers."""
 
     def __post_init__(self) -> None:
-        """Check each field by itself."""
-        require(self.global_size >= 1, "batch.global_size", self.global_size, "at least 1")
-        require(self.micro_size >= 1, "batch.micro_size", self.micro_size, "at least 1")
+        require_counts("batch", self, "global_size", "micro_size")
 
     def accumulation_steps(self, world_size: int) -> int:
         """Return the micro-steps of one optimiser step on ``world_size`` processes.
@@ -207,19 +196,17 @@ class RunConfig:
     """Steps of a run whose gradient may be not finite, so that they change no weight; one more stops it."""
 
     def __post_init__(self) -> None:
-        """Check each field by itself."""
         require(0 <= self.seed < 2**63, "run.seed", self.seed, "in [0, 2**63)")
-        for name in (
-            "max_steps",
-            "log_every_steps",
-            "save_every_epochs",
-            "save_every_steps",
-            "keep_checkpoints",
-            "keep_every_epochs",
-        ):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"run.{name}", value, "at least 1")
+        steps = ("max_steps", "log_every_steps", "save_every_steps")
+        require_counts("run", self, *steps, "save_every_epochs", "keep_checkpoints", "keep_every_epochs")
         require(self.max_skipped_steps >= 0, "run.max_skipped_steps", self.max_skipped_steps, "at least 0")
+
+
+def require_counts(section: str, config: object, *names: str) -> None:
+    """Refuse fields of a section that are set and below 1."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value >= 1, f"{section}.{name}", value, "at least 1")
 
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:

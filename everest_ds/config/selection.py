@@ -25,7 +25,6 @@ class TokenChoiceConfig:
     """What change is measured by, between a token and the one before it at its place (Table 9)."""
 
     def __post_init__(self) -> None:
-        """Check the order against the strategy."""
         if self.strategy != "rero" and self.order != "descending":
             raise UserError(
                 f"selection.order={self.order} has no effect with selection.strategy={self.strategy}; remove it, "
@@ -82,7 +81,6 @@ class SelectionConfig(TokenChoiceConfig):
     """Choose each clip's frames from alpha times as many candidates, by change (Sec. 4.2); 1 chooses none."""
 
     def __post_init__(self) -> None:
-        """Check each field, and one against the other."""
         super().__post_init__()
         self._require_ratio("selected_ratio")
         require(
@@ -160,6 +158,5 @@ class FinetuneSelectionConfig(TokenChoiceConfig):
     """rho_pre of fine-tuning: share of a clip's tokens that is kept; 1 keeps all, as plain VideoMAE does."""
 
     def __post_init__(self) -> None:
-        """Check the ratio."""
         super().__post_init__()
         self._require_ratio("keep_ratio")

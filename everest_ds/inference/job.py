@@ -33,7 +33,6 @@ class EvaluateOptions(InferenceOptions):
     """Weight of half the squared norm of the probe's weights in its loss (linear)."""
 
     def __post_init__(self) -> None:
-        """Check that the training list and the protocol go together."""
         super().__post_init__()
         if (self.protocol == "head") != (self.train_list is None):
             given = "needs --train-list" if self.train_list is None else "takes no --train-list"
@@ -82,7 +81,6 @@ class PredictOptions(InferenceOptions):
     tokens before the last norm, averaged over the views. The weights need no head."""
 
     def __post_init__(self) -> None:
-        """Check the number, and the file's name."""
         super().__post_init__()
         if self.top < 1:
             raise UserError(f"--top {self.top} must be at least 1")

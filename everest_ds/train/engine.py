@@ -14,8 +14,8 @@ import torch
 
 from everest_ds import distributed
 from everest_ds.config import Config
-from everest_ds.config.file import read_json_object
 from everest_ds.errors import UserError, nearest_hint
+from everest_ds.files import read_json_object
 from everest_ds.model.transformer import compile_obstacle
 from everest_ds.train.optim import make_optimizer
 from everest_ds.train.precision import BF16, PrecisionName, choose_precision, precision_sections

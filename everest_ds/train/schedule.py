@@ -32,9 +32,9 @@ class Schedule:
         Raises:
             UserError: The list is shorter than one global batch.
         """
-        steps_per_epoch = num_samples * config.clips_per_video // config.batch.global_size
+        steps_per_epoch = num_samples * config.data.repeats // config.batch.global_size
         if steps_per_epoch == 0:
-            repeated = f" times data.repeats={config.clips_per_video}" if config.clips_per_video > 1 else ""
+            repeated = f" times data.repeats={config.data.repeats}" if config.data.repeats > 1 else ""
             raise UserError(
                 f"the training list has {num_samples} videos{repeated}, fewer than batch.global_size="
                 f"{config.batch.global_size}; lower the batch or extend the list"

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from everest_ds.config.file import read_json_object
 from everest_ds.errors import UserError
+from everest_ds.files import read_json_object
 from everest_ds.model.weights.architecture import DECODER_MARKS, NO_METADATA, ModelMetadata
 
 # Keys of the state dict in files of training codes, in the order of the official fine-tuning code.
