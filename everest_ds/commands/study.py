@@ -9,7 +9,7 @@ import tyro
 from everest_ds.commands.parsing import parse
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.study.job import StudyJob, StudyOptions
+from everest_ds.study.conditions import StudyJob, StudyOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,14 @@
-"""What `everest study` compares, as data: pre-trainings, fine-tunings of them, and the paper's tables.
+"""What `everest study` compares, as data: pre-trainings, fine-tunings of them, the paper's tables; and its options.
 
 A condition differs from the baseline in the flags that are listed here and in nothing else: the same videos, steps,
 batches and number of visible tokens. Conditions that differ in fine-tuning alone share their pre-training.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from everest_ds.errors import UserError, nearest_hint
 
 BASELINE = "baseline"
 NO_PRETRAINING = "none"
@@ -63,9 +67,8 @@ CONDITIONS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A condition's place in a table.
+class Row(NamedTuple):
+    """A condition's row in a table.
 
     Attributes:
         condition: Its name.
@@ -78,8 +81,7 @@ class Row:
     paper: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Group:
+class Group(NamedTuple):
     """Conditions that one table of the paper compares.
 
     Attributes:
@@ -95,75 +97,122 @@ class Group:
 
 GROUPS = (
     Group(
-        name="selection",
-        title="Selection in pre-training (paper Tables 2 and 17, UCF101)",
-        rows=(
-            Row(condition=BASELINE, label="EVEREST: rero, rho 0.3", paper=93.4),
-            Row(condition="running-cell", label="running cell, 0.5 predicted", paper=91.0),
-            Row(condition="tube", label="tube, all predicted", paper=91.3),
-            Row(condition="tube-all", label="tube, all predicted; fine-tuned on all tokens", paper=91.3),
-            Row(condition="random", label="random, 0.3 selected"),
-            Row(condition="ascending", label="least changing, 0.3 selected"),
-            Row(condition=NO_PRETRAINING, label="no pre-training"),
+        "selection",
+        "Selection in pre-training (paper Tables 2 and 17, UCF101)",
+        (
+            Row(BASELINE, "EVEREST: rero, rho 0.3", 93.4),
+            Row("running-cell", "running cell, 0.5 predicted", 91.0),
+            Row("tube", "tube, all predicted", 91.3),
+            Row("tube-all", "tube, all predicted; fine-tuned on all tokens", 91.3),
+            Row("random", "random, 0.3 selected"),
+            Row("ascending", "least changing, 0.3 selected"),
+            Row(NO_PRETRAINING, "no pre-training"),
         ),
     ),
     Group(
-        name="order",
-        title="Most or least changing tokens, in pre-training / fine-tuning (paper Table 16, UCF101)",
-        rows=(
-            Row(condition=BASELINE, label="descending / descending", paper=91.56),
-            Row(condition="descending-ascending", label="descending / ascending", paper=75.60),
-            Row(condition="ascending", label="ascending / descending", paper=73.49),
-            Row(condition="ascending-ascending", label="ascending / ascending", paper=60.93),
+        "order",
+        "Most or least changing tokens, in pre-training / fine-tuning (paper Table 16, UCF101)",
+        (
+            Row(BASELINE, "descending / descending", 91.56),
+            Row("descending-ascending", "descending / ascending", 75.60),
+            Row("ascending", "ascending / descending", 73.49),
+            Row("ascending-ascending", "ascending / ascending", 60.93),
         ),
     ),
     Group(
-        name="rho-pretraining",
-        title="rho in pre-training (paper Table 10 left, UCF101)",
-        rows=(
-            Row(condition="rho-0.2", label="0.2", paper=90.80),
-            Row(condition=BASELINE, label="0.3", paper=91.56),
-            Row(condition="rho-0.4", label="0.4", paper=91.51),
-            Row(condition="rho-0.5", label="0.5", paper=90.91),
+        "rho-pretraining",
+        "rho in pre-training (paper Table 10 left, UCF101)",
+        (
+            Row("rho-0.2", "0.2", 90.80),
+            Row(BASELINE, "0.3", 91.56),
+            Row("rho-0.4", "0.4", 91.51),
+            Row("rho-0.5", "0.5", 90.91),
         ),
     ),
     Group(
-        name="rho-fine-tuning",
-        title="Tokens in fine-tuning (paper Table 10 right, UCF101)",
-        rows=(
-            Row(condition="ft-rho-0.15", label="rho 0.15"),
-            Row(condition=BASELINE, label="rho 0.3"),
-            Row(condition="ft-rho-0.6", label="rho 0.6", paper=91.56),
-            Row(condition="ft-all", label="all", paper=89.71),
-            Row(condition="ft-random", label="random, 0.3"),
+        "rho-fine-tuning",
+        "Tokens in fine-tuning (paper Table 10 right, UCF101)",
+        (
+            Row("ft-rho-0.15", "rho 0.15"),
+            Row(BASELINE, "rho 0.3"),
+            Row("ft-rho-0.6", "rho 0.6", 91.56),
+            Row("ft-all", "all", 89.71),
+            Row("ft-random", "random, 0.3"),
         ),
     ),
     Group(
-        name="distance",
-        title="Distance between tokens (paper Table 9, HMDB51)",
-        rows=(
-            Row(condition="cosine", label="negative cosine", paper=33.53),
-            Row(condition="cka", label="negative CKA", paper=34.58),
-            Row(condition="l1", label="L1", paper=42.22),
-            Row(condition=BASELINE, label="L2", paper=42.81),
+        "distance",
+        "Distance between tokens (paper Table 9, HMDB51)",
+        (
+            Row("cosine", "negative cosine", 33.53),
+            Row("cka", "negative CKA", 34.58),
+            Row("l1", "L1", 42.22),
+            Row(BASELINE, "L2", 42.81),
         ),
     ),
     Group(
-        name="alpha",
-        title="Frame selection in pre-training (paper Table 13, OSCC)",
-        rows=(
-            Row(condition=BASELINE, label="none", paper=73.17),
-            Row(condition="alpha-1.5", label="alpha 1.5", paper=73.85),
-            Row(condition="alpha-2.0", label="alpha 2.0", paper=73.80),
+        "alpha",
+        "Frame selection in pre-training (paper Table 13, OSCC)",
+        (
+            Row(BASELINE, "none", 73.17),
+            Row("alpha-1.5", "alpha 1.5", 73.85),
+            Row("alpha-2.0", "alpha 2.0", 73.80),
         ),
     ),
     Group(
-        name="budget",
-        title="Token budget in pre-training (not in the paper)",
-        rows=(
-            Row(condition=BASELINE, label="a clip's"),
-            Row(condition="budget-batch", label="shared by the batch"),
-            Row(condition="budget-threshold", label="by a threshold"),
+        "budget",
+        "Token budget in pre-training (not in the paper)",
+        (
+            Row(BASELINE, "a clip's"),
+            Row("budget-batch", "shared by the batch"),
+            Row("budget-threshold", "by a threshold"),
         ),
     ),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions:
+    """How much is studied, and how many runs go at a time."""
+
+    quick: bool = False
+    """The main conditions alone, half the steps, one seed unless --seeds names others."""
+    seeds: tuple[int, ...] | None = None
+    """Seeds of weights, order, selection and labelled videos; 0 1 2 without this, 0 in a quick study."""
+    jobs: int | None = None
+    """Runs at a time; without this, one a CPU core, or four a GPU."""
+    only: tuple[str, ...] = ()
+    """Conditions to run, by name; all without this."""
+    shake: int = 0
+    """Pixels by which the camera shakes."""
+
+    def __post_init__(self) -> None:
+        """Check each field by itself."""
+        if self.jobs is not None and self.jobs < 1:
+            raise UserError(f"--jobs {self.jobs} must be at least 1")
+        if self.seeds is not None and len(set(self.seeds)) < max(len(self.seeds), 1):
+            raise UserError(f"--seeds {self.seeds} must be one or more different numbers")
+        known = [condition.name for condition in CONDITIONS]
+        for name in self.only:
+            if name not in known:
+                raise UserError(f"--only {name}: no such condition{nearest_hint(name, known)}")
+
+    @property
+    def conditions(self) -> list[Condition]:
+        """What is compared."""
+        if self.only:
+            return [condition for condition in CONDITIONS if condition.name in self.only]
+        return [condition for condition in CONDITIONS if condition.is_main or not self.quick]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyJob:
+    """A study that is wanted.
+
+    Attributes:
+        folder: Where everything goes.
+        options: What is compared, and how many runs go at a time.
+    """
+
+    folder: Path
+    options: StudyOptions

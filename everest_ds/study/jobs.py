@@ -1,7 +1,7 @@
 """The runs of a study: commands of this project in processes of their own, some at a time.
 
-A job is done when its run says so and was started by the very same command, so that a study goes on where it was.
-Each leaves its command and its log beside what it makes: `KIND.command`, `KIND.log`.
+A job is done when its run has ended and was started by the very same command, so that a study can continue. Each
+job leaves its command and its log beside the run's files: `KIND.command`, `KIND.log`.
 """
 
 import os
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -22,7 +22,7 @@ from everest_ds.progress import format_duration
 JobKind = Literal["pretrain", "finetune", "probe"]
 
 _POLL_S = 0.1
-# What a parser draws around its complaints.
+# What a parser draws around its messages.
 _FRAME = " ─│╭╮╰╯"
 # Seconds that a run of each kind takes on one core, for the first estimates.
 _GUESS_S = {"pretrain": 45.0, "finetune": 30.0, "probe": 15.0}
@@ -48,12 +48,12 @@ class Job:
 
     @property
     def out(self) -> Path:
-        """What the command makes."""
+        """Where the run's files go."""
         return self.folder / self.kind
 
     @property
     def log(self) -> Path:
-        """What the command says."""
+        """What the command prints."""
         return self.folder / f"{self.kind}.log"
 
     @property
@@ -62,52 +62,51 @@ class Job:
         return shlex.join(("python", "-m", "everest_ds", *self.words))
 
     def is_complete(self) -> bool:
-        """Return whether its files say that it came to its end."""
+        """Return whether its files say that it ended."""
         if self.kind == "probe":
             return (self.out / SUMMARY).is_file()  # the last file that an evaluation writes
         return any(line.get("event") == "end" for line in read_metrics(self.out, "event"))
 
     def is_done(self) -> bool:
-        """Return whether this very command came to its end."""
+        """Return whether this very command ended."""
         stamp = self.folder / f"{self.kind}.command"
         return stamp.is_file() and stamp.read_text() == f"{self.command}\n" and self.is_complete()
 
 
-@dataclass(kw_only=True)
 class Runner:
-    """Runs jobs, a few at a time, and says how far it is.
+    """Runs jobs, a few at a time, and prints progress.
 
-    Attributes:
+    Args:
         jobs: In the order in which they are to start; one that is needed comes before those that need it.
         slots: How many run at a time.
         num_gpus: GPUs to spread them over; 0 runs on the CPU, one thread each.
-        on_done: Called when a job is done; returns what to say of it.
+        on_done: Called when a job is done; returns its result in a few words.
+
+    Attributes:
+        failed: Jobs that failed, or needed one that did.
     """
 
-    jobs: Sequence[Job]
-    slots: int
-    num_gpus: int
-    on_done: Callable[[Job], str]
-    failed: list[Job] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """Look at what is done already."""
+    def __init__(self, *, jobs: Sequence[Job], slots: int, num_gpus: int, on_done: Callable[[Job], str]) -> None:
+        self.failed: list[Job] = []
+        self._jobs, self._slots, self._num_gpus, self._on_done = jobs, slots, num_gpus, on_done
         self._running: dict[int, tuple[Job, subprocess.Popen[bytes], TextIO, float]] = {}
-        self._done = {id(job) for job in self.jobs if job.is_done()}
-        self._waiting = [job for job in self.jobs if id(job) not in self._done]
+        self._done: set[int] = set()
+        self._waiting: list[Job] = []
         self._took_s: dict[str, list[float]] = {}
 
     def run(self) -> list[Job]:
         """Run everything that is not done; return the jobs that failed.
 
-        An interruption stops the runs, which save what they have, and goes on to the caller.
+        An interruption stops the runs, which save what they have, and is passed on to the caller.
         """
+        self._done = {id(job) for job in self._jobs if job.is_done()}
+        self._waiting = [job for job in self._jobs if id(job) not in self._done]
         if self._done:
-            print(f"{len(self._done)} of {len(self.jobs)} runs are done already", flush=True)
+            print(f"{len(self._done)} of {len(self._jobs)} runs are done already", flush=True)
         try:
             while self._waiting or self._running:
                 self._drop_hopeless()
-                while len(self._running) < self.slots and (job := self._next()):
+                while len(self._running) < self._slots and (job := self._next()):
                     with deferred():  # or a run could have started that nobody knows of
                         self._start(job)
                 self._collect()
@@ -134,7 +133,7 @@ class Runner:
     def _start(self, job: Job) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(job.folder / f"{job.kind}.command", f"{job.command}\n")
-        slot = next(slot for slot in range(self.slots) if slot not in self._running)
+        slot = next(slot for slot in range(self._slots) if slot not in self._running)
         log = job.log.open("w", encoding="utf-8")
         process = subprocess.Popen(
             [sys.executable, "-m", "everest_ds", *job.words],
@@ -149,11 +148,11 @@ class Runner:
         launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         environment = {name: value for name, value in os.environ.items() if name not in launcher}
         environment["OMP_NUM_THREADS"] = "1"
-        if not self.num_gpus:
+        if not self._num_gpus:
             return environment | {"DS_ACCELERATOR": "cpu"}
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = visible.split(",") if visible else [str(gpu) for gpu in range(self.num_gpus)]
-        return environment | {"CUDA_VISIBLE_DEVICES": gpus[slot % self.num_gpus]}
+        gpus = visible.split(",") if visible else [str(gpu) for gpu in range(self._num_gpus)]
+        return environment | {"CUDA_VISIBLE_DEVICES": gpus[slot % self._num_gpus]}
 
     def _collect(self) -> None:
         for slot, (job, process, log, began) in list(self._running.items()):
@@ -171,8 +170,8 @@ class Runner:
             took_s = time.perf_counter() - began
             self._took_s.setdefault(job.kind, []).append(took_s)
             print(
-                f"[{len(self._done)}/{len(self.jobs)}] {job.kind} {job.name}: {self.on_done(job)}, {took_s:.0f} s; "
-                f"{format_duration(self._left_s())} left",
+                f"[{len(self._done)}/{len(self._jobs)}] {job.kind} {job.name}: {self._on_done(job)}, "
+                f"{took_s:.0f} s; {format_duration(self._left_s())} left",
                 flush=True,
             )
 
@@ -183,7 +182,7 @@ class Runner:
             kind: sum(took_s) / len(took_s) if (took_s := self._took_s.get(kind)) else guess
             for kind, guess in _GUESS_S.items()
         }
-        return sum(mean_s[job.kind] for job in left) / self.slots
+        return sum(mean_s[job.kind] for job in left) / self._slots
 
     def _stop(self) -> None:
         for _, process, _, _ in self._running.values():
@@ -203,4 +202,4 @@ def _reason(log: Path) -> str:
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line for line in (line.strip(_FRAME) for line in text.splitlines()) if line]
     errors = [line for line in lines if "error" in line.lower()]
-    return (errors or lines or ["it said nothing"])[-1]
+    return (errors or lines or ["it printed nothing"])[-1]

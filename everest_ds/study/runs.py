@@ -1,12 +1,12 @@
-"""What `everest study` does: which runs there are, in which order, and what becomes of them.
+"""What `everest study` does: which runs there are, in which order, and what is written.
 
 DIR/data/             the videos: the class is what moves, on a cluttered background
     labelled-0.csv    the few labelled videos of a seed
-    study.json        what was asked for; another study needs another folder
+    study.json        the settings; another study needs another folder
     commands.sh       every command, to run one by hand
     runs/NAME-SEED/   pretrain, probe, finetune: run directories, with their commands and logs
     results.jsonl     one line a condition and seed
-    table.md, *.svg   what came out, by table of the paper
+    table.md, *.svg   results, by table of the paper
 """
 
 import json
@@ -25,11 +25,9 @@ from everest_ds.data.lists.video_list import read_list
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.files import write_atomically
-from everest_ds.study.conditions import NO_PRETRAINING, PRETRAININGS, Condition
-from everest_ds.study.job import StudyJob, StudyOptions
+from everest_ds.study.conditions import NO_PRETRAINING, PRETRAININGS, Condition, StudyJob, StudyOptions
 from everest_ds.study.jobs import Job, JobKind, Runner
-from everest_ds.study.report import write_report
-from everest_ds.study.results import describe, read_result
+from everest_ds.study.results import outcome_text, read_result, write_report
 from everest_ds.train.engine import shipped_files
 from everest_ds.train.signals import EXIT_STOPPED
 
@@ -55,25 +53,8 @@ class Scale:
     pretrain_epochs: int = 16
     finetune_epochs: int = 25
 
-    @classmethod
-    def of(cls, options: StudyOptions) -> "Scale":
-        """Return the scale that the options ask for."""
-        return cls(pretrain_epochs=8, finetune_epochs=12) if options.quick else cls()
 
-    def demo(self, shake: int) -> DemoConfig:
-        """Return the videos' settings."""
-        return DemoConfig(
-            train=self.train,
-            val=0,
-            test=self.test,
-            num_frames=24,
-            movers=1,
-            distractors=0,
-            radius=10,
-            classes="mover",
-            clutter=30,
-            shake=shake,
-        )
+QUICK = Scale(pretrain_epochs=8, finetune_epochs=12)
 
 
 def run(job: StudyJob, world: World) -> int:
@@ -82,7 +63,7 @@ def run(job: StudyJob, world: World) -> int:
 
 
 def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> int:
-    """Run a study, or what is left of it, and write what came out.
+    """Run a study, or what is left of it, and write the results.
 
     Args:
         folder: Where everything goes.
@@ -95,14 +76,12 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
     Raises:
         KeyboardInterrupt: Ctrl-C; its runs are stopped by then, and have saved.
     """
-    scale = scale or Scale.of(options)
+    scale = scale or (QUICK if options.quick else Scale())
     seeds = options.seeds or ((0,) if options.quick else (0, 1, 2))
-    _open(folder, scale, options.shake)
-    write_demo_data(folder / "data", scale.demo(options.shake))
-    for seed in seeds:
-        _write_labelled(folder, seed, scale.labelled)
+    _prepare(folder, seeds, scale, options.shake)
     jobs = make_jobs(folder, options.conditions, seeds, scale)
-    _write_commands(folder, jobs)
+    lines = ["# The runs of this study, in an order in which they can be run by hand; one thread each on a CPU."]
+    write_atomically(folder / "commands.sh", "\n".join([*lines, *(job.command for job in jobs), ""]))
     num_gpus = torch.cuda.device_count()
     slots = options.jobs or (_RUNS_A_GPU * num_gpus if num_gpus else _num_cores())
     print(
@@ -110,7 +89,7 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
         f"time on {f'{num_gpus} GPUs' if num_gpus else 'the CPU'}",
         flush=True,
     )
-    runner = Runner(jobs=jobs, slots=slots, num_gpus=num_gpus, on_done=describe)
+    runner = Runner(jobs=jobs, slots=slots, num_gpus=num_gpus, on_done=outcome_text)
     is_stopped = False
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -119,12 +98,8 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
         is_stopped = True
     finally:
         signal.signal(signal.SIGTERM, before)
-    results = [
-        result
-        for condition in options.conditions
-        for seed in seeds
-        if (result := read_result(folder, condition, seed, jobs)) is not None
-    ]
+    found = [read_result(condition, seed, jobs) for condition in options.conditions for seed in seeds]
+    results = [result for result in found if result is not None]
     print(f"\n{write_report(folder, results, chance=1 / len(TEXTURES))}\n{folder}", flush=True)
     for job in runner.failed:
         print(f"failed or not run: {job.kind} {job.name}, see {job.log}", flush=True)
@@ -136,79 +111,72 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
 
 def make_jobs(folder: Path, conditions: Sequence[Condition], seeds: Sequence[int], scale: Scale) -> list[Job]:
     """Return the runs of some conditions, seed after seed; a pre-training comes before what needs it, and once."""
+    data, systems = folder / "data", shipped_files()["zero0"]
+    train, test = data / "train.csv", data / "test.csv"
     jobs: list[Job] = []
+
+    def add(kind: JobKind, name: str, words: Sequence[object], needs: Job | None = None) -> Job:
+        place = folder / "runs" / name
+        words = (*words, "--out", place / kind)
+        jobs.append(Job(kind=kind, name=name, words=tuple(map(str, words)), folder=place, needs=needs))
+        return jobs[-1]
+
     for seed in seeds:
-        of_weights: dict[str, Job] = {}
+        common = ("--run.seed", seed, "--precision", "fp32", "--ds-config", systems)
+        pretrained: dict[str, Job] = {}
         for condition in conditions:
-            name = condition.pretraining
-            if name not in of_weights:
-                of_weights[name] = _pretrain(folder, name, seed, scale)
-                jobs += [of_weights[name], _probe(folder, name, seed, of_weights[name])]
-            jobs.append(_finetune(folder, condition, seed, of_weights[name], scale))
+            weights = condition.pretraining
+            if weights not in pretrained:
+                words = ["pretrain", "study", "--data.train-list", train, *common]
+                words += ["--optim.epochs", scale.pretrain_epochs, *PRETRAININGS[weights]]
+                run = pretrained[weights] = add("pretrain", f"{weights}-{seed}", words)
+                words = ["evaluate", run.out, "--recipe", "study_ft", "--protocol", "linear", "--precision", "fp32"]
+                words += ["--train-list", train, "--list", test, "--batch-rows", 32]
+                add("probe", f"{weights}-{seed}", words, needs=run)
+            words = ["finetune", "study_ft", "--data.train-list", folder / f"labelled-{seed}.csv"]
+            words += ["--data.val-list", test, "--data.class-names", data / "classes.txt"]
+            words += [*common, "--optim.epochs", scale.finetune_epochs, *condition.finetune]
+            needs = None if weights == NO_PRETRAINING else pretrained[weights]
+            words += ["--init-from", needs.out] if needs else []
+            add("finetune", f"{condition.name}-{seed}", words, needs=needs)
     return jobs
 
 
-def _pretrain(folder: Path, name: str, seed: int, scale: Scale) -> Job:
-    words = ["pretrain", "study", "--data.train-list", f"{folder / 'data' / 'train.csv'}", *_common(seed)]
-    words += ["--optim.epochs", f"{scale.pretrain_epochs}", *PRETRAININGS[name]]
-    return _job("pretrain", f"{name}-{seed}", folder, words)
-
-
-def _finetune(folder: Path, condition: Condition, seed: int, pretrain: Job, scale: Scale) -> Job:
-    data = folder / "data"
-    words = ["finetune", "study_ft", "--data.train-list", f"{folder / f'labelled-{seed}.csv'}"]
-    words += ["--data.val-list", f"{data / 'test.csv'}", "--data.class-names", f"{data / 'classes.txt'}"]
-    words += [*_common(seed), "--optim.epochs", f"{scale.finetune_epochs}", *condition.finetune]
-    if condition.pretraining == NO_PRETRAINING:
-        return _job("finetune", f"{condition.name}-{seed}", folder, words)
-    words += ["--init-from", f"{pretrain.out}"]
-    return _job("finetune", f"{condition.name}-{seed}", folder, words, pretrain)
-
-
-def _probe(folder: Path, name: str, seed: int, pretrain: Job) -> Job:
-    data = folder / "data"
-    words = ["evaluate", f"{pretrain.out}", "--recipe", "study_ft", "--protocol", "linear", "--precision", "fp32"]
-    words += ["--train-list", f"{data / 'train.csv'}", "--list", f"{data / 'test.csv'}", "--batch-rows", "32"]
-    return _job("probe", f"{name}-{seed}", folder, words, pretrain)
-
-
-def _job(kind: JobKind, name: str, folder: Path, words: Sequence[str], needs: Job | None = None) -> Job:
-    place = folder / "runs" / name
-    return Job(kind=kind, name=name, words=(*words, "--out", f"{place / kind}"), folder=place, needs=needs)
-
-
-def _common(seed: int) -> tuple[str, ...]:
-    systems = shipped_files()["zero0"]
-    return ("--run.seed", f"{seed}", "--precision", "fp32", "--ds-config", f"{systems}")
-
-
-def _open(folder: Path, scale: Scale, shake: int) -> None:
-    """Write down what was asked for, or refuse a folder that holds something else."""
-    stamp = folder / "study.json"
+def _prepare(folder: Path, seeds: Sequence[int], scale: Scale, shake: int) -> None:
+    """Write settings, videos and each seed's labelled list; refuse a folder that holds something else."""
+    settings = folder / "study.json"
     wanted = json.dumps(asdict(scale) | {"shake": shake}, indent=2) + "\n"
-    if stamp.is_file():
-        if stamp.read_text() != wanted:
-            raise UserError(f"{folder} holds a study of other settings ({stamp}); name another folder")
-        return
-    if folder.is_dir() and any(folder.iterdir()):
+    if settings.is_file():
+        if settings.read_text() != wanted:
+            raise UserError(f"{folder} holds a study of other settings ({settings}); name another folder")
+    elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no study; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(stamp, wanted)
-
-
-def _write_labelled(folder: Path, seed: int, of_each: int) -> None:
-    """Draw so many training videos of each class: those that a seed's fine-tunings learn from."""
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(settings, wanted)
+    demo = DemoConfig(
+        train=scale.train,
+        val=0,
+        test=scale.test,
+        num_frames=24,
+        movers=1,
+        distractors=0,
+        radius=10,
+        classes="mover",
+        clutter=30,
+        shake=shake,
+    )
+    write_demo_data(folder / "data", demo)
     rows = read_list(folder / "data" / "train.csv")
-    random.Random(seed).shuffle(rows)
-    by_label = [[row for row in rows if row.label == label] for label in range(len(TEXTURES))]
-    chosen = [row for same in by_label for row in same[:of_each]]
-    lines = [f"{row.path.relative_to(folder)} {row.label}\n" for row in chosen]
-    write_atomically(folder / f"labelled-{seed}.csv", "".join(lines))
-
-
-def _write_commands(folder: Path, jobs: Sequence[Job]) -> None:
-    lines = ["# The runs of this study, in an order in which they can be run by hand; one thread each on a CPU.\n"]
-    write_atomically(folder / "commands.sh", "".join([*lines, *(f"{job.command}\n" for job in jobs)]))
+    for seed in seeds:
+        shuffled = list(rows)
+        random.Random(seed).shuffle(shuffled)
+        lines = [
+            f"{row.path.relative_to(folder)} {label}\n"
+            for label in range(len(TEXTURES))
+            for row in [row for row in shuffled if row.label == label][: scale.labelled]
+        ]
+        write_atomically(folder / f"labelled-{seed}.csv", "".join(lines))
 
 
 def _num_cores() -> int:
@@ -216,7 +184,7 @@ def _num_cores() -> int:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM: as Ctrl-C, but what there is so far is still reported."""
+    """SIGTERM: as Ctrl-C, but results so far are still reported."""
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from everest_ds.errors import UserError
 from everest_ds.study import conditions
-from everest_ds.study.job import StudyOptions
+from everest_ds.study.conditions import StudyOptions
 from everest_ds.study.runs import Scale, study
 
 MICRO = Scale(train=16, labelled=4, test=4, pretrain_epochs=2, finetune_epochs=3)

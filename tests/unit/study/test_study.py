@@ -14,12 +14,10 @@ from everest_ds import cli
 from everest_ds.config import FinetuneConfig, PretrainConfig
 from everest_ds.errors import UserError
 from everest_ds.study import jobs
-from everest_ds.study.conditions import BASELINE, CONDITIONS, GROUPS, PRETRAININGS
-from everest_ds.study.job import StudyOptions
+from everest_ds.study.conditions import BASELINE, CONDITIONS, GROUPS, PRETRAININGS, StudyOptions
 from everest_ds.study.jobs import Job, Runner
-from everest_ds.study.report import Spread, draw_group, make_table, write_report
-from everest_ds.study.results import Result, seconds_of_steps
-from everest_ds.study.runs import Scale, make_jobs
+from everest_ds.study.results import Result, draw_group, make_table, seconds_of_steps, write_report
+from everest_ds.study.runs import QUICK, Scale, make_jobs
 from everest_ds.train.optim import learning_rate
 from everest_ds.train.schedule import Schedule
 
@@ -104,9 +102,8 @@ def test_pretrainings_run_once_a_seed_and_before_what_needs_them() -> None:
 
 
 def test_scale_of_a_quick_study_has_fewer_steps_and_the_main_conditions() -> None:
-    quick = Scale.of(StudyOptions(quick=True))
-    assert quick.pretrain_epochs < Scale().pretrain_epochs
-    assert quick.finetune_epochs < Scale().finetune_epochs
+    assert QUICK.pretrain_epochs < Scale().pretrain_epochs
+    assert QUICK.finetune_epochs < Scale().finetune_epochs
     names = [condition.name for condition in StudyOptions(quick=True).conditions]
     assert BASELINE in names
     assert len(names) < len(CONDITIONS)
@@ -119,18 +116,6 @@ def test_options_that_make_no_sense_are_refused() -> None:
     for changes in ({"jobs": 0}, {"seeds": ()}, {"seeds": (1, 1)}):
         with pytest.raises(UserError):
             StudyOptions(**changes)
-
-
-def test_spread_is_plain_arithmetic() -> None:
-    values = [0.5, 0.75, 0.625, 0.8]
-    mean = sum(values) / 4
-    variance = sum((value - mean) ** 2 for value in values) / 3
-    spread = Spread.of(values)
-    assert spread.mean == pytest.approx(mean, abs=1e-15)
-    assert spread.deviation == pytest.approx(math.sqrt(variance), abs=1e-15)
-    assert spread.count == 4
-    assert spread.percent() == "66.9 ± 13.4"
-    assert Spread.of([0.5]).percent() == "50.0"
 
 
 def test_seconds_of_steps_count_each_window_once() -> None:
@@ -155,6 +140,17 @@ def test_table_has_mean_deviation_count_and_the_papers_value_beside() -> None:
     assert "Chance is 25%" in text
     assert text.count("Tables 2 and 17") == 1
     assert "Table 9" not in text  # the baseline alone compares nothing
+
+
+def test_mean_and_deviation_are_plain_arithmetic() -> None:
+    """Of four values: the sample's deviation, with n - 1; of a single one: none."""
+    values = [0.5, 0.75, 0.625, 0.8]
+    mean = sum(values) / 4
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / 3)
+    text = make_table([result(BASELINE, seed, value, 0.5) for seed, value in enumerate(values)], chance=0.25)
+    assert f"| {100 * mean:.1f} ± {100 * deviation:.1f} | 50.0 ± 0.0 | 4 |" in text
+    assert "| 66.9 ± 13.4 |" in text
+    assert "| 50.0 | 40.0 | 1 |" in make_table([result(BASELINE, 0, 0.5, 0.4)], chance=0.25)
 
 
 def test_plot_has_a_dot_for_each_score_where_it_belongs_and_dark_colours() -> None:
