@@ -1,36 +1,146 @@
-"""`everest benchmark step RECIPE --compare everest videomae`: our step and the official ones, in turns.
+"""`everest benchmark step RECIPE --compare everest videomae`: our step and the official ones, interleaved.
 
 Both sides start from the same weights and the same clips on the device, and do forward and backward pass, targets
-and loss included, gradients fresh in every step. Neither takes an optimiser step, and nothing is sent: what is
-compared is the model and what its step computes. Ours begins with uint8 clips and standardises them; theirs gets
-them standardised, as their loader would, for free. VideoMAE sees a tenth of the tokens in tubes and predicts all
-others. In bf16 our weights are bf16, as under DeepSpeed, and theirs float32 under autocast, as their loop has it.
-With --precision autocast both are alike.
+and loss included, with fresh gradients in every step. Neither takes an optimiser step, and nothing is sent between
+processes. Ours begins with uint8 clips and standardises them; theirs gets standardised ones, as from their loader.
+VideoMAE sees a tenth of the tokens in tubes and predicts all others. In bf16 our weights are bf16, as under
+DeepSpeed, and theirs float32 under autocast, as in their loop; with --precision autocast both are alike. The median
+over rounds of the ratio within a round is what counts.
 
-The sides take turns (`turns`); what counts is the median over rounds of the ratio within a round.
+The official model and training loop are imported from a folder of the user's and run as they are. Nothing of that
+code is in this project. What it needs and does not find, on a CPU or with today's packages, is replaced while it is
+imported or runs:
+
+    utils                        a module that logs nothing: the original needs a module that torch no longer has.
+                                 Their step becomes cheaper by it, never dearer.
+    timm.models.layers           today's name is timm.layers
+    timm.models.registry         the models are called by name, and not registered with timm
+    torch.cuda.amp.autocast      in the dtype that is measured, on the device that is measured
+    torch.cuda.synchronize       does nothing on a CPU
 """
 
+import contextlib
+import importlib
+import io
+import os
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import timm.layers
+import timm.models
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from everest_ds.benchmark.official_step import OfficialStep, load_official, make_official_model, require_comparable
-from everest_ds.benchmark.step_options import ReferenceName
-from everest_ds.benchmark.timing import Outcome, Side, milliseconds, take_turns
-from everest_ds.benchmark.workbench import synthetic_batch
+from everest_ds.benchmark.options import ReferenceName, StepOptions
+from everest_ds.benchmark.report import StepReport, Table, rounded, run_fields
+from everest_ds.benchmark.timing import Side, SideTimes, interleave, measure_ceiling, step_times
+from everest_ds.benchmark.workbench import limit_memory, synthetic_batch
 from everest_ds.config import PretrainConfig
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
 from everest_ds.model.tubelets import standardise
 from everest_ds.tokens import count_places
-from everest_ds.train.precision import Precision
+from everest_ds.train.precision import Precision, choose_precision
 from everest_ds.train.tasks import Task, make_task
 
 OURS = "ours"
 # VideoMAE shows a tenth of the tokens to its encoder (its recipes for Kinetics and SSv2).
 TUBE_VISIBLE = 0.1
+# What is imported of the folder, in this order; all are plain names that two folders share.
+MODULES = ("modeling_finetune", "modeling_pretrain", "engine_for_pretraining")
+# The only clips that the official models take.
+FRAMES, IMAGE_SIZE, TUBELET, PATCH = 16, 224, 2, 16
+TABLE = Table(
+    ("micro", 6, "d"), ("  side", 11, "<"), ("clips/s", 10, ".2f"), ("ms", 11, ".1f"), ("p90", 11, ".1f"),
+    ("GiB", 8, ".2f"), ("ours/theirs", 13, ".3f"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where official code comes from.
+
+    Attributes:
+        variable: Environment variable that names the user's folder.
+        repository: Where to get it.
+        factory: Function of its modeling_pretrain.py that makes the model of a size.
+    """
+
+    variable: str
+    repository: str
+    factory: str
+
+
+SOURCES: dict[ReferenceName, Source] = {
+    "everest": Source(
+        variable="EVEREST_REFERENCE_DIR",
+        repository="https://github.com/sunilhoho/EVEREST",
+        factory="pretrain_videoms_{size}_patch16_224",
+    ),
+    "videomae": Source(
+        variable="VIDEOMAE_REFERENCE_DIR",
+        repository="https://github.com/MCG-NJU/VideoMAE",
+        factory="pretrain_videomae_{size}_patch16_224",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfficialCode:
+    """What is used of a folder: a function that makes the model, and the training loop over batches."""
+
+    name: ReferenceName
+    make_model: Callable[..., nn.Module]
+    train_one_epoch: Callable[..., Any]
+
+
+def benchmark_compare(config: PretrainConfig, options: StepOptions, sizes: Iterable[int], world: World) -> int:
+    """Print a line for each micro-batch, and below a table each side's best one; return the exit code."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = choose_precision({}, options.precision, device.type)
+    limit_memory(options.memory_gib, world)
+    common = {
+        **run_fields("step-compare", config, device, **options.shared_fields),
+        "precision": precision.name,
+        "time": "cpu" if device.type == "cpu" else "wall",
+        "includes": "forward, backward",
+        "threads": torch.get_num_threads(),
+        "ceiling_tflops": measure_ceiling(device),
+    }
+    report = StepReport(world, common, TABLE, _rows, as_json=options.json)
+    best: dict[str, float] = {}
+    for line in compare_steps(
+        config,
+        options.compare,
+        sizes,
+        precision=precision,
+        device=device,
+        rounds=options.steps,
+        warmup=options.warmup,
+    ):
+        report.print(line)
+        for name in (OURS, *options.compare):
+            best[name] = max(best.get(name, 0.0), line.get(name, {}).get("clips_per_s", 0.0))
+    if not options.json:
+        print("\nat each side's best micro-batch: " + ", ".join(f"{n} {c:.2f} clips/s" for n, c in best.items()))
+    return 0
+
+
+def _rows(line: dict[str, Any]) -> Iterator[str]:
+    for name, side in line.items():
+        if name == "micro_batch":
+            continue
+        if side["out_of_memory"]:
+            yield f"{TABLE.row(line['micro_batch'], f'  {name}')}  out of memory"
+            continue
+        values = (side[field] for field in ("clips_per_s", "step_ms_median", "step_ms_p90", "step_gib"))
+        yield TABLE.row(line["micro_batch"], f"  {name}", *values, side.get("ours_to_theirs"))
 
 
 def compare_steps(
@@ -43,19 +153,19 @@ def compare_steps(
     rounds: int,
     warmup: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a line for each micro-batch, until ours does not fit; who did not fit takes no part in larger ones.
+    """Yield a line for each micro-batch, until ours does not fit; larger ones leave out who did not fit.
 
     Args:
         config: The run; its batch does not count.
         names: Whom to compare with.
         micro_sizes: Clips of a step.
-        precision: What ours computes in; theirs is float32, with products in the same dtype as ours.
+        precision: Of ours; theirs is float32, with matmuls in the same dtype as ours.
         device: Where.
         rounds: Timed steps of each side.
         warmup: Steps of each side before them.
 
     Raises:
-        UserError: The official code cannot do what the configuration says, or is not to be had.
+        UserError: The official code cannot do what the configuration says, or was not found.
     """
     require_comparable(config, names)
     official = {name: load_official(name, config.model.size) for name in names}
@@ -69,37 +179,36 @@ def compare_steps(
     task.to(precision.weights_dtype)
     for micro_size in micro_sizes:
         sides = _sides(task, references, config, micro_size, device, autocasts=precision.autocasts)
-        outcomes = take_turns(sides, device, rounds=rounds, warmup=warmup)
-        yield {"micro_batch": micro_size, **describe_outcomes(outcomes, micro_size)}
-        if outcomes[OURS].out_of_memory:
+        times = interleave(sides, device, rounds=rounds, warmup=warmup)
+        yield {"micro_batch": micro_size, **side_fields(times, micro_size)}
+        if times[OURS].out_of_memory:
             return
-        references = {name: step for name, step in references.items() if not outcomes[name].out_of_memory}
+        references = {name: step for name, step in references.items() if not times[name].out_of_memory}
 
 
-def describe_outcomes(outcomes: dict[str, Outcome], micro_size: int) -> dict[str, Any]:
+def side_fields(times: dict[str, SideTimes], micro_size: int) -> dict[str, Any]:
     """Return the sides as fields of a line: times, clips/s, loss, memory, and ours to theirs."""
-    ours = outcomes[OURS]
+    ours = times[OURS]
     fields: dict[str, Any] = {}
-    for name, outcome in outcomes.items():
-        fields[name] = {"out_of_memory": outcome.out_of_memory}
-        if outcome.out_of_memory:
+    for name, side in times.items():
+        fields[name] = {"out_of_memory": side.out_of_memory}
+        if side.out_of_memory:
             continue
-        median = statistics.median(outcome.seconds)
         fields[name] |= {
-            "clips_per_s": round(micro_size / median, 4),
-            **milliseconds(outcome.seconds),
-            "loss": round(outcome.loss, 6),
-            "step_gib": None if outcome.peak_gib is None else round(outcome.peak_gib, 4),
+            "clips_per_s": round(micro_size / statistics.median(side.seconds), 4),
+            **step_times(side.seconds),
+            "loss": round(side.loss, 6),
+            "step_gib": rounded(side.peak_gib),
         }
         if name != OURS and not ours.out_of_memory:
-            ratios = [a / b for a, b in zip(ours.seconds, outcome.seconds, strict=True)]
+            ratios = [a / b for a, b in zip(ours.seconds, side.seconds, strict=True)]
             fields[name]["ours_to_theirs"] = round(statistics.median(ratios), 4)
     return fields
 
 
 def _sides(
     task: Task,
-    references: dict[ReferenceName, OfficialStep],
+    references: dict[ReferenceName, "OfficialStep"],
     config: PretrainConfig,
     micro_size: int,
     device: torch.device,
@@ -107,7 +216,7 @@ def _sides(
     autocasts: bool,
 ) -> list[Side]:
     """Return ours and theirs on the same clips."""
-    batch = synthetic_batch(task, config, micro_size, device, config.run.seed)
+    batch = synthetic_batch(task, micro_size, device, config.run.seed)
     inputs = task.inputs(batch, device)
 
     def step() -> float:
@@ -134,3 +243,192 @@ def tube_mask(config: PretrainConfig, micro_size: int, device: torch.device) -> 
     noise_BJ = torch.rand(micro_size, grid.tokens_per_step, device=device, generator=generator)
     hidden_BJ = torch.ones_like(noise_BJ, dtype=torch.bool).scatter(1, noise_BJ.argsort(dim=1)[:, :places], False)
     return hidden_BJ.repeat(1, grid.time)
+
+
+def require_comparable(config: PretrainConfig, names: Iterable[ReferenceName]) -> None:
+    """Refuse a run that the official code cannot do.
+
+    Raises:
+        UserError: Another clip, tubelet or embedding than theirs; or, against EVEREST, another selection.
+    """
+    found = (config.data.num_frames, config.data.image_size, config.model.tubelet_size, config.model.patch_size)
+    if found != (FRAMES, IMAGE_SIZE, TUBELET, PATCH):
+        raise UserError(
+            f"--compare: the official code takes {FRAMES} frames of {IMAGE_SIZE} pixels in tubelets of {TUBELET} x "
+            f"{PATCH} x {PATCH}, got {found[0]} of {found[1]} in tubelets of {found[2]} x {found[3]} x {found[3]}; "
+            "use such a recipe, k400_vit_b for instance"
+        )
+    if config.model.size not in ("small", "base", "large", "huge") or config.model.embedding_layers != 1:
+        raise UserError(
+            f"--compare: the official models are small, base, large and huge with one embedding layer, got "
+            f"model.size={config.model.size}, model.embedding_layers={config.model.embedding_layers}"
+        )
+    selection = config.selection
+    ours = (selection.strategy, selection.order, selection.distance, selection.targets, selection.budget)
+    if "everest" in names and (ours != ("rero", "descending", "l2", "masked", "clip") or selection.alpha > 1):
+        raise UserError(
+            "--compare everest: the official code selects by rero, the most changing tokens by l2, the same share "
+            f"of every clip, and predicts the masked ones, from the clip's own frames; got {', '.join(ours)}, "
+            f"alpha {selection.alpha}"
+        )
+
+
+def load_official(name: ReferenceName, size: str) -> OfficialCode:
+    """Import official code from the folder that its environment variable names.
+
+    Raises:
+        UserError: The variable is not set, the folder is missing or lacks a file or function, or a package that the
+            code needs is not installed; the message names what to set or install.
+    """
+    source = SOURCES[name]
+    given = os.environ.get(source.variable)
+    if not given:
+        raise UserError(
+            f"--compare {name}: {source.variable} is not set; clone {source.repository} and set it to the folder"
+        )
+    folder = Path(given)
+    for module in MODULES:
+        if not (folder / f"{module}.py").is_file():
+            raise UserError(
+                f"--compare {name}: {source.variable}={given} has no {module}.py; set it to a clone of "
+                f"{source.repository}"
+            )
+    try:
+        with _importable(folder):
+            modules = {module: importlib.import_module(module) for module in MODULES}
+    except ModuleNotFoundError as error:
+        raise UserError(f"--compare {name}: the code in {given} needs {error.name}; pip install it") from error
+    factory = source.factory.format(size=size)
+    for module, function in (("modeling_pretrain", factory), ("engine_for_pretraining", "train_one_epoch")):
+        if not hasattr(modules[module], function):
+            raise UserError(
+                f"--compare {name}: {folder / module}.py has no {function}; set {source.variable} to a clone of "
+                f"{source.repository}"
+            )
+    return OfficialCode(
+        name=name,
+        make_model=getattr(modules["modeling_pretrain"], factory),
+        train_one_epoch=modules["engine_for_pretraining"].train_one_epoch,
+    )
+
+
+def make_official_model(official: OfficialCode, config: PretrainConfig) -> nn.Module:
+    """Return their model of a configuration's size, decoder and ratios, freshly initialised."""
+    options: dict[str, Any] = {"decoder_depth": config.model.decoder_depth}
+    options["use_checkpoint"] = config.model.activation_checkpointing
+    if official.name == "everest":
+        options["motion_centric_masking"] = True
+        # They are given as what is left out, and truncated there: 1 - 0.3 and 1 - 0.1 give 470 and 156 of 1568.
+        options["motion_centric_masking_ratio"] = 1 - config.selection.selected_ratio
+        options["masking_ratio"] = 1 - config.selection.visible_ratio
+    return official.make_model(**options)
+
+
+class OfficialStep:
+    """Forward and backward pass as the official training loop does them; no optimiser step.
+
+    Args:
+        official: The code.
+        model: Their model, on its device.
+        dtype: What autocast computes in; float32 means no autocast.
+    """
+
+    def __init__(self, official: OfficialCode, model: nn.Module, dtype: torch.dtype) -> None:
+        self.model = model
+        self._official = official
+        self._dtype = dtype
+        self._device = next(model.parameters()).device
+        self._optimizer = torch.optim.AdamW(model.parameters())  # only clears gradients
+        self._scaler = _BackwardOnly()
+
+    def __call__(self, videos_BCTHW: Tensor, mask_BN: Tensor) -> float:
+        """Take a step and return its loss.
+
+        Args:
+            videos_BCTHW: Standardised clips, float32, as their loader hands them over.
+            mask_BN: True where the encoder does not see a token; EVEREST makes its own and ignores it.
+        """
+        with _measured_autocast(self._device, self._dtype), contextlib.redirect_stdout(io.StringIO()):
+            self._official.train_one_epoch(
+                self.model,
+                [(videos_BCTHW, mask_BN)],
+                self._optimizer,
+                self._device,
+                0,
+                self._scaler,
+                patch_size=PATCH,
+                normlize_target=True,
+                start_steps=0,
+            )
+        return self._scaler.loss
+
+
+class _BackwardOnly:
+    """Replaces the official gradient scaler: backward, and nothing after it."""
+
+    loss = float("nan")
+
+    def __call__(self, loss: Tensor, optimizer: Any, **options: Any) -> None:
+        loss.backward()
+        self.loss = float(loss.detach())
+
+    def state_dict(self) -> dict[str, float]:
+        return {"scale": 1.0}
+
+
+class _NoMetrics:
+    """Replaces the official metrics: hands the batches over and keeps nothing."""
+
+    def __init__(self, **options: Any) -> None:
+        self.meters: dict[str, Any] = {}
+
+    def log_every(self, batches: Iterable[Any], *options: Any) -> Iterator[Any]:
+        yield from batches
+
+    def add_meter(self, *given: Any) -> None: ...
+
+    def update(self, **values: Any) -> None: ...
+
+    def synchronize_between_processes(self) -> None: ...
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Make a folder's modules importable, with what they expect; leave no trace in sys or in the folder."""
+    registry = types.ModuleType("timm.models.registry")
+    registry.register_model = lambda make: make  # type: ignore[attr-defined]
+    utils = types.ModuleType("utils")
+    utils.MetricLogger = _NoMetrics  # type: ignore[attr-defined]
+    utils.SmoothedValue = lambda **options: None  # type: ignore[attr-defined]
+    ours = {"timm.models.layers": timm.layers, "timm.models.registry": registry, "utils": utils}
+    names = (*ours, *MODULES)
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    wrote_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    sys.modules.update(ours)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
+        sys.dont_write_bytecode = wrote_bytecode
+
+
+@contextlib.contextmanager
+def _measured_autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Give the official loop the autocast and the device that are measured."""
+
+    def autocast() -> torch.autocast:
+        half = dtype != torch.float32
+        return torch.autocast(device.type, dtype=dtype if half else torch.bfloat16, enabled=half)
+
+    before = torch.cuda.amp.autocast, torch.cuda.synchronize
+    torch.cuda.amp.autocast = autocast  # type: ignore[assignment, misc]
+    if device.type != "cuda":
+        torch.cuda.synchronize = lambda device=None: None
+    try:
+        yield
+    finally:
+        torch.cuda.amp.autocast, torch.cuda.synchronize = before  # type: ignore[misc]

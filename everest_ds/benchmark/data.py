@@ -2,47 +2,60 @@
 
 For each list and each way to read it (a reader; several clips of one decode; with --compare the official loaders')
 
-    CPU milliseconds a clip by stage, of all threads   `stages`, `official`: one process, rounds, ways by turns
+    CPU milliseconds a clip by stage, of all threads   `clip_costs`: one process, rounds, interleaved ways
     clips a second of one core                         from these
-    clips a second of N loader processes               `throughput`: the loader of a run, by the clock on the wall
-
-`report` makes records and a table of it.
+    clips a second of N loader processes               the loader of a run, wall time
 """
 
 import json
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from everest_ds.benchmark.data_loader import loader_clips_per_s
-from everest_ds.benchmark.data_options import DataBenchmarkOptions, DataJob, OneReader
-from everest_ds.benchmark.data_report import describe, format_table
-from everest_ds.benchmark.machine import describe_machine
-from everest_ds.benchmark.official_clip import OfficialWay
-from everest_ds.benchmark.stages import Costs, LeftOut, OurWay, Way, measure_round, one_thread, warm_up
+from everest_ds.benchmark.clip_costs import (
+    STAGES,
+    Costs,
+    LeftOut,
+    OfficialWay,
+    OurWay,
+    Way,
+    measure_round,
+    one_thread,
+    warm_up,
+)
+from everest_ds.benchmark.options import DataJob
+from everest_ds.benchmark.report import Table, data_environment, rounded
 from everest_ds.config import Config, PretrainConfig
+from everest_ds.config.sections import ReaderName
 from everest_ds.data.clips.cuts import PretrainCut
+from everest_ds.data.clips.dataset import make_loader
+from everest_ds.data.clips.sampling import GlobalBatchSampler
 from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.data.readers.video import Video
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train.tasks import Task, make_task
 
+# Batches of each loader process that are timed, after one that is not.
+_TIMED_BATCHES = 4
+
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One list and the ways that it is read.
+class MeasuredList:
+    """One list and the ways in which it is read.
 
     Attributes:
         path: The list.
         config: The run that trains on it.
-        rows: Videos that are measured, and those that would be but are left out.
+        rows: Videos that are measured, and those that are left out.
         ways: The ways.
         costs: One for each way.
-        readable: Places in ``rows`` of videos that every way can read.
+        readable: Indices into ``rows`` of videos that every way can read.
         left_out: The other videos, with the reasons.
         frames: Least and most frames of a readable one.
         sizes: WIDTHxHEIGHT in pixels of the readable ones.
@@ -60,60 +73,55 @@ class Measured:
 
 
 def run(job: DataJob, world: World) -> int:
-    """Measure and print; return 0.
+    """Measure, print, and return 0.
 
     Raises:
         UserError: None of a list's videos can be read.
     """
-    options, runs, readers = job.options, job.runs, job.readers
+    options = job.options
+
+    def say(text: str) -> None:
+        if not options.json:
+            print(text, flush=True)
+
     with one_thread():
-        lists = [_begin(path, run.config, run.train, readers, options) for path, run in runs]
+        lists = [_begin(path, run.config, run.train, job, say) for path, run in job.runs]
         for number in range(options.rounds):
-            _say(options, f"round {number + 1} of {options.rounds}")
+            say(f"round {number + 1} of {options.rounds}")
             for one in lists:
                 spent = measure_round(one.ways, one.readable, first=number)
                 for costs, stages in zip(one.costs, spent, strict=True):
                     costs.rounds.append(stages)
-    machine = describe_machine()
+    environment = data_environment()
     records: list[dict[str, Any]] = []
     for one in lists:
-        rates = [_loader_rates(one, way, options) for way in one.ways]
-        records += describe(one, rates, gpu_clips_per_s=options.clips_per_s, machine=machine)
-    print("\n".join(json.dumps(record) for record in records) if options.json else f"\n{format_table(records)}")
+        rates = [_loader_rates(one, way, options.workers, say) for way in one.ways]
+        records += _records(one, rates, options.clips_per_s, environment)
+    print("\n".join(map(json.dumps, records)) if options.json else f"\n{format_records(records)}")
     return 0
 
 
 def _begin(
-    path: Path,
-    config: Config,
-    rows: Sequence[VideoRow],
-    readers: Sequence[OneReader],
-    options: DataBenchmarkOptions,
-) -> Measured:
-    """Choose videos, set the ways up, and go through all of it once."""
-    num = min(options.clips, len(rows))
-    chosen = [rows[place * len(rows) // num] for place in range(num)]
-    device = _device()
-    ways: list[Way] = []
-    if options.compare:
-        assert isinstance(config, PretrainConfig)
-        cut = PretrainCut(replace(config.data, num_frames=config.candidate_frames))
-        ways.append(OfficialWay(chosen, cut, config.run.seed, device))
-    for reader in readers:
-        dataset = _task(config, reader, num_workers=0).make_dataset(chosen)
-        ways += [OurWay(dataset, repeats, device) for repeats in dict.fromkeys(options.repeats)]
-    _say(options, f"warm-up with {num} of {len(rows)} videos of {path}")
+    path: Path, config: Config, rows: Sequence[VideoRow], job: DataJob, say: Callable[[str], None]
+) -> MeasuredList:
+    """Choose videos, and make clips of all of them once in every way."""
+    num = min(job.options.clips, len(rows))
+    chosen = [rows[number * len(rows) // num] for number in range(num)]
+    say(f"warm-up with {num} of {len(rows)} videos of {path}")
+    ways = _ways(config, chosen, job)
     readable, left_out = warm_up(ways, num)
     for fault in left_out:
-        _say(options, f"left out: {fault.path}: {fault.reason} ({fault.way})")
+        say(f"left out: {fault.path}: {fault.reason} ({fault.way})")
     if not readable:
         fault = left_out[0]
         raise UserError(
             f"none of {num} videos of {path} can be read in every way, the first is {fault.path}: {fault.reason} "
             f"({fault.way}); `everest check-data {path}` tells more"
         )
-    frames, sizes = _look_at([chosen[place] for place in readable], readers[0])
-    return Measured(
+    videos = [Video.of_row(chosen[idx], job.readers[0]) for idx in readable]
+    frames = [video.num_frames for video in videos]
+    shapes = {video.read([0]).shape for video in videos}
+    return MeasuredList(
         path=path,
         config=config,
         rows=chosen,
@@ -122,48 +130,178 @@ def _begin(
         readable=readable,
         left_out=left_out,
         frames=(min(frames), max(frames)),
-        sizes=sorted(set(sizes)),
+        sizes=sorted(f"{width}x{height}" for _, height, width, _ in shapes),
     )
 
 
-def _look_at(rows: Sequence[VideoRow], reader: OneReader) -> tuple[list[int], list[str]]:
-    """Return the number of frames and the size of each video."""
-    frames, sizes = [], []
-    for row in rows:
-        video = Video.of_row(row, reader)
-        height, width = video.read([0]).shape[1:3]
-        frames.append(video.num_frames)
-        sizes.append(f"{width}x{height}")
-    return frames, sizes
+def _ways(config: Config, rows: Sequence[VideoRow], job: DataJob) -> list[Way]:
+    device = torch.device("cuda") if torch.cuda.is_available() else None
+    ways: list[Way] = []
+    if job.options.compare:
+        assert isinstance(config, PretrainConfig)
+        cut = PretrainCut(replace(config.data, num_frames=config.candidate_frames))
+        ways.append(OfficialWay(rows, cut, config.run.seed, device))
+    for reader in job.readers:
+        dataset = _task(config, reader, num_workers=0).make_dataset(rows)
+        ways += [OurWay(dataset, repeats, device) for repeats in dict.fromkeys(job.options.repeats)]
+    return ways
 
 
-def _task(config: Config, reader: OneReader, *, num_workers: int, repeats: int = 1) -> Task:
-    """Return the task of a run, its model without memory: only its clips are wanted."""
+def _task(config: Config, reader: ReaderName, *, num_workers: int, repeats: int = 1) -> Task:
+    """Return the task of a run, its model on the meta device: only its clips are wanted."""
     data: Any = replace(config.data, reader=reader, num_workers=num_workers, repeats=repeats)
     batch = replace(config.batch, global_size=2 * repeats, micro_size=2 * repeats)  # any that repeats divide
     with torch.device("meta"):
         return make_task(replace(config, data=data, batch=batch))
 
 
-def _device() -> torch.device | None:
-    return torch.device("cuda") if torch.cuda.is_available() else None
-
-
-def _loader_rates(one: Measured, way: Way, options: DataBenchmarkOptions) -> dict[int, float]:
+def _loader_rates(
+    one: MeasuredList, way: Way, workers: Sequence[int], say: Callable[[str], None]
+) -> dict[int, float]:
     """Return the clips a second of the loader by its number of processes; the official way has no loader here."""
     if not isinstance(way, OurWay):
         return {}
-    rows = [one.rows[place] for place in one.readable]
-    batch_size = min(one.config.batch.micro_size, len(rows))
-    rates = {}
-    for workers in dict.fromkeys(options.workers):
-        _say(options, f"loader: {one.path}, {way.name}, repeats {way.repeats}, {workers} processes")
-        task = _task(one.config, way.name, num_workers=workers, repeats=way.repeats)  # type: ignore[arg-type]
-        rates[workers] = loader_clips_per_s(task, rows, batch_size=batch_size)
+    rows, rates = [one.rows[idx] for idx in one.readable], {}
+    for count in dict.fromkeys(workers):
+        say(f"loader: {one.path}, {way.name}, repeats {way.repeats}, {count} processes")
+        task = _task(one.config, way.dataset.config.reader, num_workers=count, repeats=way.repeats)
+        rates[count] = loader_clips_per_s(task, rows, batch_size=min(one.config.batch.micro_size, len(rows)))
     return rates
 
 
-def _say(options: DataBenchmarkOptions, text: str) -> None:
-    """Tell people how far it is; programs get records alone."""
-    if not options.json:
-        print(text, flush=True)
+def loader_clips_per_s(
+    task: Task,
+    rows: Sequence[VideoRow],
+    *,
+    batch_size: int,
+    now: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Run the loader of a task, with the workers of its configuration, and take batches as fast as they come.
+
+    The clock starts when as many batches as there are workers have come: all of them are at work then.
+
+    Args:
+        task: The run's.
+        rows: Videos that can be read; repeated as needed.
+        batch_size: Clips of a batch; the nearest number below that the repeats, and mixing in pairs, allow.
+        now: Seconds so far.
+    """
+    workers, repeats = task.config.data.num_workers, task.config.data.repeats
+    dataset = task.make_dataset(rows)
+    unit = math.lcm(repeats, 2 if dataset.mixer else 1)
+    batch_size = max(batch_size // unit, 1) * unit
+    if len(rows) * repeats < batch_size:
+        dataset = task.make_dataset([*rows] * math.ceil(batch_size / (len(rows) * repeats)))
+    sampler = GlobalBatchSampler(
+        num_samples=len(dataset),
+        repeats=repeats,
+        global_size=batch_size,
+        micro_size=batch_size,
+        rank=0,
+        world_size=1,
+        seed=task.config.run.seed,
+        end_step=workers * (1 + _TIMED_BATCHES),
+    )
+    began, clips = now(), 0
+    for number, batch in enumerate(make_loader(dataset, sampler, micro_size=batch_size, pin_memory=False), start=1):
+        batch.require_whole()
+        if number > workers:
+            clips += len(batch.index_B)
+        else:
+            began = now()
+    return clips / (now() - began)
+
+
+def _records(
+    one: MeasuredList,
+    rates: Sequence[Mapping[int, float]],
+    gpu_clips_per_s: float | None,
+    environment: Mapping[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """Yield a record for each way in which a list was read."""
+    official = next((costs for way, costs in zip(one.ways, one.costs, strict=True) if way.name == "official"), None)
+    data = one.config.data
+    for way, costs, loader in zip(one.ways, one.costs, rates, strict=True):
+        core = costs.clips_per_s_core
+        fed = None
+        if gpu_clips_per_s is not None:
+            fed = {str(workers): round(rate / gpu_clips_per_s, 4) for workers, rate in loader.items()}
+            fed["all_cores"] = round(environment["cores"] * core / gpu_clips_per_s, 4)
+        yield {
+            "benchmark": "data",
+            "recipe": one.config.recipe,
+            "list": str(one.path),
+            "way": way.name,
+            "repeats": way.repeats,
+            "videos": len(one.readable),
+            "left_out": [{"path": str(bad.path), "way": bad.way, "reason": bad.reason} for bad in one.left_out],
+            "frames": list(one.frames),
+            "sizes": one.sizes,
+            "clip": f"{data.num_frames}x{data.image_size}x{data.image_size}",
+            "sampling_stride": data.sampling_stride if data.sampling_seconds is None else None,
+            "sampling_seconds": data.sampling_seconds,
+            "rounds": len(costs.rounds),
+            "ms": {stage: rounded(costs.stage_ms(stage)) for stage in STAGES},
+            "clip_ms": round(costs.clip_ms, 4),
+            "clip_p90_ms": round(costs.clip_p90_ms, 4),
+            "ratio_to_official": None if official is None else round(costs.ratio_to(official), 4),
+            "clips_per_s_core": round(core, 4),
+            "loader_clips_per_s": {str(workers): round(rate, 4) for workers, rate in loader.items()},
+            "gpu_clips_per_s": gpu_clips_per_s,
+            "gpus_fed": fed,
+            "cores_per_gpu": None if gpu_clips_per_s is None else round(gpu_clips_per_s / core, 4),
+            "environment": dict(environment),
+        }
+
+
+def format_records(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the records as a table, and in words how many GPUs are fed where that was asked."""
+    first = records[0]
+    machine, versions = first["environment"], first["environment"]["versions"]
+    known = ", ".join(f"{name} {versions[name]}" for name in ("torch", "torchvision", "decord", "av", "pillow"))
+    sampling = f"at stride {first['sampling_stride']}"
+    if first["sampling_seconds"] is not None:
+        sampling = f"with a frame every {first['sampling_seconds']:g} s"
+    lines = [
+        f"{first['recipe']}: clips of {first['clip']} {sampling}; "
+        f"{first['rounds']} rounds after one of warm-up, medians",
+        f"{machine['cpu']}, {machine['cores']} cores; {known}; commit {machine['commit'] or 'unknown'}",
+        "CPU ms a clip of all threads; `clip` is open + decode + augment, `ratio` that over the official way's;",
+        "clips/s of one core (collating too), and of the loader with so many processes by the clock on the wall",
+        "",
+        *dict.fromkeys(f"{record['list']}: {_say_videos(record)}" for record in records),
+        "",
+    ]
+    workers = list(dict.fromkeys(count for record in records for count in record["loader_clips_per_s"]))
+    table = Table(
+        ("list", max(4, *(len(record["list"]) for record in records)) + 2, "<"),
+        ("way", 11, "<"),
+        ("repeats", 7, "d"),
+        *((column, 9, ".2f") for column in (*STAGES, "clip", "p90")),
+        ("ratio", 9, ".3f"),
+        ("1 core", 9, ".1f"),
+        *((f"{count} proc.", 9, ".1f") for count in workers),
+    )
+    lines.append(table.head)
+    for record in records:
+        names = ("clip_ms", "clip_p90_ms", "ratio_to_official", "clips_per_s_core")
+        values = [*record["ms"].values(), *(record[name] for name in names)]
+        values += [record["loader_clips_per_s"].get(count) for count in workers]
+        lines.append(table.row(record["list"], record["way"], record["repeats"], *values))
+    if first["gpu_clips_per_s"] is not None:
+        lines += ["", f"GPUs that train {first['gpu_clips_per_s']:g} clips/s:", *map(_say_fed, records)]
+    return "\n".join(lines)
+
+
+def _say_videos(record: Mapping[str, Any]) -> str:
+    least, most = record["frames"]
+    frames = str(least) if least == most else f"{least} to {most}"
+    left_out = f", {len(record['left_out'])} left out" if record["left_out"] else ""
+    return f"{record['videos']} videos{left_out}, {frames} frames, {', '.join(record['sizes'])}"
+
+
+def _say_fed(record: Mapping[str, Any]) -> str:
+    *loader, (_, cores) = record["gpus_fed"].items()
+    processes = "".join(f"{count} processes feed {number:.2f}, " for count, number in loader)
+    name = f"{record['list']}, {record['way']}, repeats {record['repeats']}"
+    return f"  {name}: {processes}all cores {cores:.2f}; one needs {record['cores_per_gpu']:.1f} cores"

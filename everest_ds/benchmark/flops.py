@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 
-from everest_ds.benchmark.flops_options import FlopsOptions
+from everest_ds.benchmark.options import FlopsOptions
+from everest_ds.benchmark.report import Table
 from everest_ds.distributed import World
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
@@ -15,6 +16,8 @@ from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.flops import ClipMacs, autoencoder_macs, classifier_macs
 from everest_ds.model.sizes import get_size
 from everest_ds.tokens import TokenGrid, count_candidate_steps, count_selection
+
+Phase = Literal["pretrain", "finetune"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,7 @@ class PaperRow:
     gmacs: float | None
     parameters: float | None = None
     size: str = "base"
-    phase: Literal["pretrain", "finetune"] = "pretrain"
+    phase: Phase = "pretrain"
     ratio: float | None = None
     num_frames: int = 16
     alpha: float = 1.0
@@ -48,116 +51,72 @@ class PaperRow:
     num_classes: int = 400
 
 
-def _table_1() -> list[PaperRow]:
-    rows = []
-    for size, tube, pre, full, fine in (
-        ("small", 11.6, 6.3, 57.0, 29.1),
-        ("base", 35.5, 21.5, 180.5, 98.1),
-        ("large", 83.1, 60.8, 597.2, 330.0),
-    ):
-        letter = size[0].upper()
-        rows += [
-            PaperRow(table="1", name=f"PT VideoMAE ViT-{letter}, tube 0.9", gmacs=tube, size=size),
-            # The table's number is that of rho_pre 0.4, not the 0.3 of Table 7.
-            PaperRow(table="1", name=f"PT EVEREST ViT-{letter}, rho 0.4", gmacs=pre, size=size, ratio=0.4),
-            PaperRow(table="-", name=f"PT EVEREST ViT-{letter}, rho 0.3", gmacs=None, size=size, ratio=0.3),
-            PaperRow(table="1", name=f"FT full ViT-{letter}", gmacs=full, size=size, phase="finetune"),
-            PaperRow(
-                table="1",
-                name=f"FT EVEREST ViT-{letter}, rho 0.6",
-                gmacs=fine,
-                size=size,
-                phase="finetune",
-                ratio=0.6,
-            ),
-        ]
-    return rows
+def _everest(table: str, phase: Phase, size: str, ratio: float, gmacs: float | None) -> PaperRow:
+    name = f"{'PT' if phase == 'pretrain' else 'FT'} EVEREST ViT-{size[0].upper()}, rho {ratio}"
+    return PaperRow(table=table, name=name, gmacs=gmacs, size=size, phase=phase, ratio=ratio)
 
 
-def _fine_tuning_of_other_weights() -> list[PaperRow]:
-    """Tables 5 and 11 start from other methods' weights; where they come from costs nothing."""
-    rows = []
-    tables: tuple[tuple[str, str, float, float], ...] = (
-        ("5", "base", 180.5, 98.1),
-        ("11", "small", 57.0, 29.1),
-        ("11", "base", 180.5, 98.1),
-        ("11", "large", 597.2, 330.0),
-    )
-    for table, size, full, fine in tables:
-        letter = size[0].upper()
-        rows += [
-            PaperRow(table=table, name=f"FT full ViT-{letter}", gmacs=full, size=size, phase="finetune"),
-            PaperRow(
-                table=table,
-                name=f"FT EVEREST ViT-{letter}, rho 0.6",
-                gmacs=fine,
-                size=size,
-                phase="finetune",
-                ratio=0.6,
-            ),
-        ]
-    return rows
+def _fine_tunings(table: str, size: str, full: float, everest: float) -> list[PaperRow]:
+    name = f"FT full ViT-{size[0].upper()}"
+    all_tokens = PaperRow(table=table, name=name, gmacs=full, size=size, phase="finetune")
+    return [all_tokens, _everest(table, "finetune", size, 0.6, everest)]
 
 
-def _other_tables() -> list[PaperRow]:
-    rows = [
-        PaperRow(table="10", name=f"PT EVEREST ViT-B, rho {ratio}", gmacs=gmacs, ratio=ratio)
-        for ratio, gmacs in ((0.5, 23.43), (0.4, 21.54), (0.3, 19.81), (0.2, 18.22))
+def _table_1(size: str, tube: float, pretrain: float, full: float, finetune: float) -> list[PaperRow]:
+    name = f"PT VideoMAE ViT-{size[0].upper()}, tube 0.9"
+    return [
+        PaperRow(table="1", name=name, gmacs=tube, size=size),
+        # The table's number is that of rho_pre 0.4, not the 0.3 of Table 7.
+        _everest("1", "pretrain", size, 0.4, pretrain),
+        _everest("-", "pretrain", size, 0.3, None),
+        *_fine_tunings("1", size, full, finetune),
     ]
-    rows += [
-        PaperRow(table="10", name=f"FT EVEREST ViT-B, rho {ratio}", gmacs=gmacs, phase="finetune", ratio=ratio)
-        for ratio, gmacs in ((0.8, 137.5), (0.7, 117.3), (0.6, 98.1), (0.5, 79.8))
-    ]
-    rows += [
-        PaperRow(table="12", name="PT EVEREST ViT-B, 24 frames", gmacs=30.65, ratio=0.3, num_frames=24),
-        PaperRow(
-            table="12", name="FT EVEREST ViT-B, 24 frames", gmacs=159.4, phase="finetune", ratio=0.6, num_frames=24
-        ),
-    ]
-    rows += _table_15()
-    rows += [
-        PaperRow(table="-", name="PT EVEREST ViT-H, rho 0.3", gmacs=None, size="huge", ratio=0.3),
-        PaperRow(table="-", name="FT EVEREST ViT-H, rho 0.6", gmacs=None, size="huge", phase="finetune", ratio=0.6),
-    ]
-    # Frame selection (Sec. 4.2), whose cost the paper does not give: the recipe of OSCC has rho 0.5.
-    rows += [
-        PaperRow(table="-", name=f"PT ViT-B, rho {ratio}, 16 of 24 frames", gmacs=None, ratio=ratio, alpha=1.5)
-        for ratio in (0.3, 0.5)
-    ]
-    return rows
 
 
-def _table_15() -> list[PaperRow]:
+def _table_15(layers: Literal[1, 2, 3], *costs: float) -> list[PaperRow]:
     """Layers of the embedding. Accuracies are of HMDB51, and its 51 classes give the printed parameters."""
-    rows = []
-    layers: tuple[tuple[Literal[1, 2, 3], float, float, float, float], ...] = (
-        (1, 19.8, 98.1, 94.2, 86.3),
-        (2, 34.6, 112.9, 102.5, 94.6),
-        (3, 38.3, 116.6, 97.8, 89.9),
-    )
-    for count, pre, fine, pre_parameters, fine_parameters in layers:
-        before = PaperRow(
-            table="15",
-            name=f"PT ViT-B, {count} Conv3d",
-            gmacs=pre,
-            parameters=pre_parameters,
-            ratio=0.3,
-            embedding_layers=count,
-        )
-        after = replace(
-            before,
-            name=f"FT ViT-B, {count} Conv3d",
-            gmacs=fine,
-            parameters=fine_parameters,
-            phase="finetune",
-            ratio=0.6,
-            num_classes=51,
-        )
-        rows += [before, after]
-    return rows
+    pre, fine, pre_parameters, fine_parameters = costs
+    before = PaperRow(
+        table="15", name=f"PT ViT-B, {layers} Conv3d", gmacs=pre, parameters=pre_parameters, ratio=0.3,
+        embedding_layers=layers,
+    )  # fmt: skip
+    after = replace(
+        before, name=f"FT ViT-B, {layers} Conv3d", gmacs=fine, parameters=fine_parameters, phase="finetune",
+        ratio=0.6, num_classes=51,
+    )  # fmt: skip
+    return [before, after]
 
 
-PAPER_ROWS = _table_1() + _fine_tuning_of_other_weights() + _other_tables()
+PAPER_ROWS = [
+    *_table_1("small", 11.6, 6.3, 57.0, 29.1),
+    *_table_1("base", 35.5, 21.5, 180.5, 98.1),
+    *_table_1("large", 83.1, 60.8, 597.2, 330.0),
+    # Tables 5 and 11 start from other methods' weights; where they come from costs nothing.
+    *_fine_tunings("5", "base", 180.5, 98.1),
+    *_fine_tunings("11", "small", 57.0, 29.1),
+    *_fine_tunings("11", "base", 180.5, 98.1),
+    *_fine_tunings("11", "large", 597.2, 330.0),
+    *(
+        _everest("10", "pretrain", "base", rho, g)
+        for rho, g in ((0.5, 23.43), (0.4, 21.54), (0.3, 19.81), (0.2, 18.22))
+    ),
+    *(
+        _everest("10", "finetune", "base", rho, g)
+        for rho, g in ((0.8, 137.5), (0.7, 117.3), (0.6, 98.1), (0.5, 79.8))
+    ),
+    replace(_everest("12", "pretrain", "base", 0.3, 30.65), name="PT EVEREST ViT-B, 24 frames", num_frames=24),
+    replace(_everest("12", "finetune", "base", 0.6, 159.4), name="FT EVEREST ViT-B, 24 frames", num_frames=24),
+    *_table_15(1, 19.8, 98.1, 94.2, 86.3),
+    *_table_15(2, 34.6, 112.9, 102.5, 94.6),
+    *_table_15(3, 38.3, 116.6, 97.8, 89.9),
+    _everest("-", "pretrain", "huge", 0.3, None),
+    _everest("-", "finetune", "huge", 0.6, None),
+    # Frame selection (Sec. 4.2), whose cost the paper does not give: the recipe of OSCC has rho 0.5.
+    *(
+        PaperRow(table="-", name=f"PT ViT-B, rho {rho}, 16 of 24 frames", gmacs=None, ratio=rho, alpha=1.5)
+        for rho in (0.3, 0.5)
+    ),
+]
 
 
 def count_row(row: PaperRow) -> ClipMacs:
@@ -165,8 +124,8 @@ def count_row(row: PaperRow) -> ClipMacs:
     return _count(_model_of(row))
 
 
-def count_parameters(row: PaperRow) -> int:
-    """Return the trained numbers of the row's model; fixed positions are none."""
+def num_parameters(row: PaperRow) -> int:
+    """Return the number of trained parameters of the row's model; positions are fixed."""
     return sum(parameter.numel() for parameter in _build(_model_of(row)).parameters())
 
 
@@ -204,16 +163,18 @@ def _grid(row: PaperRow) -> TokenGrid:
 
 def run(options: FlopsOptions, world: World) -> int:
     """Print every row: the paper's numbers, our count by the paper's rule, what we execute, and parameters."""
+    compared = (("counted", 10, ".3f"), ("differs", 9, "+.2%"))
+    table = Table(
+        ("table", 6, "<"), ("what", 36, "<"), ("paper", 8, "g"), *compared, ("executed", 10, ".3f"),
+        ("parameters", 13, "g"), *compared,
+    )  # fmt: skip
     if not options.json:
         print("GMACs of one clip's forward pass, decoder depth 4; the paper calls them GFLOPs.")
         print("`executed` adds the second embedding, with gradient, of the chosen tokens.")
         print("Parameters in millions, where the paper gives them; positions are fixed and none of them.\n")
-        print(
-            f"{'table':<6}{'what':<36}{'paper':>8}{'counted':>10}{'differs':>9}{'executed':>10}"
-            f"{'parameters':>13}{'counted':>10}{'differs':>9}"
-        )
+        print(table.head)
     for row in PAPER_ROWS:
-        macs, parameters = count_row(row), count_parameters(row) / 1e6
+        macs, parameters = count_row(row), num_parameters(row) / 1e6
         counted, executed = macs.paper / 1e9, macs.executed / 1e9
         if options.json:
             values = {"table": row.table, "name": row.name, "paper_gmacs": row.gmacs}
@@ -221,13 +182,10 @@ def run(options: FlopsOptions, world: World) -> int:
             values |= {"paper_parameters_millions": row.parameters, "parameters_millions": round(parameters, 4)}
             print(json.dumps(values))
             continue
-        costs = f"{_compare(row.gmacs, counted, 8)}{executed:>10.3f}"
-        sizes = "" if row.parameters is None else _compare(row.parameters, parameters, 13)
-        print(f"{row.table:<6}{row.name:<36}{costs}{sizes}")
+        sizes = () if row.parameters is None else _beside(row.parameters, parameters)
+        print(table.row(row.table, row.name, *_beside(row.gmacs, counted), executed, *sizes))
     return 0
 
 
-def _compare(printed: float | None, counted: float, width: int) -> str:
-    paper = "" if printed is None else f"{printed:g}"
-    differs = "" if printed is None else f"{counted / printed - 1:+.2%}"
-    return f"{paper:>{width}}{counted:>10.3f}{differs:>9}"
+def _beside(printed: float | None, counted: float) -> tuple[float | str, float, float | str]:
+    return ("", counted, "") if printed is None else (printed, counted, counted / printed - 1)

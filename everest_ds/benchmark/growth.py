@@ -1,14 +1,14 @@
 """`everest benchmark step RECIPE --sweep-ratio ...` or `--sweep-frames ...`: what a step costs as its work grows.
 
-All points of a sweep are steps of one engine with the same weights, taken in turns (`turns`), each on clips of its
-own. A straight line through their times tells a step's fixed cost (the optimiser, and the ranking of all tokens
-where the ratio grows) from what each further token costs; how far the points lie off it says how linear the cost
-is. Attention alone grows with the square of a clip's tokens: points whose time is mostly attention are shown, but
-have no part in the line.
+Every point of a sweep has its own task, engine and clips, and all start from the same weights. Their steps are
+interleaved, so memory holds the weights and optimiser states of all points. A straight line through their times
+separates a step's fixed cost (the optimiser, and the ranking of all tokens where the ratio grows) from the cost of
+each further token. How far the points lie off it says how linear the cost is. Attention alone grows with the square
+of a clip's tokens: points whose time is mostly attention are shown, but are left out of the fit.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -16,17 +16,16 @@ import numpy as np
 import torch
 
 from everest_ds import distributed
-from everest_ds.benchmark.step_options import StepOptions
-from everest_ds.benchmark.step_report import Report, describe_run, growth_head, growth_rows
-from everest_ds.benchmark.timing import Outcome, Side, milliseconds, take_turns
+from everest_ds.benchmark.options import StepOptions
+from everest_ds.benchmark.report import StepReport, Table, rounded, run_fields
+from everest_ds.benchmark.timing import Side, SideTimes, interleave, profiled_shares, step_times
 from everest_ds.benchmark.workbench import (
     Workbench,
     build_workbench,
     limit_memory,
-    profiled_shares,
-    resolve_classes,
     synthetic_batch,
     take_step,
+    with_classes,
 )
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig
 from everest_ds.distributed import World
@@ -38,107 +37,94 @@ LEAST_POINTS = 3
 DOMINATES = 0.5
 
 
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One point of a sweep.
-
-    Attributes:
-        value: What was asked for: a ratio, or a number of frames.
-        config: The recipe with it.
-    """
-
-    value: float
-    config: Config
-
-    @property
-    def selected(self) -> int:
-        """Tokens of a clip that are selected, of the average clip where clips may differ."""
-        if isinstance(self.config, FinetuneConfig):
-            return self.config.num_kept
-        assert isinstance(self.config, PretrainConfig)
-        return self.config.num_selected
-
-
 def sweep_growth(config: Config, options: StepOptions, sizes: Sequence[int] | None, world: World) -> int:
     """Measure a sweep over ratios or frames, print its one line, or its table, and return 0.
 
     Args:
         config: The recipe.
         options: With sweep_ratio or sweep_frames.
-        sizes: Micro-batches that were asked for, None for auto: one number will do.
+        sizes: Micro-batches that were asked for, None for auto; only one number is allowed.
         world: One process.
 
     Raises:
-        UserError: The sweep, or one of its points, cannot be.
+        UserError: The sweep, or one of its points, is not possible.
     """
-    what = "ratio" if options.sweep_ratio else "frames"
+    grows = "ratio" if options.sweep_ratio else "frames"
     if sizes is None or len(sizes) > 1:
         raise UserError(
-            f"--sweep-{what} with --micro-batch {' '.join(options.micro_batch)}: all points of a sweep have one "
+            f"--sweep-{grows} with --micro-batch {' '.join(options.micro_batch)}: all points of a sweep have one "
             "micro-batch; name one number"
         )
-    config = resolve_classes(config)
+    config = with_classes(config)
     points = ratio_points(config, options.sweep_ratio) or frame_points(config, options.sweep_frames)
     limit_memory(options.memory_gib, world)
-    bench = build_workbench(points[0].config, options.ds_config, options.precision, world, micro_size=sizes[0])
-    same = {
-        **describe_run("step-growth", config, bench.device, **options.of_run),
+    try:
+        benches = {
+            value: build_workbench(point, options.ds_config, options.precision, world, micro_size=sizes[0])
+            for value, point in points.items()
+        }
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the engines of {len(points)} points do not fit into the memory; name fewer") from error
+    first = next(iter(benches.values()))
+    common = {
+        **run_fields("step-growth", config, first.device, **options.shared_fields),
         "ds_config": None if options.ds_config is None else str(options.ds_config),
-        **bench.describe(),
-        "time": "cpu" if bench.device.type == "cpu" else "wall",
-        "grows": what,
+        **first.fields(),
+        "time": "cpu" if first.device.type == "cpu" else "wall",
+        "grows": grows,
     }
-    report = Report(world, same, head=growth_head(what), rows=growth_rows, as_json=options.json)
-    report.print(measure_growth(bench, points, sizes[0], rounds=options.steps, warmup=options.warmup))
+    table = growth_table(grows)
+    report = StepReport(world, common, table, lambda line: growth_rows(line, table), as_json=options.json)
+    report.print(measure_growth(benches, sizes[0], rounds=options.steps, warmup=options.warmup))
     distributed.finish()
     return 0
 
 
-def ratio_points(config: Config, ratios: Sequence[float]) -> list[Point]:
+def ratio_points(config: Config, ratios: Sequence[float]) -> dict[float, Config]:
     """Return a recipe at several ratios, the same share of the selected tokens visible at each; none without any.
 
     Raises:
-        UserError: Fewer than three different ratios, or one that cannot be.
+        UserError: Fewer than three different ratios, or one out of range.
     """
     _require_points("--sweep-ratio", ratios)
     if isinstance(config, FinetuneConfig):
-        kept = config.selection
-        return [Point(value=r, config=replace(config, selection=replace(kept, keep_ratio=r))) for r in ratios]
+        return {ratio: replace(config, selection=replace(config.selection, keep_ratio=ratio)) for ratio in ratios}
     assert isinstance(config, PretrainConfig)
-    chosen = config.selection
-    share = _decimal(chosen.visible_ratio) / _decimal(chosen.selected_ratio)
-    points = []
+    share = _decimal(config.selection.visible_ratio) / _decimal(config.selection.selected_ratio)
+    points: dict[float, Config] = {}
     for ratio in ratios:
         visible = float(_decimal(ratio) * share)
-        selection = replace(chosen, selected_ratio=ratio, visible_ratio=visible)
-        points.append(Point(value=ratio, config=replace(config, selection=selection)))
+        selection = replace(config.selection, selected_ratio=ratio, visible_ratio=visible)
+        points[ratio] = replace(config, selection=selection)
     return points
 
 
-def frame_points(config: Config, frames: Sequence[int]) -> list[Point]:
+def frame_points(config: Config, frames: Sequence[int]) -> dict[float, Config]:
     """Return a recipe with clips of several lengths; none without any.
 
     Positions are laid out for the recipe's own length and resampled for the others.
 
     Raises:
-        UserError: Fewer than three different lengths, or one that cannot be.
+        UserError: Fewer than three different lengths, or one that does not divide into tubelets.
     """
     _require_points("--sweep-frames", frames)
     model = replace(config.model, position_frames=config.model.position_frames or config.data.num_frames)
-    return [
-        Point(value=count, config=replace(config, data=replace(config.data, num_frames=count), model=model))
-        for count in frames
-    ]
+    return {count: replace(config, data=replace(config.data, num_frames=count), model=model) for count in frames}
 
 
-def measure_growth(
-    bench: Workbench, points: Sequence[Point], micro_size: int, *, rounds: int, warmup: int
-) -> dict[str, Any]:
+def selected_tokens(config: Config) -> int:
+    """Return the tokens of a clip that are selected, of the average clip where clips may differ."""
+    if isinstance(config, FinetuneConfig):
+        return config.num_kept
+    assert isinstance(config, PretrainConfig)
+    return config.num_selected
+
+
+def measure_growth(benches: dict[float, Workbench], micro_size: int, *, rounds: int, warmup: int) -> dict[str, Any]:
     """Return the points of a sweep and the line through them, as fields of a line.
 
     Args:
-        bench: What is measured; its model serves every point.
-        points: At least three.
+        benches: At least three, by their ratio or number of frames.
         micro_size: Clips of a step.
         rounds: Timed steps of each point.
         warmup: Steps of each before them.
@@ -146,18 +132,50 @@ def measure_growth(
     Raises:
         UserError: A point does not fit into the device's memory.
     """
-    steps = [_make_step(bench, point, micro_size) for point in points]
-    sides = [Side(str(point.value), step, _nothing) for point, step in zip(points, steps, strict=True)]
-    outcomes = list(take_turns(sides, bench.device, rounds=rounds, warmup=warmup).values())
+    steps = {value: _make_step(bench, micro_size) for value, bench in benches.items()}
+    device = next(iter(benches.values())).device
+    sides = [Side(str(value), step) for value, step in steps.items()]
+    times = interleave(sides, device, rounds=rounds, warmup=warmup)
     rows = [
-        _describe(bench, point, step, outcome, micro_size)
-        for point, step, outcome in zip(points, steps, outcomes, strict=True)
+        _point_fields(value, bench, times[str(value)], steps[value], micro_size) for value, bench in benches.items()
     ]
-    return {"micro_batch": micro_size, **add_line(rows)}
+    return {"micro_batch": micro_size, **fit_line(rows)}
 
 
-def add_line(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Fit a straight line through times over tokens, and say of each point how far it lies off.
+def _make_step(bench: Workbench, micro_size: int) -> Callable[[], float]:
+    """Return a step of a point, whose clips are on the device."""
+    config = bench.task.config
+    inputs = bench.task.inputs(synthetic_batch(bench.task, micro_size, bench.device, config.run.seed), bench.device)
+
+    def step() -> float:
+        try:
+            return float(take_step(bench, inputs))
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{micro_size} clips of {config.tokens} do not fit into the memory; name a smaller --micro-batch"
+            ) from error
+
+    return step
+
+
+def _point_fields(
+    value: float, bench: Workbench, side: SideTimes, step: Callable[[], float], micro_size: int
+) -> dict[str, Any]:
+    shares = profiled_shares(bench.device, step)
+    times, tokens = step_times(side.seconds), micro_size * selected_tokens(bench.task.config)
+    return {
+        "value": value,
+        "tokens": tokens,
+        "visible_tokens": bench.task.visible_tokens,
+        **times,
+        "ms_per_1000_tokens": round(times["step_ms_median"] / tokens * 1e3, 4),
+        "attention_share": None if shares is None else shares["attention"],
+        "step_gib": rounded(side.peak_gib),
+    }
+
+
+def fit_line(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Fit a straight line to times over tokens, and say of each point how far it lies off.
 
     The squares of relative distances are least: short steps count as much as long ones.
 
@@ -189,40 +207,30 @@ def add_line(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _make_step(bench: Workbench, point: Point, micro_size: int) -> Callable[[], float]:
-    """Return a step of a point; its clips and their noise lie on the device."""
-    task, config = bench.task, point.config
-    task.adopt(config)
-    batch = synthetic_batch(task, config, micro_size, bench.device, config.run.seed)
-    inputs = task.inputs(batch, bench.device)
-
-    def step() -> float:
-        task.adopt(config)
-        try:
-            return float(take_step(bench, inputs))
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"{micro_size} clips of {config.tokens} do not fit into the memory; name a smaller --micro-batch"
-            ) from error
-
-    return step
+def growth_table(grows: str) -> Table:
+    """Return the table of a sweep over ratios or frames."""
+    return Table(
+        (grows, 8, "g"), ("selected", 10, "d"), ("visible", 9, "d"), ("ms", 11, ".1f"), ("p90", 11, ".1f"),
+        ("ms/1000", 9, ".2f"), ("line", 11, ".1f"), ("off", 9, "+.1%"), ("attention", 11, ".1%"),
+    )  # fmt: skip
 
 
-def _describe(
-    bench: Workbench, point: Point, step: Callable[[], float], outcome: Outcome, micro_size: int
-) -> dict[str, Any]:
-    """Return what a point came to."""
-    shares = profiled_shares(bench, step)
-    times, tokens = milliseconds(outcome.seconds), micro_size * point.selected
-    return {
-        "value": point.value,
-        "tokens": tokens,
-        "visible_tokens": bench.task.visible_tokens,
-        **times,
-        "ms_per_1000_tokens": round(times["step_ms_median"] / tokens * 1e3, 4),
-        "attention_share": None if shares is None else shares["attention"],
-        "step_gib": None if outcome.peak_gib is None else round(outcome.peak_gib, 4),
-    }
+def growth_rows(line: dict[str, Any], table: Table) -> Iterator[str]:
+    """Yield the points of a sweep as rows, and the line through them in words."""
+    names = (
+        "value", "tokens", "visible_tokens", "step_ms_median", "step_ms_p90", "ms_per_1000_tokens", "line_ms",
+        "off_line", "attention_share",
+    )  # fmt: skip
+    for row in line["points"]:
+        yield table.row(*(row[name] for name in names)) + ("" if row["is_fitted"] else "  not in the line")
+    yield ""
+    if line["fixed_ms"] is None:
+        yield "no line: attention takes most of the step at too many points"
+        return
+    yield (
+        f"line: {line['fixed_ms']:.1f} ms and {line['ms_per_1000_tokens']:.2f} ms for 1000 tokens; "
+        f"linear within {line['worst_off_line']:.1%}"
+    )
 
 
 def _require_points(option: str, values: Sequence[float]) -> None:
@@ -236,7 +244,3 @@ def _require_points(option: str, values: Sequence[float]) -> None:
 def _decimal(ratio: float) -> Fraction:
     """Return a ratio as the decimal that was written."""
     return Fraction(repr(float(ratio)))
-
-
-def _nothing() -> None:
-    """Let go of nothing: the engine empties its gradients at the end of each step."""

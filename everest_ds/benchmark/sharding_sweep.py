@@ -1,6 +1,10 @@
 """`everest benchmark step RECIPE --sweep-stages`: every way of sharding measured, and the fastest written down.
 
-The file that it writes has the keys
+Each way is measured by the same command in processes of its own, so that no measurement changes the next one, and
+one that fails leaves the others alone. On several GPUs they are started by `torch.distributed.run --standalone`,
+which finds a free port and ends all processes when one has failed.
+
+The file has one JSON object:
 
     format       of this file
     config       the recipe with its flags, as RUN/config.json has it
@@ -9,10 +13,6 @@ The file that it writes has the keys
     rows         the lines of `everest benchmark step`, their ds_config by name
     faults       why stages could not be measured, by name
     recommended  the fastest row that makes up the recipe's global batch, or null
-
-Each way is measured by the same command in processes of its own, so that none finds what another has left behind,
-and one that fails leaves the others alone. On several GPUs they are started by `torch.distributed.run
---standalone`, which finds a free port by itself and ends all processes when one has ended badly.
 """
 
 import json
@@ -25,12 +25,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from everest_ds.benchmark.step_options import StepOptions
+import torch
+
+from everest_ds.benchmark.options import StepOptions
 from everest_ds.config import Config
 from everest_ds.config.file import dump_config
 from everest_ds.errors import UserError, nearest_hint
 from everest_ds.files import write_json
 from everest_ds.interrupts import ending_with_us
+from everest_ds.train.engine import shipped_files
 
 FORMAT = "everest-stages-2"
 
@@ -39,15 +42,13 @@ def sweep_stages(config: Config, options: StepOptions) -> int:
     """Measure every stage, write the recommendation, print both, and return 0; or 1 where a stage failed.
 
     Raises:
-        UserError: A stage that does not exist, or that none could be measured; the last process's message is shown.
+        UserError: A stage that does not exist, or none could be measured; the last process's message is shown.
     """
-    from everest_ds.train.engine import shipped_files
-
     files = shipped_files()
     for name in options.stages:
         if name not in files:
             raise UserError(f"--stages {name}: there is no such file in ds_configs{nearest_hint(name, files)}")
-    gpus = options.gpus or _visible_gpus()
+    gpus = options.gpus or max(torch.cuda.device_count(), 1)
     out = options.out or Path("runs") / f"{config.recipe}-stages.json"
     rows: list[dict[str, Any]] = []
     faults: dict[str, str] = {}
@@ -56,8 +57,9 @@ def sweep_stages(config: Config, options: StepOptions) -> int:
         recipe.write_text(dump_config(config), encoding="utf-8")
         for name in options.stages:
             done = _run(_command(recipe, files[name], gpus, options), gpus)
-            found = _lines(done.stdout)
-            rows += [{**row, "ds_config": name} for row in found]
+            printed = [line for line in done.stdout.splitlines() if line.startswith('{"benchmark": "step"')]
+            found = [{**json.loads(line), "ds_config": name} for line in printed]
+            rows += found
             if done.returncode and not any(row["out_of_memory"] for row in found):
                 faults[name] = _last_line(done.stderr)
             if not options.json:
@@ -81,8 +83,8 @@ def sweep_stages(config: Config, options: StepOptions) -> int:
     if options.json:
         print(json.dumps(document))
     else:
-        said = "none fits" if best is None else f"fastest: {best['ds_config']}, micro-batch {best['micro_batch']}"
-        print(f"{said}; written to {out}")
+        result = "none fits" if best is None else f"fastest: {best['ds_config']}, micro-batch {best['micro_batch']}"
+        print(f"{result}; written to {out}")
     return 1 if faults else 0
 
 
@@ -109,7 +111,7 @@ def _command(recipe: Path, ds_config: Path, gpus: int, options: StepOptions) -> 
 
 
 def _run(command: Sequence[str], gpus: int) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; on a CPU its processes share the cores out among them."""
+    """Run a command to its end; on a CPU its processes share the cores."""
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
     with (
@@ -122,36 +124,21 @@ def _run(command: Sequence[str], gpus: int) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
-def _lines(stdout: str) -> list[dict[str, Any]]:
-    """Return the measured lines among what processes have printed."""
-    found = []
-    for text in stdout.splitlines():
-        if text.startswith('{"benchmark": "step"'):
-            found.append(json.loads(text))
-    return found
-
-
 def _last_line(stderr: str) -> str:
-    """Return what a process that failed said: our own message, or else its last words."""
+    """Return the message of a process that failed: our own, or else its last line."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     own = [line for line in lines if line.startswith("everest: error: ")]
-    return (own or lines or ["it said nothing"])[-1].removeprefix("everest: error: ")
+    return (own or lines or ["it printed nothing"])[-1].removeprefix("everest: error: ")
 
 
 def _print_stage(name: str, rows: Sequence[dict[str, Any]], fault: str | None) -> None:
     for row in rows:
-        what = "out of memory"
+        text = "out of memory"
         if not row["out_of_memory"]:
-            what = (
+            text = (
                 f"{row['clips_per_s']:.2f} clips/s, step {row['step_ms_median']:.1f} ms, "
                 f"{row['peak_allocated_gib']:.2f} GiB"
             )
-        print(f"{name:<14} micro-batch {row['micro_batch']:>5}: {what}", flush=True)
+        print(f"{name:<14} micro-batch {row['micro_batch']:>5}: {text}", flush=True)
     if fault:
         print(f"{name:<14} failed: {fault}", flush=True)
-
-
-def _visible_gpus() -> int:
-    import torch
-
-    return max(torch.cuda.device_count(), 1)

@@ -1,32 +1,57 @@
-"""Pieces of work that are measured in turns, so that a machine whose speed wanders does not favour one of them.
+"""Interleaved steps, marks in a device's stream, the best matmul rate, and where the time of a step goes."""
 
-Each round begins with another side. On a CPU the time is that of all threads (other work on the machine then
-disturbs little), on a GPU wall time until it is done.
-"""
-
-import math
+import itertools
+import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch.autograd import DeviceType
+
+# Edges of the square matrices that are tried on a GPU: large enough to fill one, small beside its memory.
+EDGES = (4096, 8192, 16384)
+MATMULS, MATMUL_WARMUP = 20, 5
+PROFILED_STEPS = 2
+
+Part = Literal["attention", "linear", "other", "optimiser", "communication"]
+PARTS: tuple[Part, ...] = ("attention", "linear", "other", "optimiser", "communication")
+# The name under which the optimiser's step is put into the profile; `classify` knows it.
+OPTIMISER_REGION = "everest.optimiser"
+
+# The first match counts: what is sent during the optimiser's step is communication.
+_RULES: tuple[tuple[Part, re.Pattern[str]], ...] = (
+    ("communication", re.compile(r"nccl|^gloo:|c10d::|record_param_comms", re.IGNORECASE)),
+    ("optimiser", re.compile(rf"{re.escape(OPTIMISER_REGION)}|_fused_adam|FusedAdam")),
+    (
+        "attention",
+        re.compile(r"scaled_dot_product|ScaledDotProduct|flash|fmha|_efficient_attention|varlen_attn|sdpa"),
+    ),
+    (
+        "linear",
+        re.compile(
+            r"^aten::(mm|addmm|bmm|baddbmm|addmv|mv|linear|matmul|\w*convolution\w*|conv[123]d|mkldnn_linear)$"
+            r"|gemm|gemv|nvjet|cublas|cutlass|xmma|implicit_convolve|wgrad|dgrad",
+            re.IGNORECASE,
+        ),
+    ),
+)
 
 
 class Marks:
-    """Points in time between pieces of work.
-
-    On a GPU they are events in its stream, so that marking waits for nothing and host and device overlap as they do
-    in a run; on a CPU, wall time.
-    """
+    """Points in time between pieces of work: events in a GPU's stream, which do not wait; wall time on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._marks: list[torch.cuda.Event | float] = []
+        self._device = device
+        self._marks: list[Any] = []
 
     def mark(self) -> None:
         """Set a mark."""
-        if self.device.type != "cuda":
+        if self._device.type != "cuda":
             self._marks.append(time.perf_counter())
             return
         event = torch.cuda.Event(enable_timing=True)
@@ -35,13 +60,15 @@ class Marks:
 
     def seconds(self) -> list[float]:
         """Return the times from each mark to the next, once the device has come to the last one."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return [_between(first, second) for first, second in zip(self._marks, self._marks[1:], strict=False)]
+        pairs = itertools.pairwise(self._marks)
+        if self._device.type != "cuda":
+            return [end - start for start, end in pairs]
+        torch.cuda.synchronize(self._device)
+        return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
 def work_seconds(device: torch.device) -> float:
-    """Return a clock to measure one piece of work by: CPU time of all threads, or wall time once the GPU is done.
+    """Return a clock: CPU time of all threads, or wall time once the GPU is done.
 
     CPU time leaves out what other programs take of a shared machine; on a GPU there is nobody else.
     """
@@ -51,93 +78,81 @@ def work_seconds(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def ninetieth(values: Sequence[float]) -> float:
-    """Return the smallest of the values that nine tenths of them do not exceed."""
-    return sorted(values)[math.ceil(0.9 * len(values)) - 1]
-
-
-def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
-    """Return median and ninetieth percentile of times, as fields of a line."""
+def step_times(seconds: Sequence[float]) -> dict[str, float]:
+    """Return median and p90, the smallest time that nine tenths do not exceed, as fields of a line."""
+    p90 = float(np.percentile(seconds, 90, method="inverted_cdf"))
     return {
         "step_ms_median": round(statistics.median(seconds) * 1e3, 3),
-        "step_ms_p90": round(ninetieth(seconds) * 1e3, 3),
+        "step_ms_p90": round(p90 * 1e3, 3),
     }
-
-
-def _between(first: torch.cuda.Event | float, second: torch.cuda.Event | float) -> float:
-    if isinstance(first, float) or isinstance(second, float):
-        assert isinstance(first, float)
-        assert isinstance(second, float)
-        return second - first
-    return first.elapsed_time(second) / 1e3
 
 
 @dataclass(frozen=True)
 class Side:
-    """What takes turns.
+    """One of several pieces of work that are measured interleaved.
 
     Attributes:
         name: Of the side.
         step: Takes one step and returns its loss.
-        clear: Lets go of what the step leaves behind, so that it does not lie beside another side's work.
+        clear: Frees what the step leaves behind, so that it takes no memory during another side's step.
     """
 
     name: str
     step: Callable[[], float]
-    clear: Callable[[], None]
+    clear: Callable[[], None] = lambda: None
 
 
 @dataclass(kw_only=True)
-class Outcome:
-    """What became of a side.
+class SideTimes:
+    """Result of a side.
 
     Attributes:
         seconds: Of each timed round.
         loss: Of the last step.
-        peak_gib: The most that a step allocated beyond what lay there before it; None on a CPU.
-        out_of_memory: Whether it ran out of memory; it has then no part in the rounds that follow.
+        peak_gib: The most that a step allocated beyond what was allocated before it; None on a CPU.
+        out_of_memory: Whether it ran out of memory; it is then left out of the rounds that follow.
     """
 
-    seconds: list[float]
+    seconds: list[float] = field(default_factory=list)
     loss: float = float("nan")
     peak_gib: float | None = None
     out_of_memory: bool = False
 
 
-def take_turns(
+def interleave(
     sides: Sequence[Side],
     device: torch.device,
     *,
     rounds: int,
     warmup: int,
     clock: Callable[[torch.device], float] = work_seconds,
-) -> dict[str, Outcome]:
-    """Let all sides take their steps in turns, each round beginning with the next side.
+) -> dict[str, SideTimes]:
+    """Take a step of every side each round, so that a machine whose speed drifts favours none of them.
 
-    A side that runs out of memory takes no further steps.
+    Each round begins with the next side. A side that runs out of memory takes no further steps.
     """
-    outcomes = {side.name: Outcome(seconds=[]) for side in sides}
+    found = {side.name: SideTimes() for side in sides}
     for number in range(warmup + rounds):
         first = number % len(sides)
         for side in (*sides[first:], *sides[:first]):
-            outcome = outcomes[side.name]
-            if outcome.out_of_memory:
+            times = found[side.name]
+            if times.out_of_memory:
                 continue
             held = _reset_peak(device)
             started = clock(device)
             try:
-                outcome.loss = side.step()
+                times.loss = side.step()
             except torch.OutOfMemoryError:
-                outcome.out_of_memory = True
+                times.out_of_memory = True
             else:
                 seconds = clock(device) - started
                 if number >= warmup:
-                    outcome.seconds.append(seconds)
-                    outcome.peak_gib = _peak_gib(device, held)
+                    times.seconds.append(seconds)
+                    times.peak_gib = _peak_gib(device, held)
             side.clear()
-            if outcome.out_of_memory:
+            if times.out_of_memory:
                 torch.cuda.empty_cache()
-    return outcomes
+    return found
 
 
 def _reset_peak(device: torch.device) -> int:
@@ -149,3 +164,108 @@ def _reset_peak(device: torch.device) -> int:
 
 def _peak_gib(device: torch.device, held: int) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - held) / 2**30 if device.type == "cuda" else None
+
+
+def matmul_tflops(device: torch.device, dtype: torch.dtype, edge: int, rounds: int = MATMULS) -> float:
+    """Return the rate of one square matmul, in 10^12 operations a second; two for a multiply-accumulate.
+
+    Args:
+        device: Where.
+        dtype: Of both factors, which are random: a GPU multiplies zeros faster, because they cost less power.
+        edge: Rows and columns.
+        rounds: Matmuls of which the median counts.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    first, second = (torch.randn(edge, edge, device=device, generator=generator).to(dtype) for _ in range(2))
+    out = torch.empty_like(first)
+    for _ in range(MATMUL_WARMUP):
+        torch.mm(first, second, out=out)
+    marks = Marks(device)
+    marks.mark()
+    for _ in range(rounds):
+        torch.mm(first, second, out=out)
+        marks.mark()
+    return 2 * edge**3 / statistics.median(marks.seconds()) / 1e12
+
+
+def measure_ceiling(device: torch.device) -> float | None:
+    """Return the best bfloat16 rate of a GPU over some sizes, in TFLOP/s; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    best = max(matmul_tflops(device, torch.bfloat16, edge) for edge in EDGES)
+    torch.cuda.empty_cache()
+    return best
+
+
+def profiled_shares(device: torch.device, step: Callable[[], object]) -> dict[Part, float] | None:
+    """Return the share of each part of a step in its time, over `PROFILED_STEPS` of its own."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(PROFILED_STEPS):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    shares = time_shares(list(profile.events() or ()), device.type)
+    return None if shares is None else {part: round(share, 4) for part, share in shares.items()}
+
+
+def classify(names: Iterable[str]) -> Part:
+    """Return the part of a step that a piece of time belongs to.
+
+    Args:
+        names: Of the kernel, the operator that launched it, and all its callers, in any order.
+    """
+    names = list(names)
+    return next((part for part, pattern in _RULES if any(map(pattern.search, names))), "other")
+
+
+def time_shares(events: Sequence[Any], device_type: str) -> dict[Part, float] | None:
+    """Return the share of each part in the time of a profile; they sum to 1. None where no time was seen.
+
+    Kernels that run at the same time count each in full.
+
+    Args:
+        events: Of ``torch.profiler.profile(...).events()``.
+        device_type: cuda counts kernels, cpu what operators took themselves.
+    """
+    times = dict.fromkeys(PARTS, 0.0)
+    for names, microseconds in _kernel_times(events) if device_type == "cuda" else _operator_times(events):
+        times[classify(names)] += microseconds
+    total = sum(times.values())
+    return {part: spent / total for part, spent in times.items()} if total else None
+
+
+def _operator_times(events: Sequence[Any]) -> Iterator[tuple[list[str], float]]:
+    for event in events:
+        if event.device_type == DeviceType.CPU and event.self_cpu_time_total > 0:
+            yield _names_upwards(event), event.self_cpu_time_total
+
+
+def _kernel_times(events: Sequence[Any]) -> Iterator[tuple[list[str], float]]:
+    """Yield kernels with the operators above them, then those that no operator launched (Triton's may be)."""
+    seen: Counter[str] = Counter()
+    for event in events:
+        if event.device_type != DeviceType.CPU:
+            continue
+        names = _names_upwards(event)
+        for kernel in event.kernels:
+            seen[kernel.name] += kernel.duration
+            yield [kernel.name, *names], kernel.duration
+    for event in events:
+        if event.device_type == DeviceType.CPU or event.is_user_annotation:
+            continue
+        microseconds = event.time_range.elapsed_us()
+        known = min(seen[event.name], microseconds)
+        seen[event.name] -= known
+        if microseconds > known:
+            yield [event.name], microseconds - known
+
+
+def _names_upwards(event: Any) -> list[str]:
+    names = []
+    while event is not None:
+        names.append(event.name)
+        event = event.cpu_parent
+    return names

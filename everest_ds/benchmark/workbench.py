@@ -1,12 +1,9 @@
-"""Steps of the real task in the real DeepSpeed engine, on clips that lie on the device: how fast, how large.
+"""The real task in the real DeepSpeed engine, on clips that are made on the device: speed and memory of its steps.
 
-Place in the flow: `benchmark.step` builds one `Workbench` and measures micro-batches on it, one by one.
-All sizes go through one engine: how many clips a batch has, only the input knows. A process of its own for each
-would cost a start of DeepSpeed and a measured ceiling every time, and give nothing: each size begins with an empty
-cache and a new peak, and after the first that does not fit, the engine is in no state to go on and the sweep ends.
+All micro-batches of a measurement share one engine: only its input knows how many clips a batch has. Each begins
+with an empty cache and a new peak.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from everest_ds import distributed
-from everest_ds.benchmark.profile import OPTIMISER_REGION, profile_activities, time_shares
-from everest_ds.benchmark.timing import Marks, milliseconds
+from everest_ds.benchmark.report import rounded
+from everest_ds.benchmark.timing import OPTIMISER_REGION, Marks, profiled_shares, step_times
 from everest_ds.config import BatchConfig, Config, FinetuneConfig, PretrainConfig
 from everest_ds.data.clips.dataset import ClipBatch
 from everest_ds.distributed import World
@@ -34,14 +31,14 @@ from everest_ds.train.record.metrics import peak_memory_gib, peak_tflops
 from everest_ds.train.selecting import num_pretrain_noise
 from everest_ds.train.tasks import Task, make_task
 
-# Pixels that what moves goes on from one frame to the next.
 PIXELS_A_FRAME = 3
+"""How far the square of `moving_clips` moves from one frame to the next."""
 
 
 def moving_clips(count: int, num_frames: int, image_size: int, generator: torch.Generator) -> Tensor:
-    """Return clips in which a textured square drifts over a textured ground that stands still.
+    """Return clips in which a textured square moves over a textured ground that stands still.
 
-    So some tokens change and others do not, as in video: selection by change and its budgets have work to do.
+    Some tokens change and others do not, as in video, so that selection and its budgets have work to do.
 
     Args:
         count: B.
@@ -66,21 +63,19 @@ def moving_clips(count: int, num_frames: int, image_size: int, generator: torch.
     return clips_BCTHW
 
 
-def synthetic_batch(task: Task, config: Config, count: int, device: torch.device, seed: int) -> ClipBatch:
-    """Return a micro-batch as a loader would hand it over, on the device; the same for the same seed.
-
-    Args:
-        task: What the batch is for.
-        config: The run.
-        count: Clips.
-        device: Where it is made.
-        seed: Of pixels and noise.
-    """
+def synthetic_batch(task: Task, count: int, device: torch.device, seed: int) -> ClipBatch:
+    """Return a micro-batch of so many clips, as a loader would hand it over, on the device; a seed repeats it."""
+    config = task.config
     generator = torch.Generator(device).manual_seed(seed)
     frames = config.candidate_frames if isinstance(config, PretrainConfig) else config.data.num_frames
     clips_BCTHW = moving_clips(count, frames, config.data.image_size, generator)
-    noise_BS = torch.rand(count, _noise_length(task, config), device=device, generator=generator)
     label_B, target_BK = torch.zeros(count, dtype=torch.int64, device=device), None
+    if isinstance(config, PretrainConfig):
+        noise_length = num_pretrain_noise(config)
+    else:
+        assert isinstance(task.model, EverestClassifier)
+        noise_length = task.model.num_noise(config.grid)
+    noise_BS = torch.rand(count, noise_length, device=device, generator=generator)
     if isinstance(config, FinetuneConfig):
         assert config.data.num_classes is not None
         label_B = torch.arange(count, device=device) % config.data.num_classes
@@ -95,33 +90,20 @@ def synthetic_batch(task: Task, config: Config, count: int, device: torch.device
     )
 
 
-def _noise_length(task: Task, config: Config) -> int:
-    if isinstance(config, PretrainConfig):
-        return num_pretrain_noise(config)
-    assert isinstance(task.model, EverestClassifier)
-    return task.model.num_noise(config.grid)
-
-
-PROFILED_STEPS = 2
-GIB = 2**30
-
-
 @dataclass(frozen=True, kw_only=True)
 class Workbench:
     """What steps are measured on.
 
     Attributes:
-        config: The run, its classes resolved.
-        task: What turns a batch into a loss.
+        task: Turns a batch into a loss.
         engine: DeepSpeed's, around the task.
         updater: Takes its optimiser steps.
         ds_config: As the engine was given it.
         world: This process's place.
         device: Its device.
-        attention: The backend that attends.
+        attention: Name of the backend.
     """
 
-    config: Config
     task: Task
     engine: Any
     updater: Updater
@@ -130,20 +112,16 @@ class Workbench:
     device: torch.device
     attention: str
 
-    @property
-    def precision(self) -> str:
-        """What the model computes in: bf16, autocast or fp32."""
-        return precision_of(self.ds_config).name
-
-    def describe(self) -> dict[str, Any]:
-        """Return what all lines of a sweep have in common, besides the machine."""
+    def fields(self) -> dict[str, Any]:
+        """Return the settings that all lines of a measurement share, besides the machine."""
+        model = self.task.config.model
         return {
             "zero_stage": engines.zero_stage(self.ds_config),
-            "precision": self.precision,
+            "precision": precision_of(self.ds_config).name,
             "attention": self.attention,
-            "activation_checkpointing": self.config.model.activation_checkpointing,
-            "recompute_attention": self.config.model.recompute_attention,
-            "compile_blocks": self.config.model.compile_blocks,
+            "activation_checkpointing": model.activation_checkpointing,
+            "recompute_attention": model.recompute_attention,
+            "compile_blocks": model.compile_blocks,
         }
 
 
@@ -152,12 +130,12 @@ def build_workbench(
 ) -> Workbench:
     """Join the processes and build task and engine, weights drawn from the run's seed.
 
-    The batch of the recipe does not count: each process takes one micro-batch a step, and every step updates.
+    The recipe's batch does not count: each process takes one micro-batch a step, and every step updates.
 
     Raises:
-        UserError: The DeepSpeed file or the attention backend cannot serve.
+        UserError: The DeepSpeed file or the attention backend is not available here.
     """
-    config = resolve_classes(config)
+    config = with_classes(config)
     config = replace(config, batch=BatchConfig(global_size=micro_size * world.size, micro_size=micro_size))
     systems = engines.load_systems(ds_config_file)
     engines.check_sections(systems, str(ds_config_file))
@@ -180,86 +158,16 @@ def build_workbench(
     engine.train()
     engines.set_learning_rate(engine, config.optim.base_lr)
     return Workbench(
-        config=config, task=task, engine=engine, updater=Updater(engine, config.optim.max_grad_norm),
-        ds_config=ds_config, world=world, device=device, attention=backend.name,
+        task=task, engine=engine, updater=Updater(engine, config.optim.max_grad_norm), ds_config=ds_config,
+        world=world, device=device, attention=backend.name,
     )  # fmt: skip
 
 
-def resolve_classes(config: Config) -> Config:
+def with_classes(config: Config) -> Config:
     """Return the run with a number of classes, an assumed one where its lists are to say it."""
     if isinstance(config, FinetuneConfig):
         return replace(config, data=replace(config.data, num_classes=num_classes(config)))
     return config
-
-
-def measure_steps(
-    bench: Workbench, micro_size: int, *, steps: int, warmup: int, ceiling_tflops: float | None
-) -> dict[str, Any]:
-    """Return what steps of one micro-batch come to, as fields of a line; all processes call it.
-
-    A step lasts as long as that of the slowest process. MFU counts the operations that the kept tokens need,
-    forward and backward, and the ranking of all tokens; nothing that is computed again.
-
-    Args:
-        bench: What is measured.
-        micro_size: Clips a process.
-        steps: Timed steps.
-        warmup: Steps before them.
-        ceiling_tflops: What the device reaches at best; None on a CPU.
-
-    Raises:
-        torch.OutOfMemoryError: The micro-batch does not fit.
-    """
-    device = bench.device
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    batch = synthetic_batch(bench.task, bench.config, micro_size, device, bench.config.run.seed + bench.world.rank)
-    inputs = bench.task.inputs(batch, device)
-    for _ in range(warmup):
-        take_step(bench, inputs)
-    marks, tokens = Marks(device), 0
-    marks.mark()
-    for _ in range(steps):
-        take_step(bench, inputs)
-        tokens += bench.task.visible_tokens
-        marks.mark()
-    own = marks.seconds(), tokens, peak_memory_gib(device), _reserved_gib(device)
-    everyone = distributed.gather_objects(own)
-    shares = profiled_shares(bench, partial(take_step, bench, inputs))
-    slowest = [max(times) for times in zip(*(times for times, *_ in everyone), strict=True)]
-    clips_per_s = micro_size * bench.world.size * steps / sum(slowest)
-    reserved = [gib for *_, gib in everyone if gib is not None]
-    return {
-        "clips_per_s": round(clips_per_s, 4),
-        "tokens_per_s": round(sum(count for _, count, *_ in everyone) / sum(slowest), 1),
-        **milliseconds(slowest),
-        "peak_allocated_gib": round(max(gib for _, _, gib, _ in everyone), 4),
-        "peak_reserved_gib": round(max(reserved), 4) if reserved else None,
-        **_utilisation(bench, clips_per_s / bench.world.size, ceiling_tflops),
-        "shares": shares,
-    }
-
-
-def limit_memory(memory_gib: float | None, world: World) -> None:
-    """Have the caching allocator of this process's GPU refuse more than so much; None limits nothing.
-
-    Raises:
-        UserError: The GPU has less.
-    """
-    if memory_gib is None:
-        return
-    whole = torch.cuda.get_device_properties(world.local_rank).total_memory / 2**30
-    if memory_gib > whole:
-        raise UserError(f"--memory-gib {memory_gib:g} is more than this GPU has, {whole:.2f}")
-    torch.cuda.set_per_process_memory_fraction(memory_gib / whole, world.local_rank)
-
-
-def powers_of_two(first: int) -> Iterator[int]:
-    """Yield first, 2 first, 4 first, and so on without an end."""
-    while True:
-        yield first
-        first *= 2
 
 
 def take_step(bench: Workbench, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -271,29 +179,70 @@ def take_step(bench: Workbench, inputs: tuple[Tensor, ...]) -> Tensor:
     return loss.detach()
 
 
-def profiled_shares(bench: Workbench, step: Callable[[], object]) -> dict[str, float] | None:
-    """Return the share of each part of a step in its time, over steps beside the timed ones."""
-    with torch.profiler.profile(activities=profile_activities(bench.device)) as profile:
-        for _ in range(PROFILED_STEPS):
-            step()
-        if bench.device.type == "cuda":
-            torch.cuda.synchronize(bench.device)
-    shares = time_shares(list(profile.events() or ()), bench.device.type)
-    return None if shares is None else {part: round(share, 4) for part, share in shares.items()}
+def measure_steps(
+    bench: Workbench, micro_size: int, *, steps: int, warmup: int, ceiling_tflops: float | None
+) -> dict[str, Any]:
+    """Measure steps of one micro-batch and return the fields of its line; all processes call it.
 
+    A step lasts as long as that of the slowest process. MFU counts the operations that the kept tokens need,
+    forward and backward, and the ranking of all tokens; no recomputation.
 
-def _utilisation(bench: Workbench, clips_per_s: float, ceiling_tflops: float | None) -> dict[str, float | None]:
-    """Return what one device computes a second, and its share of what it could."""
-    used = clips_per_s * bench.task.clip_flops() / 1e12
-    sheet = peak_tflops(bench.device)
+    Args:
+        bench: What is measured.
+        micro_size: Clips a process.
+        steps: Timed steps.
+        warmup: Steps before them.
+        ceiling_tflops: What the device reaches at best; None on a CPU.
+
+    Raises:
+        torch.OutOfMemoryError: The micro-batch does not fit.
+    """
+    device, task = bench.device, bench.task
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    batch = synthetic_batch(task, micro_size, device, task.config.run.seed + bench.world.rank)
+    inputs = task.inputs(batch, device)
+    for _ in range(warmup):
+        take_step(bench, inputs)
+    marks, tokens = Marks(device), 0
+    marks.mark()
+    for _ in range(steps):
+        take_step(bench, inputs)
+        tokens += task.visible_tokens
+        marks.mark()
+    reserved = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None
+    everyone = distributed.gather_objects((marks.seconds(), tokens, peak_memory_gib(device), reserved))
+    shares = profiled_shares(device, partial(take_step, bench, inputs))
+    times_of, tokens_of, peaks, reserved_of = zip(*everyone, strict=True)
+    slowest = [max(times) for times in zip(*times_of, strict=True)]
+    clips_per_s = micro_size * bench.world.size * steps / sum(slowest)
+    used_tflops = clips_per_s / bench.world.size * task.clip_flops() / 1e12
+    sheet_tflops = peak_tflops(device)
     return {
-        "tflops": round(used, 4),
-        "ceiling_tflops": None if ceiling_tflops is None else round(ceiling_tflops, 1),
-        "mfu": None if ceiling_tflops is None else round(used / ceiling_tflops, 4),
-        "data_sheet_tflops": sheet,
-        "mfu_data_sheet": None if sheet is None else round(used / sheet, 4),
+        "clips_per_s": round(clips_per_s, 4),
+        "tokens_per_s": round(sum(tokens_of) / sum(slowest), 1),
+        **step_times(slowest),
+        "peak_allocated_gib": round(max(peaks), 4),
+        "peak_reserved_gib": None if reserved is None else round(max(reserved_of), 4),
+        "tflops": round(used_tflops, 4),
+        "ceiling_tflops": rounded(ceiling_tflops, 1),
+        "mfu": None if ceiling_tflops is None else round(used_tflops / ceiling_tflops, 4),
+        "data_sheet_tflops": sheet_tflops,
+        "mfu_data_sheet": None if sheet_tflops is None else round(used_tflops / sheet_tflops, 4),
+        "shares": shares,
     }
 
 
-def _reserved_gib(device: torch.device) -> float | None:
-    return torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else None
+def limit_memory(memory_gib: float | None, world: World) -> None:
+    """Let the allocator of this process's GPU take no more than so much; None limits nothing.
+
+    Raises:
+        UserError: The GPU has less.
+    """
+    if memory_gib is None:
+        return
+    whole = torch.cuda.get_device_properties(world.local_rank).total_memory / 2**30
+    if memory_gib > whole:
+        raise UserError(f"--memory-gib {memory_gib:g} is more than this GPU has, {whole:.2f}")
+    torch.cuda.set_per_process_memory_fraction(memory_gib / whole, world.local_rank)

@@ -5,10 +5,15 @@ from typing import Annotated
 
 import tyro
 
-from everest_ds.benchmark.data_options import DataBenchmarkOptions, DataJob
-from everest_ds.benchmark.data_options import check as check_data_options
-from everest_ds.benchmark.flops_options import FlopsOptions
-from everest_ds.benchmark.step_options import StepJob, StepOptions, micro_sizes, require_consistent
+from everest_ds.benchmark.options import (
+    DataBenchmarkOptions,
+    DataJob,
+    FlopsOptions,
+    StepJob,
+    StepOptions,
+    check_data,
+    check_step,
+)
 from everest_ds.commands.parsing import C, RecipeArguments, parse, parse_recipe
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
@@ -38,13 +43,10 @@ def data(words: list[str], world: World) -> DataJob:
     if world.size > 1:
         raise UserError("everest benchmark data starts loader processes of its own; start it without a launcher")
     arguments = parse_recipe(DataArguments, words, "everest benchmark data", world)
-    return check_data_options(arguments.config, arguments.options)
+    return check_data(arguments.config, arguments.options)
 
 
 def step(words: list[str], world: World) -> StepJob:
     """Parse `everest benchmark step`, and refuse options that do not go together."""
     arguments = parse_recipe(StepArguments, words, "everest benchmark step", world)
-    config, options = arguments.config, arguments.options
-    sizes = micro_sizes(config, options)
-    require_consistent(config, options, world)
-    return StepJob(config=config, options=options, sizes=sizes)
+    return check_step(arguments.config, arguments.options, world)

@@ -24,7 +24,6 @@ from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.flops import autoencoder_macs, classifier_macs
 from everest_ds.model.frames import FrameChoice
-from everest_ds.model.selection import keep_rule
 from everest_ds.model.sizes import get_size
 from everest_ds.train.optim import parameter_groups
 from everest_ds.train.selecting import Budget, num_pretrain_noise, pretrain_rule, share_of_loss
@@ -44,14 +43,6 @@ class Task(nn.Module, ABC):
     """Which frames the last forward pass chose of its clips, where it chose any."""
     threshold: float | None = None
     """The running quantile that a budget goes by, which checkpoints keep; None where there is none."""
-
-    @abstractmethod
-    def adopt(self, config: Any) -> None:
-        """Go on with the tokens that another configuration keeps, of clips as long as its own; weights stay.
-
-        Args:
-            config: Of this kind of task, with the same model.
-        """
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -81,14 +72,10 @@ class PretrainTask(Task):
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
-        self.adopt(config)
-        self.model = build_autoencoder(config)
-
-    def adopt(self, config: PretrainConfig) -> None:
-        """Keep tokens as another configuration says; a running quantile begins anew."""
         self.config = config
         self.rule = pretrain_rule(config)
         self.budget = Budget(config) if config.selection.varies else None
+        self.model = build_autoencoder(config)
 
     def forward(self, clips_BCTHW: Tensor, noise_BS: Tensor) -> Tensor:
         """Return the loss of a micro-batch.
@@ -163,11 +150,6 @@ class FinetuneTask(Task):
         self.model = build_classifier(config)
         if config.model.freeze_encoder:
             self.model.freeze_encoder()
-
-    def adopt(self, config: FinetuneConfig) -> None:
-        """Keep tokens as another configuration says."""
-        self.config = config
-        self.model.rule = keep_rule(config.selection)
 
     def forward(self, clips_BCTHW: Tensor, target: Tensor | None = None, noise_BL: Tensor | None = None) -> Tensor:
         """Return the loss of a micro-batch, or its logits (B, K) in float32 where there is no target.

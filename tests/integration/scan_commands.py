@@ -15,8 +15,7 @@ import traceback
 from collections.abc import Sequence
 
 from everest_ds import cli, distributed
-from everest_ds.benchmark import sharding_sweep as stage_sweep
-from everest_ds.benchmark import workbench as measuring
+from everest_ds.benchmark import sharding_sweep, timing
 from everest_ds.cli import dispatch
 from everest_ds.model import transformer as compilation
 from tests.integration.scanning import report
@@ -46,8 +45,8 @@ def main(commands: Sequence[Sequence[str]]) -> None:
     finish = distributed.finish
     distributed.finish = lambda: None  # DeepSpeed cannot begin a second group in the same process
     dispatch.leave = stay
-    stage_sweep._run = lambda command, gpus: run(command[command.index("everest_ds") + 1 :])
-    measuring.PROFILED_STEPS = 1  # to read a profile takes a second a step
+    sharding_sweep._run = lambda command, gpus: run(command[command.index("everest_ds") + 1 :])
+    timing.PROFILED_STEPS = 1  # to read a profile takes a second a step
     compilation.COMPILE_BACKEND = "aot_eager"  # what inductor makes of it is tested elsewhere
     seen = [run(words) for words in commands]
     for done in seen:

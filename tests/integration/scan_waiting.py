@@ -113,7 +113,7 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
     torch.manual_seed(0)
     task = PoisonedTask(config)
     engine = engines.build_engine(task, config, ds_config, device)
-    batches = [synthetic_batch(task, config, 2, device, seed) for seed in range(2 * STEPS)]
+    batches = [synthetic_batch(task, 2, device, seed) for seed in range(2 * STEPS)]
     on_host = [replace(b, index_B=b.index_B.cpu(), frames_BT=b.frames_BT.cpu()) for b in batches]
     log = MetricsLog(folder)
     rows = [VideoRow(Path(f"{number}.mp4"), 0) for number in range(40)]

@@ -114,7 +114,7 @@ def test_what_cannot_be_measured_is_refused(
     write_ramp(tmp_path / "ramp.mp4")
     (tmp_path / "windows.csv").write_text("ramp.mp4 0 1.0 2.0\n")
     assert "1 rows are windows" in said(str(tmp_path / "windows.csv"), "--compare")
-    for module in ("everest_ds.data.readers.choice", "everest_ds.benchmark.data_options"):
+    for module in ("everest_ds.data.readers.choice", "everest_ds.benchmark.options"):
         monkeypatch.setattr(f"{module}.obstacle", {"decord": "not installed; install it"}.get)
     assert "data.reader=decord cannot read videos here" in said(demo, "--readers", "decord")
     assert "--compare needs decord" in said(demo, "--compare")

@@ -81,16 +81,16 @@ OUT_OF_MEMORY_ON_RANK_1 = """
 import os, sys
 import torch
 from everest_ds import cli
-from everest_ds.benchmark import measuring
+from everest_ds.benchmark import workbench
 
-real = measuring.take_step
+real = workbench.take_step
 
 def refuse(bench, inputs):
     if len(inputs[0]) > 1 and os.environ["RANK"] == "1":
         raise torch.OutOfMemoryError("no more")
     return real(bench, inputs)
 
-measuring.take_step = refuse
+workbench.take_step = refuse
 sys.exit(cli.main(sys.argv[1:]))
 """
 

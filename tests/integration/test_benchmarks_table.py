@@ -13,7 +13,7 @@ import subprocess
 import pytest
 
 from everest_ds import cli
-from everest_ds.benchmark.step_options import StepJob
+from everest_ds.benchmark.options import StepJob
 from tests.conftest import REPOSITORY
 from tests.integration.scanning import run_in_turn
 

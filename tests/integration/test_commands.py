@@ -12,8 +12,7 @@ import pytest
 
 from everest_ds import __version__, cli
 from everest_ds.benchmark import flops
-from everest_ds.benchmark.data_options import DataBenchmarkOptions
-from everest_ds.benchmark.step_options import StepOptions
+from everest_ds.benchmark.options import DataBenchmarkOptions, StepOptions
 from everest_ds.commands.prepare import PrepareOptions
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig, RunConfig
 from everest_ds.config.file import dump_config
@@ -118,7 +117,7 @@ def test_data_benchmark_takes_a_recipe_its_fields_and_options_of_its_own(
     shown = capsys.readouterr().out
     assert all(f"--{option.replace('_', '-')}" in shown for option in DATA_BENCHMARK_OPTIONS)
     seen: list[tuple[Config, DataBenchmarkOptions]] = []
-    monkeypatch.setattr("everest_ds.commands.benchmark.check_data_options", lambda *given: seen.append(given) or 0)
+    monkeypatch.setattr("everest_ds.commands.benchmark.check_data", lambda *given: seen.append(given) or 0)
     words = "benchmark data k400_vit_b_ft --data.sampling-stride 2 --lists a.csv b.csv --readers pyav --workers"
     assert cli.main([*words.split(), "--json"]) == 0
     ((config, options),) = seen

@@ -47,9 +47,7 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) ->
     imports: list[tuple[object, ...]] = []
     monkeypatch.setattr("everest_ds.commands.index.index", lambda *given: imports.append(given))
     benchmarks: list[tuple[object, ...]] = []
-    monkeypatch.setattr(
-        "everest_ds.commands.benchmark.check_data_options", lambda *given: benchmarks.append(given) or 0
-    )
+    monkeypatch.setattr("everest_ds.commands.benchmark.check_data", lambda *given: benchmarks.append(given) or 0)
     others: list[tuple[object, ...]] = []
     for name in ("evaluate.check", "predict.check", "prepare.prepare"):
         monkeypatch.setattr(f"everest_ds.commands.{name}", lambda *given: others.append(given) or 0)

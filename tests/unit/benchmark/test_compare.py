@@ -16,16 +16,18 @@ import torch
 from torch.nn import functional as F
 
 from everest_ds.benchmark import compare
-from everest_ds.benchmark.compare import compare_steps, describe_outcomes, tube_mask
-from everest_ds.benchmark.official_step import (
+from everest_ds.benchmark.compare import (
     MODULES,
     SOURCES,
     OfficialStep,
+    compare_steps,
     load_official,
     make_official_model,
     require_comparable,
+    side_fields,
+    tube_mask,
 )
-from everest_ds.benchmark.timing import Outcome, Side, take_turns
+from everest_ds.benchmark.timing import Side, SideTimes, interleave
 from everest_ds.config import PretrainConfig
 from everest_ds.errors import UserError
 from everest_ds.model.packing import TokenSet
@@ -179,7 +181,7 @@ def test_run_that_the_official_code_cannot_do_is_refused(
 
 
 class Clock:
-    """Goes on by what a side takes."""
+    """Advances by what a side takes."""
 
     def __init__(self) -> None:
         self.now, self.order = 0.0, ""
@@ -196,14 +198,14 @@ class Clock:
         return Side(name, step, lambda: None)
 
 
-def test_sides_take_turns_and_the_median_of_ratios_counts() -> None:
+def test_sides_are_interleaved_and_the_median_of_ratios_counts() -> None:
     clock = Clock()
     ours, theirs = iter([9.0, 1.0, 1.0, 4.0]), iter([9.0, 2.0, 4.0, 4.0])
     sides = [clock.side("ours", lambda: next(ours)), clock.side("everest", lambda: next(theirs))]
-    outcomes = take_turns(sides, CPU, rounds=3, warmup=1, clock=clock)
+    times = interleave(sides, CPU, rounds=3, warmup=1, clock=clock)
     assert clock.order == "oeeooeeo"
-    assert outcomes["ours"].seconds == [1.0, 1.0, 4.0]
-    fields = describe_outcomes(outcomes, 2)
+    assert times["ours"].seconds == [1.0, 1.0, 4.0]
+    fields = side_fields(times, 2)
     assert fields["everest"]["ours_to_theirs"] == 0.5  # of 1/2, 1/4, 4/4
     assert fields["ours"]["clips_per_s"] == 2.0
     assert fields["everest"]["step_ms_median"] == 4000.0
@@ -219,26 +221,26 @@ def test_side_without_memory_leaves_the_others_alone() -> None:
         raise torch.OutOfMemoryError("no more")
 
     sides = [clock.side("ours", lambda: 1.0), clock.side("videomae", refuse), clock.side("everest", lambda: 2.0)]
-    outcomes = take_turns(sides, CPU, rounds=2, warmup=1, clock=clock)
+    times = interleave(sides, CPU, rounds=2, warmup=1, clock=clock)
     assert clock.order.count("v") == 1
-    fields = describe_outcomes(outcomes, 4)
+    fields = side_fields(times, 4)
     assert fields["videomae"] == {"out_of_memory": True}
     assert fields["everest"]["ours_to_theirs"] == 0.5
 
 
-def test_sweep_goes_on_without_who_did_not_fit_and_ends_with_us(
+def test_sweep_leaves_out_who_did_not_fit_and_ends_with_us(
     fakes: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three sizes are asked for: theirs fits one, ours two."""
     seen: list[tuple[int, list[str]]] = []
     held = {"ours": 2, "everest": 1}
 
-    def turns(sides: list[Side], device: torch.device, **options: int) -> dict[str, Outcome]:
+    def made_up(sides: list[Side], device: torch.device, **options: int) -> dict[str, SideTimes]:
         size = 2 ** len(seen)
         seen.append((size, [side.name for side in sides]))
-        return {s.name: Outcome(seconds=[1.0], out_of_memory=size > held[s.name]) for s in sides}
+        return {s.name: SideTimes(seconds=[1.0], out_of_memory=size > held[s.name]) for s in sides}
 
-    monkeypatch.setattr(compare, "take_turns", turns)
+    monkeypatch.setattr(compare, "interleave", made_up)
     monkeypatch.setattr(compare, "make_task", lambda config: torch.nn.Linear(1, 1))
     monkeypatch.setattr(compare, "make_official_model", lambda *given: torch.nn.Linear(1, 1))
     monkeypatch.setattr(torch.nn.Linear, "model", property(lambda self: self), raising=False)
@@ -305,7 +307,7 @@ def test_real_code_does_the_same_work(real: str) -> None:
     official = load_official(real, "small")
     model = make_official_model(official, config)
     model.load_state_dict(task.model.state_dict())
-    clips = compare.synthetic_batch(task, config, 1, CPU, 0).clips_BCTHW
+    clips = compare.synthetic_batch(task, 1, CPU, 0).clips_BCTHW
     mask_BN = tube_mask(config, 1, CPU)
     theirs = OfficialStep(official, model, torch.float32)(standardise(clips), mask_BN)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

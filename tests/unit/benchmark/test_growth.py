@@ -1,4 +1,4 @@
-"""Steps whose work grows: the points of a sweep, the line through their times, and one model for all of them."""
+"""Steps whose work grows: the points of a sweep, the line through their times, and the same weights for all."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ import pytest
 import torch
 
 from everest_ds.benchmark import growth
-from everest_ds.benchmark.growth import add_line, frame_points, measure_growth, ratio_points
-from everest_ds.benchmark.step_report import growth_rows
-from everest_ds.benchmark.workbench import synthetic_batch
+from everest_ds.benchmark.growth import (
+    fit_line,
+    frame_points,
+    growth_rows,
+    growth_table,
+    measure_growth,
+    ratio_points,
+    selected_tokens,
+)
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig
 from everest_ds.errors import UserError
 from everest_ds.recipes import find_config
@@ -35,7 +41,7 @@ def rows(*points: tuple[int, float], attention: float | None = 0.1) -> list[dict
 
 
 def test_line_is_found_again_in_times_that_lie_on_one() -> None:
-    found = add_line(rows((1000, 12.5), (2000, 15.0), (5000, 22.5)))
+    found = fit_line(rows((1000, 12.5), (2000, 15.0), (5000, 22.5)))
     assert found["fixed_ms"] == 10.0
     assert found["ms_per_1000_tokens"] == 2.5
     assert found["worst_off_line"] == 0.0
@@ -53,7 +59,7 @@ def test_line_has_the_least_squares_of_relative_distances() -> None:
     x, y = mean(*(Fraction(a) for a, _ in points)), mean(*(Fraction(b) for _, b in points))
     xy, xx = mean(*(a * Fraction(b) for a, b in points)), mean(*(Fraction(a) ** 2 for a, _ in points))
     slope = (xy - x * y) / (xx - x * x)
-    found = add_line(rows(*points))
+    found = fit_line(rows(*points))
     assert found["ms_per_1000_tokens"] == pytest.approx(float(1000 * slope), abs=1e-4)
     assert found["fixed_ms"] == pytest.approx(float(y - slope * x), abs=1e-3)
     off = [float(Fraction(b) / (y - slope * x + slope * a) - 1) for a, b in points]
@@ -64,61 +70,64 @@ def test_line_has_the_least_squares_of_relative_distances() -> None:
 def test_point_that_is_mostly_attention_is_shown_and_has_no_part_in_the_line() -> None:
     line = rows((1000, 11.0), (2000, 12.0), (3000, 13.0))
     most = rows((8000, 90.0), attention=0.6)
-    found = add_line([*line, *most])
+    found = fit_line([*line, *most])
     assert (found["fixed_ms"], found["worst_off_line"]) == (10.0, 0.0)
     assert [row["is_fitted"] for row in found["points"]] == [True, True, True, False]
     assert found["points"][-1]["off_line"] == 4.0
 
 
 def test_too_few_points_make_no_line() -> None:
-    found = add_line([*rows((1000, 11.0), (2000, 12.0)), *rows((8000, 90.0), attention=0.51)])
+    found = fit_line([*rows((1000, 11.0), (2000, 12.0)), *rows((8000, 90.0), attention=0.51)])
     assert found["fixed_ms"] is found["ms_per_1000_tokens"] is found["worst_off_line"] is None
     assert all(row["line_ms"] is None for row in found["points"])
     shown = {"value": 1, "visible_tokens": 1, "step_ms_p90": 1.0, "ms_per_1000_tokens": 1.0}
-    *_, last = growth_rows({**found, "points": [{**row, **shown} for row in found["points"]]})
+    *_, last = growth_rows(
+        {**found, "points": [{**row, **shown} for row in found["points"]]}, growth_table("ratio")
+    )
     assert last.startswith("no line")
 
 
 def test_same_share_of_the_selected_tokens_is_visible_at_every_ratio() -> None:
     """1568 tokens; the recipe's own ratio gives its own configuration."""
     config = find_config("k400_vit_b")
-    points = ratio_points(config, [0.1, 0.3, 1.0])
-    found = [point.config for point in points]
+    found = list(ratio_points(config, [0.1, 0.3, 1.0]).values())
     assert all(isinstance(one, PretrainConfig) for one in found)
     assert [(one.num_selected, one.num_visible) for one in found] == [(156, 52), (470, 156), (1568, 522)]
     assert found[1] == config
-    assert [point.selected for point in ratio_points(find_config("k400_vit_b_ft"), [0.2, 0.6, 1.0])] == [
-        313, 940, 1568,
-    ]  # fmt: skip
+    points = ratio_points(find_config("k400_vit_b_ft"), [0.2, 0.6, 1.0])
+    assert {ratio: selected_tokens(point) for ratio, point in points.items()} == {0.2: 313, 0.6: 940, 1.0: 1568}
 
 
 def test_positions_stay_laid_out_for_the_recipes_own_length() -> None:
-    found = [point.config for point in frame_points(find_config("k400_vit_b"), [8, 16, 64])]
+    found = list(frame_points(find_config("k400_vit_b"), [8, 16, 64]).values())
     assert [one.grid.num_tokens for one in found] == [784, 1568, 6272]
     assert {one.position_grid.num_tokens for one in found} == {1568}
 
 
+def benches(points: dict[float, Config]) -> dict[float, Any]:
+    """Tasks alone, without engines; each from the same weights, as `build_workbench` makes them."""
+    found = {}
+    for value, config in points.items():
+        torch.manual_seed(0)
+        found[value] = SimpleNamespace(task=make_task(config), device=CPU)
+    return found
+
+
 @pytest.mark.parametrize("recipe", ["demo", "demo_ft"])
 @pytest.mark.parametrize("grows", ["ratio", "frames"])
-def test_model_that_adopts_a_point_computes_what_a_model_of_that_point_does(recipe: str, grows: str) -> None:
+def test_points_start_from_the_same_weights_whatever_they_keep(recipe: str, grows: str) -> None:
     config = small(recipe)
     points = ratio_points(config, [0.3, 0.5, 0.8]) if grows == "ratio" else frame_points(config, [4, 8, 12])
-    torch.manual_seed(0)
-    shared = make_task(points[0].config)
-    for point in (*points, points[0]):
-        own = make_task(point.config)
-        own.load_state_dict(shared.state_dict())
-        inputs = own.inputs(synthetic_batch(own, point.config, 2, CPU, 0), CPU)
-        shared.adopt(point.config)
-        assert torch.equal(shared(*inputs), own(*inputs))
-        assert shared.visible_tokens == own.visible_tokens
+    first, *others = [bench.task for bench in benches(points).values()]
+    for other in others:
+        for name, value in first.state_dict().items():
+            assert torch.equal(other.state_dict()[name], value), name
 
 
-def test_points_take_turns_and_each_is_told_with_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_points_are_interleaved_and_each_reports_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine is made up: forward alone. Each round begins with another point."""
     config = small("demo")
     points = ratio_points(config, [0.3, 0.5, 0.8])
-    bench: Any = SimpleNamespace(task=make_task(config), device=CPU)
     seen: list[int] = []
 
     def step(bench: Any, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -127,14 +136,14 @@ def test_points_take_turns_and_each_is_told_with_its_own_tokens(monkeypatch: pyt
         return loss.detach()
 
     monkeypatch.setattr(growth, "take_step", step)
-    monkeypatch.setattr(growth, "profiled_shares", lambda bench, step: step() and {"attention": 0.25})
-    line = measure_growth(bench, points, 2, rounds=2, warmup=1)
-    visible = [2 * point.config.num_visible for point in points]
+    monkeypatch.setattr(growth, "profiled_shares", lambda device, step: step() and {"attention": 0.25})
+    line = measure_growth(benches(points), 2, rounds=2, warmup=1)
+    visible = [2 * point.num_visible for point in points.values()]
     assert len(set(visible)) == 3
     a, b, c = visible
     assert seen == [a, b, c, b, c, a, c, a, b, a, b, c]  # the last three are the profiles'
     assert [row["visible_tokens"] for row in line["points"]] == visible
-    assert [row["tokens"] for row in line["points"]] == [2 * point.selected for point in points]
+    assert [row["tokens"] for row in line["points"]] == [2 * point.num_selected for point in points.values()]
     assert line["micro_batch"] == 2
     for row in line["points"]:
         assert row["ms_per_1000_tokens"] == pytest.approx(row["step_ms_median"] / row["tokens"] * 1e3, abs=1e-3)
@@ -147,6 +156,6 @@ def test_point_that_does_not_fit_is_named_with_the_way_out(monkeypatch: pytest.M
         raise torch.OutOfMemoryError("no more")
 
     monkeypatch.setattr(growth, "take_step", step)
-    bench: Any = SimpleNamespace(task=make_task(config), device=CPU)
+    points = ratio_points(config, [0.3, 0.5, 0.8])
     with pytest.raises(UserError, match=r"4 clips of .* do not fit into the memory; name a smaller --micro-batch"):
-        measure_growth(bench, ratio_points(config, [0.3, 0.5, 0.8]), 4, rounds=1, warmup=0)
+        measure_growth(benches(points), 4, rounds=1, warmup=0)

@@ -1,7 +1,8 @@
-"""What a clip costs by stage: CPU time of all threads of one process, the ways to make it taken in turn.
+"""What a clip costs by stage: CPU time of all threads of one process, several ways to make it interleaved.
 
-Place in the flow: rows of a list -> ways (ours, by a reader; the official one, `official`) -> rounds -> `Costs`.
-Every round makes the same clips, of the same frames and crops, so that rounds differ by the machine alone.
+Place in the flow: rows of a list -> ways (ours, by a reader; the official one) -> rounds -> `Costs`. Every round
+makes the same clips, of the same frames and crops, so that rounds differ by the machine alone. Axes: B clips,
+T frames, H W pixels, C colour channels.
 """
 
 import statistics
@@ -11,16 +12,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from everest_ds.data.clips.batch import Clip, ClipBatch, mix_pairs
+from everest_ds.data.clips.cuts import PretrainCut
 from everest_ds.data.clips.dataset import ClipDataset
-from everest_ds.data.clips.sampling import Draws, SampleKey, sample_draws
+from everest_ds.data.clips.sampling import RandomStream, SampleKey, sample_draws
+from everest_ds.data.clips.transforms import draw_crop
+from everest_ds.data.lists.video_list import VideoRow
+from everest_ds.data.readers.base import first_line
 from everest_ds.data.readers.video import Video, VideoReadError
+from everest_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 Stage = Literal["open", "decode", "augment", "collate", "copy"]
 STAGES: tuple[Stage, ...] = ("open", "decode", "augment", "collate", "copy")
@@ -29,7 +37,7 @@ CLIP_STAGES: tuple[Stage, ...] = ("open", "decode", "augment")
 WORKER_STAGES: tuple[Stage, ...] = (*CLIP_STAGES, "collate")
 """What a loader process does for a clip."""
 
-# Ways take turns after so few videos, a second or less, that the machine is the same for all of them.
+# Ways are interleaved after so few videos, a second or less, that the machine is the same for all of them.
 _VIDEOS_A_TURN = 4
 
 
@@ -111,7 +119,8 @@ class OurWay:
         with timer.stage("open"):
             video = Video.of_row(self.dataset.rows[index], self.dataset.config.reader)
         with timer.stage("decode"):
-            frame_idx = self.dataset.cut.choose_frames(video, draws_of(self.dataset.seed, index))
+            draws = sample_draws(self.dataset.seed, SampleKey(0, index))
+            frame_idx = self.dataset.cut.choose_frames(video, draws)
             frames_THWC = video.read(frame_idx)
             del video  # to close it is part of the cost
         clips = []
@@ -121,9 +130,75 @@ class OurWay:
         return clips
 
 
-def draws_of(seed: int, index: int) -> Draws:
-    """Return the draws of a row, those of a run's first epoch: the same in all rounds and for all ways."""
-    return sample_draws(seed, SampleKey(0, index))
+@dataclass(frozen=True)
+class OfficialWay:
+    """The official loaders' way to a pre-training clip, written from its description.
+
+    decord decodes with one thread; each frame becomes a PIL image, is cropped and resized by itself; the stack of
+    them becomes a float tensor that is normalised by ImageNet's statistics. Frames and crops are those of our clip.
+
+    Attributes:
+        rows: The list; rows have no window, which the official loaders do not know.
+        cut: Says which frames and which crop.
+        seed: Seed of these draws.
+        device: GPU that batches are copied to; None for none.
+    """
+
+    rows: Sequence[VideoRow]
+    cut: PretrainCut
+    seed: int
+    device: torch.device | None = None
+    name: str = "official"
+    repeats: int = 1
+
+    def make_batch(self, rows: Sequence[int], timer: StageTimer) -> Tensor:
+        """Make float32 clips; see `Way.make_batch`."""
+        clips = [self._clip(row, timer) for row in rows]
+        with timer.stage("collate"):
+            clips_BCTHW = torch.stack(clips)
+            if self.device is not None:
+                clips_BCTHW = clips_BCTHW.pin_memory()
+        return time_copy(partial(clips_BCTHW.to, non_blocking=True), self.device, timer)
+
+    def _clip(self, index: int, timer: StageTimer) -> Tensor:
+        import decord
+
+        path, draws = self.rows[index].path, sample_draws(self.seed, SampleKey(0, index))
+        try:
+            with timer.stage("open"):
+                reader: Any = decord.VideoReader(str(path.absolute()), num_threads=1)
+            with timer.stage("decode"):
+                frame_idx = self.cut.frames_by_number(len(reader), draws(RandomStream.FRAMES))
+                frames_THWC: NDArray[np.uint8] = reader.get_batch(frame_idx).asnumpy()
+                del reader  # to close it is part of the cost
+        except (OSError, RuntimeError, ValueError, decord.DECORDError) as error:
+            raise VideoReadError(path, first_line(error)) from error
+        with timer.stage("augment"):
+            config, (height, width) = self.cut.config, frames_THWC.shape[1:3]
+            crop = draw_crop(width, height, config.image_size, config.crop_scales, draws(RandomStream.CROP))
+            return official_clip(frames_THWC, crop, config.image_size)
+
+
+def official_clip(frames_THWC: NDArray[np.uint8], crop: tuple[int, int, int, int], size: int) -> Tensor:
+    """Crop and resize every frame as a PIL image, stack, scale to [0, 1] and normalise.
+
+    Args:
+        frames_THWC: uint8, RGB.
+        crop: Left, top, width and height in pixels.
+        size: Height and width of the clip in pixels.
+
+    Returns:
+        clip_CTHW, float32, contiguous.
+    """
+    left, top, width, height = crop
+    images = [Image.fromarray(frame_HWC).convert("RGB") for frame_HWC in frames_THWC]
+    images = [image.crop((left, top, left + width, top + height)) for image in images]
+    images = [image.resize((size, size), Image.Resampling.BILINEAR) for image in images]
+    stacked_THWC = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    clip_CTHW = stacked_THWC.permute(3, 0, 1, 2).contiguous().float().div(255)
+    for channel_THW, mean, std in zip(clip_CTHW, IMAGENET_MEAN, IMAGENET_STD, strict=True):
+        channel_THW.sub_(mean).div_(std)
+    return clip_CTHW
 
 
 def time_copy(move: Callable[[torch.device], Tensor], device: torch.device | None, timer: StageTimer) -> Tensor:
@@ -186,7 +261,7 @@ def measure_round(
     first: int = 0,
     now: Callable[[], float] = time.process_time,
 ) -> list[dict[Stage, float]]:
-    """Make the clips of all rows in every way, a few rows at a time by turns.
+    """Make the clips of all rows in every way, a few rows at a time, interleaved.
 
     Args:
         ways: The ways.
@@ -199,25 +274,20 @@ def measure_round(
         CPU milliseconds a clip by stage, for each way.
     """
     timers = [StageTimer(now) for _ in ways]
-    order = [(first + turn) % len(ways) for turn in range(len(ways))]
+    pairs = list(zip(ways, timers, strict=True))
+    first %= len(ways)
     for start in range(0, len(rows), _VIDEOS_A_TURN):
-        for place in order:
-            ways[place].make_batch(rows[start : start + _VIDEOS_A_TURN], timers[place])
+        for way, timer in (*pairs[first:], *pairs[:first]):
+            way.make_batch(rows[start : start + _VIDEOS_A_TURN], timer)
     return [
         {stage: 1e3 * spent / (len(rows) * way.repeats) for stage, spent in timer.spent_s.items()}
-        for way, timer in zip(ways, timers, strict=True)
+        for way, timer in pairs
     ]
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A video that is not measured.
-
-    Attributes:
-        path: Where it is.
-        way: The first way that cannot make a clip of it.
-        reason: Why.
-    """
+    """A video that is not measured: the first way that cannot make a clip of it, and why."""
 
     path: Path
     way: str
@@ -225,7 +295,7 @@ class LeftOut:
 
 
 def warm_up(ways: Sequence[Way], num_rows: int) -> tuple[list[int], list[LeftOut]]:
-    """Make every clip once in every way: caches are warm afterwards, and it is known what can be measured.
+    """Make every clip once in every way, which warms caches and shows what can be measured.
 
     Returns:
         Rows that all ways can read, and the other ones.

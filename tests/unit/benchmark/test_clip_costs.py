@@ -5,20 +5,25 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from everest_ds.benchmark import data_loader as throughput
-from everest_ds.benchmark.official_clip import OfficialWay, official_clip
-from everest_ds.benchmark.stages import Costs, OurWay, StageTimer, draws_of, measure_round, warm_up
-from everest_ds.config import FinetuneConfig, FinetuneDataConfig, PretrainConfig, PretrainDataConfig
+from everest_ds.benchmark.clip_costs import (
+    Costs,
+    OfficialWay,
+    OurWay,
+    StageTimer,
+    measure_round,
+    official_clip,
+    warm_up,
+)
+from everest_ds.config import FinetuneDataConfig, PretrainDataConfig
 from everest_ds.data.clips.augment import PairMixer
 from everest_ds.data.clips.cuts import Cut, FinetuneCut, PretrainCut
 from everest_ds.data.clips.dataset import ClipDataset
@@ -26,8 +31,6 @@ from everest_ds.data.clips.sampling import SampleKey, sample_draws
 from everest_ds.data.lists.video_list import VideoRow, read_list
 from everest_ds.data.readers.video import Video, VideoReadError
 from everest_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
-from everest_ds.recipes import RECIPES
-from everest_ds.train.tasks import Task, make_task
 from tests.unit.data.readers.video_files import shown, write_ramp
 
 DATA = PretrainDataConfig(num_frames=8, sampling_stride=2, image_size=32, num_workers=0, reader="pyav")
@@ -72,7 +75,7 @@ def test_stages_add_up_by_clip_and_what_is_outside_of_them_counts_for_none() -> 
     assert spent == [{"open": 250, "decode": 2000}, {"open": 62.5, "decode": 500, "collate": 125}]
 
 
-def test_ways_take_turns_and_another_one_begins_each_round() -> None:
+def test_ways_are_interleaved_and_another_one_begins_each_round() -> None:
     calls: list[tuple[str, tuple[int, ...]]] = []
     ways = [SleepingWay(name, {}, [0.0], calls) for name in "abc"]
     measure_round(ways, [3, 5, 6, 8, 9], first=1)
@@ -122,7 +125,7 @@ def test_repeats_are_crops_of_one_decode_and_each_stage_is_counted_once_for_what
     clips_BCTHW = OurWay(of(rows), repeats=3).make_batch([1, 2], timer)
     assert timer.spent_s == {"open": 2, "decode": 2, "augment": 6, "collate": 1}
     video = Video(rows[1].path, reader="pyav")
-    frames_THWC = video.read(CUT.choose_frames(video, draws_of(3, 1)))
+    frames_THWC = video.read(CUT.choose_frames(video, sample_draws(3, SampleKey(0, 1))))
     expected = [CUT.clip(frames_THWC, sample_draws(3, SampleKey(0, 1, repeat))) for repeat in range(3)]
     assert torch.equal(clips_BCTHW[:3], torch.stack(expected))
     assert not torch.equal(clips_BCTHW[0], clips_BCTHW[1])
@@ -197,68 +200,3 @@ def test_frames_that_are_too_small_to_crop_are_left_out(tmp_path: Path) -> None:
     tiny = PretrainCut(replace(DATA, crop_scales=(0.001,)))
     with pytest.raises(VideoReadError, match="96x64 pixels are too small to crop"):
         OurWay(of([VideoRow(tmp_path / "ramp.mp4", 0)], tiny)).make_batch([0], StageTimer())
-
-
-@dataclass
-class RecordingLoader:
-    """Stands for a loader: gives batches of as many clips as its sampler has keys."""
-
-    batches: list[list[SampleKey]] = field(default_factory=list)
-
-    def __call__(self, dataset: ClipDataset, sampler: object, *, micro_size: int, pin_memory: bool) -> list[Batch]:
-        assert not pin_memory
-        self.batches = list(sampler)  # type: ignore[call-overload]
-        assert {len(keys) for keys in self.batches} == {micro_size}
-        assert max(key.index for batch in self.batches for key in batch) < len(dataset)
-        return [Batch(torch.empty(len(keys))) for keys in self.batches]
-
-
-@dataclass
-class Batch:
-    index_B: Tensor
-
-    def require_whole(self) -> None:
-        assert len(self.index_B)
-
-
-def meta_task(config: PretrainConfig | FinetuneConfig, workers: int, repeats: int) -> Task:
-    data: Any = replace(config.data, num_workers=workers, reader="pyav", repeats=repeats)
-    batch = replace(config.batch, global_size=12 * repeats, micro_size=2 * repeats)
-    with torch.device("meta"):
-        return make_task(replace(config, data=data, batch=batch))
-
-
-@pytest.mark.parametrize(
-    ("recipe", "workers", "repeats", "asked", "got"),
-    [
-        ("demo", 2, 1, 3, 3),
-        ("demo", 1, 4, 6, 4),  # a batch has all clips of its videos
-        ("demo", 3, 4, 2, 4),
-        ("demo_ft", 1, 3, 5, 6),  # and mixing wants pairs
-        ("demo_ft", 1, 1, 8, 8),  # more than there are rows
-    ],
-)
-def test_loader_is_timed_from_a_batch_of_each_worker_on(
-    recipe: str,
-    workers: int,
-    repeats: int,
-    asked: int,
-    got: int,
-    rows: list[VideoRow],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The clock ticks once from the last batch of the warm-up to the end: all clips after it in one second."""
-    config = RECIPES[recipe]()
-    if isinstance(config, FinetuneConfig):
-        config = replace(config, data=replace(config.data, num_classes=8, mixup_alpha=0.8))
-    loader = RecordingLoader()
-    monkeypatch.setattr(throughput, "make_loader", loader)
-    rate = throughput.loader_clips_per_s(
-        meta_task(config, workers, repeats),
-        rows,
-        batch_size=asked,
-        now=ticks(),
-    )
-    assert {len(batch) for batch in loader.batches} == {got}
-    assert len(loader.batches) == 5 * workers
-    assert rate == 4 * workers * got

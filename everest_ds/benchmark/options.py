@@ -1,0 +1,255 @@
+"""The options of `everest benchmark step` and `everest benchmark data`, and which of them go together. No torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from everest_ds.config import Config, FinetuneConfig, PretrainConfig
+from everest_ds.data.lists.run_lists import Lists, read_lists
+from everest_ds.data.lists.video_list import VideoRow
+from everest_ds.data.readers.choice import choose_reader, obstacle
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
+from everest_ds.train.precision import PrecisionName
+
+ReferenceName = Literal["everest", "videomae"]
+OneReader = Literal["decord", "pyav", "torchcodec"]
+_AUTO_READERS: tuple[OneReader, ...] = ("pyav", "decord")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What to measure, and how."""
+
+    micro_batch: Annotated[tuple[str, ...], tyro.conf.arg(metavar="{auto,N [N ...]}")] = ()
+    """Clips a process takes at once: one or several numbers, or auto: 8, 16, 32 and so on until the GPU's memory is
+    full. Without it, the recipe's batch.micro_size. Every micro-batch is an optimiser step (no accumulation)."""
+    steps: int = 20
+    """Timed steps of each micro-batch."""
+    warmup: int = 5
+    """Steps before them."""
+    ds_config: Path | None = None
+    """File of ds_configs/: how the steps are sharded. Without one, plain ZeRO-2."""
+    precision: PrecisionName = "auto"
+    """auto: as the DeepSpeed file says, else bf16 on a GPU and fp32 on a CPU. autocast: weights and gradients in
+    float32, matmuls in bfloat16."""
+    memory_gib: float | None = None
+    """Measure as if the GPU had only so much memory."""
+    compare: tuple[ReferenceName, ...] = ()
+    """Forward and backward pass beside the official code in the folders EVEREST_REFERENCE_DIR and
+    VIDEOMAE_REFERENCE_DIR, interleaved; no DeepSpeed and no optimiser on either side."""
+    sweep_stages: bool = False
+    """Measure every way of sharding of --stages, each in processes of its own, and write which is fastest."""
+    stages: tuple[str, ...] = ("zero1", "zero2", "zero3")
+    """Files of ds_configs/ that --sweep-stages measures, by name; zero3_offload only when it is asked for."""
+    sweep_ratio: tuple[float, ...] = ()
+    """Steps at these ratios of selected tokens, interleaved, and how straight a line their times make. The visible
+    tokens keep their share of the selected ones."""
+    sweep_frames: tuple[int, ...] = ()
+    """The same over clips of so many frames."""
+    gpus: int | None = None
+    """Processes that --sweep-stages starts; without it, one for each GPU of this machine, or one on a CPU."""
+    out: Path | None = None
+    """Where --sweep-stages writes; without it, runs/RECIPE-stages.json."""
+    json: bool = False
+    """One JSON line a micro-batch, or a sweep, instead of a table."""
+
+    @property
+    def shared_fields(self) -> dict[str, Any]:
+        """What every line says of how it was measured."""
+        return {"steps": self.steps, "warmup": self.warmup, "memory_gib": self.memory_gib}
+
+    def sizes(self, config: Config) -> tuple[int, ...] | None:
+        """Return the micro-batches to measure, in order; None for auto.
+
+        Raises:
+            UserError: One is not a number of clips.
+        """
+        if self.micro_batch == ("auto",):
+            return None
+        if not self.micro_batch:
+            return (config.batch.micro_size,)
+        sizes = [int(word) if word.isdecimal() else 0 for word in self.micro_batch]
+        if min(sizes) < 1:
+            raise UserError(
+                f"--micro-batch {' '.join(self.micro_batch)} must be auto, or numbers of clips of at least 1"
+            )
+        return tuple(sizes)
+
+    def require_consistent(self, config: Config, world: World) -> None:
+        """Refuse options that are out of range, or that would have no effect together.
+
+        Raises:
+            UserError: Such options; names them and the way out.
+        """
+        for name, value, least in (("steps", self.steps, 1), ("warmup", self.warmup, 0)):
+            if value < least:
+                raise UserError(f"--{name} {value} must be at least {least}")
+        if self.memory_gib is not None and not 0 < self.memory_gib < float("inf"):
+            raise UserError(f"--memory-gib {self.memory_gib} must be a number of GiB above 0")
+        modes = [
+            f"--{name.replace('_', '-')}"
+            for name in ("compare", "sweep_stages", "sweep_ratio", "sweep_frames")
+            if getattr(self, name)
+        ]
+        if len(modes) > 1:
+            raise UserError(f"{' and '.join(modes)} are measurements of their own; take them one by one")
+        if (self.compare or self.sweep_stages) and self.ds_config is not None:
+            raise UserError(
+                f"{modes[0]} with --ds-config {self.ds_config}: {modes[0]} takes no DeepSpeed file; leave it out"
+            )
+        if modes and world.size > 1:
+            raise UserError(f"{modes[0]} is started without a launcher, got {world.size} processes")
+        if self.compare and not isinstance(config, PretrainConfig):
+            raise UserError(f"--compare: {config.recipe} is a fine-tuning; the comparison is of pre-training steps")
+        for name, given in (("gpus", self.gpus), ("out", self.out)):
+            if given is not None and not self.sweep_stages:
+                raise UserError(f"--{name} {given} belongs to --sweep-stages; leave it out, or give that too")
+        if self.gpus is not None and self.gpus < 1:
+            raise UserError(f"--gpus {self.gpus} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataBenchmarkOptions:
+    """What is measured."""
+
+    lists: tuple[Path, ...] = ()
+    """Lists to measure side by side; data.train_list without this."""
+    readers: tuple[OneReader, ...] = ()
+    """Libraries to read with; without this data.reader, for auto pyav and decord, where they work."""
+    repeats: tuple[int, ...] = (1,)
+    """Clips, each of its own crop, of one decoded video."""
+    workers: tuple[int, ...] = (1, 2)
+    """Loader processes, one measurement each; `--workers` with no number after it leaves the loader out."""
+    rounds: int = 7
+    """Rounds whose median counts, after one of warm-up."""
+    clips: int = 16
+    """Videos of each list, spread over it; every round makes the same clips of them."""
+    compare: bool = False
+    """Also measure the official way to a pre-training clip: decord, PIL, normalised floats."""
+    clips_per_s: float | None = None
+    """Clips a second that one GPU trains, to say how many GPUs are fed."""
+    json: bool = False
+    """One JSON line for each list and way instead of a table."""
+
+    def __post_init__(self) -> None:
+        """Check each field by itself."""
+        counts = [("rounds", self.rounds), ("clips", self.clips)]
+        counts += [(name, value) for name in ("repeats", "workers") for value in getattr(self, name)]
+        for name, value in counts:
+            if value < 1:
+                raise UserError(f"--{name} {value} must be at least 1")
+        if not self.repeats:
+            raise UserError("--repeats has no number; give 1 for a clip a video, and others beside it")
+        if self.clips_per_s is not None and not self.clips_per_s > 0:
+            raise UserError(f"--clips-per-s {self.clips_per_s} must be above 0")
+
+
+@dataclass(frozen=True)
+class FlopsOptions:
+    """Count multiply-accumulates by a profiler and print them beside the paper's tables."""
+
+    json: bool = False
+    """One JSON line a row instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepJob:
+    """Steps that are to be measured.
+
+    Attributes:
+        config: The run.
+        options: What is measured, and how.
+        sizes: The micro-batches, in order; None for auto.
+    """
+
+    config: Config
+    options: StepOptions
+    sizes: tuple[int, ...] | None
+
+
+def check_step(config: Config, options: StepOptions, world: World) -> StepJob:
+    """Refuse options that cannot be; see `StepOptions`."""
+    sizes = options.sizes(config)
+    options.require_consistent(config, world)
+    return StepJob(config=config, options=options, sizes=sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataJob:
+    """Clips that are to be measured.
+
+    Attributes:
+        options: What is measured.
+        runs: Each list, and what it holds.
+        readers: Libraries to read with.
+    """
+
+    options: DataBenchmarkOptions
+    runs: list[tuple[Path, Lists]]
+    readers: list[OneReader]
+
+
+def check_data(config: Config, options: DataBenchmarkOptions) -> DataJob:
+    """Read the lists and choose the readers.
+
+    Raises:
+        UserError: A list is missing or empty, or a reader is not available here.
+    """
+    runs = [(path, read_lists(_with_list(config, path))) for path in _lists(config, options)]
+    readers = _readers(config, options)
+    if config.data.keep_decoded:
+        raise UserError("data.keep_decoded keeps frames in memory, so that no reading is left to measure; unset it")
+    if options.compare:
+        _require_comparable(config, [row for _, lists in runs for row in lists.train])
+    return DataJob(options=options, runs=runs, readers=readers)
+
+
+def _lists(config: Config, options: DataBenchmarkOptions) -> tuple[Path, ...]:
+    if options.lists:
+        return tuple(dict.fromkeys(options.lists))
+    if config.data.train_list is None:
+        raise UserError("no list to measure; give --data.train-list FILE, or --lists FILE... for several")
+    return (Path(config.data.train_list),)
+
+
+def _with_list(config: Config, path: Path) -> Config:
+    """Return the run that trains on a list and scores nothing."""
+    if isinstance(config, FinetuneConfig):
+        return replace(config, data=replace(config.data, train_list=str(path), val_list=None, test_list=None))
+    return replace(config, data=replace(config.data, train_list=str(path)))
+
+
+def _readers(config: Config, options: DataBenchmarkOptions) -> list[OneReader]:
+    """Return the readers to measure; refuse those that are not available."""
+    if options.readers:
+        wanted = list(dict.fromkeys(options.readers))
+        for reader in wanted:
+            choose_reader(reader)
+        return wanted
+    chosen = choose_reader(config.data.reader)
+    if config.data.reader != "auto":
+        return [chosen]  # type: ignore[list-item]
+    return [reader for reader in _AUTO_READERS if obstacle(reader) is None]
+
+
+def _require_comparable(config: Config, rows: Sequence[VideoRow]) -> None:
+    if not isinstance(config, PretrainConfig):
+        raise UserError(f"--compare knows the official way to a pre-training clip, and {config.recipe} fine-tunes")
+    if config.data.sampling_seconds is not None:
+        raise UserError(
+            f"--compare counts frames, as the official loaders do, and data.sampling_seconds is "
+            f"{config.data.sampling_seconds}; leave out one of the two"
+        )
+    fault = obstacle("decord")
+    if fault is not None:
+        raise UserError(f"--compare needs decord, which the official loaders read with: {fault}")
+    windows = [row for row in rows if row.start_s is not None]
+    if windows:
+        raise UserError(
+            f"--compare reads whole videos, as the official loaders do, and {len(windows)} rows are windows, the "
+            f"first of {windows[0].path}; leave --compare out, or give a list without windows"
+        )
