@@ -91,6 +91,7 @@ COMMANDS = {
     "prepare": Command(
         purpose="re-encode the videos of lists so that they are quick to read; exits 1 when too many fail",
         entry="prepare:main",
+        work="data.curation.reencode:run",
         on_interrupt=_CONTINUES,
     ),
     "recipes": Command(

@@ -22,7 +22,16 @@ import tyro
 
 from everest_ds.commands.parsing import parse
 from everest_ds.config.sections import ReaderName
-from everest_ds.data.curation.probe import DEFAULT_BAD, FaultName, Finding, Kind, ProbeSettings, Record, probe_video
+from everest_ds.data.curation.probe import (
+    DEFAULT_BAD,
+    FaultName,
+    Finding,
+    Kind,
+    ProbeSettings,
+    open_record,
+    probe_video,
+    record_line,
+)
 from everest_ds.data.lists.video_list import VideoRow, read_list, write_list
 from everest_ds.data.loading.pool import Outcome, run_all
 from everest_ds.data.readers.choice import choose_reader
@@ -106,7 +115,7 @@ def check_data(source: Path, options: CheckOptions) -> int:
     choose_reader(options.reader)
     out = options.out or source.with_name(f"{source.stem}-check")
     out.mkdir(parents=True, exist_ok=True)
-    record = Record(out / FINDINGS, options.settings)
+    record = open_record(out / FINDINGS, options.settings)
     findings = record.read()
     todo = list({row.part: row for row in rows if row.part not in findings}.values())
     known = sum(row.part in findings for row in rows)
@@ -118,11 +127,11 @@ def check_data(source: Path, options: CheckOptions) -> int:
         num_workers=options.processes or len(os.sched_getaffinity(0)),
         timeout_s=options.timeout_s,
     )
-    with record.appending() as append, contextlib.closing(outcomes):
+    with contextlib.closing(outcomes):
         for outcome in with_progress(outcomes, len(todo)):
             finding = _finding_of(outcome)
             findings[outcome.item.part] = finding
-            append(outcome.item, finding)
+            record.append(record_line(outcome.item, finding))
             if finding.kind in options.bad:
                 print(f"{finding.kind}: {outcome.item.path}: {finding.detail}", flush=True)
     return _conclude(source, out, rows, [findings[row.part] for row in rows], options)

@@ -18,13 +18,21 @@ from typing import Any
 import pytest
 
 from everest_ds import cli
-from everest_ds.commands import prepare as command
-from everest_ds.commands.prepare import PrepareOptions
-from everest_ds.data.curation.reencode import Prepared, PrepareSettings, prepare_video
+from everest_ds.data.curation import reencode
+from everest_ds.data.curation.preparation import (
+    Prepared,
+    PrepareOptions,
+    PrepareSettings,
+    start_preparation,
+    target_name,
+)
+from everest_ds.data.curation.reencode import prepare_video
 from everest_ds.data.lists.video_list import VideoRow, read_list
 from everest_ds.data.loading.pool import Outcome
 from everest_ds.data.readers.video import Video
+from everest_ds.distributed import World
 from everest_ds.errors import UserError
+from everest_ds.files import partial_path
 from tests.conftest import REPOSITORY
 from tests.unit.data.readers.video_files import shown, write_ramp
 
@@ -36,9 +44,9 @@ STARTS_S = 120
 def misbehave_or_prepare(row: VideoRow, settings: PrepareSettings, folder: Path, min_psnr_db: float) -> Prepared:
     """A decoder that hangs on one video and ends its process on another, with half a file written."""
     if row.path.name in ("hangs.mp4", "crashes.mp4"):
-        target = folder / command.target_name(row)
+        target = folder / target_name(row)
         target.parent.mkdir(parents=True, exist_ok=True)
-        command.partial_path(target).write_bytes(b"half")
+        partial_path(target).write_bytes(b"half")
         if row.path.name == "crashes.mp4":
             os._exit(9)
         time.sleep(600)
@@ -57,7 +65,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             called.append(item.path.name)
             yield Outcome(item, function(item))
 
-    monkeypatch.setattr(command, "run_all", run)
+    monkeypatch.setattr(reencode, "run_all", run)
     return called
 
 
@@ -80,6 +88,10 @@ def options(tmp_path: Path, **changes: Any) -> PrepareOptions:
     return replace(PrepareOptions(out=tmp_path / "out", processes=1), **changes)
 
 
+def prepare(sources: Sequence[Path], given: PrepareOptions) -> int:
+    return reencode.run(start_preparation(sources, given), World(rank=0, local_rank=0, size=1, local_size=1))
+
+
 def state(folder: Path) -> dict[str, tuple[str, int]]:
     """Content and time of change of all files."""
     return {
@@ -97,7 +109,7 @@ def test_lists_name_the_same_videos_anew_and_originals_stay(
     source: Path, tmp_path: Path, at_once: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = state(tmp_path)
-    assert command.prepare([source], options(tmp_path)) == 0
+    assert prepare([source], options(tmp_path)) == 0
     assert {name: now for name, now in state(tmp_path).items() if "/out/" not in name} == before
     old, new = read_list(source), read_list(tmp_path / "out" / "train.csv")
     assert [row.label for row in new] == [row.label for row in old]
@@ -119,7 +131,7 @@ def test_lists_name_the_same_videos_anew_and_originals_stay(
 
 
 def test_summary_and_manifest_hold_what_is_on_disk(source: Path, tmp_path: Path, at_once: list[str]) -> None:
-    command.prepare([source], options(tmp_path))
+    prepare([source], options(tmp_path))
     out = tmp_path / "out"
     lines = manifest(out)
     for line in lines:
@@ -138,11 +150,11 @@ def test_summary_and_manifest_hold_what_is_on_disk(source: Path, tmp_path: Path,
 def test_second_call_does_what_is_missing_or_has_changed(
     source: Path, tmp_path: Path, at_once: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command.prepare([source], options(tmp_path))
+    prepare([source], options(tmp_path))
     out = tmp_path / "out"
     before = state(out / "videos")
     at_once.clear()
-    assert command.prepare([source], options(tmp_path)) == 0
+    assert prepare([source], options(tmp_path)) == 0
     assert at_once == []
     assert state(out / "videos") == before
     assert "7 of 7 videos are prepared already" in capsys.readouterr().out
@@ -152,28 +164,28 @@ def test_second_call_does_what_is_missing_or_has_changed(
     new[1].path.write_bytes(b"torn")
     write_ramp(tmp_path / "my videos" / "2.mp4", 11)
     (out / "train.csv").unlink()
-    assert command.prepare([source], options(tmp_path)) == 0
+    assert prepare([source], options(tmp_path)) == 0
     assert at_once == ["0.mp4", "1.mp4", "2.mp4"]
     assert [Video(row.path).num_frames for row in read_list(out / "train.csv")] == [20, 21, 21, 5, 10, 11, 23, 24]
 
     at_once.clear()  # what was good enough may no longer be
-    assert command.prepare([source], options(tmp_path, min_psnr=60.0)) == 1
+    assert prepare([source], options(tmp_path, min_psnr=60.0)) == 1
     assert len(at_once) == 7
     assert all(" dB, at least 60 dB are asked for" in line["fault"] for line in manifest(out)[-7:])
 
 
 def test_originals_may_go_when_their_copies_are_there(source: Path, tmp_path: Path, at_once: list[str]) -> None:
-    command.prepare([source], options(tmp_path))
+    prepare([source], options(tmp_path))
     shutil.rmtree(tmp_path / "my videos")
     at_once.clear()
-    assert command.prepare([source], options(tmp_path)) == 0
+    assert prepare([source], options(tmp_path)) == 0
     assert at_once == []
     assert len(read_list(tmp_path / "out" / "train.csv")) == 8
 
 
 def test_train_and_val_share_a_folder_and_its_files(source: Path, tmp_path: Path, at_once: list[str]) -> None:
-    command.prepare([source], options(tmp_path))
-    assert command.prepare([tmp_path / "val.csv"], options(tmp_path)) == 0
+    prepare([source], options(tmp_path))
+    assert prepare([tmp_path / "val.csv"], options(tmp_path)) == 0
     assert len(at_once) == 7  # both videos of val.csv were there
     train, val = (read_list(tmp_path / "out" / name) for name in ("train.csv", "val.csv"))
     assert [(row.path, row.label) for row in val] == [(train[6].path, 2), (train[0].path, 0)]
@@ -181,7 +193,7 @@ def test_train_and_val_share_a_folder_and_its_files(source: Path, tmp_path: Path
     assert list(summary["lists"]) == ["train.csv", "val.csv"]
 
     both = options(tmp_path, out=tmp_path / "at once")
-    assert command.prepare([source, tmp_path / "val.csv"], both) == 0
+    assert prepare([source, tmp_path / "val.csv"], both) == 0
     assert (
         json.loads((tmp_path / "at once" / "summary.json").read_text())["lists"].keys() == summary["lists"].keys()
     )
@@ -190,12 +202,12 @@ def test_train_and_val_share_a_folder_and_its_files(source: Path, tmp_path: Path
 def test_fewer_frames_say_what_is_lost(
     source: Path, tmp_path: Path, at_once: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.prepare([source], options(tmp_path, keep_every=2)) == 0
+    assert prepare([source], options(tmp_path, keep_every=2)) == 0
     lost = json.loads((tmp_path / "out" / "summary.json").read_text())["lost"]
     assert "data.sampling_stride=4 must read these videos with data.sampling_stride=2" in lost
     assert "of 4 neighbouring places where its clips could start 2 places are left" in lost
     assert lost in capsys.readouterr().out
-    assert command.describe_loss(4, 4).endswith("its clips could start 1 place is left")
+    assert reencode.describe_loss(4, 4).endswith("its clips could start 1 place is left")
     first = Video(read_list(tmp_path / "out" / "train.csv")[0].path)
     assert shown(first.read(range(first.num_frames))) == list(range(0, 20, 2))
 
@@ -204,7 +216,7 @@ def test_faults_are_left_out_named_and_tried_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In real processes: one video hangs, one ends its process, one is no video, one is missing."""
-    monkeypatch.setattr(command, "prepare_video", misbehave_or_prepare)
+    monkeypatch.setattr(reencode, "prepare_video", misbehave_or_prepare)
     good = tmp_path / "my videos" / "0.mp4"
     for name in ("hangs.mp4", "crashes.mp4"):
         shutil.copy(good, tmp_path / name)
@@ -219,7 +231,7 @@ def test_faults_are_left_out_named_and_tried_again(
     ]
     (tmp_path / "mixed.csv").write_text("\n".join(rows) + "\n")
     given = options(tmp_path, processes=2, timeout_s=15.0)
-    assert command.prepare([tmp_path / "mixed.csv"], given) == 1
+    assert prepare([tmp_path / "mixed.csv"], given) == 1
     out = tmp_path / "out"
     assert [row.label for row in read_list(out / "mixed.csv")] == [1, 2]
     assert not list(out.rglob("*.partial"))
@@ -233,15 +245,15 @@ def test_faults_are_left_out_named_and_tried_again(
     assert "66.67% of the rows are left out, more than --max-bad-share 1.00%" in said
 
     shutil.copy(good, tmp_path / "text.mp4")
-    monkeypatch.setattr(command, "prepare_video", prepare_video)
-    assert command.prepare([tmp_path / "mixed.csv"], replace(given, max_bad_share=0.2)) == 0
+    monkeypatch.setattr(reencode, "prepare_video", prepare_video)
+    assert prepare([tmp_path / "mixed.csv"], replace(given, max_bad_share=0.2)) == 0
     assert [row.label for row in read_list(out / "mixed.csv")] == [0, 1, 0, 2, 2]
     assert "2 of 6 videos are prepared already" in capsys.readouterr().out
 
 
 def test_list_of_faults_alone_is_empty(tmp_path: Path, at_once: list[str]) -> None:
     (tmp_path / "gone.csv").write_text("gone.mp4 0\n")
-    assert command.prepare([tmp_path / "gone.csv"], options(tmp_path)) == 1
+    assert prepare([tmp_path / "gone.csv"], options(tmp_path)) == 1
     assert (tmp_path / "out" / "gone.csv").read_text() == ""
 
 
@@ -283,7 +295,7 @@ def manifest_whole(out: Path) -> list[str]:
 def test_other_settings_names_and_classes_are_refused_and_change_nothing(
     source: Path, tmp_path: Path, at_once: list[str]
 ) -> None:
-    command.prepare([source], options(tmp_path))
+    prepare([source], options(tmp_path))
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(source, other / "train.csv")
@@ -301,12 +313,12 @@ def test_other_settings_names_and_classes_are_refused_and_change_nothing(
         ([other / "train.csv"], {}, r"out/train.csv is the list of .*/train.csv; rename"),
         ([other / "more.csv"], {}, "classes.txt and .*classes.txt differ"),
         ([source], {"out": tmp_path / "foreign"}, r"foreign/train.csv is no list of ours"),
-        ([source], {"out": tmp_path}, r"train.csv is no list of ours|is none of a preparation"),
+        ([source], {"out": tmp_path}, r"train.csv is no list of ours|was not written by `everest prepare`"),
         ([tmp_path / "summary.json"], {}, "a list cannot be called summary.json"),
         ([tmp_path / "absent.csv"], {}, "absent.csv"),
     ):
         with pytest.raises(UserError, match=message):
-            command.prepare(sources, options(tmp_path, **changes))
+            prepare(sources, options(tmp_path, **changes))
         assert state(tmp_path) == before, message
 
 
@@ -318,17 +330,17 @@ def test_disk_without_room_ends_the_call_and_a_later_one_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(command, "_FILES_TO_ESTIMATE_BY", 2)
-    monkeypatch.setattr(command.shutil, "disk_usage", lambda path: usage._replace(free=100))
+    monkeypatch.setattr(reencode, "_FILES_TO_ESTIMATE_BY", 2)
+    monkeypatch.setattr(reencode.shutil, "disk_usage", lambda path: usage._replace(free=100))
     with pytest.raises(UserError, match=r"the other videos will take about .*make room and call again"):
-        command.prepare([source], options(tmp_path))
+        prepare([source], options(tmp_path))
     assert len(at_once) == 2
-    monkeypatch.setattr(command.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(command, "prepare_video", lambda row, **given: Prepared(fault="full", is_disk_full=True))
+    monkeypatch.setattr(reencode.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(reencode, "prepare_video", lambda row, **given: Prepared(fault="full", is_disk_full=True))
     words = ["prepare", str(source), "--out", str(tmp_path / "out")]
     assert cli.main(words) == 2
     assert "No space left on device" in capsys.readouterr().err
-    monkeypatch.setattr(command, "prepare_video", prepare_video)
+    monkeypatch.setattr(reencode, "prepare_video", prepare_video)
     assert cli.main(words) == 0
     assert "2 of 7 videos are prepared already" in capsys.readouterr().out
 

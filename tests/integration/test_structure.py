@@ -85,6 +85,8 @@ def test_leaves_and_recipes_need_no_torch() -> None:
     loaded = modules_after(
         "import everest_ds.cli, everest_ds.recipes, everest_ds.config.file, everest_ds.distributed, "
         "everest_ds.commands.train, everest_ds.commands.plan, everest_ds.commands.benchmark, "
+        "everest_ds.commands.check_data, everest_ds.commands.prepare, everest_ds.commands.index, "
+        "everest_ds.commands.demo_data, "
         "everest_ds.data.lists.video_list"
     )
     assert not loaded & {"torch", "deepspeed", "decord", "timm"}

@@ -3,8 +3,6 @@
 Place in the flow: a row of a list -> Finding. Runs in a process that can be killed (`data.loading.pool`).
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from everest_ds.config.sections import ReaderName
-from everest_ds.data.curation.journal import Journal, identity
+from everest_ds.data.curation.record import Record, identity
 from everest_ds.data.lists.video_list import VideoPart, VideoRow
 from everest_ds.data.readers.container import describe_missing, read_container
 from everest_ds.data.readers.video import Video, VideoReadError
@@ -121,46 +119,25 @@ def _judge(
     return Kind.GOOD, ""
 
 
-class Record:
-    """Findings on disk, one JSON line each, after a line that says how closely videos were looked at.
+def open_record(path: Path, settings: ProbeSettings) -> Record[VideoPart, Finding]:
+    """Return a record of findings, by the part of a video that they are about.
 
     A finding holds as long as its file is as large and as old as it was. What was missing or cut off is looked at
     again: older versions took a file with longer sound for one that was cut off.
-
-    Args:
-        path: The file.
-        settings: How closely videos are looked at.
     """
 
-    def __init__(self, path: Path, settings: ProbeSettings) -> None:
-        self._journal = Journal(path, asdict(settings), of="check")
+    def parse(line: dict[str, Any]) -> tuple[VideoPart, Finding]:
+        fields = {name: line[name] for name in Finding.__dataclass_fields__} | {"kind": Kind(line["kind"])}
+        return (Path(line["path"]), line["start_s"], line["end_s"]), Finding(**fields)
 
-    def read(self) -> dict[VideoPart, Finding]:
-        """Return the findings that still hold; a last line that was cut short is left out.
+    def holds(line: dict[str, Any]) -> bool:
+        known = identity(Path(line["path"]))
+        return known is not None and known == line["file"] and line["kind"] != Kind.TRUNCATED
 
-        Raises:
-            UserError: The file is of other settings, or none of ours.
-        """
-        entries = self._journal.read(lambda line: (_finding_of(line), _still_holds(line)))
-        return dict(finding for finding, holds in entries if holds)
-
-    @contextlib.contextmanager
-    def appending(self) -> Iterator[Callable[[VideoRow, Finding], None]]:
-        """Provide what adds a finding; each is on disk before the next is taken."""
-        with self._journal.appending() as append:
-            yield lambda row, finding: append(_line_of(row, finding))
+    return Record(path, asdict(settings), of="check", parse=parse, holds=holds)
 
 
-def _line_of(row: VideoRow, finding: Finding) -> dict[str, Any]:
+def record_line(row: VideoRow, finding: Finding) -> dict[str, Any]:
+    """Return the line of a finding in the record."""
     window = {"start_s": row.start_s, "end_s": row.end_s}
     return {"path": str(row.path), **window, "file": identity(row.path), **asdict(finding)}
-
-
-def _finding_of(line: dict[str, Any]) -> tuple[VideoPart, Finding]:
-    fields = {name: line[name] for name in Finding.__dataclass_fields__}
-    return (Path(line["path"]), line["start_s"], line["end_s"]), Finding(**fields | {"kind": Kind(line["kind"])})
-
-
-def _still_holds(line: dict[str, Any]) -> bool:
-    known = identity(Path(line["path"]))
-    return known is not None and known == line["file"] and line["kind"] != Kind.TRUNCATED

@@ -1,18 +1,19 @@
-"""One video, or a window of it, re-encoded for training.
+"""Videos of lists, or windows of them, re-encoded for training.
 
-Place in the flow: a row of a list -> a file of the same frames, smaller and quick to decode. Runs in a process that
-can be killed (`data.loading.pool`). The source is only read. Frames keep their times, counted from the first one; a
-display matrix is applied; sound is left out.
+Place in the flow: Preparation -> each row in a worker that can be killed -> a file of the same frames, smaller and
+quick to decode -> record, lists, summary. Sources are only read. Frames keep their times, counted from the first
+one; a display matrix is applied; sound is left out.
 """
 
 import contextlib
 import errno
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import av
 import numpy as np
@@ -22,86 +23,143 @@ from numpy.typing import NDArray
 from torchvision.transforms.v2 import functional as tvf
 
 from everest_ds.config.sections import ReaderName
+from everest_ds.data.curation.preparation import (
+    Preparation,
+    Prepared,
+    PrepareOptions,
+    PrepareSettings,
+    open_record,
+    record_line,
+    target_name,
+    write_lists,
+)
+from everest_ds.data.curation.record import Record
 from everest_ds.data.lists.video_list import VideoRow
+from everest_ds.data.loading.pool import run_all
 from everest_ds.data.readers.base import require_file
 from everest_ds.data.readers.packets import FAULTS, reason_of, scan_packets
 from everest_ds.data.readers.pyav import PyavReader
 from everest_ds.data.readers.video import Video, VideoReadError, frames_of_window
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
 from everest_ds.files import partial_path
-
-CodecName = Literal["mjpeg", "h264"]
-"""What files are encoded with."""
-
-QUALITIES: dict[CodecName, tuple[int, int, int]] = {"mjpeg": (5, 2, 31), "h264": (20, 0, 51)}
-"""Default, least and greatest quality of a codec in its own terms; less is better.
-
-Measured on five real clips: 36.7 to 39.4 dB with mjpeg at 5, 35.2 to 36.7 dB with h264 at 20 and every frame a
-keyframe.
-"""
+from everest_ds.progress import with_progress
 
 _TICKS_PER_S = 90_000
 _TIME_TOLERANCE_S = 1e-3
 # Frames whose pixels are held against what went in.
 _SAMPLES = 8
-_LONGEST_STEM = 160
+
+# Files after which it is known how much room the others will take.
+_FILES_TO_ESTIMATE_BY = 32
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrepareSettings:
-    """What makes a prepared file what it is; files of other settings do not go into one folder.
+def run(job: Preparation, world: World) -> int:
+    """Prepare the videos of lists, or what is left of them; return the exit code: 1 where more fail than may.
 
-    Attributes:
-        short_side: Pixels of the shorter side, even; a smaller video is not enlarged. None keeps all sizes.
-        codec: What it is encoded with.
-        gop: Frames from one keyframe to the next; mjpeg has keyframes only.
-        quality: In the codec's own terms: the quantiser's scale of mjpeg, the rate factor (CRF) of h264.
-        keep_every: Every such frame is kept, from the first one on.
-        reader: What reads it, as in training.
+    Raises:
+        UserError: The folder holds files of other settings, or the disk will not have room.
+        OSError: The disk is full.
     """
-
-    short_side: int | None = 256
-    codec: CodecName = "mjpeg"
-    gop: int = 1
-    quality: int = QUALITIES["mjpeg"][0]
-    keep_every: int = 1
-    reader: ReaderName = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """What came of a row.
-
-    Attributes:
-        fault: Why there is no file, in words; None where there is one.
-        frames_in: Frames of the source, or of its window.
-        frames_out: Frames of the file.
-        width: Of the file, in pixels.
-        height: Likewise.
-        bytes_after: Size of the file.
-        psnr_db: Peak signal-to-noise ratio of the worst of a few frames against what went into the encoder.
-        is_disk_full: Whether there was no room for it, which is no fault of the video's.
-    """
-
-    fault: str | None = None
-    frames_in: int = 0
-    frames_out: int = 0
-    width: int = 0
-    height: int = 0
-    bytes_after: int = 0
-    psnr_db: float | None = None
-    is_disk_full: bool = False
+    options = job.options
+    options.out.mkdir(parents=True, exist_ok=True)
+    record = open_record(options)
+    done = record.read()
+    wanted = {target: row for rows in job.lists.values() for target, row in rows}
+    todo = [row for target, row in wanted.items() if target not in done]
+    if len(todo) < len(wanted):
+        print(f"{len(wanted) - len(todo)} of {len(wanted)} videos are prepared already", flush=True)
+    return _conclude(job, done | _prepare_all(todo, record, options))
 
 
-def target_name(row: VideoRow) -> str:
-    """Return where a row's file stands below the folder of a preparation.
+def _prepare_all(
+    todo: Sequence[VideoRow], record: Record[str, Prepared], options: PrepareOptions
+) -> dict[str, Prepared]:
+    """Prepare videos, record each, and return the results by target."""
+    out = options.out
+    function = partial(prepare_video, settings=options.settings, folder=out, min_psnr_db=options.min_psnr)
+    num_workers = options.processes or len(os.sched_getaffinity(0))
+    outcomes = run_all(function, todo, num_workers=num_workers, timeout_s=options.timeout_s)
+    done: dict[str, Prepared] = {}
+    sizes: list[int] = []
+    with _removing_partials(todo, done, num_workers, out), contextlib.closing(outcomes):
+        for outcome in with_progress(outcomes, len(todo)):
+            target, prepared = target_name(outcome.item), outcome.result
+            if prepared is None:
+                partial_path(out / target).unlink(missing_ok=True)
+                prepared = Prepared(fault=outcome.fault or "no answer")
+            if prepared.is_disk_full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
+            record.append(record_line(outcome.item, prepared))
+            done[target] = prepared
+            if prepared.fault is not None:
+                print(f"left out: {outcome.item.path}: {prepared.fault}", flush=True)
+                continue
+            sizes.append(prepared.bytes_after)
+            if len(sizes) == _FILES_TO_ESTIMATE_BY:
+                _require_room(out, sum(sizes) / len(sizes) * (len(todo) - len(done)))
+    return done
 
-    Rows that name the same part of the same file, by whatever path, share it; others never do.
-    """
-    source = row.path.resolve()
-    part = f"{source}\n{row.start_s}\n{row.end_s}"
-    digest = hashlib.sha256(part.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    stem = source.stem.encode("utf-8", "surrogateescape")[:_LONGEST_STEM].decode("utf-8", "ignore")
-    return str(Path("videos") / source.parent.name / f"{stem}-{digest}.mp4")
+
+@contextlib.contextmanager
+def _removing_partials(
+    todo: Sequence[VideoRow], done: Mapping[str, Prepared], num_workers: int, out: Path
+) -> Iterator[None]:
+    """Remove what processes had begun to write when something, Ctrl-C for instance, ended them."""
+    try:
+        yield
+    except BaseException:
+        left = (target for row in todo if (target := target_name(row)) not in done)
+        for target in islice(left, 2 * num_workers):  # begun in order, one in each worker
+            partial_path(out / target).unlink(missing_ok=True)
+        raise
+
+
+def _require_room(out: Path, needed: float) -> None:
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise UserError(
+            f"the other videos will take about {_size(needed)}, {out} has {_size(free)} left; make room and call "
+            "again, or take another folder with --codec h264, a greater --quality or --keep-every"
+        )
+
+
+def _conclude(job: Preparation, done: Mapping[str, Prepared]) -> int:
+    """Write summary and lists, say what was made, and return the exit code."""
+    options = job.options
+    lost = describe_loss(options.keep_every, options.sampling_stride)
+    accounts = write_lists(job, done, lost)
+    for name, account in accounts.items():
+        print(
+            f"{options.out / name}: {account['videos']} videos, {account['frames']} frames, "
+            f"{_size(account['bytes_before'])} before, {_size(account['bytes_after'])} now "
+            f"(x{account['growth']:.2f}); {account['left_out']} of {account['rows']} rows left out"
+        )
+    print(f"lost: {lost}")
+    rows = sum(account["rows"] for account in accounts.values())
+    share = sum(account["left_out"] for account in accounts.values()) / rows
+    if share > options.max_bad_share:
+        print(f"{share:.2%} of the rows are left out, more than --max-bad-share {options.max_bad_share:.2%}")
+        return 1
+    return 0
+
+
+def describe_loss(keep_every: int, stride: int) -> str:
+    """Return in words what a preparation cannot give back."""
+    lost = "sound, and what the new encoding and size do not keep"
+    if keep_every == 1:
+        return lost
+    left = stride // keep_every
+    places = "1 place is" if left == 1 else f"{left} places are"
+    return (
+        f"{lost}; all but every {keep_every}th frame: a recipe with data.sampling_stride={stride} must read these "
+        f"videos with data.sampling_stride={left} (data.sampling_seconds stays: frames keep their times), and of "
+        f"{stride} neighbouring places where its clips could start {places} left"
+    )
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def prepare_video(row: VideoRow, settings: PrepareSettings, folder: Path, min_psnr_db: float) -> Prepared:
@@ -115,12 +173,12 @@ def prepare_video(row: VideoRow, settings: PrepareSettings, folder: Path, min_ps
     """
     torch.set_num_threads(1)
     target = folder / target_name(row)
-    partial = partial_path(target)
+    unfinished = partial_path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        prepared = _make(row, settings, partial, min_psnr_db)
+        prepared = _make(row, settings, unfinished, min_psnr_db)
         if prepared.fault is None:
-            partial.replace(target)
+            unfinished.replace(target)
         return prepared
     except VideoReadError as error:
         return Prepared(fault=error.reason)
@@ -129,10 +187,10 @@ def prepare_video(row: VideoRow, settings: PrepareSettings, folder: Path, min_ps
         return Prepared(fault=f"cannot be written: {reason_of(error)}", is_disk_full=is_disk_full)
     finally:
         with contextlib.suppress(OSError):  # none, or no folder for it
-            partial.unlink()
+            unfinished.unlink()
 
 
-def _make(row: VideoRow, settings: PrepareSettings, partial: Path, min_psnr_db: float) -> Prepared:
+def _make(row: VideoRow, settings: PrepareSettings, path: Path, min_psnr_db: float) -> Prepared:
     require_file(row.path)
     reader = PyavReader(row.path)
     times_s = reader.times_s()
@@ -142,9 +200,9 @@ def _make(row: VideoRow, settings: PrepareSettings, partial: Path, min_psnr_db: 
     kept = window[:: settings.keep_every]
     kept_s = times_s[kept.start : kept.stop : kept.step] - times_s[kept.start]
     frames = (_resized(frame, settings.short_side, row.path) for frame in reader.stream(kept))
-    samples_THWC = _encode(partial, frames, kept_s, settings)
+    samples_THWC = _encode(path, frames, kept_s, settings)
     height, width = samples_THWC.shape[1:3]
-    fault, psnr_db = _verify(partial, samples_THWC, kept_s, settings.reader)
+    fault, psnr_db = _verify(path, samples_THWC, kept_s, settings.reader)
     if fault is None and psnr_db < min_psnr_db:
         fault = f"its worst frame came out at {psnr_db:.1f} dB, at least {min_psnr_db:g} dB are asked for"
     return Prepared(
@@ -153,7 +211,7 @@ def _make(row: VideoRow, settings: PrepareSettings, partial: Path, min_psnr_db: 
         frames_out=len(kept),
         width=width,
         height=height,
-        bytes_after=partial.stat().st_size,
+        bytes_after=path.stat().st_size,
         psnr_db=psnr_db,
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from everest_ds.data.curation.probe import Finding, Kind, ProbeSettings, Record, probe_video
+from everest_ds.data.curation.probe import Finding, Kind, ProbeSettings, open_record, probe_video, record_line
 from everest_ds.data.demo import encode_h264
 from everest_ds.data.lists.video_list import VideoRow
 
@@ -84,11 +84,10 @@ def test_known_findings_hold_but_those_of_cut_off_and_missing_files(tmp_path: Pa
         "short.mp4": Kind.TOO_SHORT,
         "gone.mp4": Kind.MISSING,
     }
-    record = Record(tmp_path / "findings.jsonl", ProbeSettings())
-    with record.appending() as append:
-        for name, kind in found.items():
-            if kind is not Kind.MISSING:
-                (tmp_path / name).write_bytes(b"video")
-            append(VideoRow(tmp_path / name, 0), Finding(kind=kind))
+    record = open_record(tmp_path / "findings.jsonl", ProbeSettings())
+    for name, kind in found.items():
+        if kind is not Kind.MISSING:
+            (tmp_path / name).write_bytes(b"video")
+        record.append(record_line(VideoRow(tmp_path / name, 0), Finding(kind=kind)))
     known = {part[0].name: finding.kind for part, finding in record.read().items()}
     assert known == {"good.mp4": Kind.GOOD, "short.mp4": Kind.TOO_SHORT}

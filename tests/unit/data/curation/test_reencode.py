@@ -12,14 +12,8 @@ import numpy as np
 import pytest
 
 from everest_ds.data.curation import reencode as prepare
-from everest_ds.data.curation.reencode import (
-    Prepared,
-    PrepareSettings,
-    prepare_video,
-    psnr_db,
-    target_name,
-    target_size,
-)
+from everest_ds.data.curation.preparation import Prepared, PrepareSettings, target_name
+from everest_ds.data.curation.reencode import prepare_video, psnr_db, target_size
 from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.data.readers.packets import scan_packets
 from everest_ds.data.readers.video import Video

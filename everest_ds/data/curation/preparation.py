@@ -1,0 +1,308 @@
+"""What `everest prepare` is asked for, and its folder: the record, lists, names of the classes, summary. No torch.
+
+Place in the flow: lists and options -> `start_preparation` -> Preparation -> `data.curation.reencode`.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from everest_ds.config.sections import ReaderName
+from everest_ds.data.curation.record import Record, identity
+from everest_ds.data.lists.classes import NAMES_FILE
+from everest_ds.data.lists.video_list import VideoRow, format_list, read_list
+from everest_ds.data.readers.choice import choose_reader
+from everest_ds.errors import UserError
+from everest_ds.files import write_atomically
+
+CodecName = Literal["mjpeg", "h264"]
+"""What files are encoded with."""
+
+QUALITIES: dict[CodecName, tuple[int, int, int]] = {"mjpeg": (5, 2, 31), "h264": (20, 0, 51)}
+"""Default, least and greatest quality of a codec in its own terms; less is better.
+
+Measured on five real clips: 36.7 to 39.4 dB with mjpeg at 5, 35.2 to 36.7 dB with h264 at 20 and every frame a
+keyframe.
+"""
+
+MANIFEST, SUMMARY, VIDEOS = "manifest.jsonl", "summary.json", "videos"
+_LONGEST_STEM = 160
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings:
+    """What makes a prepared file what it is; files of other settings do not go into one folder.
+
+    Attributes:
+        short_side: Pixels of the shorter side, even; a smaller video is not enlarged. None keeps all sizes.
+        codec: What it is encoded with.
+        gop: Frames from one keyframe to the next; mjpeg has keyframes only.
+        quality: In the codec's own terms: the quantiser's scale of mjpeg, the rate factor (CRF) of h264.
+        keep_every: Every such frame is kept, from the first one on.
+        reader: What reads it, as in training.
+    """
+
+    short_side: int | None = 256
+    codec: CodecName = "mjpeg"
+    gop: int = 1
+    quality: int = QUALITIES["mjpeg"][0]
+    keep_every: int = 1
+    reader: ReaderName = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """How videos are prepared."""
+
+    out: Path
+    """Folder for videos, lists and the record; several calls may share it, for a train and a val list."""
+    short_side: int | None = 256
+    """Pixels of the shorter side, even; smaller videos keep their size, and 0 keeps all."""
+    codec: CodecName = "mjpeg"
+    """mjpeg: every frame by itself, quickest to read, largest; h264: smaller, without B-frames and deblocking."""
+    gop: int = 1
+    """Frames from one keyframe to the next, with h264: 16 halves the files of 1, and doubles the time to read."""
+    quality: int | None = None
+    """Less is better and larger: 2 to 31 with mjpeg (5 without this), the CRF, 0 to 51, with h264 (20)."""
+    keep_every: int = 1
+    """Keep every such frame only; it must divide the sampling stride of the recipe."""
+    sampling_stride: int = 4
+    """data.sampling_stride of the recipe that the videos are for; used with keep-every."""
+    min_psnr: float = 30.0
+    """Decibels that the worst of the frames compared must have."""
+    reader: ReaderName = "auto"
+    """Library that a file is verified with; the one that the run will have."""
+    processes: int | None = None
+    """Videos at a time; one a CPU core without this."""
+    timeout_s: float = 600.0
+    """Seconds that a video may take before its process is killed."""
+    max_bad_share: float = 0.01
+    """Share of the rows that may fail; more makes the exit code 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("gop", "keep_every", "sampling_stride", "processes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if self.short_side is not None and (self.short_side < 0 or self.short_side % 2):
+            raise UserError(f"--short-side {self.short_side} must be even, or 0 to keep all sizes")
+        if self.codec == "mjpeg" and self.gop != 1:
+            raise UserError(
+                f"--gop {self.gop} has no meaning with mjpeg, which has keyframes only; use --codec h264"
+            )
+        _, least, greatest = QUALITIES[self.codec]
+        if self.quality is not None and not least <= self.quality <= greatest:
+            raise UserError(f"--quality {self.quality} must be from {least} to {greatest} with {self.codec}")
+        if self.sampling_stride % self.keep_every:
+            raise UserError(
+                f"--keep-every {self.keep_every} does not divide --sampling-stride {self.sampling_stride}: the "
+                f"recipe would miss frames; use one of {_divisors(self.sampling_stride)}"
+            )
+        if not math.isfinite(self.min_psnr):
+            raise UserError(f"--min-psnr {self.min_psnr} must be a number of decibels")
+        if not self.timeout_s > 0:
+            raise UserError(f"--timeout-s {self.timeout_s} must be above 0")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(f"--max-bad-share {self.max_bad_share} must be a share in [0, 1]")
+
+    @property
+    def settings(self) -> PrepareSettings:
+        """What makes a file what it is."""
+        return PrepareSettings(
+            short_side=self.short_side or None,
+            codec=self.codec,
+            gop=self.gop,
+            quality=QUALITIES[self.codec][0] if self.quality is None else self.quality,
+            keep_every=self.keep_every,
+            reader=self.reader,
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(value) for value in range(1, number + 1) if number % value == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Result of a row.
+
+    Attributes:
+        fault: Why there is no file, in words; None where there is one.
+        frames_in: Frames of the source, or of its window.
+        frames_out: Frames of the file.
+        width: Of the file, in pixels.
+        height: Likewise.
+        bytes_after: Size of the file.
+        psnr_db: Peak signal-to-noise ratio of the worst of a few frames against what went into the encoder.
+        is_disk_full: Whether there was no room for it, which is no fault of the video's; not recorded.
+    """
+
+    fault: str | None = None
+    frames_in: int = 0
+    frames_out: int = 0
+    width: int = 0
+    height: int = 0
+    bytes_after: int = 0
+    psnr_db: float | None = None
+    is_disk_full: bool = False
+
+
+def target_name(row: VideoRow) -> str:
+    """Return where a row's file stands below the folder of a preparation.
+
+    Rows that name the same part of the same file, by whatever path, share it; others never do.
+    """
+    source = row.path.resolve()
+    part = f"{source}\n{row.start_s}\n{row.end_s}"
+    digest = hashlib.sha256(part.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    stem = source.stem.encode("utf-8", "surrogateescape")[:_LONGEST_STEM].decode("utf-8", "ignore")
+    return str(Path(VIDEOS) / source.parent.name / f"{stem}-{digest}.mp4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """Lists that are to be prepared.
+
+    Attributes:
+        lists: The rows of each list, each with its `target_name`.
+        options: How.
+        earlier: What the summary of earlier calls says of their lists, by name.
+    """
+
+    lists: Mapping[Path, Sequence[tuple[str, VideoRow]]]
+    options: PrepareOptions
+    earlier: dict[str, Any]
+
+
+def start_preparation(sources: Sequence[Path], options: PrepareOptions) -> Preparation:
+    """Read the lists, and check readers and folder; nothing is written.
+
+    Raises:
+        UserError: A list cannot be read, two have one name, the folder holds something else, or a reader is not
+            available.
+    """
+    lists = {source: [(target_name(row), row) for row in read_list(source)] for source in sources}
+    choose_reader(options.reader)
+    choose_reader("pyav")
+    return Preparation(lists=lists, options=options, earlier=_earlier_lists(sources, options.out))
+
+
+def open_record(options: PrepareOptions) -> Record[str, Prepared]:
+    """Return the record of a folder's files, by target.
+
+    A file holds as long as it is as large as it was, its source, where that is still there, is unchanged, and its
+    worst frame is good enough. A row that failed is tried again.
+    """
+
+    def parse(line: dict[str, Any]) -> tuple[str, Prepared]:
+        fields = {name: line[name] for name in Prepared.__dataclass_fields__ if name != "is_disk_full"}
+        return str(line["target"]), Prepared(**fields)
+
+    def holds(line: dict[str, Any]) -> bool:
+        if line["fault"] is not None or (line["psnr_db"] or 0.0) < options.min_psnr:
+            return False
+        made, source = identity(options.out / line["target"]), identity(Path(line["source"]))
+        return made is not None and made[0] == line["bytes_after"] and source in (None, line["file"])
+
+    return Record(options.out / MANIFEST, asdict(options.settings), of="preparation", parse=parse, holds=holds)
+
+
+def record_line(row: VideoRow, prepared: Prepared) -> dict[str, Any]:
+    """Return the line of a row in the record."""
+    known = identity(row.path)
+    result = asdict(prepared)
+    del result["is_disk_full"]
+    return {
+        "source": str(row.path.absolute()),
+        "start_s": row.start_s,
+        "end_s": row.end_s,
+        "target": target_name(row),
+        "file": known,
+        "bytes_before": known[0] if known else 0,
+        **result,
+    }
+
+
+def _earlier_lists(sources: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Check that no file of something else would be replaced; return what earlier calls' summary says of lists.
+
+    Raises:
+        UserError: Two lists have one name, a list's name is taken, or names of the classes differ.
+    """
+    names = [source.name for source in sources]
+    for source in sources:
+        if names.count(source.name) > 1:
+            raise UserError(f"two lists are called {source.name}; rename one, or use another --out for it")
+        if source.name in (MANIFEST, SUMMARY, VIDEOS, NAMES_FILE):
+            raise UserError(f"a list cannot be called {source.name}, as another file of --out is; rename it")
+    earlier: dict[str, Any] = {}
+    if (out / SUMMARY).is_file():
+        try:
+            earlier = dict(json.loads((out / SUMMARY).read_text(encoding="utf-8"))["lists"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{out / SUMMARY} was not written by `everest prepare`; name another folder with --out"
+            ) from error
+    for source in sources:
+        known = earlier.get(source.name, {}).get("source")
+        if (out / source.name).exists() and known != str(source.resolve()):
+            whose = f"the list of {known}" if known else "no list of ours"
+            raise UserError(f"{out / source.name} is {whose}; rename {source}, or name another folder with --out")
+    _class_names(sources, out)
+    return earlier
+
+
+def _class_names(sources: Sequence[Path], out: Path) -> bytes | None:
+    """Return the one file of class names beside the lists and in the folder; None without any."""
+    files = [folder / NAMES_FILE for folder in (out, *(source.parent for source in sources))]
+    texts = {path.read_bytes(): path for path in files if path.is_file()}
+    if len(texts) > 1:
+        one, other, *_ = texts.values()
+        raise UserError(f"{one} and {other} differ; lists of other classes need another --out")
+    return next(iter(texts), None)
+
+
+def write_lists(job: Preparation, done: Mapping[str, Prepared], lost: str) -> dict[str, dict[str, Any]]:
+    """Write the summary, a list for each list, and the names of the classes.
+
+    Args:
+        job: The lists.
+        done: The result of each target.
+        lost: What prepared videos have not, in words.
+
+    Returns:
+        What the summary says of each of these lists, by name.
+    """
+    out = job.options.out
+    accounts = {source.name: _account(source, rows, done) for source, rows in job.lists.items()}
+    summary = {"settings": asdict(job.options.settings), "lost": lost, "lists": job.earlier | accounts}
+    # First, since by it a later call knows the lists as ours.
+    write_atomically(out / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    for source, rows in job.lists.items():
+        kept = [VideoRow(out / target, row.label) for target, row in rows if done[target].fault is None]
+        write_atomically(out / source.name, format_list(out / source.name, kept) if kept else "")
+    names = _class_names(list(job.lists), out)
+    if names is not None:
+        write_atomically(out / NAMES_FILE, names)
+    return accounts
+
+
+def _account(source: Path, rows: Sequence[tuple[str, VideoRow]], done: Mapping[str, Prepared]) -> dict[str, Any]:
+    made = {target: row for target, row in rows if done[target].fault is None}
+    sources = {row.path.resolve() for row in made.values()}
+    bytes_before = sum(path.stat().st_size for path in sources if path.is_file())
+    bytes_after = sum(done[target].bytes_after for target in made)
+    return {
+        "source": str(source.resolve()),
+        "rows": len(rows),
+        "left_out": sum(done[target].fault is not None for target, _ in rows),
+        "videos": len(made),
+        "frames": sum(done[target].frames_out for target in made),
+        "bytes_before": bytes_before,
+        "bytes_after": bytes_after,
+        "growth": round(bytes_after / bytes_before, 3) if bytes_before else 0.0,
+    }
