@@ -1,8 +1,8 @@
 """Launches whose processes are forks of one that has imported torch, DeepSpeed and the project.
 
 To start a process and import all that costs as much as ten steps of a small run, and the deepspeed launcher starts
-two more. What a run computes depends on neither: tests of numbers launch here. Tests of launchers, signals, kills
-and faults that several processes meet launch with `launch.launch` or `launch.start`, as users do.
+two more. What a run computes and refuses depends on neither: tests of that launch here. Tests of launchers, signals
+and kills launch with `launch.launch` or `launch.start`, as users do.
 
 Run as a program, this is the process that forks. It reads a line of JSON a launch and answers with one of exit
 codes.
@@ -11,9 +11,11 @@ codes.
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
+import pkgutil
 import runpy
 import select
 import signal
@@ -24,15 +26,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import everest_ds
 from tests.conftest import REPOSITORY
 
-# What every run imports sooner or later (the compiler, too: DeepSpeed decorates functions with torch.compile).
-# Not the video libraries: one of them starts threads, which a fork would lose.
+# What runs import besides the modules of the project (the compiler, too: DeepSpeed decorates functions with
+# torch.compile). Of the libraries that read videos the one that starts no threads, which a fork would lose.
 PRELOADED = (
-    "deepspeed", "everest_ds.inference.evaluation", "everest_ds.inference.prediction",
-    "everest_ds.train.checkpoints.reshard", "everest_ds.training_run", "torch._inductor.compile_fx",
-    "torch.utils.cpp_extension", "torch.utils.tensorboard",
+    "av", "deepspeed", "deepspeed.module_inject.auto_ep_layer", "deepspeed.moe.layer", "deepspeed.ops.adam",
+    "deepspeed.ops.op_builder.all_ops", "deepspeed.runtime.zero.muon.muon_optimizer", "einops._torch_specific",
+    "tests.integration.scanning", "torch._inductor.compile_fx", "torch.utils.cpp_extension",
+    "torch.utils.serialization", "torch.utils.tensorboard", "torchvision.transforms.v2", "tyro.constructors",
+    "typeguard",
 )  # fmt: skip
+# Programs, and what is copied to where transformers is.
+NOT_PRELOADED = ("everest_ds.__main__", "everest_ds.model.weights.hub_code")
 
 
 def run_forked(
@@ -92,13 +101,22 @@ def _end(server: "subprocess.Popen[str]") -> None:
 
 
 def serve() -> None:
-    """Fork for every request until there are no more; the forks return from here, too."""
+    """Fork a launcher for every request until there are no more, and its ranks, which return from here, too."""
     for module in PRELOADED:
         importlib.import_module(module)
+    for module in pkgutil.walk_packages(everest_ds.__path__, "everest_ds."):
+        if not module.name.startswith(NOT_PRELOADED):
+            importlib.import_module(module.name)
+    torch.compile(len)  # makes tables that all compilation needs
+    gc.freeze()  # collections in forks need not walk over all that
     assert len(os.listdir("/proc/self/task")) == 1
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
+        launcher = os.fork()
+        if launcher:
+            os.waitpid(launcher, 0)
+            continue
         request = json.loads(line)
         running = {}
         for rank, environment in enumerate(request["ranks"]):
@@ -108,6 +126,7 @@ def serve() -> None:
                 return
             running[pid] = rank
         print(json.dumps(wait_for_all(running)), file=answers, flush=True)
+        os._exit(0)
 
 
 def wait_for_all(running: dict[int, int]) -> list[int]:

@@ -90,8 +90,8 @@ def compute(
 ) -> subprocess.CompletedProcess[str]:
     """Run `everest ARGUMENTS`, or another module or file, to its end in forks of a warm process; see `forking`.
 
-    For what a run computes. `launch` is for how it is launched, and for faults that several processes meet: who of
-    them speaks is settled by their launcher's process id, and here all launches have the same one.
+    For what a run computes and refuses; `launch` is for how it is launched. As under a launcher, the ranks have a
+    parent of their own.
     """
     shared = {"WORLD_SIZE": str(processes), "LOCAL_SIZE": str(processes)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -108,8 +108,12 @@ def metrics(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
     return [line for line in map(json.loads, lines) if line["kind"] == kind]
 
 
+# A model and clips whose step takes a third of the demo's time.
+SMALL = ("--model.size", "nano", "--data.num-frames", "8")
+
+
 def flags(demo_folder: Path, out: Path, *extra: str, steps: int = 20) -> list[str]:
-    """The words of a short demo run that logs every step."""
+    """The words of a short run of the demo that logs every step."""
     words = ["pretrain", "demo", "--data.train-list", str(demo_folder / "train.csv"), "--out", str(out)]
     words += ["--run.max-steps", str(steps), "--run.log-every-steps", "1", "--data.num-workers", "0"]
     return [*words, "--precision", "fp32", *extra]
@@ -152,5 +156,5 @@ def require_same_run(run_dir: Path, expected: Path) -> None:
 
 def run_to_the_end(arguments: list[str]) -> None:
     """Run on two processes and require success."""
-    done = launch(arguments, processes=2)
+    done = compute(arguments, processes=2)
     assert done.returncode == 0, done.stderr

@@ -1,15 +1,13 @@
-"""Whole runs through the real launchers: one process against two, accumulation, ZeRO stages, resume, bad videos.
+"""Whole runs: one process against two, accumulation, ZeRO stages, resume, bad videos.
 
-The reference of the comparisons is one process at ZeRO-0. Measured worst relative difference of the loss over 20
-steps of the demo in float32: 1.5e-7.
+The reference of the comparisons is one process at ZeRO-0, in float32. Measured worst relative difference of the loss
+over 20 steps: 1.5e-7.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,8 @@ import torch
 
 import everest_ds.model.registry  # noqa: F401  (registers the models)
 from tests.conftest import REPOSITORY
-from tests.integration.launch import compute, contents, cpu_environment, ds_config, flags, launch, losses, metrics
+from tests.integration.launch import SMALL, compute, contents, ds_config, flags, launch, losses, metrics
+from tests.integration.scanning import scan
 
 LOSS_RTOL = 1e-5
 NUM_STEPS = 20
@@ -33,7 +32,8 @@ TRAIN_KEYS = {
 def reference(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, ZeRO-0, no accumulation."""
     out = tmp_path_factory.mktemp("runs") / "reference"
-    done = compute(flags(demo_folder, out, "--ds-config", ds_config("zero0"), "--batch.micro-size", "32"))
+    words = [*SMALL, "--ds-config", ds_config("zero0"), "--batch.micro-size", "32"]
+    done = compute(flags(demo_folder, out, *words))
     assert done.returncode == 0, done.stderr
     return out
 
@@ -65,7 +65,7 @@ def test_loss_falls(reference: Path) -> None:
 
 def test_skipped_steps_are_in_the_record_of_a_run(demo_folder: Path, tmp_path: Path) -> None:
     """At such a rate the first update makes weights whose loss is not finite: all later steps are left out."""
-    words = ["--optim.base-lr", "1e30", "--optim.warmup-epochs", "0", "--run.max-skipped-steps", "2"]
+    words = [*SMALL, "--optim.base-lr", "1e30", "--optim.warmup-epochs", "0", "--run.max-skipped-steps", "2"]
     done = compute(flags(demo_folder, tmp_path / "run", *words), processes=2)
     assert done.returncode == 2, done.stderr
     skipped = [line for line in metrics(tmp_path / "run", "event") if line["event"] == "skipped_step"]
@@ -79,7 +79,8 @@ def test_two_processes_equal_one_at_every_stage(
     stage: int, reference: Path, demo_folder: Path, tmp_path: Path
 ) -> None:
     start = launch if stage == 2 else compute  # one of them through the launcher that users have
-    done = start(flags(demo_folder, tmp_path / "run", "--ds-config", ds_config(f"zero{stage}")), processes=2)
+    words = [*SMALL, "--ds-config", ds_config(f"zero{stage}")]
+    done = start(flags(demo_folder, tmp_path / "run", *words), processes=2)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(reference), rel=LOSS_RTOL)
     norms, expected = ([line["grad_norm"] for line in metrics(run)] for run in (tmp_path / "run", reference))
@@ -88,7 +89,7 @@ def test_two_processes_equal_one_at_every_stage(
 
 
 def test_accumulation_of_4_equals_1(reference: Path, demo_folder: Path, tmp_path: Path) -> None:
-    done = compute(flags(demo_folder, tmp_path / "run", "--batch.micro-size", "8"))
+    done = compute(flags(demo_folder, tmp_path / "run", *SMALL, "--batch.micro-size", "8"))
     assert done.returncode == 0, done.stderr
     steps = [
         json.loads((run / "ds_config.json").read_text())["gradient_accumulation_steps"]
@@ -98,75 +99,25 @@ def test_accumulation_of_4_equals_1(reference: Path, demo_folder: Path, tmp_path
     assert losses(tmp_path / "run") == pytest.approx(losses(reference), rel=LOSS_RTOL)
 
 
-NAN_STEP = """
-import math, os, sys, torch
-from dataclasses import replace
-from pathlib import Path
-from everest_ds import distributed
-from everest_ds.config import BatchConfig
-from everest_ds.recipes import get_recipe
-from everest_ds.train import engine as engines
-from everest_ds.train.optim_step import Updater
-
-class Task(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = torch.nn.Linear(8, 8)
-
-    def parameter_groups(self):
-        return [{"params": list(self.parameters()), "weight_decay": 0.0, "lr_scale": 1.0}]
-
-    def forward(self, x):
-        return self.linear(x).square().mean()
-
-world = distributed.World.from_environment()
-device = distributed.start(world)
-config = replace(get_recipe("demo"), batch=BatchConfig(global_size=2 * world.size, micro_size=2))
-good, bad = torch.randn(2, 8), torch.full((2, 8), float("nan"))
-for stage in (0, 1, 2, 3):
-    systems = engines.load_systems(Path(sys.argv[1]) / f"zero{stage}.json")
-    ds_config = engines.resolve_ds_config(
-        systems, config, world_size=world.size, precision=sys.argv[2], device_type="cpu"
-    )
-    engine = engines.build_engine(Task(), config, ds_config, device)
-    updater = Updater(engine, config.optim.max_grad_norm)
-    engines.set_learning_rate(engine, 0.1)
-    dtype = next(engine.module.parameters()).dtype
-    for x in (good, bad if world.rank == world.size - 1 else good):
-        engine.backward(engine(x.to(dtype)))
-        result = updater.step()
-    weights_are_fine = bool(engine(torch.ones(2, 8, dtype=dtype)).isfinite())
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    (updates,) = {float(state["step"]) for state in optimizer.state.values()}
-    has_norm = math.isfinite(result.grad_norm)
-    seen = f"SEEN {stage} {bool(result.applied)} {has_norm} {weights_are_fine} {updates}\\n"
-    print(seen, end="", flush=True)
-os._exit(0)
-"""
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
-def test_gradient_that_is_not_finite_changes_no_weight_at_any_stage(precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_gradient_that_is_not_finite_on_one_process_changes_no_weight_at_any_stage(
+    processes: int, tmp_path: Path
+) -> None:
     """One good step and one of NaN: the second is not applied, and AdamW counts one update.
 
     It counted two at ZeRO-0 in bf16, where DeepSpeed's own first step on zero gradients is taken back by us. And
     nothing is compiled on the way: neither an optimiser nor shared memory for gloo.
     """
-    environment = cpu_environment(TORCH_EXTENSIONS_DIR=str(tmp_path))
-    words = [sys.executable, "-c", NAN_STEP, str(REPOSITORY / "ds_configs"), precision]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120, check=True)
+    precisions = ("fp32", "bf16", "autocast")
+    words = [REPOSITORY / "ds_configs", *precisions]
+    seen = scan("nan_step", *words, processes=processes, TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert not list(tmp_path.iterdir())
-    seen = [line for line in done.stdout.splitlines() if line.startswith("SEEN")]
-    assert seen == [f"SEEN {stage} False False True 1.0" for stage in (0, 1, 2, 3)]
-
-
-def test_gradient_that_is_not_finite_on_one_process_is_applied_on_none(tmp_path: Path) -> None:
-    (tmp_path / "nan_step.py").write_text(NAN_STEP)
-    for precision in ("fp32", "bf16"):
-        done = compute([REPOSITORY / "ds_configs", precision], processes=2, module=tmp_path / "nan_step.py")
-        assert done.returncode == 0, done.stderr
-        seen = sorted(line for line in done.stdout.splitlines() if line.startswith("SEEN"))
-        assert seen == [f"SEEN {stage} False False True 1.0" for stage in (0, 1, 2, 3) for _ in range(2)]
+    cases = [(line["precision"], line["stage"], line["rank"]) for line in seen]
+    assert sorted(cases) == sorted(
+        (precision, stage, rank) for precision in precisions for stage in range(4) for rank in range(processes)
+    )
+    outcomes = [(line["applied"], line["has_norm"], line["weights_are_fine"], line["updates"]) for line in seen]
+    assert outcomes == [(False, False, True, 1.0)] * len(seen)
 
 
 def test_foreign_checkpoint_is_refused_and_the_run_directory_left_as_it_was(
@@ -175,7 +126,7 @@ def test_foreign_checkpoint_is_refused_and_the_run_directory_left_as_it_was(
     run = tmp_path / "run"
     shutil.copytree(reference, run)
     before = contents(run)
-    words = flags(demo_folder, run, "--batch.micro-size", "32", steps=NUM_STEPS + 1)
+    words = flags(demo_folder, run, *SMALL, "--batch.micro-size", "32", steps=NUM_STEPS + 1)
     other_stage = compute([*words, "--ds-config", ds_config("zero2")])
     assert other_stage.returncode == 2
     assert "at ZeRO stage 0; this run has 1 at stage 2" in other_stage.stderr
@@ -196,8 +147,8 @@ def list_with_bad_rows(demo_folder: Path, path: Path, num_bad: int) -> Path:
 
 def test_bad_video_is_replaced_counted_and_recorded(demo_folder: Path, tmp_path: Path) -> None:
     bad_list = list_with_bad_rows(demo_folder, tmp_path / "list.csv", 1)
-    words = flags(demo_folder, tmp_path / "run", "--data.train-list", str(bad_list), "--data.max-bad-share", "0.02")
-    done = compute([*words, "--run.max-steps", "8"])  # two epochs: the bad row is drawn twice
+    words = [*SMALL, "--data.train-list", str(bad_list), "--data.max-bad-share", "0.02"]
+    done = compute(flags(demo_folder, tmp_path / "run", *words, steps=8))  # two epochs: the bad row is drawn twice
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -209,7 +160,7 @@ def test_bad_video_is_replaced_counted_and_recorded(demo_folder: Path, tmp_path:
 
 def test_too_many_bad_videos_stop_the_run(demo_folder: Path, tmp_path: Path) -> None:
     bad_list = list_with_bad_rows(demo_folder, tmp_path / "list.csv", 4)  # 3 % of 128, 1 % is allowed
-    done = launch(flags(demo_folder, tmp_path / "run", "--data.train-list", str(bad_list)), processes=2)
+    done = compute(flags(demo_folder, tmp_path / "run", *SMALL, "--data.train-list", str(bad_list)), processes=2)
     assert done.returncode == 2
     assert "of 128 draws could not be read, more than data.max_bad_share=0.01" in done.stderr
     assert "Traceback" not in done.stderr
@@ -229,7 +180,7 @@ def test_every_codec_of_the_real_clips_trains(real_clips: Path, tmp_path: Path) 
     videos = sorted(path for path in real_clips.iterdir() if path.suffix not in (".csv", ".md") and path.is_file())
     assert len(videos) == 46
     (tmp_path / "list.csv").write_text("".join(f"{path} 0\n" for path in videos))
-    words = flags(tmp_path, tmp_path / "run", "--data.train-list", str(tmp_path / "list.csv"), steps=4)
+    words = flags(tmp_path, tmp_path / "run", *SMALL, "--data.train-list", str(tmp_path / "list.csv"), steps=4)
     batch = ["--batch.global-size", "46", "--batch.micro-size", "23"]
     done = compute([*words, *batch, "--ds-config", ds_config("zero2")], processes=2)
     assert done.returncode == 0, done.stderr
