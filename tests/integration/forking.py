@@ -149,6 +149,7 @@ def become(request: dict[str, Any], environment: Mapping[str, str]) -> None:
         os.close(file)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ |= environment
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     os.chdir(request["folder"])
     words = request["words"]
     if words[0] == "-m":

@@ -12,7 +12,7 @@ import pytest
 
 from everest_ds.config import PretrainConfig
 from everest_ds.config.file import load_config
-from tests.integration.launch import compute, ds_config, flags, losses, metrics
+from tests.integration.launch import SMALL, compute, ds_config, flags, losses, metrics
 
 RTOL = 1e-6
 STEPS = 8
@@ -37,7 +37,7 @@ def whole(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     class Runs(dict[str, Path]):
         def __missing__(self, name: str) -> Path:
             out = tmp_path_factory.mktemp("whole") / name
-            words = ["--ds-config", ds_config("zero0"), "--batch.micro-size", "32", *BUDGETS[name]]
+            words = [*SMALL, "--ds-config", ds_config("zero0"), "--batch.micro-size", "32", *BUDGETS[name]]
             done = compute(flags(demo_folder, out, *words, steps=STEPS))
             assert done.returncode == 0, done.stderr
             self[name] = out
@@ -51,7 +51,7 @@ def test_two_processes_with_unequal_tokens_equal_one(
     name: str, stage: int, whole: dict[str, Path], demo_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    words = ["--ds-config", ds_config(f"zero{stage}"), "--batch.micro-size", "16", *BUDGETS[name]]
+    words = [*SMALL, "--ds-config", ds_config(f"zero{stage}"), "--batch.micro-size", "16", *BUDGETS[name]]
     done = compute(flags(demo_folder, out, *words, steps=STEPS), processes=2)
     assert done.returncode == 0, done.stderr
     assert losses(out) == pytest.approx(losses(whole[name]), rel=RTOL)
@@ -77,7 +77,7 @@ def test_tokens_are_as_announced(whole: dict[str, Path]) -> None:
 
 def test_running_quantile_goes_on_where_it_was(whole: dict[str, Path], demo_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    words = ["--ds-config", ds_config("zero0"), "--batch.micro-size", "32", *BUDGETS["threshold"]]
+    words = [*SMALL, "--ds-config", ds_config("zero0"), "--batch.micro-size", "32", *BUDGETS["threshold"]]
     for steps in (3, STEPS):
         done = compute(flags(demo_folder, out, *words, steps=steps))
         assert done.returncode == 0, done.stderr

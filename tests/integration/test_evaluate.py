@@ -22,7 +22,7 @@ from everest_ds.model.weights.export import write_weights
 from everest_ds.model.weights.reading import read_weights
 from everest_ds.recipes import get_recipe
 from everest_ds.train.tasks import build_autoencoder, encoder_options
-from tests.integration.launch import compute, launch
+from tests.integration.launch import compute
 from tests.integration.test_bad_input import refused
 
 NUM_CLASSES = 8
@@ -222,7 +222,7 @@ def test_predict_says_of_files_and_folders_what_evaluate_says(
     folder.mkdir()
     (folder / "broken.mp4").write_bytes(b"no video")
     videos = [str(row.path) for row in read_list(eleven)]
-    done = launch(
+    done = compute(
         ["predict", weights, *videos, folder, "--recipe", "demo_ft", "--json", "--top", "2", "--batch-rows", "2"],
         processes=2,
     )

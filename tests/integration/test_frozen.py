@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from everest_ds.train.checkpoints.consolidated import read_fp32_weights
-from tests.integration.launch import compute, ds_config, metrics
+from tests.integration.launch import SMALL, compute, ds_config, metrics
 
 HEAD = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
 RTOL = 1e-6  # losses in another world and stage: measured identical; without restoring, 0.7 % apart
@@ -26,7 +26,7 @@ def probe(
     words += ["--model.head-init-scale", "1", "--optim.warmup-epochs", "0"]  # every feature shows in the loss
     words += ["--run.log-every-steps", "1", "--run.save-every-steps", "2", "--run.max-steps", steps]
     words += ["--precision", precision, "--ds-config", ds_config(f"zero{stage}")]
-    return [str(word) for word in (*words, *extra)]
+    return [str(word) for word in (*words, *SMALL, *extra)]
 
 
 def run(words: list[str], *, processes: int = 1) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.launch import compute, flags, launch, losses, start
+from tests.conftest import REPOSITORY
+from tests.integration.launch import SMALL, compute, flags, losses, start
 
 STEPS = 12  # three epochs of 128 videos at 32 a step
 
@@ -45,7 +46,7 @@ def list_with(demo_folder: Path, path: Path, *videos: Path) -> Path:
 
 def run_words(demo_folder: Path, out: Path, source: Path, workers: int) -> list[str]:
     words = ["--data.train-list", str(source), "--data.num-workers", str(workers), "--data.max-bad-share", "0.1"]
-    return flags(demo_folder, out, *words, steps=STEPS)
+    return flags(demo_folder, out, *SMALL, *words, steps=STEPS)
 
 
 def bad_samples(run_dir: Path) -> list[tuple[int, int, str]]:
@@ -79,18 +80,18 @@ def loader_processes(pid: int) -> list[int]:
 
 
 def test_pipe_and_video_that_hangs_its_decoder_are_bad_samples_and_no_more(
-    demo_folder: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo_folder: Path, reference: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("decord")
     (tmp_path / "stub").mkdir()
     (tmp_path / "stub" / "decord.py").write_text(SLEEPING_DECORD)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'stub'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    environment = {"PYTHONPATH": f"{tmp_path / 'stub'}{os.pathsep}{REPOSITORY}"}
     (tmp_path / "hang.mp4").write_bytes((demo_folder / "train" / "00007.mp4").read_bytes())
     os.mkfifo(tmp_path / "pipe.mp4")
     source = list_with(demo_folder, tmp_path / "list.csv", tmp_path / "hang.mp4", tmp_path / "pipe.mp4")
     words = run_words(demo_folder, tmp_path / "run", source, 2)
     began = time.monotonic()
-    done = launch([*words, "--data.timeout-s", "4", "--data.reader", "decord"])
+    done = compute([*words, "--data.timeout-s", "4", "--data.reader", "decord"], environment=environment)
     assert time.monotonic() - began < 120
     assert done.returncode == 0, done.stderr
     reasons = {7: "no answer within 4 s", 23: "the file is empty"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
-from tests.integration.launch import compute, ds_config, flags, losses, metrics, weights
+from tests.integration.launch import SMALL, compute, ds_config, flags, losses, metrics, weights
 from tests.integration.scanning import scan
 
 # Losses and norms of a step in another world, stage or accumulation, relative: measured 0 and 5.5e-7.
@@ -47,7 +47,7 @@ def test_autocast_computes_the_same_at_every_stage_and_sends_float32() -> None:
 
 def run(demo_folder: Path, out: Path, *extra: str, steps: int) -> str:
     words = ["--run.save-every-steps", "2", "--ds-config", ds_config("zero2")]
-    done = compute(flags(demo_folder, out, *words, *extra, steps=steps))
+    done = compute(flags(demo_folder, out, *SMALL, *words, *extra, steps=steps))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -63,8 +63,8 @@ def test_run_under_autocast_goes_on_bit_for_bit_and_in_no_other_precision(
     assert (start["event"], start["dtype"], start["autocast"]) == ("start", "float32", True)
     run(demo_folder, parts, *autocast, steps=2)
     for other in ("fp32", "bf16"):
-        words = flags(demo_folder, parts, "--precision", other, "--ds-config", ds_config("zero2"), steps=4)
-        done = compute(words)
+        words = [*SMALL, "--precision", other, "--ds-config", ds_config("zero2")]
+        done = compute(flags(demo_folder, parts, *words, steps=4))
         assert done.returncode == 2
         said = " ".join(done.stderr.split())
         in_other = {"fp32": "float32", "bf16": "bfloat16"}[other]

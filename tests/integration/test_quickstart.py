@@ -93,6 +93,7 @@ def serves_until_stopped(command: str, folder: Path, shell: dict[str, str]) -> b
             os.killpg(server.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow  # .ci/run has it
 def test_first_block_and_the_hints_it_ends_in_work_as_printed(
     source: Path, tmp_path: Path, shell: dict[str, str]
 ) -> None:

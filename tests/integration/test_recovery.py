@@ -168,5 +168,5 @@ def test_sigterm_to_one_rank_saves_on_all_and_the_same_command_goes_on(
     assert at_signal <= event["step"] <= at_signal + 2  # a step may end while the signal is on its way
     assert f"SIGTERM: stopped after step {event['step']} of {RECOVERY_STEPS}, all saved" in stdout
     assert "Traceback" not in stderr
-    run_to_the_end(arguments)
+    run_to_the_end([*arguments, "--data.num-workers", "0"])
     require_same_run(run_dir, uninterrupted[2])

@@ -50,7 +50,7 @@ def run(script: Path, world: int, stage: int, out: Path, *words: str | Path) -> 
     """Run the demo with nine groups; return what it printed."""
     flags = ["--out", str(out), "--ds-config", str(REPOSITORY / "ds_configs" / f"zero{stage}.json")]
     flags += ["--run.max-steps", str(END_STEP), "--run.log-every-steps", "1", "--data.num-workers", "0"]
-    flags += ["--precision", "fp32", "--batch.micro-size", "8", *map(str, words)]
+    flags += ["--precision", "fp32", "--batch.micro-size", "8", "--data.num-frames", "8", *map(str, words)]
     done = compute(["pretrain", "demo", *flags], processes=world, module=script)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,7 +1,7 @@
 """Whole runs: one process against two, accumulation, ZeRO stages, resume, bad videos.
 
-The reference of the comparisons is one process at ZeRO-0, in float32. Measured worst relative difference of the loss
-over 20 steps: 1.5e-7.
+The reference of the comparisons is one process at ZeRO-0, in float32. Measured worst relative difference of the
+loss over 20 steps: 1.5e-7.
 """
 
 from __future__ import annotations
