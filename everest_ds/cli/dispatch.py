@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from everest_ds import __version__, distributed, interrupts
 from everest_ds.cli.table import COMMANDS, EXIT_INTERRUPTED, Command, interrupted
-from everest_ds.commands.parsing import leave, say, usage
+from everest_ds.commands.parsing import say, usage
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, nearest_hint
 from everest_ds.train.signals import EXIT_STOPPED
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words, world)
     except KeyboardInterrupt:
         say(f"{interrupted(words)}\n", world)
-        return leave(EXIT_INTERRUPTED)
+        return _leave(EXIT_INTERRUPTED)
     finally:
         interrupts.finish()
 
@@ -42,17 +42,17 @@ def _run(words: list[str], world: World) -> int:
         return _interruptible(words, world)
     except UserError as error:
         say(f"everest: error: {error}\n", world)
-        return leave(2)
+        return _leave(2)
     except BrokenPipeError:  # the reader of a listing, `head` for instance, has seen enough
         if words[0] in ("pretrain", "finetune"):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return leave(1)
+        return _leave(1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         say(f"everest: error: {error.strerror}: {error.filename or 'see the run directory'}; make room\n", world)
-        return leave(2)
+        return _leave(2)
 
 
 def _interruptible(words: list[str], world: World) -> int:
@@ -101,9 +101,22 @@ def _call(command: Command, words: list[str], world: World) -> int:
     distributed.select_accelerator()  # before DeepSpeed is imported
     code = command.load_work()(job, world)
     # The processes of a launch leave past Python's own end; so does a stopped run, whose end somebody waits for.
-    return leave(code, at_once=world.size > 1 or code == EXIT_STOPPED)
+    return _leave(code, at_once=world.size > 1 or code == EXIT_STOPPED)
 
 
 def _show_usage(line: str, commands: dict[str, Command], world: World) -> int:
     say(usage(line, {name: command.purpose for name, command in commands.items()}), world, to_stdout=True)
     return 0
+
+
+def _leave(code: int, *, at_once: bool = False) -> int:
+    """Return the exit code, or exit at once where a process group would abort on the way out.
+
+    gloo does so now and then (exit code -6) even after the group was left: one launch in some hundreds.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    torch = sys.modules.get("torch")
+    if at_once or (torch is not None and torch.distributed.is_initialized()):
+        os._exit(code)
+    return code

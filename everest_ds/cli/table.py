@@ -27,7 +27,7 @@ class Command:
         purpose: What it is for, in the usage.
         entry: MODULE:FUNCTION that parses and checks; MODULE is below `everest_ds.commands`.
         work: MODULE:FUNCTION that does what the entry returned; MODULE is below `everest_ds`.
-        on_interrupt: What is said when Ctrl-C ends it; a training that has begun says something else.
+        on_interrupt: Message when Ctrl-C ends it; a training that has begun has its own.
         parts: Commands of its own, by the word after its name, in place of an entry.
     """
 
@@ -146,7 +146,7 @@ COMMANDS = {
 
 
 def interrupted(words: Sequence[str]) -> str:
-    """Return what is said when Ctrl-C ends a command line."""
+    """Return the message for Ctrl-C."""
     command = COMMANDS.get(words[0]) if words else None
     text = command.on_interrupt if command else "interrupted"
     return f"everest: {text} (exit code {EXIT_INTERRUPTED})"

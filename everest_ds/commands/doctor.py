@@ -1,7 +1,7 @@
 """`everest doctor`: what this machine has, and what is missing to train on it.
 
-Every part is looked at in a child process. A part that fails in any way, even one that crashes or hangs its
-process, is a row of the table, and the other parts are looked at all the same.
+Every part is imported and checked in a child process. A part that fails in any way, even one that crashes or hangs
+its process, is a row of the table, and the other parts are checked all the same.
 """
 
 import importlib
@@ -196,14 +196,13 @@ def _launcher() -> list[Row]:
     import torch.distributed as dist
 
     found = shutil.which("deepspeed")
-    rows: list[Row] = (
-        [(OK, "deepspeed launcher", found)]
-        if found
-        else [
-            (OPTIONAL, "deepspeed launcher", "not on PATH; activate the environment, or use torchrun -m everest_ds")
-        ]
-    )
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    available = dist.is_nccl_available() if backend == "nccl" else dist.is_gloo_available()
-    state, finding = (OK, "available") if available else (MISSING, "not built in")
-    return [*rows, (state, f"communication {backend}", finding)]
+    available = dist.is_backend_available(backend)
+    return [
+        (
+            OK if found else OPTIONAL,
+            "deepspeed launcher",
+            found or "not on PATH; activate the environment, or use torchrun -m everest_ds",
+        ),
+        (OK if available else MISSING, f"communication {backend}", "available" if available else "not built in"),
+    ]

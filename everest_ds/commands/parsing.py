@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,16 +94,3 @@ def say(text: str, world: World, *, to_stdout: bool = False) -> None:
     """Write a text once for all processes of a launch."""
     if text and speaks_first(text, world):
         (sys.stdout if to_stdout else sys.stderr).write(text)
-
-
-def leave(code: int, *, at_once: bool = False) -> int:
-    """Return the exit code, or exit at once where a process group would abort on the way out.
-
-    gloo does so now and then (exit code -6) even after the group was left: one launch in some hundreds.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    torch = sys.modules.get("torch")
-    if at_once or (torch is not None and torch.distributed.is_initialized()):
-        os._exit(code)
-    return code

@@ -1,4 +1,4 @@
-"""`everest recipes [RECIPE]`: the recipes, or what one comes to, before anything is started."""
+"""`everest recipes [RECIPE]`: lists the recipes, or shows one as it would run."""
 
 import inspect
 from dataclasses import dataclass

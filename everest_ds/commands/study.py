@@ -14,7 +14,7 @@ from everest_ds.study.conditions import StudyJob, StudyOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Compare selections, ratios, distances and budgets on demo data, over seeds; go on where it was."""
+    """Compare selections, ratios, distances and budgets on demo data, over seeds; resume where it stopped."""
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """Where videos, runs and results go."""

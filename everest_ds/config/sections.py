@@ -1,4 +1,4 @@
-"""Sections that pre-training and fine-tuning have in common, each checked by itself when it is built."""
+"""Sections that pre-training and fine-tuning share; each checks its fields when it is built."""
 
 import math
 from dataclasses import dataclass
@@ -42,8 +42,8 @@ class DataConfig:
     prefetch_batches: int = 2
     """Micro-batches that loader processes make ahead, in shared memory."""
     timeout_s: float = 120.0
-    """Seconds that a video may take before its loader process is replaced and the video counts as unreadable: a
-    decoder can hang on a broken one. Without loader processes nothing can be done about it."""
+    """Seconds until a loader process that hangs on a video is replaced, and the video counts as unreadable. Has no
+    effect without loader processes."""
     keep_decoded: bool = False
     """Keep the decoded frames of every video in memory, in each loader process: for small datasets."""
     quarantine: str | None = None
@@ -74,15 +74,15 @@ class ModelConfig:
     embedding_layers: Literal[1, 2, 3] = 1
     """Conv3d layers of the tubelet embedding (paper Table 15)."""
     attention: AttentionName = "auto"
-    """Attention backend; auto takes the first that serves: varlen, flash, sdpa."""
+    """Attention backend; auto takes the first that is available: varlen, flash, sdpa."""
     activation_checkpointing: bool = False
     """Recompute each block in backward instead of storing its activations."""
     recompute_attention: bool = True
     """With activation_checkpointing: recompute attention too; false keeps its output, one more tensor of the size
     of a block's input."""
     compile_blocks: bool = False
-    """Run what stands around attention in each block through torch.compile, for any number of tokens. Its gain was
-    not measured on a GPU yet. Not at ZeRO-3; needs a compiler on the machine."""
+    """Compile each block's layers around attention with torch.compile, for any number of tokens. The gain on a GPU
+    is not yet measured. Not with ZeRO-3; needs a compiler."""
     position_frames: int | None = None
     """Frames of the clips that positions are laid out for (those of --init-from), when not this run's."""
     position_size: int | None = None
@@ -142,12 +142,12 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """The global batch, which is the invariant, and how a process works through its share."""
+    """Sizes of the global batch and of a micro-batch."""
 
     global_size: int = 1024
     """Clips of one optimiser step over all processes."""
     micro_size: int = 32
-    """Clips a process takes through the model at once; accumulation follows from the other two numbers."""
+    """Clips of one forward and backward pass of a process; accumulation steps are computed from the two sizes."""
 
     def __post_init__(self) -> None:
         require_counts("batch", self, "global_size", "micro_size")
@@ -193,7 +193,7 @@ class RunConfig:
     keep_every_epochs: int | None = None
     """Also keep for good the checkpoints of every multiple of this many epochs."""
     max_skipped_steps: int = 0
-    """Steps of a run whose gradient may be not finite, so that they change no weight; one more stops it."""
+    """Steps that a run may skip because of a non-finite gradient; one more stops the run."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "run.seed", self.seed, "in [0, 2**63)")

@@ -1,4 +1,4 @@
-"""Which tokens are kept: the choices that both tasks have, and those of each. Checked when they are built."""
+"""Which tokens are kept, in pre-training and in fine-tuning; checked when it is built."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,15 +14,15 @@ QUANTILE_DECAY = 0.99
 
 @dataclass(frozen=True, kw_only=True)
 class TokenChoiceConfig:
-    """What tokens are chosen by."""
+    """How tokens are chosen."""
 
     strategy: StrategyName = "rero"
-    """rero: by change; random: ST-MAE; tube: VideoMAE, the same places in all steps; running_cell: VideoMAE V2, a
-    tube for the encoder and running cells for the decoder; all: every token (with a ratio of 1)."""
+    """rero: by change; random: ST-MAE; tube: VideoMAE, the same positions in all steps; running_cell: VideoMAE V2,
+    a tube for the encoder and running cells for the decoder; all: every token (with a ratio of 1)."""
     order: OrderName = "descending"
-    """Of rero: the most changing tokens first, or the least changing ones (Table 16)."""
+    """With rero: the most changing tokens first, or the least changing ones (Table 16)."""
     distance: DistanceName = "l2"
-    """What change is measured by, between a token and the one before it at its place (Table 9)."""
+    """Distance between a token and the one before it at the same position (Table 9)."""
 
     def __post_init__(self) -> None:
         if self.strategy != "rero" and self.order != "descending":
@@ -53,7 +53,7 @@ class TokenChoiceConfig:
         if self.strategy == "running_cell" and ratio not in (0.25, 0.5, 0.75):
             raise UserError(
                 f"selection.{name}={ratio} must be 0.25, 0.5 or 0.75 with selection.strategy=running_cell: one, "
-                "two or three of each cell's four places"
+                "two or three of each cell's four positions"
             )
 
 
@@ -144,9 +144,8 @@ class SelectionConfig(TokenChoiceConfig):
             )
         if not self.least_ratio <= self.selected_ratio <= self.most_ratio:
             raise UserError(
-                f"selection.floor={self.least_ratio}, selection.selected_ratio={self.selected_ratio} and "
-                f"selection.ceiling={self.most_ratio} must not fall: no more than selected_ratio as the floor, no "
-                "less as the ceiling"
+                f"expected floor <= selected_ratio <= ceiling, got selection.floor={self.least_ratio}, "
+                f"selection.selected_ratio={self.selected_ratio}, selection.ceiling={self.most_ratio}"
             )
 
 

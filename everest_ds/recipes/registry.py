@@ -35,7 +35,7 @@ def find_config(name: str) -> Config:
     """Return a recipe by name, or the configuration of a run by the path of its config.json.
 
     Raises:
-        UserError: There is no such recipe, or the file is none of ours.
+        UserError: There is no such recipe, or the file is not a run's config.json.
     """
     return load_config(Path(name)) if name.endswith(".json") else get_recipe(name)
 

@@ -20,7 +20,7 @@ class LaunchOptions:
     out: Path | None = None
     """Run directory; without one, that of the checkpoint named by --resume, or runs/RECIPE."""
     resume: Annotated[str, tyro.conf.arg(metavar="{auto,never,PATH}")] = "auto"
-    """Go on from the run directory's newest checkpoint, or refuse a used directory, or name a checkpoint."""
+    """auto: resume from the run directory's newest checkpoint; never: refuse a used directory; or a checkpoint."""
     init_from: Path | None = None
     """Start a new run from these weights and nothing else: a run, a checkpoint, an official .pth file, a Hugging
     Face folder, or a file of `everest convert`."""
@@ -29,7 +29,7 @@ class LaunchOptions:
     positions, num_heads."""
     precision: PrecisionName = "auto"
     """auto: as the DeepSpeed file says, else bf16 on a GPU and fp32 on a CPU. bf16: weights and gradients in
-    bfloat16; autocast: these in float32, and matrix products in bfloat16."""
+    bfloat16; autocast: these in float32, and matmuls in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)

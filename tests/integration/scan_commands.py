@@ -44,7 +44,7 @@ def main(commands: Sequence[Sequence[str]]) -> None:
     """Run the commands one after another, in one process group."""
     finish = distributed.finish
     distributed.finish = lambda: None  # DeepSpeed cannot begin a second group in the same process
-    dispatch.leave = stay
+    dispatch._leave = stay
     sharding_sweep._run = lambda command, gpus: run(command[command.index("everest_ds") + 1 :])
     timing.PROFILED_STEPS = 1  # to read a profile takes a second a step
     compilation.COMPILE_BACKEND = "aot_eager"  # what inductor makes of it is tested elsewhere
