@@ -17,9 +17,10 @@ from everest_ds.files import append_json_lines, atomic_path, write_json
 from everest_ds.inference import results
 from everest_ds.inference.confusion import save_confusion
 from everest_ds.inference.job import EvaluationJob
+from everest_ds.inference.passes import Passes
 from everest_ds.inference.probing import score_knn, score_linear
 from everest_ds.inference.scores import Scores, score
-from everest_ds.inference.trained import Trained, extract_features, load_trained
+from everest_ds.inference.trained import Trained, load_trained
 from everest_ds.train.checkpoints.origin import Origin
 from everest_ds.train.checkpoints.run_dir import describe_environment
 
@@ -39,17 +40,16 @@ def run(job: EvaluationJob, world: World) -> int:
     summary = job.identity | {"views": results.view_recipe(job.settings, trained.num_kept)}
     results.require_own(job.out, summary)
 
-    device = distributed.start(world)
-    trained.model.to(device)
+    passes = trained.start(options, world)
     if world.is_main:
         print(trained.report)
         print(
             f"{job.origin.choice}: {job.origin.weights}, weights {trained.kind}, {trained.precision.name}, "
             f"attention {trained.attention}, {trained.kept}\n"
-            f"{len(job.rows)} videos x {job.settings.num_views} views on {world.size} x {device.type}",
+            f"{len(job.rows)} videos x {job.settings.num_views} views on {world.size} x {passes.device.type}",
             flush=True,
         )
-    scores, of_training = _score(job, trained, len(names), world, device)
+    scores, of_training = _score(job, trained, len(names), passes)
     if world.is_main:
         summary |= results.score_summary(scores, names, len(job.rows)) | of_training
         summary |= {"classes": list(names), "precision": trained.precision.name, "attention": trained.attention}
@@ -61,29 +61,14 @@ def run(job: EvaluationJob, world: World) -> int:
     return 0
 
 
-def _score(
-    job: EvaluationJob, trained: Trained, num_classes: int, world: World, device: torch.device
-) -> tuple[Scores, dict[str, Any]]:
+def _score(job: EvaluationJob, trained: Trained, num_classes: int, passes: Passes) -> tuple[Scores, dict[str, Any]]:
     """Return the scores by the chosen protocol, and what the summary says of training videos."""
-    settings, options = job.settings, job.options
+    options = job.options
     if options.protocol == "head":
-        scores = score(
-            trained.wrap(trained.model),
-            job.rows,
-            data=settings.data,
-            views=settings.views,
-            num_classes=num_classes,
-            world=world,
-            device=device,
-            group_size=options.batch_rows,
-            allow_unreadable=options.allow_unreadable,
-            progress="scored",
-        )
-        return scores, {}
-    train, test = (
-        extract_features(trained, rows, settings, options, world, device, progress=what)
-        for rows, what in ((job.train_rows, "training features"), (job.rows, "test features"))
-    )
+        dataset = trained.dataset(job.rows)
+        return score(trained.wrap(trained.model), dataset, num_classes, passes, progress="scored"), {}
+    train = trained.features(job.train_rows, passes, progress="training features")
+    test = trained.features(job.rows, passes, progress="test features")
     lists = (train, job.train_rows, test, job.rows)
     of_training = {"num_train": len(train.results), "num_train_unreadable": len(train.unreadable)}
     if options.protocol == "knn":

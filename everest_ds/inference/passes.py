@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from everest_ds import distributed
+from everest_ds.config import FinetuneDataConfig
 from everest_ds.data.clips.views import RowViews, ViewDataset, make_view_loader
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
@@ -44,63 +45,78 @@ class RowResults(Generic[T]):
     unreadable: tuple[UnreadableRow, ...]
 
 
-def map_rows(
-    compute: Callable[[Tensor], Tensor],
-    reduce: Callable[[RowViews, Tensor], T],
-    dataset: ViewDataset,
-    *,
-    group_size: int,
-    world: World,
-    device: torch.device,
-    allow_unreadable: bool = False,
-    same_rounds: bool = False,
-    progress: str | None = None,
-) -> RowResults[T]:
-    """Compute something of every row; all ranks take part and all get the results of all rows.
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """How forward passes over a list run.
 
-    Args:
-        compute: clips_BCTHW uint8 on the device -> (B, X); called without gradient. The caller puts its model into
-            evaluation mode.
-        reduce: A row and its values (V, X), on the CPU in the dtype they came in -> what is kept of it.
-        dataset: The rows and their views.
+    Attributes:
         group_size: Rows of one forward pass. Results depend on it in their last bits, and on nothing else here.
-        world: This process's place.
+        world: This rank and how many there are.
         device: Where passes run.
         allow_unreadable: List unreadable rows instead of raising.
         same_rounds: Let every rank do the same number of passes, as ZeRO-3 needs, where all ranks gather each
             layer's weights together: a rank without a readable row runs a blank clip and drops the result.
-        progress: What is being done, for a line of progress now and then; None prints nothing.
-
-    Raises:
-        UserError: A video cannot be read; on the rank that met it.
     """
-    starts = range(0, len(dataset), group_size)
-    groups = [range(start, min(start + group_size, len(dataset))) for start in starts]
-    mine = groups[world.rank :: world.size]
-    loader = make_view_loader(dataset, mine, pin_memory=device.type == "cuda")
-    shown = Progress(len(dataset), progress or "")
-    results: dict[int, T] = {}
-    unreadable: list[UnreadableRow] = []
-    with torch.no_grad(), contextlib.closing(iter(loader)) as each_group:
-        for done, group in enumerate(each_group, start=1):
-            for row in group:
-                if row.bad is not None:
-                    unreadable.append(_report(dataset, row, allow_unreadable))
-            values = _run(compute, group, device)
-            if not values and same_rounds:
-                compute(_blank(dataset, device))
-            for row, values_VX in values:
-                results[row.index] = reduce(row, values_VX)
-            if progress and world.is_main:  # every rank has its share of the groups
-                shown.show(round(done / len(mine) * len(dataset)))
-        if same_rounds and len(mine) < -(-len(groups) // world.size):
-            compute(_blank(dataset, device))
-    everyone = distributed.gather_objects((results, unreadable))
-    merged = {index: result for part, _ in everyone for index, result in part.items()}
-    return RowResults(
-        results={index: merged[index] for index in sorted(merged)},
-        unreadable=tuple(sorted((bad for _, part in everyone for bad in part), key=lambda bad: bad.row)),
-    )
+
+    group_size: int
+    world: World
+    device: torch.device
+    allow_unreadable: bool = False
+    same_rounds: bool = False
+
+    def map(
+        self,
+        compute: Callable[[Tensor], Tensor],
+        reduce: Callable[[RowViews, Tensor], T],
+        dataset: ViewDataset,
+        *,
+        progress: str | None = None,
+    ) -> RowResults[T]:
+        """Compute something of every row; all ranks take part and all get the results of all rows.
+
+        Args:
+            compute: clips_BCTHW uint8 on the device -> (B, X); called without gradient. The caller puts its model
+                into evaluation mode.
+            reduce: A row and its values (V, X), on the CPU in the dtype they came in -> what is kept of it.
+            dataset: The rows and their views.
+            progress: What is being done, for a line of progress now and then; None prints nothing.
+
+        Raises:
+            UserError: A video cannot be read; on the rank that met it.
+        """
+        starts = range(0, len(dataset), self.group_size)
+        groups = [range(start, min(start + self.group_size, len(dataset))) for start in starts]
+        mine = groups[self.world.rank :: self.world.size]
+        loader = make_view_loader(dataset, mine, pin_memory=self.device.type == "cuda")
+        shown = Progress(len(dataset), progress or "")
+        results: dict[int, T] = {}
+        unreadable: list[UnreadableRow] = []
+        with torch.no_grad(), contextlib.closing(iter(loader)) as each_group:
+            for done, group in enumerate(each_group, start=1):
+                unreadable += [self._report(dataset, row) for row in group if row.bad is not None]
+                values = _run(compute, group, self.device)
+                if not values and self.same_rounds:
+                    compute(_blank(dataset.data, self.device))
+                results |= {row.index: reduce(row, values_VX) for row, values_VX in values}
+                if progress and self.world.is_main:  # every rank has its share of the groups
+                    shown.show(round(done / len(mine) * len(dataset)))
+            if self.same_rounds and len(mine) < -(-len(groups) // self.world.size):
+                compute(_blank(dataset.data, self.device))
+        everyone = distributed.gather_objects((results, unreadable))
+        merged = {index: result for part, _ in everyone for index, result in part.items()}
+        return RowResults(
+            results={index: merged[index] for index in sorted(merged)},
+            unreadable=tuple(sorted((bad for _, part in everyone for bad in part), key=lambda bad: bad.row)),
+        )
+
+    def _report(self, dataset: ViewDataset, row: RowViews) -> UnreadableRow:
+        bad = UnreadableRow(row=row.index, path=str(dataset.rows[row.index].path), reason=row.bad or "")
+        if not self.allow_unreadable:
+            raise UserError(
+                f"{bad.path} (row {bad.row}) cannot be read: {bad.reason}; none is replaced here. Mend it, take it "
+                "off the list, or leave unreadable videos out with --allow-unreadable; they are counted and listed"
+            )
+        return bad
 
 
 def _run(
@@ -116,18 +132,7 @@ def _run(
     return list(zip([row for row, _ in pairs], values_BX.split(views), strict=True))
 
 
-def _blank(dataset: ViewDataset, device: torch.device) -> Tensor:
+def _blank(data: FinetuneDataConfig, device: torch.device) -> Tensor:
     """Return one black clip."""
-    data = dataset.data
     shape = (1, 3, data.num_frames, data.image_size, data.image_size)
     return torch.zeros(shape, dtype=torch.uint8, device=device)
-
-
-def _report(dataset: ViewDataset, row: RowViews, allow_unreadable: bool) -> UnreadableRow:
-    bad = UnreadableRow(row=row.index, path=str(dataset.rows[row.index].path), reason=row.bad or "")
-    if not allow_unreadable:
-        raise UserError(
-            f"{bad.path} (row {bad.row}) cannot be read: {bad.reason}; none is replaced here. Mend it, take it "
-            "off the list, or leave unreadable videos out with --allow-unreadable; they are counted and listed"
-        )
-    return bad

@@ -11,15 +11,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from everest_ds.config import FinetuneDataConfig, ViewsConfig
-from everest_ds.data.clips.views import RowViews, ViewDataset
+from everest_ds.data.clips.views import ViewDataset
 from everest_ds.data.lists.video_list import VideoRow
-from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.inference.passes import RowResults, UnreadableRow, map_rows
+from everest_ds.inference.passes import Passes, RowResults, UnreadableRow
 
 DEFAULT_TOP = 5
 
@@ -109,50 +106,43 @@ class Scores:
 
 def score(
     predict: Callable[[Tensor], Tensor],
-    rows: Sequence[VideoRow],
-    *,
-    data: FinetuneDataConfig,
-    views: ViewsConfig,
+    dataset: ViewDataset,
     num_classes: int,
-    world: World,
-    device: torch.device,
-    group_size: int = 8,
-    top: int = DEFAULT_TOP,
-    allow_unreadable: bool = False,
-    same_rounds: bool = False,
+    passes: Passes,
+    *,
     progress: str | None = None,
 ) -> Scores:
     """Score a classifier over a list; all ranks take part and all return the same.
 
     Args:
         predict: clips_BCTHW uint8 on the device -> logits (B, K), from a model in evaluation mode.
-        rows: The list; labels in [0, num_classes).
-        data: How clips are cut; its loader settings are used too.
-        views: How many clips of each video.
+        dataset: The rows and their views; labels in [0, num_classes).
         num_classes: K.
-        world: This process's place.
-        device: Where passes run.
-        group_size: Rows of a forward pass, of views.num_temporal * views.num_spatial clips each.
-        top: Classes that each prediction lists.
-        allow_unreadable: Leave unreadable rows out, and list them, instead of raising.
-        same_rounds: All ranks run equally many passes (ZeRO-3); see `map_rows`.
+        passes: How forward passes run.
         progress: What is being done, for lines of progress.
 
     Raises:
         UserError: A video cannot be read, none can, or logits are not finite.
     """
-    outputs = map_rows(
+    return summarise(rank_rows(predict, dataset, passes, progress=progress), dataset.rows, num_classes)
+
+
+def rank_rows(
+    predict: Callable[[Tensor], Tensor],
+    dataset: ViewDataset,
+    passes: Passes,
+    *,
+    top: int = DEFAULT_TOP,
+    progress: str | None = None,
+) -> RowResults[Ranking]:
+    """Rank the ``top`` likeliest classes of every row; see `score`."""
+    rows = dataset.rows
+    return passes.map(
         predict,
-        lambda row, logits_VK: rank_classes(logits_VK, row.label, top, _path(rows, row)),
-        ViewDataset(rows, data, views),
-        group_size=group_size,
-        world=world,
-        device=device,
-        allow_unreadable=allow_unreadable,
-        same_rounds=same_rounds,
+        lambda row, logits_VK: rank_classes(logits_VK, row.label, top, str(rows[row.index].path)),
+        dataset,
         progress=progress,
     )
-    return summarise(outputs, rows, num_classes)
 
 
 def rank_classes(logits_VK: Tensor, label: int, top: int, source: str) -> Ranking:
@@ -202,7 +192,11 @@ def summarise(outputs: RowResults[Ranking], rows: Sequence[VideoRow], num_classe
             raise ValueError(f"row {prediction.row}: label {prediction.label} is not in [0, {num_classes})")
         losses.append(-log_probability)
         confusion[prediction.label][prediction.predicted] += 1
-    per_class = tuple(_class_score(sum(counts), counts[k]) for k, counts in enumerate(confusion))
+    per_class = tuple(
+        ClassScore(count=count, correct=counts[k], accuracy=counts[k] / count if count else None)
+        for k, counts in enumerate(confusion)
+        for count in [sum(counts)]
+    )
     present = [entry.accuracy for entry in per_class if entry.accuracy is not None]
     in_top5 = sum(p.label in p.ranking.classes[:5] for p in predictions)
     return Scores(
@@ -215,11 +209,3 @@ def summarise(outputs: RowResults[Ranking], rows: Sequence[VideoRow], num_classe
         predictions=predictions,
         unreadable=outputs.unreadable,
     )
-
-
-def _class_score(count: int, correct: int) -> ClassScore:
-    return ClassScore(count=count, correct=correct, accuracy=correct / count if count else None)
-
-
-def _path(rows: Sequence[VideoRow], row: RowViews) -> str:
-    return str(rows[row.index].path)

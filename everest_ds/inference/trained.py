@@ -11,12 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from everest_ds import distributed
 from everest_ds.data.clips.views import ViewDataset
 from everest_ds.data.lists.classes import NAMES_FILE
 from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.inference.passes import RowResults, map_rows
+from everest_ds.inference.passes import Passes, RowResults
 from everest_ds.inference.source import ClipSettings, InferenceOptions, weights_kind
 from everest_ds.model.attention import choose_backend
 from everest_ds.model.classifier import EverestClassifier
@@ -33,36 +34,43 @@ from everest_ds.train.precision import Precision, choose_precision
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A model in evaluation mode, on the CPU until it is moved.
+    """A model in evaluation mode, on the CPU until passes start.
 
     Attributes:
         model: The classifier; its head is fresh where the weights have none.
-        has_head: Whether they have one.
+        settings: How it looks at videos.
+        has_head: Whether the weights have a head.
         class_names: Of each class; empty without a head.
         kind: Which weights these are: model or ema.
         precision: What it computes in, as asked for; its weights are float32.
-        attention: The backend that serves.
+        attention: The attention backend.
         num_kept: Tokens of a clip that go through the encoder.
-        num_tokens: All tokens of a clip.
-        keep_ratio: The share that is kept, as the settings say it.
+        kept: The same in words.
         report: What was loaded, for people.
     """
 
     model: EverestClassifier
+    settings: ClipSettings
     has_head: bool
     class_names: tuple[str, ...]
     kind: Literal["model", "ema"]
     precision: Precision
     attention: str
     num_kept: int
-    num_tokens: int
-    keep_ratio: float
+    kept: str
     report: str
 
-    @property
-    def kept(self) -> str:
-        """How many of a clip's tokens are kept, in words."""
-        return describe_kept(self.keep_ratio, self.num_kept, self.num_tokens)
+    def start(self, options: InferenceOptions, world: World) -> Passes:
+        """Let all ranks meet, move the model to this rank's device, and return how passes run there."""
+        device = distributed.start(world)
+        self.model.to(device)
+        return Passes(
+            group_size=options.batch_rows, world=world, device=device, allow_unreadable=options.allow_unreadable
+        )
+
+    def dataset(self, rows: Sequence[VideoRow]) -> ViewDataset:
+        """Return the views of some videos."""
+        return ViewDataset(rows, self.settings.data, self.settings.views)
 
     def wrap(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Return a method of the model that computes in the chosen precision and returns float32."""
@@ -75,32 +83,18 @@ class Trained:
 
         return run
 
+    def features(self, rows: Sequence[VideoRow], passes: Passes, *, progress: str) -> RowResults[Tensor]:
+        """Return each video's features, averaged over its views, (D,) float32; all ranks take part and get all.
 
-def extract_features(
-    trained: Trained,
-    rows: Sequence[VideoRow],
-    settings: ClipSettings,
-    options: InferenceOptions,
-    world: World,
-    device: torch.device,
-    *,
-    progress: str | None = None,
-) -> RowResults[Tensor]:
-    """Return each video's features, averaged over its views, (D,) float32; all ranks take part and get all.
-
-    Raises:
-        UserError: A video cannot be read, and `options.allow_unreadable` is off.
-    """
-    return map_rows(
-        trained.wrap(trained.model.pool),
-        lambda row, features_VD: features_VD.double().mean(dim=0).float(),
-        ViewDataset(rows, settings.data, settings.views),
-        group_size=options.batch_rows,
-        world=world,
-        device=device,
-        allow_unreadable=options.allow_unreadable,
-        progress=progress,
-    )
+        Raises:
+            UserError: A video cannot be read, and the passes do not allow that.
+        """
+        return passes.map(
+            self.wrap(self.model.pool),
+            lambda row, features_VD: features_VD.double().mean(dim=0).float(),
+            self.dataset(rows),
+            progress=progress,
+        )
 
 
 def load_trained(
@@ -121,7 +115,9 @@ def load_trained(
         UserError: Weights are damaged or incomplete, clips do not fit their tubelets, or a backend cannot serve.
     """
     kind = weights_kind(origin, options.weights)
-    weights = _read(origin, kind)
+    weights = read_any_weights(origin.weights)
+    if kind == "ema":
+        weights = averaged(weights, origin.weights)
     shape, data = weights.architecture, settings.data
     grid = _grid(shape, data.num_frames, data.image_size)
     if not shape.grid_is_known:
@@ -141,16 +137,17 @@ def load_trained(
     precision = choose_precision({}, options.precision, device.type)
     head_dim = shape.width // (shape.num_heads or 1)
     backend = choose_backend(settings.attention, device, precision.products_dtype, head_dim)
+    num_kept = model.rule.num_kept(grid)
     return Trained(
         model=model.eval().requires_grad_(False),
+        settings=settings,
         has_head=has_head,
         class_names=_class_names(origin, weights, model.num_classes) if has_head else (),
         kind=kind,
         precision=precision,
         attention=backend.name,
-        num_kept=model.rule.num_kept(grid),
-        num_tokens=grid.num_tokens,
-        keep_ratio=settings.selection.keep_ratio,
+        num_kept=num_kept,
+        kept=describe_kept(settings.selection.keep_ratio, num_kept, grid.num_tokens),
         report=report.describe(),
     )
 
@@ -173,11 +170,6 @@ def _grid(shape: Architecture, num_frames: int, edge: int) -> TokenGrid:
         tubelet_size=options.tubelet_size,
         patch_size=options.patch_size,
     )
-
-
-def _read(origin: Origin, kind: str) -> Weights:
-    weights = read_any_weights(origin.weights)
-    return weights if kind == "model" else averaged(weights, origin.weights)
 
 
 def _class_names(origin: Origin, weights: Weights, num_classes: int) -> tuple[str, ...]:

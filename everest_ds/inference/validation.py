@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from everest_ds.config import FinetuneConfig, ViewsConfig
+from everest_ds.data.clips.views import ViewDataset
 from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
+from everest_ds.inference.passes import Passes
 from everest_ds.inference.scores import Scores, score
 from everest_ds.train.callbacks import Callback
 from everest_ds.train.checkpoints.save import TrainState
@@ -104,19 +106,15 @@ class Validation(Callback):
         data, engine = self._config.data, self._engine
         assert data.num_classes is not None
         engine.eval()
-        scores = score(
-            engine,
-            self._rows,
-            data=data,
-            views=MIDDLE,
-            num_classes=data.num_classes,
+        passes = Passes(
+            group_size=self._config.batch.micro_size,
             world=self._world,
             device=self._device,
-            group_size=self._config.batch.micro_size,
             allow_unreadable=True,
             same_rounds=engine.zero_optimization_stage() == 3,
-            progress="validation",
         )
+        dataset = ViewDataset(self._rows, data, MIDDLE)
+        scores = score(engine, dataset, data.num_classes, passes, progress="validation")
         engine.train()
         if len(scores.unreadable) > data.max_bad_share * len(self._rows):
             first = scores.unreadable[0]

@@ -17,7 +17,7 @@ from everest_ds.data.lists.video_list import VideoRow, read_list
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.inference import passes
-from everest_ds.inference.passes import RowResults, map_rows
+from everest_ds.inference.passes import Passes, RowResults
 from everest_ds.inference.scores import Ranking, Scores, rank_classes, score, summarise
 
 DATA = FinetuneDataConfig(num_frames=4, sampling_stride=2, image_size=32, num_workers=0)
@@ -39,10 +39,17 @@ def predict(clips_BCTHW: Tensor) -> Tensor:
     return 20 * (features_BF - 0.01 * features_BF.mean(dim=0)) @ weights
 
 
-def run(rows: Sequence[VideoRow], **changes: Any) -> Scores:
-    settings: dict[str, Any] = {"data": DATA, "views": VIEWS, "num_classes": NUM_CLASSES, "group_size": 3}
-    settings |= {"world": world(), "device": CPU, **changes}
-    return score(predict, rows, **settings)
+def run(
+    rows: Sequence[VideoRow],
+    *,
+    views: ViewsConfig = VIEWS,
+    data: FinetuneDataConfig = DATA,
+    num_classes: int = NUM_CLASSES,
+    progress: str | None = None,
+    **changes: Any,
+) -> Scores:
+    how: dict[str, Any] = {"group_size": 3, "world": world(), "device": CPU, **changes}
+    return score(predict, ViewDataset(rows, data, views), num_classes, Passes(**how), progress=progress)
 
 
 class SentError(Exception):
@@ -169,10 +176,10 @@ def test_every_rank_runs_equally_many_passes_where_that_is_asked(
             calls.append(len(clips_BCTHW))
             return predict(clips_BCTHW)
 
-        outputs = map_rows(
-            compute, lambda row, values: None, dataset, group_size=2, world=world(rank, size), device=CPU,
-            allow_unreadable=True, same_rounds=same_rounds,
-        )  # fmt: skip
+        how = Passes(
+            group_size=2, world=world(rank, size), device=CPU, allow_unreadable=True, same_rounds=same_rounds
+        )
+        outputs = how.map(compute, lambda row, values: None, dataset)
         readable = [i for i in range(10) if i // 2 % size == rank and i not in (2, 3)]
         assert list(outputs.results) == readable
         return len(calls)
