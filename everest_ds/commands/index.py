@@ -8,7 +8,7 @@ import tyro
 
 from everest_ds.commands.parsing import parse, say, usage
 from everest_ds.data.importers.registry import IMPORTERS
-from everest_ds.data.importers.tree import SourceTree
+from everest_ds.data.importers.source_tree import SourceTree
 from everest_ds.data.importers.writer import LEFT_OUT_FILE, MISSING_FILE, SUMMARY_FILE, require_apart, write_import
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, nearest_hint
@@ -58,7 +58,7 @@ def index(dataset: str, source: Path, out: Path, options: Any) -> None:
     """
     require_apart(source, out)
     tree = SourceTree(source)
-    found = IMPORTERS[dataset].gather(tree, options)
+    found = IMPORTERS[dataset].collect(tree, options)
     chosen = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
     settings = {"dataset": dataset, "source": str(tree.root), "options": chosen}
     print(_describe(write_import(found, out, settings), out))

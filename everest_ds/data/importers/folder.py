@@ -19,8 +19,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from everest_ds.data.importers.gathering import SPLITS, UNLABELLED, Gathering, Import, resolve_names, split_of
-from everest_ds.data.importers.tree import SourceTree
+from everest_ds.data.importers.collector import SPLITS, UNLABELLED, Collector, Import, resolve_names, split_of
+from everest_ds.data.importers.source_tree import SourceTree
 from everest_ds.data.lists.list_line import VIDEO_SUFFIXES
 from everest_ds.errors import UserError
 
@@ -55,30 +55,26 @@ class FolderOptions:
             )
 
 
-def gather(source: SourceTree, options: FolderOptions) -> Import:
-    """Return the videos below folders of classes, dealt to splits; without such folders, without labels.
-
-    Raises:
-        UserError: There is no video.
-    """
-    gathering = Gathering(source)
+def collect(source: SourceTree, options: FolderOptions) -> Import:
+    """Return the videos below folders of classes, dealt to splits; without such folders, without labels."""
+    collector = Collector(source)
     if not source.videos:
         raise UserError(
             f"{source.root} holds no video: no file in it or below it ends in one of {', '.join(VIDEO_SUFFIXES)}; "
             "expected CLASS/video, or videos alone for pre-training"
         )
     if _has_no_classes(source):
-        return _gather_unlabelled(gathering, source, options)
+        return _collect_unlabelled(collector, source, options)
     given = _has_splits(source)
     by_class: dict[str, list[tuple[Path, str | None]]] = defaultdict(list)
     for path in source.videos:
         folders = source.folders_of(path)
         split = split_of(folders[0]) if given and folders else None
-        name = str(path.relative_to(source.root))
+        name = source.name_of(path)
         if given and split is None:
-            gathering.leave_out(_IN_NO_SPLIT, name, path)
+            collector.leave_out(_IN_NO_SPLIT, name, path)
         elif len(folders) <= given:
-            gathering.leave_out(_IN_NO_CLASS, name, path)
+            collector.leave_out(_IN_NO_CLASS, name, path)
         else:
             by_class[folders[given]].append((path, split))
     class_names, are_numbers = _order_classes(by_class, options)
@@ -89,20 +85,20 @@ def gather(source: SourceTree, options: FolderOptions) -> Import:
             source, [path for path, _ in members], options
         )
         for path, split in dealt.items():
-            gathering.add(split, str(path.relative_to(source.root)), path, label)
+            collector.add(split, source.name_of(path), path, label)
             splits[split].add(class_name)
-    gathering.note("splits are the dataset's own folders" if given else _describe(options))
+    collector.note("splits are the dataset's own folders" if given else _describe(options))
     if are_numbers:
-        gathering.note(
+        collector.note(
             f"class folders are numbers and have labels in numeric order: {class_names[0]} has label 0, "
             f"{class_names[-1]} has label {len(class_names) - 1}"
         )
     for note in _describe_absent(splits, by_class, () if given else _wanted(options)):
-        gathering.note(note)
-    return gathering.finish(class_names)
+        collector.note(note)
+    return collector.finish(class_names)
 
 
-def _gather_unlabelled(gathering: Gathering, source: SourceTree, options: FolderOptions) -> Import:
+def _collect_unlabelled(collector: Collector, source: SourceTree, options: FolderOptions) -> Import:
     """Return videos that are in no class: train alone, or the splits whose folders they are in."""
     if options.class_names is not None:
         raise UserError(
@@ -110,16 +106,16 @@ def _gather_unlabelled(gathering: Gathering, source: SourceTree, options: Folder
         )
     has_folders = any(map(source.folders_of, source.videos))
     for path in source.videos:
-        folders, name = source.folders_of(path), str(path.relative_to(source.root))
+        folders, name = source.folders_of(path), source.name_of(path)
         split = split_of(folders[0]) if folders else None if has_folders else "train"
         if split is None:
-            gathering.leave_out(_IN_NO_SPLIT, name, path)
+            collector.leave_out(_IN_NO_SPLIT, name, path)
         else:
-            gathering.add(split, name, path, UNLABELLED)
-    gathering.note(f"{source.root} has no folders of classes: the lists are for pre-training, every label is -1")
+            collector.add(split, name, path, UNLABELLED)
+    collector.note(f"{source.root} has no folders of classes: the lists are for pre-training, every label is -1")
     if not has_folders:
-        gathering.note("videos without classes are not split: --val-share and --test-share have no effect")
-    return gathering.finish(())
+        collector.note("videos without classes are not split: --val-share and --test-share have no effect")
+    return collector.finish(())
 
 
 def _has_no_classes(source: SourceTree) -> bool:

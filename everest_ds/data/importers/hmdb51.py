@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from everest_ds.data.importers.gathering import Gathering, Import, resolve_names
-from everest_ds.data.importers.tree import SourceTree, annotations_of, read_lines
+from everest_ds.data.importers.collector import Collector, Import, resolve_names
+from everest_ds.data.importers.source_tree import SourceTree, annotations_of, read_lines
 from everest_ds.errors import UserError
 
 _SPLITS = {"1": "train", "2": "test"}
@@ -29,16 +29,12 @@ class Hmdb51Options:
     """File with one class name a line, in the order of the labels; by name without one."""
 
 
-def gather(source: SourceTree, options: Hmdb51Options) -> Import:
-    """Return the training and test videos of a split.
-
-    Raises:
-        UserError: The annotations are missing or at fault, or there is no video.
-    """
+def collect(source: SourceTree, options: Hmdb51Options) -> Import:
+    """Return the training and test videos of a split."""
     paths = _files_by_class(annotations_of(source, options.annotations), options.split)
     class_names = resolve_names(paths.keys(), options.class_names)
     labels = {name: label for label, name in enumerate(class_names)}
-    gathering = Gathering(source)
+    collector = Collector(source)
     for class_name, path in sorted(paths.items()):
         for number, line in read_lines(path):
             name, _, tag = line.rpartition(" ")
@@ -47,10 +43,10 @@ def gather(source: SourceTree, options: Hmdb51Options) -> Import:
                 raise UserError(f"{path}, line {number}: {line!r}; expected `VIDEO.avi TAG` with tag 0, 1 or 2")
             video = source.find_video(PurePosixPath(name).stem, class_name, others=class_names)
             if tag == "0":
-                gathering.leave_out(_UNUSED, f"{class_name}/{name}", video)
+                collector.leave_out(_UNUSED, f"{class_name}/{name}", video)
             else:
-                gathering.add(_SPLITS[tag], f"{class_name}/{name}", video, labels[class_name])
-    return gathering.finish(class_names)
+                collector.add(_SPLITS[tag], f"{class_name}/{name}", video, labels[class_name])
+    return collector.finish(class_names)
 
 
 def _files_by_class(annotations: SourceTree, split: int) -> dict[str, Path]:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from everest_ds.data.importers.gathering import UNLABELLED, Gathering, Import, resolve_names, split_of
-from everest_ds.data.importers.tree import SourceTree, annotations_of, read_text
+from everest_ds.data.importers.collector import UNLABELLED, Collector, Import, resolve_names, split_of
+from everest_ds.data.importers.source_tree import SourceTree, annotations_of, read_text
 from everest_ds.errors import UserError
 
 _COLUMNS = ("youtube_id", "time_start", "time_end")
@@ -40,12 +40,8 @@ class _Clip:
     name: str
 
 
-def gather(source: SourceTree, options: KineticsOptions) -> Import:
-    """Return the clips that were downloaded.
-
-    Raises:
-        UserError: The annotations are missing or at fault, or there is no video.
-    """
+def collect(source: SourceTree, options: KineticsOptions) -> Import:
+    """Return the clips that were downloaded."""
     annotations = annotations_of(source, options.annotations)
     tables = [path for path in annotations.find_files(r".+\.csv") if _has_columns(path)]
     if not tables:
@@ -56,13 +52,13 @@ def gather(source: SourceTree, options: KineticsOptions) -> Import:
     clips = [clip for path in tables for clip in _read_clips(path)]
     class_names = resolve_names({clip.class_name for clip in clips} - {""}, options.class_names)
     labels = {name: label for label, name in enumerate(class_names)} | {"": UNLABELLED}
-    gathering = Gathering(source)
+    collector = Collector(source)
     for clip in clips:
         preferred = (clip.split, clip.class_name, clip.class_name.replace(" ", "_"))
         path = source.find_video(clip.name, *preferred) or source.find_video(clip.youtube_id, *preferred)
         name = f"{clip.class_name}/{clip.name}" if clip.class_name else clip.name
-        gathering.add(clip.split, name, path, labels[clip.class_name])
-    return gathering.finish(class_names)
+        collector.add(clip.split, name, path, labels[clip.class_name])
+    return collector.finish(class_names)
 
 
 def _has_columns(path: Path) -> bool:

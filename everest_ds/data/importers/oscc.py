@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from everest_ds.data.importers.gathering import UNLABELLED, Gathering, Import
-from everest_ds.data.importers.tree import SourceTree, annotations_of, one_file, read_json, require_keys
+from everest_ds.data.importers.collector import UNLABELLED, Collector, Import
+from everest_ds.data.importers.source_tree import SourceTree, annotations_of, read_entries
 from everest_ds.errors import UserError
 
 CLASS_NAMES = ("no state change", "state change")
-_FILES = {"train": "train", "val": "val", "test": "test(?:_unannotated)?"}
+_FILES = {
+    "train": (r"fho_oscc-pnr_train\.json", "fho_oscc-pnr_train.json"),
+    "val": (r"fho_oscc-pnr_val\.json", "fho_oscc-pnr_val.json"),
+    "test": (r"fho_oscc-pnr_test(?:_unannotated)?\.json", "fho_oscc-pnr_test_unannotated.json"),
+}
 _KEYS = ("unique_id", "video_uid", "parent_start_sec", "parent_end_sec")
 _CLIP_KEYS = ("clip_start_sec", "clip_end_sec")
 
@@ -33,51 +37,20 @@ class OsccOptions:
     """Folder of the files fho_oscc-pnr_*.json, where that is not below SRC."""
 
 
-def gather(source: SourceTree, options: OsccOptions) -> Import:
-    """Return the clips of the splits that have a file.
-
-    Raises:
-        UserError: The annotations are missing or lack a key, or there is no video.
-    """
+def collect(source: SourceTree, options: OsccOptions) -> Import:
+    """Return the clips of the splits that have a file."""
     annotations = annotations_of(source, options.annotations)
-    gathering = Gathering(source)
+    collector = Collector(source)
     kinds: Counter[str] = Counter()
-    found_any = False
-    for split, word in _FILES.items():
-        pattern = rf"fho_oscc-pnr_{word}\.json"
-        if not annotations.find_files(pattern):
-            gathering.note(f"there is no fho_oscc-pnr_{split} file, so no list for {split}")
-            continue
-        found_any = True
-        path = one_file(annotations, pattern, f"fho_oscc-pnr_{split}.json")
-        for number, clip in enumerate(_read_clips(path), start=1):
-            require_keys(clip, path, number, *_KEYS, *(() if split == "test" else ("state_change",)))
-            place = f"{path}, entry {number}"
+    for split, path in collector.find_split_files(annotations, _FILES).items():
+        for place, clip in read_entries(path, "clips", *_KEYS, *(() if split == "test" else ("state_change",))):
             kind, video, window = _find(source, clip, place)
             kinds[kind] += video is not None
-            gathering.add(split, str(clip["unique_id"]), video, _label_of(clip, place), window)
-    if not found_any:
-        raise UserError(
-            f"{annotations.root} holds no fho_oscc-pnr_train.json, fho_oscc-pnr_val.json or "
-            "fho_oscc-pnr_test_unannotated.json; download the annotations, or name their folder by --annotations"
-        )
+            collector.add(split, str(clip["unique_id"]), video, _label_of(clip, place), window)
     used = [f"{count} {kind}" for kind, count in kinds.items() if count]
     if used:
-        gathering.note(f"clips found: {', '.join(used)}")
-    return gathering.finish(CLASS_NAMES)
-
-
-def _read_clips(path: Path) -> list[Any]:
-    content = read_json(path)
-    if isinstance(content, dict):
-        if "clips" not in content:
-            raise UserError(
-                f"{path} has no 'clips'; expected an object with a list of clips, got {', '.join(content)}"
-            )
-        content = content["clips"]
-    if not isinstance(content, list):
-        raise UserError(f"{path}: expected a list of clips, got {type(content).__name__}")
-    return content
+        collector.note(f"clips found: {', '.join(used)}")
+    return collector.finish(CLASS_NAMES)
 
 
 def _find(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from everest_ds.data.importers import folder, hmdb51, kinetics, oscc, ssv2, ucf101
-from everest_ds.data.importers.gathering import Import
-from everest_ds.data.importers.tree import SourceTree
+from everest_ds.data.importers.collector import Import
+from everest_ds.data.importers.source_tree import SourceTree
 
 
 @dataclass(frozen=True)
@@ -15,24 +15,25 @@ class Importer:
 
     Attributes:
         options: Dataclass of its options.
-        gather: Takes the files below its folder and such options, and returns the import.
+        collect: Takes the files below its folder and such options, and returns the import; raises UserError where
+            annotations are missing or at fault, or there is no video.
         layout: What it expects, in a line.
     """
 
     options: type[Any]
-    gather: Callable[[SourceTree, Any], Import]
+    collect: Callable[[SourceTree, Any], Import]
     layout: str
 
 
 IMPORTERS = {
     "folder": Importer(
-        folder.FolderOptions, folder.gather, "CLASS/video, or train, val and test with these; videos alone"
+        folder.FolderOptions, folder.collect, "CLASS/video, or train, val and test with these; videos alone"
     ),
-    "ucf101": Importer(ucf101.Ucf101Options, ucf101.gather, "CLASS/video.avi, and ucfTrainTestlist"),
-    "hmdb51": Importer(hmdb51.Hmdb51Options, hmdb51.gather, "CLASS/video.avi, and testTrainMulti_7030_splits"),
+    "ucf101": Importer(ucf101.Ucf101Options, ucf101.collect, "CLASS/video.avi, and ucfTrainTestlist"),
+    "hmdb51": Importer(hmdb51.Hmdb51Options, hmdb51.collect, "CLASS/video.avi, and testTrainMulti_7030_splits"),
     "kinetics": Importer(
-        kinetics.KineticsOptions, kinetics.gather, "ID_START_END.mp4 or ID.mp4, and its CSV files"
+        kinetics.KineticsOptions, kinetics.collect, "ID_START_END.mp4 or ID.mp4, and its CSV files"
     ),
-    "ssv2": Importer(ssv2.Ssv2Options, ssv2.gather, "ID.webm, and labels, train, validation and test.json"),
-    "oscc": Importer(oscc.OsccOptions, oscc.gather, "full_scale/VIDEO_UID.mp4, and fho_oscc-pnr_*.json"),
+    "ssv2": Importer(ssv2.Ssv2Options, ssv2.collect, "ID.webm, and labels, train, validation and test.json"),
+    "oscc": Importer(oscc.OsccOptions, oscc.collect, "full_scale/VIDEO_UID.mp4, and fho_oscc-pnr_*.json"),
 }

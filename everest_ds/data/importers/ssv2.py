@@ -9,12 +9,22 @@ there is the later test-answers.csv (``id;template``), the test videos have labe
 from dataclasses import dataclass
 from pathlib import Path
 
-from everest_ds.data.importers.gathering import UNLABELLED, Gathering, Import
-from everest_ds.data.importers.tree import SourceTree, annotations_of, one_file, read_json, read_lines, require_keys
+from everest_ds.data.importers.collector import UNLABELLED, Collector, Import
+from everest_ds.data.importers.source_tree import (
+    SourceTree,
+    annotations_of,
+    one_file,
+    read_entries,
+    read_json,
+    read_lines,
+)
 from everest_ds.errors import UserError
 
 _PREFIX = r"(?:something-something-v2-)?"
-_FILES = {"train": "train", "val": "validation", "test": "test"}
+_FILES = {
+    split: (rf"{_PREFIX}{word}\.json", f"{word}.json")
+    for split, word in (("train", "train"), ("val", "validation"), ("test", "test"))
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,38 +35,21 @@ class Ssv2Options:
     """Folder of labels.json, train.json, validation.json and test.json, where that is not below SRC."""
 
 
-def gather(source: SourceTree, options: Ssv2Options) -> Import:
-    """Return the videos of the splits that have a file.
-
-    Raises:
-        UserError: A file of the annotations is missing or at fault, or there is no video.
-    """
+def collect(source: SourceTree, options: Ssv2Options) -> Import:
+    """Return the videos of the splits that have a file."""
     annotations = annotations_of(source, options.annotations)
     labels = _read_labels(one_file(annotations, rf"{_PREFIX}labels\.json", "labels.json"))
     answers = _read_answers(annotations, labels)
-    gathering = Gathering(source)
-    found_any = False
-    for split, word in _FILES.items():
-        if not annotations.find_files(rf"{_PREFIX}{word}\.json"):
-            gathering.note(f"there is no {word}.json, so no list for {split}")
-            continue
-        found_any = True
-        path = one_file(annotations, rf"{_PREFIX}{word}\.json", f"{word}.json")
-        entries = read_json(path)
-        if not isinstance(entries, list):
-            raise UserError(f"{path}: expected a list of videos, got {type(entries).__name__}")
-        for number, entry in enumerate(entries, start=1):
-            require_keys(entry, path, number, "id", *(() if split == "test" else ("template",)))
+    collector = Collector(source)
+    for split, path in collector.find_split_files(annotations, _FILES).items():
+        keys = ("id",) if split == "test" else ("id", "template")
+        for place, entry in read_entries(path, "videos", *keys):
             name = str(entry["id"])
             label = answers.get(name, UNLABELLED)
             if "template" in entry:
-                label = _label_of(entry["template"], labels, f"{path}, entry {number}")
-            gathering.add(split, name, source.find_video(name), label)
-    if not found_any:
-        raise UserError(
-            f"{annotations.root} holds none of train.json, validation.json and test.json; download them"
-        )
-    return gathering.finish(tuple(labels))
+                label = _label_of(entry["template"], labels, place)
+            collector.add(split, name, source.find_video(name), label)
+    return collector.finish(tuple(labels))
 
 
 def _read_labels(path: Path) -> dict[str, int]:

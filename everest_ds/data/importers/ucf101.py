@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from everest_ds.data.importers.gathering import Gathering, Import
-from everest_ds.data.importers.tree import SourceTree, annotations_of, one_file, read_lines
+from everest_ds.data.importers.collector import Collector, Import
+from everest_ds.data.importers.source_tree import SourceTree, annotations_of, one_file, read_lines
 from everest_ds.errors import UserError
 
 
@@ -24,16 +24,12 @@ class Ucf101Options:
     """Folder of classInd.txt, trainlist0N.txt and testlist0N.txt, where that is not below SRC."""
 
 
-def gather(source: SourceTree, options: Ucf101Options) -> Import:
-    """Return the training and test videos of a split.
-
-    Raises:
-        UserError: A file of the annotations is missing or at fault, or there is no video.
-    """
+def collect(source: SourceTree, options: Ucf101Options) -> Import:
+    """Return the training and test videos of a split."""
     annotations = annotations_of(source, options.annotations)
     class_names = _read_classes(one_file(annotations, r"classInd\.txt", "classInd.txt"))
     labels = {name: label for label, name in enumerate(class_names)}
-    gathering = Gathering(source)
+    collector = Collector(source)
     for split in ("train", "test"):
         file_name = f"{split}list{options.split:02d}.txt"
         path = one_file(annotations, file_name.replace(".", r"\."), file_name)
@@ -51,8 +47,8 @@ def gather(source: SourceTree, options: Ucf101Options) -> Import:
                     f"{label + 1} of classInd.txt; the files do not belong together"
                 )
             found = source.find_video(video.stem, video.parent.name, others=class_names)
-            gathering.add(split, name, found, label)
-    return gathering.finish(class_names)
+            collector.add(split, name, found, label)
+    return collector.finish(class_names)
 
 
 def _read_classes(path: Path) -> tuple[str, ...]:

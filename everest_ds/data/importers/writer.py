@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from everest_ds.data.importers.gathering import UNLABELLED, Import
+from everest_ds.data.importers.collector import UNLABELLED, Import
 from everest_ds.data.lists.classes import NAMES_FILE
 from everest_ds.data.lists.video_list import VideoRow, format_list
 from everest_ds.errors import UserError

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from everest_ds.data.importers.gathering import Import
+from everest_ds.data.importers.collector import Import
 
 
 def touch(root: Path, *names: str) -> None:

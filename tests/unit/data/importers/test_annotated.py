@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from everest_ds.data.importers import kinetics, oscc, ssv2
-from everest_ds.data.importers.gathering import CONTRADICTED, NO_WINDOW, REPEATED, UNNAMED
-from everest_ds.data.importers.tree import SourceTree
+from everest_ds.data.importers.collector import CONTRADICTED, NO_WINDOW, REPEATED, UNNAMED
+from everest_ds.data.importers.source_tree import SourceTree
 from everest_ds.errors import UserError
 from tests.unit.data.importers.layouts import rows_of, touch, write
 
@@ -33,7 +33,7 @@ def k400(tmp_path: Path) -> Path:
 
 
 def test_kinetics_reports_what_was_not_downloaded(k400: Path) -> None:
-    found = kinetics.gather(SourceTree(k400), kinetics.KineticsOptions())
+    found = kinetics.collect(SourceTree(k400), kinetics.KineticsOptions())
     assert found.class_names == ("riding a bike", "zumba")
     assert rows_of(found, k400) == {
         "train": [("train/zumba/aaaaaaaaaa1_000001_000011.mp4", 1), ("train/riding_a_bike/-baaaaaaaa2.mkv", 0)],
@@ -51,7 +51,7 @@ def test_kinetics_takes_the_copy_in_the_splits_folder_and_tells_of_copies(k400: 
     touch(k400, "a/zumba/aaaaaaaaaa1_000001_000011.mp4", "a/_caaaaaaaa4_000000_000010.mp4")
     touch(k400, "b/ddddddddddd_000003_000013.mp4", "b2/ddddddddddd_000003_000013.mp4")
     (k400 / "test" / "ddddddddddd_000003_000013.mp4").unlink()
-    found = kinetics.gather(SourceTree(k400), kinetics.KineticsOptions())
+    found = kinetics.collect(SourceTree(k400), kinetics.KineticsOptions())
     paths = {path for rows in rows_of(found, k400).values() for path, _ in rows}
     assert paths >= {"train/zumba/aaaaaaaaaa1_000001_000011.mp4", "val/_caaaaaaaa4_000000_000010.mp4"}
     assert "b/ddddddddddd_000003_000013.mp4" in paths
@@ -62,14 +62,14 @@ def test_kinetics_takes_the_copy_in_the_splits_folder_and_tells_of_copies(k400: 
 def test_kinetics_orders_classes_by_a_file_that_must_name_them_all(k400: Path, tmp_path: Path) -> None:
     write(tmp_path / "names.txt", "zumba\nyoga\nriding a bike\n")
     options = kinetics.KineticsOptions(class_names=tmp_path / "names.txt")
-    found = kinetics.gather(SourceTree(k400), options)
+    found = kinetics.collect(SourceTree(k400), options)
     assert found.class_names == ("zumba", "yoga", "riding a bike")
     assert [label for _, label in rows_of(found, k400)["train"]] == [0, 2]
     write(tmp_path / "names.txt", "zumba\nyoga\n")
     with pytest.raises(
         UserError, match="does not name 1 classes that the dataset has, the first is 'riding a bike'"
     ):
-        kinetics.gather(SourceTree(k400), options)
+        kinetics.collect(SourceTree(k400), options)
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,13 @@ def test_kinetics_rows_that_cannot_be_understood_are_refused(
 ) -> None:
     write(tmp_path / name, text)
     with pytest.raises(UserError, match=message):
-        kinetics.gather(SourceTree(tmp_path), kinetics.KineticsOptions())
+        kinetics.collect(SourceTree(tmp_path), kinetics.KineticsOptions())
 
 
 def test_kinetics_needs_annotations_and_rows_named_twice_are_listed_once(k400: Path, tmp_path: Path) -> None:
     text = "label,youtube_id,time_start,time_end\nzumba,aaaaaaaaaa1,1,11\nyoga,aaaaaaaaaa1,1,11\n"
     write(k400 / "annotations" / "train_more.csv", text + "zumba,gone_____03,5,15\n")
-    found = kinetics.gather(SourceTree(k400), kinetics.KineticsOptions())
+    found = kinetics.collect(SourceTree(k400), kinetics.KineticsOptions())
     name = "aaaaaaaaaa1_000001_000011"
     assert found.left_out[REPEATED] == [f"train zumba/{name}"]
     assert found.left_out[CONTRADICTED] == [f"train yoga/{name}"]
@@ -105,7 +105,7 @@ def test_kinetics_needs_annotations_and_rows_named_twice_are_listed_once(k400: P
     assert len(found.missing) == 1
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match=r"holds no .csv with the columns youtube_id, time_start, time_end"):
-        kinetics.gather(SourceTree(k400), kinetics.KineticsOptions(annotations=tmp_path / "none"))
+        kinetics.collect(SourceTree(k400), kinetics.KineticsOptions(annotations=tmp_path / "none"))
 
 
 TEMPLATES = {"Pouring something into something": "1", "Approaching something with your camera": "0"}
@@ -125,7 +125,7 @@ def something(tmp_path: Path) -> Path:
 
 
 def test_ssv2_takes_templates_as_classes(something: Path) -> None:
-    found = ssv2.gather(SourceTree(something), ssv2.Ssv2Options())
+    found = ssv2.collect(SourceTree(something), ssv2.Ssv2Options())
     assert found.class_names == ("Approaching something with your camera", "Pouring something into something")
     assert rows_of(found, something / "20bn-something-something-v2") == {
         "train": [("78687.webm", 1), ("7.webm", 0)],
@@ -141,7 +141,7 @@ def test_ssv2_takes_the_older_names_and_the_answers_of_the_test(something: Path)
         path.rename(path.with_name(f"something-something-v2-{path.name}"))
     (something / "labels" / "something-something-v2-validation.json").unlink()
     write(something / "labels" / "test-answers.csv", "9;Approaching something with your camera\n")
-    found = ssv2.gather(SourceTree(something), ssv2.Ssv2Options())
+    found = ssv2.collect(SourceTree(something), ssv2.Ssv2Options())
     assert rows_of(found, something / "20bn-something-something-v2")["test"] == [("9.webm", 0)]
     assert found.notes == ["there is no validation.json, so no list for val"]
     assert found.left_out == {UNNAMED: ["20bn-something-something-v2/8.webm"]}
@@ -165,7 +165,7 @@ def test_ssv2_annotations_that_do_not_fit_are_refused(
 ) -> None:
     write(something / "labels" / file, content)
     with pytest.raises(UserError, match=message):
-        ssv2.gather(SourceTree(something), ssv2.Ssv2Options())
+        ssv2.collect(SourceTree(something), ssv2.Ssv2Options())
 
 
 def clip(number: int, video: str, start: float, end: float, **changes: Any) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def ego(tmp_path: Path) -> Path:
 
 
 def test_oscc_cuts_clips_by_seconds(ego: Path) -> None:
-    found = oscc.gather(SourceTree(ego), oscc.OsccOptions())
+    found = oscc.collect(SourceTree(ego), oscc.OsccOptions())
     assert found.class_names == ("no state change", "state change")
     assert rows_of(found, ego) == {
         "train": [
@@ -207,7 +207,7 @@ def test_oscc_cuts_clips_by_seconds(ego: Path) -> None:
     }
     assert found.missing == [("train", "u5")]
     assert found.left_out == {NO_WINDOW: ["u6 -0.25 7.75"], UNNAMED: ["full_scale/v4.mp4"]}
-    assert found.notes[0] == "there is no fho_oscc-pnr_val file, so no list for val"
+    assert found.notes[0] == "there is no fho_oscc-pnr_val.json, so no list for val"
     assert found.notes[1] == ("clips found: 4 in whole videos by seconds, 1 in clips by seconds, 1 cut already")
 
 
@@ -216,13 +216,13 @@ def test_oscc_names_the_key_that_is_missing(ego: Path, key: str) -> None:
     broken = {name: value for name, value in clip(1, "v1", 12.0, 20.0).items() if name != key}
     write(ego / "annotations" / "fho_oscc-pnr_train.json", [clip(1, "v1", 12.0, 20.0), broken])
     with pytest.raises(UserError, match=rf"fho_oscc-pnr_train.json, entry 2 has no '{key}'; expected"):
-        oscc.gather(SourceTree(ego), oscc.OsccOptions())
+        oscc.collect(SourceTree(ego), oscc.OsccOptions())
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"videos": []}, "has no 'clips'"),
+        ({"videos": []}, "expected a list of clips, got dict without 'clips'"),
         ("7", "expected a list of clips, got int"),
         ([clip(1, "v1", 0, 8, state_change="yes")], "entry 1: state_change='yes'; expected true or false"),
         ([clip(1, "v1", 0, 8, parent_end_sec=None)], "entry 1: .*parent_end_sec=None; expected seconds"),
@@ -231,9 +231,9 @@ def test_oscc_names_the_key_that_is_missing(ego: Path, key: str) -> None:
 def test_oscc_values_that_cannot_be_understood_are_refused(ego: Path, content: Any, message: str) -> None:
     write(ego / "annotations" / "fho_oscc-pnr_train.json", content)
     with pytest.raises(UserError, match=message):
-        oscc.gather(SourceTree(ego), oscc.OsccOptions())
+        oscc.collect(SourceTree(ego), oscc.OsccOptions())
 
 
 def test_oscc_needs_annotations(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no fho_oscc-pnr_train\.json"):
-        oscc.gather(SourceTree(tmp_path), oscc.OsccOptions())
+        oscc.collect(SourceTree(tmp_path), oscc.OsccOptions())

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from everest_ds.data.importers import folder, hmdb51, ucf101
-from everest_ds.data.importers.gathering import UNLISTABLE, UNNAMED
-from everest_ds.data.importers.tree import SourceTree
+from everest_ds.data.importers.collector import UNLISTABLE, UNNAMED
+from everest_ds.data.importers.source_tree import SourceTree
 from everest_ds.errors import UserError
 from tests.unit.data.importers.layouts import rows_of, touch, write
 
@@ -33,7 +33,7 @@ def ucf(tmp_path: Path) -> Path:
 
 
 def test_ucf101_official_split(ucf: Path) -> None:
-    found = ucf101.gather(SourceTree(ucf), ucf101.Ucf101Options())
+    found = ucf101.collect(SourceTree(ucf), ucf101.Ucf101Options())
     assert found.class_names == ("Archery", "Biking", "HandstandPushups")
     assert rows_of(found, ucf / "UCF-101") == {
         "train": [
@@ -53,8 +53,8 @@ def test_ucf101_other_split_elsewhere_and_reencoded_videos(ucf: Path, tmp_path: 
     for path in (ucf / "UCF-101").glob("*/v_*.avi"):
         path.rename(path.with_suffix(".MP4"))
     with pytest.raises(UserError, match=r"holds no classInd.txt; .* --annotations"):
-        ucf101.gather(SourceTree(ucf), ucf101.Ucf101Options(split=2))
-    found = ucf101.gather(SourceTree(ucf), ucf101.Ucf101Options(split=2, annotations=lists))
+        ucf101.collect(SourceTree(ucf), ucf101.Ucf101Options(split=2))
+    found = ucf101.collect(SourceTree(ucf), ucf101.Ucf101Options(split=2, annotations=lists))
     assert rows_of(found, ucf / "UCF-101") == {
         "train": [("Archery/v_Archery_g01_c01.MP4", 0)],
         "test": [("Archery/v_Archery_g08_c01.MP4", 0)],
@@ -78,17 +78,17 @@ def test_ucf101_other_split_elsewhere_and_reencoded_videos(ucf: Path, tmp_path: 
 def test_ucf101_annotations_that_do_not_fit_are_refused(ucf: Path, file: str, text: str, message: str) -> None:
     write(ucf / "ucfTrainTestlist" / file, text)
     with pytest.raises(UserError, match=message):
-        ucf101.gather(SourceTree(ucf), ucf101.Ucf101Options())
+        ucf101.collect(SourceTree(ucf), ucf101.Ucf101Options())
 
 
 def test_annotations_twice_or_not_text_are_refused(ucf: Path) -> None:
     write(ucf / "copy" / "testlist01.txt", "")
     with pytest.raises(UserError, match=r"holds 2 files that may be testlist01.txt"):
-        ucf101.gather(SourceTree(ucf), ucf101.Ucf101Options())
+        ucf101.collect(SourceTree(ucf), ucf101.Ucf101Options())
     (ucf / "copy" / "testlist01.txt").unlink()
     (ucf / "ucfTrainTestlist" / "classInd.txt").write_bytes(b"1 \xff\n")
     with pytest.raises(UserError, match=r"classInd\.txt is not UTF-8"):
-        ucf101.gather(SourceTree(ucf), ucf101.Ucf101Options())
+        ucf101.collect(SourceTree(ucf), ucf101.Ucf101Options())
 
 
 def test_folder_without_any_of_the_videos_is_refused(ucf: Path) -> None:
@@ -96,7 +96,7 @@ def test_folder_without_any_of_the_videos_is_refused(ucf: Path) -> None:
     with pytest.raises(
         UserError, match=r"holds none of the 6 videos that the annotations name \(the first is Archery"
     ):
-        ucf101.gather(SourceTree(ucf), ucf101.Ucf101Options())
+        ucf101.collect(SourceTree(ucf), ucf101.Ucf101Options())
     with pytest.raises(UserError, match="is no folder"):
         SourceTree(ucf / "absent")
 
@@ -115,7 +115,7 @@ def hmdb(tmp_path: Path) -> Path:
 
 
 def test_hmdb51_official_split_tells_classes_with_equal_names_apart(hmdb: Path) -> None:
-    found = hmdb51.gather(SourceTree(hmdb), hmdb51.Hmdb51Options())
+    found = hmdb51.collect(SourceTree(hmdb), hmdb51.Hmdb51Options())
     assert found.class_names == ("brush_hair", "clap")
     assert rows_of(found, hmdb) == {
         "train": [("brush_hair/x_brush_hair_0.avi", 0), ("clap/#20_Rhythm_clap_u_nm_np1_fr_goo_0.avi", 1)],
@@ -127,16 +127,16 @@ def test_hmdb51_official_split_tells_classes_with_equal_names_apart(hmdb: Path) 
 
 def test_hmdb51_refuses_other_tags_and_missing_splits(hmdb: Path) -> None:
     with pytest.raises(UserError, match=r"holds no CLASS_test_split3\.txt"):
-        hmdb51.gather(SourceTree(hmdb), hmdb51.Hmdb51Options(split=3))
+        hmdb51.collect(SourceTree(hmdb), hmdb51.Hmdb51Options(split=3))
     write(hmdb / "testTrainMulti_7030_splits" / "clap_test_split1.txt", "a.avi 1\nb.avi 3\n")
     with pytest.raises(UserError, match=r"clap_test_split1.txt, line 2: 'b.avi 3'; expected"):
-        hmdb51.gather(SourceTree(hmdb), hmdb51.Hmdb51Options())
+        hmdb51.collect(SourceTree(hmdb), hmdb51.Hmdb51Options())
 
 
 def test_folder_with_its_own_splits(tmp_path: Path) -> None:
     touch(tmp_path, "train/b/1.mp4", "train/a/deep/er/2.mkv", "train/a/notes.txt", "Validation/b/3.mp4")
     touch(tmp_path, "extra/a/4.mp4", "top.mp4", ".cache/a/5.mp4", "train/b/.6.mp4")
-    found = folder.gather(SourceTree(tmp_path), folder.FolderOptions())
+    found = folder.collect(SourceTree(tmp_path), folder.FolderOptions())
     assert found.class_names == ("a", "b")
     assert rows_of(found, tmp_path) == {
         "train": [("train/a/deep/er/2.mkv", 0), ("train/b/1.mp4", 1)],
@@ -149,13 +149,13 @@ def test_folder_with_its_own_splits(tmp_path: Path) -> None:
 def test_class_that_is_called_like_a_split_is_a_class(tmp_path: Path) -> None:
     touch(tmp_path, "train/1.mp4", "bus/2.mp4", "top.mp4")
     options = folder.FolderOptions(val_share=0, test_share=0)
-    found = folder.gather(SourceTree(tmp_path), options)
+    found = folder.collect(SourceTree(tmp_path), options)
     assert rows_of(found, tmp_path) == {"train": [("bus/2.mp4", 0), ("train/1.mp4", 1)]}
     assert found.left_out == {"a video in no class's folder": ["top.mp4"]}
 
 
 def split_by_path(root: Path, **options: Any) -> dict[str, str]:
-    found = folder.gather(SourceTree(root), folder.FolderOptions(**options))
+    found = folder.collect(SourceTree(root), folder.FolderOptions(**options))
     return {path: split for split, rows in rows_of(found, root).items() for path, _ in rows}
 
 
@@ -189,7 +189,7 @@ def test_every_class_with_enough_videos_is_in_every_split(tmp_path: Path) -> Non
         for number in [*range(60), "many"]:
             found = {split for path, split in splits.items() if path.startswith(f"{number}/")}
             assert found == {"train", "val", "test"}, (number, shares)
-    listed = rows_of(folder.gather(SourceTree(tmp_path), folder.FolderOptions()), tmp_path)
+    listed = rows_of(folder.collect(SourceTree(tmp_path), folder.FolderOptions()), tmp_path)
     assert all(rows == sorted(rows, key=lambda row: (row[1], row[0])) for rows in listed.values())
     splits = split_by_path(tmp_path, val_share=0.2, test_share=0)
     for number in [*range(60), "many", "few"]:
@@ -198,7 +198,7 @@ def test_every_class_with_enough_videos_is_in_every_split(tmp_path: Path) -> Non
 
 def test_classes_too_small_for_every_split_are_named(tmp_path: Path) -> None:
     touch(tmp_path, "one/1.mp4", "two/1.mp4", "two/2.mp4", *(f"many/{name}.mp4" for name in range(30)))
-    found = folder.gather(SourceTree(tmp_path), folder.FolderOptions(val_share=0.05, test_share=0.05))
+    found = folder.collect(SourceTree(tmp_path), folder.FolderOptions(val_share=0.05, test_share=0.05))
     for split in ("val", "test"):
         assert f"{split} has no video of 2 of 3 classes (fewer than 3 videos each): one, two" in found.notes
 
@@ -217,33 +217,33 @@ def test_split_moves_only_in_classes_that_were_too_small_when_files_are_added(tm
 
 def test_numbered_class_folders_are_in_numeric_order_and_that_is_said(tmp_path: Path) -> None:
     touch(tmp_path, *(f"{name}/a.mp4" for name in ("10", "2", "1", "007")))
-    found = folder.gather(SourceTree(tmp_path), folder.FolderOptions(val_share=0, test_share=0))
+    found = folder.collect(SourceTree(tmp_path), folder.FolderOptions(val_share=0, test_share=0))
     assert found.class_names == ("1", "2", "007", "10")
     assert dict(rows_of(found, tmp_path)["train"]) == {
         "1/a.mp4": 0, "2/a.mp4": 1, "007/a.mp4": 2, "10/a.mp4": 3,
     }  # fmt: skip
     assert any("numeric order: 1 has label 0, 10 has label 3" in note for note in found.notes)
     touch(tmp_path, "ten/a.mp4")
-    found = folder.gather(SourceTree(tmp_path), folder.FolderOptions(val_share=0, test_share=0))
+    found = folder.collect(SourceTree(tmp_path), folder.FolderOptions(val_share=0, test_share=0))
     assert found.class_names == ("007", "1", "10", "2", "ten")
     assert not any("numeric order" in note for note in found.notes)
 
 
 def test_videos_without_classes_become_a_list_for_pre_training(tmp_path: Path) -> None:
     touch(tmp_path, "b.mp4", "a 1.mp4", "notes.txt")
-    found = folder.gather(SourceTree(tmp_path), folder.FolderOptions())
+    found = folder.collect(SourceTree(tmp_path), folder.FolderOptions())
     assert rows_of(found, tmp_path) == {"train": [("a 1.mp4", -1), ("b.mp4", -1)]}
     assert found.class_names == ()
     assert found.left_out == {}
     assert "the lists are for pre-training, every label is -1" in found.notes[0]
     assert "--val-share and --test-share have no effect" in found.notes[1]
     with pytest.raises(UserError, match=r"--class-names names.txt has no effect"):
-        folder.gather(SourceTree(tmp_path), folder.FolderOptions(class_names=Path("names.txt")))
+        folder.collect(SourceTree(tmp_path), folder.FolderOptions(class_names=Path("names.txt")))
 
 
 def test_splits_without_classes_become_lists_without_labels(tmp_path: Path) -> None:
     touch(tmp_path, "train/a.mp4", "train/b.mp4", "val/c.mp4", "top.mp4")
-    found = folder.gather(SourceTree(tmp_path), folder.FolderOptions())
+    found = folder.collect(SourceTree(tmp_path), folder.FolderOptions())
     assert rows_of(found, tmp_path) == {
         "train": [("train/a.mp4", -1), ("train/b.mp4", -1)],
         "val": [("val/c.mp4", -1)],
@@ -253,7 +253,7 @@ def test_splits_without_classes_become_lists_without_labels(tmp_path: Path) -> N
 
 def test_video_in_no_class_of_a_split_is_left_out(tmp_path: Path) -> None:
     touch(tmp_path, "train/a/1.mp4", "train/b/2.mp4", "train/stray.mp4", "test/a/3.mp4")
-    found = folder.gather(SourceTree(tmp_path), folder.FolderOptions())
+    found = folder.collect(SourceTree(tmp_path), folder.FolderOptions())
     assert found.class_names == ("a", "b")
     assert rows_of(found, tmp_path) == {
         "train": [("train/a/1.mp4", 0), ("train/b/2.mp4", 1)], "test": [("test/a/3.mp4", 0)],
@@ -264,7 +264,7 @@ def test_video_in_no_class_of_a_split_is_left_out(tmp_path: Path) -> None:
 def test_folder_without_videos_and_shares_that_leave_nothing_are_refused(tmp_path: Path) -> None:
     touch(tmp_path, "1.jpg")
     with pytest.raises(UserError, match=r"holds no video: no file .* ends in one of .*\.mp4"):
-        folder.gather(SourceTree(tmp_path), folder.FolderOptions())
+        folder.collect(SourceTree(tmp_path), folder.FolderOptions())
     with pytest.raises(UserError, match="leave nothing for training"):
         folder.FolderOptions(val_share=0.5, test_share=0.5)
     for share in (-0.1, 1.0, float("nan")):
@@ -274,7 +274,7 @@ def test_folder_without_videos_and_shares_that_leave_nothing_are_refused(tmp_pat
 
 def test_names_that_no_list_can_hold_are_left_out_and_told(tmp_path: Path) -> None:
     touch(tmp_path, "a/good.mp4", "a/line\nbreak.mp4", "a/" + os.fsdecode(b"\xfc.mp4"), "ü a/1,2 3.mp4")
-    found = folder.gather(SourceTree(tmp_path), folder.FolderOptions(val_share=0, test_share=0))
+    found = folder.collect(SourceTree(tmp_path), folder.FolderOptions(val_share=0, test_share=0))
     assert rows_of(found, tmp_path) == {"train": [("a/good.mp4", 0), ("ü a/1,2 3.mp4", 1)]}
     assert found.left_out == {UNLISTABLE: ["'a/line\\nbreak.mp4'", "'a/\\udcfc.mp4'"]}
 
@@ -283,5 +283,5 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     touch(tmp_path, "disk/1.mp4", "data/b/2.mp4")
     (tmp_path / "data" / "a").symlink_to(tmp_path / "disk")
     (tmp_path / "data" / "b" / "loop").symlink_to(tmp_path / "data")
-    found = folder.gather(SourceTree(tmp_path / "data"), folder.FolderOptions(val_share=0, test_share=0))
+    found = folder.collect(SourceTree(tmp_path / "data"), folder.FolderOptions(val_share=0, test_share=0))
     assert rows_of(found, tmp_path / "data") == {"train": [("a/1.mp4", 0), ("b/2.mp4", 1)]}

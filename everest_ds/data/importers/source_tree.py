@@ -44,6 +44,10 @@ class SourceTree:
         """The files with a video's suffix."""
         return [path for path in self.files if path.suffix.lower() in VIDEO_SUFFIXES]
 
+    def name_of(self, path: Path) -> str:
+        """Return a file's path below the root, as text."""
+        return str(path.relative_to(self.root))
+
     def folders_of(self, path: Path) -> tuple[str, ...]:
         """Return the names of the folders between the root and a file."""
         return path.relative_to(self.root).parts[:-1]
@@ -51,14 +55,8 @@ class SourceTree:
     def find_video(self, stem: str, *folders: str, others: Collection[str] = ()) -> Path | None:
         """Return the video of a name without its suffix, so that re-encoded copies are found too; None without one.
 
-        Of several, one below the folders named wins, by the number of them in its path, then the first by path. The
-        others stay behind, to be reported as not named by the annotations.
-
-        Args:
-            stem: File name without suffix.
-            folders: Names, in any case, of folders that it should lie below.
-            others: Names of folders, unless they are among ``folders``, that it must not lie below: other
-                classes may have a video of the same name.
+        Of several, the one below most of ``folders`` wins, then the first by path. Videos below a folder of
+        ``others`` do not count: other classes may have a video of the same name. Names are compared in any case.
         """
         wanted = {name.casefold() for name in folders}
         barred = {name.casefold() for name in others} - wanted
@@ -142,19 +140,27 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text: {error.reason}; download it again") from error
 
 
-def require_keys(entry: Any, path: Path, number: int, *keys: str) -> None:
-    """Check that an entry of a JSON list has some keys.
+def read_entries(path: Path, what: str, *keys: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield place and content of each object of a JSON file: a list of ``what``, or an object with that key.
 
     Raises:
-        UserError: It is no object, or a key is not there.
+        UserError: There is no list, or an entry is no object with these keys.
     """
-    if not isinstance(entry, dict):
-        raise UserError(f"{path}, entry {number}: expected an object with {', '.join(keys)}, got {entry!r:.80}")
-    for key in keys:
-        if key not in entry:
-            raise UserError(
-                f"{path}, entry {number} has no {key!r}; expected {', '.join(keys)}, got {', '.join(entry)}"
-            )
+    entries = read_json(path)
+    if isinstance(entries, dict) and what in entries:
+        entries = entries[what]
+    if not isinstance(entries, list):
+        given = f" without {what!r}" if isinstance(entries, dict) else ""
+        raise UserError(f"{path}: expected a list of {what}, got {type(entries).__name__}{given}")
+    expected = ", ".join(keys)
+    for number, entry in enumerate(entries, start=1):
+        place = f"{path}, entry {number}"
+        if not isinstance(entry, dict):
+            raise UserError(f"{place}: expected an object with {expected}, got {entry!r:.80}")
+        for key in keys:
+            if key not in entry:
+                raise UserError(f"{place} has no {key!r}; expected {expected}, got {', '.join(entry)}")
+        yield place, entry
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -1,14 +1,14 @@
 """What an importer finds: rows by split, and an account of everything that is no row.
 
-Place in the flow: `SourceTree` and a dataset's annotations -> `Gathering` -> `Import` -> the writer.
+Place in the flow: `SourceTree` and a dataset's annotations -> `Collector` -> `Import` -> the writer.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from everest_ds.data.importers.tree import SourceTree
+from everest_ds.data.importers.source_tree import SourceTree, one_file
 from everest_ds.data.lists.classes import read_class_names
 from everest_ds.data.lists.video_list import VideoRow, can_be_listed, window_fault
 from everest_ds.errors import UserError
@@ -48,7 +48,7 @@ class Import:
     notes: list[str]
 
 
-class Gathering:
+class Collector:
     """Collects the rows of an import, and accounts for what is none."""
 
     def __init__(self, source: SourceTree) -> None:
@@ -68,14 +68,9 @@ class Gathering:
         label: int,
         window: tuple[float | None, float | None] = (None, None),
     ) -> None:
-        """Take a video that the annotations name.
+        """Take a video that the annotations call ``name``; without a path it is missing, label -1 is none.
 
-        Args:
-            split: train, val or test.
-            name: What the annotations call it.
-            path: Its file; None where there is none.
-            label: Its class, -1 for none.
-            window: Start and end in seconds, or Nones for all of it.
+        The window is in seconds.
         """
         if path is None:
             self._missing[split, _printable(name)] = None
@@ -102,6 +97,27 @@ class Gathering:
         """Tell people something."""
         self._notes.append(text)
 
+    def find_split_files(self, annotations: SourceTree, names: Mapping[str, tuple[str, str]]) -> dict[str, Path]:
+        """Return the annotation file of each split that has one; a note names the other splits.
+
+        ``names`` has the pattern and the name of each split's file.
+
+        Raises:
+            UserError: There is none, or several match one pattern.
+        """
+        found = {}
+        for split, (pattern, name) in names.items():
+            if annotations.find_files(pattern):
+                found[split] = one_file(annotations, pattern, name)
+            else:
+                self.note(f"there is no {name}, so no list for {split}")
+        if not found:
+            every = ", ".join(name for _, name in names.values())
+            raise UserError(
+                f"{annotations.root} holds no {every}; download them, or name their folder by --annotations"
+            )
+        return found
+
     def finish(self, class_names: tuple[str, ...]) -> Import:
         """Return the import: with the videos that nobody named, and notes on what is odd about it.
 
@@ -111,7 +127,7 @@ class Gathering:
         source = self._source
         for path in source.videos:
             if path not in self._handled:
-                self.leave_out(UNNAMED, str(path.relative_to(source.root)))
+                self.leave_out(UNNAMED, source.name_of(path))
         rows = {split: rows for split, rows in self._rows.items() if rows}
         if not rows and not self._missing and self._left_out:
             reason, names = next(iter(self._left_out.items()))
@@ -141,10 +157,6 @@ def split_of(word: str) -> str | None:
 
 def resolve_names(found: Collection[str], names_file: Path | None) -> tuple[str, ...]:
     """Return the names of the classes by label: those found, sorted, or those of a file, in its order.
-
-    Args:
-        found: Names that the dataset has.
-        names_file: File with one name a line, or None.
 
     Raises:
         UserError: The file is at fault, or lacks a name that was found.
