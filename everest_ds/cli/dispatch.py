@@ -9,7 +9,7 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from everest_ds import __version__, distributed, interrupts
 from everest_ds.cli.table import COMMANDS, EXIT_INTERRUPTED, Command, interrupted
@@ -104,7 +104,7 @@ def _call(command: Command, words: list[str], world: World) -> int:
     return _leave(code, at_once=world.size > 1 or code == EXIT_STOPPED)
 
 
-def _show_usage(line: str, commands: dict[str, Command], world: World) -> int:
+def _show_usage(line: str, commands: Mapping[str, Command], world: World) -> int:
     say(usage(line, {name: command.purpose for name, command in commands.items()}), world, to_stdout=True)
     return 0
 

@@ -7,9 +7,8 @@ and the `World`, and returns the exit code. Both modules are imported when the c
 """
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 EXIT_INTERRUPTED = 130
 """128 and the number of SIGINT, as shells have it."""
@@ -19,8 +18,7 @@ _STARTS_AGAIN = "interrupted; the same command starts again"
 _NOT_TRAINED = "interrupted before the first step, nothing was trained; the same command starts again"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Command:
+class Command(NamedTuple):  # no dataclass: that takes longer to import than all else before Ctrl-C is answered
     """One command.
 
     Attributes:
@@ -35,7 +33,7 @@ class Command:
     entry: str = ""
     work: str | None = None
     on_interrupt: str = _STARTS_AGAIN
-    parts: dict[str, "Command"] = field(default_factory=dict)
+    parts: Mapping[str, "Command"] = {}
 
     def load_entry(self) -> Callable[..., Any]:
         """Import the module that parses and checks."""

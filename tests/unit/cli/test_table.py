@@ -66,8 +66,6 @@ def test_every_command_has_a_refusal_to_test() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_command_refuses_without_torch(name: str, seen: dict[str, tuple[int, list[str], str]]) -> None:
-    if name == "prepare":
-        pytest.xfail("its options stand beside what re-encodes with torch")
     code, heavy, said = seen[name]
     assert (code, heavy) == (2, []), said
 
