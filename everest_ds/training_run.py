@@ -150,7 +150,7 @@ def _check_alone(job: TrainingJob) -> tuple[str, Precision]:
     heads = [size.width // size.num_heads]
     if isinstance(config, PretrainConfig):
         heads.append(size.decoder_width // size.decoder_num_heads)
-    dtype = precision.products_dtype
+    dtype = precision.matmul_dtype
     backends = [choose_backend(config.model.attention, torch.device(device_type), dtype, head) for head in heads]
     return backends[0].name, precision
 

@@ -175,7 +175,7 @@ def compare_steps(
     for name, code in official.items():
         model = make_official_model(code, config).to(device)
         model.load_state_dict(task.model.state_dict())  # their names are ours: the same weights, or an error
-        references[name] = OfficialStep(code, model, precision.products_dtype)
+        references[name] = OfficialStep(code, model, precision.matmul_dtype)
     task.to(precision.weights_dtype)
     for micro_size in micro_sizes:
         sides = _sides(task, references, config, micro_size, device, autocasts=precision.autocasts)

@@ -144,7 +144,7 @@ def build_workbench(
     backend = choose_backend(
         config.model.attention,
         torch.device(device_type),
-        choose_precision(systems, precision, device_type).products_dtype,
+        choose_precision(systems, precision, device_type).matmul_dtype,
         size.width // size.num_heads,
     )
     engines.check_compilation(config, systems, device_type)

@@ -35,7 +35,7 @@ class InferenceOptions:
     """ema: a checkpoint's moving average; model: the weights themselves; auto: the average where there is one."""
     precision: PrecisionName = "auto"
     """auto: bf16 on a GPU and fp32 on a CPU. Weights are float32 in any case: bf16 and autocast are the same here,
-    matrix products in bfloat16."""
+    matmuls in bfloat16."""
     batch_rows: int = 4
     """Videos of one forward pass, with all their views. Results depend on it in their last bits."""
     num_workers: int | None = None

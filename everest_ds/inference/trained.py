@@ -75,7 +75,7 @@ class Trained:
     def wrap(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Return a method of the model that computes in the chosen precision and returns float32."""
 
-        lowers = self.precision.products_dtype != torch.float32
+        lowers = self.precision.matmul_dtype != torch.float32
 
         def run(clips_BCTHW: Tensor) -> Tensor:
             with torch.autocast(clips_BCTHW.device.type, torch.bfloat16, enabled=lowers):
@@ -136,7 +136,7 @@ def load_trained(
     report = load_weights(model, weights, clip_grid=grid)
     precision = choose_precision({}, options.precision, device.type)
     head_dim = shape.width // (shape.num_heads or 1)
-    backend = choose_backend(settings.attention, device, precision.products_dtype, head_dim)
+    backend = choose_backend(settings.attention, device, precision.matmul_dtype, head_dim)
     num_kept = model.rule.num_kept(grid)
     return Trained(
         model=model.eval().requires_grad_(False),

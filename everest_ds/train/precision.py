@@ -1,11 +1,10 @@
 """What a run computes in: from --precision and the DeepSpeed file to DeepSpeed's sections and torch's dtypes.
 
     bf16       DeepSpeed's bf16: weights and gradients in bfloat16, float32 master weights in the optimiser
-    autocast   weights, gradients and optimiser in float32; torch.autocast casts matrix products to bfloat16
+    autocast   weights, gradients and optimiser in float32; torch.autocast casts matmuls to bfloat16
     fp32       everything in float32
 
-Ranking, targets, losses and the moments of norms are float32 in all of them. Place in the flow: a command chooses
-before anything is built; `train.engine` puts the sections into DeepSpeed's configuration. Importing needs no torch.
+Ranking, targets, losses and the statistics of norms are float32 in all of them. Importing needs no torch.
 """
 
 from dataclasses import dataclass
@@ -26,28 +25,25 @@ class Precision:
 
     Attributes:
         name: As --precision has it.
-        weights: What the model holds its weights, gradients and residual row in.
-        products: What matrix products and attention compute in.
+        weights: Of weights, gradients and the residual stream.
+        matmuls: Of matmuls and attention.
     """
 
     name: Literal["bf16", "autocast", "fp32"]
     weights: DtypeName
-    products: DtypeName
+    matmuls: DtypeName
 
     @property
     def autocasts(self) -> bool:
-        """Whether torch.autocast makes the products another dtype than the weights."""
-        return self.weights != self.products
+        return self.weights != self.matmuls
 
     @property
     def weights_dtype(self) -> "torch.dtype":
-        """What weights are held in, as torch's."""
         return _torch_dtype(self.weights)
 
     @property
-    def products_dtype(self) -> "torch.dtype":
-        """What products are computed in, as torch's: also what attention kernels get."""
-        return _torch_dtype(self.products)
+    def matmul_dtype(self) -> "torch.dtype":
+        return _torch_dtype(self.matmuls)
 
 
 BF16 = Precision("bf16", "bfloat16", "bfloat16")
@@ -59,7 +55,7 @@ PRECISIONS = {precision.name: precision for precision in (BF16, AUTOCAST, FP32)}
 def choose_precision(systems: dict[str, Any], asked: PrecisionName, device_type: str) -> Precision:
     """Return what the model computes in.
 
-    ``auto`` follows the DeepSpeed file; a file that does not say means bf16 on a GPU and fp32 on a CPU. No file
+    ``auto`` follows the DeepSpeed file; where the file does not say: bf16 on a GPU and fp32 on a CPU. No file
     says autocast.
 
     Raises:
@@ -77,19 +73,14 @@ def choose_precision(systems: dict[str, Any], asked: PrecisionName, device_type:
 
 
 def precision_of(ds_config: dict[str, Any]) -> Precision:
-    """Return what a DeepSpeed configuration computes in, as `precision_sections` has written it."""
+    """Return what a resolved DeepSpeed configuration computes in."""
     if ds_config["bf16"]["enabled"]:
         return BF16
     return AUTOCAST if ds_config["torch_autocast"]["enabled"] else FP32
 
 
 def precision_sections(systems: dict[str, Any], precision: Precision) -> dict[str, Any]:
-    """Return every section of DeepSpeed's configuration that decides about dtypes, but for data_types.
-
-    Args:
-        systems: The DeepSpeed file.
-        precision: What the run computes in.
-    """
+    """Return every section of DeepSpeed's configuration that decides about dtypes, but for data_types."""
     own = "bf16" if precision == BF16 else "fp32"
     autocast: dict[str, Any] = {"enabled": precision.autocasts}
     if precision.autocasts:

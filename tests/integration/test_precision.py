@@ -58,7 +58,7 @@ def test_run_under_autocast_goes_on_bit_for_bit_and_in_no_other_precision(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     autocast = ["--precision", "autocast"]
     shown = run(demo_folder, whole, *autocast, steps=4)
-    assert "ZeRO-2, float32 with products in bfloat16, attention sdpa" in shown
+    assert "ZeRO-2, float32 with matmuls in bfloat16, attention sdpa" in shown
     (start,) = metrics(whole, "event")[:1]
     assert (start["event"], start["dtype"], start["autocast"]) == ("start", "float32", True)
     run(demo_folder, parts, *autocast, steps=2)
@@ -68,7 +68,7 @@ def test_run_under_autocast_goes_on_bit_for_bit_and_in_no_other_precision(
         assert done.returncode == 2
         said = " ".join(done.stderr.split())
         in_other = {"fp32": "float32", "bf16": "bfloat16"}[other]
-        assert f"was written in float32 with products in bfloat16; this run computes in {in_other}" in said
+        assert f"was written in float32 with matmuls in bfloat16; this run computes in {in_other}" in said
     run(demo_folder, parts, *autocast, steps=4)
     assert losses(parts) == losses(whole)
     ours, theirs = weights(parts, 4), weights(whole, 4)

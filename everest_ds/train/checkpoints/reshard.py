@@ -1,13 +1,13 @@
-"""Going on with other processes or another ZeRO stage, by way of DeepSpeed's universal checkpoints.
+"""Resuming with another number of ranks or another ZeRO stage, through DeepSpeed's universal checkpoints.
 
     step-00001200/              shards of the world and stage that wrote them
     universal-step-00001200/    one folder a parameter: weight and two moments, whole and in float32
 
-The copy is made when it is first needed, by DeepSpeed's own converter, and kept beside the checkpoint. DeepSpeed's
-loader, as of 0.19.8, has three traps that are mended here: a folder converted from one stage lacks what the loader
-of another asks for (`_bridge_stages`), ZeRO-3 gives every parameter group the hyper-parameters of the first
-(`_bridge_stages` stores none, so each group keeps its own), and ZeRO-3 makes all groups share one step counter,
-which then advances once for each (`_separate_step_counters`).
+The copy is made by DeepSpeed's own converter when it is first needed, and kept beside the checkpoint. Three faults
+of DeepSpeed's loader (0.19.8) are mended here. A folder converted from one stage lacks what the loader of another
+needs (`_bridge_stages`). ZeRO-3 gives every parameter group the hyper-parameters of the first (`_bridge_stages`
+stores none, so each group keeps its own). ZeRO-3 makes all groups share one step counter, which then advances once
+for each (`_separate_step_counters`).
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def needs_resharding(was: TrainState, now: TrainState) -> bool:
 def universal_copy(checkpoint: Path, world: World) -> Iterator[Path]:
     """Provide a checkpoint's universal copy, converting it when there is none yet; all ranks take part.
 
-    A copy made here is removed again when what follows fails, so that a failed start leaves the run as it was.
+    A copy made here is removed again when what follows fails: a failed start leaves the run as it was.
 
     Raises:
         UserError: The conversion failed.
@@ -94,9 +94,6 @@ def load_resharded(engine: Any, copy: Path, num_updates: int) -> None:
         engine: The DeepSpeed engine.
         copy: The folder that `universal_copy` provides.
         num_updates: Updates that the optimiser had made.
-
-    Raises:
-        UserError: DeepSpeed did not load it on some rank.
     """
     load_checkpoint(engine, copy)
     _separate_step_counters(engine.optimizer.optimizer, num_updates)
@@ -129,7 +126,7 @@ def _publish(temporary: Path, copy: Path) -> None:
 def _run_converter(checkpoint: Path, temporary: Path, world: World) -> str | None:
     """Run DeepSpeed's converter on rank zero, reporting progress; return what it said when it failed.
 
-    The other ranks hear of it every few seconds, so that no collective waits for longer than that.
+    All ranks meet every few seconds, so that no collective times out.
     """
     process, fault, num_parameters, started = None, None, 0, time.monotonic()
     if world.is_main:
@@ -166,11 +163,11 @@ def _is_converting(
 
 
 def _start_converter(checkpoint: Path, temporary: Path) -> "subprocess.Popen[bytes]":
-    """Start the converter as a process of its own, which knows nothing of this launch or its GPUs."""
+    """Start the converter as a process outside of this launch, without its GPUs."""
     launch = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in launch}
     environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONUNBUFFERED"] = "1"  # or what it says first is written after its traceback
+    environment["PYTHONUNBUFFERED"] = "1"  # else its output follows its traceback
     workers = str(max(1, min(8, (os.cpu_count() or 2) // 2)))
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(checkpoint), "--output_folder", str(temporary)]

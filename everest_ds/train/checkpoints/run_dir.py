@@ -1,4 +1,4 @@
-"""The run directory: whether a run may use it, where it goes on from, and what describes the run in it.
+"""The run directory: whether a run may use it, where it resumes from, and the files that describe the run.
 
 RUN/config.json          the resolved recipe
     ds_config.json       the DeepSpeed configuration as used
@@ -20,13 +20,13 @@ from everest_ds.config import Config
 from everest_ds.config.file import dump_config, load_config
 from everest_ds.errors import UserError
 from everest_ds.files import is_partial, write_atomically, write_json
-from everest_ds.train.checkpoints.save import folder_of, list_checkpoints, read_latest
+from everest_ds.train.checkpoints.save import LATEST, folder_of, list_checkpoints, read_pointer
 from everest_ds.train.checkpoints.seal import SEAL, is_sealed
 
 # A network file system may show a new file to other nodes only after a while (NFS: up to a minute by default).
 VISIBLE_WITHIN_S = 90
 
-# Settings that may differ between a run and its continuation: they do not change what is computed.
+# Settings that may change when a run resumes: they do not change what is computed.
 FREE_ON_RESUME = frozenset(
     {
         "batch.micro_size",
@@ -56,12 +56,12 @@ FREE_ON_RESUME = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """Where a run goes on from.
+    """Where a run resumes from.
 
     Attributes:
         run_dir: The run directory.
         candidates: Complete checkpoints to try, in this order; none to start afresh.
-        exact: Whether one was asked for by name, so that no other will do.
+        exact: Whether one was asked for by name, and no other may be used.
     """
 
     run_dir: Path
@@ -70,9 +70,12 @@ class Resume:
 
 
 def find_resume(out: Path | None, config: Config, resume: str) -> Resume:
-    """Return where to go on from: auto, never, or a checkpoint's path.
+    """Return where to resume from.
 
-    Without ``out``, the run directory is that of the named checkpoint, or runs/RECIPE.
+    Args:
+        out: The run directory; None for that of the named checkpoint, or runs/RECIPE.
+        config: The run.
+        resume: auto, never, or the path of a checkpoint or run.
 
     Raises:
         UserError: The directory is used and must not be, holds another run, or the named checkpoint is unusable.
@@ -93,9 +96,9 @@ def find_resume(out: Path | None, config: Config, resume: str) -> Resume:
 def _named_checkpoint(out: Path | None, config: Config, named: Path) -> Resume:
     """Return the checkpoint of that name; a run directory, or its checkpoints/, stands for its `latest`."""
     if folder_of(named).is_dir():
-        checkpoint = read_latest(named)
+        checkpoint = read_pointer(named, LATEST)
     elif named.is_dir() and folder_of(named.parent).resolve() == named.resolve():
-        checkpoint = read_latest(named.parent)
+        checkpoint = read_pointer(named.parent, LATEST)
     else:
         checkpoint = named
     if not is_sealed(checkpoint):
@@ -117,11 +120,11 @@ def _named_checkpoint(out: Path | None, config: Config, named: Path) -> Resume:
 
 
 def find_pointer_fault(run_dir: Path) -> str | None:
-    """Return what is wrong with a used run's `latest`, though its checkpoints do not depend on it."""
+    """Return what is wrong with the pointer `latest` of a run that has checkpoints; None where it is right."""
     if not list_checkpoints(run_dir):
         return None
     try:
-        read_latest(run_dir)
+        read_pointer(run_dir, LATEST)
     except UserError as error:
         return str(error)
     return None
@@ -132,7 +135,7 @@ def _is_used(run_dir: Path) -> bool:
 
 
 def _require_same_run(run_dir: Path, config: Config) -> None:
-    stored, given = (_flatten(asdict(item)) for item in (load_config(run_dir / "config.json"), config))
+    stored, given = _flatten(load_config(run_dir / "config.json")), _flatten(config)
     if stored["task"] != given["task"]:
         raise UserError(
             f"{run_dir} holds another run: its task is {stored['task']}, this one's {given['task']}; use another "
@@ -150,25 +153,23 @@ def _require_same_run(run_dir: Path, config: Config) -> None:
 
 
 def _way_to_start_from(run_dir: Path) -> str:
-    """Return how a new run starts from this one's weights, as the end of a message; nothing where it has none."""
+    """Return how a new run starts from this one's weights, as the end of a message."""
     if not list_checkpoints(run_dir):
         return ""
     source = shlex.quote(str(run_dir))
     return f". To train its weights longer or otherwise, start a new run: --init-from {source} --out ANOTHER"
 
 
-def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(config: Config) -> dict[str, Any]:
+    """Return all settings by their dotted names."""
     flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+    for name, value in asdict(config).items():
+        flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
     return flat
 
 
 def write_run_files(run_dir: Path, config: Config, ds_config: dict[str, Any]) -> None:
-    """Write the files that describe a run; a continued run is described anew."""
+    """Write the files that describe a run; also when it resumes."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "config.json", dump_config(config))
     write_json(run_dir / "ds_config.json", ds_config)
@@ -176,11 +177,7 @@ def write_run_files(run_dir: Path, config: Config, ds_config: dict[str, Any]) ->
 
 
 def require_shared(run_dir: Path) -> None:
-    """Refuse a run directory that is another folder on another node; called by all ranks once it is written.
-
-    Raises:
-        UserError: Some process does not see what rank zero has written; its shards would go elsewhere.
-    """
+    """Refuse a run directory in which some rank does not see what rank zero has written. All ranks take part."""
     deadline = time.monotonic() + VISIBLE_WITHIN_S
     while not (run_dir / "config.json").is_file() and time.monotonic() < deadline:
         time.sleep(1)

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,6 @@ LATEST, BEST = "latest", "best"
 def folder_of(run_dir: Path) -> Path:
     """Return the folder of a run's checkpoints."""
     return run_dir / "checkpoints"
-
-
-def read_latest(run_dir: Path) -> Path:
-    """Return the checkpoint that a run's pointer to the newest one names; see `read_pointer`."""
-    return read_pointer(run_dir, LATEST)
 
 
 def find_best(run_dir: Path) -> Path | None:
@@ -63,24 +59,17 @@ def read_pointer(run_dir: Path, name: str) -> Path:
 
 
 def point_to_best(run_dir: Path, step: int | None) -> bool:
-    """Make the pointer name the checkpoint of a step, or remove it; rank zero calls it.
+    """Make the pointer to the best checkpoint name that of a step; return whether it is there. Rank zero only.
 
-    Returns:
-        Whether the pointer names one: not without a step, nor where its checkpoint is gone, because the run goes on
-        from an older one.
+    Without a step, or where its checkpoint is gone because the run resumed from an older one, there is no pointer.
     """
     pointer = folder_of(run_dir) / BEST
     target = folder_of(run_dir) / f"step-{step or 0:08d}"
     if step is None or not is_sealed(target):
         pointer.unlink(missing_ok=True)
         return False
-    point(pointer, target)
-    return True
-
-
-def point(pointer: Path, target: Path) -> None:
-    """Make a pointer name a checkpoint, by rename."""
     write_atomically(pointer, target.name + "\n", durable=True)
+    return True
 
 
 STATE = "state.json"
@@ -97,17 +86,17 @@ class TrainState:
     """Where a run stands; everything else about its data follows from the seed and the step.
 
     Attributes:
-        step: Optimiser steps gone by.
-        epoch: Whole epochs gone by.
+        step: Optimiser steps taken.
+        epoch: Whole epochs.
         samples: Clips seen.
         num_bad: Unreadable draws so far.
-        num_skipped: Steps among them that changed no weight, because a gradient was not finite.
-        best_step: Where the validation score was highest so far; None where nothing was scored yet.
+        num_skipped: Steps that changed no weight, because a gradient was not finite.
+        best_step: Step of the highest validation score; None before the first.
         best_score: That score.
-        threshold: The running quantile of importance, where a budget goes by one.
-        world_size: Processes that wrote the shards.
+        threshold: The running quantile of importance, where a budget keeps one.
+        world_size: Ranks that wrote the shards.
         zero_stage: How they are sharded.
-        dtype: What the model's weights are in as it computes with them, bfloat16 or float32.
+        dtype: Of the weights that the model computes with, bfloat16 or float32.
         autocast: Whether its matrix products are in bfloat16 all the same, by autocast.
         videos: Fingerprint of the training list.
         format: Version of the checkpoint's layout.
@@ -130,8 +119,7 @@ class TrainState:
 
     @property
     def computes_in(self) -> str:
-        """What the model computes in, for people."""
-        return f"{self.dtype} with products in bfloat16" if self.autocast else self.dtype
+        return f"{self.dtype} with matmuls in bfloat16" if self.autocast else self.dtype
 
 
 def universal_of(checkpoint: Path) -> Path:
@@ -154,7 +142,7 @@ def save_checkpoint(
         engine: The DeepSpeed engine.
         run_dir: The run directory.
         state: Where the run stands.
-        world: This process's place.
+        world: This rank and how many there are.
         extra_bytes: About how many bytes `write_more` writes.
         write_more: Write more files into the folder before it is sealed; called on every rank.
 
@@ -175,7 +163,8 @@ def save_checkpoint(
             raise UserError(_unwritten(folder, str(error).splitlines()[0])) from error
         raise
     _all_must(world, folder, lambda: [write(temporary) for write in write_more])
-    _all_must(world, folder, lambda: _write_state(temporary, state) if world.is_main else None)
+    write_state = partial(write_json, temporary / STATE, asdict(state), durable=True)
+    _all_must(world, folder, lambda: write_state() if world.is_main else None)
     _all_must(world, folder, lambda: seal(temporary, world))
     _all_must(world, folder, lambda: _publish(temporary, final) if world.is_main else None)
     return final
@@ -209,7 +198,7 @@ def prune_checkpoints(
 
 
 def set_aside(checkpoints: Iterable[Path]) -> None:
-    """Rename damaged checkpoints, so that they count neither as a place to resume from nor as ones to keep."""
+    """Rename damaged checkpoints: they are neither resumed from nor counted among those to keep."""
     for checkpoint in checkpoints:
         aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -219,12 +208,11 @@ def set_aside(checkpoints: Iterable[Path]) -> None:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, newest first."""
-    sealed = sorted(path.parent for path in folder_of(run_dir).glob(f"step-*/{SEAL}"))
-    return sealed[::-1]
+    return sorted((path.parent for path in folder_of(run_dir).glob(f"step-*/{SEAL}")), reverse=True)
 
 
 def unfinished_saves(run_dir: Path) -> list[Path]:
-    """Return folders of saves that did not come to their end."""
+    """Return folders of saves that did not finish."""
     folder = folder_of(run_dir)
     unsealed = [path for path in folder.glob("step-*") if not is_sealed(path)]
     return sorted([*unsealed, *folder.glob("tmp-*")])
@@ -234,7 +222,7 @@ def read_state(checkpoint: Path) -> TrainState:
     """Read where a checkpoint stands.
 
     Raises:
-        UserError: The folder is no complete checkpoint, or one of another version.
+        UserError: The folder is not a complete checkpoint, or one of another version.
     """
     if not is_sealed(checkpoint):
         raise UserError(f"{checkpoint} is no complete checkpoint: it has no {SEAL}")
@@ -275,17 +263,13 @@ def choose_checkpoint(candidates: Sequence[Path], world: World, *, exact: bool) 
 
 
 def load_checkpoint(engine: Any, checkpoint: Path) -> None:
-    """Load a verified checkpoint into the engine; all ranks take part, and all stop when one cannot.
-
-    Raises:
-        UserError: DeepSpeed did not load it on some rank.
-    """
+    """Load a verified checkpoint into the engine; all ranks take part, and all stop when one cannot."""
     fault = None
     try:
         loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if not loaded:
             fault = f"DeepSpeed did not load {checkpoint}"
-    except Exception as error:  # whatever it is, the other ranks must hear of it
+    except Exception as error:  # whatever it is, the other ranks must know
         fault = f"DeepSpeed did not load {checkpoint}: {type(error).__name__}: {error}"
     fault = distributed.agree(fault)
     if fault:
@@ -293,11 +277,7 @@ def load_checkpoint(engine: Any, checkpoint: Path) -> None:
 
 
 def require_same_start(checkpoint: Path, was: TrainState, now: TrainState) -> None:
-    """Refuse to go on from a checkpoint that was written under other circumstances.
-
-    Raises:
-        UserError: Another precision or list of videos.
-    """
+    """Refuse to resume from a checkpoint of another precision or training list."""
     if was.computes_in != now.computes_in:
         raise UserError(
             f"{checkpoint} was written in {was.computes_in}; this run computes in {now.computes_in}: see "
@@ -311,17 +291,13 @@ def require_same_start(checkpoint: Path, was: TrainState, now: TrainState) -> No
 
 
 def _make_room(folder: Path, needed: int) -> None:
-    """Remove what dead saves left, and refuse a save that cannot fit before anything is written."""
+    """Remove unfinished saves, and refuse a save that cannot fit before anything is written."""
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("tmp-*"):
         shutil.rmtree(leftover)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"a checkpoint takes about {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
-
-
-def _write_state(temporary: Path, state: TrainState) -> None:
-    write_json(temporary / STATE, asdict(state), durable=True)
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -331,7 +307,7 @@ def _publish(temporary: Path, final: Path) -> None:
         remove_sealed(final)
     temporary.rename(final)
     sync(final.parent)
-    point(final.parent / LATEST, final)
+    write_atomically(final.parent / LATEST, final.name + "\n", durable=True)
 
 
 def _all_must(world: World, folder: Path, action: Callable[[], object]) -> None:

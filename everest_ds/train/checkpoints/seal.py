@@ -1,6 +1,6 @@
-"""Seals: a file in a folder that says what else is in it, written last. All ranks share the work of checksums.
+"""Seals: the list of a folder's files with sizes and checksums, written last. All ranks share the work.
 
-A folder counts only once it is sealed, and only as long as its files are what the seal says.
+A folder counts only once it is sealed, and only as long as its files match the seal.
 """
 
 import json
@@ -17,17 +17,17 @@ FileRecord = dict[str, int | str]
 
 
 def is_sealed(folder: Path) -> bool:
-    """Return whether a folder has a seal; see `find_damage` for whether it tells the truth."""
+    """Return whether a folder has a seal; `find_damage` says whether its files match."""
     return (folder / SEAL).is_file()
 
 
-def seal(folder: Path, world: World, **facts: str) -> None:
+def seal(folder: Path, world: World, **more: str) -> None:
     """Flush every file of a folder to disk and write its seal; all ranks take part.
 
     Args:
         folder: A folder that nobody writes to any more.
-        world: This process's place.
-        facts: What else to note in the seal.
+        world: This rank and how many there are.
+        more: Further entries of the seal.
 
     Raises:
         OSError: On every rank, when one could not flush or read its share; on rank zero, when the seal itself
@@ -45,8 +45,8 @@ def seal(folder: Path, world: World, **facts: str) -> None:
         raise OSError(fault)
     parts = distributed.gather_objects(records)
     if world.is_main:
-        manifest = {name: record for part in parts for name, record in sorted(part.items())}
-        write_json(folder / SEAL, {**facts, "files": manifest}, durable=True)
+        files = {name: record for part in parts for name, record in sorted(part.items())}
+        write_json(folder / SEAL, {**more, "files": files}, durable=True)
 
 
 def find_damage(folder: Path, world: World) -> str | None:
@@ -67,7 +67,7 @@ def find_damage(folder: Path, world: World) -> str | None:
 
 
 def try_together(action: Callable[[], object]) -> str | None:
-    """Run an action on every rank; return on all of them why the disk of the first that failed refused, or None."""
+    """Run an action on every rank; return on all of them the first error of a disk, or None."""
     fault = None
     try:
         action()
@@ -79,7 +79,7 @@ def try_together(action: Callable[[], object]) -> str | None:
 
 
 def remove_sealed(folder: Path) -> None:
-    """Remove a folder, its seal first: a removal that dies leaves nothing that looks complete."""
+    """Remove a folder, its seal first: an interrupted removal leaves nothing that looks complete."""
     (folder / SEAL).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -27,13 +27,13 @@ class Start:
 
     Attributes:
         run_dir: The run directory.
-        state: Where the run stands, and the world and stage that go on.
+        state: Where the run stands, with this launch's world and stage.
         checkpoint: What is restored; None for a run that starts afresh.
-        was: Its state as it was written, with the world and stage of then.
-        damaged: Newer checkpoints that were passed over.
-        init_from: Weights that a fresh run starts from, and nothing else of theirs.
+        was: Its state as written, with the world and stage that wrote it.
+        damaged: Newer checkpoints that were skipped.
+        init_from: Weights that a fresh run starts from; nothing else of theirs is used.
         init_allow: What of them may be left fresh or ignored, by name.
-        reshards: Whether the checkpoint has to be converted for this world and stage.
+        reshards: Whether the checkpoint must be converted for this world and stage.
     """
 
     run_dir: Path
@@ -47,7 +47,7 @@ class Start:
 
     @contextlib.contextmanager
     def ready(self, task: Task, world: World) -> Iterator[Callable[[Any], None]]:
-        """Prepare what is restored, and provide what brings a new engine to it; all ranks take part.
+        """Prepare what is restored, and provide what loads it into a new engine; all ranks take part.
 
         Raises:
             UserError: Weights of another model, a conversion that fails, or shards that DeepSpeed does not load.
@@ -89,12 +89,12 @@ def choose_start(
     Args:
         resume: The candidates.
         now: The state of a fresh run in this world.
-        world: This process's place.
-        init_from: Weights for a fresh run; a run that has checkpoints goes on from them instead.
+        world: This rank and how many there are.
+        init_from: Weights for a fresh run; not used where there is a checkpoint to resume from.
         init_allow: What of the weights may be left fresh or ignored, by name.
 
     Raises:
-        UserError: No candidate is sound, or it cannot be gone on from under these circumstances.
+        UserError: No candidate is sound, or it does not fit this run.
     """
     if init_allow and init_from is None:
         raise UserError(f"--init-allow {' '.join(init_allow)} has no effect without --init-from; remove it")

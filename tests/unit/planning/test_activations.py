@@ -117,7 +117,7 @@ def zero3_linear(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def numbers_of(precision: Precision, *, keeps_casts: bool = True) -> NumberBytes:
-    residual, matmul = precision.weights_dtype.itemsize, precision.products_dtype.itemsize
+    residual, matmul = precision.weights_dtype.itemsize, precision.matmul_dtype.itemsize
     return NumberBytes(residual=residual, matmul=matmul, keeps_casts=keeps_casts)
 
 
