@@ -18,7 +18,7 @@ Inputs = tuple[Tensor, ...]
 class DeviceFeed:
     """Batches one after another, each with its tensors on the device.
 
-    On a GPU `look_ahead` begins the copy of the next batch, if one lies ready, on a stream of its own; the device
+    On a GPU `look_ahead` begins the copy of the next batch, if one is ready, on a stream of its own; the device
     copies while it computes. Elsewhere it does nothing.
 
     Args:
@@ -42,11 +42,7 @@ class DeviceFeed:
         self.waited_s = 0.0
 
     def next(self) -> tuple[ClipBatch, Inputs]:
-        """Return the next batch.
-
-        Raises:
-            StopIteration: There is none left.
-        """
+        """Return the next batch; StopIteration when none is left."""
         if self._ahead is None:
             began = time.perf_counter()
             batch = next(self._batches)
@@ -61,7 +57,7 @@ class DeviceFeed:
         return batch, inputs
 
     def look_ahead(self) -> None:
-        """Begin to copy the next batch; call this once the work on the last one is under way."""
+        """Begin to copy the next batch; call this after the work on the last one was queued."""
         is_ready = isinstance(self._batches, BatchIterator) and self._batches.is_ready
         if self._stream is None or self._ahead is not None or not is_ready:
             return

@@ -1,13 +1,13 @@
-"""An exponential moving average of the weights, sharded over the processes, for validation and export.
+"""An exponential moving average of the weights, sharded over the ranks, for validation and export.
 
 Place in the flow: engine step -> `update`; validation inside `swapped`; `write_checkpoint` before the folder is
 sealed; `load` in any world and stage.
 
-Every process averages the slice of each trainable parameter that it also holds at ZeRO-3: rank r of N has elements
-[r n, (r + 1) n) with n = ceil(size / N). So an update needs no communication, and the memory is 4 bytes x trainable
-parameters / N at every stage, on the weights' device; while swapped, as much again in the weights' own precision.
-What is averaged are the weights that the model computes with. In bfloat16 these are rounded from the optimiser's
-float32 ones; the average itself is float32.
+Every rank averages the slice of each trainable parameter that it also holds at ZeRO-3: rank r of N has elements
+[r n, (r + 1) n) with n = ceil(size / N). So an update needs no communication. Memory on the weights' device is
+4 bytes x trainable parameters / N at every stage; while swapped, as much again in the weights' own precision. The
+averaged weights are those that the model computes with: in bfloat16 they are rounded from the optimiser's float32
+ones. The average itself is float32.
 """
 
 import contextlib
@@ -49,16 +49,14 @@ class WeightAverage(Callback):
         self.checkpoint_bytes = 4 * sum(_shape(p).numel() for p in self._parameters.values())
 
     def on_step(self, step: int, losses: Sequence[Tensor], result: StepResult) -> None:
-        """Take in the weights that the step has changed."""
         self.update(result.applied)
 
     @torch.no_grad()
     def update(self, applied: Tensor) -> None:
-        """Take in the weights that an optimiser step has just changed.
+        """Average in the weights that a step has just changed.
 
         Args:
-            applied: Whether it has, a bool scalar on the weights' device, which is not waited for; where it has
-                not, the averages stay as they are.
+            applied: Whether it changed them, a bool scalar on the device; if not, the averages stay as they are.
         """
         share = applied * (1 - self.decay)
         for name, parameter in self._parameters.items():
@@ -68,8 +66,8 @@ class WeightAverage(Callback):
     def swapped(self) -> Iterator[None]:
         """Compute with the averages in place of the weights; all ranks take part, between two steps.
 
-        Afterwards the weights are what they were, bit for bit. An error inside leaves the averages in place: it may
-        have struck one rank only, and putting the weights back needs all.
+        Afterwards the weights are what they were, bit for bit. After an error inside, the averages stay in place:
+        putting the weights back needs all ranks, and the error may have struck one.
         """
         kept = {name: _slice(parameter).detach().clone() for name, parameter in self._parameters.items()}
         self._put(self._slices)
@@ -82,9 +80,7 @@ class WeightAverage(Callback):
             yield name, _gather(self._slices[name], parameter, self._engine.device)
 
     def write_checkpoint(self, folder: Path) -> None:
-        """Write the averages, whole, as one file of a folder; all ranks take part, rank zero writes.
-
-        Rank zero holds all of them in host memory for that.
+        """Write the whole averages as one file; rank zero holds them in host memory. All ranks take part.
 
         Raises:
             OSError: The file cannot be written (on rank zero).
@@ -102,7 +98,7 @@ class WeightAverage(Callback):
                 raise OSError(str(error)) from error
 
     def load(self, folder: Path) -> None:
-        """Go on from the averages of a checkpoint, whatever world and stage wrote it.
+        """Load the averages of a checkpoint, whatever world and stage wrote it.
 
         Raises:
             UserError: There are none, or they are of other parameters than are trained here.
@@ -115,7 +111,7 @@ class WeightAverage(Callback):
                 f"{folder / AVERAGE} holds averages of other weights than are trained here: {', '.join(odd[:4])}"
             )
         for name, parameter in self._parameters.items():
-            start, count = _place(parameter)
+            start, count = _extent(parameter)
             self._slices[name].copy_(tensors[name].flatten()[start : start + count])
 
     @torch.no_grad()
@@ -135,11 +131,7 @@ class WeightAverage(Callback):
 
 
 def averaged(weights: Weights, folder: Path) -> Weights:
-    """Return a checkpoint's weights with the moving average in place of what was trained; the rest has none.
-
-    Args:
-        weights: From `everest_ds.train.checkpoints.consolidated.read_any_weights`.
-        folder: The checkpoint's folder.
+    """Return a checkpoint's weights with the moving average in place of the trained ones.
 
     Raises:
         UserError: There is no average, or it is not finite.
@@ -150,11 +142,7 @@ def averaged(weights: Weights, folder: Path) -> Weights:
 
 
 def read_average(folder: Path) -> dict[str, Tensor]:
-    """Return the averages in a checkpoint's folder, float32, under the model's own names; frozen weights have none.
-
-    Raises:
-        UserError: There are none.
-    """
+    """Return a checkpoint's averages, float32, under the model's own names; frozen weights have none."""
     from safetensors.torch import load_file
 
     path = folder / AVERAGE
@@ -171,8 +159,8 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _place(parameter: nn.Parameter) -> tuple[int, int]:
-    """Return where this process's slice of a flattened parameter starts, and its length."""
+def _extent(parameter: nn.Parameter) -> tuple[int, int]:
+    """Return where this rank's slice of a flattened parameter starts, and its length."""
     numel = _shape(parameter).numel()
     each = -(-numel // dist.get_world_size())
     start = min(dist.get_rank() * each, numel)
@@ -180,8 +168,8 @@ def _place(parameter: nn.Parameter) -> tuple[int, int]:
 
 
 def _slice(parameter: nn.Parameter) -> Tensor:
-    """Return this process's slice, a view: of the partition at ZeRO-3, without its padding, else of the whole."""
-    start, count = _place(parameter)
+    """Return this rank's slice, a view: of the partition at ZeRO-3, without its padding, else of the whole."""
+    start, count = _extent(parameter)
     partition = getattr(parameter, "ds_tensor", None)
     if partition is not None:
         return partition.data[:count]
@@ -189,7 +177,7 @@ def _slice(parameter: nn.Parameter) -> Tensor:
 
 
 def _gather(local: Tensor, parameter: nn.Parameter, device: torch.device) -> Tensor:
-    """Return the whole of every process's slice, in the parameter's shape."""
+    """Return the whole of every rank's slice, in the parameter's shape."""
     shape, world = _shape(parameter), dist.get_world_size()
     each = -(-shape.numel() // world)
     padded = torch.zeros(each, dtype=local.dtype, device=device)

@@ -1,12 +1,13 @@
 """The DeepSpeed engine: how a run is sharded, and every setting that changes what it computes.
 
 A file of ds_configs/ holds systems only: ZeRO stage, dtype, buckets, offload, communication. Batch, accumulation,
-clipping and the optimiser come from the configuration; a file that gives one of them too is refused. What matters
-for the result is written out here, because DeepSpeed's own defaults change between versions (gradient_clipping was
+clipping and the optimiser come from the recipe; a file that gives one of them too is refused. Every setting that
+matters for the result is written here, because DeepSpeed's defaults change between versions (gradient_clipping was
 0.0 and is 1.0).
 """
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -26,44 +27,30 @@ PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = (PACKAGE / "ds_configs", PACKAGE.parent / "ds_configs")
 
 
-def shipped_files() -> dict[str, Path]:
-    """Return the systems files by name, in the order zero0 to zero3_offload; those below this folder, if they are.
+Systems = dict[str, Any]
 
-    Raises:
-        FileNotFoundError: The installation lacks them.
-    """
+
+def shipped_files() -> dict[str, Path]:
+    """Return the systems files by name, in the order zero0 to zero3_offload; those of the current folder first."""
     folder = next((folder for folder in (Path("ds_configs"), *FOLDERS) if (folder / "zero0.json").is_file()), None)
     if folder is None:
         raise FileNotFoundError(f"no ds_configs in {' or '.join(map(str, FOLDERS))}")
     return {path.stem: path for path in sorted(folder.glob("zero*.json"))}
 
 
-def shipped_systems() -> dict[str, "Systems"]:
-    """Return what the files say, by name."""
+def shipped_systems() -> dict[str, Systems]:
     return {name: load_systems(path) for name, path in shipped_files().items()}
 
-
-Systems = dict[str, Any]
 
 # Used when no file is given; ds_configs/zero2.json adds buckets and overlap.
 DEFAULT_SYSTEMS: Systems = {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}}
 DTYPE_NAMES = ("fp32", "bf16")
 SECTIONS = ("zero_optimization", "bf16", "data_types")
 
-SYSTEMS_KEYS = frozenset(
-    {
-        "aio",
-        "bf16",
-        "comms_logger",
-        "communication_data_type",
-        "data_types",
-        "flops_profiler",
-        "memory_breakdown",
-        "wall_clock_breakdown",
-        "zero_force_ds_cpu_optimizer",
-        "zero_optimization",
-    }
-)
+SYSTEMS_KEYS = {
+    "aio", "bf16", "comms_logger", "communication_data_type", "data_types", "flops_profiler", "memory_breakdown",
+    "wall_clock_breakdown", "zero_force_ds_cpu_optimizer", "zero_optimization",
+}  # fmt: skip
 RECIPE_KEYS = {
     "fp16": "float16 needs loss scaling, which is not supported; use bf16",
     "gradient_accumulation_steps": "it follows from batch.global_size, batch.micro_size and the processes",
@@ -81,7 +68,7 @@ def load_systems(path: Path | None) -> Systems:
     """Read a file of ds_configs/, or return the default (plain ZeRO-2) for None.
 
     Raises:
-        UserError: The file is missing or no JSON object, or has a key that is unknown or the recipe's.
+        UserError: The file is missing or not a JSON object, or has a key that is unknown or the recipe's.
     """
     if path is None:
         return copy.deepcopy(DEFAULT_SYSTEMS)
@@ -103,11 +90,11 @@ def load_systems(path: Path | None) -> Systems:
 
 
 def check_sections(systems: Systems, source: str) -> None:
-    """Have DeepSpeed check the sections that it knows the options of, before anything is built.
+    """Have DeepSpeed check its sections, before anything is built.
 
     Raises:
         UserError: DeepSpeed does not know an option, a value does not fit, master weights would be bfloat16, or
-            offloading lacks its op.
+            offloading needs an op that is not built.
     """
     distributed.select_accelerator()
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
@@ -133,7 +120,7 @@ def check_sections(systems: Systems, source: str) -> None:
 
 
 def _check_offload(systems: Systems, source: str) -> None:
-    """Refuse offloading that would need an op of DeepSpeed's which this trainer does not build."""
+    """Refuse offloading that needs a DeepSpeed op which is not built here."""
     zero = systems.get("zero_optimization", {})
     for section in ("offload_optimizer", "offload_param"):
         device = (zero.get(section) or {}).get("device", "none")
@@ -150,11 +137,7 @@ def _check_offload(systems: Systems, source: str) -> None:
 
 
 def check_compilation(config: Config, systems: Systems, device_type: str) -> None:
-    """Refuse compiled blocks where they cannot serve, before anything is built.
-
-    Raises:
-        UserError: model.compile_blocks at ZeRO-3, or on a machine that cannot compile.
-    """
+    """Refuse compiled blocks at ZeRO-3, and on a machine that cannot compile."""
     if not config.model.compile_blocks:
         return
     if zero_stage(systems) == 3:
@@ -201,7 +184,6 @@ def resolve_ds_config(
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
-    """Return the ZeRO stage of a DeepSpeed configuration."""
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
@@ -214,11 +196,9 @@ def build_engine(
         task: What turns a batch into a loss.
         config: The run.
         ds_config: As `resolve_ds_config` returns it.
-        device: This process's.
-        universal: Whether the engine is to load a universal checkpoint instead of shards of its own kind.
+        device: This rank's.
+        universal: Whether the engine will load a universal checkpoint instead of shards of its own kind.
     """
-    import logging
-
     import deepspeed
     from deepspeed.utils import logger
 

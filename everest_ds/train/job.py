@@ -34,11 +34,11 @@ class LaunchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """A run that may start: its lists are read and fit, its batch can be made, its directory may be used.
+    """A run whose lists are read, whose batch can be made, and whose directory may be used.
 
     Attributes:
-        lists: Its lists; they hold the configuration, with its classes counted.
-        resume: Where it continues, or which directory it begins.
+        lists: Its lists, with the configuration, its classes counted.
+        resume: Where it resumes, or which directory it begins.
         options: How it is started.
     """
 

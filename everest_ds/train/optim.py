@@ -16,7 +16,7 @@ RATE_RTOL = 1e-9
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Split the trainable parameters by weight decay and by learning rate.
+    """Split the trainable parameters by weight decay and learning rate.
 
     Vectors (biases, norms) and the mask token have no weight decay. With layer decay, the embedding is layer 0,
     block i layer i + 1, and everything after the blocks layer depth + 1, whose scale is 1; each layer's is
@@ -68,10 +68,7 @@ def _layer_scales(names: Sequence[str], layer_decay: float) -> dict[str, float]:
 
 
 def describe_groups(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Return what each group comes to, for a log: lr_scale, weight_decay, num_tensors, num_parameters.
-
-    Of groups as `parameter_groups` returns them, or of a bare optimiser's; ZeRO flattens a group to few tensors.
-    """
+    """Return lr_scale, weight_decay, num_tensors and num_parameters of each group, for a log."""
     return [
         {
             "lr_scale": float(group.get("lr_scale", 1.0)),
@@ -84,11 +81,7 @@ def describe_groups(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, float
 
 
 def require_scaled_rates(groups: Sequence[Mapping[str, Any]], rate: float) -> None:
-    """Check that every group of an optimiser learns at the schedule's rate times its own scale.
-
-    Raises:
-        ValueError: One does not; names the group.
-    """
+    """Check that every group of an optimiser has the schedule's rate times its own scale."""
     for number, group in enumerate(groups):
         expected = rate * group.get("lr_scale", 1.0)
         if not math.isclose(group["lr"], expected, rel_tol=RATE_RTOL):
@@ -96,10 +89,7 @@ def require_scaled_rates(groups: Sequence[Mapping[str, Any]], rate: float) -> No
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """Return torch's fused AdamW: one pass over weights and moments, on GPU and CPU alike.
-
-    DeepSpeed compiles nothing for it, and `train.optim_step` can tell the kernel on the device what to leave out.
-    """
+    """Return torch's fused AdamW: one pass over weights and moments; `train.optim_step` may skip it."""
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 

@@ -1,12 +1,11 @@
-"""The optimiser step: gradients clipped by their global norm, and left out where one of them is not finite.
+"""The optimiser step: gradients are clipped by their global norm; the step is skipped where one is not finite.
 
 Place in the flow: backward -> gradients, reduced by DeepSpeed -> `Updater.step` -> weights.
 
-At ZeRO-2, and with weights in float32 also at ZeRO-1 and without ZeRO, the host never waits for the device here.
-The norm stays on the device, and AdamW's fused kernel is handed what torch's own gradient scaler hands it: what to
-divide gradients by, and whether to leave weights and moments alone. DeepSpeed would ask the device several times a
-step: for the norm of each parameter group, and for whether it may clip by it. In all other cases (ZeRO-3, an
-offloaded optimiser, ZeRO-0 and 1 in bfloat16) it does so still; what comes of a step is the same.
+At ZeRO-2, and with float32 weights also at ZeRO-0 and 1, the host never waits for the device here. The norm stays
+on the device, and AdamW's fused kernel gets what torch's gradient scaler gives it: a divisor of the gradients, and
+whether to skip the update. DeepSpeed would wait for the device several times a step. In all other cases (ZeRO-3, an
+offloaded optimiser, ZeRO-0 and 1 in bfloat16) it still does; the result of a step is the same.
 """
 
 from collections.abc import Sequence
@@ -23,11 +22,11 @@ CLIP_EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What became of a step, on the device: nobody has waited to see it.
+    """Result of an optimiser step, as scalars on the device (no synchronisation).
 
     Attributes:
-        grad_norm: Global gradient norm before clipping, a scalar; not finite where the step was left out.
-        applied: False where a gradient was not finite, so that no weight was changed; a bool scalar.
+        grad_norm: Global gradient norm before clipping; not finite where the step was skipped.
+        applied: False where a gradient was not finite, so that no weight was changed; bool.
     """
 
     grad_norm: Tensor
@@ -35,9 +34,9 @@ class StepResult:
 
 
 class Updater:
-    """Takes the optimiser steps of an engine; make it after a checkpoint has been loaded.
+    """Takes the optimiser steps of an engine whose checkpoint is loaded.
 
-    A checkpoint of DeepSpeed's brings the clipping of the run that wrote it; here it becomes this run's.
+    DeepSpeed's checkpoints bring the clipping of the run that wrote them; here it becomes this run's.
 
     Args:
         engine: The DeepSpeed engine around a task, with `optim.make_optimizer`'s AdamW.
@@ -54,11 +53,7 @@ class Updater:
             engine.optimizer.clip_grad = max_norm
 
     def step(self) -> StepResult | None:
-        """Update the weights where accumulation is complete and every gradient finite.
-
-        Returns:
-            What became of it; None while accumulation goes on.
-        """
+        """Update the weights where accumulation is complete and every gradient finite; None before that."""
         engine = self._engine
         if not engine.is_gradient_accumulation_boundary():
             engine.step()
@@ -76,11 +71,11 @@ class Updater:
 
 
 def global_norm(gradients: Sequence[Tensor], group: dist.ProcessGroup | None, device: torch.device) -> Tensor:
-    """Return the norm over all gradients of all processes, a float32 scalar on the device.
+    """Return the norm over all gradients of all ranks, a float32 scalar on the device.
 
     Args:
-        gradients: This process's.
-        group: Processes that hold other parts; None where each holds all gradients.
+        gradients: This rank's.
+        group: The ranks that hold other parts; None where each rank holds all gradients.
         device: Theirs.
     """
     squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in gradients]
@@ -101,10 +96,7 @@ def _can_decide_on_device(engine: Any) -> bool:
 
 
 def _silence(engine: Any) -> None:
-    """Have DeepSpeed neither look for gradients that are not finite, nor compute their norm, nor clip.
-
-    The attributes, not the configuration: that goes on saying what is done, whoever does it.
-    """
+    """Stop DeepSpeed from checking, measuring and clipping gradients itself; its configuration still names them."""
     engine._config.gradient_clipping = 0.0
     if engine.zero_optimization_stage():
         engine.optimizer.clip_grad = 0.0
@@ -113,13 +105,12 @@ def _silence(engine: Any) -> None:
 
 
 def _bare_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """Return torch's optimiser, which ZeRO wraps."""
     bare: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return bare
 
 
 def _reduced_gradients(engine: Any) -> list[Tensor]:
-    """Return the gradients that this process is about to update by: its shard's, or all without ZeRO."""
+    """Return the gradients that this rank updates by: its shard's, or all without ZeRO."""
     if engine.zero_optimization_stage() == 0:
         return [p.grad for p in engine.module.parameters() if p.grad is not None]
     return [gradient for group in engine.optimizer.averaged_gradients.values() for gradient in group]

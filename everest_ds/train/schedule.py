@@ -22,16 +22,12 @@ class Schedule:
 
     @property
     def num_left(self) -> int:
-        """Steps still to take; below zero for a run that went further than it is now told to."""
+        """Steps still to take; negative where a run went further than it is now told to."""
         return self.end_step - self.start_step
 
     @classmethod
     def of(cls, config: Config, num_samples: int, start_step: int = 0) -> "Schedule":
-        """Return the schedule of a configuration over a list of videos.
-
-        Raises:
-            UserError: The list is shorter than one global batch.
-        """
+        """Return the schedule over a list of videos; refuses a list that is shorter than one global batch."""
         steps_per_epoch = num_samples * config.data.repeats // config.batch.global_size
         if steps_per_epoch == 0:
             repeated = f" times data.repeats={config.data.repeats}" if config.data.repeats > 1 else ""
@@ -45,7 +41,6 @@ class Schedule:
         return cls(steps_per_epoch=steps_per_epoch, start_step=start_step, end_step=end_step)
 
     def saves_after(self, taken: int, run: RunConfig) -> bool:
-        """Return whether a checkpoint is due once this many steps are taken."""
         if taken == self.end_step:
             return True
         if run.save_every_steps is not None and taken % run.save_every_steps == 0:
@@ -53,5 +48,4 @@ class Schedule:
         return taken % (run.save_every_epochs * self.steps_per_epoch) == 0
 
     def validates_after(self, taken: int, every_epochs: int) -> bool:
-        """Return whether a scoring is due once this many steps are taken."""
         return taken == self.end_step or taken % (every_epochs * self.steps_per_epoch) == 0

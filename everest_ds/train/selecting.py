@@ -1,8 +1,8 @@
 """From the configuration to the model's selection: rules, and budgets that all processes share.
 
-Place in the flow: importance_BN of this process's clips -> (all processes') -> counts of its clips. The clips of
-one micro-step on all processes compete or are measured together, so that two processes with half of them each
-choose what one process with all of them would. Axes: B clips, N tokens of a clip.
+Place in the flow: importance_BN of this rank's clips -> (all ranks') -> counts of its clips. The clips of one
+micro-batch on all ranks compete or are measured together: two ranks with half of them each choose what one rank
+with all of them would. Axes: B clips, N tokens of a clip.
 """
 
 from collections.abc import Sequence
@@ -38,11 +38,11 @@ def num_pretrain_noise(config: PretrainConfig) -> int:
 
 
 class Budget:
-    """Says how many tokens each clip of a micro-step keeps, where clips differ; all processes take part.
+    """Says how many tokens each clip of a micro-batch keeps, where clips differ; all ranks take part.
 
     Attributes:
         threshold: The running quantile of importance, a float32 scalar on the device; None before the first
-            micro-step. It is the same on all processes and belongs into checkpoints.
+            micro-batch. The same on all ranks; saved in checkpoints.
     """
 
     def __init__(self, config: PretrainConfig) -> None:
@@ -56,10 +56,7 @@ class Budget:
         )
 
     def __call__(self, importance: Sequence[Tensor], noise: Sequence[Tensor]) -> list[list[ClipCounts]]:
-        """Return the counts of this process's clips; see `EverestAutoencoder.forward`.
-
-        Which clip wins where two tie is decided by its first value of noise.
-        """
+        """Return the counts of this rank's clips, see `EverestAutoencoder.forward`; noise breaks ties."""
         (own_BN,), (noise_BS,) = importance, noise
         score_BN = own_BN if self.config.selection.order == "descending" else -own_BN
         all_BN = distributed.gather_rows(score_BN)
@@ -76,10 +73,9 @@ class Budget:
 
 
 def share_of_loss(num_targets: int, device: torch.device) -> Tensor:
-    """Return what a process's mean over its target tokens counts in the mean of all processes' losses.
+    """Return the weight of a rank's mean loss, so that the mean over ranks is the mean over all target tokens.
 
-    Its share of all target tokens of this micro-step, times the processes: their mean is then the mean over all
-    target tokens. 1 where all have equally many. Nothing waits for the device.
+    The rank's share of the target tokens of this micro-batch, times the ranks. Does not wait for the device.
     """
     own = torch.tensor(float(num_targets), device=device)
     return own * distributed.world_size() / distributed.sum_of(own)

@@ -1,7 +1,6 @@
-"""Being asked to stop: Ctrl-C, SIGTERM and SIGUSR1 let a run save at the next step boundary and leave.
+"""Requests to stop: after Ctrl-C, SIGTERM or SIGUSR1 a run saves at the next step boundary and ends.
 
-Schedulers send SIGTERM or SIGUSR1 shortly before they take a machine away. Any process of the launch may receive a
-signal.
+Schedulers send SIGTERM or SIGUSR1 shortly before they take a machine away. Any rank may receive a signal.
 """
 
 import contextlib
@@ -28,15 +27,15 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """Handle the signals inside this block; only the main thread may.
 
-        Once the launch has agreed to stop they are ignored for good: a process that has saved and is on its way out
-        leaves with its own exit code, whatever its launcher still sends.
+        Once the ranks have agreed to stop, signals are ignored for good: a process that has saved ends with its own
+        exit code, whatever its launcher still sends.
         """
         mode = Mode(in_main=self._receive, in_thread=leave_at_second)
         with handling(STOP_SIGNALS, mode, ignore_after=lambda: self._leaving):
             yield
 
     def agreed(self) -> signal.Signals | None:
-        """Return the signal that any process of the launch has received; all ranks call this at the same step."""
+        """Return the signal that any rank has received; all ranks call this at the same step."""
         number = distributed.largest(self._signum)
         self._leaving = bool(number)
         return signal.Signals(number) if number else None

@@ -97,7 +97,7 @@ class TrainState:
         world_size: Ranks that wrote the shards.
         zero_stage: How they are sharded.
         dtype: Of the weights that the model computes with, bfloat16 or float32.
-        autocast: Whether its matrix products are in bfloat16 all the same, by autocast.
+        autocast: Whether its matmuls are in bfloat16 all the same, by autocast.
         videos: Fingerprint of the training list.
         format: Version of the checkpoint's layout.
     """
