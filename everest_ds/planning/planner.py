@@ -27,24 +27,14 @@ class Setting:
         name: Of the DeepSpeed configuration.
         precision: What --precision must say; None where the DeepSpeed configuration means the same by itself.
         config: The run with this micro-batch and recomputation.
-        num_gpus: Processes, one a GPU.
-        accumulation: Micro-steps of an optimiser step.
-        accumulates_low: Whether several micro-steps add up in bf16.
-        stays: Whether its checkpoints go on in a world of the same size only (stage 0 in bf16).
-        gathers: Whether passes wait for parameters of other processes (stage 3).
-        offloads: Whether states live in host memory.
+        sharding: What the DeepSpeed configuration decides.
         estimate: What it takes.
     """
 
     name: str
     precision: str | None
     config: Config
-    num_gpus: int
-    accumulation: int
-    accumulates_low: bool
-    stays: bool
-    gathers: bool
-    offloads: bool
+    sharding: Sharding
     estimate: MemoryEstimate
 
     @property
@@ -54,26 +44,31 @@ class Setting:
 
     @property
     def checkpointing(self) -> bool:
-        """Whether blocks are computed again in backward."""
+        """Whether blocks are recomputed in backward."""
         return self.config.model.activation_checkpointing
 
     @property
     def recomputes_attention(self) -> bool:
-        """Whether attention is computed again too, as it is unless its output is kept."""
+        """Whether attention is recomputed too, as it is unless its output is kept."""
         return self.checkpointing and self.config.model.recompute_attention
 
     @property
-    def preference(self) -> tuple[bool, bool, bool, int, bool, bool, bool, int, int]:
+    def needs_same_world(self) -> bool:
+        """Whether its checkpoints resume in a world of the same size only (stage 0 in bf16)."""
+        return self.sharding.stage == 0 and self.sharding.model_bytes < FLOAT32_BYTES
+
+    @property
+    def preference(self) -> tuple[bool | int, ...]:
         """What `recommend` sorts by, best first."""
-        estimate = self.estimate
+        sharding, estimate = self.sharding, self.estimate
         return (
-            self.offloads,
+            sharding.offloads_optimizer or sharding.offloads_parameters,
             self.checkpointing,
             self.recomputes_attention,
-            self.accumulation,
-            self.accumulates_low,
-            self.stays,
-            self.gathers,
+            sharding.accumulation_steps,
+            sharding.accumulation_steps > 1 and sharding.accumulation_bytes < FLOAT32_BYTES,
+            self.needs_same_world,
+            sharding.stage == 3,
             estimate.sent,
             estimate.total,
         )
@@ -90,44 +85,6 @@ class SmallestChange:
 
     leanest: Setting
     more_gpus: Setting | None
-
-
-def make_setting(
-    config: Config,
-    name: str,
-    systems: dict[str, Any],
-    *,
-    num_gpus: int,
-    micro_size: int,
-    checkpointing: bool,
-    recompute_attention: bool = True,
-    precision: PrecisionName = "auto",
-) -> Setting:
-    """Estimate one setting; ``auto`` is the precision that the systems say for GPUs."""
-    config = replace(
-        config,
-        batch=replace(config.batch, micro_size=micro_size),
-        model=replace(
-            config.model, activation_checkpointing=checkpointing, recompute_attention=recompute_attention
-        ),
-    )
-    ds_config = resolve_ds_config(systems, config, world_size=num_gpus, precision=precision, device_type="cuda")
-    asked, own = (choose_precision(systems, given, "cuda").name for given in (precision, "auto"))
-    sharding = Sharding.of(ds_config, num_gpus)
-    if sharding.stage == 3:  # where blocks cannot be compiled
-        config = replace(config, model=replace(config.model, compile_blocks=False))
-    return Setting(
-        name=name,
-        precision=None if asked == own else asked,
-        config=config,
-        num_gpus=num_gpus,
-        accumulation=sharding.accumulation_steps,
-        accumulates_low=sharding.accumulation_steps > 1 and sharding.accumulation_bytes < FLOAT32_BYTES,
-        stays=sharding.stage == 0 and sharding.model_bytes < FLOAT32_BYTES,
-        gathers=sharding.stage == 3,
-        offloads=sharding.offloads_optimizer or sharding.offloads_parameters,
-        estimate=estimate_memory(config, ds_config, world_size=num_gpus),
-    )
 
 
 def plan_settings(
@@ -149,29 +106,44 @@ def plan_settings(
     for name, options in systems.items():
         for checkpointing, recompute_attention in RECOMPUTATIONS:
             for size in sizes:
-                setting = make_setting(
-                    config,
-                    name,
-                    options,
-                    num_gpus=num_gpus,
-                    micro_size=size,
-                    checkpointing=checkpointing,
-                    recompute_attention=recompute_attention,
-                    precision=precision,
-                )
+                sized = _resized(config, size, checkpointing, recompute_attention)
+                setting = _make_setting(sized, name, options, num_gpus, precision)
                 if setting.estimate.total <= memory_bytes:
                     break
             settings.append(setting)
     return settings
 
 
+def _resized(config: Config, micro_size: int, checkpointing: bool, recompute_attention: bool = True) -> Config:
+    model = replace(config.model, activation_checkpointing=checkpointing, recompute_attention=recompute_attention)
+    return replace(config, batch=replace(config.batch, micro_size=micro_size), model=model)
+
+
+def _make_setting(
+    config: Config, name: str, systems: dict[str, Any], num_gpus: int, precision: PrecisionName
+) -> Setting:
+    """Estimate one setting; ``auto`` is the precision that the systems say for GPUs."""
+    ds_config = resolve_ds_config(systems, config, world_size=num_gpus, precision=precision, device_type="cuda")
+    asked, own = (choose_precision(systems, given, "cuda").name for given in (precision, "auto"))
+    sharding = Sharding.of(ds_config, num_gpus)
+    if sharding.stage == 3:  # where blocks cannot be compiled
+        config = replace(config, model=replace(config.model, compile_blocks=False))
+    return Setting(
+        name=name,
+        precision=None if asked == own else asked,
+        config=config,
+        sharding=sharding,
+        estimate=estimate_memory(config, ds_config, world_size=num_gpus),
+    )
+
+
 def recommend(settings: list[Setting], memory_bytes: int) -> Setting | None:
     """Return the setting to use, or None when none fits.
 
     The rule: no offload before offload; no recomputation before that of all but attention, and that before all of
-    it; then the fewest accumulation steps, accumulation in float32 before bf16, checkpoints that go on in any world
-    before those that do not, stages that do not gather parameters in every pass before stage 3, the least
-    communication, the least memory. It knows no speeds: those have to be measured.
+    it; then the fewest accumulation steps, accumulation in float32 before bf16, checkpoints that resume in any
+    world before those that do not, stages that do not gather parameters in every pass before stage 3, the least
+    communication, the least memory. Speed is not considered: it has to be measured.
     """
     fitting = [setting for setting in settings if setting.estimate.total <= memory_bytes]
     return min(fitting, key=lambda setting: setting.preference, default=None)
@@ -190,15 +162,7 @@ def smallest_change(
     def leanest_on(count: int) -> Setting:
         """Return the setting that needs least memory on that many GPUs, one clip at a time."""
         settings = (
-            make_setting(
-                config,
-                name,
-                options,
-                num_gpus=count,
-                micro_size=1,
-                checkpointing=checkpointing,
-                precision=precision,
-            )
+            _make_setting(_resized(config, 1, checkpointing), name, options, count, precision)
             for name, options in systems.items()
             for checkpointing in (False, True)
         )

@@ -10,7 +10,7 @@ from everest_ds.config import Config, FinetuneConfig
 from everest_ds.distributed import World
 from everest_ds.planning.job import PlanJob, PlanOptions
 from everest_ds.planning.memory import ASSUMED_CONTEXT_BYTES, ASSUMED_FRAGMENTATION
-from everest_ds.planning.planner import in_gib, plan_settings, recommend, smallest_change
+from everest_ds.planning.planner import Setting, SmallestChange, in_gib, plan_settings, recommend, smallest_change
 from everest_ds.planning.sharding import ASSUMED_CLASSES, count_parameters
 from everest_ds.train.engine import check_sections, load_systems, shipped_files, shipped_systems
 
@@ -36,28 +36,44 @@ def run(job: PlanJob, world: World) -> int:
     Raises:
         UserError: A DeepSpeed file is refused.
     """
-    config, options, recipe, base = job.config, job.options, job.recipe, job.base
+    config, options = job.config, job.options
     systems, paths = _systems(options.ds_config)
-    memory_bytes = int(options.gpu_memory_gib * 2**30)
-    limits: dict[str, Any] = {
-        "num_gpus": options.gpus,
-        "memory_bytes": memory_bytes,
-        "precision": options.precision,
-    }
-    settings = plan_settings(config, systems, **limits)
-    chosen = recommend(settings, memory_bytes)
-    change = None
-    if chosen is None:
-        change = smallest_change(config, systems, **limits)
-    command = _command(chosen, recipe, base, paths[chosen.name]) if chosen else None
+    memory_bytes, gpus = int(options.gpu_memory_gib * 2**30), options.gpus
+    settings = plan_settings(config, systems, num_gpus=gpus, memory_bytes=memory_bytes, precision=options.precision)
     rows = [_row(setting, memory_bytes, paths) for setting in settings]
+    chosen = recommend(settings, memory_bytes)
+    command = recommended = smallest = None
+    if chosen is not None:
+        command = _command(chosen, job.recipe, job.base, paths[chosen.name])
+        recommended = _row(chosen, memory_bytes, paths)
+        advice = f"{_describe_choice(chosen, options)}\n{command}"
+    else:
+        change = smallest_change(
+            config, systems, num_gpus=gpus, memory_bytes=memory_bytes, precision=options.precision
+        )
+        smallest = {
+            "gpu_memory_bytes": change.leanest.estimate.total,
+            "ds_config": change.leanest.name,
+            "gpus": change.more_gpus.sharding.world_size if change.more_gpus else None,
+        }
+        advice = _describe_change(change, options)
     if options.json:
-        document = _document(config, options, rows, chosen, command, change)
-        document["recommended"] = _row(chosen, memory_bytes, paths) if chosen else None
+        document = {
+            "recipe": config.recipe,
+            "gpus": gpus,
+            "gpu_memory_gib": options.gpu_memory_gib,
+            "global_size": config.batch.global_size,
+            "precision": options.precision,
+            "settings": rows,
+            "command": command,
+            "smallest_change": smallest,
+            "assumed": {"context_bytes": ASSUMED_CONTEXT_BYTES, "fragmentation": ASSUMED_FRAGMENTATION},
+            "recommended": recommended,
+        }
         print(json.dumps(document))
     else:
         _print_table(config, options, rows)
-        print(_advice(chosen, command, change, options))
+        print(advice)
     return 0 if chosen else 1
 
 
@@ -70,7 +86,7 @@ def _systems(path: Path | None) -> tuple[dict[str, dict[str, Any]], dict[str, st
     return {path.stem: systems}, {path.stem: str(path)}
 
 
-def _row(setting: Any, memory_bytes: int, paths: dict[str, str]) -> dict[str, Any]:
+def _row(setting: Setting, memory_bytes: int, paths: dict[str, str]) -> dict[str, Any]:
     """Return a setting as plain values, sizes in bytes."""
     estimate = setting.estimate
     return {
@@ -79,38 +95,9 @@ def _row(setting: Any, memory_bytes: int, paths: dict[str, str]) -> dict[str, An
         "recompute_attention": setting.config.model.recompute_attention,
         "fits": estimate.total <= memory_bytes,
         "micro_size": setting.micro_size,
-        "accumulation_steps": setting.accumulation,
+        "accumulation_steps": setting.sharding.accumulation_steps,
         "bytes": {part: getattr(estimate, part) for part in PARTS},
         "not_modelled": list(estimate.not_modelled),
-    }
-
-
-def _document(
-    config: Config,
-    options: PlanOptions,
-    rows: list[dict[str, Any]],
-    chosen: Any,
-    command: str | None,
-    change: Any,
-) -> dict[str, Any]:
-    smallest = None
-    if change is not None:
-        more = change.more_gpus
-        smallest = {
-            "gpu_memory_bytes": change.leanest.estimate.total,
-            "ds_config": change.leanest.name,
-            "gpus": more.num_gpus if more else None,
-        }
-    return {
-        "recipe": config.recipe,
-        "gpus": options.gpus,
-        "gpu_memory_gib": options.gpu_memory_gib,
-        "global_size": config.batch.global_size,
-        "precision": options.precision,
-        "settings": rows,
-        "command": command,
-        "smallest_change": smallest,
-        "assumed": {"context_bytes": ASSUMED_CONTEXT_BYTES, "fragmentation": ASSUMED_FRAGMENTATION},
     }
 
 
@@ -150,32 +137,34 @@ def _describe_parameters(config: Config) -> str:
     return said
 
 
-def _advice(chosen: Any, command: str | None, change: Any, options: PlanOptions) -> str:
-    if chosen is not None:
-        how = _recomputation_words(chosen)
-        return (
-            f"\nrecommended: {chosen.name} {how}, {chosen.config.batch.global_size} = "
-            f"{chosen.micro_size} a GPU x {options.gpus} GPUs x {chosen.accumulation} accumulation steps, "
-            f"{in_gib(chosen.estimate.total):.2f} GiB of {options.gpu_memory_gib:g}\n{command}"
-        )
-    lean = change.leanest
+def _describe_choice(chosen: Setting, options: PlanOptions) -> str:
+    steps = chosen.sharding.accumulation_steps
+    return (
+        f"\nrecommended: {chosen.name} {_recomputation_words(chosen)}, {chosen.config.batch.global_size} = "
+        f"{chosen.micro_size} a GPU x {options.gpus} GPUs x {steps} accumulation steps, "
+        f"{in_gib(chosen.estimate.total):.2f} GiB of {options.gpu_memory_gib:g}"
+    )
+
+
+def _describe_change(change: SmallestChange, options: PlanOptions) -> str:
+    lean, more = change.leanest, change.more_gpus
     how = _recomputation_words(lean)
     wishes = [f"GPUs of {in_gib(lean.estimate.total):.2f} GiB ({lean.name} {how}, micro-batch 1)"]
-    more = change.more_gpus
     if more is not None:
-        wishes.append(f"{more.num_gpus} GPUs of {options.gpu_memory_gib:g} GiB ({more.name}, micro-batch 1)")
+        gpus = more.sharding.world_size
+        wishes.append(f"{gpus} GPUs of {options.gpu_memory_gib:g} GiB ({more.name}, micro-batch 1)")
     return f"\nnothing fits. The smallest change that would: {', or '.join(wishes)}"
 
 
-def _recomputation_words(setting: Any) -> str:
+def _recomputation_words(setting: Setting) -> str:
     if setting.checkpointing and not setting.recomputes_attention:
         return "with recomputation of all but attention"
     return f"{'with' if setting.checkpointing else 'without'} recomputation"
 
 
-def _command(setting: Any, recipe: str, base: Config, ds_config: str) -> str:
+def _command(setting: Setting, recipe: str, base: Config, ds_config: str) -> str:
     """Return the command that runs a setting: the recipe, and a flag for every field that differs from it."""
-    gpus = setting.num_gpus
+    gpus = setting.sharding.world_size
     where = ["--num_gpus", str(gpus)] if gpus <= MAX_GPUS_OF_A_NODE else ["--hostfile", "HOSTFILE"]
     words = ["deepspeed", "--no_local_rank", *where, "--module", "everest_ds", setting.config.task, recipe]
     words += config_flags(setting.config, base)

@@ -1,9 +1,8 @@
-"""What of a DeepSpeed configuration and a model decides how much is held and sent: read once, without DeepSpeed.
+"""Sizes of a model and a DeepSpeed configuration that decide how much is held and sent; needs no DeepSpeed.
 
-Place in the flow: `planning.states` and `planning.memory` compute with it.
+Place in the flow: `planning.states` and `planning.memory` compute with them.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -48,19 +47,14 @@ class ParameterCounts:
     frozen: tuple[int, ...] = ()
 
     @property
-    def total(self) -> int:
-        """Parameters of the model."""
-        return sum(self.all)
-
-    @property
-    def all(self) -> list[int]:
-        """Elements of every parameter."""
-        return [*self.trained, *self.frozen]
-
-    @property
     def trained(self) -> list[int]:
         """Elements of every trained parameter."""
         return [count for group in self.groups for count in group]
+
+    @property
+    def total(self) -> int:
+        """Elements of all parameters."""
+        return sum(self.trained) + sum(self.frozen)
 
     def aligned(self, world_size: int) -> list[int]:
         """Elements of each group's flat buffer."""
@@ -73,17 +67,14 @@ class ParameterCounts:
 
     def touching(self, world_size: int) -> int:
         """Elements of the parameters that lie at least in part in a process's partition, where that is most."""
-
-        def of_rank(rank: int) -> Iterator[int]:
-            """Yield the elements of each parameter that a rank's partition touches."""
-            for group, flat in zip(self.groups, self.aligned(world_size), strict=True):
-                start, begin, end = 0, rank * flat // world_size, (rank + 1) * flat // world_size
-                for count in group:
-                    if start < end and start + count > begin:
-                        yield count
-                    start += count
-
-        return max(sum(of_rank(rank)) for rank in range(world_size))
+        touched = [0] * world_size
+        for group, flat in zip(self.groups, self.aligned(world_size), strict=True):
+            partition, start = flat // world_size, 0
+            for count in group:
+                for rank in range(start // partition, (start + count - 1) // partition + 1):
+                    touched[rank] += count
+                start += count
+        return max(touched)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,19 +148,19 @@ def count_parameters(config: Config) -> ParameterCounts:
 
     A fine-tuning whose classes are not known yet, as in a recipe, is counted with `ASSUMED_CLASSES`.
     """
-    plain: dict[str, Any] = {"batch": BatchConfig(), "run": type(config.run)()}
-    plain["model"] = replace(
+    model = replace(
         config.model,
         activation_checkpointing=False,
         recompute_attention=True,
         compile_blocks=False,
         attention="sdpa",
     )
-    plain["optim"] = type(config.optim)()
+    plain = replace(config, batch=BatchConfig(), run=type(config.run)(), model=model, optim=type(config.optim)())
     if isinstance(config, FinetuneConfig):
-        plain["optim"] = replace(plain["optim"], layer_decay=config.optim.layer_decay)
-        plain["data"] = replace(config.data, num_classes=num_classes(config))
-    return _count(replace(config, **plain))
+        assert isinstance(plain, FinetuneConfig)
+        optim = replace(plain.optim, layer_decay=config.optim.layer_decay)
+        plain = replace(plain, optim=optim, data=replace(config.data, num_classes=num_classes(config)))
+    return _count(plain)
 
 
 def num_classes(config: FinetuneConfig) -> int:
@@ -192,7 +183,7 @@ def _count(config: Config) -> ParameterCounts:
 def persistent_elements(counts: ParameterCounts, sharding: Sharding) -> int:
     """Elements of the parameters that stage 3 keeps whole on every process because they are small."""
     threshold = int(sharding.options.get("stage3_param_persistence_threshold", DEFAULT_PERSISTENCE))
-    return sum(count for count in counts.all if count <= threshold)
+    return sum(count for count in (*counts.trained, *counts.frozen) if count <= threshold)
 
 
 def bytes_sent(counts: ParameterCounts, sharding: Sharding) -> int:

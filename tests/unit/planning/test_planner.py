@@ -152,7 +152,9 @@ def test_planned_precision_is_named_where_the_file_means_another() -> None:
     for precision, expected in zip(asked, (None, None, "autocast", "fp32"), strict=True):
         settings = plan_settings(config, SYSTEMS, num_gpus=8, memory_bytes=80 * GIB, precision=precision)
         assert {setting.precision for setting in settings} == {expected}
-        assert not any(setting.stays for setting in settings if expected)  # float32 at stage 0 goes on anywhere
+        assert not any(
+            setting.needs_same_world for setting in settings if expected
+        )  # float32 at stage 0 resumes anywhere
         change = smallest_change(config, SYSTEMS, num_gpus=8, memory_bytes=GIB, precision=precision)
         assert change.leanest.precision == expected
 
@@ -194,8 +196,8 @@ def test_each_setting_takes_the_largest_micro_batch_that_fits() -> None:
         (name, *recomputes) for name in SYSTEMS for recomputes in ((False, False), (True, False), (True, True))
     ]
     for setting in settings:
-        assert setting.micro_size * setting.accumulation * 8 == config.batch.global_size
-        if setting.estimate.total <= 12 * GIB and setting.accumulation > 1:
+        assert setting.micro_size * setting.sharding.accumulation_steps * 8 == config.batch.global_size
+        if setting.estimate.total <= 12 * GIB and setting.sharding.accumulation_steps > 1:
             batch = replace(config.batch, micro_size=2 * setting.micro_size)
             larger = replace(setting.config, batch=batch)
             assert estimate(larger, setting.name).total > 12 * GIB
@@ -208,7 +210,7 @@ def test_recommendation_follows_its_rule() -> None:
         setting = recommend(plan(config, gpus=8, gib=gib), int(gib * GIB))
         assert setting is not None
         assert setting.estimate.total <= gib * GIB
-        return setting.name, setting.checkpointing, setting.accumulation
+        return setting.name, setting.checkpointing, setting.sharding.accumulation_steps
 
     # zero0 fits and sends less, but its checkpoints go on in one world only; zero1 sends as much and holds more.
     assert chosen(80) == ("zero2", False, 1)
@@ -232,7 +234,7 @@ def test_smallest_change_is_one_that_fits_and_less_does_not() -> None:
     assert recommend(plan_settings(config, systems, num_gpus=8, memory_bytes=enough), enough) is not None
     assert recommend(plan_settings(config, systems, num_gpus=8, memory_bytes=enough - 1), enough - 1) is None
     assert change.more_gpus is not None
-    assert change.more_gpus.num_gpus == 16
+    assert change.more_gpus.sharding.world_size == 16
     assert recommend(plan_settings(config, systems, num_gpus=16, memory_bytes=memory), memory) is not None
     assert smallest_change(config, systems, num_gpus=8, memory_bytes=GIB).more_gpus is None
 
