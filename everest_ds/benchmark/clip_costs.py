@@ -88,13 +88,7 @@ class Way(Protocol):
 
 @dataclass(frozen=True)
 class OurWay:
-    """What a loader process of a training run does, stage by stage.
-
-    Attributes:
-        dataset: The run's clips.
-        repeats: Clips, each of its own crop, of one decoded video.
-        device: GPU that batches are copied to; None for none.
-    """
+    """What a worker of a training run does, stage by stage; batches are copied to the device, if there is one."""
 
     dataset: ClipDataset
     repeats: int = 1
@@ -136,12 +130,7 @@ class OfficialWay:
 
     decord decodes with one thread; each frame becomes a PIL image, is cropped and resized by itself; the stack of
     them becomes a float tensor that is normalised by ImageNet's statistics. Frames and crops are those of our clip.
-
-    Attributes:
-        rows: The list; rows have no window, which the official loaders do not know.
-        cut: Says which frames and which crop.
-        seed: Seed of these draws.
-        device: GPU that batches are copied to; None for none.
+    Rows have no window, which the official loaders do not know.
     """
 
     rows: Sequence[VideoRow]
@@ -216,11 +205,7 @@ def time_copy(move: Callable[[torch.device], Tensor], device: torch.device | Non
 
 @dataclass
 class Costs:
-    """What a clip costs in one way.
-
-    Attributes:
-        rounds: CPU milliseconds a clip by stage, one dictionary a round.
-    """
+    """What a clip costs in one way: CPU milliseconds a clip by stage, one dictionary a round."""
 
     rounds: list[dict[Stage, float]] = field(default_factory=list)
 
@@ -263,12 +248,8 @@ def measure_round(
 ) -> list[dict[Stage, float]]:
     """Make the clips of all rows in every way, a few rows at a time, interleaved.
 
-    Args:
-        ways: The ways.
-        rows: Rows of the list that all of them can read.
-        first: The way, modulo their number, that begins; another one each round, so that none is always the first
-            to touch a file.
-        now: See `StageTimer`.
+    The way numbered ``first``, modulo their number, begins: another one each round, so that none is always the
+    first to read a file.
 
     Returns:
         CPU milliseconds a clip by stage, for each way.

@@ -27,10 +27,9 @@ import statistics
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm.layers
 import timm.models
@@ -62,15 +61,8 @@ TABLE = Table(
 )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where official code comes from.
-
-    Attributes:
-        variable: Environment variable that names the user's folder.
-        repository: Where to get it.
-        factory: Function of its modeling_pretrain.py that makes the model of a size.
-    """
+class Source(NamedTuple):
+    """Where official code comes from; the factory is the function that makes the model of a size."""
 
     variable: str
     repository: str
@@ -79,20 +71,15 @@ class Source:
 
 SOURCES: dict[ReferenceName, Source] = {
     "everest": Source(
-        variable="EVEREST_REFERENCE_DIR",
-        repository="https://github.com/sunilhoho/EVEREST",
-        factory="pretrain_videoms_{size}_patch16_224",
+        "EVEREST_REFERENCE_DIR", "https://github.com/sunilhoho/EVEREST", "pretrain_videoms_{size}_patch16_224"
     ),
     "videomae": Source(
-        variable="VIDEOMAE_REFERENCE_DIR",
-        repository="https://github.com/MCG-NJU/VideoMAE",
-        factory="pretrain_videomae_{size}_patch16_224",
+        "VIDEOMAE_REFERENCE_DIR", "https://github.com/MCG-NJU/VideoMAE", "pretrain_videomae_{size}_patch16_224"
     ),
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class OfficialCode:
+class OfficialCode(NamedTuple):
     """What is used of a folder: a function that makes the model, and the training loop over batches."""
 
     name: ReferenceName
@@ -115,14 +102,9 @@ def benchmark_compare(config: PretrainConfig, options: StepOptions, sizes: Itera
     }
     report = StepReport(world, common, TABLE, _rows, as_json=options.json)
     best: dict[str, float] = {}
+    rounds, warmup = options.steps, options.warmup
     for line in compare_steps(
-        config,
-        options.compare,
-        sizes,
-        precision=precision,
-        device=device,
-        rounds=options.steps,
-        warmup=options.warmup,
+        config, options.compare, sizes, precision=precision, device=device, rounds=rounds, warmup=warmup
     ):
         report.print(line)
         for name in (OURS, *options.compare):
@@ -154,15 +136,6 @@ def compare_steps(
     warmup: int,
 ) -> Iterator[dict[str, Any]]:
     """Yield a line for each micro-batch, until ours does not fit; larger ones leave out who did not fit.
-
-    Args:
-        config: The run; its batch does not count.
-        names: Whom to compare with.
-        micro_sizes: Clips of a step.
-        precision: Of ours; theirs is float32, with matmuls in the same dtype as ours.
-        device: Where.
-        rounds: Timed steps of each side.
-        warmup: Steps of each side before them.
 
     Raises:
         UserError: The official code cannot do what the configuration says, or was not found.
@@ -299,38 +272,37 @@ def load_official(name: ReferenceName, size: str) -> OfficialCode:
     except ModuleNotFoundError as error:
         raise UserError(f"--compare {name}: the code in {given} needs {error.name}; pip install it") from error
     factory = source.factory.format(size=size)
+    found = []
     for module, function in (("modeling_pretrain", factory), ("engine_for_pretraining", "train_one_epoch")):
         if not hasattr(modules[module], function):
             raise UserError(
                 f"--compare {name}: {folder / module}.py has no {function}; set {source.variable} to a clone of "
                 f"{source.repository}"
             )
-    return OfficialCode(
-        name=name,
-        make_model=getattr(modules["modeling_pretrain"], factory),
-        train_one_epoch=modules["engine_for_pretraining"].train_one_epoch,
-    )
+        found.append(getattr(modules[module], function))
+    return OfficialCode(name, *found)
 
 
 def make_official_model(official: OfficialCode, config: PretrainConfig) -> nn.Module:
     """Return their model of a configuration's size, decoder and ratios, freshly initialised."""
-    options: dict[str, Any] = {"decoder_depth": config.model.decoder_depth}
-    options["use_checkpoint"] = config.model.activation_checkpointing
-    if official.name == "everest":
-        options["motion_centric_masking"] = True
-        # They are given as what is left out, and truncated there: 1 - 0.3 and 1 - 0.1 give 470 and 156 of 1568.
-        options["motion_centric_masking_ratio"] = 1 - config.selection.selected_ratio
-        options["masking_ratio"] = 1 - config.selection.visible_ratio
-    return official.make_model(**options)
+    model, selection = config.model, config.selection
+    # Ratios are given as what is left out, and truncated there: 1 - 0.3 and 1 - 0.1 give 470 and 156 of 1568.
+    masking = {
+        "motion_centric_masking": True,
+        "motion_centric_masking_ratio": 1 - selection.selected_ratio,
+        "masking_ratio": 1 - selection.visible_ratio,
+    }
+    return official.make_model(
+        decoder_depth=model.decoder_depth,
+        use_checkpoint=model.activation_checkpointing,
+        **(masking if official.name == "everest" else {}),
+    )
 
 
 class OfficialStep:
     """Forward and backward pass as the official training loop does them; no optimiser step.
 
-    Args:
-        official: The code.
-        model: Their model, on its device.
-        dtype: What autocast computes in; float32 means no autocast.
+    Autocast computes in the dtype; float32 means no autocast.
     """
 
     def __init__(self, official: OfficialCode, model: nn.Module, dtype: torch.dtype) -> None:
@@ -342,24 +314,15 @@ class OfficialStep:
         self._scaler = _BackwardOnly()
 
     def __call__(self, videos_BCTHW: Tensor, mask_BN: Tensor) -> float:
-        """Take a step and return its loss.
+        """Take a step on standardised clips, float32, and return its loss.
 
-        Args:
-            videos_BCTHW: Standardised clips, float32, as their loader hands them over.
-            mask_BN: True where the encoder does not see a token; EVEREST makes its own and ignores it.
+        mask_BN is True where the encoder does not see a token; EVEREST makes its own and ignores it.
         """
         with _measured_autocast(self._device, self._dtype), contextlib.redirect_stdout(io.StringIO()):
             self._official.train_one_epoch(
-                self.model,
-                [(videos_BCTHW, mask_BN)],
-                self._optimizer,
-                self._device,
-                0,
-                self._scaler,
-                patch_size=PATCH,
-                normlize_target=True,
-                start_steps=0,
-            )
+                self.model, [(videos_BCTHW, mask_BN)], self._optimizer, self._device, 0, self._scaler,
+                patch_size=PATCH, normlize_target=True, start_steps=0,
+            )  # fmt: skip
         return self._scaler.loss
 
 

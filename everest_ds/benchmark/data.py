@@ -47,16 +47,11 @@ _TIMED_BATCHES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredList:
-    """One list and the ways in which it is read.
+    """One list, the run that trains on it, and the ways in which it is read, with the costs of each.
 
     Attributes:
-        path: The list.
-        config: The run that trains on it.
         rows: Videos that are measured, and those that are left out.
-        ways: The ways.
-        costs: One for each way.
         readable: Indices into ``rows`` of videos that every way can read.
-        left_out: The other videos, with the reasons.
         frames: Least and most frames of a readable one.
         sizes: WIDTHxHEIGHT in pixels of the readable ones.
     """
@@ -118,9 +113,12 @@ def _begin(
             f"none of {num} videos of {path} can be read in every way, the first is {fault.path}: {fault.reason} "
             f"({fault.way}); `everest check-data {path}` tells more"
         )
-    videos = [Video.of_row(chosen[idx], job.readers[0]) for idx in readable]
-    frames = [video.num_frames for video in videos]
-    shapes = {video.read([0]).shape for video in videos}
+    frames, sizes = set(), set()
+    for idx in readable:
+        video = Video.of_row(chosen[idx], job.readers[0])
+        height, width = video.read([0]).shape[1:3]
+        frames.add(video.num_frames)
+        sizes.add(f"{width}x{height}")
     return MeasuredList(
         path=path,
         config=config,
@@ -130,7 +128,7 @@ def _begin(
         readable=readable,
         left_out=left_out,
         frames=(min(frames), max(frames)),
-        sizes=sorted(f"{width}x{height}" for _, height, width, _ in shapes),
+        sizes=sorted(sizes),
     )
 
 

@@ -22,20 +22,14 @@ Phase = Literal["pretrain", "finetune"]
 
 @dataclass(frozen=True, kw_only=True)
 class PaperRow:
-    """One cost of the paper.
+    """One cost of the paper, by table; None where it prints none.
 
     Attributes:
-        table: Where it stands.
-        name: What it is.
-        gmacs: The printed number, which the paper calls GFLOPs; None where the paper has none.
-        parameters: The printed number of parameters in millions; None where the paper has none.
-        size: The model's size.
-        phase: Pre-training or fine-tuning.
+        gmacs: The paper calls them GFLOPs.
+        parameters: In millions.
         ratio: rho_pre; None for VideoMAE's tube masking, or full tokens in fine-tuning.
-        num_frames: Frames of a clip.
         alpha: How many times as many frames are candidates of frame selection.
         embedding_layers: Conv3d layers of the embedding.
-        num_classes: Outputs of the fine-tuning head.
     """
 
     table: str

@@ -18,7 +18,7 @@ import torch
 from everest_ds import distributed
 from everest_ds.benchmark.options import StepOptions
 from everest_ds.benchmark.report import StepReport, Table, rounded, run_fields
-from everest_ds.benchmark.timing import Side, SideTimes, interleave, profiled_shares, step_times
+from everest_ds.benchmark.timing import Side, interleave, profiled_shares, step_times
 from everest_ds.benchmark.workbench import (
     Workbench,
     build_workbench,
@@ -40,14 +40,8 @@ DOMINATES = 0.5
 def sweep_growth(config: Config, options: StepOptions, sizes: Sequence[int] | None, world: World) -> int:
     """Measure a sweep over ratios or frames, print its one line, or its table, and return 0.
 
-    Args:
-        config: The recipe.
-        options: With sweep_ratio or sweep_frames.
-        sizes: Micro-batches that were asked for, None for auto; only one number is allowed.
-        world: One process.
-
     Raises:
-        UserError: The sweep, or one of its points, is not possible.
+        UserError: There is not one micro-batch, or a point of the sweep is not possible.
     """
     grows = "ratio" if options.sweep_ratio else "frames"
     if sizes is None or len(sizes) > 1:
@@ -113,7 +107,7 @@ def frame_points(config: Config, frames: Sequence[int]) -> dict[float, Config]:
 
 
 def selected_tokens(config: Config) -> int:
-    """Return the tokens of a clip that are selected, of the average clip where clips may differ."""
+    """Return the selected tokens of a clip, of the average one where clips may differ."""
     if isinstance(config, FinetuneConfig):
         return config.num_kept
     assert isinstance(config, PretrainConfig)
@@ -121,24 +115,29 @@ def selected_tokens(config: Config) -> int:
 
 
 def measure_growth(benches: dict[float, Workbench], micro_size: int, *, rounds: int, warmup: int) -> dict[str, Any]:
-    """Return the points of a sweep and the line through them, as fields of a line.
-
-    Args:
-        benches: At least three, by their ratio or number of frames.
-        micro_size: Clips of a step.
-        rounds: Timed steps of each point.
-        warmup: Steps of each before them.
+    """Measure the points of a sweep, by their ratio or number of frames; return the fields of its line.
 
     Raises:
         UserError: A point does not fit into the device's memory.
     """
-    steps = {value: _make_step(bench, micro_size) for value, bench in benches.items()}
     device = next(iter(benches.values())).device
-    sides = [Side(str(value), step) for value, step in steps.items()]
+    sides = [Side(str(value), _make_step(bench, micro_size)) for value, bench in benches.items()]
     times = interleave(sides, device, rounds=rounds, warmup=warmup)
-    rows = [
-        _point_fields(value, bench, times[str(value)], steps[value], micro_size) for value, bench in benches.items()
-    ]
+    rows = []
+    for side, (value, bench) in zip(sides, benches.items(), strict=True):
+        shares = profiled_shares(device, side.step)
+        measured, tokens = step_times(times[side.name].seconds), micro_size * selected_tokens(bench.task.config)
+        rows.append(
+            {
+                "value": value,
+                "tokens": tokens,
+                "visible_tokens": bench.task.visible_tokens,
+                **measured,
+                "ms_per_1000_tokens": round(measured["step_ms_median"] / tokens * 1e3, 4),
+                "attention_share": None if shares is None else shares["attention"],
+                "step_gib": rounded(times[side.name].peak_gib),
+            }
+        )
     return {"micro_batch": micro_size, **fit_line(rows)}
 
 
@@ -158,34 +157,18 @@ def _make_step(bench: Workbench, micro_size: int) -> Callable[[], float]:
     return step
 
 
-def _point_fields(
-    value: float, bench: Workbench, side: SideTimes, step: Callable[[], float], micro_size: int
-) -> dict[str, Any]:
-    shares = profiled_shares(bench.device, step)
-    times, tokens = step_times(side.seconds), micro_size * selected_tokens(bench.task.config)
-    return {
-        "value": value,
-        "tokens": tokens,
-        "visible_tokens": bench.task.visible_tokens,
-        **times,
-        "ms_per_1000_tokens": round(times["step_ms_median"] / tokens * 1e3, 4),
-        "attention_share": None if shares is None else shares["attention"],
-        "step_gib": rounded(side.peak_gib),
-    }
-
-
 def fit_line(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Fit a straight line to times over tokens, and say of each point how far it lies off.
 
     The squares of relative distances are least: short steps count as much as long ones.
 
     Args:
-        rows: With tokens, step_ms_median and attention_share (None where it was not seen); each gets is_fitted,
-            and line_ms and off_line, its share of the line, both None where too few points are left for a line.
+        rows: With tokens, step_ms_median and attention_share (None where it was not seen). Each gets is_fitted,
+            line_ms and off_line, as a share of the line.
 
     Returns:
         points, the rows; fixed_ms and ms_per_1000_tokens of the line; worst_off_line, the largest distance of the
-        fitted points, without its sign. The three are None where there is no line.
+        fitted points, without its sign. All of the line is None where too few points are left for one.
     """
     for row in rows:
         row["is_fitted"] = (row["attention_share"] or 0.0) <= DOMINATES
@@ -193,8 +176,7 @@ def fit_line(rows: list[dict[str, Any]]) -> dict[str, Any]:
     if len(fitted) < LEAST_POINTS:
         rows = [{**row, "line_ms": None, "off_line": None} for row in rows]
         return {"points": rows, "fixed_ms": None, "ms_per_1000_tokens": None, "worst_off_line": None}
-    tokens = np.array([row["tokens"] for row in fitted], dtype=float)
-    times = np.array([row["step_ms_median"] for row in fitted])
+    tokens, times = np.array([(row["tokens"], row["step_ms_median"]) for row in fitted]).T
     slope, fixed = np.polyfit(tokens, times, 1, w=1 / times)
     for row in rows:
         line_ms = fixed + slope * row["tokens"]

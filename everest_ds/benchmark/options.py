@@ -158,13 +158,7 @@ class FlopsOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StepJob:
-    """Steps that are to be measured.
-
-    Attributes:
-        config: The run.
-        options: What is measured, and how.
-        sizes: The micro-batches, in order; None for auto.
-    """
+    """Steps that are to be measured; sizes are the micro-batches in order, None for auto."""
 
     config: Config
     options: StepOptions
@@ -180,13 +174,7 @@ def check_step(config: Config, options: StepOptions, world: World) -> StepJob:
 
 @dataclass(frozen=True, kw_only=True)
 class DataJob:
-    """Clips that are to be measured.
-
-    Attributes:
-        options: What is measured.
-        runs: Each list, and what it holds.
-        readers: Libraries to read with.
-    """
+    """Clips that are to be measured: each list with its content, and the libraries to read it with."""
 
     options: DataBenchmarkOptions
     runs: list[tuple[Path, Lists]]
@@ -199,28 +187,20 @@ def check_data(config: Config, options: DataBenchmarkOptions) -> DataJob:
     Raises:
         UserError: A list is missing or empty, or a reader is not available here.
     """
-    runs = [(path, read_lists(_with_list(config, path))) for path in _lists(config, options)]
+    lists = options.lists or tuple(Path(name) for name in [config.data.train_list] if name is not None)
+    if not lists:
+        raise UserError("no list to measure; give --data.train-list FILE, or --lists FILE... for several")
+    unscored: Any = {"val_list": None, "test_list": None} if isinstance(config, FinetuneConfig) else {}
+    runs = []
+    for path in dict.fromkeys(lists):
+        data: Any = replace(config.data, train_list=str(path), **unscored)
+        runs.append((path, read_lists(replace(config, data=data))))
     readers = _readers(config, options)
     if config.data.keep_decoded:
         raise UserError("data.keep_decoded keeps frames in memory, so that no reading is left to measure; unset it")
     if options.compare:
-        _require_comparable(config, [row for _, lists in runs for row in lists.train])
+        _require_comparable(config, [row for _, run in runs for row in run.train])
     return DataJob(options=options, runs=runs, readers=readers)
-
-
-def _lists(config: Config, options: DataBenchmarkOptions) -> tuple[Path, ...]:
-    if options.lists:
-        return tuple(dict.fromkeys(options.lists))
-    if config.data.train_list is None:
-        raise UserError("no list to measure; give --data.train-list FILE, or --lists FILE... for several")
-    return (Path(config.data.train_list),)
-
-
-def _with_list(config: Config, path: Path) -> Config:
-    """Return the run that trains on a list and scores nothing."""
-    if isinstance(config, FinetuneConfig):
-        return replace(config, data=replace(config.data, train_list=str(path), val_list=None, test_list=None))
-    return replace(config, data=replace(config.data, train_list=str(path)))
 
 
 def _readers(config: Config, options: DataBenchmarkOptions) -> list[OneReader]:

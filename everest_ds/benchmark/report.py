@@ -48,9 +48,9 @@ class StepReport:
     """Prints measured steps as they come, from rank zero.
 
     Args:
-        world: This process's place.
+        world: Rank and size.
         common: Fields that all lines share, as `run_fields` returns them and more.
-        table: What `rows` are of.
+        table: Of the rows.
         rows: Turns a line into rows of the table.
         as_json: One JSON object a line instead of the table.
     """

@@ -91,10 +91,7 @@ def step_times(seconds: Sequence[float]) -> dict[str, float]:
 class Side:
     """One of several pieces of work that are measured interleaved.
 
-    Attributes:
-        name: Of the side.
-        step: Takes one step and returns its loss.
-        clear: Frees what the step leaves behind, so that it takes no memory during another side's step.
+    Its step returns its loss; ``clear`` frees what the step leaves behind before another side's step.
     """
 
     name: str
@@ -138,7 +135,10 @@ def interleave(
             times = found[side.name]
             if times.out_of_memory:
                 continue
-            held = _reset_peak(device)
+            held = 0
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+                held = torch.cuda.memory_allocated(device)
             started = clock(device)
             try:
                 times.loss = side.step()
@@ -148,32 +148,18 @@ def interleave(
                 seconds = clock(device) - started
                 if number >= warmup:
                     times.seconds.append(seconds)
-                    times.peak_gib = _peak_gib(device, held)
+                    if device.type == "cuda":
+                        times.peak_gib = (torch.cuda.max_memory_allocated(device) - held) / 2**30
             side.clear()
             if times.out_of_memory:
                 torch.cuda.empty_cache()
     return found
 
 
-def _reset_peak(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def _peak_gib(device: torch.device, held: int) -> float | None:
-    return (torch.cuda.max_memory_allocated(device) - held) / 2**30 if device.type == "cuda" else None
-
-
 def matmul_tflops(device: torch.device, dtype: torch.dtype, edge: int, rounds: int = MATMULS) -> float:
-    """Return the rate of one square matmul, in 10^12 operations a second; two for a multiply-accumulate.
+    """Return the median rate of square matmuls, in 10^12 operations a second; two for a multiply-accumulate.
 
-    Args:
-        device: Where.
-        dtype: Of both factors, which are random: a GPU multiplies zeros faster, because they cost less power.
-        edge: Rows and columns.
-        rounds: Matmuls of which the median counts.
+    Both factors are random: a GPU multiplies zeros faster, because they cost less power.
     """
     generator = torch.Generator(device).manual_seed(0)
     first, second = (torch.randn(edge, edge, device=device, generator=generator).to(dtype) for _ in range(2))
@@ -212,11 +198,7 @@ def profiled_shares(device: torch.device, step: Callable[[], object]) -> dict[Pa
 
 
 def classify(names: Iterable[str]) -> Part:
-    """Return the part of a step that a piece of time belongs to.
-
-    Args:
-        names: Of the kernel, the operator that launched it, and all its callers, in any order.
-    """
+    """Return the part of a kernel by its name and those of the operators above it, in any order."""
     names = list(names)
     return next((part for part, pattern in _RULES if any(map(pattern.search, names))), "other")
 
@@ -224,11 +206,7 @@ def classify(names: Iterable[str]) -> Part:
 def time_shares(events: Sequence[Any], device_type: str) -> dict[Part, float] | None:
     """Return the share of each part in the time of a profile; they sum to 1. None where no time was seen.
 
-    Kernels that run at the same time count each in full.
-
-    Args:
-        events: Of ``torch.profiler.profile(...).events()``.
-        device_type: cuda counts kernels, cpu what operators took themselves.
+    On cuda kernels count, each in full where several run at the same time; on a CPU what operators took themselves.
     """
     times = dict.fromkeys(PARTS, 0.0)
     for names, microseconds in _kernel_times(events) if device_type == "cuda" else _operator_times(events):

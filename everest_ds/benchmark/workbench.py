@@ -40,14 +40,8 @@ def moving_clips(count: int, num_frames: int, image_size: int, generator: torch.
 
     Some tokens change and others do not, as in video, so that selection and its budgets have work to do.
 
-    Args:
-        count: B.
-        num_frames: T.
-        image_size: H and W in pixels.
-        generator: Of the device that the clips are made on.
-
     Returns:
-        clips_BCTHW, uint8.
+        clips_BCTHW, uint8, on the generator's device.
     """
 
     def texture(edge: int) -> Tensor:
@@ -92,17 +86,7 @@ def synthetic_batch(task: Task, count: int, device: torch.device, seed: int) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Workbench:
-    """What steps are measured on.
-
-    Attributes:
-        task: Turns a batch into a loss.
-        engine: DeepSpeed's, around the task.
-        updater: Takes its optimiser steps.
-        ds_config: As the engine was given it.
-        world: This process's place.
-        device: Its device.
-        attention: Name of the backend.
-    """
+    """What steps are measured on: the task in its engine, the updater that takes its steps, and the settings."""
 
     task: Task
     engine: Any
@@ -185,14 +169,7 @@ def measure_steps(
     """Measure steps of one micro-batch and return the fields of its line; all processes call it.
 
     A step lasts as long as that of the slowest process. MFU counts the operations that the kept tokens need,
-    forward and backward, and the ranking of all tokens; no recomputation.
-
-    Args:
-        bench: What is measured.
-        micro_size: Clips a process.
-        steps: Timed steps.
-        warmup: Steps before them.
-        ceiling_tflops: What the device reaches at best; None on a CPU.
+    forward and backward, and the ranking of all tokens; no recomputation. The ceiling is None on a CPU.
 
     Raises:
         torch.OutOfMemoryError: The micro-batch does not fit.

@@ -37,14 +37,7 @@ PRETRAININGS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """One way of pre-training and fine-tuning.
-
-    Attributes:
-        name: Its name, also of its folder.
-        pretraining: One of `PRETRAININGS`.
-        finetune: Flags of `everest finetune study_ft`.
-        is_main: Whether it is part of a quick study.
-    """
+    """One of `PRETRAININGS`, and flags of `everest finetune study_ft`; the main ones make up a quick study."""
 
     name: str
     pretraining: str
@@ -68,13 +61,7 @@ CONDITIONS = (
 
 
 class Row(NamedTuple):
-    """A condition's row in a table.
-
-    Attributes:
-        condition: Its name.
-        label: What the table calls it.
-        paper: The paper's top-1 in percent, on other data and other models; None where it has none.
-    """
+    """A condition's row in a table, with the paper's top-1 in percent, on other data and other models."""
 
     condition: str
     label: str
@@ -82,13 +69,7 @@ class Row(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Conditions that one table of the paper compares.
-
-    Attributes:
-        name: Short, for a file's name.
-        title: What is compared, and where the paper does.
-        rows: The conditions.
-    """
+    """Conditions that one table of the paper compares; the name is that of a file."""
 
     name: str
     title: str
@@ -207,12 +188,7 @@ class StudyOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyJob:
-    """A study that is wanted.
-
-    Attributes:
-        folder: Where everything goes.
-        options: What is compared, and how many runs go at a time.
-    """
+    """A study that is wanted, and the folder where everything goes."""
 
     folder: Path
     options: StudyOptions
