@@ -1,8 +1,7 @@
-"""Token arithmetic in exact integers. A leaf without torch: config, data, model and commands all count with it.
+"""Token arithmetic in exact integers. A leaf without torch; nothing else in the project multiplies token counts.
 
-Place in the flow: a clip of T frames of H x W pixels becomes a grid of tubelet tokens, time-major and then
-row-major, and ratios of that grid become counts. There is one function for each; nothing else in the project
-multiplies out a token count.
+Place in the flow: a clip of T frames of H x W pixels -> a grid of tubelet tokens, time-major and then row-major ->
+how many of them are selected, visible, and targets.
 """
 
 from dataclasses import dataclass
@@ -10,6 +9,14 @@ from fractions import Fraction
 from typing import Literal
 
 from everest_ds.errors import UserError
+
+StrategyName = Literal["rero", "random", "tube", "running_cell", "all"]
+OrderName = Literal["descending", "ascending"]
+DistanceName = Literal["l2", "l1", "cosine", "cka"]
+TargetName = Literal["masked", "selected"]
+
+CELL_EDGE = 2
+CELL_TOKENS = CELL_EDGE**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,43 +52,11 @@ class TokenGrid:
         Raises:
             UserError: A length is not a positive multiple of its tubelet or patch edge.
         """
-        _require_multiple("num_frames", num_frames, "tubelet_size", tubelet_size)
-        _require_multiple("image height", height, "patch_size", patch_size)
-        _require_multiple("image width", width, "patch_size", patch_size)
-        return cls(time=num_frames // tubelet_size, rows=height // patch_size, cols=width // patch_size)
-
-
-def ratio_to_count(num_tokens: int, ratio: float) -> int:
-    """Return ``floor(num_tokens * ratio)`` with the ratio taken as the decimal that was written.
-
-    0.3 is three tenths, not the nearest binary number: 1568 tokens give 470 at 0.3, 156 at 0.1 and 940 at 0.6.
-
-    Differs from the official code: that computes ``int((1 - masked) * num_tokens)`` in floats, which loses a
-    token at some sizes (``(1 - 0.7) * 10`` is 2.99...).
-
-    Raises:
-        UserError: The ratio is outside (0, 1].
-    """
-    if not 0 < ratio <= 1:
-        raise UserError(f"ratio={ratio} is outside (0, 1]; it is the share of a clip's tokens that is kept")
-    return int(num_tokens * Fraction(repr(float(ratio))))
-
-
-def _require_multiple(what: str, length: int, of: str, edge: int) -> None:
-    if edge < 1:
-        raise UserError(f"{of}={edge} must be at least 1")
-    if length < 1 or length % edge:
-        below = max(length // edge, 1) * edge
-        raise UserError(f"{what}={length} is not a positive multiple of {of}={edge}; use {below} or {below + edge}")
-
-
-StrategyName = Literal["rero", "random", "tube", "running_cell", "all"]
-OrderName = Literal["descending", "ascending"]
-DistanceName = Literal["l2", "l1", "cosine", "cka"]
-TargetName = Literal["masked", "selected"]
-
-CELL_EDGE = 2
-CELL_TOKENS = CELL_EDGE**2
+        return cls(
+            time=_divide("num_frames", num_frames, "tubelet_size", tubelet_size),
+            rows=_divide("image height", height, "patch_size", patch_size),
+            cols=_divide("image width", width, "patch_size", patch_size),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,76 +74,52 @@ class ClipCounts:
     targets: int
 
 
+def ratio_to_count(num_tokens: int, ratio: float) -> int:
+    """Return ``floor(num_tokens * ratio)`` with the ratio taken as the decimal that was written.
+
+    0.3 is three tenths, not the nearest binary number: 1568 tokens give 470 at 0.3, 156 at 0.1 and 940 at 0.6.
+
+    Differs from the official code: that computes ``int((1 - masked) * num_tokens)`` in floats, which loses a
+    token at some sizes (``(1 - 0.7) * 10`` is 2.99...).
+
+    Raises:
+        UserError: The ratio is outside (0, 1].
+    """
+    return int(num_tokens * _exact_share(ratio))
+
+
 def count_kept(strategy: StrategyName, grid: TokenGrid, ratio: float) -> int:
     """Return how many of a clip's tokens a strategy keeps at a ratio.
 
-    rero and random: ``floor(tokens * ratio)``. tube: ``ceil(places * ratio)`` places of every step, which is
-    VideoMAE's count (it masks ``floor(places * 0.9)``). running_cell: so many of each cell's four places.
-    all: every token.
+    rero and random: ``floor(tokens * ratio)``. tube and running_cell: the same number in every time step. all:
+    every token.
 
     Raises:
-        UserError: The ratio is outside (0, 1], or none that the strategy can keep.
+        UserError: The ratio is outside (0, 1], or the strategy cannot keep it.
     """
     if strategy == "tube":
-        return grid.time * count_places(grid, ratio)
+        return grid.time * count_tube_positions(grid, ratio)
     if strategy == "running_cell":
-        return grid.num_tokens * count_of_cell(grid, ratio) // CELL_TOKENS
+        return grid.num_tokens * count_cell_positions(grid, ratio) // CELL_TOKENS
     if strategy == "all" and ratio != 1:
         raise UserError(f"strategy=all keeps every token, and its ratio is {ratio}; set it to 1")
     return ratio_to_count(grid.num_tokens, ratio)
 
 
-def describe_kept(ratio: float, num_kept: int, num_tokens: int) -> str:
-    """Return how many of a clip's tokens are kept, for people: "keeps 0.6 of the tokens (940 of 1568)"."""
-    if num_kept == num_tokens:
-        return f"keeps all {num_tokens} tokens"
-    return f"keeps {ratio:g} of the tokens ({num_kept} of {num_tokens})"
+def count_tube_positions(grid: TokenGrid, ratio: float) -> int:
+    """Return how many positions a tube keeps in every time step: ``ceil(positions * ratio)``.
 
-
-def count_selection(
-    strategy: StrategyName, grid: TokenGrid, selected_ratio: float, visible_ratio: float, targets: TargetName
-) -> ClipCounts:
-    """Return the counts of a clip in pre-training.
-
-    running_cell chooses for the decoder only: the encoder sees a tube, of which the cells keep their share too.
-
-    Raises:
-        UserError: See `count_kept`.
+    That is VideoMAE's count: it masks ``floor(positions * 0.9)``.
     """
-    selected = count_kept(strategy, grid, selected_ratio)
-    visible = count_kept("tube" if strategy == "running_cell" else _with_ratio(strategy), grid, visible_ratio)
-    both = visible * count_of_cell(grid, selected_ratio) // CELL_TOKENS if strategy == "running_cell" else visible
-    return ClipCounts(
-        selected=selected, visible=visible, targets=selected - both if targets == "masked" else selected
-    )
+    return grid.tokens_per_step - int(grid.tokens_per_step * (1 - _exact_share(ratio)))
 
 
-def bound_counts(average: ClipCounts, selected: int, targets: TargetName, *, upper: bool) -> ClipCounts:
-    """Return the least or the most counts of a clip that keeps another number of tokens than the average clip.
-
-    Its visible tokens keep their share of the selected ones, rounded down or up as it comes (`model.budgets`).
-    """
-    below, rest = divmod(selected * average.visible, average.selected)
-    above = below + (rest > 0)
-    hidden = selected if targets == "selected" else selected - (below if upper else above)
-    return ClipCounts(selected=selected, visible=above if upper else below, targets=hidden)
-
-
-def count_places(grid: TokenGrid, ratio: float) -> int:
-    """Return how many places of a time step a tube keeps: ``ceil(places * ratio)``."""
-    places = grid.tokens_per_step
-    missing = 1 - Fraction(repr(float(ratio)))
-    if not 0 <= missing < 1:
-        raise UserError(f"ratio={ratio} is outside (0, 1]; it is the share of a clip's tokens that is kept")
-    return places - int(places * missing)
-
-
-def count_of_cell(grid: TokenGrid, ratio: float) -> int:
-    """Return how many of a running cell's four places are kept in a time step.
+def count_cell_positions(grid: TokenGrid, ratio: float) -> int:
+    """Return how many of a running cell's four positions are kept in a time step.
 
     Raises:
         UserError: The ratio is not 0.25, 0.5 or 0.75, or cells do not fill the grid: it needs even rows and
-            columns, and time steps in fours, so that every place is kept equally often.
+            columns, and time steps in fours, so that every position is kept equally often.
     """
     kept = ratio * CELL_TOKENS
     if kept not in (1, 2, 3):
@@ -182,24 +133,34 @@ def count_of_cell(grid: TokenGrid, ratio: float) -> int:
     return int(kept)
 
 
-def noise_length(strategy: StrategyName, grid: TokenGrid, most_selected: int, candidate_steps: int = 0) -> int:
-    """Return how many uniform values a clip needs for its selection.
+def count_selection(
+    strategy: StrategyName, grid: TokenGrid, selected_ratio: float, visible_ratio: float, targets: TargetName
+) -> ClipCounts:
+    """Return the counts of a clip in pre-training; raises what `count_kept` raises.
 
-    Args:
-        strategy: rero draws the visible tokens, one value a rank; random and all draw tokens, tube draws places,
-            running_cell draws places and then its phase.
-        grid: The clip's tokens.
-        most_selected: Selected tokens of a clip at most.
-        candidate_steps: Time steps that frames are chosen from, whose draws come last; 0 chooses none.
+    running_cell chooses for the decoder only: the encoder sees a tube, of which the cells keep their share too.
+    With all, every token is selected, and the visible ones are drawn at random.
     """
-    own = {
-        "rero": most_selected,
-        "random": grid.num_tokens,
-        "all": grid.num_tokens,
-        "tube": grid.tokens_per_step,
-        "running_cell": grid.tokens_per_step + 1,
-    }
-    return own[strategy] + candidate_steps
+    selected = count_kept(strategy, grid, selected_ratio)
+    if strategy == "running_cell":
+        visible = count_kept("tube", grid, visible_ratio)
+        both = visible * count_cell_positions(grid, selected_ratio) // CELL_TOKENS
+    else:
+        visible = both = count_kept("random" if strategy == "all" else strategy, grid, visible_ratio)
+    return ClipCounts(
+        selected=selected, visible=visible, targets=selected - both if targets == "masked" else selected
+    )
+
+
+def bound_counts(average: ClipCounts, selected: int, targets: TargetName, *, upper: bool) -> ClipCounts:
+    """Return the least or the most counts of a clip that keeps another number of tokens than the average clip.
+
+    Its visible tokens keep their share of the selected ones, rounded down or up (`model.budgets`).
+    """
+    below, rest = divmod(selected * average.visible, average.selected)
+    above = below + (rest > 0)
+    hidden = selected if targets == "selected" else selected - (below if upper else above)
+    return ClipCounts(selected=selected, visible=above if upper else below, targets=hidden)
 
 
 def count_candidate_steps(time: int, alpha: float) -> int:
@@ -215,6 +176,43 @@ def count_candidate_steps(time: int, alpha: float) -> int:
     return int(time * Fraction(repr(float(alpha))))
 
 
-def _with_ratio(strategy: StrategyName) -> StrategyName:
-    """Return a strategy that counts by ratio: all tokens are selected, but not all of them are visible."""
-    return "random" if strategy == "all" else strategy
+def noise_length(strategy: StrategyName, grid: TokenGrid, most_selected: int, candidate_steps: int = 0) -> int:
+    """Return how many uniform values a clip needs for its selection.
+
+    Args:
+        strategy: rero draws the visible tokens, one value a rank; random and all draw tokens, tube draws positions,
+            running_cell draws positions and then its phase.
+        grid: The clip's tokens.
+        most_selected: Selected tokens of a clip at most.
+        candidate_steps: Time steps that frames are chosen from, whose draws come last; 0 chooses none.
+    """
+    own = {
+        "rero": most_selected,
+        "random": grid.num_tokens,
+        "all": grid.num_tokens,
+        "tube": grid.tokens_per_step,
+        "running_cell": grid.tokens_per_step + 1,
+    }
+    return own[strategy] + candidate_steps
+
+
+def describe_kept(ratio: float, num_kept: int, num_tokens: int) -> str:
+    """Return how many of a clip's tokens are kept, for people: "keeps 0.6 of the tokens (940 of 1568)"."""
+    if num_kept == num_tokens:
+        return f"keeps all {num_tokens} tokens"
+    return f"keeps {ratio:g} of the tokens ({num_kept} of {num_tokens})"
+
+
+def _exact_share(ratio: float) -> Fraction:
+    if not 0 < ratio <= 1:
+        raise UserError(f"ratio={ratio} is outside (0, 1]; it is the share of a clip's tokens that is kept")
+    return Fraction(repr(float(ratio)))
+
+
+def _divide(what: str, length: int, of: str, edge: int) -> int:
+    if edge < 1:
+        raise UserError(f"{of}={edge} must be at least 1")
+    if length < 1 or length % edge:
+        below = max(length // edge, 1) * edge
+        raise UserError(f"{what}={length} is not a positive multiple of {of}={edge}; use {below} or {below + edge}")
+    return length // edge

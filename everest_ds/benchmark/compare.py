@@ -44,7 +44,7 @@ from everest_ds.config import PretrainConfig
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.model.tubelets import standardise
-from everest_ds.tokens import count_places
+from everest_ds.tokens import count_tube_positions
 from everest_ds.train.precision import Precision, choose_precision
 from everest_ds.train.tasks import Task, make_task
 
@@ -211,7 +211,7 @@ def _sides(
 def tube_mask(config: PretrainConfig, micro_size: int, device: torch.device) -> Tensor:
     """Return what VideoMAE hides, (B, N) bool: all but as many tubes as make a tenth of the tokens."""
     grid = config.grid
-    places = count_places(grid, TUBE_VISIBLE)
+    places = count_tube_positions(grid, TUBE_VISIBLE)
     generator = torch.Generator(device).manual_seed(config.run.seed)
     noise_BJ = torch.rand(micro_size, grid.tokens_per_step, device=device, generator=generator)
     hidden_BJ = torch.ones_like(noise_BJ, dtype=torch.bool).scatter(1, noise_BJ.argsort(dim=1)[:, :places], False)

@@ -23,8 +23,8 @@ from everest_ds.tokens import (
     StrategyName,
     TargetName,
     TokenGrid,
+    count_cell_positions,
     count_kept,
-    count_of_cell,
     count_selection,
     noise_length,
 )
@@ -290,7 +290,7 @@ class SelectionRule:
             raise ValueError(f"strategy={self.strategy} keeps equally many tokens of every clip")
         _require_width(noise_BS, self.noise_length(grid))
         if self.strategy == "running_cell":
-            of_cell = count_of_cell(grid, self.selected_ratio)
+            of_cell = count_cell_positions(grid, self.selected_ratio)
             return select_running_cells(noise_BS, grid, own, of_cell, keep_visible_as_target=both)
         order_BN = self._order_by_noise(grid, noise_BS)
         return select_first(order_BN, own.selected, own.visible, keep_visible_as_target=both)
@@ -327,7 +327,7 @@ class SelectionRule:
             raise ValueError(f"strategy={self.strategy} draws tokens; it needs noise for {num_clips} clips")
         _require_width(noise_BS, self.keep_noise_length(grid))
         if self.strategy == "running_cell":
-            kept_BN = running_cells(noise_BS[:, -1], grid, count_of_cell(grid, self.selected_ratio))
+            kept_BN = running_cells(noise_BS[:, -1], grid, count_cell_positions(grid, self.selected_ratio))
             return TokenSet.from_mask(kept_BN, [count] * num_clips)
         return TokenSet.from_positions(self._order_by_noise(grid, noise_BS)[:, :count])
 
