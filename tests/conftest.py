@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from everest_ds.data.demo import DemoConfig, write_demo_data
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
+from everest_ds.model.selection import SelectionRule
 from everest_ds.model.sizes import ModelSize
 from everest_ds.tokens import TokenGrid
 
@@ -72,7 +73,8 @@ class GoldenModel:
         return model
 
     def classifier(self, keep_ratio: float) -> EverestClassifier:
-        model = EverestClassifier(self.size, self.grid, num_classes=7, keep_ratio=keep_ratio)
+        rule = SelectionRule(selected_ratio=keep_ratio)
+        model = EverestClassifier(self.size, self.grid, num_classes=7, rule=rule)
         model.load_state_dict(self._weights_of("finetune."))
         return model
 

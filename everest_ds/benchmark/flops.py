@@ -14,6 +14,7 @@ from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.flops import ClipMacs, autoencoder_macs, classifier_macs
+from everest_ds.model.selection import SelectionRule
 from everest_ds.model.sizes import get_size
 from everest_ds.tokens import TokenGrid, count_candidate_steps, count_selection
 
@@ -134,7 +135,8 @@ def _build(row: PaperRow) -> EverestAutoencoder | EverestClassifier:
     with torch.device("meta"):
         if row.phase == "pretrain":
             return EverestAutoencoder(size, grid, options)
-        return EverestClassifier(size, grid, options, num_classes=row.num_classes, keep_ratio=row.ratio or 1.0)
+        rule = SelectionRule(selected_ratio=row.ratio or 1.0)
+        return EverestClassifier(size, grid, options, num_classes=row.num_classes, rule=rule)
 
 
 @lru_cache

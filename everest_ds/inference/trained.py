@@ -129,9 +129,8 @@ def load_trained(
         kind="classifier",
         num_classes=shape.num_classes if has_head else 1,
         options=replace(shape.options, attention=settings.attention),
-    ).build()
+    ).build(keep_rule(settings.selection))
     assert isinstance(model, EverestClassifier)
-    model.rule = keep_rule(settings.selection)
     weights = replace(weights, notes=weights.notes + _note_on_ratio(weights, settings.selection.keep_ratio))
     report = load_weights(model, weights, clip_grid=grid)
     precision = choose_precision({}, options.precision, device.type)

@@ -111,23 +111,23 @@ def _flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     return obstacle
 
 
-def _run_varlen(q_MAK: Tensor, k_MAK: Tensor, v_MAK: Tensor, packing: Packing) -> Tensor:
-    varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    cu_seqlens, longest = packing.cu_seqlens, packing.max_seqlen
-    # Positional: the keyword names moved between torch versions.
-    out: Tensor = varlen_attn(q_MAK, k_MAK, v_MAK, cu_seqlens, cu_seqlens, longest, longest)
-    return out
-
-
-def _run_flash(q_MAK: Tensor, k_MAK: Tensor, v_MAK: Tensor, packing: Packing) -> Tensor:
-    cu_seqlens, longest = packing.cu_seqlens, packing.max_seqlen
-    out: Tensor = _flash_function()(q_MAK, k_MAK, v_MAK, cu_seqlens, cu_seqlens, longest, longest)
-    return out
-
-
 def _flash_function() -> Callable[..., Tensor]:
     function: Callable[..., Tensor] = importlib.import_module("flash_attn").flash_attn_varlen_func
     return function
+
+
+def _run_varlen(q_MAK: Tensor, k_MAK: Tensor, v_MAK: Tensor, packing: Packing) -> Tensor:
+    varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    return _run_packed(varlen_attn, q_MAK, k_MAK, v_MAK, packing=packing)
+
+
+def _run_flash(q_MAK: Tensor, k_MAK: Tensor, v_MAK: Tensor, packing: Packing) -> Tensor:
+    return _run_packed(_flash_function(), q_MAK, k_MAK, v_MAK, packing=packing)
+
+
+def _run_packed(function: Callable[..., Tensor], *qkv_MAK: Tensor, packing: Packing) -> Tensor:
+    # Positional: the keyword names moved between torch versions.
+    return function(*qkv_MAK, packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen)
 
 
 def _run_sdpa(q_MAK: Tensor, k_MAK: Tensor, v_MAK: Tensor, packing: Packing) -> Tensor:

@@ -17,8 +17,14 @@ from everest_ds.model.frames import FrameChoice
 from everest_ds.model.packing import Packing, TokenSet
 from everest_ds.model.selection import DEFAULT_RULE, Selection, SelectionRule
 from everest_ds.model.sizes import ModelSize
-from everest_ds.model.transformer import NORM_EPS, init_linear_xavier, make_blocks, run_blocks
-from everest_ds.model.tubelets import ClipGroup, gather_positions, reconstruction_target, sinusoid_positions
+from everest_ds.model.transformer import NORM_EPS, init_linears, make_blocks, run_blocks
+from everest_ds.model.tubelets import (
+    ClipGroup,
+    gather_positions,
+    gather_tubelets,
+    reconstruction_target,
+    sinusoid_positions,
+)
 from everest_ds.tokens import ClipCounts, TokenGrid
 
 CountClips = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Sequence[ClipCounts]]]
@@ -80,13 +86,7 @@ class Decoder(nn.Module):
         self.grid = grid
         self.options = options
         width = size.decoder_width
-        self.blocks = make_blocks(
-            width=width,
-            depth=depth,
-            num_heads=size.decoder_num_heads,
-            backend=options.attention,
-            compiles=options.compile_blocks,
-        )
+        self.blocks = make_blocks(width, depth, size.decoder_num_heads, options)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.head = nn.Linear(width, 3 * options.tubelet_size * options.patch_size**2)
         self.register_buffer("positions_ND", sinusoid_positions(grid, width), persistent=False)
@@ -103,24 +103,14 @@ class Decoder(nn.Module):
         x_MD, packing, target_rows_R = interleave_clips(
             visible_LD + positions(selection.visible), mask_token_D + positions(selection.target), selection
         )
-        x_MD = run_blocks(
-            self.blocks,
-            x_MD,
-            packing,
-            checkpointing=self.options.activation_checkpointing,
-            recompute_attention=self.options.recompute_attention,
-        )
+        x_MD = run_blocks(self.blocks, x_MD, packing, self.options)
         return self.head(self.norm(x_MD[target_rows_R]))
 
 
 class EverestAutoencoder(nn.Module):
     """Masked video autoencoder over redundancy-robust tokens.
 
-    Args:
-        size: Widths, depths and heads.
-        grid: The token grid that positions are laid out for; other grids get them interpolated.
-        options: Tubelets, attention, checkpointing.
-        decoder_depth: Blocks of the decoder.
+    Positions are laid out for ``grid``; clips of other grids get them interpolated.
 
     Source: EVEREST Sec. 4.1. Parameter names are those of the official `PretrainVisionTransformer`.
     """
@@ -138,7 +128,7 @@ class EverestAutoencoder(nn.Module):
         self.encoder_to_decoder = nn.Linear(size.width, size.decoder_width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size.decoder_width))
         self.decoder = Decoder(size, grid, options, depth=decoder_depth)
-        self.apply(init_linear_xavier)
+        init_linears(self, nn.init.xavier_uniform_)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(
@@ -193,7 +183,7 @@ class EverestAutoencoder(nn.Module):
         groups = self.encoder.group(clips)
         visible_LD = self.encoder_to_decoder(self.encoder(groups, selection.visible))
         prediction_RP = self.decoder(visible_LD, self.mask_token[0, 0], selection, groups)
-        target_RP = reconstruction_target(self.encoder.gather(groups, selection.target))
+        target_RP = reconstruction_target(gather_tubelets(groups, selection.target))
         return Reconstruction(prediction_RP, target_RP, selection)
 
 

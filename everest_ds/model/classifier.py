@@ -5,6 +5,7 @@ packed kept tokens, D width, L branches (attention and MLP of each block, in ord
 """
 
 import contextlib
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,14 +15,15 @@ from everest_ds.model.encoder import DEFAULT_OPTIONS, EncoderOptions, TokenEncod
 from everest_ds.model.packing import TokenSet
 from everest_ds.model.selection import SelectionRule
 from everest_ds.model.sizes import ModelSize
-from everest_ds.model.transformer import NORM_EPS, branch_scales, init_linear_normal
+from everest_ds.model.transformer import NORM_EPS, branch_scales, init_linears
 from everest_ds.model.tubelets import ClipGroup
-from everest_ds.tokens import DistanceName, OrderName, StrategyName, TokenGrid
+from everest_ds.tokens import TokenGrid
 
 Clips = Tensor | Sequence[Tensor]
 """clips_BCTHW, uint8 or floats in [0, 1]; or several such batches of different lengths and sizes."""
 Noise = Tensor | Sequence[Tensor] | None
 """noise_BS of each batch of clips."""
+DEFAULT_KEEP_RULE = SelectionRule(selected_ratio=0.6)
 
 
 class EverestClassifier(TokenEncoder):
@@ -30,12 +32,9 @@ class EverestClassifier(TokenEncoder):
     Args:
         size: Width, depth and heads of the encoder.
         grid: The token grid that positions are laid out for; other grids get them interpolated.
-        options: Tubelets, attention, checkpointing.
+        options: See `EncoderOptions`.
         num_classes: Outputs of the head.
-        keep_ratio: rho_pre of fine-tuning, share of a clip's tokens in (0, 1]; 1 keeps all and ranks nothing.
-        strategy: See `SelectionRule`; so are order and distance.
-        order: Of rero.
-        distance: Of rero.
+        rule: Which tokens are kept of each clip; a selected_ratio of 1 keeps all and ranks nothing.
         head_init_scale: Factor on the head's initial weights (official `init_scale`).
         drop_path: Share of clips that skip a branch of the last block in training, in [0, 1); falls linearly to 0
             at the first (stochastic depth).
@@ -50,10 +49,7 @@ class EverestClassifier(TokenEncoder):
         options: EncoderOptions = DEFAULT_OPTIONS,
         *,
         num_classes: int,
-        keep_ratio: float = 0.6,
-        strategy: StrategyName = "rero",
-        order: OrderName = "descending",
-        distance: DistanceName = "l2",
+        rule: SelectionRule = DEFAULT_KEEP_RULE,
         head_init_scale: float = 0.001,
         drop_path: float = 0.0,
     ) -> None:
@@ -62,11 +58,11 @@ class EverestClassifier(TokenEncoder):
             raise ValueError(f"drop_path={drop_path} must be in [0, 1)")
         self.drop_path = drop_path
         self.is_encoder_frozen = False
-        self.rule = SelectionRule(strategy=strategy, order=order, distance=distance, selected_ratio=keep_ratio)
+        self.rule = rule
         self.num_classes = num_classes
         self.fc_norm = nn.LayerNorm(size.width, eps=NORM_EPS)
         self.head = nn.Linear(size.width, num_classes)
-        self.apply(init_linear_normal)
+        init_linears(self, functools.partial(nn.init.trunc_normal_, std=0.02, a=-0.02, b=0.02))
         with torch.no_grad():
             self.head.weight.mul_(head_init_scale)
 

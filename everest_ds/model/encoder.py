@@ -7,7 +7,7 @@ M chosen tokens of the batch in one packed row, D width, L branches (two a block
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from einops import rearrange
@@ -17,12 +17,12 @@ from everest_ds.model.frames import FrameChoice, count_per_step, draw_steps, gat
 from everest_ds.model.importance import NO_CHANGE, rero_importance
 from everest_ds.model.packing import TokenSet
 from everest_ds.model.sizes import ModelSize
-from everest_ds.model.transformer import make_blocks, run_blocks
+from everest_ds.model.transformer import EncoderOptions, make_blocks, run_blocks
 from everest_ds.model.tubelets import (
     ClipGroup,
     TubeletEmbedding,
-    gather_group_tubelets,
     gather_positions,
+    gather_tubelets,
     sinusoid_positions,
     standardise,
     token_grid,
@@ -33,39 +33,13 @@ from everest_ds.tokens import DistanceName, TokenGrid, ratio_to_count
 RANKING_CHUNK = 2**26
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncoderOptions:
-    """Settings of all models besides their size.
-
-    Attributes:
-        tubelet_size: Frames of a tubelet.
-        patch_size: Pixels of a tubelet's edge.
-        embedding_layers: Conv3d layers of the tubelet embedding: 1, 2 or 3.
-        attention: An attention backend's name, or auto.
-        activation_checkpointing: Recompute each block in backward instead of storing its activations.
-        recompute_attention: With checkpointing, recompute attention too instead of keeping its output.
-        compile_blocks: Compile blocks, except attention (`model.transformer`).
-    """
-
-    tubelet_size: int = 2
-    patch_size: int = 16
-    embedding_layers: int = 1
-    attention: str = "auto"
-    activation_checkpointing: bool = False
-    recompute_attention: bool = True
-    compile_blocks: bool = False
-
-
 DEFAULT_OPTIONS = EncoderOptions()
 
 
 class TokenEncoder(nn.Module):
     """Tubelet embedding, fixed positions and transformer blocks over any subset of a clip's tokens.
 
-    Args:
-        size: Width, depth and heads.
-        grid: The token grid that positions are laid out for; other grids get them interpolated.
-        options: Tubelets, attention, checkpointing.
+    Positions are laid out for ``grid``; clips of other grids get them interpolated.
     """
 
     positions_ND: Tensor
@@ -81,13 +55,7 @@ class TokenEncoder(nn.Module):
             patch_size=options.patch_size,
             num_layers=options.embedding_layers,
         )
-        self.blocks = make_blocks(
-            width=size.width,
-            depth=size.depth,
-            num_heads=size.num_heads,
-            backend=options.attention,
-            compiles=options.compile_blocks,
-        )
+        self.blocks = make_blocks(size.width, size.depth, size.num_heads, options)
         self.register_buffer("positions_ND", sinusoid_positions(grid, size.width), persistent=False)
 
     def group(self, clips: Tensor | Sequence[Tensor]) -> list[ClipGroup]:
@@ -99,11 +67,6 @@ class TokenEncoder(nn.Module):
         batches = [clips] if isinstance(clips, Tensor) else clips
         tubelet, patch = self.options.tubelet_size, self.options.patch_size
         return [ClipGroup(b, token_grid(b, tubelet_size=tubelet, patch_size=patch)) for b in batches]
-
-    def gather(self, groups: Sequence[ClipGroup], tokens: TokenSet) -> Tensor:
-        """Return the pixels of tokens, (M, C, tubelet, patch, patch)."""
-        tubelet, patch = self.options.tubelet_size, self.options.patch_size
-        return gather_group_tubelets(groups, tokens, tubelet_size=tubelet, patch_size=patch)
 
     def _embed_all(self, clips_BCTHW: Tensor) -> Tensor:
         """Return all tokens' embeddings x_BND at float32's precision."""
@@ -155,26 +118,13 @@ class TokenEncoder(nn.Module):
         return ClipGroup(clips_BCTHW, grid), torch.cat(importance), choice
 
     def forward(self, groups: Sequence[ClipGroup], tokens: TokenSet, scale_BL: Tensor | None = None) -> Tensor:
-        """Embed tokens with gradient, add positions, run the blocks: (M, D).
-
-        Args:
-            groups: The clips, of one shape or several.
-            tokens: Of all groups' clips in order.
-            scale_BL: Factors of each clip's branches (`branch_scales`); None scales nothing.
-        """
+        """Embed tokens with gradient, add positions, run the blocks: (M, D). ``scale_BL``: see `branch_scales`."""
         dtype = self.patch_embed.proj.weight.dtype
-        pixels_MCTHW = standardise(self.gather(groups, tokens)).to(dtype)
+        pixels_MCTHW = standardise(gather_tubelets(groups, tokens)).to(dtype)
         x_MD = self.patch_embed(pixels_MCTHW).squeeze(1)
         x_MD = x_MD + gather_positions(self.positions_ND, self.grid, groups, tokens, dtype)
         scale_LM = None if scale_BL is None else scale_BL.to(dtype).T[:, tokens.clip_M]
-        return run_blocks(
-            self.blocks,
-            x_MD,
-            tokens.packing,
-            checkpointing=self.options.activation_checkpointing,
-            recompute_attention=self.options.recompute_attention,
-            scale_LM=scale_LM,
-        )
+        return run_blocks(self.blocks, x_MD, tokens.packing, self.options, scale_LM)
 
 
 @contextlib.contextmanager

@@ -71,9 +71,7 @@ def autoencoder_macs(
     encoder = model.encoder
     selection = Selection(visible=_some_tokens(num_visible), target=_some_tokens(num_targets))
     embedding_all = _ranking_macs(encoder, grid)
-    total, embedding = _profile(
-        lambda: model.reconstruct(_meta_clip(encoder, grid).clips_BCTHW, selection), encoder.patch_embed
-    )
+    total, embedding = _profile(lambda: model.reconstruct(_meta_clip(encoder, grid).clips_BCTHW, selection))
     return ClipMacs(
         embedding_all=embedding_all,
         embedding_chosen=embedding,
@@ -87,7 +85,7 @@ def classifier_macs(model: EverestClassifier, grid: TokenGrid) -> ClipMacs:
     clip = _meta_clip(model, grid)
     embedding_all = _ranking_macs(model, grid)
     ranking = embedding_all if model.rule.ranks_to_keep(grid) else 0
-    total, embedding = _profile(lambda: model(clip.clips_BCTHW), model.patch_embed)
+    total, embedding = _profile(lambda: model(clip.clips_BCTHW))
     return ClipMacs(
         embedding_all=embedding_all,
         embedding_chosen=embedding - ranking,  # its forward ranks as well
@@ -97,31 +95,17 @@ def classifier_macs(model: EverestClassifier, grid: TokenGrid) -> ClipMacs:
 
 
 def _ranking_macs(encoder: TokenEncoder, grid: TokenGrid) -> float:
-    macs, _ = _profile(lambda: encoder.rank(_meta_clip(encoder, grid)), encoder.patch_embed)
-    return macs
+    return _profile(lambda: encoder.rank(_meta_clip(encoder, grid)))[0]
 
 
-def _profile(run: Callable[[], object], part: torch.nn.Module) -> tuple[float, float]:
-    """Return the multiply-accumulates of a call, and how many of them fell inside one module."""
-    inside = 0.0
+def _profile(run: Callable[[], object]) -> tuple[float, float]:
+    """Return the multiply-accumulates of a call, and how many of them are of the tubelet embedding."""
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.native_layer_norm: _layer_norm_flops})
-    entered: list[int] = []
-
-    def enter(module: torch.nn.Module, args: Any) -> None:
-        entered.append(counter.get_total_flops())
-
-    def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
-        nonlocal inside
-        inside += counter.get_total_flops() - entered.pop()
-
-    hooks = [part.register_forward_pre_hook(enter), part.register_forward_hook(leave)]
-    try:
-        with counter:
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return counter.get_total_flops() / 2, inside / 2
+    with counter:
+        run()
+    counts = counter.get_flop_counts()
+    embedding = sum(sum(ops.values()) for name, ops in counts.items() if name.endswith(".patch_embed"))
+    return counter.get_total_flops() / 2, embedding / 2
 
 
 def _layer_norm_flops(input_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

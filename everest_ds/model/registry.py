@@ -18,6 +18,7 @@ from torch import nn
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
+from everest_ds.model.selection import SelectionRule
 from everest_ds.model.sizes import get_size
 from everest_ds.tokens import TokenGrid
 
@@ -43,6 +44,8 @@ def _register(name: str, size: str, model_class: type[nn.Module], **defaults: An
             tubelet_size=options.tubelet_size,
             patch_size=options.patch_size,
         )
+        if "keep_ratio" in own:
+            own["rule"] = SelectionRule(selected_ratio=own.pop("keep_ratio"))
         return model_class(get_size(size), grid, options, **own)
 
     create.__name__ = create.__qualname__ = name

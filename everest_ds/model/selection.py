@@ -100,13 +100,8 @@ def select_rero_varying(
 ) -> Selection:
     """`select_rero` where clips keep different numbers of tokens (`model.budgets`).
 
-    Args:
-        importance_BN: How much each token changed.
-        noise_BS: As for `select_rero`, at least as wide as the largest number of selected tokens. A clip that
-            selects fewer ignores the rest of its noise.
-        counts: Selected and visible tokens of each clip.
-        keep_visible_as_target: See `select_rero`.
-        order: See `select_rero`.
+    ``noise_BS`` is at least as wide as the largest number of selected tokens; a clip that selects fewer ignores the
+    rest of its noise.
 
     Raises:
         ValueError: Counts that do not fit: more selected than noise or tokens, or more visible than selected.
@@ -194,9 +189,9 @@ def select_running_cells(
 
     Args:
         noise_BS: Uniform in [0, 1): a value for each token of a time step, then the cells' phase.
-        grid: The clip's tokens, rows and columns even, time steps in fours.
-        counts: The result's: selected by the cells, visible in tubes, and targets.
-        num_of_cell: Tokens kept of each cell in each step.
+        grid: Rows and columns even, time steps in fours.
+        counts: Selected by the cells, visible in tubes, and targets.
+        num_of_cell: See `running_cells`.
         keep_visible_as_target: Targets are all tokens of the cells instead of those that are not visible.
 
     Source: VideoMAE V2 (Wang et al., 2023): its loss leaves out what the encoder has seen.
@@ -266,10 +261,9 @@ class SelectionRule:
 
         Args:
             grid: The clips' token grid.
-            noise_BS: Uniform in [0, 1), `noise_length` values a clip; with ``counts`` as many as a clip selects at
-                most.
-            importance_BN: How much each token changed; for rero.
-            counts: Tokens of each clip where they differ; for rero.
+            noise_BS: Uniform in [0, 1), `noise_length` values a clip, or as many as ``counts`` select at most.
+            importance_BN: Of rero.
+            counts: Of rero: tokens of each clip where they differ.
 
         Raises:
             ValueError: Noise, importance or counts that do not fit the strategy.
@@ -303,14 +297,7 @@ class SelectionRule:
         noise_BS: Tensor | None = None,
         importance_BN: Tensor | None = None,
     ) -> TokenSet:
-        """Choose the tokens that a classifier keeps.
-
-        Args:
-            grid: The clips' token grid.
-            num_clips: Clips.
-            device: Where they are.
-            noise_BS: Uniform in [0, 1), `keep_noise_length` values a clip.
-            importance_BN: How much each token changed; where the rule `ranks_to_keep`.
+        """Choose the tokens that a classifier keeps, by `keep_noise_length` values a clip or by importance.
 
         Raises:
             ValueError: Noise or importance is missing, or of another shape.

@@ -11,6 +11,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -92,6 +93,29 @@ def compile_obstacle(device_type: str) -> str | None:
     return f"it needs Python's headers, and there is no {headers}; install python3-dev"
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncoderOptions:
+    """Settings of all models besides their size.
+
+    Attributes:
+        tubelet_size: Frames of a tubelet.
+        patch_size: Pixels of a tubelet's edge.
+        embedding_layers: Conv3d layers of the tubelet embedding: 1, 2 or 3.
+        attention: An attention backend's name, or auto.
+        activation_checkpointing: Recompute each block in backward instead of storing its activations.
+        recompute_attention: With checkpointing, recompute attention too instead of keeping its output.
+        compile_blocks: Compile blocks, except attention (`model.transformer`).
+    """
+
+    tubelet_size: int = 2
+    patch_size: int = 16
+    embedding_layers: int = 1
+    attention: str = "auto"
+    activation_checkpointing: bool = False
+    recompute_attention: bool = True
+    compile_blocks: bool = False
+
+
 NORM_EPS = 1e-6
 MLP_RATIO = 4
 
@@ -104,7 +128,6 @@ class ExternalBiasLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
-        """Apply the weight and the given bias."""
         return F.linear(x, self.weight, bias)
 
 
@@ -145,12 +168,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block.
 
-    Args:
-        width: Channels of a token.
-        num_heads: Heads that share them.
-        backend: An attention backend's name, or auto.
-        compiles: Compile the parts before and after attention. They bypass the modules' own calls, and so the
-            hooks that gather weights at ZeRO-3.
+    With ``compiles`` the parts before and after attention are compiled. They bypass the modules' own calls, and so
+    the hooks that gather weights at ZeRO-3.
     """
 
     def __init__(self, width: int, num_heads: int, *, backend: str, compiles: bool = False) -> None:
@@ -162,13 +181,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width, MLP_RATIO * width)
 
     def forward(self, x_MD: Tensor, packing: Packing, scale_2M: Tensor | None = None) -> Tensor:
-        """Transform (M, D) -> (M, D).
-
-        Args:
-            x_MD: Tokens.
-            packing: Where each clip starts and ends.
-            scale_2M: Factor of each token's attention and MLP branch (`branch_scales`); None scales nothing.
-        """
+        """Transform (M, D) -> (M, D), each token's attention and MLP branch scaled (`branch_scales`)."""
         if self.compiles:
             q_MAK, k_MAK, v_MAK = compiled(Block.before_attention)(self, x_MD)
             z_MAK = attention(q_MAK, k_MAK, v_MAK, packing, backend=self.attn.backend)
@@ -177,7 +190,7 @@ class Block(nn.Module):
         return add_branch(x_MD, self.mlp(self.norm2(x_MD)), scale_2M, 1)
 
     def before_attention(self, x_MD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values of the block's input, (M, A, K) each."""
+        """Return queries, keys and values, (M, A, K) each."""
         return self.attn.split_heads(self.norm1(x_MD))
 
     def after_attention(self, x_MD: Tensor, z_MAK: Tensor, scale_2M: Tensor | None) -> Tensor:
@@ -191,9 +204,10 @@ def add_branch(x_MD: Tensor, branch_MD: Tensor, scale_2M: Tensor | None, branch:
     return x_MD + (branch_MD if scale_2M is None else scale_2M[branch, :, None] * branch_MD)
 
 
-def make_blocks(*, width: int, depth: int, num_heads: int, backend: str, compiles: bool = False) -> nn.ModuleList:
+def make_blocks(width: int, depth: int, num_heads: int, options: EncoderOptions) -> nn.ModuleList:
     """Return a stack of blocks."""
-    return nn.ModuleList(Block(width, num_heads, backend=backend, compiles=compiles) for _ in range(depth))
+    make = functools.partial(Block, width, num_heads, backend=options.attention, compiles=options.compile_blocks)
+    return nn.ModuleList(make() for _ in range(depth))
 
 
 def branch_scales(noise_BL: Tensor, drop_path: float) -> Tensor:
@@ -215,44 +229,22 @@ def branch_scales(noise_BL: Tensor, drop_path: float) -> Tensor:
 
 
 def run_blocks(
-    blocks: nn.ModuleList,
-    x_MD: Tensor,
-    packing: Packing,
-    *,
-    checkpointing: bool,
-    recompute_attention: bool = True,
-    scale_LM: Tensor | None = None,
+    blocks: nn.ModuleList, x_MD: Tensor, packing: Packing, options: EncoderOptions, scale_LM: Tensor | None = None
 ) -> Tensor:
-    """Run tokens through a stack and return (M, D).
-
-    Args:
-        blocks: The stack.
-        x_MD: Packed tokens.
-        packing: Where each clip starts and ends.
-        checkpointing: Each block keeps only its input and is computed again in backward.
-        recompute_attention: With checkpointing, compute attention again too; else its output is kept.
-        scale_LM: Factors of each token's branches, two a block; None scales nothing.
-    """
+    """Run packed tokens through a stack, (M, D), each token's branches scaled by two factors a block."""
     for number, block in enumerate(blocks):
         scale_2M = None if scale_LM is None else scale_LM[2 * number : 2 * number + 2]
-        if checkpointing and torch.is_grad_enabled():
-            x_MD = recompute(block, x_MD, packing, scale_2M, attention_too=recompute_attention)
+        if options.activation_checkpointing and torch.is_grad_enabled():
+            x_MD = recompute(block, x_MD, packing, scale_2M, attention_too=options.recompute_attention)
         else:
             x_MD = block(x_MD, packing, scale_2M)
     return x_MD
 
 
-def init_linear_xavier(module: nn.Module) -> None:
-    """Initialise one module as the official pre-training model does: Xavier-uniform linears, zero biases."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def init_linear_normal(module: nn.Module) -> None:
-    """Initialise one module as the official fine-tuning model does: normal 0.02 cut at two deviations."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def init_linears(model: nn.Module, init_weight: Callable[[Tensor], object]) -> None:
+    """Initialise all linear layers of a model: weights by a function, biases with zeros."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            init_weight(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

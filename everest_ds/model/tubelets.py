@@ -55,35 +55,20 @@ def token_grid(clips_BCTHW: Tensor, *, tubelet_size: int, patch_size: int) -> To
     )
 
 
-def gather_tubelets(clips_BCTHW: Tensor, tokens: TokenSet, *, tubelet_size: int, patch_size: int) -> Tensor:
-    """Cut the tubelets of tokens out of their clips, copying nothing else.
+def gather_tubelets(groups: Sequence[ClipGroup], tokens: TokenSet) -> Tensor:
+    """Cut the tubelets of tokens out of clips of one or several shapes, copying nothing else.
 
     Returns:
         (M, C, tubelet_size, patch_size, patch_size) in the clips' dtype.
     """
-    blocks = rearrange(
-        clips_BCTHW,
-        "b c (t pt) (h ph) (w pw) -> b t h w c pt ph pw",
-        pt=tubelet_size,
-        ph=patch_size,
-        pw=patch_size,
-    )
-    rows, cols = blocks.shape[2:4]
-    step_M = torch.div(tokens.position_M, rows * cols, rounding_mode="floor")
-    row_M = torch.div(tokens.position_M, cols, rounding_mode="floor") % rows
-    return blocks[tokens.clip_M, step_M, row_M, tokens.position_M % cols]
-
-
-def gather_group_tubelets(
-    groups: Sequence[ClipGroup], tokens: TokenSet, *, tubelet_size: int, patch_size: int
-) -> Tensor:
-    """`gather_tubelets` of clips of one or several shapes."""
-    parts = tokens.split([len(group) for group in groups])
-    tubelets = [
-        gather_tubelets(group.clips_BCTHW, part, tubelet_size=tubelet_size, patch_size=patch_size)
-        for group, part in zip(groups, parts, strict=True)
-    ]
-    return tubelets[0] if len(tubelets) == 1 else torch.cat(tubelets)
+    cuts, axes = [], "b c (t pt) (h ph) (w pw) -> b t h w c pt ph pw"
+    for group, part in zip(groups, tokens.split([len(group) for group in groups]), strict=True):
+        rows, cols = group.grid.rows, group.grid.cols
+        blocks = rearrange(group.clips_BCTHW, axes, t=group.grid.time, h=rows, w=cols)
+        step_M = torch.div(part.position_M, rows * cols, rounding_mode="floor")
+        row_M = torch.div(part.position_M, cols, rounding_mode="floor") % rows
+        cuts.append(blocks[part.clip_M, step_M, row_M, part.position_M % cols])
+    return cuts[0] if len(cuts) == 1 else torch.cat(cuts)
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
@@ -129,15 +114,10 @@ def reconstruction_target(tubelets_RCTHW: Tensor, *, eps: float = 1e-6) -> Tenso
 
 
 def embed_bytes(clips_BCTHW: Tensor, weight_DCthw: Tensor, bias_D: Tensor) -> Tensor:
-    """Standardise and embed all tubelets of 8-bit clips, by bfloat16 matmuls that are exact in float32.
-
-    Args:
-        clips_BCTHW: uint8.
-        weight_DCthw: The kernel of a convolution whose stride is its size, in any precision.
-        bias_D: Its bias.
+    """Standardise and convolve uint8 clips with a kernel of its stride, by bfloat16 matmuls exact in float32.
 
     Returns:
-        (B, D, T / t, H / h, W / w) float32, as that convolution of standardised clips; in memory D comes last.
+        (B, D, T / t, H / h, W / w) float32, whatever the kernel's precision; in memory D comes last.
     """
     frames, height, width = weight_DCthw.shape[2:]
     num_steps, num_rows = clips_BCTHW.shape[2] // frames, clips_BCTHW.shape[3] // height
@@ -273,12 +253,7 @@ def gather_positions(
 ) -> Tensor:
     """Return the position embedding of tokens, (M, D) in ``dtype``.
 
-    Args:
-        table_ND: Positions of ``grid``.
-        grid: The grid that they are laid out for; clips of other grids get them interpolated.
-        groups: The clips.
-        tokens: Of all groups' clips in order.
-        dtype: Of the result.
+    ``table_ND`` are the positions of ``grid``; clips of other grids get them interpolated.
     """
     parts = tokens.split([len(group) for group in groups])
     rows = [

@@ -24,6 +24,7 @@ from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.flops import autoencoder_macs, classifier_macs
 from everest_ds.model.frames import FrameChoice
+from everest_ds.model.selection import keep_rule
 from everest_ds.model.sizes import get_size
 from everest_ds.train.optim import parameter_groups
 from everest_ds.train.selecting import Budget, num_pretrain_noise, pretrain_rule, share_of_loss
@@ -215,10 +216,7 @@ def build_classifier(config: FinetuneConfig) -> EverestClassifier:
         config.position_grid,
         encoder_options(config),
         num_classes=config.data.num_classes,
-        keep_ratio=config.selection.keep_ratio,
-        strategy=config.selection.strategy,
-        order=config.selection.order,
-        distance=config.selection.distance,
+        rule=keep_rule(config.selection),
         head_init_scale=config.model.head_init_scale,
         drop_path=config.model.drop_path,
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from everest_ds.model.autoencoder import EverestAutoencoder, Reconstruction
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.packing import TokenSet
-from everest_ds.model.selection import Selection, rank_by_importance, select_rero
+from everest_ds.model.selection import Selection, SelectionRule, rank_by_importance, select_rero
 from everest_ds.model.tubelets import standardise
 from everest_ds.train.optim import parameter_groups
 from tests.conftest import GoldenModel
@@ -188,7 +188,8 @@ def test_classifier_logits_equal_official_over_1568_tokens(
     weights = load_file(whole_golden_set / "tiny224_weights.safetensors")
     outputs = load_file(whole_golden_set / "tiny224_outputs.safetensors")
     clips_BCTHW = torch.from_numpy(np.load(whole_golden_set / "tiny224_clips_u8.npz")["clips"])
-    model = EverestClassifier(golden.size, golden.grid, num_classes=7, keep_ratio=keep_ratio)
+    rule = SelectionRule(selected_ratio=keep_ratio)
+    model = EverestClassifier(golden.size, golden.grid, num_classes=7, rule=rule)
     model.load_state_dict({k.removeprefix("finetune."): v for k, v in weights.items() if k.startswith("finetune.")})
     torch.testing.assert_close(model(clips_BCTHW), outputs[f"{kind}.logits"], rtol=0, atol=LOGIT_ATOL)
     if keep_ratio < 1:

@@ -19,6 +19,7 @@ from everest_ds.errors import UserError
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
+from everest_ds.model.selection import SelectionRule
 from everest_ds.model.sizes import SIZES, ModelSize
 from everest_ds.model.transformer import NORM_EPS
 from everest_ds.tokens import TokenGrid
@@ -52,7 +53,6 @@ class ModelMetadata:
     last_norm_eps: float | None = None
 
     def dump(self) -> str:
-        """Return one line of JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -76,6 +76,7 @@ class ModelMetadata:
 
 
 NO_METADATA = ModelMetadata()
+KEEP_ALL = SelectionRule(selected_ratio=1)
 
 Kind = Literal["autoencoder", "classifier", "encoder"]
 DESCRIPTIONS: dict[Kind, str] = {
@@ -168,8 +169,10 @@ class Architecture:
             decoder_num_heads=self.decoder_num_heads or max(1, self.num_heads // 2),
         )
 
-    def build(self) -> EverestAutoencoder | EverestClassifier:
+    def build(self, rule: SelectionRule = KEEP_ALL) -> EverestAutoencoder | EverestClassifier:
         """Return a freshly initialised model whose positions and norms are those of the weights.
+
+        A classifier keeps the tokens of ``rule``.
 
         Raises:
             UserError: The number of heads is unknown, or this is an encoder alone.
@@ -180,7 +183,7 @@ class Architecture:
             model = EverestAutoencoder(size, self.grid, self.options, decoder_depth=self.decoder_depth or 0)
         elif self.kind == "classifier":
             classes = self.num_classes or 0
-            model = EverestClassifier(size, self.grid, self.options, num_classes=classes, keep_ratio=1)
+            model = EverestClassifier(size, self.grid, self.options, num_classes=classes, rule=rule)
         else:
             raise UserError(
                 "these weights are an encoder alone, neither a pre-training model nor a classifier; start a run "

@@ -63,7 +63,6 @@ class Clips:
 
     @property
     def rule(self) -> SelectionRule:
-        """How tokens are kept."""
         return keep_rule(self.selection)
 
     @property
@@ -73,7 +72,6 @@ class Clips:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether every token is kept."""
         return self.num_kept == self.grid.num_tokens
 
     def describe(self) -> str:

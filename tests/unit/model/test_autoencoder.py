@@ -11,7 +11,7 @@ from everest_ds.model.autoencoder import EverestAutoencoder, interleave_clips
 from everest_ds.model.classifier import EverestClassifier, mean_per_clip
 from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.packing import TokenSet
-from everest_ds.model.selection import DEFAULT_RULE, Selection
+from everest_ds.model.selection import DEFAULT_RULE, Selection, SelectionRule
 from everest_ds.tokens import TokenGrid
 from tests.conftest import make_size
 
@@ -212,6 +212,7 @@ def test_classifier_keeps_the_share_that_it_was_told() -> None:
     torch.manual_seed(0)
     clips = random_clips(3)
     for ratio, count in ((0.6, 38), (1.0, 64)):
-        model = EverestClassifier(make_size(), GRID, EncoderOptions(patch_size=8), num_classes=5, keep_ratio=ratio)
+        rule = SelectionRule(selected_ratio=ratio)
+        model = EverestClassifier(make_size(), GRID, EncoderOptions(patch_size=8), num_classes=5, rule=rule)
         assert model.select(*model.group(clips)).packing.lengths == (count,) * 3
         assert model(clips).shape == (3, 5)

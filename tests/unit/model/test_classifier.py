@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
 from everest_ds.model.transformer import branch_scales
+from everest_ds.model.tubelets import gather_tubelets
 from everest_ds.tokens import TokenGrid
 from tests.conftest import make_size
 
@@ -45,7 +46,7 @@ def clips_and_noise() -> tuple[Tensor, Tensor]:
 def plain_logits(model: EverestClassifier, clip_CTHW: Tensor, draws: list[float], drop_path: float) -> Tensor:
     """One clip through the model's weights by plain operations: a dropped branch is not computed at all."""
     kept = model.select(*model.group(clip_CTHW[None]))
-    pixels = (model.gather(model.group(clip_CTHW[None]), kept).float() / 255).transpose(1, -1)
+    pixels = (gather_tubelets(model.group(clip_CTHW[None]), kept).float() / 255).transpose(1, -1)
     pixels = (pixels - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     x = F.linear(pixels.transpose(1, -1).flatten(1), model.patch_embed.proj.weight.flatten(1))
     x = x + model.patch_embed.proj.bias + model.positions_ND[kept.position_M]

@@ -138,10 +138,9 @@ def test_mixed_classifier_pools_each_clip_by_itself(strategy: str) -> None:
             GRID,
             EncoderOptions(patch_size=8),
             num_classes=5,
-            keep_ratio=0.4,
+            rule=SelectionRule(selected_ratio=0.4, strategy=strategy),  # type: ignore[arg-type]
             drop_path=0.3,
             head_init_scale=1.0,
-            strategy=strategy,  # type: ignore[arg-type]
         )
     ).train()
     assert isinstance(model, EverestClassifier)

@@ -1,8 +1,10 @@
-"""Compiled blocks: the same numbers, one compilation for all lengths, the same names, and refusals."""
+"""Blocks that are compiled or computed again in backward: the same bits, what is kept and what runs twice."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,22 +13,110 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from everest_ds.config import FinetuneConfig
+from everest_ds.config import Config, FinetuneConfig, FinetuneDataConfig, ModelConfig
 from everest_ds.errors import UserError
 from everest_ds.model import transformer as compilation
 from everest_ds.model.packing import Packing
-from everest_ds.model.transformer import branch_scales, make_blocks, run_blocks
+from everest_ds.model.transformer import ATTENTION_OPERATORS, EncoderOptions, branch_scales, make_blocks, run_blocks
 from everest_ds.planning.planner import plan_settings
 from everest_ds.recipes import get_recipe
 from everest_ds.train.engine import check_compilation, load_systems, shipped_systems
 from everest_ds.train.tasks import make_task
 from tests.conftest import REPOSITORY
-from tests.unit.model.test_recomputation import HALVES, small
+
+DEPTH = 3
+ATTENTION_ON_CPU = "aten::_scaled_dot_product_flash_attention_for_cpu"
+HALVES: dict[str, dict[str, bool]] = {
+    "nothing": {},
+    "all but attention": {"activation_checkpointing": True, "recompute_attention": False},
+    "all": {"activation_checkpointing": True},
+}
+
+
+class OperatorCounter(TorchDispatchMode):
+    """Counts the operators that really run; what selective checkpointing hands out again does not come here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def run_backward(
+    lengths: tuple[int, ...], *, recomputed: str, dtype: torch.dtype, drops: bool
+) -> tuple[list[torch.Tensor], Counter[str]]:
+    """Output and gradients of a stack, and how often each operator ran in forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    options = EncoderOptions(attention="sdpa", **HALVES[recomputed])
+    blocks = make_blocks(32, DEPTH, 2, options).to(dtype)
+    x_MD = torch.randn(sum(lengths), 32, generator=generator).to(dtype).requires_grad_()
+    packing = Packing.from_lengths(lengths, x_MD.device)
+    scale_LM = None
+    if drops:
+        noise_BL = torch.rand(len(lengths), 2 * DEPTH, generator=generator)
+        scale_LM = branch_scales(noise_BL, 0.5).to(dtype).T[:, packing.clip_of_token()]
+    with OperatorCounter() as counter:
+        out_MD = run_blocks(blocks, x_MD, packing, options, scale_LM)
+        out_MD.float().square().mean().backward()
+    gradients = [tensor.grad for tensor in (x_MD, *blocks.parameters()) if tensor.grad is not None]
+    assert len(gradients) == 1 + len(list(blocks.parameters()))
+    return [out_MD.detach(), *gradients], counter.counts
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (7, 3, 7, 0, 1)], ids=["equal lengths", "unequal lengths"])
+@pytest.mark.parametrize("drops", [False, True], ids=["whole", "drop path"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+def test_recomputing_changes_no_bit_and_attention_runs_once_where_it_is_kept(
+    lengths: tuple[int, ...], drops: bool, dtype: torch.dtype
+) -> None:
+    found = {
+        recomputed: run_backward(lengths, recomputed=recomputed, dtype=dtype, drops=drops) for recomputed in HALVES
+    }
+    expected, plain = found["nothing"]
+    for tensors, _ in found.values():
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(tensors, expected, strict=True))
+    calls = DEPTH * len(set(lengths) - {0})  # SDPA attends to the clips of one length at once
+    ran = {recomputed: counts[ATTENTION_ON_CPU] for recomputed, (_, counts) in found.items()}
+    assert ran == {"nothing": calls, "all but attention": calls, "all": 2 * calls}
+    products = {recomputed: counts["aten::addmm"] for recomputed, (_, counts) in found.items()}
+    assert products["all but attention"] == products["all"] > plain["aten::addmm"]
+
+
+def test_attentions_operators_are_known_to_torch() -> None:
+    """A name that torch has no operator of would keep nothing, and nobody would notice."""
+    importlib.import_module("torch.nn.attention.varlen")  # registers its operator
+    known = set(torch._C._dispatch_get_all_op_names())
+    assert {name for name in ATTENTION_OPERATORS if not name.startswith("flash_attn::")} <= known
+
+
+def small(config: Config, **model: Any) -> Config:
+    data = {"image_size": 32, "num_frames": 4}
+    if isinstance(config, FinetuneConfig):
+        return replace(config, data=FinetuneDataConfig(num_classes=3, **data), model=replace(config.model, **model))
+    return replace(config, data=replace(config.data, **data), model=replace(config.model, **model))
+
+
+@pytest.mark.parametrize("recipe", ["demo", "demo_ft"])
+def test_operations_of_a_clip_are_the_same_however_much_is_recomputed(recipe: str) -> None:
+    counts = {make_task(small(get_recipe(recipe), **options)).clip_flops() for options in HALVES.values()}
+    assert len(counts) == 1
+    assert min(counts) > 0
+
+
+def test_keeping_attention_where_nothing_is_recomputed_is_refused() -> None:
+    with pytest.raises(UserError, match=r"recompute_attention=False has no effect with .*checkpointing=False"):
+        ModelConfig(recompute_attention=False)
+    ModelConfig(activation_checkpointing=True, recompute_attention=False)
+
 
 # Output and gradients of three blocks by inductor on a CPU against eager, float32, of the largest: measured 1.1e-6.
 INDUCTOR_RTOL = 1e-5
-DEPTH = 3
 EQUAL = ((5, 5, 5), (9, 9, 9), (30, 30, 30), (7, 7, 7))
 UNEQUAL = ((7, 3, 4), (2, 5), (1, 30, 0, 8), (6, 6, 7))
 
@@ -51,7 +141,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
     return counter
 
 
-def run_backward(
+def run_compiled(
     lengths: tuple[int, ...],
     *,
     compiles: bool,
@@ -62,23 +152,16 @@ def run_backward(
 ) -> list[torch.Tensor]:
     """Output and gradients of a stack."""
     torch.manual_seed(0)
-    blocks = make_blocks(width=32, depth=DEPTH, num_heads=2, backend="auto", compiles=compiles).to(dtype)
+    options = EncoderOptions(compile_blocks=compiles, **HALVES[recomputed])
+    blocks = make_blocks(32, DEPTH, 2, options).to(dtype)
     x_MD = torch.randn(sum(lengths), 32).to(dtype).requires_grad_()
     packing = Packing.from_lengths(lengths, x_MD.device)
     scale_LM = None
     if drops:
         scale_BL = branch_scales(torch.rand(len(lengths), 2 * DEPTH), 0.5)
         scale_LM = scale_BL.to(dtype).T[:, packing.clip_of_token()]
-    checkpointing, recompute_attention = HALVES[recomputed]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocasts, cache_enabled=False):
-        out_MD = run_blocks(
-            blocks,
-            x_MD,
-            packing,
-            checkpointing=checkpointing,
-            recompute_attention=recompute_attention,
-            scale_LM=scale_LM,
-        )
+        out_MD = run_blocks(blocks, x_MD, packing, options, scale_LM)
     out_MD.float().square().mean().backward()
     return [out_MD.detach(), *(t.grad for t in (x_MD, *blocks.parameters()) if t.grad is not None)]
 
@@ -90,22 +173,25 @@ def test_each_half_of_a_block_is_compiled_once_for_all_numbers_of_tokens(
 ) -> None:
     """And the graphs compute the same bits, when they are run as they are."""
     for of_clips in lengths:
-        ours = run_backward(of_clips, compiles=True, drops=drops)
-        theirs = run_backward(of_clips, compiles=False, drops=drops)
+        ours = run_compiled(of_clips, compiles=True, drops=drops)
+        theirs = run_compiled(of_clips, compiles=False, drops=drops)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("recomputed", ["all but attention", "all"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize(
+    ("recomputed", "dtype", "lengths"),
+    [("all but attention", torch.float32, UNEQUAL[0]), ("all", torch.bfloat16, EQUAL[0])],
+    ids=["all but attention, float32", "all, bf16"],
+)
 def test_compiled_blocks_can_be_computed_again(
-    recomputed: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    recomputed: str, dtype: torch.dtype, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """aot_eager compiles forward and backward into functions of their own, as inductor does, without a compiler."""
     monkeypatch.setattr(compilation, "COMPILE_BACKEND", "aot_eager")
-    for lengths, drops in itertools.product((EQUAL[0], UNEQUAL[0]), (False, True)):
-        ours = run_backward(lengths, compiles=True, recomputed=recomputed, drops=drops, dtype=dtype)
-        theirs = run_backward(lengths, compiles=True, drops=drops, dtype=dtype)
+    for drops in (False, True):
+        ours = run_compiled(lengths, compiles=True, recomputed=recomputed, drops=drops, dtype=dtype)
+        theirs = run_compiled(lengths, compiles=True, drops=drops, dtype=dtype)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -113,21 +199,22 @@ def test_compiled_blocks_take_part_in_autocast(counter: CompileCounter) -> None:
     """Compiled once with it and once without, and the same bits as blocks that are not compiled."""
     for drops, autocasts in itertools.product((False, True), (False, True)):
         ours, theirs = (
-            run_backward(EQUAL[0], compiles=compiles, drops=drops, autocasts=autocasts)
+            run_compiled(EQUAL[0], compiles=compiles, drops=drops, autocasts=autocasts)
             for compiles in (True, False)
         )
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
         assert {tensor.dtype for tensor in ours} == {torch.float32}
-    lowered, whole = (run_backward(EQUAL[0], compiles=True, autocasts=on) for on in (True, False))
+    lowered, whole = (run_compiled(EQUAL[0], compiles=True, autocasts=on) for on in (True, False))
     assert not torch.equal(lowered[0], whole[0])
 
 
+@pytest.mark.slow  # it compiles C++ for half a minute; the tests above run the same graphs
 @needs_compiler
 def test_inductor_computes_what_eager_does() -> None:
     worst = 0.0
     for lengths in (EQUAL[0], UNEQUAL[0], UNEQUAL[1]):
-        ours = run_backward(lengths, compiles=True, recomputed="all but attention")
-        theirs = run_backward(lengths, compiles=False)
+        ours = run_compiled(lengths, compiles=True, recomputed="all but attention")
+        theirs = run_compiled(lengths, compiles=False)
         for a, b in zip(ours, theirs, strict=True):
             worst = max(worst, ((a - b).abs().max() / b.abs().max()).item())
     print(f"worst {worst:.1e}")
