@@ -8,7 +8,6 @@ import importlib
 import multiprocessing
 import os
 import platform
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from multiprocessing.connection import Connection
 
 from everest_ds import distributed
 from everest_ds.commands.parsing import parse
-from everest_ds.config.sections import ReaderName
 from everest_ds.distributed import World
 
 OK, OPTIONAL, MISSING = "ok", "--", "MISSING"
@@ -51,18 +49,14 @@ def main(words: list[str], world: World) -> int:
 
 
 def _checks() -> list[Check]:
-    readers: tuple[tuple[str, ReaderName], ...] = (
-        (MISSING, "pyav"),
-        (OPTIONAL, "decord"),
-        (OPTIONAL, "torchcodec"),
-    )
+    readers = ((MISSING, "pyav"), (OPTIONAL, "decord"), (OPTIONAL, "torchcodec"))
     return [
         (MISSING, "python", lambda: [(OK, "python", platform.python_version())]),
         *((MISSING, name, partial(_package, name)) for name in REQUIRED),
-        (MISSING, "GPU", _devices),
-        (MISSING, "attention", _attention),
-        *((state, f"reader {name}", partial(_reader, name, state)) for state, name in readers),
-        (MISSING, "launcher", _launcher),
+        (MISSING, "GPU", partial(_call, "machine", "devices")),
+        (MISSING, "attention", partial(_call, "machine", "attention")),
+        *((state, f"reader {name}", partial(_call, "readers", "reader", name, state)) for state, name in readers),
+        (MISSING, "launcher", partial(_call, "machine", "launcher")),
     ]
 
 
@@ -122,6 +116,13 @@ def _words_of(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+def _call(module: str, function: str, *arguments: str) -> list[Row]:
+    """Import a module of checks in this process, and call one."""
+    check = getattr(importlib.import_module(f"everest_ds.commands.checks.{module}"), function)
+    rows: list[Row] = check(*arguments)
+    return rows
+
+
 def _package(name: str) -> list[Row]:
     try:
         found = version(name)
@@ -133,76 +134,3 @@ def _package(name: str) -> list[Row]:
     except Exception as error:  # a package may fail to import in any way
         return [(MISSING, name, f"{found} does not import: {_words_of(error)}")]
     return [(OK, name, found)]
-
-
-def _devices() -> list[Row]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return [(OPTIONAL, "GPU", "none; training runs on the CPU with gloo")]
-    rows = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        rows.append((OK, f"GPU {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
-    return rows
-
-
-def _attention() -> list[Row]:
-    import torch
-
-    from everest_ds.model.attention import BACKENDS, choose_backend
-
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    chosen = choose_backend("auto", device, dtype, 64).name
-    rows: list[Row] = []
-    for backend in BACKENDS.values():
-        obstacle = backend.obstacle(device, dtype, 64)
-        state = OPTIONAL if obstacle else OK
-        role = "auto" if backend.name == chosen else "available"
-        rows.append((state, f"attention {backend.name}", obstacle or role))
-    return rows
-
-
-def _reader(name: ReaderName, broken: str) -> list[Row]:
-    """Encode a clip, decode it again with the reader, and compare the frames; `broken` is the state otherwise."""
-    import tempfile
-    from pathlib import Path
-
-    from everest_ds.data.demo import DemoConfig, encode_h264, render_video
-    from everest_ds.data.readers.choice import choose_reader, obstacle
-    from everest_ds.data.readers.video import Video, VideoReadError
-
-    what = f"reader {name}"
-    fault = obstacle(name)
-    if fault:
-        return [(broken, what, fault)]
-    frames = render_video(DemoConfig(num_frames=4), "train", 0)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "probe.mp4"
-        encode_h264(path, frames)
-        try:
-            decoded = Video(path, reader=name).read([0, 3])
-        except VideoReadError as error:
-            return [(broken, what, f"decoding H.264: {error.reason}")]
-    error_mean = abs(decoded.astype(int) - frames[[0, 3]].astype(int)).mean()
-    role = "auto" if name == choose_reader("auto") else "available"
-    return [(OK, what, f"{role}; decoding H.264: mean error {error_mean:.1f} of 255")]
-
-
-def _launcher() -> list[Row]:
-    import torch
-    import torch.distributed as dist
-
-    found = shutil.which("deepspeed")
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    available = dist.is_backend_available(backend)
-    return [
-        (
-            OK if found else OPTIONAL,
-            "deepspeed launcher",
-            found or "not on PATH; activate the environment, or use torchrun -m everest_ds",
-        ),
-        (OK if available else MISSING, f"communication {backend}", "available" if available else "not built in"),
-    ]
