@@ -1,4 +1,4 @@
-"""What a clip costs by stage: CPU time of all threads of one process, several ways to make it interleaved.
+"""What a clip costs by phase: CPU time of all threads of one process, several ways to make it interleaved.
 
 Place in the flow: rows of a list -> ways (ours, by a reader; the official one) -> rounds -> `Costs`. Every round
 makes the same clips, of the same frames and crops, so that rounds differ by the machine alone. Axes: B clips,
@@ -30,38 +30,38 @@ from everest_ds.data.readers.base import first_line
 from everest_ds.data.readers.video import Video, VideoReadError
 from everest_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
-Stage = Literal["open", "decode", "augment", "collate", "copy"]
-STAGES: tuple[Stage, ...] = ("open", "decode", "augment", "collate", "copy")
-CLIP_STAGES: tuple[Stage, ...] = ("open", "decode", "augment")
+Phase = Literal["open", "decode", "augment", "collate", "copy"]
+PHASES: tuple[Phase, ...] = ("open", "decode", "augment", "collate", "copy")
+CLIP_PHASES: tuple[Phase, ...] = ("open", "decode", "augment")
 """What one clip takes, whatever batch it goes into."""
-WORKER_STAGES: tuple[Stage, ...] = (*CLIP_STAGES, "collate")
+WORKER_PHASES: tuple[Phase, ...] = (*CLIP_PHASES, "collate")
 """What a loader process does for a clip."""
 
 # Ways are interleaved after so few videos, a second or less, that the machine is the same for all of them.
 _VIDEOS_A_TURN = 4
 
 
-class StageTimer:
-    """Adds up the time of each stage.
+class PhaseTimer:
+    """Adds up the time of each phase.
 
     Args:
         now: Seconds so far. The CPU time of all threads of this process by default: decoders have threads of their
             own, and what other processes do does not count.
 
     Attributes:
-        spent_s: Seconds by stage; a stage that never ran is missing.
+        spent_s: Seconds by phase; a phase that never ran is missing.
     """
 
     def __init__(self, now: Callable[[], float] = time.process_time) -> None:
         self._now = now
-        self.spent_s: dict[Stage, float] = {}
+        self.spent_s: dict[Phase, float] = {}
 
     @contextmanager
-    def stage(self, stage: Stage) -> Iterator[None]:
-        """Count what runs inside towards a stage."""
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """Count what runs inside towards a phase."""
         began = self._now()
         yield
-        self.spent_s[stage] = self.spent_s.get(stage, 0.0) + self._now() - began
+        self.spent_s[phase] = self.spent_s.get(phase, 0.0) + self._now() - began
 
 
 class Way(Protocol):
@@ -75,8 +75,8 @@ class Way(Protocol):
     def repeats(self) -> int:
         """Clips of one decoded video."""
 
-    def make_batch(self, rows: Sequence[int], timer: StageTimer) -> Tensor:
-        """Make the clips of some rows, as one batch, and count what each stage takes.
+    def make_batch(self, rows: Sequence[int], timer: PhaseTimer) -> Tensor:
+        """Make the clips of some rows, as one batch, and count what each phase takes.
 
         Returns:
             clips_BCTHW, with ``repeats`` clips of every row.
@@ -88,7 +88,7 @@ class Way(Protocol):
 
 @dataclass(frozen=True)
 class OurWay:
-    """What a worker of a training run does, stage by stage; batches are copied to the device, if there is one."""
+    """What a worker of a training run does, phase by phase; batches are copied to the device, if there is one."""
 
     dataset: ClipDataset
     repeats: int = 1
@@ -99,27 +99,27 @@ class OurWay:
         """The reader."""
         return self.dataset.config.reader
 
-    def make_batch(self, rows: Sequence[int], timer: StageTimer) -> Tensor:
+    def make_batch(self, rows: Sequence[int], timer: PhaseTimer) -> Tensor:
         """Make uint8 clips; see `Way.make_batch`."""
         clips = [clip for row in rows for clip in self._clips(row, timer)]
-        with timer.stage("collate"):
+        with timer.phase("collate"):
             mixer = self.dataset.mixer
             lone = clips[-1:] if mixer and len(clips) % 2 else []  # mixed with itself
             mixed = mix_pairs([*clips, *lone], mixer)[: len(clips)] if mixer else clips
             batch = ClipBatch.collate(mixed, crops=self.dataset.cut.delivers_crops, pin=self.device is not None)
         return time_copy(partial(batch.clips_on, image_size=self.dataset.config.image_size), self.device, timer)
 
-    def _clips(self, index: int, timer: StageTimer) -> list[Clip]:
-        with timer.stage("open"):
+    def _clips(self, index: int, timer: PhaseTimer) -> list[Clip]:
+        with timer.phase("open"):
             video = Video.of_row(self.dataset.rows[index], self.dataset.config.reader)
-        with timer.stage("decode"):
+        with timer.phase("decode"):
             draws = sample_draws(self.dataset.seed, SampleKey(0, index))
             frame_idx = self.dataset.cut.choose_frames(video, draws)
             frames_THWC = video.read(frame_idx)
             del video  # to close it is part of the cost
         clips = []
         for repeat in range(self.repeats):
-            with timer.stage("augment"):
+            with timer.phase("augment"):
                 clips.append(self.dataset.make_clip(SampleKey(0, index, repeat), frame_idx, frames_THWC))
         return clips
 
@@ -140,29 +140,29 @@ class OfficialWay:
     name: str = "official"
     repeats: int = 1
 
-    def make_batch(self, rows: Sequence[int], timer: StageTimer) -> Tensor:
+    def make_batch(self, rows: Sequence[int], timer: PhaseTimer) -> Tensor:
         """Make float32 clips; see `Way.make_batch`."""
         clips = [self._clip(row, timer) for row in rows]
-        with timer.stage("collate"):
+        with timer.phase("collate"):
             clips_BCTHW = torch.stack(clips)
             if self.device is not None:
                 clips_BCTHW = clips_BCTHW.pin_memory()
         return time_copy(partial(clips_BCTHW.to, non_blocking=True), self.device, timer)
 
-    def _clip(self, index: int, timer: StageTimer) -> Tensor:
+    def _clip(self, index: int, timer: PhaseTimer) -> Tensor:
         import decord
 
         path, draws = self.rows[index].path, sample_draws(self.seed, SampleKey(0, index))
         try:
-            with timer.stage("open"):
+            with timer.phase("open"):
                 reader: Any = decord.VideoReader(str(path.absolute()), num_threads=1)
-            with timer.stage("decode"):
+            with timer.phase("decode"):
                 frame_idx = self.cut.frames_by_number(len(reader), draws(RandomStream.FRAMES))
                 frames_THWC: NDArray[np.uint8] = reader.get_batch(frame_idx).asnumpy()
                 del reader  # to close it is part of the cost
         except (OSError, RuntimeError, ValueError, decord.DECORDError) as error:
             raise VideoReadError(path, first_line(error)) from error
-        with timer.stage("augment"):
+        with timer.phase("augment"):
             config, (height, width) = self.cut.config, frames_THWC.shape[1:3]
             crop = draw_crop(width, height, config.image_size, config.crop_scales, draws(RandomStream.CROP))
             return official_clip(frames_THWC, crop, config.image_size)
@@ -190,14 +190,14 @@ def official_clip(frames_THWC: NDArray[np.uint8], crop: tuple[int, int, int, int
     return clip_CTHW
 
 
-def time_copy(move: Callable[[torch.device], Tensor], device: torch.device | None, timer: StageTimer) -> Tensor:
+def time_copy(move: Callable[[torch.device], Tensor], device: torch.device | None, timer: PhaseTimer) -> Tensor:
     """Move a batch to a GPU and count it; without a GPU it stays, and nothing is counted.
 
     Where the device resizes crops (data.resize), that is part of it.
     """
     if device is None:
         return move(torch.device("cpu"))
-    with timer.stage("copy"):
+    with timer.phase("copy"):
         clips_BCTHW = move(device)
         torch.cuda.synchronize(device)
     return clips_BCTHW
@@ -205,37 +205,37 @@ def time_copy(move: Callable[[torch.device], Tensor], device: torch.device | Non
 
 @dataclass
 class Costs:
-    """What a clip costs in one way: CPU milliseconds a clip by stage, one dictionary a round."""
+    """What a clip costs in one way: CPU milliseconds a clip by phase, one dictionary a round."""
 
-    rounds: list[dict[Stage, float]] = field(default_factory=list)
+    rounds: list[dict[Phase, float]] = field(default_factory=list)
 
-    def stage_ms(self, stage: Stage) -> float | None:
-        """Return the median of a stage over the rounds; None for one that did not run."""
-        values = [spent[stage] for spent in self.rounds if stage in spent]
+    def phase_ms(self, phase: Phase) -> float | None:
+        """Return the median of a phase over the rounds; None for one that did not run."""
+        values = [spent[phase] for spent in self.rounds if phase in spent]
         return statistics.median(values) if values else None
 
-    def sums_ms(self, stages: Sequence[Stage]) -> list[float]:
-        """Return the sum of some stages for each round."""
-        return [sum(spent.get(stage, 0.0) for stage in stages) for spent in self.rounds]
+    def sums_ms(self, phases: Sequence[Phase]) -> list[float]:
+        """Return the sum of some phases for each round."""
+        return [sum(spent.get(phase, 0.0) for phase in phases) for spent in self.rounds]
 
     @property
     def clip_ms(self) -> float:
-        """Milliseconds of `CLIP_STAGES`, the median of the rounds' sums."""
-        return statistics.median(self.sums_ms(CLIP_STAGES))
+        """Milliseconds of `CLIP_PHASES`, the median of the rounds' sums."""
+        return statistics.median(self.sums_ms(CLIP_PHASES))
 
     @property
     def clip_p90_ms(self) -> float:
-        """Milliseconds of `CLIP_STAGES` that nine of ten rounds stay below."""
-        return float(np.percentile(self.sums_ms(CLIP_STAGES), 90))
+        """Milliseconds of `CLIP_PHASES` that nine of ten rounds stay below."""
+        return float(np.percentile(self.sums_ms(CLIP_PHASES), 90))
 
     @property
     def clips_per_s_core(self) -> float:
         """Clips that one core makes in a second, collated."""
-        return 1e3 / statistics.median(self.sums_ms(WORKER_STAGES))
+        return 1e3 / statistics.median(self.sums_ms(WORKER_PHASES))
 
     def ratio_to(self, other: "Costs") -> float:
-        """Return the median over the rounds of this cost over the other's, `CLIP_STAGES` of both."""
-        pairs = zip(self.sums_ms(CLIP_STAGES), other.sums_ms(CLIP_STAGES), strict=True)
+        """Return the median over the rounds of this cost over the other's, `CLIP_PHASES` of both."""
+        pairs = zip(self.sums_ms(CLIP_PHASES), other.sums_ms(CLIP_PHASES), strict=True)
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
@@ -245,23 +245,23 @@ def measure_round(
     *,
     first: int = 0,
     now: Callable[[], float] = time.process_time,
-) -> list[dict[Stage, float]]:
+) -> list[dict[Phase, float]]:
     """Make the clips of all rows in every way, a few rows at a time, interleaved.
 
     The way numbered ``first``, modulo their number, begins: another one each round, so that none is always the
     first to read a file.
 
     Returns:
-        CPU milliseconds a clip by stage, for each way.
+        CPU milliseconds a clip by phase, for each way.
     """
-    timers = [StageTimer(now) for _ in ways]
+    timers = [PhaseTimer(now) for _ in ways]
     pairs = list(zip(ways, timers, strict=True))
     first %= len(ways)
     for start in range(0, len(rows), _VIDEOS_A_TURN):
         for way, timer in (*pairs[first:], *pairs[:first]):
             way.make_batch(rows[start : start + _VIDEOS_A_TURN], timer)
     return [
-        {stage: 1e3 * spent / (len(rows) * way.repeats) for stage, spent in timer.spent_s.items()}
+        {phase: 1e3 * spent / (len(rows) * way.repeats) for phase, spent in timer.spent_s.items()}
         for way, timer in pairs
     ]
 
@@ -285,7 +285,7 @@ def warm_up(ways: Sequence[Way], num_rows: int) -> tuple[list[int], list[LeftOut
     for row in range(num_rows):
         for way in ways:
             try:
-                way.make_batch([row], StageTimer())
+                way.make_batch([row], PhaseTimer())
             except VideoReadError as error:
                 left_out.append(LeftOut(error.path, way.name, error.reason))
                 break

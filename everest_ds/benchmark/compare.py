@@ -1,22 +1,20 @@
 """`everest benchmark step RECIPE --compare everest videomae`: our step and the official ones, interleaved.
 
-Both sides start from the same weights and the same clips on the device, and do forward and backward pass, targets
-and loss included, with fresh gradients in every step. Neither takes an optimiser step, and nothing is sent between
-processes. Ours begins with uint8 clips and standardises them; theirs gets standardised ones, as from their loader.
-VideoMAE sees a tenth of the tokens in tubes and predicts all others. In bf16 our weights are bf16, as under
-DeepSpeed, and theirs float32 under autocast, as in their loop; with --precision autocast both are alike. The median
-over rounds of the ratio within a round is what counts.
+Both sides have the same weights and clips, and do forward and backward pass, targets and loss included, with fresh
+gradients. Neither takes an optimiser step. Ours standardises uint8 clips; theirs gets standardised ones, as from
+their loader. VideoMAE sees a tenth of the tokens in tubes and predicts all others. In bf16 our weights are bf16, as
+under DeepSpeed, and theirs float32 under autocast, as in their loop; with --precision autocast both are alike. The
+median over rounds of the ratio within a round is what counts.
 
-The official model and training loop are imported from a folder of the user's and run as they are. Nothing of that
-code is in this project. What it needs and does not find, on a CPU or with today's packages, is replaced while it is
-imported or runs:
+The official model and training loop are imported from the user's folder and run as they are; none of it is in this
+project. What it does not find, on a CPU or with today's packages, is replaced while it is imported or runs:
 
-    utils                        a module that logs nothing: the original needs a module that torch no longer has.
-                                 Their step becomes cheaper by it, never dearer.
-    timm.models.layers           today's name is timm.layers
-    timm.models.registry         the models are called by name, and not registered with timm
-    torch.cuda.amp.autocast      in the dtype that is measured, on the device that is measured
-    torch.cuda.synchronize       does nothing on a CPU
+    utils                     logs nothing: the original needs a module that torch no longer has. Their step becomes
+                              cheaper by it, never dearer.
+    timm.models.layers        today's name is timm.layers
+    timm.models.registry      the models are called by name, and not registered with timm
+    torch.cuda.amp.autocast   in the dtype that is measured, on the device that is measured
+    torch.cuda.synchronize    does nothing on a CPU
 """
 
 import contextlib
@@ -339,20 +337,15 @@ class _BackwardOnly:
         return {"scale": 1.0}
 
 
-class _NoMetrics:
-    """Replaces the official metrics: hands the batches over and keeps nothing."""
+def _no_metrics(**options: Any) -> types.SimpleNamespace:
+    """Replace the official metrics: hand the batches over and keep nothing."""
 
-    def __init__(self, **options: Any) -> None:
-        self.meters: dict[str, Any] = {}
+    def ignore(*given: Any, **named: Any) -> None: ...
 
-    def log_every(self, batches: Iterable[Any], *options: Any) -> Iterator[Any]:
-        yield from batches
-
-    def add_meter(self, *given: Any) -> None: ...
-
-    def update(self, **values: Any) -> None: ...
-
-    def synchronize_between_processes(self) -> None: ...
+    names = ("add_meter", "update", "synchronize_between_processes")
+    return types.SimpleNamespace(
+        meters={}, log_every=lambda batches, *options: iter(batches), **dict.fromkeys(names, ignore)
+    )
 
 
 @contextlib.contextmanager
@@ -361,7 +354,7 @@ def _importable(folder: Path) -> Iterator[None]:
     registry = types.ModuleType("timm.models.registry")
     registry.register_model = lambda make: make  # type: ignore[attr-defined]
     utils = types.ModuleType("utils")
-    utils.MetricLogger = _NoMetrics  # type: ignore[attr-defined]
+    utils.MetricLogger = _no_metrics  # type: ignore[attr-defined]
     utils.SmoothedValue = lambda **options: None  # type: ignore[attr-defined]
     ours = {"timm.models.layers": timm.layers, "timm.models.registry": registry, "utils": utils}
     names = (*ours, *MODULES)

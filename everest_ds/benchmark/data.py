@@ -2,7 +2,7 @@
 
 For each list and each way to read it (a reader; several clips of one decode; with --compare the official loaders')
 
-    CPU milliseconds a clip by stage, of all threads   `clip_costs`: one process, rounds, interleaved ways
+    CPU milliseconds a clip by phase, of all threads   `clip_costs`: one process, rounds, interleaved ways
     clips a second of one core                         from these
     clips a second of N loader processes               the loader of a run, wall time
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from everest_ds.benchmark.clip_costs import (
-    STAGES,
+    PHASES,
     Costs,
     LeftOut,
     OfficialWay,
@@ -85,8 +85,8 @@ def run(job: DataJob, world: World) -> int:
             say(f"round {number + 1} of {options.rounds}")
             for one in lists:
                 spent = measure_round(one.ways, one.readable, first=number)
-                for costs, stages in zip(one.costs, spent, strict=True):
-                    costs.rounds.append(stages)
+                for costs, phases in zip(one.costs, spent, strict=True):
+                    costs.rounds.append(phases)
     environment = data_environment()
     records: list[dict[str, Any]] = []
     for one in lists:
@@ -239,7 +239,7 @@ def _records(
             "sampling_stride": data.sampling_stride if data.sampling_seconds is None else None,
             "sampling_seconds": data.sampling_seconds,
             "rounds": len(costs.rounds),
-            "ms": {stage: rounded(costs.stage_ms(stage)) for stage in STAGES},
+            "ms": {phase: rounded(costs.phase_ms(phase)) for phase in PHASES},
             "clip_ms": round(costs.clip_ms, 4),
             "clip_p90_ms": round(costs.clip_p90_ms, 4),
             "ratio_to_official": None if official is None else round(costs.ratio_to(official), 4),
@@ -275,7 +275,7 @@ def format_records(records: Sequence[Mapping[str, Any]]) -> str:
         ("list", max(4, *(len(record["list"]) for record in records)) + 2, "<"),
         ("way", 11, "<"),
         ("repeats", 7, "d"),
-        *((column, 9, ".2f") for column in (*STAGES, "clip", "p90")),
+        *((column, 9, ".2f") for column in (*PHASES, "clip", "p90")),
         ("ratio", 9, ".3f"),
         ("1 core", 9, ".1f"),
         *((f"{count} proc.", 9, ".1f") for count in workers),

@@ -9,6 +9,7 @@ import torch
 
 from everest_ds.benchmark.options import FlopsOptions
 from everest_ds.benchmark.report import Table
+from everest_ds.config import TaskName
 from everest_ds.distributed import World
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
@@ -17,8 +18,6 @@ from everest_ds.model.flops import ClipMacs, autoencoder_macs, classifier_macs
 from everest_ds.model.selection import SelectionRule
 from everest_ds.model.sizes import get_size
 from everest_ds.tokens import TokenGrid, count_candidate_steps, count_selection
-
-Phase = Literal["pretrain", "finetune"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ class PaperRow:
     gmacs: float | None
     parameters: float | None = None
     size: str = "base"
-    phase: Phase = "pretrain"
+    phase: TaskName = "pretrain"
     ratio: float | None = None
     num_frames: int = 16
     alpha: float = 1.0
@@ -46,7 +45,7 @@ class PaperRow:
     num_classes: int = 400
 
 
-def _everest(table: str, phase: Phase, size: str, ratio: float, gmacs: float | None) -> PaperRow:
+def _everest(table: str, phase: TaskName, size: str, ratio: float, gmacs: float | None) -> PaperRow:
     name = f"{'PT' if phase == 'pretrain' else 'FT'} EVEREST ViT-{size[0].upper()}, rho {ratio}"
     return PaperRow(table=table, name=name, gmacs=gmacs, size=size, phase=phase, ratio=ratio)
 

@@ -209,16 +209,12 @@ def time_shares(events: Sequence[Any], device_type: str) -> dict[Part, float] | 
     On cuda kernels count, each in full where several run at the same time; on a CPU what operators took themselves.
     """
     times = dict.fromkeys(PARTS, 0.0)
-    for names, microseconds in _kernel_times(events) if device_type == "cuda" else _operator_times(events):
+    on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
+    operators = ((_names_upwards(event), event.self_cpu_time_total) for event in on_cpu)
+    for names, microseconds in _kernel_times(events) if device_type == "cuda" else operators:
         times[classify(names)] += microseconds
     total = sum(times.values())
     return {part: spent / total for part, spent in times.items()} if total else None
-
-
-def _operator_times(events: Sequence[Any]) -> Iterator[tuple[list[str], float]]:
-    for event in events:
-        if event.device_type == DeviceType.CPU and event.self_cpu_time_total > 0:
-            yield _names_upwards(event), event.self_cpu_time_total
 
 
 def _kernel_times(events: Sequence[Any]) -> Iterator[tuple[list[str], float]]:

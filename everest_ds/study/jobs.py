@@ -74,16 +74,13 @@ class Job:
 
 
 class Runner:
-    """Runs jobs, a few at a time, and prints progress.
+    """Runs jobs in order, a few at a time, and prints progress; keeps those that failed, or needed one that did.
 
     Args:
-        jobs: In the order in which they are to start; one that is needed comes before those that need it.
+        jobs: One that is needed comes before those that need it.
         slots: How many run at a time.
         num_gpus: GPUs to spread them over; 0 runs on the CPU, one thread each.
         on_done: Called when a job is done; returns its result in a few words.
-
-    Attributes:
-        failed: Jobs that failed, or needed one that did.
     """
 
     def __init__(self, *, jobs: Sequence[Job], slots: int, num_gpus: int, on_done: Callable[[Job], str]) -> None:
@@ -116,11 +113,10 @@ class Runner:
         return self.failed
 
     def _next(self) -> Job | None:
-        for job in self._waiting:
-            if job.needs is None or id(job.needs) in self._done:
-                self._waiting.remove(job)
-                return job
-        return None
+        ready = (job for job in self._waiting if job.needs is None or id(job.needs) in self._done)
+        if job := next(ready, None):
+            self._waiting.remove(job)
+        return job
 
     def _drop_hopeless(self) -> None:
         """Give up jobs that need one that failed."""

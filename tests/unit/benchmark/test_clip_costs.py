@@ -18,7 +18,7 @@ from everest_ds.benchmark.clip_costs import (
     Costs,
     OfficialWay,
     OurWay,
-    StageTimer,
+    PhaseTimer,
     measure_round,
     official_clip,
     warm_up,
@@ -50,7 +50,7 @@ def ticks() -> partial[int]:
 
 @dataclass
 class SleepingWay:
-    """Makes no clips; a stage takes as many seconds as it is told, for each row."""
+    """Makes no clips; a phase takes as many seconds as it is told, for each row."""
 
     name: str
     seconds: dict[str, float]
@@ -58,12 +58,12 @@ class SleepingWay:
     calls: list[tuple[str, tuple[int, ...]]]
     repeats: int = 1
 
-    def make_batch(self, rows: Sequence[int], timer: StageTimer) -> Tensor:
+    def make_batch(self, rows: Sequence[int], timer: PhaseTimer) -> Tensor:
         self.calls.append((self.name, tuple(rows)))
-        for stage, seconds in self.seconds.items():
-            with timer.stage(stage):  # type: ignore[arg-type]
+        for phase, seconds in self.seconds.items():
+            with timer.phase(phase):  # type: ignore[arg-type]
                 self.clock[0] += seconds * len(rows)
-            self.clock[0] += 0.125  # outside of any stage: counts for none
+            self.clock[0] += 0.125  # outside of any phase: counts for none
         return torch.empty(len(rows) * self.repeats)
 
 
@@ -89,7 +89,7 @@ def test_ways_are_interleaved_and_another_one_begins_each_round() -> None:
 def test_costs_are_medians_of_rounds_and_ratios_medians_of_each_rounds_ratio() -> None:
     ours = Costs([{"open": 1.0, "decode": d, "augment": 2.0, "collate": 1.0} for d in (7.0, 37.0, 9.0)])
     theirs = Costs([{"open": 1.0, "decode": d, "augment": 4.0} for d in (15.0, 45.0, 25.0)])
-    assert [ours.stage_ms(stage) for stage in ("open", "decode", "collate", "copy")] == [1.0, 9.0, 1.0, None]
+    assert [ours.phase_ms(phase) for phase in ("open", "decode", "collate", "copy")] == [1.0, 9.0, 1.0, None]
     assert ours.clip_ms == 12.0
     assert ours.clips_per_s_core == pytest.approx(1000 / 13)
     assert ours.ratio_to(theirs) == pytest.approx(statistics.median([10 / 20, 40 / 50, 12 / 30]))
@@ -111,7 +111,7 @@ def of(rows: Sequence[VideoRow], cut: Cut = CUT, mixer: PairMixer | None = None)
 @pytest.mark.parametrize("cut", [CUT, FINE_CUT], ids=["pretrain", "finetune"])
 def test_our_way_makes_the_clips_of_a_run(cut: Cut, rows: list[VideoRow]) -> None:
     dataset = of(rows, cut)
-    clips_BCTHW = OurWay(dataset).make_batch([0, 3], StageTimer())
+    clips_BCTHW = OurWay(dataset).make_batch([0, 3], PhaseTimer())
     for clip_CTHW, row in zip(clips_BCTHW, (0, 3), strict=True):
         expected = dataset[SampleKey(0, row)].pixels
         assert expected is not None
@@ -121,7 +121,7 @@ def test_our_way_makes_the_clips_of_a_run(cut: Cut, rows: list[VideoRow]) -> Non
 def test_repeats_are_crops_of_one_decode_and_each_stage_is_counted_once_for_what_it_does(
     rows: list[VideoRow],
 ) -> None:
-    timer = StageTimer(ticks())
+    timer = PhaseTimer(ticks())
     clips_BCTHW = OurWay(of(rows), repeats=3).make_batch([1, 2], timer)
     assert timer.spent_s == {"open": 2, "decode": 2, "augment": 6, "collate": 1}
     video = Video(rows[1].path, reader="pyav")
@@ -133,7 +133,7 @@ def test_repeats_are_crops_of_one_decode_and_each_stage_is_counted_once_for_what
 
 def test_lone_clip_is_mixed_with_itself_and_not_counted_twice(rows: list[VideoRow]) -> None:
     mixer = PairMixer(seed=3, num_classes=8, mixup_alpha=1.0, cutmix_alpha=0.0)
-    plain, mixed = (OurWay(of(rows, FINE_CUT, m)).make_batch([0, 1, 2], StageTimer()) for m in (None, mixer))
+    plain, mixed = (OurWay(of(rows, FINE_CUT, m)).make_batch([0, 1, 2], PhaseTimer()) for m in (None, mixer))
     assert plain.shape == mixed.shape
     assert not torch.equal(plain[:2], mixed[:2])
     # A clip mixed with itself is that clip, but for the rounding of two shares.
@@ -145,11 +145,11 @@ def test_official_way_reads_the_frames_of_our_clip(tmp_path: Path) -> None:
     ramp = [VideoRow(tmp_path / "ramp.mp4", 0)]
     data = replace(DATA, flip=False)
     cut = PretrainCut(data)
-    timer = StageTimer(ticks())
+    timer = PhaseTimer(ticks())
     theirs_BCTHW = OfficialWay(ramp, cut, seed=3).make_batch([0, 0], timer)
     assert timer.spent_s == {"open": 2, "decode": 2, "augment": 2, "collate": 1}
     assert theirs_BCTHW.dtype == torch.float32
-    ours_BCTHW = OurWay(of(ramp, cut)).make_batch([0], StageTimer())
+    ours_BCTHW = OurWay(of(ramp, cut)).make_batch([0], PhaseTimer())
     mean, std = (torch.tensor(values)[:, None, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     pixels_CTHW = (theirs_BCTHW[1] * std + mean) * 255
     assert shown(pixels_CTHW.permute(1, 2, 3, 0).numpy()) == shown(ours_BCTHW[0].permute(1, 2, 3, 0).numpy())
@@ -199,4 +199,4 @@ def test_frames_that_are_too_small_to_crop_are_left_out(tmp_path: Path) -> None:
     write_ramp(tmp_path / "ramp.mp4")
     tiny = PretrainCut(replace(DATA, crop_scales=(0.001,)))
     with pytest.raises(VideoReadError, match="96x64 pixels are too small to crop"):
-        OurWay(of([VideoRow(tmp_path / "ramp.mp4", 0)], tiny)).make_batch([0], StageTimer())
+        OurWay(of([VideoRow(tmp_path / "ramp.mp4", 0)], tiny)).make_batch([0], PhaseTimer())
