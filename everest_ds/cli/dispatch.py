@@ -69,7 +69,7 @@ def _interruptible(words: list[str], world: World) -> int:
 
 def _dispatch(words: list[str], world: World) -> int:
     if not words or words[0] in ("-h", "--help"):
-        return _show_usage("everest COMMAND ...", COMMANDS, world)
+        return _show_usage("everest COMMAND", COMMANDS, world)
     if words[0] == "--version":
         print(__version__)
         return 0
@@ -86,7 +86,7 @@ def _dispatch(words: list[str], world: World) -> int:
     if command.parts:
         part = rest[0] if rest else ""
         if part in ("-h", "--help"):
-            return _show_usage(f"everest {name} NAME ...", command.parts, world)
+            return _show_usage(f"everest {name} NAME", command.parts, world)
         if part not in command.parts:
             raise UserError(f"{name} what? got {part!r}{nearest_hint(part, command.parts)}")
         command, rest = command.parts[part], rest[1:]
@@ -104,8 +104,8 @@ def _call(command: Command, words: list[str], world: World) -> int:
     return _leave(code, at_once=world.size > 1 or code == EXIT_STOPPED)
 
 
-def _show_usage(line: str, commands: Mapping[str, Command], world: World) -> int:
-    say(usage(line, {name: command.purpose for name, command in commands.items()}), world, to_stdout=True)
+def _show_usage(prog: str, commands: Mapping[str, Command], world: World) -> int:
+    say(usage(prog, "...", {name: command.purpose for name, command in commands.items()}), world, to_stdout=True)
     return 0
 
 

@@ -32,7 +32,7 @@ def main(words: list[str], world: World) -> int:
     dataset = words[0] if words else ""
     if dataset in ("-h", "--help"):
         layouts = {name: importer.layout for name, importer in IMPORTERS.items()}
-        say(usage("everest index DATASET SRC --out DIR", layouts), world, to_stdout=True)
+        say(usage("everest index DATASET", "SRC --out DIR", layouts), world, to_stdout=True)
         return 0
     if dataset not in IMPORTERS:
         raise UserError(f"index which dataset? got {dataset!r}{nearest_hint(dataset, IMPORTERS)}")

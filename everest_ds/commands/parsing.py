@@ -82,12 +82,11 @@ def parse_recipe(
     return parse(cls[type(config)], flags, f"{prog} RECIPE", world, default=default)  # type: ignore[index]
 
 
-def usage(line: str, choices: Mapping[str, str]) -> str:
-    """Return the help of a command line whose next word is one of several, each with what it is for."""
+def usage(prog: str, rest: str, choices: Mapping[str, str]) -> str:
+    """Return the help of a program whose last word is one of several: its line, and what each choice is for."""
     width = max(len(name) for name in choices)
     rows = "\n".join(f"  {name:<{width}} {text}" for name, text in choices.items())
-    prog = " ".join(word for word in line.split()[:3] if not word.startswith("."))
-    return f"usage: {line}\n\n{rows}\n\n`{prog} --help` shows its options.\n"
+    return f"usage: {prog} {rest}\n\n{rows}\n\n`{prog} --help` shows its options.\n"
 
 
 def say(text: str, world: World, *, to_stdout: bool = False) -> None:
