@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+# One thread a process, also of those that tests start: threads of processes that share cores spin for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
 import numpy as np
