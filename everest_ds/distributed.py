@@ -128,9 +128,7 @@ def start(world: World) -> "torch.device":
 
 def finish() -> None:
     """Leave the process group; gloo aborts now and then when a process exits without."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
+    if dist := _initialized():
         dist.barrier()
         dist.destroy_process_group()
     sys.stdout.flush()
@@ -139,18 +137,16 @@ def finish() -> None:
 
 def barrier() -> None:
     """Wait for all processes, not for their devices."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
+    if dist := _initialized():
         dist.barrier(group=_host_group)
 
 
 def largest(value: int) -> int:
     """Return the largest of one integer of every process; cheap enough for every step."""
     import torch
-    import torch.distributed as dist
 
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    dist = _initialized()
+    if not dist or dist.get_world_size() == 1:
         return value
     shared = torch.tensor([value])
     dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=_host_group)
@@ -159,46 +155,40 @@ def largest(value: int) -> int:
 
 def rank() -> int:
     """Return this process's rank in the process group; 0 where there is none."""
-    import torch.distributed as dist
-
-    return dist.get_rank() if dist.is_initialized() else 0
+    dist = _initialized()
+    return dist.get_rank() if dist else 0
 
 
 def world_size() -> int:
     """Return the processes of the process group; 1 where there is none."""
-    import torch.distributed as dist
-
-    return dist.get_world_size() if dist.is_initialized() else 1
+    dist = _initialized()
+    return dist.get_world_size() if dist else 1
 
 
 def gather_rows(rows: "torch.Tensor") -> "torch.Tensor":
     """Return the rows of all processes, in rank order, on the device; all have equally many. No gradient."""
     import torch
-    import torch.distributed as dist
 
     if world_size() == 1:
         return rows
     parts = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(parts, rows.contiguous())
+    torch.distributed.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
 
 
 def sum_of(value: "torch.Tensor") -> "torch.Tensor":
     """Return the sum of a tensor over all processes, on the device; the tensor itself stays."""
-    import torch.distributed as dist
-
     if world_size() == 1:
         return value
     total = value.clone()
-    dist.all_reduce(total)
+    _initialized().all_reduce(total)
     return total
 
 
 def gather_objects(value: T) -> list[T]:
     """Return one small object of every process, in rank order."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
+    dist = _initialized()
+    if not dist:
         return [value]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value, group=_host_group)
@@ -208,6 +198,13 @@ def gather_objects(value: T) -> list[T]:
 def agree(fault: str | None) -> str | None:
     """Return the first fault that any process met, so that all of them stop alike; None when none did."""
     return next((text for text in gather_objects(fault) if text), None)
+
+
+def _initialized() -> Any:
+    """Return torch.distributed where this process is in a process group, else None."""
+    import torch.distributed
+
+    return torch.distributed if torch.distributed.is_initialized() else None
 
 
 def _free_port() -> int:

@@ -55,8 +55,8 @@ class _State:
     """What this process does at the next signal, and what it has received so far."""
 
     def __init__(self) -> None:
-        self.mode = Mode(in_main=_nothing, in_thread=_nothing)
-        self.say: Callable[[], object] = _nothing
+        self.mode = Mode(in_main=_ignore, in_thread=_ignore)
+        self.say: Callable[[], object] = _ignore
         self.pipe: tuple[int, int] | None = None
         self.numbers: frozenset[int] = frozenset()
         self.first_at: float | None = None
@@ -144,10 +144,10 @@ def deferred() -> Iterator[None]:
 def allow_lost_reader() -> None:
     """Let prints go nowhere once nobody reads them: in `everest ... | tee log`, Ctrl-C ends tee as well."""
     if _state.is_ours:
-        sys.stdout, sys.stderr = _Lenient(sys.stdout), _Lenient(sys.stderr)
+        sys.stdout, sys.stderr = _ForgivingStream(sys.stdout), _ForgivingStream(sys.stderr)
 
 
-class _Lenient:
+class _ForgivingStream:
     """A stream to the outside whose reader may go."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -189,10 +189,10 @@ def _watch(numbers: Sequence[signal.Signals]) -> None:
     _state.pipe = os.pipe()
     os.set_blocking(_state.pipe[1], False)
     signal.set_wakeup_fd(_state.pipe[1], warn_on_full_buffer=False)
-    threading.Thread(target=_hear, args=(_state.pipe[0],), name="signals", daemon=True).start()
+    threading.Thread(target=_listen, args=(_state.pipe[0],), name="signals", daemon=True).start()
 
 
-def _hear(pipe: int) -> None:
+def _listen(pipe: int) -> None:
     while True:
         for number in os.read(pipe, 1):
             if number == _AGAIN:
@@ -273,11 +273,11 @@ def _kill_tree(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _nothing(*_: object) -> None:
-    """Leave everything as it is."""
+def _ignore(*_: object) -> None:
+    """Do nothing."""
 
 
 LEAVE = Mode(in_main=_wait_for_thread, in_thread=_leave)
 UNWIND = Mode(in_main=_raise_once, in_thread=leave_at_second)
-FINISH = Mode(in_main=_nothing, in_thread=leave_at_second)
+FINISH = Mode(in_main=_ignore, in_thread=leave_at_second)
 _state = _State()

@@ -2,7 +2,7 @@
 
 Every video is opened and sampled in a process that can be killed. OUT/ holds
 
-    findings.jsonl     one line a video, as they come: what a second call goes on from
+    findings.jsonl     one line a video, as they come: a second call continues from them
     report.csv         one line a row of the list
     clean.csv          the list without what is bad
     quarantine.csv     what is bad, as a list, empty where nothing is: --data.quarantine of a run leaves it out
@@ -33,7 +33,7 @@ from everest_ds.data.curation.probe import (
     record_line,
 )
 from everest_ds.data.lists.video_list import VideoRow, read_list, write_list
-from everest_ds.data.loading.pool import Outcome, run_all
+from everest_ds.data.loading.pool import run_all
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
@@ -88,7 +88,7 @@ class CheckOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Open and sample every video of a list, each in a process that can be killed; go on where it was.
+    """Open and sample every video of a list, each in a process that can be killed; continue where it was.
 
     Writes report.csv, clean.csv and quarantine.csv.
     """
@@ -108,7 +108,7 @@ def check_data(source: Path, options: CheckOptions) -> int:
     """Check a list, or what is left of it; return the exit code: 1 where more is bad than may be.
 
     Raises:
-        UserError: The list cannot be read, the reader cannot serve here, or the folder holds the check of other
+        UserError: The list cannot be read, the reader is not available, or the folder holds the check of other
             settings.
     """
     rows = read_list(source)
@@ -129,18 +129,13 @@ def check_data(source: Path, options: CheckOptions) -> int:
     )
     with contextlib.closing(outcomes):
         for outcome in with_progress(outcomes, len(todo)):
-            finding = _finding_of(outcome)
+            kind = Kind.HANGING if outcome.hung else Kind.CRASHING
+            finding = outcome.result or Finding(kind=kind, detail=outcome.fault or "")
             findings[outcome.item.part] = finding
             record.append(record_line(outcome.item, finding))
             if finding.kind in options.bad:
                 print(f"{finding.kind}: {outcome.item.path}: {finding.detail}", flush=True)
     return _conclude(source, out, rows, [findings[row.part] for row in rows], options)
-
-
-def _finding_of(outcome: Outcome[VideoRow, Finding]) -> Finding:
-    if outcome.result is not None:
-        return outcome.result
-    return Finding(kind=Kind.HANGING if outcome.hung else Kind.CRASHING, detail=outcome.fault or "")
 
 
 def _conclude(

@@ -3,7 +3,7 @@
 Every video is read, encoded and verified in a process that can be killed. Originals are only read. DIR holds
 
     videos/FOLDER/STEM-HASH.mp4   a file for each video, or window of it, that the lists name
-    manifest.jsonl                one line a file, as they come: what a later call goes on from
+    manifest.jsonl                one line a file, as they come: a later call continues from them
     summary.json                  how it was made, what is lost, bytes and faults of each list
     LIST, classes.txt             a list for each list, in its order, and the names of the classes
 """
@@ -22,7 +22,7 @@ from everest_ds.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Re-encode videos so that they are quick to read, each in a process that can be killed; go on where it is.
+    """Re-encode videos so that they are quick to read, each in a process that can be killed; continue where it was.
 
     Writes videos, a list for each list, manifest.jsonl and summary.json. Originals are only read.
     """

@@ -37,13 +37,8 @@ _LONGEST_STEM = 160
 class PrepareSettings:
     """What makes a prepared file what it is; files of other settings do not go into one folder.
 
-    Attributes:
-        short_side: Pixels of the shorter side, even; a smaller video is not enlarged. None keeps all sizes.
-        codec: What it is encoded with.
-        gop: Frames from one keyframe to the next; mjpeg has keyframes only.
-        quality: In the codec's own terms: the quantiser's scale of mjpeg, the rate factor (CRF) of h264.
-        keep_every: Every such frame is kept, from the first one on.
-        reader: What reads it, as in training.
+    Fields are those of `PrepareOptions`. Quality is in the codec's own terms: the quantiser's scale of mjpeg, the
+    rate factor (CRF) of h264. A short side of None keeps all sizes.
     """
 
     short_side: int | None = 256
