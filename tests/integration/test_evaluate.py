@@ -223,7 +223,8 @@ def test_predict_says_of_files_and_folders_what_evaluate_says(
     (folder / "broken.mp4").write_bytes(b"no video")
     videos = [str(row.path) for row in read_list(eleven)]
     done = compute(
-        ["predict", weights, *videos, folder, "--recipe", "demo_ft", "--json", "--top", "2", "--batch-rows", "2"],
+        ["predict", weights, *videos, folder, "--recipe", "demo_ft", "--json", "--top", "2", "--batch-rows", "2"]
+        + ["--num-workers", "0"],
         processes=2,
     )
     assert done.returncode == 2, done.stderr
@@ -245,6 +246,7 @@ def test_predict_writes_features_that_pretrained_weights_have_too(eleven: Path, 
     (tmp_path / "broken.mp4").touch()
     given = ["predict", tmp_path / "pt.safetensors", videos[0], tmp_path / "broken.mp4", *videos[1:]]
     given += ["--recipe", "demo", "--features", tmp_path / "f.safetensors", "--allow-unreadable"]
+    given += ["--num-workers", "1"]
     done = compute(given)
     assert done.returncode == 0, done.stderr
     assert f"cannot read {tmp_path / 'broken.mp4'}" in done.stderr
@@ -262,7 +264,8 @@ def test_neighbours_of_pretrained_features_recognise_their_own(eleven: Path, tmp
     torch.manual_seed(0)
     save_file(build_autoencoder(config).state_dict(), tmp_path / "pt.safetensors")
     given = ["evaluate", tmp_path / "pt.safetensors", "--recipe", "demo", "--list", eleven, "--train-list", eleven]
-    done = compute([*given, "--protocol", "knn", "--knn-k", "1", "--out", tmp_path / "out"], processes=2)
+    given += ["--protocol", "knn", "--knn-k", "1", "--num-workers", "0"]
+    done = compute([*given, "--out", tmp_path / "out"], processes=2)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["top1"], summary["num_scored"], summary["num_train"]) == (1.0, 11, 11)
