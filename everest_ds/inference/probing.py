@@ -124,8 +124,17 @@ def score_knn(
     train_ND, label_N = _stack(train, train_rows)
     test_MD, label_M = _stack(test, test_rows)
     share_MK = knn_probabilities(train_ND, label_N, test_MD, num_classes, k=k, temperature=temperature)
-    rankings = [_rank_shares(share_K, label) for share_K, label in zip(share_MK, label_M.tolist(), strict=True)]
-    return _scores(test, test_rows, num_classes, rankings)
+    order_MK = share_MK.argsort(dim=1, descending=True, stable=True)[:, :DEFAULT_TOP]
+    rankings = {
+        row: Ranking(
+            classes=tuple(order_K.tolist()),
+            probabilities=tuple(share_K[order_K].tolist()),
+            log_probability=math.log(share_K[label]) if share_K[label] else -math.inf,
+            num_views=1,
+        )
+        for row, share_K, order_K, label in zip(test.results, share_MK, order_MK, label_M, strict=True)
+    }
+    return summarise(RowResults(results=rankings, unreadable=test.unreadable), test_rows, num_classes)
 
 
 def score_linear(
@@ -140,32 +149,14 @@ def score_linear(
     """Score the features of a test list by a linear probe that is fitted to a training list."""
     probe = LinearProbe(*_stack(train, train_rows), num_classes, l2=l2)
     test_MD, label_M = _stack(test, test_rows)
-    rankings = [
-        rank_classes(logits_K[None], label, DEFAULT_TOP, str(test_rows[row].path))
+    rankings = {
+        row: rank_classes(logits_K[None], label, DEFAULT_TOP, str(test_rows[row].path))
         for row, logits_K, label in zip(test.results, probe.logits(test_MD), label_M.tolist(), strict=True)
-    ]
-    return _scores(test, test_rows, num_classes, rankings)
+    }
+    return summarise(RowResults(results=rankings, unreadable=test.unreadable), test_rows, num_classes)
 
 
 def _stack(features: RowResults[Tensor], rows: Sequence[VideoRow]) -> tuple[Tensor, Tensor]:
     """Return the features and labels of the rows that could be read."""
     features_ND = torch.stack(list(features.results.values()))
     return features_ND, torch.tensor([rows[row].label for row in features.results])
-
-
-def _rank_shares(share_K: Tensor, label: int) -> Ranking:
-    order_K = share_K.argsort(descending=True, stable=True)[:DEFAULT_TOP]
-    share = float(share_K[label])
-    return Ranking(
-        classes=tuple(order_K.tolist()),
-        probabilities=tuple(share_K[order_K].tolist()),
-        log_probability=math.log(share) if share else -math.inf,
-        num_views=1,
-    )
-
-
-def _scores(
-    test: RowResults[Tensor], rows: Sequence[VideoRow], num_classes: int, rankings: Sequence[Ranking]
-) -> Scores:
-    outputs = RowResults(results=dict(zip(test.results, rankings, strict=True)), unreadable=test.unreadable)
-    return summarise(outputs, rows, num_classes)

@@ -1,6 +1,7 @@
-"""Scores that are recorded of a run's checkpoint, for people: what it reached in training, and its evaluations.
+"""What an evaluation writes and prints, and the scores that are recorded of a checkpoint.
 
-Place in the flow: a checkpoint -> lines of the model card (`everest convert --to hf`).
+Place in the flow: Scores -> summary.json, predictions.csv and a table; a checkpoint -> lines of the model card
+(`everest convert --to hf`).
 """
 
 import json
@@ -51,7 +52,7 @@ def require_own(out: Path, summary: dict[str, Any]) -> None:
     """Refuse a folder that holds the evaluation of something else; the same one may be done again.
 
     Raises:
-        UserError: It does, or its summary is none of ours.
+        UserError: It does, or its summary is not one of `everest evaluate`.
     """
     path = out / SUMMARY
     if not path.is_file():
@@ -61,13 +62,12 @@ def require_own(out: Path, summary: dict[str, Any]) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not of an evaluation; name another folder with --out") from error
     now = _identity(summary)
-    differs = [key for key in now if earlier[key] != now[key]]
-    if differs:
-        key = differs[0]
-        raise UserError(
-            f"{out} holds an evaluation of another {key} ({json.dumps(earlier[key])}, now {json.dumps(now[key])}); "
-            "name another folder with --out, or remove it"
-        )
+    for key, value in now.items():
+        if earlier[key] != value:
+            raise UserError(
+                f"{out} holds an evaluation of another {key} ({json.dumps(earlier[key])}, now "
+                f"{json.dumps(value)}); name another folder with --out, or remove it"
+            )
 
 
 def _identity(summary: dict[str, Any]) -> dict[str, Any]:

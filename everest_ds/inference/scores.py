@@ -3,8 +3,8 @@
 Place in the flow: clips -> `predict` -> logits of each view -> log of the mean probability -> Scores. Axes: V views
 of a row, K classes.
 
-Differs from the official code: top-1 and top-5 are what they say, rows are told apart by their place in the list
-and not by the name of their file, and an unreadable video is no other video's score.
+Differs from the official code: top-1 is top-1 and top-5 is top-5, rows are identified by their position in the list
+and not by their file's name, and an unreadable video does not get another video's score.
 """
 
 import math
@@ -40,14 +40,7 @@ class Ranking:
 
 @dataclass(frozen=True, kw_only=True)
 class RowPrediction:
-    """A scored row.
-
-    Attributes:
-        row: Its place in the list, from 0.
-        path: Its video.
-        label: Its class.
-        ranking: What the model says.
-    """
+    """A scored row; ``row`` is its position in the list, from 0."""
 
     row: int
     path: str

@@ -5,7 +5,7 @@ Needs no torch, so that what is wrong is refused before it is imported.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from everest_ds.config import Config, FinetuneConfig, FinetuneDataConfig, FinetuneSelectionConfig, ViewsConfig
 from everest_ds.config.sections import ReaderName
@@ -17,6 +17,7 @@ from everest_ds.train.checkpoints.seal import SEAL
 from everest_ds.train.precision import PrecisionName
 
 WeightsName = Literal["auto", "model", "ema"]
+Section = TypeVar("Section", FinetuneDataConfig, ViewsConfig, FinetuneSelectionConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +79,10 @@ class ClipSettings:
 
 
 def clip_settings(origin: Origin, recipe: Config | None, options: InferenceOptions) -> ClipSettings:
-    """Return how videos are to be cut: as the run or the recipe says, but for what the options say.
+    """Return how videos are cut: as the run or the recipe says, where the options do not say otherwise.
 
-    A configuration of pre-training gives length, stride and size of clips; one view, and the keep ratio that
-    fine-tuning has by default, go with it.
+    A configuration of pre-training gives length, stride and size of clips; views are one, and the keep ratio is
+    fine-tuning's default.
 
     Raises:
         UserError: Neither says it, both do, or a setting is wrong.
@@ -101,33 +102,25 @@ def clip_settings(origin: Origin, recipe: Config | None, options: InferenceOptio
         data, views, selection = config.data, config.views, config.selection
     else:
         names = (
-            "num_frames",
-            "sampling_stride",
-            "sampling_seconds",
-            "image_size",
-            "reader",
-            "num_workers",
-            "prefetch_batches",
-            "timeout_s",
-        )
+            "num_frames", "sampling_stride", "sampling_seconds", "image_size", "reader", "num_workers",
+            "prefetch_batches", "timeout_s",
+        )  # fmt: skip
         data = FinetuneDataConfig(**{name: getattr(config.data, name) for name in names})
         views = ViewsConfig(num_temporal=1, num_spatial=1)
         selection = FinetuneSelectionConfig()
-    given = {"num_temporal": options.num_temporal, "num_spatial": options.num_spatial}
-    if options.keep_ratio is not None:
-        selection = replace(selection, keep_ratio=options.keep_ratio)
-    if options.num_workers is not None:
-        data = replace(data, num_workers=options.num_workers)
-    if options.reader is not None:
-        data = replace(data, reader=options.reader)
     return ClipSettings(
-        data=data,
-        views=replace(views, **{name: value for name, value in given.items() if value is not None}),
-        selection=selection,
+        data=_with_given(data, num_workers=options.num_workers, reader=options.reader),
+        views=_with_given(views, num_temporal=options.num_temporal, num_spatial=options.num_spatial),
+        selection=_with_given(selection, keep_ratio=options.keep_ratio),
         attention=config.model.attention,
         position_frames=config.model.position_frames or config.data.num_frames,
         position_size=config.model.position_size or config.data.image_size,
     )
+
+
+def _with_given(section: Section, **values: Any) -> Section:
+    """Replace the fields whose values are given."""
+    return replace(section, **{name: value for name, value in values.items() if value is not None})
 
 
 def identify(origin: Origin, kind: str) -> dict[str, Any]:

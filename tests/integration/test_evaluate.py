@@ -222,11 +222,8 @@ def test_predict_says_of_files_and_folders_what_evaluate_says(
     folder.mkdir()
     (folder / "broken.mp4").write_bytes(b"no video")
     videos = [str(row.path) for row in read_list(eleven)]
-    done = compute(
-        ["predict", weights, *videos, folder, "--recipe", "demo_ft", "--json", "--top", "2", "--batch-rows", "2"]
-        + ["--num-workers", "0"],
-        processes=2,
-    )
+    given = ["predict", weights, *videos, folder, "--recipe", "demo_ft", "--json", "--top", "2"]
+    done = compute([*given, "--batch-rows", "2", "--num-workers", "0"], processes=2)
     assert done.returncode == 2, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [line["path"] for line in lines] == [*videos, str(folder / "broken.mp4")]
