@@ -10,4 +10,5 @@ ensure_environment "[dev]"
 ruff check .
 ruff format --check .
 mypy
-python -m pytest -n 2 --dist loadfile "$@"
+# A process takes the next file when it is done with one, the long ones of tests/integration first.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

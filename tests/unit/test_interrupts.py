@@ -117,7 +117,8 @@ def test_interrupt_within_an_import_leaves_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("begin", ["", "interrupts.unwind()"], ids=["at once", "cleaning up"])
 def test_what_a_process_has_started_ends_with_it(begin: str, tmp_path: Path) -> None:
     """A child, and the child of that one, which would both outlive it."""
-    child = "import subprocess, os; subprocess.Popen(['sleep', '120']); os.write(1, b'ready\\n'); os.wait()"
+    nap = f"120.{os.getpid()}"  # known by its number among those of others
+    child = f"import subprocess, os; subprocess.Popen(['sleep', '{nap}']); os.write(1, b'ready\\n'); os.wait()"
     program = f"""
 import subprocess
 {begin}
@@ -127,14 +128,13 @@ with interrupts.ending_with_us(child):
     child.wait()
 """
     (tmp_path / "pid").touch()
-    before = {process.pid for process in psutil.process_iter() if process.name() == "sleep"}
     run_and_interrupt(program, folder=tmp_path)
     pid = int((tmp_path / "pid").read_text())
     left = [
         process.pid
-        for process in psutil.process_iter(["name", "status"])
+        for process in psutil.process_iter(["cmdline", "status"])
         if process.info["status"] != psutil.STATUS_ZOMBIE
-        and (process.pid == pid or (process.info["name"] == "sleep" and process.pid not in before))
+        and (process.pid == pid or process.info["cmdline"] == ["sleep", nap])
     ]
     assert left == []
 
