@@ -53,7 +53,8 @@ def run(job: EvaluationJob, world: World) -> int:
     if world.is_main:
         summary |= results.score_summary(scores, names, len(job.rows)) | of_training
         summary |= {"classes": list(names), "precision": trained.precision.name, "attention": trained.attention}
-        summary |= {"batch_rows": options.batch_rows, "versions": _versions()}
+        versions = {"everest_ds": __version__} | {name: version(name) for name in ("torch", "torchvision", "av")}
+        summary |= {"batch_rows": options.batch_rows, "versions": versions}
         _write(job, summary, scores, names, began)
         _record(job.origin, summary)
         print(f"{results.table(scores, names, trained.kept)}\n{job.out}", flush=True)
@@ -90,11 +91,6 @@ def _class_names(trained: Trained, job: EvaluationJob) -> tuple[str, ...]:
         )
     require_known_labels(job.rows, job.test_list, classes, range(classes.num))
     return classes.names or tuple(str(k) for k in range(classes.num))
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "torchvision", "av")
-    return {"everest_ds": __version__} | {package: version(package) for package in packages}
 
 
 def _write(

@@ -112,7 +112,7 @@ def load_trained(
         device: Where it will run.
 
     Raises:
-        UserError: Weights are damaged or incomplete, clips do not fit their tubelets, or a backend cannot serve.
+        UserError: Weights are damaged or incomplete, clips do not fit their tubelets, or a backend is unavailable.
     """
     kind = weights_kind(origin, options.weights)
     weights = read_any_weights(origin.weights)
@@ -131,7 +131,12 @@ def load_trained(
         options=replace(shape.options, attention=settings.attention),
     ).build(keep_rule(settings.selection))
     assert isinstance(model, EverestClassifier)
-    weights = replace(weights, notes=weights.notes + _note_on_ratio(weights, settings.selection.keep_ratio))
+    ratio = settings.selection.keep_ratio
+    if weights.keep_ratio not in (None, ratio):
+        note = (
+            f"trained with keep_ratio={weights.keep_ratio:g} and used with {ratio:g} here, which changes the scores"
+        )
+        weights = replace(weights, notes=(*weights.notes, note))
     report = load_weights(model, weights, clip_grid=grid)
     precision = choose_precision({}, options.precision, device.type)
     head_dim = shape.width // (shape.num_heads or 1)
@@ -146,17 +151,9 @@ def load_trained(
         precision=precision,
         attention=backend.name,
         num_kept=num_kept,
-        kept=describe_kept(settings.selection.keep_ratio, num_kept, grid.num_tokens),
+        kept=describe_kept(ratio, num_kept, grid.num_tokens),
         report=report.describe(),
     )
-
-
-def _note_on_ratio(weights: Weights, ratio: float) -> tuple[str, ...]:
-    """Return a note where a model is used on another share of the tokens than it was trained on."""
-    trained = weights.keep_ratio
-    if trained is None or trained == ratio:
-        return ()
-    return (f"trained with keep_ratio={trained:g} and used with {ratio:g} here, which changes the scores",)
 
 
 def _grid(shape: Architecture, num_frames: int, edge: int) -> TokenGrid:

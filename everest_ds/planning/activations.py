@@ -123,15 +123,14 @@ def _autoencoder(config: PretrainConfig, numbers: NumberBytes) -> ActivationByte
     """Source: `TokenEncoder.forward`, `PretrainEncoder.forward`, `Decoder.forward`, `Reconstruction.loss`."""
     size, clips, pixels = get_size(config.model.size), config.batch.micro_size, _pixels(config.model)
     visible, targets = clips * config.most.visible, clips * config.most.targets
-    encoder = _encoder(config, visible, numbers)
+    encoder = _Stack(visible, size.width, size.num_heads, size.depth, numbers, config.model)
     decoder = _Stack(
-        tokens=visible + targets,
-        width=size.decoder_width,
-        num_heads=size.decoder_num_heads,
-        depth=config.model.decoder_depth,
-        numbers=numbers,
-        checkpointing=config.model.activation_checkpointing,
-        keeps_attention=not config.model.recompute_attention,
+        visible + targets,
+        size.decoder_width,
+        size.decoder_num_heads,
+        config.model.decoder_depth,
+        numbers,
+        config.model,
     )
     encoded = _embedding(config, visible, numbers) + encoder.saved
     bridge = _norm_and_linear(visible, size.width, size.decoder_width, numbers)
@@ -148,7 +147,7 @@ def _classifier(config: FinetuneConfig, numbers: NumberBytes) -> ActivationBytes
     """Source: `TokenEncoder.forward`, `EverestClassifier.pool`, `FinetuneTask.forward`."""
     size, clips, classes = get_size(config.model.size), config.batch.micro_size, num_classes(config)
     tokens = clips * config.num_kept
-    encoder = _encoder(config, tokens, numbers)
+    encoder = _Stack(tokens, size.width, size.num_heads, size.depth, numbers, config.model)
     # The last summand is the logarithm of the softmax.
     head = _norm_and_linear(clips, size.width, classes, numbers) + clips * classes * FLOAT32_BYTES
     if config.model.freeze_encoder:  # which goes forward only, and keeps nothing
@@ -162,7 +161,7 @@ def _classifier(config: FinetuneConfig, numbers: NumberBytes) -> ActivationBytes
     return ActivationBytes(saved=saved, peak=saved + encoder.backward, attention=_attention(encoder))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Stack:
     """A stack of blocks over M tokens of width D; everything in bytes but ``values``, the elements of (M, D)."""
 
@@ -171,8 +170,11 @@ class _Stack:
     num_heads: int
     depth: int
     numbers: NumberBytes
-    checkpointing: bool
-    keeps_attention: bool
+    model: ModelConfig
+
+    @property
+    def checkpointing(self) -> bool:
+        return self.model.activation_checkpointing
 
     @property
     def values(self) -> int:
@@ -204,7 +206,7 @@ class _Stack:
     @property
     def kept_outputs(self) -> int:
         """What a recomputed block keeps besides its input: attention's output, where that is not recomputed."""
-        return self.values * self.numbers.matmul + self.log_sum_exp if self.keeps_attention else 0
+        return 0 if self.model.recompute_attention else self.values * self.numbers.matmul + self.log_sum_exp
 
     @property
     def saved(self) -> int:
@@ -233,19 +235,6 @@ class _Stack:
         if numbers.casts and not numbers.keeps_casts:  # which frees nothing before
             return again + gradients + weight * (numbers.matmul + numbers.residual)
         return again + max(gradients + weight * numbers.matmul, self.stream + weight * numbers.residual)
-
-
-def _encoder(config: Config, tokens: int, numbers: NumberBytes) -> _Stack:
-    size = get_size(config.model.size)
-    return _Stack(
-        tokens=tokens,
-        width=size.width,
-        num_heads=size.num_heads,
-        depth=size.depth,
-        numbers=numbers,
-        checkpointing=config.model.activation_checkpointing,
-        keeps_attention=not config.model.recompute_attention,
-    )
 
 
 def _attention(*stacks: _Stack) -> int:

@@ -145,9 +145,8 @@ def _stage_3(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
     if sharding.offloads_parameters:
         host += shards
         shards = 0
-    reduced = (
-        min(bucket, sum(counts.trained)) * sharding.communication_bytes
-    )  # rearranged by rank, and this rank's share
+    # Rearranged by rank, and this rank's share.
+    reduced = min(bucket, sum(counts.trained)) * sharding.communication_bytes
     return ModelStates(
         parameters=shards + persistent * model,
         gradients=gradients,
