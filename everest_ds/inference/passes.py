@@ -96,12 +96,12 @@ class Passes:
                 unreadable += [self._report(dataset, row) for row in group if row.bad is not None]
                 values = _run(compute, group, self.device)
                 if not values and self.same_rounds:
-                    compute(_blank(dataset.data, self.device))
+                    compute(_blank(dataset.config, self.device))
                 results |= {row.index: reduce(row, values_VX) for row, values_VX in values}
                 if progress and self.world.is_main:  # every rank has its share of the groups
                     shown.show(round(done / len(mine) * len(dataset)))
             if self.same_rounds and len(mine) < -(-len(groups) // self.world.size):
-                compute(_blank(dataset.data, self.device))
+                compute(_blank(dataset.config, self.device))
         everyone = distributed.gather_objects((results, unreadable))
         merged = {index: result for part, _ in everyone for index, result in part.items()}
         return RowResults(

@@ -82,14 +82,6 @@ def rand_augment(frames_THWC: NDArray[np.uint8], text: str, generator: np.random
     It runs on whole frames, before the crop, as in the official code: a shift or a rotation moves in what the crop
     may take, and the frame's size decides the cost.
 
-    Args:
-        frames_THWC: uint8, RGB.
-        text: timm's notation, see `check_rand_augment`.
-        generator: The sample's draws.
-
-    Returns:
-        frames_THWC, uint8.
-
     Source: official code, `create_random_augment`: bicubic, and grey (128) moves in from outside the frame. Its
     translate_const has no effect on RandAugment's operations and is not passed.
     Differs from the official code: Posterize keeps at least one bit, where the strongest made a clip all black.
@@ -104,23 +96,12 @@ def rand_augment(frames_THWC: NDArray[np.uint8], text: str, generator: np.random
 
 
 def draw_resized_crop(
-    width: int,
-    height: int,
-    area: tuple[float, float],
-    aspect: tuple[float, float],
-    generator: np.random.Generator,
+    width: int, height: int, area: tuple[float, float], aspect: tuple[float, float], generator: np.random.Generator
 ) -> Crop:
     """Draw a crop of random area and aspect, with torchvision.
 
-    Uniform in area, log-uniform in width over height; after ten draws that do not fit, the largest crop in the
-    middle whose aspect is allowed.
-
-    Args:
-        width: Of the frame, in pixels.
-        height: Of the frame, in pixels.
-        area: Share of the frame, from and to.
-        aspect: Width over height, from and to.
-        generator: The sample's draws.
+    Uniform in ``area`` (share of the frame, from and to), log-uniform in ``aspect`` (width over height, from and
+    to); after ten draws that do not fit, the largest crop in the middle whose aspect is allowed.
     """
     with seeded_globals(_draw_seed(generator)):
         image = torch.empty(1, 1).expand(height, width)[None]  # only its shape counts
@@ -186,13 +167,7 @@ class PairMixer:
         return cls(seed=seed, num_classes=num_classes, mixup_alpha=data.mixup_alpha, cutmix_alpha=data.cutmix_alpha)
 
     def mix(self, first: Tensor, second: Tensor, labels: tuple[int, int], key: SampleKey) -> tuple[Tensor, Tensor]:
-        """Mix two clips.
-
-        Args:
-            first: clip_CTHW, uint8.
-            second: clip_CTHW, uint8.
-            labels: Their classes.
-            key: The first one's.
+        """Mix two clips, each clip_CTHW uint8; ``key`` is the first one's.
 
         Returns:
             clips_BCTHW uint8 of the two, and target_BK float32: each row holds the shares of the classes.

@@ -65,11 +65,9 @@ class Clip:
 
     @property
     def was_read(self) -> bool:
-        """Whether there is a clip."""
         return len(self.frames_T) > 0
 
     def with_pixels(self, pixels: Tensor | None) -> "Clip":
-        """Return the clip with other pixels."""
         return replace(self, pixels=pixels)
 
 
@@ -84,9 +82,9 @@ def mix_pairs(clips: Sequence[Clip], mixer: PairMixer) -> list[Clip]:
             clips_BCTHW, target_BK = mixer.mix(first.pixels, second.pixels, labels, first.key)
             both = zip((first, second), clips_BCTHW, target_BK.numpy(), strict=True)
             mixed += [replace(clip, pixels=pixels, target_K=target_K) for clip, pixels, target_K in both]
-            continue
-        for clip in (first, second):
-            mixed.append(replace(clip, target_K=mixer.target(clip.label).numpy()) if clip.was_read else clip)
+        else:
+            for clip in (first, second):
+                mixed.append(replace(clip, target_K=mixer.target(clip.label).numpy()) if clip.was_read else clip)
     return mixed
 
 
@@ -119,13 +117,7 @@ class ClipBatch:
 
     @classmethod
     def collate(cls, clips: Sequence[Clip], *, crops: bool = False, pin: bool = False) -> "ClipBatch":
-        """Copy clips into a batch; lost ones are left out.
-
-        Args:
-            clips: The samples.
-            crops: Whether their pixels are crops that the device resizes.
-            pin: Whether to put the batch into pinned memory.
-        """
+        """Copy clips, or ``crops`` for the device to resize, into a batch; lost ones are left out."""
         read = [clip for clip in clips if clip.was_read]
         pixels = [clip.pixels for clip in read if clip.pixels is not None]
         targets = [clip.target_K for clip in read if clip.target_K is not None]
@@ -142,11 +134,7 @@ class ClipBatch:
         )
 
     def require_whole(self) -> None:
-        """Refuse a batch with lost samples.
-
-        Raises:
-            UserError: More draws one after another than `MAX_REPLACEMENTS` could not be read.
-        """
+        """Refuse a batch with lost samples: more than `MAX_REPLACEMENTS` draws in a row could not be read."""
         if self.num_lost:
             last = self.bad[-1]
             raise UserError(

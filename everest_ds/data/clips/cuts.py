@@ -98,11 +98,9 @@ class PretrainCut(Cut):
 
     @property
     def delivers_crops(self) -> bool:
-        """Whether the device resizes."""
         return self.config.resize == "device"
 
     def frames_by_number(self, num_frames: int, generator: np.random.Generator) -> list[int]:
-        """See `Cut.frames_by_number`."""
         return strided_frames(num_frames, self.config.num_frames, self.config.sampling_stride, generator)
 
     def clip(self, frames_THWC: NDArray[np.uint8], draws: Draws) -> Tensor:
@@ -137,12 +135,10 @@ class FinetuneCut(Cut):
     config: FinetuneDataConfig
 
     def __post_init__(self) -> None:
-        """Check what would otherwise fail in a worker."""
-        if self.config.rand_augment is not None:
+        if self.config.rand_augment is not None:  # it would fail in a worker
             check_rand_augment(self.config.rand_augment)
 
     def frames_by_number(self, num_frames: int, generator: np.random.Generator) -> list[int]:
-        """See `Cut.frames_by_number`."""
         config = self.config
         if config.sampling == "segment":
             return segment_frames(num_frames, config.num_frames, generator)

@@ -15,19 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from everest_ds.config.sections import DataConfig
 from everest_ds.data.clips.augment import PairMixer
 from everest_ds.data.clips.batch import MAX_REPLACEMENTS, BadSample, Clip, ClipBatch, mix_pairs
 from everest_ds.data.clips.cuts import Cut, UnfitFramesError
 from everest_ds.data.clips.sampling import RandomStream, SampleKey, keyed_generator, sample_draws
 from everest_ds.data.lists.video_list import PackedRows, VideoRow
-from everest_ds.data.loading.loader import Loader
+from everest_ds.data.loading.loader import Loader, SampleMaker
 from everest_ds.data.loading.pool import Mark
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.data.readers.video import DecodedVideo, Video, VideoReadError
 
 
-class ClipDataset:
+class ClipDataset(SampleMaker[SampleKey, Clip]):
     """Makes training clips by key.
 
     Args:
@@ -42,31 +41,17 @@ class ClipDataset:
     """
 
     def __init__(
-        self,
-        rows: Sequence[VideoRow],
-        cut: Cut,
-        *,
-        seed: int,
-        noise_length: int,
-        mixer: PairMixer | None = None,
+        self, rows: Sequence[VideoRow], cut: Cut, *, seed: int, noise_length: int, mixer: PairMixer | None = None
     ) -> None:
         choose_reader(cut.config.reader)
         self.rows = rows
         self.cut = cut
+        self.config = cut.config
+        self.sample_bytes = cut.max_bytes
         self.seed = seed
         self.noise_length = noise_length
         self.mixer = mixer
         self._decoded: dict[int, DecodedVideo] = {}
-
-    @property
-    def config(self) -> DataConfig:
-        """How clips are cut and loaded."""
-        return self.cut.config
-
-    @property
-    def sample_bytes(self) -> int:
-        """Bytes of a clip, or of a crop at most."""
-        return self.cut.max_bytes
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -180,18 +165,14 @@ class ClipDataset:
 
 
 def make_loader(
-    dataset: ClipDataset,
-    sampler: Sampler[list[SampleKey]],
-    *,
-    micro_size: int,
-    pin_memory: bool,
+    dataset: ClipDataset, sampler: Sampler[list[SampleKey]], *, micro_size: int, pin_memory: bool
 ) -> Loader[SampleKey, Clip, ClipBatch]:
     """Return the loader of a rank's micro-batches, of ``micro_size`` clips each."""
     return Loader(
         dataset,
         map(dataset.requests, sampler),
         partial(ClipBatch.collate, crops=dataset.cut.delivers_crops, pin=pin_memory),
-        batch_samples=micro_size,
+        micro_size,
         request_samples=min(dataset.config.repeats * (2 if dataset.mixer else 1), micro_size),
     )
 

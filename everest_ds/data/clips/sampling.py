@@ -62,7 +62,6 @@ def sample_draws(seed: int, key: SampleKey) -> Draws:
 
 
 def require_frames(num_frames: int) -> None:
-    """Refuse a video without frames."""
     if num_frames < 1:
         raise ValueError(f"num_frames={num_frames} must be at least 1")
 
@@ -150,7 +149,6 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
     end_step: int
 
     def __post_init__(self) -> None:
-        """Check that there is at least one step in an epoch."""
         if self.global_size % (self.micro_size * self.world_size):
             raise ValueError(
                 f"micro_size={self.micro_size} x world_size={self.world_size} does not divide {self.global_size}"
@@ -164,7 +162,6 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
             )
 
     def __len__(self) -> int:
-        """Return the number of micro-batches that are left."""
         return (self.end_step - self.start_step) * (self.global_size // (self.micro_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[SampleKey]]:

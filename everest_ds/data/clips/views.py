@@ -10,7 +10,6 @@ one view, where that divides by zero, and any number of segment clips, where tha
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from torchvision.transforms.v2 import functional as tvf
 from everest_ds.config import FinetuneDataConfig, ViewsConfig
 from everest_ds.data.clips.sampling import require_frames
 from everest_ds.data.lists.video_list import PackedRows, VideoRow
-from everest_ds.data.loading.loader import Loader
+from everest_ds.data.loading.loader import Loader, SampleMaker
 from everest_ds.data.loading.pool import Mark
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.data.readers.timing import clip_room_s, frames_at
@@ -55,7 +54,6 @@ class RowViews:
         return self.clips_VCTHW
 
     def with_pixels(self, pixels: Tensor | None) -> "RowViews":
-        """Return the row with other clips."""
         return replace(self, clips_VCTHW=pixels)
 
 
@@ -78,13 +76,7 @@ def timed_clips(times_s: NDArray[np.float64], clip_length: int, seconds: float, 
     """Return the frames of clips spread evenly over a video in time, each of frames shown ``seconds`` apart.
 
     The first clip starts with the video, the last one ends at the start of its last frame; one clip is the one in
-    the middle. See `everest_ds.data.readers.timing.frames_at`.
-
-    Args:
-        times_s: When each frame of the video starts, ascending, in seconds.
-        clip_length: Frames of a clip.
-        seconds: From one frame of a clip to the next.
-        num_clips: Number of clips.
+    the middle. ``times_s`` says when each frame starts, ascending; see `everest_ds.data.readers.timing.frames_at`.
     """
     room_s = clip_room_s(times_s, clip_length, seconds)
     shares = [k / (num_clips - 1) for k in range(num_clips)] if num_clips > 1 else [0.5]
@@ -147,7 +139,8 @@ def read_views(video: Video, data: FinetuneDataConfig, views: ViewsConfig) -> Te
     size = data.image_size
     frame_idx = sorted({frame for clip in clips for frame in clip})
     parts = [frame_idx[start : start + _FRAMES_AT_ONCE] for start in range(0, len(frame_idx), _FRAMES_AT_ONCE)]
-    frames_FCHW = torch.cat([resize_shorter_side(_read(video, part), size) for part in parts])
+    frames = (rearrange(torch.from_numpy(video.read(part)), "f h w c -> f c h w") for part in parts)
+    frames_FCHW = torch.cat([resize_shorter_side(part_FCHW, size) for part_FCHW in frames])
     origins = crop_origins(frames_FCHW.shape[2], frames_FCHW.shape[3], size, views.num_spatial)
     clips_VTCHW = torch.stack(
         [
@@ -159,38 +152,21 @@ def read_views(video: Video, data: FinetuneDataConfig, views: ViewsConfig) -> Te
     return rearrange(clips_VTCHW, "v t c h w -> v c t h w").contiguous()
 
 
-def _read(video: Video, frame_idx: Sequence[int]) -> Tensor:
-    return rearrange(torch.from_numpy(video.read(frame_idx)), "t h w c -> t c h w")
-
-
-class ViewDataset:
+class ViewDataset(SampleMaker[int, RowViews]):
     """Makes the views of every row of a list, by row.
 
-    Args:
-        rows: The list of videos.
-        data: Length, frames and size of clips.
-        views: Number of views.
-
     Raises:
-        UserError: The reader of ``data`` is not available on this machine.
+        UserError: The reader of ``config`` is not available on this machine.
     """
 
-    def __init__(self, rows: Sequence[VideoRow], data: FinetuneDataConfig, views: ViewsConfig) -> None:
-        choose_reader(data.reader)
+    config: FinetuneDataConfig
+
+    def __init__(self, rows: Sequence[VideoRow], config: FinetuneDataConfig, views: ViewsConfig) -> None:
+        choose_reader(config.reader)
         self.rows = rows
-        self.data = data
+        self.config = config
         self.views = views
-
-    @property
-    def config(self) -> FinetuneDataConfig:
-        """How clips are loaded."""
-        return self.data
-
-    @property
-    def sample_bytes(self) -> int:
-        """Bytes of all views of a row."""
-        num_views = self.views.num_temporal * self.views.num_spatial
-        return num_views * 3 * self.data.num_frames * self.data.image_size**2
+        self.sample_bytes = views.num_temporal * views.num_spatial * 3 * config.num_frames * config.image_size**2
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -212,7 +188,7 @@ class ViewDataset:
                 if number in unreadable:
                     raise VideoReadError(row.path, unreadable[number])
                 mark(number)
-                clips_VCTHW = read_views(Video.of_row(row, self.data.reader), self.data, self.views)
+                clips_VCTHW = read_views(Video.of_row(row, self.config.reader), self.config, self.views)
             except VideoReadError as error:
                 results.append(RowViews(index=index, label=row.label, clips_VCTHW=None, bad=error.reason))
             else:
@@ -224,16 +200,13 @@ def make_view_loader(
     dataset: ViewDataset, groups: Sequence[Sequence[int]], *, pin_memory: bool
 ) -> Loader[int, RowViews, list[RowViews]]:
     """Return a loader that yields the rows of each group, in order."""
+
+    def copy(row: RowViews) -> RowViews:
+        clips = row.clips_VCTHW
+        return row.with_pixels(
+            None if clips is None else torch.empty_like(clips, pin_memory=pin_memory).copy_(clips)
+        )
+
     requests = [[[index] for index in group] for group in groups]
-    assemble = partial(_copy_rows, pin=pin_memory)
-    return Loader(dataset, requests, assemble, batch_samples=max(map(len, groups), default=1))
-
-
-def _copy_rows(rows: Sequence[RowViews], *, pin: bool) -> list[RowViews]:
-    """Copy the clips of rows, to pinned memory if asked for."""
-    return [
-        row
-        if row.clips_VCTHW is None
-        else row.with_pixels(torch.empty_like(row.clips_VCTHW, pin_memory=pin).copy_(row.clips_VCTHW))
-        for row in rows
-    ]
+    batch_samples = max(map(len, groups), default=1)
+    return Loader(dataset, requests, lambda rows: [copy(row) for row in rows], batch_samples=batch_samples)

@@ -10,6 +10,7 @@ again.
 import pickle
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,26 +31,27 @@ class Sample(Protocol):
     def pixels(self) -> Tensor | None:
         """uint8; None where nothing could be read."""
 
-    def with_pixels(self, pixels: Tensor | None) -> Self:
-        """Return the sample with other pixels."""
+    def with_pixels(self, pixels: Tensor | None) -> Self: ...
 
 
-KeyIn = TypeVar("KeyIn", contravariant=True)
-MadeOut = TypeVar("MadeOut", bound=Sample, covariant=True)
+Key = TypeVar("Key")
+Made = TypeVar("Made", bound=Sample)
+Batch = TypeVar("Batch")
 
 
-class SampleMaker(Protocol[KeyIn, MadeOut]):
-    """Interface for code that runs in workers: turns a request into samples. Each worker gets a copy."""
+class SampleMaker(ABC, Generic[Key, Made]):
+    """Interface for code that runs in workers: turns a request into samples. Each worker gets a copy.
 
-    @property
-    def config(self) -> DataConfig:
-        """How samples are loaded."""
+    Attributes:
+        config: How samples are loaded.
+        sample_bytes: Bytes of a sample's pixels at most.
+    """
 
-    @property
-    def sample_bytes(self) -> int:
-        """Bytes of a sample's pixels at most."""
+    config: DataConfig
+    sample_bytes: int
 
-    def __call__(self, request: Sequence[KeyIn], unreadable: Mapping[int, str], mark: Mark) -> Sequence[MadeOut]:
+    @abstractmethod
+    def __call__(self, request: Sequence[Key], unreadable: Mapping[int, str], mark: Mark) -> list[Made]:
         """Make a sample of each key of a request.
 
         Args:
@@ -58,10 +60,6 @@ class SampleMaker(Protocol[KeyIn, MadeOut]):
             mark: Called with the number of a video before it is opened.
         """
 
-
-Key = TypeVar("Key")
-Made = TypeVar("Made", bound=Sample)
-Batch = TypeVar("Batch")
 
 # Requests that a worker has at a time, so that it need not wait for the next.
 _DEPTH = 2
@@ -111,7 +109,6 @@ class BatchIterator(Generic[Batch]):
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers."""
         return self._feeder.pool.pids
 
     @property
@@ -123,13 +120,7 @@ class BatchIterator(Generic[Batch]):
         return self
 
     def __next__(self) -> Batch:
-        """Return the next batch.
-
-        Raises:
-            UserError: A worker met something that the user can mend.
-            RuntimeError: A worker met anything else, or workers do not stay alive.
-            StopIteration: There is none left.
-        """
+        """Return the next batch, or raise what a worker raised."""
         if self._ended is not None:
             raise self._ended
         batch, error = self._feeder.ready.get()
@@ -140,7 +131,6 @@ class BatchIterator(Generic[Batch]):
         raise error
 
     def close(self) -> None:
-        """End thread and workers."""
         self._ended = self._ended or StopIteration()
         self._feeder.closing.set()
         self._thread.join()

@@ -32,7 +32,12 @@ _STARTING_S = 120.0
 _MAX_FAILED_STARTS = 3
 _LOOK_AGAIN_S = 60.0
 # Imported once by the fork server, which saves each worker seconds.
-_PRELOADED = ["everest_ds.data.clips.dataset", "everest_ds.data.clips.views", "everest_ds.data.curation.probe"]
+_PRELOADED = [
+    "everest_ds.data.clips.dataset",
+    "everest_ds.data.clips.views",
+    "everest_ds.data.curation.probe",
+    "everest_ds.data.readers.pyav",
+]
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,6 @@ class Pool(Generic[Item, Result]):
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers."""
         return [worker.process.pid or 0 for worker in self._workers]
 
     def submit(self, item: Item, *, first: bool = False) -> None:
@@ -195,12 +199,10 @@ class _Worker:
         return Outcome(self.items.popleft(), None, fault, hung=hung, mark=self._mark, took_s=took_s)
 
     def how_it_ended(self) -> str:
-        """Return its exit code or signal, in words."""
         code = self.process.exitcode
         return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
     def stop(self) -> None:
-        """End the process."""
         self.process.kill()
         self.process.join()
         self.pipe.close()
@@ -213,18 +215,15 @@ class _Worker:
 def run_all(
     function: Callable[[Item], Result], items: Sequence[Item], *, num_workers: int, timeout_s: float
 ) -> Generator[Outcome[Item, Result]]:
-    """Call a function once with each item, in workers that may hang or crash.
+    """Call a function once with each item, in workers that may hang or crash; yield outcomes as they come.
 
     Close the generator when done with it early: that ends the workers.
 
     Args:
-        function: Can be pickled; must not raise.
-        items: Can be pickled.
+        function: Can be pickled, as the items can; must not raise.
+        items: What it is called with.
         num_workers: Calls at a time.
         timeout_s: Seconds that a call may take.
-
-    Yields:
-        An outcome of each item, as they come.
     """
     if not items:
         return

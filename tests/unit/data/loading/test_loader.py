@@ -26,6 +26,7 @@ from everest_ds.data.loading.loader import BatchIterator
 from everest_ds.data.loading.pool import Mark
 from everest_ds.data.readers.video import Video
 from everest_ds.errors import UserError
+from tests.conftest import REPOSITORY
 
 CONFIG = PretrainDataConfig(num_frames=8, sampling_stride=2, image_size=32, num_workers=0)
 GLOBAL = 8
@@ -96,19 +97,18 @@ def with_video(rows: Sequence[VideoRow], path: Path) -> list[VideoRow]:
     return [VideoRow(path, 0) if number in (2, 5) else row for number, row in enumerate(rows)]
 
 
-@pytest.mark.parametrize("frames", ["shared", "own"])
-@pytest.mark.parametrize("repeats", [1, 2, 4])
+@pytest.mark.parametrize(("repeats", "frames"), [(1, "shared"), (2, "own"), (4, "shared"), (4, "own")])
 def test_global_batches_are_the_same_for_any_processes_and_after_a_resume(
     repeats: int, frames: str, demo_folder: Path
 ) -> None:
-    """With 0, 1 and 4 loader processes, 1 and 2 training processes, begun in mid-epoch, bad files in the list."""
+    """With 0, 1 and 3 workers a rank, on 1 and 2 ranks, begun in mid-epoch, bad files in the list."""
     rows = read_list(demo_folder / "train.csv")[:20]  # 2, 5 and 10 steps an epoch
     rows[::6] = [VideoRow(demo_folder / "gone.mp4", 0)] * 4
     config = replace(CONFIG, repeats=repeats, repeat_frames=frames)  # type: ignore[type-var]
     expected = load(make_dataset(rows, config), steps=5)
     assert sum(len(batch.bad) for batch in expected) >= repeats
     assert all(batch.num_lost == 0 for batch in expected)
-    for workers, world, micro in ((1, 1, 8), (4, 1, 4), (4, 2, 4), (0, 2, 2)):
+    for workers, world, micro in ((1, 1, 8), (3, 2, 4), (0, 2, 2)):
         parallel = make_dataset(rows, replace(config, num_workers=workers))
         assert same(load(parallel, steps=5, world=world, micro=micro), expected)
     assert same(load(make_dataset(rows, replace(config, num_workers=2)), steps=5, start=3), expected[6:])
@@ -273,7 +273,7 @@ class DyingDataset(ClipDataset):
 
 def test_processes_that_end_before_they_open_a_video_are_an_error(good: list[VideoRow]) -> None:
     with pytest.raises(RuntimeError, match=r"end before they open one: it ended its process \(exit code 5\)"):
-        load(make_dataset(good, replace(CONFIG, num_workers=2), DyingDataset))
+        load(make_dataset(good, replace(CONFIG, num_workers=1), DyingDataset))
 
 
 def test_thread_that_looks_after_processes_leaves_the_number_of_threads_as_it_is(good: list[VideoRow]) -> None:
@@ -351,19 +351,18 @@ def test_processes_leave_with_the_one_that_started_them(rows: list[VideoRow], tm
         "    print(*stream.pids, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL) if sys.argv[1] == 'kill' else sys.exit(0)\n"
     )
-    root = Path(__file__).parents[2]
     both = [
         subprocess.Popen(
             [sys.executable, script, how],
-            cwd=root,
-            env=os.environ | {"PYTHONPATH": str(root)},
+            cwd=REPOSITORY,
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
             stdout=subprocess.PIPE,
             text=True,
         )
         for how in ("kill", "exit")
     ]
     for ended in both:
-        pids = [int(word) for word in ended.communicate(timeout=60)[0].split()]
+        pids = [int(word) for word in ended.communicate(timeout=240)[0].split()]
         assert len(pids) == 2
         deadline = time.monotonic() + 20
         while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
@@ -377,9 +376,10 @@ def private_kib(pid: int) -> int:
     return int(line.split()[1])
 
 
-def test_memory_of_processes_does_not_grow_over_five_thousand_clips(good: list[VideoRow]) -> None:
+@pytest.mark.parametrize("total", [1000, pytest.param(5000, marks=pytest.mark.slow)])
+def test_memory_of_processes_does_not_grow_from_clip_to_clip(total: int, good: list[VideoRow]) -> None:
     sampler = GlobalBatchSampler(
-        num_samples=12, global_size=8, micro_size=8, rank=0, world_size=1, seed=0, end_step=625
+        num_samples=12, global_size=8, micro_size=8, rank=0, world_size=1, seed=0, end_step=total // 8
     )
     dataset = make_dataset(good, replace(CONFIG, num_workers=2))
     stream = iter(make_loader(dataset, sampler, micro_size=8, pin_memory=False))
@@ -388,12 +388,12 @@ def test_memory_of_processes_does_not_grow_over_five_thousand_clips(good: list[V
     with closing(stream):
         for batch in stream:
             clips += len(batch.clips_BCTHW)
-            if clips == 1000:
+            if clips == total // 5:
                 pids = stream.pids
                 after_warm_up = [private_kib(pid) for pid in pids]
-            if clips == 4992:
+            if clips == total - 8:
                 growth = [private_kib(pid) / before for pid, before in zip(pids, after_warm_up, strict=True)]
-    assert clips == 5000
+    assert clips == total
     assert max(growth) < 1.05, growth
 
 
