@@ -223,11 +223,7 @@ def record_line(row: VideoRow, prepared: Prepared) -> dict[str, Any]:
 
 
 def _earlier_lists(sources: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Check that no file of something else would be replaced; return what earlier calls' summary says of lists.
-
-    Raises:
-        UserError: Two lists have one name, a list's name is taken, or names of the classes differ.
-    """
+    """Check that no file of something else would be replaced; return what earlier calls' summary says of lists."""
     names = [source.name for source in sources]
     for source in sources:
         if names.count(source.name) > 1:

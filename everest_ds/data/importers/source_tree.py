@@ -23,21 +23,23 @@ class SourceTree:
 
     Attributes:
         root: The folder, absolute.
-        files: Its files.
         num_ambiguous: How often `find_video` had several files to choose from.
     """
 
     def __init__(self, root: Path) -> None:
-        """Read the names of all files.
+        self.root = root.resolve() if ".." in root.parts else root.absolute()
+        self.num_ambiguous = 0
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """All files, read when they are first asked for.
 
         Raises:
-            UserError: The folder is none, or one below it cannot be read.
+            UserError: The root is not a folder, or one below it cannot be read.
         """
-        if not root.is_dir():
-            raise UserError(f"{root} is no folder; expected the folder of the dataset")
-        self.root = root.resolve() if ".." in root.parts else root.absolute()
-        self.files = sorted(_walk(self.root))
-        self.num_ambiguous = 0
+        if not self.root.is_dir():
+            raise UserError(f"{self.root} is no folder; expected the folder of the dataset")
+        return sorted(_walk(self.root))
 
     @cached_property
     def videos(self) -> list[Path]:

@@ -53,11 +53,7 @@ def collect(source: SourceTree, options: Ssv2Options) -> Import:
 
 
 def _read_labels(path: Path) -> dict[str, int]:
-    """Return labels by class name, in their order.
-
-    Raises:
-        UserError: The file is no object of names and labels from 0, each once.
-    """
+    """Return labels by class name, in their order."""
     given = read_json(path)
     try:
         labels = {str(name): int(label) for name, label in given.items()}

@@ -113,11 +113,7 @@ def _count(rows: list[VideoRow]) -> dict[str, int]:
 
 
 def _written_before(out: Path) -> dict[str, str]:
-    """Return the checksums of an earlier import's files by name, none where there was no import.
-
-    Raises:
-        UserError: summary.json is there and none of ours.
-    """
+    """Return the checksums of an earlier import's files by name, none where there was no import."""
     path = out / SUMMARY_FILE
     if not path.exists():
         return {}

@@ -98,7 +98,7 @@ def test_folder_without_any_of_the_videos_is_refused(ucf: Path) -> None:
     ):
         ucf101.collect(SourceTree(ucf), ucf101.Ucf101Options())
     with pytest.raises(UserError, match="is no folder"):
-        SourceTree(ucf / "absent")
+        ucf101.collect(SourceTree(ucf / "absent"), ucf101.Ucf101Options())
 
 
 @pytest.fixture
