@@ -39,15 +39,15 @@ class Task(nn.Module, ABC):
     model: EverestAutoencoder | EverestClassifier
     config: Config
     visible_tokens: int = 0
-    """Tokens that went through the encoder in the last forward pass of this process."""
+    """Tokens that this rank's last forward pass encoded."""
     frame_choice: FrameChoice | None = None
-    """Which frames the last forward pass chose of its clips, where it chose any."""
+    """The frames that the last forward pass chose, where it chose any."""
     threshold: float | None = None
-    """The running quantile that a budget goes by, which checkpoints keep; None where there is none."""
+    """The running quantile of importance, for checkpoints; None where no budget keeps one."""
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimiser's groups."""
+        """Return the optimiser's groups; frozen parameters are in none."""
 
     @abstractmethod
     def inputs(self, batch: ClipBatch, device: torch.device) -> tuple[Tensor, ...]:
@@ -55,13 +55,13 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def make_dataset(self, rows: Sequence[VideoRow]) -> ClipDataset:
-        """Return the training clips."""
+        """Return the training clips, each with the noise that `forward` takes."""
 
     @abstractmethod
     def clip_flops(self) -> float:
-        """Return the operations of one clip, two for a multiply-accumulate, forward and backward.
+        """Return the operations of an average clip, two for a multiply-accumulate, forward and backward.
 
-        Recomputation of checkpointed blocks is not counted.
+        Recomputation is not counted. Attention is counted with SDPA, which needs no device.
         """
 
 
@@ -81,8 +81,7 @@ class PretrainTask(Task):
     def forward(self, clips_BCTHW: Tensor, noise_BS: Tensor) -> Tensor:
         """Return the loss of a micro-batch.
 
-        Where clips keep different numbers of tokens, it is weighted so that the mean over all processes is the mean
-        over the target tokens of all.
+        Where clips keep different numbers of tokens, it is weighted: the mean over ranks is the mean over tokens.
         """
         output = self.model(clips_BCTHW, noise_BS, self.rule, self.budget)
         self.visible_tokens = output.selection.visible.packing.total
@@ -93,7 +92,6 @@ class PretrainTask(Task):
 
     @property
     def threshold(self) -> float | None:
-        """The running quantile of importance, for checkpoints; None where no budget has one."""
         value = None if self.budget is None else self.budget.threshold
         return None if value is None else float(value)
 
@@ -103,28 +101,19 @@ class PretrainTask(Task):
             self.budget.threshold = torch.tensor(value)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimiser's groups: parameters with and without weight decay."""
         return parameter_groups(self, self.config.optim.weight_decay)
 
     def inputs(self, batch: ClipBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Move what `forward` takes to the device, as bytes."""
-        return (
-            batch.clips_on(device, self.config.data.image_size),
-            batch.noise_BS.to(device, non_blocking=True),
-        )
+        clips_BCTHW = batch.clips_on(device, self.config.data.image_size)
+        return clips_BCTHW, batch.noise_BS.to(device, non_blocking=True)
 
     def make_dataset(self, rows: Sequence[VideoRow]) -> ClipDataset:
-        """Return the training clips, each with its selection noise."""
         config = self.config
-        return ClipDataset(
-            rows,
-            PretrainCut(replace(config.data, num_frames=config.candidate_frames)),
-            seed=config.run.seed,
-            noise_length=num_pretrain_noise(config),
-        )
+        cut = PretrainCut(replace(config.data, num_frames=config.candidate_frames))
+        return ClipDataset(rows, cut, seed=config.run.seed, noise_length=num_pretrain_noise(config))
 
     def clip_flops(self) -> float:
-        """Return the operations of one clip, the average one; counted with SDPA, which needs no device."""
+        """Return the operations of an average clip."""
         config = replace(self.config, model=replace(self.config.model, attention="sdpa", compile_blocks=False))
         with torch.device("meta"):
             model = build_autoencoder(config)
@@ -135,8 +124,7 @@ class PretrainTask(Task):
             num_targets=config.num_targets,
             ranked=config.candidate_grid if config.selection.measures_change else None,
         )
-        with_gradient = macs.embedding_chosen + macs.rest
-        return 2 * (macs.ranking + 3 * with_gradient)
+        return 2 * (macs.ranking + 3 * (macs.embedding_chosen + macs.rest))
 
 
 class FinetuneTask(Task):
@@ -167,32 +155,26 @@ class FinetuneTask(Task):
         return F.cross_entropy(logits_BK, target, label_smoothing=self.config.optim.label_smoothing)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimiser's groups: by layer, with and without weight decay; frozen parameters in none."""
-        optim = self.config.optim
-        return parameter_groups(self, optim.weight_decay, optim.layer_decay)
+        return parameter_groups(self, self.config.optim.weight_decay, self.config.optim.layer_decay)
 
     def inputs(self, batch: ClipBatch, device: torch.device) -> tuple[Tensor, ...]:
-        """Move what `forward` takes to the device, clips as bytes."""
         target = batch.label_B if batch.target_BK is None else batch.target_BK
         return tuple(part.to(device, non_blocking=True) for part in (batch.clips_BCTHW, target, batch.noise_BS))
 
     def make_dataset(self, rows: Sequence[VideoRow]) -> ClipDataset:
-        """Return the training clips, each with its draws for drop path."""
         config, seed = self.config, self.config.run.seed
         mixer = PairMixer.of(config.data, seed=seed, num_classes=self.model.num_classes)
-        return ClipDataset(
-            rows, FinetuneCut(config.data), seed=seed, noise_length=self.model.num_noise(config.grid), mixer=mixer
-        )
+        num_noise = self.model.num_noise(config.grid)
+        return ClipDataset(rows, FinetuneCut(config.data), seed=seed, noise_length=num_noise, mixer=mixer)
 
     def clip_flops(self) -> float:
-        """Return the operations of one clip; counted with SDPA. A frozen encoder goes forward only."""
+        """Return the operations of one clip. A frozen encoder goes forward only."""
         config = replace(self.config, model=replace(self.config.model, attention="sdpa", compile_blocks=False))
         with torch.device("meta"):
             model = build_classifier(config).eval()  # no draws for drop path
         counts = classifier_macs(model, config.grid)
         passes = 1 if config.model.freeze_encoder else 3
-        operations = counts.ranking + passes * (counts.embedding_chosen + counts.rest)
-        return 2 * operations
+        return 2 * (counts.ranking + passes * (counts.embedding_chosen + counts.rest))
 
 
 def make_task(config: Config) -> Task:
@@ -204,11 +186,7 @@ def make_task(config: Config) -> Task:
 
 
 def build_classifier(config: FinetuneConfig) -> EverestClassifier:
-    """Return the classifier that a configuration describes, freshly initialised from torch's global generator.
-
-    Raises:
-        ValueError: The number of classes is not resolved yet.
-    """
+    """Return the classifier of a configuration whose classes are counted, freshly initialised as in `make_task`."""
     if config.data.num_classes is None:
         raise ValueError("data.num_classes is not resolved; it comes from the training list")
     return EverestClassifier(
@@ -223,7 +201,7 @@ def build_classifier(config: FinetuneConfig) -> EverestClassifier:
 
 
 def build_autoencoder(config: PretrainConfig) -> EverestAutoencoder:
-    """Return the autoencoder that a configuration describes, freshly initialised from torch's global generator."""
+    """Return the autoencoder of a configuration, freshly initialised as in `make_task`."""
     return EverestAutoencoder(
         get_size(config.model.size),
         config.position_grid,

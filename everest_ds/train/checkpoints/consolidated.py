@@ -1,6 +1,6 @@
 """Whole float32 weights out of a checkpoint's shards, and into a fresh model.
 
-What is read is what the optimiser updates: the float32 weights, not the bfloat16 copies that a model computes with.
+These are the float32 weights that the optimiser updates, not the bfloat16 copies that a model computes with.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +38,6 @@ PREFIX = "model."
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
 
 
-def _require_sound(checkpoint: Path) -> None:
-    fault = find_damage(checkpoint, ALONE)
-    if fault:
-        raise UserError(f"checkpoint {checkpoint} is damaged: {fault}")
-
-
 def read_fp32_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Return the float32 weights of a verified checkpoint, whatever its stage, under the model's own names."""
     state = read_state(checkpoint)
@@ -53,17 +48,17 @@ def read_fp32_weights(checkpoint: Path) -> dict[str, Tensor]:
     else:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        quiet = io.StringIO()  # it prints its inner life
+        quiet = io.StringIO()  # it prints much
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if state.zero_stage == 1:  # DeepSpeed (0.19.8) notes frozen parameters from stage 2 on
-        weights = _read_module(checkpoint) | weights
+        weights = _read_states(checkpoint)["module"] | weights
     return {name.removeprefix(PREFIX): tensor.detach().float().contiguous() for name, tensor in weights.items()}
 
 
 def _unsharded_weights(checkpoint: Path, dtype: str) -> dict[str, Tensor]:
-    """Read a ZeRO-0 checkpoint; in bfloat16 the float32 weights stand in the optimiser's groups, without names."""
-    states = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+    """Read a ZeRO-0 checkpoint; in bfloat16 the float32 weights are in the optimiser's groups, without names."""
+    states = _read_states(checkpoint)
     weights: dict[str, Tensor] = states["module"]
     if dtype == "float32":
         return weights
@@ -78,35 +73,31 @@ def _unsharded_weights(checkpoint: Path, dtype: str) -> dict[str, Tensor]:
 
 
 def _fragmented_weights(checkpoint: Path, world_size: int) -> dict[str, Tensor]:
-    """Read ZeRO-1 in bfloat16, whose shards DeepSpeed's own consolidation (0.19.8) takes for no ZeRO checkpoint.
+    """Read ZeRO-1 in bfloat16, which DeepSpeed's own consolidation (0.19.8) does not recognise.
 
-    Each rank's shard says where in its flat groups which part of a parameter lies; parts follow in rank order.
+    Each rank's shard says where in its flat groups the parts of parameters are; parts follow in rank order.
     """
-    module = _read_module(checkpoint)
+    module = _read_states(checkpoint)["module"]
     parts: dict[str, list[Tensor]] = {}
     for rank in range(world_size):
         path = checkpoint / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         shard = torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"]
-        for flat, places in zip(
-            shard["single_partition_of_fp32_groups"], shard["param_slice_mappings"], strict=True
-        ):
-            for name, place in places.items():
-                parts.setdefault(name, []).append(flat.narrow(0, place.start, place.numel))
+        groups, slices = shard["single_partition_of_fp32_groups"], shard["param_slice_mappings"]
+        for flat, slice_of in zip(groups, slices, strict=True):
+            for name, extent in slice_of.items():
+                parts.setdefault(name, []).append(flat.narrow(0, extent.start, extent.numel))
     return {name: torch.cat(pieces).view(module[name].shape) for name, pieces in parts.items()}
 
 
-def _read_module(checkpoint: Path) -> dict[str, Tensor]:
-    """Read the whole model, in the model's precision, that ZeRO-0 to 2 write beside the optimiser's shards."""
-    states = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    module: dict[str, Tensor] = states["module"]
-    return module
+def _read_states(checkpoint: Path) -> dict[str, Any]:
+    """Read the states of ZeRO-0 to 2, the whole model in its own precision among them."""
+    path = checkpoint / "mp_rank_00_model_states.pt"
+    states: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+    return states
 
 
 def restore_frozen_weights(task: Task, checkpoint: Path) -> None:
-    """Bring a task's frozen weights, if it has any, to those of a verified checkpoint, before its engine is made.
-
-    DeepSpeed's universal checkpoints hold what the optimiser updates and nothing else.
-    """
+    """Load a task's frozen weights from a verified checkpoint; universal copies do not hold them."""
     frozen = {name: p for name, p in task.named_parameters() if not p.requires_grad}
     if not frozen:
         return
@@ -131,27 +122,26 @@ def export_fp32(source: Path, target: Path) -> Path:
     if target.exists():
         raise UserError(f"{target} exists; remove it or name another file")
     origin = locate(source)
-    checkpoint, config = origin.weights, origin.config
-    if config is None:
+    if origin.config is None:
         raise UserError(f"{source} is neither a run directory nor a complete checkpoint")
-    _require_sound(checkpoint)
-    facts = {
-        "step": str(read_state(checkpoint).step),
-        "config": _one_line(config),
-        METADATA_KEY: metadata_of_run(config, find_class_names(checkpoint.parent.parent)).dump(),
-    }
-    weights = read_fp32_weights(checkpoint)
-    require_finite(weights, str(checkpoint))
-    write_whole(target, lambda path: save_safetensors(weights, path, facts))
-    return checkpoint
+    weights, metadata, text = _read_checkpoint(origin.weights, origin.config)
+    notes = {"step": str(read_state(origin.weights).step), "config": text, METADATA_KEY: metadata.dump()}
+    require_finite(weights, str(origin.weights))
+    write_whole(target, lambda path: save_safetensors(weights, path, notes))
+    return origin.weights
 
 
-def _one_line(config: Config) -> str:
-    return json.dumps(json.loads(dump_config(config)))
+def _read_checkpoint(checkpoint: Path, config: Config) -> tuple[dict[str, Tensor], ModelMetadata, str]:
+    """Return a sound checkpoint's weights, its model's metadata, and its configuration in one line."""
+    fault = find_damage(checkpoint, ALONE)
+    if fault:
+        raise UserError(f"checkpoint {checkpoint} is damaged: {fault}")
+    metadata = metadata_of_run(config, find_class_names(checkpoint.parent.parent))
+    return read_fp32_weights(checkpoint), metadata, json.dumps(json.loads(dump_config(config)))
 
 
 def metadata_of_run(config: Config, labels: tuple[str, ...] | None = None) -> ModelMetadata:
-    """Return what a run says of its model and its weights do not: its configuration, and its classes' names."""
+    """Return what the shapes of a run's weights do not tell of its model."""
     size, model = get_size(config.model.size), config.model
     edge = model.position_size or config.data.image_size
     return ModelMetadata(
@@ -171,13 +161,10 @@ def read_any_weights(path: Path) -> Weights:
         UserError: There are none, they are damaged, or their layout is not known.
     """
     origin = locate(path)
-    checkpoint, config = origin.weights, origin.config
-    if config is None:
+    if origin.config is None:
         return read_weights(path)
-    _require_sound(checkpoint)
-    facts = metadata_of_run(config, find_class_names(checkpoint.parent.parent))
-    weights, text = read_fp32_weights(checkpoint), _one_line(config)
-    return weights_of_run(weights, facts, str(checkpoint), config=text, checkpoint=checkpoint)
+    weights, metadata, text = _read_checkpoint(origin.weights, origin.config)
+    return weights_of_run(weights, metadata, str(origin.weights), config=text, checkpoint=origin.weights)
 
 
 def load_initial_weights(
