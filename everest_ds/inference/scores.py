@@ -60,11 +60,15 @@ class RowPrediction:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassScore:
-    """How often a class was there, and how often it was recognised (accuracy is None where it was not there)."""
+    """How many rows of a class there were, and how many of them were recognised."""
 
     count: int
     correct: int
-    accuracy: float | None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share that was recognised; None where the class has no rows."""
+        return self.correct / self.count if self.count else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,11 +189,7 @@ def summarise(outputs: RowResults[Ranking], rows: Sequence[VideoRow], num_classe
             raise ValueError(f"row {prediction.row}: label {prediction.label} is not in [0, {num_classes})")
         losses.append(-log_probability)
         confusion[prediction.label][prediction.predicted] += 1
-    per_class = tuple(
-        ClassScore(count=count, correct=counts[k], accuracy=counts[k] / count if count else None)
-        for k, counts in enumerate(confusion)
-        for count in [sum(counts)]
-    )
+    per_class = tuple(ClassScore(count=sum(counts), correct=counts[k]) for k, counts in enumerate(confusion))
     present = [entry.accuracy for entry in per_class if entry.accuracy is not None]
     in_top5 = sum(p.label in p.ranking.classes[:5] for p in predictions)
     return Scores(
