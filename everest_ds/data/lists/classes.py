@@ -78,13 +78,7 @@ def resolve_classes(
     """Return the classes of a training list.
 
     As many as ``num_classes`` says, else as there are names, else one more than the largest label. The names are
-    those of the file, else of classes.txt beside the list where there is one.
-
-    Args:
-        rows: The training list's.
-        train_list: Where it is.
-        class_names: File of names (data.class_names).
-        num_classes: How many there are (data.num_classes).
+    those of the file ``class_names``, else of classes.txt beside the list where there is one.
 
     Raises:
         UserError: The file of names is at fault, ``num_classes`` contradicts it, a label lies outside the range, or
@@ -118,13 +112,7 @@ def resolve_classes(
 def require_known_labels(
     rows: Sequence[VideoRow], source: Path, classes: Classes, trained_labels: Collection[int]
 ) -> None:
-    """Check the labels of a list that is scored.
-
-    Args:
-        rows: The list's.
-        source: Where it is.
-        classes: The run's.
-        trained_labels: Labels that the training list has.
+    """Check the labels of a list that is scored, against the run's classes and the labels of its training list.
 
     Raises:
         UserError: A label lies outside the range, or a class has no training video.

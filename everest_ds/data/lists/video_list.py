@@ -122,14 +122,10 @@ def write_list(path: Path, rows: Sequence[VideoRow]) -> None:
 
 
 def format_list(path: Path, rows: Sequence[VideoRow]) -> str:
-    """Return the text of a list.
+    """Return the text of a list that will be at ``path``.
 
     Videos below the list's folder are named relative to it, so that they can move together; others by their
-    absolute path. A path with spaces, commas or a quote at an end stands in double quotes.
-
-    Args:
-        path: Where the list will be.
-        rows: Its rows.
+    absolute path. A path with spaces, commas or a quote at an end is put in double quotes.
 
     Raises:
         UserError: There is no row, or a path cannot stand in a list.
@@ -277,11 +273,7 @@ def _format_time(time_s: float) -> str:
 
 
 class PackedRows(Sequence[VideoRow]):
-    """The rows of a list, without the numbers of their lines, made anew each time that one is asked for.
-
-    Args:
-        rows: The rows.
-    """
+    """The rows of a list in little memory, without the numbers of their lines; a row is built when it is taken."""
 
     def __init__(self, rows: Iterable[VideoRow]) -> None:
         rows = list(rows)
@@ -304,11 +296,11 @@ class PackedRows(Sequence[VideoRow]):
 
     def __getitem__(self, index: int | slice) -> VideoRow | list[VideoRow]:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = range(len(self))[index]  # raises for one that is out of range
-        path = Path(fsdecode(self._paths[self._ends[place] : self._ends[place + 1]]))
-        label = int(self._labels[place])
-        if self._times_s is None or np.isnan(self._times_s[place, 0]):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        row = range(len(self))[index]  # raises for one that is out of range
+        path = Path(fsdecode(self._paths[self._ends[row] : self._ends[row + 1]]))
+        label = int(self._labels[row])
+        if self._times_s is None or np.isnan(self._times_s[row, 0]):
             return VideoRow(path, label)
-        start_s, end_s = self._times_s[place].tolist()
+        start_s, end_s = self._times_s[row].tolist()
         return VideoRow(path, label, start_s=start_s, end_s=end_s)

@@ -52,11 +52,7 @@ class Reader(Protocol):
         """Frames that can be shown, at least 1."""
 
     def times_s(self) -> NDArray[np.float64]:
-        """Return when each of these frames starts, float64 seconds from the first one, ascending.
-
-        Raises:
-            VideoReadError: The times cannot be had.
-        """
+        """Return when each of these frames starts, float64 seconds from the first one, ascending."""
 
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Return the frames at the given indices of 0 to ``num_frames - 1``, in that order; repeats are allowed.

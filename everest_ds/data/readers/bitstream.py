@@ -22,11 +22,7 @@ _MPEG4_B_TYPE = 2
 
 
 class Inspector:
-    """Collects what is odd about the packets of one stream.
-
-    Args:
-        codec: FFmpeg's name of the codec.
-        extradata: What the container keeps for the decoder, or None.
+    """Collects the quirks of one stream's packets, given FFmpeg's name of its codec and the decoder's extra data.
 
     Attributes:
         quirks: What was found so far.

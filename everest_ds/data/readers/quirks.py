@@ -47,11 +47,7 @@ _UNTIMED = {
 def has_trusted_times(container: str, codec: str, *, is_intra_only: bool, quirks: AbstractSet[Quirk]) -> bool:
     """Return whether the times of packets say which frames there are, and which packet each of them is in.
 
-    Args:
-        container: FFmpeg's first name of the format.
-        codec: FFmpeg's name of the codec.
-        is_intra_only: Whether the codec has keyframes alone.
-        quirks: What was found in the file.
+    Container and codec are FFmpeg's names, of formats the first one; an intra-only codec has keyframes alone.
     """
     is_tried = container in _TIMED_CONTAINERS and (is_intra_only or codec in _TIMED_CODECS)
     return is_tried and not quirks & _UNTIMED
@@ -96,7 +92,7 @@ def order_quirks(
         codec: FFmpeg's name of the codec.
         times: One for each packet, in the order of decoding.
         has_b_frames: Whether the decoder expects frames in another order.
-        refers_ahead: Returns whether there are B-frames indeed; called where nothing else tells.
+        refers_ahead: Tells whether there really are B-frames; called only where nothing else tells.
     """
     if not has_b_frames:
         return set()

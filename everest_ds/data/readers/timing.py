@@ -1,6 +1,6 @@
-"""Which frames make up a clip that is sampled in time, by the times at which frames start (data.sampling_seconds).
+"""Sampling in time (data.sampling_seconds): from the times of a video's frames to the indices of a clip's frames.
 
-Place in the flow: times of a video's frames -> frame indices. `clips.sampling` is for strides in frames.
+`clips.sampling` is for strides in frames.
 """
 
 import numpy as np
@@ -17,12 +17,6 @@ def timed_indices(
 
     The moment is drawn evenly from those at which the whole clip fits between the starts of the first and the last
     frame, so it does not depend on the frame rate. See `frames_at`.
-
-    Args:
-        times_s: When each frame of the video starts, ascending, in seconds.
-        clip_length: Frames of the clip.
-        seconds: From one frame of the clip to the next.
-        generator: Draws one number.
     """
     room_s = clip_room_s(times_s, clip_length, seconds)
     return frames_at(times_s, clip_length, seconds, float(generator.random()) * room_s)
@@ -49,5 +43,5 @@ def frames_at(times_s: NDArray[np.float64], clip_length: int, seconds: float, st
         start_s: When the clip starts, in seconds from the first frame.
     """
     wanted_s = times_s[0] + start_s + np.arange(clip_length) * seconds + TIME_TOLERANCE_S
-    places = np.searchsorted(times_s, wanted_s, side="right") - 1
-    return [int(place) for place in np.clip(places, 0, len(times_s) - 1)]
+    shown = np.searchsorted(times_s, wanted_s, side="right") - 1
+    return [int(index) for index in np.clip(shown, 0, len(times_s) - 1)]

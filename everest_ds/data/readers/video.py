@@ -1,7 +1,7 @@
 """Reading frames of a video, or of a window of it, by index.
 
-Place in the flow: path -> frames_THWC uint8. Which library decodes is `everest_ds.data.readers`' concern; every
-failure, of whatever class it chooses, is a `VideoReadError` with the path and the reason.
+Place in the flow: path -> frames_THWC uint8. Whichever library decodes, every failure is a `VideoReadError` with
+the path and the reason.
 """
 
 from collections.abc import Sequence
@@ -20,21 +20,20 @@ __all__ = ["DecodedVideo", "Video", "VideoReadError", "frames_of_window"]
 
 
 class Video:
-    """An open video. Opened in the loader process, used for one clip, then dropped.
+    """An open video. Opened in a worker, used for one clip, then dropped.
 
     Args:
         path: Where it is.
-        reader: What reads it.
+        reader: The library that reads it.
         start_s: Only frames that start at this time or later, in seconds from the first frame; None for all.
         end_s: Only frames that start before this time, in seconds from the first frame; None for all.
 
     Attributes:
-        path: Where it is.
-        num_frames: Frames of the window that can be shown; see `everest_ds.data.readers.base.Reader`.
+        num_frames: Frames of the window that can be shown.
 
     Raises:
         VideoReadError: The file is missing, is no video, or has no frame to show, in its window or at all.
-        UserError: The reader cannot serve on this machine.
+        UserError: The reader is not available on this machine.
     """
 
     def __init__(
@@ -62,11 +61,7 @@ class Video:
         return Video(row.path, reader=reader, start_s=row.start_s, end_s=row.end_s)
 
     def times_s(self) -> NDArray[np.float64]:
-        """Return when each frame of the window starts, float64 seconds from its first one, ascending.
-
-        Raises:
-            VideoReadError: The times cannot be had.
-        """
+        """Return when each frame of the window starts, float64 seconds from its first one, ascending."""
         times_s = self._reader.times_s()[self._first : self._first + self.num_frames]
         return times_s - times_s[0]
 
@@ -89,16 +84,10 @@ class Video:
 
 
 def frames_of_window(path: Path, times_s: NDArray[np.float64], start_s: float | None, end_s: float | None) -> range:
-    """Return which frames of a video are those of a window, from the times in seconds at which they start.
-
-    Args:
-        path: The video, for the message.
-        times_s: Of all its frames, ascending, from the first one.
-        start_s: See `Video`.
-        end_s: See `Video`.
+    """Return which frames of a video are in a window of seconds, from the times at which all its frames start.
 
     Raises:
-        VideoReadError: No frame is.
+        VideoReadError: None is.
     """
     window_s = (0.0 if start_s is None else start_s, float("inf") if end_s is None else end_s)
     first, stop = (int(place) for place in np.searchsorted(times_s, np.array(window_s) - TIME_TOLERANCE_S))
@@ -112,14 +101,10 @@ def frames_of_window(path: Path, times_s: NDArray[np.float64], start_s: float | 
 
 
 class DecodedVideo(Video):
-    """A video whose frames, those of its window, are all in memory, as bytes; its reader is not kept.
-
-    Args:
-        video: The video.
-        with_times: Whether to keep the times of its frames, too.
+    """A video whose window is decoded into memory, as bytes; the times of its frames are kept on request.
 
     Raises:
-        VideoReadError: A frame cannot be decoded, or the times cannot be had.
+        VideoReadError: A frame cannot be decoded.
     """
 
     def __init__(self, video: Video, *, with_times: bool = False) -> None:
@@ -129,16 +114,10 @@ class DecodedVideo(Video):
         self._frames_THWC = video.read(range(video.num_frames))
 
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Return the frames at the given indices; see `Video.read`."""
         self._require_frames(indices)
         return self._frames_THWC[list(indices)]
 
     def times_s(self) -> NDArray[np.float64]:
-        """Return when each frame starts; see `Video.times_s`.
-
-        Raises:
-            ValueError: The times were not kept.
-        """
         if self._times_s is None:
             raise ValueError(f"{self.path}: the times of its frames were not kept")
         return self._times_s
