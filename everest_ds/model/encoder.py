@@ -92,7 +92,7 @@ class TokenEncoder(nn.Module):
             noise_BK: A uniform value of each candidate step.
             num_steps: Steps to draw.
             ratio: Share of the candidates' tokens that counts as changing.
-            distance: How change is measured.
+            distance: See `rero_importance`.
 
         Returns:
             The clips of the drawn steps, their importance_BN, and the choice.

@@ -40,7 +40,6 @@ class Packing:
 
     @property
     def total(self) -> int:
-        """Tokens of all clips."""
         return sum(self.lengths)
 
     @property

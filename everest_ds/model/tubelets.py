@@ -36,7 +36,6 @@ class ClipGroup:
     grid: TokenGrid
 
     def __len__(self) -> int:
-        """Return the number of clips."""
         return len(self.clips_BCTHW)
 
 
