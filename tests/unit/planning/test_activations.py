@@ -8,7 +8,7 @@ attention's outputs kept (the default run takes 16x112x112):
     frozen encoder               saved 0.2 %, peak 0.7 %
     linear layers of ZeRO-3      saved 0.08 %, peak 3.5 %
 
-Fake tensors are no substitute: their peaks in backward are up to 14 % lower than those of real ones.
+Fake tensors are no substitute: with checkpointing the estimate is up to 16 % above their peak (ViT-S).
 """
 
 from __future__ import annotations
