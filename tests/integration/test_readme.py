@@ -49,7 +49,7 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) ->
     benchmarks: list[tuple[object, ...]] = []
     monkeypatch.setattr("everest_ds.commands.benchmark.check_data", lambda *given: benchmarks.append(given) or 0)
     others: list[tuple[object, ...]] = []
-    for name in ("evaluate.check", "predict.check", "prepare.prepare"):
+    for name in ("evaluate.check", "predict.check", "prepare.start_preparation"):
         monkeypatch.setattr(f"everest_ds.commands.{name}", lambda *given: others.append(given) or 0)
     monkeypatch.chdir(REPOSITORY)
     words = everest_words(command)
