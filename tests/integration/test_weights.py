@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,90 +23,32 @@ from everest_ds.train.checkpoints.start import choose_start
 from everest_ds.train.tasks import build_autoencoder
 from tests.conftest import REPOSITORY
 from tests.integration.launch import compute, contents, ds_config, flags
+from tests.integration.scanning import scan
 
-TRAIN_AND_EXPORT = """
-import os, sys, torch
-from dataclasses import replace
-from pathlib import Path
-from deepspeed.utils import safe_get_full_fp32_param
-from safetensors.torch import load_file
-from everest_ds import distributed
-from everest_ds.config import BatchConfig
-from everest_ds.distributed import World
-from everest_ds.recipes import get_recipe
-from everest_ds.train import engine as engines
-from everest_ds.train.checkpoints.save import TrainState, save_checkpoint
-from everest_ds.train.checkpoints.consolidated import export_fp32
-from everest_ds.train.checkpoints.run_dir import write_run_files
-from everest_ds.train.tasks import PretrainTask
-from everest_ds.train.optim_step import Updater
-
-ds_configs, out = map(Path, sys.argv[1:])
-world = World.from_environment()
-device = distributed.start(world)
-config = replace(get_recipe("demo"), batch=BatchConfig(global_size=2, micro_size=1))
-
-def live_weights(engine, stage, precision):
-    names = {p: name.removeprefix("model.") for name, p in engine.module.named_parameters()}
-    if stage:
-        return {name: safe_get_full_fp32_param(p) for p, name in names.items()}
-    if precision == "fp32":
-        return {name: p.detach() for p, name in names.items()}
-    pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups)
-    return {names[low]: full for lows, fulls in pairs for low, full in zip(lows, fulls)}
-
-for stage in range(4):
-    for precision in ("fp32", "bf16"):
-        systems = engines.load_systems(ds_configs / f"zero{stage}.json")
-        ds_config = engines.resolve_ds_config(systems, config, world_size=2, precision=precision, device_type="cpu")
-        torch.manual_seed(0)
-        engine = engines.build_engine(PretrainTask(config), config, ds_config, device)
-        updater = Updater(engine, config.optim.max_grad_norm)
-        engines.set_learning_rate(engine, 1e-3)
-        for step in range(2):
-            draw = torch.Generator().manual_seed(2 * step + world.rank)
-            clips = torch.randint(0, 256, (1, 3, 16, 48, 48), dtype=torch.uint8, generator=draw)
-            engine.backward(engine(clips, torch.rand(1, config.num_selected, generator=draw)))
-            result = updater.step()
-            assert result is not None
-            assert result.applied
-        run_dir = out / f"zero{stage}_{precision}"
-        dtype = "bfloat16" if precision == "bf16" else "float32"
-        state = TrainState(step=2, world_size=2, zero_stage=stage, dtype=dtype, videos="")
-        save_checkpoint(engine, run_dir, state, world)
-        live = live_weights(engine, stage, precision)  # a collective: all ranks
-        if world.is_main:
-            write_run_files(run_dir, config, ds_config)
-            export_fp32(run_dir, out / f"{run_dir.name}.safetensors")
-            written = load_file(out / f"{run_dir.name}.safetensors")
-            same = written.keys() == live.keys() and all(torch.equal(written[name], live[name]) for name in live)
-            rounded = all(torch.equal(w, w.bfloat16().float()) for w in written.values())
-            print("EXPORT", stage, precision, len(written), same, rounded, flush=True)
-        distributed.barrier()
-sys.stdout.flush()
-os._exit(0)
-"""
+# A folder, and what was seen of each case.
+Exported = tuple[Path, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A run of every stage and precision, with its weights in a file beside it, and what was seen of each."""
     out = tmp_path_factory.mktemp("exported")
-    (out / "script.py").write_text(TRAIN_AND_EXPORT)
-    done = compute([REPOSITORY / "ds_configs", out], module=out / "script.py", processes=2)
-    assert done.returncode == 0, done.stderr
-    return out, [line for line in done.stdout.splitlines() if line.startswith("EXPORT")]
+    return out, scan("exports", REPOSITORY / "ds_configs", out, processes=2)
 
 
-def test_export_equals_the_live_weights_bit_for_bit_from_every_stage(exported: tuple[Path, list[str]]) -> None:
-    """The last column: none is a bfloat16 number written as float32."""
-    _, lines = exported
-    num_tensors = len(build_autoencoder(load_config(exported[0] / "zero2_fp32" / "config.json")).state_dict())
-    expected = [f"EXPORT {s} {p} {num_tensors} True False" for s in range(4) for p in ("fp32", "bf16")]
-    assert lines == expected
+def test_export_equals_the_live_weights_bit_for_bit_from_every_stage(exported: Exported) -> None:
+    out, seen = exported
+    num_tensors = len(build_autoencoder(load_config(out / "zero2_fp32" / "config.json")).state_dict())
+    assert [(one["stage"], one["precision"]) for one in seen] == [
+        (s, p) for s in range(4) for p in ("fp32", "bf16")
+    ]
+    assert [one["num_tensors"] for one in seen] == [num_tensors] * 8
+    assert all(one["is_live"] for one in seen)
+    assert not any(one["is_bf16"] for one in seen)
 
 
 def test_convert_writes_weights_that_the_model_takes_and_says_where_they_are_from(
-    exported: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = exported[0] / "zero3_bf16"
     target = tmp_path / "new folder" / "model.safetensors"
@@ -120,7 +63,7 @@ def test_convert_writes_weights_that_the_model_takes_and_says_where_they_are_fro
 
 
 def test_convert_refuses_what_it_cannot_read_or_would_overwrite(
-    exported: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = exported[0] / "zero2_fp32"
     broken = tmp_path / "broken"
@@ -141,7 +84,7 @@ def test_convert_refuses_what_it_cannot_read_or_would_overwrite(
 
 
 def test_run_starts_from_weights_alone_and_a_repeated_command_goes_on(
-    exported: tuple[Path, list[str]], demo_folder: Path, tmp_path: Path
+    exported: Exported, demo_folder: Path, tmp_path: Path
 ) -> None:
     """Weights of a ZeRO-3 run go into one process at ZeRO-0; the optimiser, the step and the order start afresh."""
     weights, run_dir = exported[0] / "zero3_fp32.safetensors", tmp_path / "run"
@@ -166,7 +109,7 @@ def test_run_starts_from_weights_alone_and_a_repeated_command_goes_on(
 
 
 def test_weights_of_another_model_are_refused_with_both_shapes(
-    exported: tuple[Path, list[str]], demo_folder: Path, tmp_path: Path
+    exported: Exported, demo_folder: Path, tmp_path: Path
 ) -> None:
     words = ["--ds-config", ds_config("zero0"), "--init-from", str(exported[0] / "zero1_bf16")]
     words += ["--model.patch-size", "16"]
@@ -178,7 +121,7 @@ def test_weights_of_another_model_are_refused_with_both_shapes(
 
 @pytest.mark.parametrize(("layout", "name"), [("everest", "m.safetensors"), ("videomae", "m.pth"), ("hf", "m")])
 def test_run_is_converted_and_read_again_bit_for_bit(
-    exported: tuple[Path, list[str]],
+    exported: Exported,
     layout: str,
     name: str,
     tmp_path: Path,
@@ -204,14 +147,14 @@ def test_run_is_converted_and_read_again_bit_for_bit(
     assert "exists; remove it or name another" in capsys.readouterr().err
 
 
-def test_official_code_finds_its_names_under_model(exported: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_official_code_finds_its_names_under_model(exported: Exported, tmp_path: Path) -> None:
     assert cli.main(["convert", str(exported[0] / "zero2_fp32"), str(tmp_path / "m.pth"), "--to", "videomae"]) == 0
     content = torch.load(tmp_path / "m.pth", weights_only=True)
     assert content["model"].keys() == load_file(exported[0] / "zero2_fp32.safetensors").keys()
 
 
 def test_convert_refuses_before_it_writes(
-    exported: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir, checkpoint = exported[0] / "zero0_fp32", exported[0] / "zero0_fp32" / "checkpoints" / "step-00000002"
     torn = tmp_path / "run" / "checkpoints" / "tmp-step-00000002"
@@ -247,7 +190,7 @@ def test_convert_refuses_before_it_writes(
 
 
 def test_run_starts_from_a_folder_of_hugging_face_with_interpolated_positions(
-    exported: tuple[Path, list[str]], demo_folder: Path, tmp_path: Path
+    exported: Exported, demo_folder: Path, tmp_path: Path
 ) -> None:
     """The clips have half the frames; the configuration says where positions are from, so a resumed run knows."""
     folder, run_dir = tmp_path / "hf", tmp_path / "run"
