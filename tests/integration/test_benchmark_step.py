@@ -99,12 +99,8 @@ def test_one_process_without_memory_ends_all_and_says_so(tmp_path: Path) -> None
     """The other one waits for it in a collective operation; without its exit that would last for ever."""
     script = tmp_path / "script.py"
     script.write_text(OUT_OF_MEMORY_ON_RANK_1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    command += shlex.split(f"benchmark step demo {SMALL} {FEW} --micro-batch 1 2 4 --json")
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=cpu_environment(PYTHONPATH=str(REPOSITORY)), timeout=200,
-        check=False,
-    )  # fmt: skip
+    words = shlex.split(f"benchmark step demo {SMALL} {FEW} --micro-batch 1 2 4 --json")
+    done = compute(words, processes=2, module=script)
     assert done.returncode != 0
     lines = lines_of(done.stdout)
     assert [(line["micro_batch"], line["out_of_memory"]) for line in lines] == [(1, False), (2, True)], done.stderr
