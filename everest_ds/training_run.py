@@ -55,7 +55,7 @@ from everest_ds.train.tasks import Task, make_task
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class ReadyRun:
     """A run whose start nothing refuses any more. Nothing is written yet.
 
     Attributes:
@@ -102,33 +102,33 @@ def run(job: TrainingJob, world: World) -> int:
     attention, precision = _check_alone(job)
     device = distributed.start(world)  # from here on all processes go together
     began = time.perf_counter()
-    prepared = _prepare(job, world, device, attention, precision)
-    start, schedule = prepared.start, prepared.schedule
-    estimate = estimate_memory(prepared.config, prepared.ds_config, world_size=world.size)
+    ready = _make_ready(job, world, device, attention, precision)
+    start, schedule = ready.start, ready.schedule
+    estimate = estimate_memory(ready.config, ready.ds_config, world_size=world.size)
     with contextlib.closing(MetricsLog(start.run_dir, schedule.start_step, is_main=world.is_main)) as log:
         if world.is_main:
-            _open_record(prepared, log, estimate, ready_s=time.perf_counter() - began)
+            _open_record(ready, log, estimate, ready_s=time.perf_counter() - began)
         distributed.barrier()
         require_shared(start.run_dir)
         state = _with_best(start, world)
         trainer = Trainer(
-            engine=prepared.engine,
-            task=prepared.task,
-            config=prepared.config,
+            engine=ready.engine,
+            task=ready.task,
+            config=ready.config,
             schedule=schedule,
             world=world,
             device=device,
             run_dir=start.run_dir,
             log=log,
             start=state,
-            callbacks=make_callbacks(prepared, state, log, estimate),
+            callbacks=make_callbacks(ready, state, log, estimate),
         )
         if schedule.num_left > 0:
-            with contextlib.closing(_batches(prepared)) as batches:
+            with contextlib.closing(_batches(ready)) as batches:
                 taken = trainer.run(batches)
         else:
             taken = trainer.run(iter(()))
-            log.say(_nothing_left(prepared))
+            log.say(_nothing_left(ready))
         if taken >= schedule.end_step:
             log.say(f"done: {start.run_dir}")
     distributed.finish()
@@ -155,9 +155,9 @@ def _check_alone(job: TrainingJob) -> tuple[str, Precision]:
     return backends[0].name, precision
 
 
-def _prepare(
+def _make_ready(
     job: TrainingJob, world: World, device: torch.device, attention: str, precision: Precision
-) -> Prepared:
+) -> ReadyRun:
     """Build model and engine and bring them to where the run starts; all ranks take part."""
     options, config = job.options, job.lists.config
     systems = load_systems(options.ds_config)
@@ -184,7 +184,7 @@ def _prepare(
         average = WeightAverage(engine, config.optim.ema_decay)
         if start.checkpoint is not None:
             average.load(start.checkpoint)
-    return Prepared(
+    return ReadyRun(
         lists=job.lists,
         ds_config=ds_config,
         start=start,
@@ -199,11 +199,9 @@ def _prepare(
     )
 
 
-def make_callbacks(
-    prepared: Prepared, state: TrainState, log: MetricsLog, estimate: MemoryEstimate
-) -> list[Callback]:
+def make_callbacks(ready: ReadyRun, state: TrainState, log: MetricsLog, estimate: MemoryEstimate) -> list[Callback]:
     """Return what a run does besides its steps: a new concern is one more line here."""
-    lists, config, world, run_dir = prepared.lists, prepared.config, prepared.world, prepared.start.run_dir
+    lists, config, world, run_dir = ready.lists, ready.config, ready.world, ready.start.run_dir
     callbacks: list[Callback] = [
         SkippedSteps(lists.train, log, allowed=config.run.max_skipped_steps, count=state.num_skipped),
         BadSamples(
@@ -214,25 +212,25 @@ def make_callbacks(
             global_size=config.batch.global_size,
             count=state.num_bad,
         ),
-        MemoryComparison(log, prepared.device, estimate.allocated / GIB),
+        MemoryComparison(log, ready.device, estimate.allocated / GIB),
     ]
     if world.is_main:
         if chooses_frames(config):
-            callbacks.append(FrameLog(run_dir, lists.train, prepared.task))
+            callbacks.append(FrameLog(run_dir, lists.train, ready.task))
         callbacks.append(StallHint(config))
-    if prepared.average is not None:
-        callbacks.append(prepared.average)
+    if ready.average is not None:
+        callbacks.append(ready.average)
     if lists.val is not None and isinstance(config, FinetuneConfig):
         callbacks.append(
             Validation(
-                prepared.engine,
+                ready.engine,
                 lists.val,
                 config,
-                prepared.schedule,
+                ready.schedule,
                 world=world,
-                device=prepared.device,
+                device=ready.device,
                 log=log,
-                average=prepared.average,
+                average=ready.average,
                 start=state,
             )
         )
@@ -250,8 +248,8 @@ def _with_best(start: Start, world: World) -> TrainState:
     return replace(start.state, best_step=None, best_score=None)
 
 
-def _batches(prepared: Prepared) -> Any:
-    config, world, rows = prepared.config, prepared.world, prepared.lists.train
+def _batches(ready: ReadyRun) -> Any:
+    config, world, rows = ready.config, ready.world, ready.lists.train
     sampler = GlobalBatchSampler(
         num_samples=len(rows),
         repeats=config.data.repeats,
@@ -260,25 +258,25 @@ def _batches(prepared: Prepared) -> Any:
         rank=world.rank,
         world_size=world.size,
         seed=config.run.seed,
-        start_step=prepared.schedule.start_step,
-        end_step=prepared.schedule.end_step,
+        start_step=ready.schedule.start_step,
+        end_step=ready.schedule.end_step,
     )
-    pin_memory = prepared.device.type == "cuda"
-    dataset = prepared.task.make_dataset(rows)
+    pin_memory = ready.device.type == "cuda"
+    dataset = ready.task.make_dataset(rows)
     return iter(make_loader(dataset, sampler, micro_size=config.batch.micro_size, pin_memory=pin_memory))
 
 
-def _open_record(prepared: Prepared, log: MetricsLog, estimate: MemoryEstimate, *, ready_s: float) -> None:
+def _open_record(ready: ReadyRun, log: MetricsLog, estimate: MemoryEstimate, *, ready_s: float) -> None:
     """Write the run's files, say what is about to run, and begin the record. Rank zero only."""
-    config, world, start, schedule = prepared.config, prepared.world, prepared.start, prepared.schedule
+    config, world, start, schedule = ready.config, ready.world, ready.start, ready.schedule
     run_dir, state = start.run_dir, start.state
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in prepared.task.parameters())
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in ready.task.parameters())
     reader = choose_reader(config.data.reader)
     compiled = ", compiled blocks" if config.model.compile_blocks else ""
     log.say(
         f"{config.recipe}: ViT-{config.model.size}, {parameters / 1e6:.1f} M parameters, {config.tokens}\n"
-        f"{world.size} x {prepared.device.type}, ZeRO-{state.zero_stage}, {state.computes_in}, "
-        f"attention {prepared.attention}{compiled}, videos by {reader}, "
+        f"{world.size} x {ready.device.type}, ZeRO-{state.zero_stage}, {state.computes_in}, "
+        f"attention {ready.attention}{compiled}, videos by {reader}, "
         f"batch {config.batch.global_size} = {config.batch.micro_size} x {world.size} x "
         f"{config.batch.accumulation_steps(world.size)}, "
         f"{schedule.end_step} steps of {schedule.steps_per_epoch} an epoch"
@@ -290,10 +288,10 @@ def _open_record(prepared: Prepared, log: MetricsLog, estimate: MemoryEstimate, 
         log.say(f"warning: {pointer_fault}; the newest complete checkpoint counts")
     for folder in unfinished_saves(run_dir):
         log.say(f"warning: {folder} is a save that did not come to its end; passing it over")
-    write_run_files(run_dir, config, prepared.ds_config)
-    _describe_classes(prepared.lists, run_dir, log)
-    if prepared.lists.note:
-        log.say(f"warning: {prepared.lists.note}")
+    write_run_files(run_dir, config, ready.ds_config)
+    _describe_classes(ready.lists, run_dir, log)
+    if ready.lists.note:
+        log.say(f"warning: {ready.lists.note}")
     restored = start.describe()
     if restored:
         log.say(f"{restored}; ready in {ready_s:.1f} s")
@@ -305,13 +303,13 @@ def _open_record(prepared: Prepared, log: MetricsLog, estimate: MemoryEstimate, 
         zero_stage=state.zero_stage,
         dtype=state.dtype,
         autocast=state.autocast,
-        attention=prepared.attention,
+        attention=ready.attention,
         compile_blocks=config.model.compile_blocks,
         reader=reader,
         parameters=parameters,
         ready_s=round(ready_s, 2),
         init_from=None if start.init_from is None else str(start.init_from),
-        groups=prepared.groups,
+        groups=ready.groups,
     )
 
 
@@ -327,10 +325,10 @@ def _describe_classes(lists: Lists, run_dir: Path, log: MetricsLog) -> None:
     log.say(f"{classes.num} classes, {len(lists.train)} training videos, {scored}")
 
 
-def _nothing_left(prepared: Prepared) -> str:
-    schedule, limit = prepared.schedule, prepared.config.run.max_steps
+def _nothing_left(ready: ReadyRun) -> str:
+    schedule, limit = ready.schedule, ready.config.run.max_steps
     longer = "raise --run.max-steps, or " if limit is not None and schedule.end_step == limit else ""
     return (
         f"nothing left to do: step {schedule.start_step} of {schedule.end_step}; to train longer, {longer}"
-        f"start a new run from these weights: --init-from {shlex.quote(str(prepared.start.run_dir))} --out ANOTHER"
+        f"start a new run from these weights: --init-from {shlex.quote(str(ready.start.run_dir))} --out ANOTHER"
     )

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from everest_ds.errors import UserError
@@ -85,8 +87,6 @@ class WeightAverage(Callback):
         Raises:
             OSError: The file cannot be written (on rank zero).
         """
-        from safetensors import SafetensorError
-
         tensors, is_main = {}, dist.get_rank() == 0
         for name, tensor in self.whole():
             if is_main:
@@ -143,8 +143,6 @@ def averaged(weights: Weights, folder: Path) -> Weights:
 
 def read_average(folder: Path) -> dict[str, Tensor]:
     """Return a checkpoint's averages, float32, under the model's own names; frozen weights have none."""
-    from safetensors.torch import load_file
-
     path = folder / AVERAGE
     if not path.is_file():
         raise UserError(f"{folder} has no {AVERAGE}: the run was trained without optim.ema_decay")

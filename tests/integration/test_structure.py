@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "everest_ds"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_UNDOCUMENTED_LINES = 500, 60, 6
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_UNDOCUMENTED_LINES, MAX_FOLDER_FILES = 500, 60, 6, 14
 
 # What each part may import of the project; leaves import leaves only.
 LEAVES = {"errors", "distributed", "files", "imagenet", "interrupts", "progress", "tokens"}
@@ -69,6 +69,54 @@ def test_modules_of_the_project_are_imported_at_the_top() -> None:
         if any((node.module or "").startswith("everest_ds") for node in inner):
             deferring.add(str(path.relative_to(PACKAGE)))
     assert deferring <= {"cli/__init__.py", "data/readers/choice.py", "data/readers/container.py"}
+
+
+# Packages that are imported in functions: they may be missing, or must wait until the accelerator is chosen, or are
+# heavy and belong to modules that commands need before torch.
+IMPORTED_LATE = {"av", "decord", "torchcodec", "transformers", "flash_attn", "deepspeed", "pydantic", "torch"}
+
+
+def test_packages_are_imported_at_the_top_but_for_a_few() -> None:
+    for path in MODULES:
+        functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+        inner = [node for function in functions for node in ast.walk(function)]
+        names = [alias.name for node in inner if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module or "" for node in inner if isinstance(node, ast.ImportFrom)]
+        packages = {name.split(".")[0] for name in names} - {"everest_ds"}
+        assert packages <= IMPORTED_LATE, path
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    names = {module_name(path) for path in MODULES}
+    imports: dict[str, set[str]] = {}
+    for path in MODULES:
+        statements = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+        found = {f"{node.module}.{alias.name}" for node in statements for alias in node.names}
+        needed = (found | {node.module or "" for node in statements}) & names
+        imports[module_name(path)] = needed - {module_name(path)}  # a package's face imports its own modules
+    while free := [name for name, needed in imports.items() if not needed]:
+        for name in free:
+            del imports[name]
+        imports = {name: needed - set(free) for name, needed in imports.items()}
+    assert not imports
+
+
+def test_public_classes_have_names_of_their_own() -> None:
+    seen: dict[str, Path] = {}
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and node.name != "Arguments":
+                assert node.name not in seen, (node.name, path, seen[node.name])
+                seen[node.name] = path
+
+
+def test_no_folder_is_crowded() -> None:
+    for folder in {path.parent for path in MODULES} - {PACKAGE / "commands"}:
+        assert len(list(folder.glob("*.py"))) <= MAX_FOLDER_FILES + 1, folder  # besides __init__.py
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))

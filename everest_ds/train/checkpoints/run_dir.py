@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,6 @@ def require_shared(run_dir: Path) -> None:
 
 def describe_environment() -> dict[str, Any]:
     """Return command, commit, versions and hardware of this process."""
-    from importlib.metadata import PackageNotFoundError, version
-
     import torch
 
     versions: dict[str, str | None] = {"everest_ds": __version__, "python": platform.python_version()}
