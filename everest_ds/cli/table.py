@@ -56,7 +56,7 @@ _BENCHMARKS = {
         work="benchmark.flops:run",
     ),
     "data": Command(
-        purpose="what a recipe's clips cost by stage, and how many GPUs this machine's loader feeds",
+        purpose="what a recipe's clips cost by phase, and how many GPUs this machine's loader feeds",
         entry="benchmark:data",
         work="benchmark.data:run",
     ),

@@ -67,7 +67,7 @@ class SleepingWay:
         return torch.empty(len(rows) * self.repeats)
 
 
-def test_stages_add_up_by_clip_and_what_is_outside_of_them_counts_for_none() -> None:
+def test_phases_add_up_by_clip_and_what_is_outside_of_them_counts_for_none() -> None:
     clock, calls = [0.0], []
     one = SleepingWay("one", {"open": 0.25, "decode": 2.0}, clock, calls)
     four = SleepingWay("four", {"open": 0.25, "decode": 2.0, "collate": 0.5}, clock, calls, repeats=4)
@@ -118,7 +118,7 @@ def test_our_way_makes_the_clips_of_a_run(cut: Cut, rows: list[VideoRow]) -> Non
         assert torch.equal(clip_CTHW, expected)
 
 
-def test_repeats_are_crops_of_one_decode_and_each_stage_is_counted_once_for_what_it_does(
+def test_repeats_are_crops_of_one_decode_and_each_phase_is_counted_once_for_what_it_does(
     rows: list[VideoRow],
 ) -> None:
     timer = PhaseTimer(ticks())
