@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import GOLDEN
-from tests.integration.launch import ds_config, metrics, run_in_turn
+from tests.integration.launch import compute, ds_config, metrics
 
 # Equal to the last bit on the CPU that wrote the run; other CPUs sum in another order.
 RELATIVE_TOLERANCE = 1e-6
@@ -40,7 +40,7 @@ def test_run_of_version_0_1_resumes_with_the_same_losses_and_gradient_norms(old_
         "--precision",
         "fp32",
     ]
-    (done,) = run_in_turn([words], old_run.parent)
+    done = compute(words, folder=old_run.parent)
     assert done.returncode == 0, done.stderr
     ours, theirs = metrics(old_run), metrics(GOLDEN / "run_of_0_1")
     assert [line["step"] for line in ours] == [1, 2, 3, 4, 5, 6]
