@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,24 +32,17 @@ from everest_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 Phase = Literal["open", "decode", "augment", "collate", "copy"]
 PHASES: tuple[Phase, ...] = ("open", "decode", "augment", "collate", "copy")
-CLIP_PHASES: tuple[Phase, ...] = ("open", "decode", "augment")
-"""What one clip takes, whatever batch it goes into."""
-WORKER_PHASES: tuple[Phase, ...] = (*CLIP_PHASES, "collate")
-"""What a loader process does for a clip."""
-
+# What one clip takes, whatever batch it goes into; and what a loader process does for it.
+CLIP_PHASES, WORKER_PHASES = PHASES[:3], PHASES[:4]
 # Ways are interleaved after so few videos, a second or less, that the machine is the same for all of them.
 _VIDEOS_A_TURN = 4
 
 
 class PhaseTimer:
-    """Adds up the time of each phase.
+    """Adds up the seconds of each phase in `spent_s`; a phase that never ran is missing.
 
-    Args:
-        now: Seconds so far. The CPU time of all threads of this process by default: decoders have threads of their
-            own, and what other processes do does not count.
-
-    Attributes:
-        spent_s: Seconds by phase; a phase that never ran is missing.
+    The clock is the CPU time of all threads of this process: decoders have threads of their own, and what other
+    processes do does not count.
     """
 
     def __init__(self, now: Callable[[], float] = time.process_time) -> None:
@@ -58,32 +51,9 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
-        """Count what runs inside towards a phase."""
         began = self._now()
         yield
         self.spent_s[phase] = self.spent_s.get(phase, 0.0) + self._now() - began
-
-
-class Way(Protocol):
-    """One way to make training clips of the rows of a list."""
-
-    @property
-    def name(self) -> str:
-        """What reads the videos, or `official`."""
-
-    @property
-    def repeats(self) -> int:
-        """Clips of one decoded video."""
-
-    def make_batch(self, rows: Sequence[int], timer: PhaseTimer) -> Tensor:
-        """Make the clips of some rows, as one batch, and count what each phase takes.
-
-        Returns:
-            clips_BCTHW, with ``repeats`` clips of every row.
-
-        Raises:
-            VideoReadError: A row gives no clip.
-        """
 
 
 @dataclass(frozen=True)
@@ -92,15 +62,22 @@ class OurWay:
 
     dataset: ClipDataset
     repeats: int = 1
+    """Clips of one decoded video."""
     device: torch.device | None = None
 
     @property
     def name(self) -> str:
-        """The reader."""
         return self.dataset.config.reader
 
     def make_batch(self, rows: Sequence[int], timer: PhaseTimer) -> Tensor:
-        """Make uint8 clips; see `Way.make_batch`."""
+        """Make the clips of some rows, as one batch, and count what each phase takes.
+
+        Returns:
+            clips_BCTHW, uint8, with ``repeats`` clips of every row.
+
+        Raises:
+            VideoReadError: A row gives no clip.
+        """
         clips = [clip for row in rows for clip in self._clips(row, timer)]
         with timer.phase("collate"):
             mixer = self.dataset.mixer
@@ -109,7 +86,7 @@ class OurWay:
             batch = ClipBatch.collate(mixed, crops=self.dataset.cut.delivers_crops, pin=self.device is not None)
         return time_copy(partial(batch.clips_on, image_size=self.dataset.config.image_size), self.device, timer)
 
-    def _clips(self, index: int, timer: PhaseTimer) -> list[Clip]:
+    def _clips(self, index: int, timer: PhaseTimer) -> Iterator[Clip]:
         with timer.phase("open"):
             video = Video.of_row(self.dataset.rows[index], self.dataset.config.reader)
         with timer.phase("decode"):
@@ -117,20 +94,18 @@ class OurWay:
             frame_idx = self.dataset.cut.choose_frames(video, draws)
             frames_THWC = video.read(frame_idx)
             del video  # to close it is part of the cost
-        clips = []
         for repeat in range(self.repeats):
             with timer.phase("augment"):
-                clips.append(self.dataset.make_clip(SampleKey(0, index, repeat), frame_idx, frames_THWC))
-        return clips
+                clip = self.dataset.make_clip(SampleKey(0, index, repeat), frame_idx, frames_THWC)
+            yield clip
 
 
 @dataclass(frozen=True)
 class OfficialWay:
     """The official loaders' way to a pre-training clip, written from its description.
 
-    decord decodes with one thread; each frame becomes a PIL image, is cropped and resized by itself; the stack of
-    them becomes a float tensor that is normalised by ImageNet's statistics. Frames and crops are those of our clip.
-    Rows have no window, which the official loaders do not know.
+    decord decodes with one thread; each frame becomes a PIL image, is cropped and resized by itself; their stack
+    becomes a normalised float tensor. Frames and crops are those of our clip. Rows have no window.
     """
 
     rows: Sequence[VideoRow]
@@ -141,7 +116,7 @@ class OfficialWay:
     repeats: int = 1
 
     def make_batch(self, rows: Sequence[int], timer: PhaseTimer) -> Tensor:
-        """Make float32 clips; see `Way.make_batch`."""
+        """Make float32 clips; see `OurWay.make_batch`."""
         clips = [self._clip(row, timer) for row in rows]
         with timer.phase("collate"):
             clips_BCTHW = torch.stack(clips)
@@ -168,6 +143,9 @@ class OfficialWay:
             return official_clip(frames_THWC, crop, config.image_size)
 
 
+Way = OurWay | OfficialWay
+
+
 def official_clip(frames_THWC: NDArray[np.uint8], crop: tuple[int, int, int, int], size: int) -> Tensor:
     """Crop and resize every frame as a PIL image, stack, scale to [0, 1] and normalise.
 
@@ -191,10 +169,7 @@ def official_clip(frames_THWC: NDArray[np.uint8], crop: tuple[int, int, int, int
 
 
 def time_copy(move: Callable[[torch.device], Tensor], device: torch.device | None, timer: PhaseTimer) -> Tensor:
-    """Move a batch to a GPU and count it; without a GPU it stays, and nothing is counted.
-
-    Where the device resizes crops (data.resize), that is part of it.
-    """
+    """Move a batch to a GPU, with what data.resize leaves to it, and count that; nothing counts without a GPU."""
     if device is None:
         return move(torch.device("cpu"))
     with timer.phase("copy"):
@@ -214,19 +189,17 @@ class Costs:
         values = [spent[phase] for spent in self.rounds if phase in spent]
         return statistics.median(values) if values else None
 
-    def sums_ms(self, phases: Sequence[Phase]) -> list[float]:
+    def sums_ms(self, phases: Sequence[Phase] = CLIP_PHASES) -> list[float]:
         """Return the sum of some phases for each round."""
         return [sum(spent.get(phase, 0.0) for phase in phases) for spent in self.rounds]
 
     @property
     def clip_ms(self) -> float:
-        """Milliseconds of `CLIP_PHASES`, the median of the rounds' sums."""
-        return statistics.median(self.sums_ms(CLIP_PHASES))
+        return statistics.median(self.sums_ms())
 
     @property
     def clip_p90_ms(self) -> float:
-        """Milliseconds of `CLIP_PHASES` that nine of ten rounds stay below."""
-        return float(np.percentile(self.sums_ms(CLIP_PHASES), 90))
+        return float(np.percentile(self.sums_ms(), 90))
 
     @property
     def clips_per_s_core(self) -> float:
@@ -235,7 +208,7 @@ class Costs:
 
     def ratio_to(self, other: "Costs") -> float:
         """Return the median over the rounds of this cost over the other's, `CLIP_PHASES` of both."""
-        pairs = zip(self.sums_ms(CLIP_PHASES), other.sums_ms(CLIP_PHASES), strict=True)
+        pairs = zip(self.sums_ms(), other.sums_ms(), strict=True)
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
@@ -249,13 +222,9 @@ def measure_round(
     """Make the clips of all rows in every way, a few rows at a time, interleaved.
 
     The way numbered ``first``, modulo their number, begins: another one each round, so that none is always the
-    first to read a file.
-
-    Returns:
-        CPU milliseconds a clip by phase, for each way.
+    first to read a file. Returns CPU milliseconds a clip by phase, for each way.
     """
-    timers = [PhaseTimer(now) for _ in ways]
-    pairs = list(zip(ways, timers, strict=True))
+    pairs = [(way, PhaseTimer(now)) for way in ways]
     first %= len(ways)
     for start in range(0, len(rows), _VIDEOS_A_TURN):
         for way, timer in (*pairs[first:], *pairs[:first]):
@@ -266,8 +235,7 @@ def measure_round(
     ]
 
 
-@dataclass(frozen=True)
-class LeftOut:
+class LeftOut(NamedTuple):
     """A video that is not measured: the first way that cannot make a clip of it, and why."""
 
     path: Path
@@ -276,19 +244,14 @@ class LeftOut:
 
 
 def warm_up(ways: Sequence[Way], num_rows: int) -> tuple[list[int], list[LeftOut]]:
-    """Make every clip once in every way, which warms caches and shows what can be measured.
-
-    Returns:
-        Rows that all ways can read, and the other ones.
-    """
+    """Make every clip once in every way, which warms caches; return the rows that all can read, and the others."""
     rows, left_out = [], []
     for row in range(num_rows):
-        for way in ways:
-            try:
+        try:
+            for way in ways:
                 way.make_batch([row], PhaseTimer())
-            except VideoReadError as error:
-                left_out.append(LeftOut(error.path, way.name, error.reason))
-                break
+        except VideoReadError as error:
+            left_out.append(LeftOut(error.path, way.name, error.reason))
         else:
             rows.append(row)
     return rows, left_out

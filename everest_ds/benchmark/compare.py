@@ -91,7 +91,7 @@ def benchmark_compare(config: PretrainConfig, options: StepOptions, sizes: Itera
     precision = choose_precision({}, options.precision, device.type)
     limit_memory(options.memory_gib, world)
     common = {
-        **run_fields("step-compare", config, device, **options.shared_fields),
+        **run_fields("step-compare", config, device, options),
         "precision": precision.name,
         "time": "cpu" if device.type == "cpu" else "wall",
         "includes": "forward, backward",

@@ -10,8 +10,9 @@ For each list and each way to read it (a reader; several clips of one decode; wi
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 from everest_ds.benchmark.clip_costs import (
     PHASES,
     Costs,
-    LeftOut,
     OfficialWay,
     OurWay,
     Way,
@@ -45,26 +45,22 @@ from everest_ds.train.tasks import Task, make_task
 _TIMED_BATCHES = 4
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class MeasuredList:
     """One list, the run that trains on it, and the ways in which it is read, with the costs of each.
 
     Attributes:
         rows: Videos that are measured, and those that are left out.
         readable: Indices into ``rows`` of videos that every way can read.
-        frames: Least and most frames of a readable one.
-        sizes: WIDTHxHEIGHT in pixels of the readable ones.
+        videos: What a record says of them; least and most frames, and sizes as WIDTHxHEIGHT in pixels.
     """
 
     path: Path
     config: Config
     rows: list[VideoRow]
-    ways: list[Way]
-    costs: list[Costs]
     readable: list[int]
-    left_out: list[LeftOut]
-    frames: tuple[int, int]
-    sizes: list[str]
+    ways: list[tuple[Way, Costs]]
+    videos: dict[str, Any]
 
 
 def run(job: DataJob, world: World) -> int:
@@ -74,24 +70,21 @@ def run(job: DataJob, world: World) -> int:
         UserError: None of a list's videos can be read.
     """
     options = job.options
-
-    def say(text: str) -> None:
-        if not options.json:
-            print(text, flush=True)
-
+    say: Callable[[str], None] = (lambda text: None) if options.json else partial(print, flush=True)
     with one_thread():
         lists = [_begin(path, run.config, run.train, job, say) for path, run in job.runs]
         for number in range(options.rounds):
             say(f"round {number + 1} of {options.rounds}")
             for one in lists:
-                spent = measure_round(one.ways, one.readable, first=number)
-                for costs, phases in zip(one.costs, spent, strict=True):
+                spent = measure_round([way for way, _ in one.ways], one.readable, first=number)
+                for (_, costs), phases in zip(one.ways, spent, strict=True):
                     costs.rounds.append(phases)
     environment = data_environment()
-    records: list[dict[str, Any]] = []
-    for one in lists:
-        rates = [_loader_rates(one, way, options.workers, say) for way in one.ways]
-        records += _records(one, rates, options.clips_per_s, environment)
+    records = [
+        _record(one, way, costs, _loader_rates(one, way, options.workers, say), options.clips_per_s, environment)
+        for one in lists
+        for way, costs in one.ways
+    ]
     print("\n".join(map(json.dumps, records)) if options.json else f"\n{format_records(records)}")
     return 0
 
@@ -113,23 +106,15 @@ def _begin(
             f"none of {num} videos of {path} can be read in every way, the first is {fault.path}: {fault.reason} "
             f"({fault.way}); `everest check-data {path}` tells more"
         )
-    frames, sizes = set(), set()
-    for idx in readable:
-        video = Video.of_row(chosen[idx], job.readers[0])
-        height, width = video.read([0]).shape[1:3]
-        frames.add(video.num_frames)
-        sizes.add(f"{width}x{height}")
-    return MeasuredList(
-        path=path,
-        config=config,
-        rows=chosen,
-        ways=ways,
-        costs=[Costs() for _ in ways],
-        readable=readable,
-        left_out=left_out,
-        frames=(min(frames), max(frames)),
-        sizes=sorted(sizes),
-    )
+    videos = (Video.of_row(chosen[idx], job.readers[0]) for idx in readable)
+    frames, shapes = zip(*((video.num_frames, video.read([0]).shape) for video in videos), strict=True)
+    said = {
+        "videos": len(readable),
+        "left_out": [{"path": str(bad.path), "way": bad.way, "reason": bad.reason} for bad in left_out],
+        "frames": [min(frames), max(frames)],
+        "sizes": sorted({f"{width}x{height}" for _, height, width, _ in shapes}),
+    }
+    return MeasuredList(path, config, chosen, readable, [(way, Costs()) for way in ways], said)
 
 
 def _ways(config: Config, rows: Sequence[VideoRow], job: DataJob) -> list[Way]:
@@ -155,7 +140,7 @@ def _task(config: Config, reader: ReaderName, *, num_workers: int, repeats: int 
 
 def _loader_rates(
     one: MeasuredList, way: Way, workers: Sequence[int], say: Callable[[str], None]
-) -> dict[int, float]:
+) -> dict[str, float]:
     """Return the clips a second of the loader by its number of processes; the official way has no loader here."""
     if not isinstance(way, OurWay):
         return {}
@@ -163,7 +148,8 @@ def _loader_rates(
     for count in dict.fromkeys(workers):
         say(f"loader: {one.path}, {way.name}, repeats {way.repeats}, {count} processes")
         task = _task(one.config, way.dataset.config.reader, num_workers=count, repeats=way.repeats)
-        rates[count] = loader_clips_per_s(task, rows, batch_size=min(one.config.batch.micro_size, len(rows)))
+        batch_size = min(one.config.batch.micro_size, len(rows))
+        rates[str(count)] = loader_clips_per_s(task, rows, batch_size=batch_size)
     return rates
 
 
@@ -176,13 +162,8 @@ def loader_clips_per_s(
 ) -> float:
     """Run the loader of a task, with the workers of its configuration, and take batches as fast as they come.
 
-    The clock starts when as many batches as there are workers have come: all of them are at work then.
-
-    Args:
-        task: The run's.
-        rows: Videos that can be read; repeated as needed.
-        batch_size: Clips of a batch; the nearest number below that the repeats, and mixing in pairs, allow.
-        now: Seconds so far.
+    The clock starts when as many batches as there are workers have come: all of them are at work then. Rows are
+    repeated as needed; the batch size is lowered to one that the repeats, and mixing in pairs, allow.
     """
     workers, repeats = task.config.data.num_workers, task.config.data.repeats
     dataset = task.make_dataset(rows)
@@ -210,46 +191,42 @@ def loader_clips_per_s(
     return clips / (now() - began)
 
 
-def _records(
+def _record(
     one: MeasuredList,
-    rates: Sequence[Mapping[int, float]],
+    way: Way,
+    costs: Costs,
+    loader: Mapping[str, float],
     gpu_clips_per_s: float | None,
     environment: Mapping[str, Any],
-) -> Iterator[dict[str, Any]]:
-    """Yield a record for each way in which a list was read."""
-    official = next((costs for way, costs in zip(one.ways, one.costs, strict=True) if way.name == "official"), None)
-    data = one.config.data
-    for way, costs, loader in zip(one.ways, one.costs, rates, strict=True):
-        core = costs.clips_per_s_core
-        fed = None
-        if gpu_clips_per_s is not None:
-            fed = {str(workers): round(rate / gpu_clips_per_s, 4) for workers, rate in loader.items()}
-            fed["all_cores"] = round(environment["cores"] * core / gpu_clips_per_s, 4)
-        yield {
-            "benchmark": "data",
-            "recipe": one.config.recipe,
-            "list": str(one.path),
-            "way": way.name,
-            "repeats": way.repeats,
-            "videos": len(one.readable),
-            "left_out": [{"path": str(bad.path), "way": bad.way, "reason": bad.reason} for bad in one.left_out],
-            "frames": list(one.frames),
-            "sizes": one.sizes,
-            "clip": f"{data.num_frames}x{data.image_size}x{data.image_size}",
-            "sampling_stride": data.sampling_stride if data.sampling_seconds is None else None,
-            "sampling_seconds": data.sampling_seconds,
-            "rounds": len(costs.rounds),
-            "ms": {phase: rounded(costs.phase_ms(phase)) for phase in PHASES},
-            "clip_ms": round(costs.clip_ms, 4),
-            "clip_p90_ms": round(costs.clip_p90_ms, 4),
-            "ratio_to_official": None if official is None else round(costs.ratio_to(official), 4),
-            "clips_per_s_core": round(core, 4),
-            "loader_clips_per_s": {str(workers): round(rate, 4) for workers, rate in loader.items()},
-            "gpu_clips_per_s": gpu_clips_per_s,
-            "gpus_fed": fed,
-            "cores_per_gpu": None if gpu_clips_per_s is None else round(gpu_clips_per_s / core, 4),
-            "environment": dict(environment),
-        }
+) -> dict[str, Any]:
+    """Return the line about one way in which a list was read."""
+    official = next((costs for way, costs in one.ways if way.name == "official"), None)
+    data, core, fed = one.config.data, costs.clips_per_s_core, None
+    if gpu_clips_per_s is not None:
+        fed = {workers: round(rate / gpu_clips_per_s, 4) for workers, rate in loader.items()}
+        fed["all_cores"] = round(environment["cores"] * core / gpu_clips_per_s, 4)
+    return {
+        "benchmark": "data",
+        "recipe": one.config.recipe,
+        "list": str(one.path),
+        "way": way.name,
+        "repeats": way.repeats,
+        **one.videos,
+        "clip": f"{data.num_frames}x{data.image_size}x{data.image_size}",
+        "sampling_stride": data.sampling_stride if data.sampling_seconds is None else None,
+        "sampling_seconds": data.sampling_seconds,
+        "rounds": len(costs.rounds),
+        "ms": {phase: rounded(costs.phase_ms(phase)) for phase in PHASES},
+        "clip_ms": round(costs.clip_ms, 4),
+        "clip_p90_ms": round(costs.clip_p90_ms, 4),
+        "ratio_to_official": None if official is None else round(costs.ratio_to(official), 4),
+        "clips_per_s_core": round(core, 4),
+        "loader_clips_per_s": {workers: round(rate, 4) for workers, rate in loader.items()},
+        "gpu_clips_per_s": gpu_clips_per_s,
+        "gpus_fed": fed,
+        "cores_per_gpu": None if gpu_clips_per_s is None else round(gpu_clips_per_s / core, 4),
+        "environment": dict(environment),
+    }
 
 
 def format_records(records: Sequence[Mapping[str, Any]]) -> str:
@@ -257,16 +234,14 @@ def format_records(records: Sequence[Mapping[str, Any]]) -> str:
     first = records[0]
     machine, versions = first["environment"], first["environment"]["versions"]
     known = ", ".join(f"{name} {versions[name]}" for name in ("torch", "torchvision", "decord", "av", "pillow"))
-    sampling = f"at stride {first['sampling_stride']}"
-    if first["sampling_seconds"] is not None:
-        sampling = f"with a frame every {first['sampling_seconds']:g} s"
+    seconds = first["sampling_seconds"]
+    sampling = f"at stride {first['sampling_stride']}" if seconds is None else f"with a frame every {seconds:g} s"
     lines = [
         f"{first['recipe']}: clips of {first['clip']} {sampling}; "
         f"{first['rounds']} rounds after one of warm-up, medians",
         f"{machine['cpu']}, {machine['cores']} cores; {known}; commit {machine['commit'] or 'unknown'}",
         "CPU ms a clip of all threads; `clip` is open + decode + augment, `ratio` that over the official way's;",
-        "clips/s of one core (collating too), and of the loader with so many processes by the clock on the wall",
-        "",
+        "clips/s of one core (collating too), and of the loader with so many processes by the clock on the wall\n",
         *dict.fromkeys(f"{record['list']}: {_say_videos(record)}" for record in records),
         "",
     ]

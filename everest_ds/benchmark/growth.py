@@ -1,10 +1,9 @@
 """`everest benchmark step RECIPE --sweep-ratio ...` or `--sweep-frames ...`: what a step costs as its work grows.
 
-Every point of a sweep has its own task, engine and clips, and all start from the same weights. Their steps are
-interleaved, so memory holds the weights and optimiser states of all points. A straight line through their times
-separates a step's fixed cost (the optimiser, and the ranking of all tokens where the ratio grows) from the cost of
-each further token. How far the points lie off it says how linear the cost is. Attention alone grows with the square
-of a clip's tokens: points whose time is mostly attention are shown, but are left out of the fit.
+Each point has its own task, engine and clips, of the same first weights; their steps are interleaved, so memory holds
+all of them. A straight line through their times separates a step's fixed cost (the optimiser, and the ranking of all
+tokens where the ratio grows) from that of each further token. Attention alone grows with the square of a clip's
+tokens: points whose time is mostly attention are shown, but are left out of the fit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,18 +30,13 @@ from everest_ds.config import Config, FinetuneConfig, PretrainConfig
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 
-# A line goes through any two points.
 LEAST_POINTS = 3
 # Share of a step's time from which attention counts as most of it.
 DOMINATES = 0.5
 
 
 def sweep_growth(config: Config, options: StepOptions, sizes: Sequence[int] | None, world: World) -> int:
-    """Measure a sweep over ratios or frames, print its one line, or its table, and return 0.
-
-    Raises:
-        UserError: There is not one micro-batch, or a point of the sweep is not possible.
-    """
+    """Measure a sweep over ratios or frames, print its one line, or its table, and return 0."""
     grows = "ratio" if options.sweep_ratio else "frames"
     if sizes is None or len(sizes) > 1:
         raise UserError(
@@ -61,7 +55,7 @@ def sweep_growth(config: Config, options: StepOptions, sizes: Sequence[int] | No
         raise UserError(f"the engines of {len(points)} points do not fit into the memory; name fewer") from error
     first = next(iter(benches.values()))
     common = {
-        **run_fields("step-growth", config, first.device, **options.shared_fields),
+        **run_fields("step-growth", config, first.device, options),
         "ds_config": None if options.ds_config is None else str(options.ds_config),
         **first.fields(),
         "time": "cpu" if first.device.type == "cpu" else "wall",
@@ -75,20 +69,19 @@ def sweep_growth(config: Config, options: StepOptions, sizes: Sequence[int] | No
 
 
 def ratio_points(config: Config, ratios: Sequence[float]) -> dict[float, Config]:
-    """Return a recipe at several ratios, the same share of the selected tokens visible at each; none without any.
-
-    Raises:
-        UserError: Fewer than three different ratios, or one out of range.
-    """
+    """Return a recipe at several ratios, the same share of the selected tokens visible at each; none without any."""
     _require_points("--sweep-ratio", ratios)
     if isinstance(config, FinetuneConfig):
         return {ratio: replace(config, selection=replace(config.selection, keep_ratio=ratio)) for ratio in ratios}
     assert isinstance(config, PretrainConfig)
-    share = _decimal(config.selection.visible_ratio) / _decimal(config.selection.selected_ratio)
+    # Exact, of the decimals that were written: the recipe's own ratio gives its own configuration.
+    visible, selected = (
+        Fraction(repr(r)) for r in (config.selection.visible_ratio, config.selection.selected_ratio)
+    )
     points: dict[float, Config] = {}
     for ratio in ratios:
-        visible = float(_decimal(ratio) * share)
-        selection = replace(config.selection, selected_ratio=ratio, visible_ratio=visible)
+        shown = float(Fraction(repr(ratio)) * visible / selected)
+        selection = replace(config.selection, selected_ratio=ratio, visible_ratio=shown)
         points[ratio] = replace(config, selection=selection)
     return points
 
@@ -97,9 +90,6 @@ def frame_points(config: Config, frames: Sequence[int]) -> dict[float, Config]:
     """Return a recipe with clips of several lengths; none without any.
 
     Positions are laid out for the recipe's own length and resampled for the others.
-
-    Raises:
-        UserError: Fewer than three different lengths, or one that does not divide into tubelets.
     """
     _require_points("--sweep-frames", frames)
     model = replace(config.model, position_frames=config.model.position_frames or config.data.num_frames)
@@ -115,11 +105,7 @@ def selected_tokens(config: Config) -> int:
 
 
 def measure_growth(benches: dict[float, Workbench], micro_size: int, *, rounds: int, warmup: int) -> dict[str, Any]:
-    """Measure the points of a sweep, by their ratio or number of frames; return the fields of its line.
-
-    Raises:
-        UserError: A point does not fit into the device's memory.
-    """
+    """Measure the points of a sweep, by their ratio or number of frames; return the fields of its line."""
     device = next(iter(benches.values())).device
     sides = [Side(str(value), _make_step(bench, micro_size)) for value, bench in benches.items()]
     times = interleave(sides, device, rounds=rounds, warmup=warmup)
@@ -150,9 +136,8 @@ def _make_step(bench: Workbench, micro_size: int) -> Callable[[], float]:
         try:
             return float(take_step(bench, inputs))
         except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"{micro_size} clips of {config.tokens} do not fit into the memory; name a smaller --micro-batch"
-            ) from error
+            what = f"{micro_size} clips of {config.tokens}"
+            raise UserError(f"{what} do not fit into the memory; name a smaller --micro-batch") from error
 
     return step
 
@@ -160,15 +145,10 @@ def _make_step(bench: Workbench, micro_size: int) -> Callable[[], float]:
 def fit_line(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Fit a straight line to times over tokens, and say of each point how far it lies off.
 
-    The squares of relative distances are least: short steps count as much as long ones.
-
-    Args:
-        rows: With tokens, step_ms_median and attention_share (None where it was not seen). Each gets is_fitted,
-            line_ms and off_line, as a share of the line.
-
-    Returns:
-        points, the rows; fixed_ms and ms_per_1000_tokens of the line; worst_off_line, the largest distance of the
-        fitted points, without its sign. All of the line is None where too few points are left for one.
+    The squares of relative distances are least: short steps count as much as long ones. Each row gets is_fitted,
+    line_ms and off_line, as a share of the line. The result has the rows as points; fixed_ms and ms_per_1000_tokens
+    of the line; worst_off_line, the largest distance of fitted points, without its sign. All of the line is None
+    where too few points are left for one.
     """
     for row in rows:
         row["is_fitted"] = (row["attention_share"] or 0.0) <= DOMINATES
@@ -190,7 +170,6 @@ def fit_line(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def growth_table(grows: str) -> Table:
-    """Return the table of a sweep over ratios or frames."""
     return Table(
         (grows, 8, "g"), ("selected", 10, "d"), ("visible", 9, "d"), ("ms", 11, ".1f"), ("p90", 11, ".1f"),
         ("ms/1000", 9, ".2f"), ("line", 11, ".1f"), ("off", 9, "+.1%"), ("attention", 11, ".1%"),
@@ -221,8 +200,3 @@ def _require_points(option: str, values: Sequence[float]) -> None:
             f"{option} {' '.join(map(str, values))} must name at least {LEAST_POINTS} different values, each once: "
             "a line goes through any two points"
         )
-
-
-def _decimal(ratio: float) -> Fraction:
-    """Return a ratio as the decimal that was written."""
-    return Fraction(repr(float(ratio)))

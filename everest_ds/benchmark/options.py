@@ -17,7 +17,6 @@ from everest_ds.train.precision import PrecisionName
 
 ReferenceName = Literal["everest", "videomae"]
 OneReader = Literal["decord", "pyav", "torchcodec"]
-_AUTO_READERS: tuple[OneReader, ...] = ("pyav", "decord")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,50 +56,32 @@ class StepOptions:
     json: bool = False
     """One JSON line a micro-batch, or a sweep, instead of a table."""
 
-    @property
-    def shared_fields(self) -> dict[str, Any]:
-        """What every line says of how it was measured."""
-        return {"steps": self.steps, "warmup": self.warmup, "memory_gib": self.memory_gib}
-
     def sizes(self, config: Config) -> tuple[int, ...] | None:
-        """Return the micro-batches to measure, in order; None for auto.
-
-        Raises:
-            UserError: One is not a number of clips.
-        """
+        """Return the micro-batches to measure, in order; None for auto."""
         if self.micro_batch == ("auto",):
             return None
         if not self.micro_batch:
             return (config.batch.micro_size,)
         sizes = [int(word) if word.isdecimal() else 0 for word in self.micro_batch]
         if min(sizes) < 1:
-            raise UserError(
-                f"--micro-batch {' '.join(self.micro_batch)} must be auto, or numbers of clips of at least 1"
-            )
+            words = " ".join(self.micro_batch)
+            raise UserError(f"--micro-batch {words} must be auto, or numbers of clips of at least 1")
         return tuple(sizes)
 
     def require_consistent(self, config: Config, world: World) -> None:
-        """Refuse options that are out of range, or that would have no effect together.
-
-        Raises:
-            UserError: Such options; names them and the way out.
-        """
+        """Refuse options that are out of range, or that would have no effect together."""
         for name, value, least in (("steps", self.steps, 1), ("warmup", self.warmup, 0)):
             if value < least:
                 raise UserError(f"--{name} {value} must be at least {least}")
         if self.memory_gib is not None and not 0 < self.memory_gib < float("inf"):
             raise UserError(f"--memory-gib {self.memory_gib} must be a number of GiB above 0")
-        modes = [
-            f"--{name.replace('_', '-')}"
-            for name in ("compare", "sweep_stages", "sweep_ratio", "sweep_frames")
-            if getattr(self, name)
-        ]
+        names = ("compare", "sweep_stages", "sweep_ratio", "sweep_frames")
+        modes = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name)]
         if len(modes) > 1:
             raise UserError(f"{' and '.join(modes)} are measurements of their own; take them one by one")
         if (self.compare or self.sweep_stages) and self.ds_config is not None:
-            raise UserError(
-                f"{modes[0]} with --ds-config {self.ds_config}: {modes[0]} takes no DeepSpeed file; leave it out"
-            )
+            given = f"{modes[0]} with --ds-config {self.ds_config}"
+            raise UserError(f"{given}: {modes[0]} takes no DeepSpeed file; leave it out")
         if modes and world.size > 1:
             raise UserError(f"{modes[0]} is started without a launcher, got {world.size} processes")
         if self.compare and not isinstance(config, PretrainConfig):
@@ -136,12 +117,10 @@ class DataBenchmarkOptions:
     """One JSON line for each list and way instead of a table."""
 
     def __post_init__(self) -> None:
-        """Check each field by itself."""
-        counts = [("rounds", self.rounds), ("clips", self.clips)]
-        counts += [(name, value) for name in ("repeats", "workers") for value in getattr(self, name)]
-        for name, value in counts:
-            if value < 1:
-                raise UserError(f"--{name} {value} must be at least 1")
+        counts = {"rounds": [self.rounds], "clips": [self.clips], "repeats": self.repeats, "workers": self.workers}
+        for name, values in counts.items():
+            if values and min(values) < 1:
+                raise UserError(f"--{name} {min(values)} must be at least 1")
         if not self.repeats:
             raise UserError("--repeats has no number; give 1 for a clip a video, and others beside it")
         if self.clips_per_s is not None and not self.clips_per_s > 0:
@@ -158,7 +137,7 @@ class FlopsOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StepJob:
-    """Steps that are to be measured; sizes are the micro-batches in order, None for auto."""
+    """Steps to measure; sizes are the micro-batches in order, None for auto."""
 
     config: Config
     options: StepOptions
@@ -166,7 +145,6 @@ class StepJob:
 
 
 def check_step(config: Config, options: StepOptions, world: World) -> StepJob:
-    """Refuse options that cannot be; see `StepOptions`."""
     sizes = options.sizes(config)
     options.require_consistent(config, world)
     return StepJob(config=config, options=options, sizes=sizes)
@@ -174,7 +152,7 @@ def check_step(config: Config, options: StepOptions, world: World) -> StepJob:
 
 @dataclass(frozen=True, kw_only=True)
 class DataJob:
-    """Clips that are to be measured: each list with its content, and the libraries to read it with."""
+    """Clips to measure: each list with its content, and the libraries to read it with."""
 
     options: DataBenchmarkOptions
     runs: list[tuple[Path, Lists]]
@@ -187,7 +165,8 @@ def check_data(config: Config, options: DataBenchmarkOptions) -> DataJob:
     Raises:
         UserError: A list is missing or empty, or a reader is not available here.
     """
-    lists = options.lists or tuple(Path(name) for name in [config.data.train_list] if name is not None)
+    default = () if config.data.train_list is None else (Path(config.data.train_list),)
+    lists = options.lists or default
     if not lists:
         raise UserError("no list to measure; give --data.train-list FILE, or --lists FILE... for several")
     unscored: Any = {"val_list": None, "test_list": None} if isinstance(config, FinetuneConfig) else {}
@@ -195,25 +174,16 @@ def check_data(config: Config, options: DataBenchmarkOptions) -> DataJob:
     for path in dict.fromkeys(lists):
         data: Any = replace(config.data, train_list=str(path), **unscored)
         runs.append((path, read_lists(replace(config, data=data))))
-    readers = _readers(config, options)
+    readers: list[Any] = [
+        choose_reader(reader) for reader in dict.fromkeys(options.readers or (config.data.reader,))
+    ]
+    if not options.readers and config.data.reader == "auto":
+        readers = [reader for reader in ("pyav", "decord") if obstacle(reader) is None]
     if config.data.keep_decoded:
         raise UserError("data.keep_decoded keeps frames in memory, so that no reading is left to measure; unset it")
     if options.compare:
         _require_comparable(config, [row for _, run in runs for row in run.train])
     return DataJob(options=options, runs=runs, readers=readers)
-
-
-def _readers(config: Config, options: DataBenchmarkOptions) -> list[OneReader]:
-    """Return the readers to measure; refuse those that are not available."""
-    if options.readers:
-        wanted = list(dict.fromkeys(options.readers))
-        for reader in wanted:
-            choose_reader(reader)
-        return wanted
-    chosen = choose_reader(config.data.reader)
-    if config.data.reader != "auto":
-        return [chosen]  # type: ignore[list-item]
-    return [reader for reader in _AUTO_READERS if obstacle(reader) is None]
 
 
 def _require_comparable(config: Config, rows: Sequence[VideoRow]) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,88 +11,64 @@ from typing import Any
 
 import torch
 
+from everest_ds.benchmark.options import StepOptions
 from everest_ds.config import Config
 from everest_ds.distributed import World
 from everest_ds.train.checkpoints.run_dir import describe_environment
 
-_DATA_PACKAGES = ("torchvision", "av", "torchcodec", "pillow")
+Rows = Callable[[dict[str, Any]], Iterable[str]]
+"""Turns a line into rows of a table."""
 
 
 class Table:
-    """Columns of a printed table.
-
-    Args:
-        columns: Name, width, and format of the values of each; `<` is text that is aligned left.
-    """
+    """Columns of a printed table: name, width, and format of values; `<` is text that is aligned left."""
 
     def __init__(self, *columns: tuple[str, int, str]) -> None:
         self._columns = columns
 
     @property
     def head(self) -> str:
-        """The columns' names."""
         return self.row(*(name for name, _, _ in self._columns))
 
     def row(self, *values: float | str | None) -> str:
         """Return a row; None shows as a dash, and columns without a value are left out at the end."""
-        return "".join(_cell(value, *column[1:]) for value, column in zip(values, self._columns, strict=False))
-
-
-def _cell(value: float | str | None, width: int, form: str) -> str:
-    if form == "<":
-        return f"{value:<{width}}"
-    text = "-" if value is None else value if isinstance(value, str) else f"{value:{form}}"
-    return text.rjust(width)
+        cells = ""
+        for value, (_, width, form) in zip(values, self._columns, strict=False):
+            text = "-" if value is None else value if isinstance(value, str) else f"{value:{form}}"
+            cells += f"{text:{'<' if form == '<' else '>'}{width}}"
+        return cells
 
 
 class StepReport:
-    """Prints measured steps as they come, from rank zero.
+    """Prints measured steps as they come, from rank zero: a JSON object each, or rows of a table under a heading.
 
-    Args:
-        world: Rank and size.
-        common: Fields that all lines share, as `run_fields` returns them and more.
-        table: Of the rows.
-        rows: Turns a line into rows of the table.
-        as_json: One JSON object a line instead of the table.
+    All lines have the common fields, those of `run_fields` and more.
     """
 
-    def __init__(
-        self,
-        world: World,
-        common: dict[str, Any],
-        table: Table,
-        rows: Callable[[dict[str, Any]], Iterable[str]],
-        *,
-        as_json: bool,
-    ) -> None:
+    def __init__(self, world: World, common: dict[str, Any], table: Table, rows: Rows, *, as_json: bool) -> None:
         self._world, self._common, self._rows, self._as_json = world, common, rows, as_json
         if world.is_main and not as_json:
             print(f"{_heading(common)}\n\n{table.head}", flush=True)
 
     def print(self, line: dict[str, Any], *, from_any_rank: bool = False) -> None:
-        """Print a line."""
         if self._world.is_main or from_any_rank:
-            print(
-                json.dumps({**self._common, **line}) if self._as_json else "\n".join(self._rows(line)), flush=True
-            )
+            text = json.dumps({**self._common, **line}) if self._as_json else "\n".join(self._rows(line))
+            print(text, flush=True)
 
 
-def run_fields(
-    name: str, config: Config, device: torch.device, *, steps: int, warmup: int, memory_gib: float | None
-) -> dict[str, Any]:
+def run_fields(name: str, config: Config, device: torch.device, options: StepOptions) -> dict[str, Any]:
     """Return what is measured and where, as fields of every line about steps."""
     on_gpu = device.type == "cuda"
-    memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if on_gpu else None
     return {
         "benchmark": name,
         "recipe": config.recipe,
         "size": config.model.size,
         "tokens": config.tokens,
-        "steps": steps,
-        "warmup": warmup,
+        "steps": options.steps,
+        "warmup": options.warmup,
         "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {_cpu_model()}",
-        "device_memory_gib": None if memory is None else round(memory, 2),
-        "memory_gib": memory_gib,
+        "device_memory_gib": round(gpu_memory_gib(device), 2) if on_gpu else None,
+        "memory_gib": options.memory_gib,
         "memory_is": "allocated" if on_gpu else "resident",
         "environment": describe_environment(),
     }
@@ -118,7 +95,7 @@ def _heading(common: dict[str, Any]) -> str:
 def data_environment() -> dict[str, Any]:
     """Return command, commit, versions and hardware, with the libraries that data passes through and the CPU."""
     found = describe_environment()
-    for package in _DATA_PACKAGES:
+    for package in ("torchvision", "av", "torchcodec", "pillow"):
         try:
             found["versions"][package] = version(package)
         except PackageNotFoundError:
@@ -128,12 +105,13 @@ def data_environment() -> dict[str, Any]:
 
 def _cpu_model() -> str:
     """Return the processor's name as Linux gives it; elsewhere the architecture."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    path = Path("/proc/cpuinfo")
+    name = re.search(r"^model name\s*: *(.*)", path.read_text(encoding="utf-8") if path.is_file() else "", re.M)
+    return name[1].strip() if name else platform.machine()
+
+
+def gpu_memory_gib(device: torch.device | int) -> float:
+    return torch.cuda.get_device_properties(device).total_memory / 2**30
 
 
 def rounded(value: float | None, digits: int = 4) -> float | None:

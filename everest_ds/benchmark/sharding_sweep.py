@@ -3,16 +3,6 @@
 Each way is measured by the same command in processes of its own, so that no measurement changes the next one, and
 one that fails leaves the others alone. On several GPUs they are started by `torch.distributed.run --standalone`,
 which finds a free port and ends all processes when one has failed.
-
-The file has one JSON object:
-
-    format       of this file
-    config       the recipe with its flags, as RUN/config.json has it
-    gpus         processes, one a GPU
-    device       its name, device_memory_gib its memory (null on a CPU), environment the versions and the commit
-    rows         the lines of `everest benchmark step`, their ds_config by name
-    faults       why stages could not be measured, by name
-    recommended  the fastest row that makes up the recipe's global batch, or null
 """
 
 import json
@@ -39,11 +29,7 @@ FORMAT = "everest-stages-2"
 
 
 def sweep_stages(config: Config, options: StepOptions) -> int:
-    """Measure every stage, write the recommendation, print both, and return 0; or 1 where a stage failed.
-
-    Raises:
-        UserError: A stage that does not exist, or none could be measured; the last process's message is shown.
-    """
+    """Measure every stage, write the recommendation, print both, and return 0; or 1 where a stage failed."""
     files = shipped_files()
     for name in options.stages:
         if name not in files:
@@ -69,14 +55,14 @@ def sweep_stages(config: Config, options: StepOptions) -> int:
     best = fastest(rows, config.batch.global_size)
     document = {
         "format": FORMAT,
-        "config": asdict(config),
+        "config": asdict(config),  # as RUN/config.json has it
         "gpus": gpus,
         "device": rows[0]["device"],
-        "device_memory_gib": rows[0]["memory_gib"] or rows[0]["device_memory_gib"],
+        "device_memory_gib": rows[0]["memory_gib"] or rows[0]["device_memory_gib"],  # null on a CPU
         "environment": rows[0]["environment"],
-        "rows": rows,
-        "faults": faults,
-        "recommended": best,
+        "rows": rows,  # the lines of `everest benchmark step`, their ds_config by name
+        "faults": faults,  # why stages could not be measured, by name
+        "recommended": best,  # the fastest row that makes up the recipe's global batch, or null
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, document)
@@ -90,14 +76,12 @@ def sweep_stages(config: Config, options: StepOptions) -> int:
 
 def fastest(rows: Sequence[dict[str, Any]], global_size: int) -> dict[str, Any] | None:
     """Return the row of the most clips a second whose micro-batches make up a global batch, or None."""
-    usable = [
-        row for row in rows if not row["out_of_memory"] and global_size % (row["micro_batch"] * row["gpus"]) == 0
-    ]
+    fitting = [row for row in rows if not row["out_of_memory"]]
+    usable = [row for row in fitting if global_size % (row["micro_batch"] * row["gpus"]) == 0]
     return max(usable, key=lambda row: float(row["clips_per_s"]), default=None)
 
 
 def _command(recipe: Path, ds_config: Path, gpus: int, options: StepOptions) -> list[str]:
-    """Return the command that measures one stage."""
     start = [sys.executable, "-m"]
     if gpus > 1:
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), "-m"]
@@ -112,12 +96,10 @@ def _command(recipe: Path, ds_config: Path, gpus: int, options: StepOptions) -> 
 
 def _run(command: Sequence[str], gpus: int) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; on a CPU its processes share the cores."""
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // gpus)), **os.environ}
+    pipe = subprocess.PIPE
     with (
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        ) as process,
+        subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process,
         ending_with_us(process),
     ):
         stdout, stderr = process.communicate()
@@ -132,13 +114,9 @@ def _last_line(stderr: str) -> str:
 
 
 def _print_stage(name: str, rows: Sequence[dict[str, Any]], fault: str | None) -> None:
+    form = "{clips_per_s:.2f} clips/s, step {step_ms_median:.1f} ms, {peak_allocated_gib:.2f} GiB"
     for row in rows:
-        text = "out of memory"
-        if not row["out_of_memory"]:
-            text = (
-                f"{row['clips_per_s']:.2f} clips/s, step {row['step_ms_median']:.1f} ms, "
-                f"{row['peak_allocated_gib']:.2f} GiB"
-            )
+        text = "out of memory" if row["out_of_memory"] else form.format_map(row)
         print(f"{name:<14} micro-batch {row['micro_batch']:>5}: {text}", flush=True)
     if fault:
         print(f"{name:<14} failed: {fault}", flush=True)

@@ -34,11 +34,7 @@ TABLE = Table(
 
 
 def run(job: StepJob, world: World) -> int:
-    """Measure, print, and return the exit code: 0, or 1 where a stage failed, or memory ran out on several GPUs.
-
-    Raises:
-        UserError: Options that this machine or recipe does not allow.
-    """
+    """Measure, print, and return the exit code: 0, or 1 where a stage failed, or memory ran out on several GPUs."""
     config, options, sizes = job.config, job.options, job.sizes
     if options.sweep_stages:
         return sweep_stages(config, options)
@@ -64,7 +60,7 @@ def _measure(config: Config, options: StepOptions, sizes: Iterable[int], first: 
     bench = build_workbench(config, options.ds_config, options.precision, world, micro_size=first)
     ceiling = measure_ceiling(bench.device)
     common = {
-        **run_fields("step", config, bench.device, **options.shared_fields),
+        **run_fields("step", config, bench.device, options),
         "gpus": world.size,
         "ds_config": None if options.ds_config is None else str(options.ds_config),
         **bench.fields(),
@@ -74,9 +70,8 @@ def _measure(config: Config, options: StepOptions, sizes: Iterable[int], first: 
     for size in sizes:
         distributed.barrier()  # a process that fails must not end the others before they have said what they know
         try:
-            measured = measure_steps(
-                bench, size, steps=options.steps, warmup=options.warmup, ceiling_tflops=ceiling
-            )
+            steps, warmup = options.steps, options.warmup
+            measured = measure_steps(bench, size, steps=steps, warmup=warmup, ceiling_tflops=ceiling)
         except torch.OutOfMemoryError:
             line: dict[str, Any] = {"micro_batch": size, "out_of_memory": True}
             if world.size == 1:

@@ -24,22 +24,15 @@ PARTS: tuple[Part, ...] = ("attention", "linear", "other", "optimiser", "communi
 OPTIMISER_REGION = "everest.optimiser"
 
 # The first match counts: what is sent during the optimiser's step is communication.
-_RULES: tuple[tuple[Part, re.Pattern[str]], ...] = (
-    ("communication", re.compile(r"nccl|^gloo:|c10d::|record_param_comms", re.IGNORECASE)),
-    ("optimiser", re.compile(rf"{re.escape(OPTIMISER_REGION)}|_fused_adam|FusedAdam")),
-    (
-        "attention",
-        re.compile(r"scaled_dot_product|ScaledDotProduct|flash|fmha|_efficient_attention|varlen_attn|sdpa"),
+_RULES: dict[Part, str] = {
+    "communication": r"(?i)nccl|^gloo:|c10d::|record_param_comms",
+    "optimiser": rf"{re.escape(OPTIMISER_REGION)}|_fused_adam|FusedAdam",
+    "attention": r"scaled_dot_product|ScaledDotProduct|flash|fmha|_efficient_attention|varlen_attn|sdpa",
+    "linear": (
+        r"(?i)^aten::(mm|addmm|bmm|baddbmm|addmv|mv|linear|matmul|\w*convolution\w*|conv[123]d|mkldnn_linear)$"
+        r"|gemm|gemv|nvjet|cublas|cutlass|xmma|implicit_convolve|wgrad|dgrad"
     ),
-    (
-        "linear",
-        re.compile(
-            r"^aten::(mm|addmm|bmm|baddbmm|addmv|mv|linear|matmul|\w*convolution\w*|conv[123]d|mkldnn_linear)$"
-            r"|gemm|gemv|nvjet|cublas|cutlass|xmma|implicit_convolve|wgrad|dgrad",
-            re.IGNORECASE,
-        ),
-    ),
-)
+}
 
 
 class Marks:
@@ -50,13 +43,11 @@ class Marks:
         self._marks: list[Any] = []
 
     def mark(self) -> None:
-        """Set a mark."""
         if self._device.type != "cuda":
             self._marks.append(time.perf_counter())
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._marks.append(event)
+        else:
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record()
 
     def seconds(self) -> list[float]:
         """Return the times from each mark to the next, once the device has come to the last one."""
@@ -80,11 +71,8 @@ def work_seconds(device: torch.device) -> float:
 
 def step_times(seconds: Sequence[float]) -> dict[str, float]:
     """Return median and p90, the smallest time that nine tenths do not exceed, as fields of a line."""
-    p90 = float(np.percentile(seconds, 90, method="inverted_cdf"))
-    return {
-        "step_ms_median": round(statistics.median(seconds) * 1e3, 3),
-        "step_ms_p90": round(p90 * 1e3, 3),
-    }
+    median, p90 = statistics.median(seconds), float(np.percentile(seconds, 90, method="inverted_cdf"))
+    return {"step_ms_median": round(median * 1e3, 3), "step_ms_p90": round(p90 * 1e3, 3)}
 
 
 @dataclass(frozen=True)
@@ -101,19 +89,14 @@ class Side:
 
 @dataclass(kw_only=True)
 class SideTimes:
-    """Result of a side.
-
-    Attributes:
-        seconds: Of each timed round.
-        loss: Of the last step.
-        peak_gib: The most that a step allocated beyond what was allocated before it; None on a CPU.
-        out_of_memory: Whether it ran out of memory; it is then left out of the rounds that follow.
-    """
+    """Result of a side: seconds of each timed round, loss of the last step."""
 
     seconds: list[float] = field(default_factory=list)
     loss: float = float("nan")
     peak_gib: float | None = None
+    """What the last step allocated at most beyond what was allocated before it; None on a CPU."""
     out_of_memory: bool = False
+    """It is then left out of the rounds that follow."""
 
 
 def interleave(
@@ -163,19 +146,17 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype, edge: int, rounds: i
     """
     generator = torch.Generator(device).manual_seed(0)
     first, second = (torch.randn(edge, edge, device=device, generator=generator).to(dtype) for _ in range(2))
-    out = torch.empty_like(first)
-    for _ in range(MATMUL_WARMUP):
+    out, marks = torch.empty_like(first), Marks(device)
+    for number in range(MATMUL_WARMUP + rounds):
+        if number >= MATMUL_WARMUP:
+            marks.mark()
         torch.mm(first, second, out=out)
-    marks = Marks(device)
     marks.mark()
-    for _ in range(rounds):
-        torch.mm(first, second, out=out)
-        marks.mark()
     return 2 * edge**3 / statistics.median(marks.seconds()) / 1e12
 
 
 def measure_ceiling(device: torch.device) -> float | None:
-    """Return the best bfloat16 rate of a GPU over some sizes, in TFLOP/s; None for a CPU."""
+    """Return the best bfloat16 rate of a GPU over `EDGES`, in TFLOP/s; None for a CPU."""
     if device.type != "cuda":
         return None
     best = max(matmul_tflops(device, torch.bfloat16, edge) for edge in EDGES)
@@ -200,7 +181,7 @@ def profiled_shares(device: torch.device, step: Callable[[], object]) -> dict[Pa
 def classify(names: Iterable[str]) -> Part:
     """Return the part of a kernel by its name and those of the operators above it, in any order."""
     names = list(names)
-    return next((part for part, pattern in _RULES if any(map(pattern.search, names))), "other")
+    return next((part for part, rule in _RULES.items() if any(re.search(rule, name) for name in names)), "other")
 
 
 def time_shares(events: Sequence[Any], device_type: str) -> dict[Part, float] | None:
@@ -238,8 +219,4 @@ def _kernel_times(events: Sequence[Any]) -> Iterator[tuple[list[str], float]]:
 
 
 def _names_upwards(event: Any) -> list[str]:
-    names = []
-    while event is not None:
-        names.append(event.name)
-        event = event.cpu_parent
-    return names
+    return [] if event is None else [event.name, *_names_upwards(event.cpu_parent)]

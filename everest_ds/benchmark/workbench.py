@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from everest_ds import distributed
-from everest_ds.benchmark.report import rounded
+from everest_ds.benchmark.report import gpu_memory_gib, rounded
 from everest_ds.benchmark.timing import OPTIMISER_REGION, Marks, profiled_shares, step_times
 from everest_ds.config import BatchConfig, Config, FinetuneConfig, PretrainConfig
 from everest_ds.data.clips.dataset import ClipBatch
@@ -31,17 +31,15 @@ from everest_ds.train.record.metrics import peak_memory_gib, peak_tflops
 from everest_ds.train.selecting import num_pretrain_noise
 from everest_ds.train.tasks import Task, make_task
 
+# How far the square of `moving_clips` moves from one frame to the next.
 PIXELS_A_FRAME = 3
-"""How far the square of `moving_clips` moves from one frame to the next."""
 
 
 def moving_clips(count: int, num_frames: int, image_size: int, generator: torch.Generator) -> Tensor:
     """Return clips in which a textured square moves over a textured ground that stands still.
 
-    Some tokens change and others do not, as in video, so that selection and its budgets have work to do.
-
-    Returns:
-        clips_BCTHW, uint8, on the generator's device.
+    Some tokens change and others do not, as in video, so that selection and its budgets have work to do. The clips
+    are clips_BCTHW, uint8, on the generator's device.
     """
 
     def texture(edge: int) -> Tensor:
@@ -59,27 +57,23 @@ def moving_clips(count: int, num_frames: int, image_size: int, generator: torch.
 
 def synthetic_batch(task: Task, count: int, device: torch.device, seed: int) -> ClipBatch:
     """Return a micro-batch of so many clips, as a loader would hand it over, on the device; a seed repeats it."""
-    config = task.config
+    config, index_B, target_BK = task.config, torch.arange(count, device=device), None
     generator = torch.Generator(device).manual_seed(seed)
-    frames = config.candidate_frames if isinstance(config, PretrainConfig) else config.data.num_frames
-    clips_BCTHW = moving_clips(count, frames, config.data.image_size, generator)
-    label_B, target_BK = torch.zeros(count, dtype=torch.int64, device=device), None
     if isinstance(config, PretrainConfig):
-        noise_length = num_pretrain_noise(config)
+        frames, noise_length, label_B = config.candidate_frames, num_pretrain_noise(config), index_B * 0
     else:
+        assert isinstance(config, FinetuneConfig)
         assert isinstance(task.model, EverestClassifier)
-        noise_length = task.model.num_noise(config.grid)
-    noise_BS = torch.rand(count, noise_length, device=device, generator=generator)
-    if isinstance(config, FinetuneConfig):
         assert config.data.num_classes is not None
-        label_B = torch.arange(count, device=device) % config.data.num_classes
+        frames, noise_length = config.data.num_frames, task.model.num_noise(config.grid)
+        label_B = index_B % config.data.num_classes
         target_BK = F.one_hot(label_B, config.data.num_classes).float() if config.data.mixes else None
     return ClipBatch(
-        clips_BCTHW=clips_BCTHW,
+        clips_BCTHW=moving_clips(count, frames, config.data.image_size, generator),
         frames_BT=torch.arange(frames, device=device).expand(count, -1),
-        noise_BS=noise_BS,
+        noise_BS=torch.rand(count, noise_length, device=device, generator=generator),
         label_B=label_B,
-        index_B=torch.arange(count, device=device),
+        index_B=index_B,
         target_BK=target_BK,
     )
 
@@ -98,14 +92,12 @@ class Workbench:
 
     def fields(self) -> dict[str, Any]:
         """Return the settings that all lines of a measurement share, besides the machine."""
-        model = self.task.config.model
+        names = ("activation_checkpointing", "recompute_attention", "compile_blocks")
         return {
             "zero_stage": engines.zero_stage(self.ds_config),
             "precision": precision_of(self.ds_config).name,
             "attention": self.attention,
-            "activation_checkpointing": model.activation_checkpointing,
-            "recompute_attention": model.recompute_attention,
-            "compile_blocks": model.compile_blocks,
+            **{name: getattr(self.task.config.model, name) for name in names},
         }
 
 
@@ -115,22 +107,14 @@ def build_workbench(
     """Join the processes and build task and engine, weights drawn from the run's seed.
 
     The recipe's batch does not count: each process takes one micro-batch a step, and every step updates.
-
-    Raises:
-        UserError: The DeepSpeed file or the attention backend is not available here.
     """
     config = with_classes(config)
     config = replace(config, batch=BatchConfig(global_size=micro_size * world.size, micro_size=micro_size))
     systems = engines.load_systems(ds_config_file)
     engines.check_sections(systems, str(ds_config_file))
     device_type = "cuda" if distributed.select_accelerator() else "cpu"
-    size = get_size(config.model.size)
-    backend = choose_backend(
-        config.model.attention,
-        torch.device(device_type),
-        choose_precision(systems, precision, device_type).matmul_dtype,
-        size.width // size.num_heads,
-    )
+    size, dtype = get_size(config.model.size), choose_precision(systems, precision, device_type).matmul_dtype
+    backend = choose_backend(config.model.attention, torch.device(device_type), dtype, size.width // size.num_heads)
     engines.check_compilation(config, systems, device_type)
     device = distributed.start(world)
     ds_config = engines.resolve_ds_config(
@@ -170,16 +154,13 @@ def measure_steps(
 
     A step lasts as long as that of the slowest process. MFU counts the operations that the kept tokens need,
     forward and backward, and the ranking of all tokens; no recomputation. The ceiling is None on a CPU.
-
-    Raises:
-        torch.OutOfMemoryError: The micro-batch does not fit.
     """
     device, task = bench.device, bench.task
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    batch = synthetic_batch(task, micro_size, device, task.config.run.seed + bench.world.rank)
-    inputs = task.inputs(batch, device)
+    seed = task.config.run.seed + bench.world.rank
+    inputs = task.inputs(synthetic_batch(task, micro_size, device, seed), device)
     for _ in range(warmup):
         take_step(bench, inputs)
     marks, tokens = Marks(device), 0
@@ -204,22 +185,18 @@ def measure_steps(
         "peak_reserved_gib": None if reserved is None else round(max(reserved_of), 4),
         "tflops": round(used_tflops, 4),
         "ceiling_tflops": rounded(ceiling_tflops, 1),
-        "mfu": None if ceiling_tflops is None else round(used_tflops / ceiling_tflops, 4),
+        "mfu": rounded(ceiling_tflops and used_tflops / ceiling_tflops),
         "data_sheet_tflops": sheet_tflops,
-        "mfu_data_sheet": None if sheet_tflops is None else round(used_tflops / sheet_tflops, 4),
+        "mfu_data_sheet": rounded(sheet_tflops and used_tflops / sheet_tflops),
         "shares": shares,
     }
 
 
 def limit_memory(memory_gib: float | None, world: World) -> None:
-    """Let the allocator of this process's GPU take no more than so much; None limits nothing.
-
-    Raises:
-        UserError: The GPU has less.
-    """
+    """Let the allocator of this process's GPU take no more than so much; refuse more than the GPU has."""
     if memory_gib is None:
         return
-    whole = torch.cuda.get_device_properties(world.local_rank).total_memory / 2**30
+    whole = gpu_memory_gib(world.local_rank)
     if memory_gib > whole:
         raise UserError(f"--memory-gib {memory_gib:g} is more than this GPU has, {whole:.2f}")
     torch.cuda.set_per_process_memory_fraction(memory_gib / whole, world.local_rank)
