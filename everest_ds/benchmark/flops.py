@@ -1,9 +1,9 @@
 """`everest benchmark flops`: the paper's costs and parameters beside ours, counted over the model itself."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -22,7 +22,7 @@ from everest_ds.tokens import TokenGrid, count_candidate_steps, count_selection
 
 @dataclass(frozen=True, kw_only=True)
 class PaperRow:
-    """One cost of the paper, by table; None where it prints none.
+    """One cost of the paper; None where it prints none. Rows are equal that have the same model.
 
     Attributes:
         gmacs: The paper calls them GFLOPs.
@@ -32,10 +32,10 @@ class PaperRow:
         embedding_layers: Conv3d layers of the embedding.
     """
 
-    table: str
-    name: str
-    gmacs: float | None
-    parameters: float | None = None
+    table: str = field(compare=False)
+    name: str = field(compare=False)
+    gmacs: float | None = field(compare=False)
+    parameters: float | None = field(default=None, compare=False)
     size: str = "base"
     phase: TaskName = "pretrain"
     ratio: float | None = None
@@ -43,6 +43,10 @@ class PaperRow:
     alpha: float = 1.0
     embedding_layers: Literal[1, 2, 3] = 1
     num_classes: int = 400
+
+    @property
+    def grid(self) -> TokenGrid:
+        return TokenGrid.of_clip(num_frames=self.num_frames, height=224, width=224, tubelet_size=2, patch_size=16)
 
 
 def _everest(table: str, phase: TaskName, size: str, ratio: float, gmacs: float | None) -> PaperRow:
@@ -57,9 +61,8 @@ def _fine_tunings(table: str, size: str, full: float, everest: float) -> list[Pa
 
 
 def _table_1(size: str, tube: float, pretrain: float, full: float, finetune: float) -> list[PaperRow]:
-    name = f"PT VideoMAE ViT-{size[0].upper()}, tube 0.9"
     return [
-        PaperRow(table="1", name=name, gmacs=tube, size=size),
+        PaperRow(table="1", name=f"PT VideoMAE ViT-{size[0].upper()}, tube 0.9", gmacs=tube, size=size),
         # The table's number is that of rho_pre 0.4, not the 0.3 of Table 7.
         _everest("1", "pretrain", size, 0.4, pretrain),
         _everest("-", "pretrain", size, 0.3, None),
@@ -67,18 +70,15 @@ def _table_1(size: str, tube: float, pretrain: float, full: float, finetune: flo
     ]
 
 
-def _table_15(layers: Literal[1, 2, 3], *costs: float) -> list[PaperRow]:
+def _table_15(layers: Literal[1, 2, 3], pre: float, fine: float, *parameters: float) -> list[PaperRow]:
     """Layers of the embedding. Accuracies are of HMDB51, and its 51 classes give the printed parameters."""
-    pre, fine, pre_parameters, fine_parameters = costs
-    before = PaperRow(
-        table="15", name=f"PT ViT-B, {layers} Conv3d", gmacs=pre, parameters=pre_parameters, ratio=0.3,
-        embedding_layers=layers,
-    )  # fmt: skip
-    after = replace(
-        before, name=f"FT ViT-B, {layers} Conv3d", gmacs=fine, parameters=fine_parameters, phase="finetune",
-        ratio=0.6, num_classes=51,
-    )  # fmt: skip
-    return [before, after]
+    common: dict[str, Any] = {"table": "15", "embedding_layers": layers}
+    names = [f"{task} ViT-B, {layers} Conv3d" for task in ("PT", "FT")]
+    tuned: dict[str, Any] = {"phase": "finetune", "ratio": 0.6, "num_classes": 51}
+    return [
+        PaperRow(name=names[0], gmacs=pre, parameters=parameters[0], ratio=0.3, **common),
+        PaperRow(name=names[1], gmacs=fine, parameters=parameters[1], **tuned, **common),
+    ]
 
 
 PAPER_ROWS = [
@@ -90,14 +90,8 @@ PAPER_ROWS = [
     *_fine_tunings("11", "small", 57.0, 29.1),
     *_fine_tunings("11", "base", 180.5, 98.1),
     *_fine_tunings("11", "large", 597.2, 330.0),
-    *(
-        _everest("10", "pretrain", "base", rho, g)
-        for rho, g in ((0.5, 23.43), (0.4, 21.54), (0.3, 19.81), (0.2, 18.22))
-    ),
-    *(
-        _everest("10", "finetune", "base", rho, g)
-        for rho, g in ((0.8, 137.5), (0.7, 117.3), (0.6, 98.1), (0.5, 79.8))
-    ),
+    *(_everest("10", "pretrain", "base", *row) for row in ((0.5, 23.43), (0.4, 21.54), (0.3, 19.81), (0.2, 18.22))),
+    *(_everest("10", "finetune", "base", *row) for row in ((0.8, 137.5), (0.7, 117.3), (0.6, 98.1), (0.5, 79.8))),
     replace(_everest("12", "pretrain", "base", 0.3, 30.65), name="PT EVEREST ViT-B, 24 frames", num_frames=24),
     replace(_everest("12", "finetune", "base", 0.6, 159.4), name="FT EVEREST ViT-B, 24 frames", num_frames=24),
     *_table_15(1, 19.8, 98.1, 94.2, 86.3),
@@ -113,47 +107,34 @@ PAPER_ROWS = [
 ]
 
 
+@lru_cache
+def build_model(row: PaperRow) -> EverestAutoencoder | EverestClassifier:
+    """Build the row's model on the meta device."""
+    options, size = EncoderOptions(embedding_layers=row.embedding_layers), get_size(row.size)
+    with torch.device("meta"):
+        if row.phase == "pretrain":
+            return EverestAutoencoder(size, row.grid, options)
+        rule = SelectionRule(selected_ratio=row.ratio or 1.0)
+        return EverestClassifier(size, row.grid, options, num_classes=row.num_classes, rule=rule)
+
+
+@lru_cache
 def count_row(row: PaperRow) -> ClipMacs:
-    """Build the row's model on the meta device and count one clip through it."""
-    return _count(_model_of(row))
+    """Count one clip through the row's model."""
+    model, grid = build_model(row), row.grid
+    if isinstance(model, EverestClassifier):
+        return classifier_macs(model, grid)
+    counts = count_selection("rero" if row.ratio else "tube", grid, row.ratio or 1.0, 0.1, "masked")
+    candidates = replace(grid, time=count_candidate_steps(grid.time, row.alpha)) if row.ratio else None
+    macs = autoencoder_macs(model, grid, num_visible=counts.visible, num_targets=counts.targets, ranked=candidates)
+    if candidates is None:
+        return macs
+    return replace(macs, embedding_all=macs.ranking)  # by the paper's rule too every candidate is embedded
 
 
 def num_parameters(row: PaperRow) -> int:
     """Return the number of trained parameters of the row's model; positions are fixed."""
-    return sum(parameter.numel() for parameter in _build(_model_of(row)).parameters())
-
-
-def _model_of(row: PaperRow) -> PaperRow:
-    return replace(row, table="", name="", gmacs=None, parameters=None)  # several tables have the same model
-
-
-@lru_cache
-def _build(row: PaperRow) -> EverestAutoencoder | EverestClassifier:
-    options = EncoderOptions(embedding_layers=row.embedding_layers)
-    size, grid = get_size(row.size), _grid(row)
-    with torch.device("meta"):
-        if row.phase == "pretrain":
-            return EverestAutoencoder(size, grid, options)
-        rule = SelectionRule(selected_ratio=row.ratio or 1.0)
-        return EverestClassifier(size, grid, options, num_classes=row.num_classes, rule=rule)
-
-
-@lru_cache
-def _count(row: PaperRow) -> ClipMacs:
-    model, grid = _build(row), _grid(row)
-    if isinstance(model, EverestClassifier):
-        return classifier_macs(model, grid)
-    if row.ratio is None:
-        counts = count_selection("tube", grid, 1.0, 0.1, "masked")
-        return autoencoder_macs(model, grid, num_visible=counts.visible, num_targets=counts.targets, ranked=None)
-    counts = count_selection("rero", grid, row.ratio, 0.1, "masked")
-    candidates = replace(grid, time=count_candidate_steps(grid.time, row.alpha))
-    macs = autoencoder_macs(model, grid, num_visible=counts.visible, num_targets=counts.targets, ranked=candidates)
-    return replace(macs, embedding_all=macs.ranking)  # by the paper's rule too every candidate is embedded
-
-
-def _grid(row: PaperRow) -> TokenGrid:
-    return TokenGrid.of_clip(num_frames=row.num_frames, height=224, width=224, tubelet_size=2, patch_size=16)
+    return sum(parameter.numel() for parameter in build_model(row).parameters())
 
 
 def run(options: FlopsOptions, world: World) -> int:

@@ -1,7 +1,7 @@
 """`everest benchmark step RECIPE --sweep-ratio ...` or `--sweep-frames ...`: what a step costs as its work grows.
 
-Each point has its own task, engine and clips, of the same first weights; their steps are interleaved, so memory holds
-all of them. A straight line through their times separates a step's fixed cost (the optimiser, and the ranking of all
+Each point has its own task, engine and clips, and the same first weights; steps are interleaved, so memory holds
+all points. A straight line through their times separates a step's fixed cost (the optimiser, and the ranking of all
 tokens where the ratio grows) from that of each further token. Attention alone grows with the square of a clip's
 tokens: points whose time is mostly attention are shown, but are left out of the fit.
 """
@@ -69,19 +69,17 @@ def sweep_growth(config: Config, options: StepOptions, sizes: Sequence[int] | No
 
 
 def ratio_points(config: Config, ratios: Sequence[float]) -> dict[float, Config]:
-    """Return a recipe at several ratios, the same share of the selected tokens visible at each; none without any."""
+    """Return a recipe at several ratios, with the same share of the selected tokens visible; none without."""
     _require_points("--sweep-ratio", ratios)
     if isinstance(config, FinetuneConfig):
         return {ratio: replace(config, selection=replace(config.selection, keep_ratio=ratio)) for ratio in ratios}
     assert isinstance(config, PretrainConfig)
     # Exact, of the decimals that were written: the recipe's own ratio gives its own configuration.
-    visible, selected = (
-        Fraction(repr(r)) for r in (config.selection.visible_ratio, config.selection.selected_ratio)
-    )
+    share = Fraction(repr(config.selection.visible_ratio)) / Fraction(repr(config.selection.selected_ratio))
     points: dict[float, Config] = {}
     for ratio in ratios:
-        shown = float(Fraction(repr(ratio)) * visible / selected)
-        selection = replace(config.selection, selected_ratio=ratio, visible_ratio=shown)
+        visible = float(Fraction(repr(ratio)) * share)
+        selection = replace(config.selection, selected_ratio=ratio, visible_ratio=visible)
         points[ratio] = replace(config, selection=selection)
     return points
 

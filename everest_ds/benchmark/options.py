@@ -80,8 +80,8 @@ class StepOptions:
         if len(modes) > 1:
             raise UserError(f"{' and '.join(modes)} are measurements of their own; take them one by one")
         if (self.compare or self.sweep_stages) and self.ds_config is not None:
-            given = f"{modes[0]} with --ds-config {self.ds_config}"
-            raise UserError(f"{given}: {modes[0]} takes no DeepSpeed file; leave it out")
+            both = f"{modes[0]} with --ds-config {self.ds_config}"
+            raise UserError(f"{both}: {modes[0]} takes no DeepSpeed file; leave it out")
         if modes and world.size > 1:
             raise UserError(f"{modes[0]} is started without a launcher, got {world.size} processes")
         if self.compare and not isinstance(config, PretrainConfig):
