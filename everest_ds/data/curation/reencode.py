@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from numpy.typing import NDArray
-from torchvision.transforms.v2 import functional as tvf
+from torch.nn import functional as F
 
 from everest_ds.config.sections import ReaderName
 from everest_ds.data.curation.preparation import (
@@ -232,9 +232,9 @@ def _resized(frame_HWC: NDArray[np.uint8], short_side: int | None, path: Path) -
         raise VideoReadError(path, f"its frames of {width}x{height} pixels are too small to encode")
     if (new_width, new_height) == (width // 2 * 2, height // 2 * 2):
         return np.ascontiguousarray(frame_HWC[:new_height, :new_width])
-    frame_CHW = rearrange(torch.from_numpy(np.ascontiguousarray(frame_HWC)), "h w c -> c h w")
-    small_CHW = tvf.resize(frame_CHW, [new_height, new_width], antialias=True)
-    return rearrange(small_CHW, "c h w -> h w c").contiguous().numpy()
+    frame_1CHW = rearrange(torch.from_numpy(np.ascontiguousarray(frame_HWC)), "h w c -> 1 c h w")
+    small_1CHW = F.interpolate(frame_1CHW, (new_height, new_width), mode="bilinear", antialias=True)
+    return rearrange(small_1CHW, "1 c h w -> h w c").contiguous().numpy()
 
 
 def _sample_places(num_frames: int) -> list[int]:

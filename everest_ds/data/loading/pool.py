@@ -8,6 +8,7 @@ that has ended is replaced, and the other items that it was given are queued aga
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -31,11 +32,12 @@ _LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _STARTING_S = 120.0
 _MAX_FAILED_STARTS = 3
 _LOOK_AGAIN_S = 60.0
-# Imported once by the fork server, which saves each worker seconds.
+# Imported once by the fork server, which saves each worker seconds; only those that its parent uses too.
 _PRELOADED = [
     "everest_ds.data.clips.dataset",
     "everest_ds.data.clips.views",
     "everest_ds.data.curation.probe",
+    "everest_ds.data.curation.reencode",
     "everest_ds.data.readers.pyav",
 ]
 
@@ -248,7 +250,7 @@ def _start_fork_server() -> None:
 
     A worker imports for seconds before it could ignore a signal. A blocked signal waits meanwhile.
     """
-    get_context("forkserver").set_forkserver_preload(_PRELOADED)
+    get_context("forkserver").set_forkserver_preload([name for name in _PRELOADED if name in sys.modules])
     resource_tracker.ensure_running()  # it unblocks signals, so it comes first
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_PARENT)
     try:
