@@ -1,20 +1,10 @@
 """`everest benchmark step RECIPE --compare everest videomae`: our step and the official ones, interleaved.
 
 Both sides have the same weights and clips, and do forward and backward pass, targets and loss included, with fresh
-gradients. Neither takes an optimiser step. Ours standardises uint8 clips; theirs gets standardised ones, as from
-their loader. VideoMAE sees a tenth of the tokens in tubes and predicts all others. In bf16 our weights are bf16, as
-under DeepSpeed, and theirs float32 under autocast, as in their loop; with --precision autocast both are alike. The
-median over rounds of the ratio within a round is what counts.
-
-The official model and training loop are imported from the user's folder and run as they are; none of it is in this
-project. What it does not find, on a CPU or with today's packages, is replaced while it is imported or runs:
-
-    utils                     logs nothing: the original needs a module that torch no longer has. Their step becomes
-                              cheaper by it, never dearer.
-    timm.models.layers        today's name is timm.layers
-    timm.models.registry      the models are called by name, and not registered with timm
-    torch.cuda.amp.autocast   in the dtype that is measured, on the device that is measured
-    torch.cuda.synchronize    does nothing on a CPU
+gradients and no optimiser step. Ours standardises uint8 clips; theirs gets standardised ones, as from their loader.
+VideoMAE sees a tenth of the tokens in tubes and predicts all others. In bf16 our weights are bf16, as under
+DeepSpeed, and theirs float32 under autocast, as in their loop; with --precision autocast both are alike. Official
+code is imported from the user's folder and runs as it is; what it does not find here is replaced.
 """
 
 import contextlib
@@ -23,11 +13,12 @@ import io
 import os
 import statistics
 import sys
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import timm.layers
 import timm.models
@@ -99,28 +90,24 @@ def benchmark_compare(config: PretrainConfig, options: StepOptions, sizes: Itera
         "ceiling_tflops": measure_ceiling(device),
     }
     report = StepReport(world, common, TABLE, _rows, as_json=options.json)
-    best: dict[str, float] = {}
-    rounds, warmup = options.steps, options.warmup
-    for line in compare_steps(
-        config, options.compare, sizes, precision=precision, device=device, rounds=rounds, warmup=warmup
-    ):
+    best = dict.fromkeys((OURS, *options.compare), 0.0)
+    rounds, names = {"rounds": options.steps, "warmup": options.warmup}, options.compare
+    for line in compare_steps(config, names, sizes, precision=precision, device=device, **rounds):
         report.print(line)
-        for name in (OURS, *options.compare):
-            best[name] = max(best.get(name, 0.0), line.get(name, {}).get("clips_per_s", 0.0))
+        best = {name: max(rate, line.get(name, {}).get("clips_per_s", 0.0)) for name, rate in best.items()}
     if not options.json:
         print("\nat each side's best micro-batch: " + ", ".join(f"{n} {c:.2f} clips/s" for n, c in best.items()))
     return 0
 
 
 def _rows(line: dict[str, Any]) -> Iterator[str]:
-    for name, side in line.items():
-        if name == "micro_batch":
-            continue
+    size, *sides = line.items()
+    for name, side in sides:
         if side["out_of_memory"]:
-            yield f"{TABLE.row(line['micro_batch'], f'  {name}')}  out of memory"
+            yield f"{TABLE.row(size[1], f'  {name}')}  out of memory"
             continue
         values = (side[field] for field in ("clips_per_s", "step_ms_median", "step_ms_p90", "step_gib"))
-        yield TABLE.row(line["micro_batch"], f"  {name}", *values, side.get("ours_to_theirs"))
+        yield TABLE.row(size[1], f"  {name}", *values, side.get("ours_to_theirs"))
 
 
 def compare_steps(
@@ -133,11 +120,7 @@ def compare_steps(
     rounds: int,
     warmup: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a line for each micro-batch, until ours does not fit; larger ones leave out who did not fit.
-
-    Raises:
-        UserError: The official code cannot do what the configuration says, or was not found.
-    """
+    """Yield a line for each micro-batch, until ours does not fit; larger ones leave out who did not fit."""
     require_comparable(config, names)
     official = {name: load_official(name, config.model.size) for name in names}
     torch.manual_seed(config.run.seed)
@@ -217,11 +200,7 @@ def tube_mask(config: PretrainConfig, micro_size: int, device: torch.device) -> 
 
 
 def require_comparable(config: PretrainConfig, names: Iterable[ReferenceName]) -> None:
-    """Refuse a run that the official code cannot do.
-
-    Raises:
-        UserError: Another clip, tubelet or embedding than theirs; or, against EVEREST, another selection.
-    """
+    """Refuse a run that the official code cannot do."""
     found = (config.data.num_frames, config.data.image_size, config.model.tubelet_size, config.model.patch_size)
     if found != (FRAMES, IMAGE_SIZE, TUBELET, PATCH):
         raise UserError(
@@ -245,12 +224,7 @@ def require_comparable(config: PretrainConfig, names: Iterable[ReferenceName]) -
 
 
 def load_official(name: ReferenceName, size: str) -> OfficialCode:
-    """Import official code from the folder that its environment variable names.
-
-    Raises:
-        UserError: The variable is not set, the folder is missing or lacks a file or function, or a package that the
-            code needs is not installed; the message names what to set or install.
-    """
+    """Import official code from the folder that its environment variable names."""
     source = SOURCES[name]
     given = os.environ.get(source.variable)
     if not given:
@@ -260,10 +234,8 @@ def load_official(name: ReferenceName, size: str) -> OfficialCode:
     folder = Path(given)
     for module in MODULES:
         if not (folder / f"{module}.py").is_file():
-            raise UserError(
-                f"--compare {name}: {source.variable}={given} has no {module}.py; set it to a clone of "
-                f"{source.repository}"
-            )
+            fault = f"{source.variable}={given} has no {module}.py"
+            raise UserError(f"--compare {name}: {fault}; set it to a clone of {source.repository}")
     try:
         with _importable(folder):
             modules = {module: importlib.import_module(module) for module in MODULES}
@@ -273,10 +245,8 @@ def load_official(name: ReferenceName, size: str) -> OfficialCode:
     found = []
     for module, function in (("modeling_pretrain", factory), ("engine_for_pretraining", "train_one_epoch")):
         if not hasattr(modules[module], function):
-            raise UserError(
-                f"--compare {name}: {folder / module}.py has no {function}; set {source.variable} to a clone of "
-                f"{source.repository}"
-            )
+            fault = f"{folder / module}.py has no {function}"
+            raise UserError(f"--compare {name}: {fault}; set {source.variable} to a clone of {source.repository}")
         found.append(getattr(modules[module], function))
     return OfficialCode(name, *found)
 
@@ -290,11 +260,8 @@ def make_official_model(official: OfficialCode, config: PretrainConfig) -> nn.Mo
         "motion_centric_masking_ratio": 1 - selection.selected_ratio,
         "masking_ratio": 1 - selection.visible_ratio,
     }
-    return official.make_model(
-        decoder_depth=model.decoder_depth,
-        use_checkpoint=model.activation_checkpointing,
-        **(masking if official.name == "everest" else {}),
-    )
+    common = {"decoder_depth": model.decoder_depth, "use_checkpoint": model.activation_checkpointing}
+    return official.make_model(**common, **(masking if official.name == "everest" else {}))
 
 
 class OfficialStep:
@@ -304,9 +271,7 @@ class OfficialStep:
     """
 
     def __init__(self, official: OfficialCode, model: nn.Module, dtype: torch.dtype) -> None:
-        self.model = model
-        self._official = official
-        self._dtype = dtype
+        self.model, self._official, self._dtype = model, official, dtype
         self._device = next(model.parameters()).device
         self._optimizer = torch.optim.AdamW(model.parameters())  # only clears gradients
         self._scaler = _BackwardOnly()
@@ -337,54 +302,46 @@ class _BackwardOnly:
         return {"scale": 1.0}
 
 
-def _no_metrics(**options: Any) -> types.SimpleNamespace:
+def _no_metrics(**options: Any) -> SimpleNamespace:
     """Replace the official metrics: hand the batches over and keep nothing."""
 
-    def ignore(*given: Any, **named: Any) -> None: ...
-
-    names = ("add_meter", "update", "synchronize_between_processes")
-    return types.SimpleNamespace(
-        meters={}, log_every=lambda batches, *options: iter(batches), **dict.fromkeys(names, ignore)
-    )
+    ignored = dict.fromkeys(("add_meter", "update", "synchronize_between_processes"), lambda *_, **__: None)
+    return SimpleNamespace(meters={}, log_every=lambda batches, *_: iter(batches), **ignored)
 
 
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Make a folder's modules importable, with what they expect; leave no trace in sys or in the folder."""
-    registry = types.ModuleType("timm.models.registry")
-    registry.register_model = lambda make: make  # type: ignore[attr-defined]
-    utils = types.ModuleType("utils")
-    utils.MetricLogger = _no_metrics  # type: ignore[attr-defined]
-    utils.SmoothedValue = lambda **options: None  # type: ignore[attr-defined]
-    ours = {"timm.models.layers": timm.layers, "timm.models.registry": registry, "utils": utils}
+    """Make a folder's modules importable, with what they expect; leave no trace in sys or in the folder.
+
+    The original utils needs a module that torch no longer has; ours logs nothing, which makes their step cheaper,
+    never dearer. Models are called by name, and not registered with timm.
+    """
+    ours: dict[str, Any] = {
+        "timm.models.layers": timm.layers,  # today's name
+        "timm.models.registry": SimpleNamespace(register_model=lambda make: make),
+        "utils": SimpleNamespace(MetricLogger=_no_metrics, SmoothedValue=lambda **options: None),
+    }
     names = (*ours, *MODULES)
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    wrote_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     sys.modules.update(ours)
-    sys.path.insert(0, str(folder))
+    path = [str(folder), *sys.path]
     try:
-        yield
+        with mock.patch.object(sys, "path", path), mock.patch.object(sys, "dont_write_bytecode", True):
+            yield
     finally:
-        sys.path.remove(str(folder))
         for name in names:
             sys.modules.pop(name, None)
         sys.modules.update(before)
-        sys.dont_write_bytecode = wrote_bytecode
 
 
 @contextlib.contextmanager
 def _measured_autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Give the official loop the autocast and the device that are measured."""
-
-    def autocast() -> torch.autocast:
-        half = dtype != torch.float32
-        return torch.autocast(device.type, dtype=dtype if half else torch.bfloat16, enabled=half)
-
-    before = torch.cuda.amp.autocast, torch.cuda.synchronize
-    torch.cuda.amp.autocast = autocast  # type: ignore[assignment, misc]
-    if device.type != "cuda":
-        torch.cuda.synchronize = lambda device=None: None
-    try:
+    """Give the official loop the autocast and the device that are measured; a CPU needs no synchronisation."""
+    half = dtype != torch.float32
+    autocast = partial(torch.autocast, device.type, dtype=dtype if half else torch.bfloat16, enabled=half)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device=None: None
+    with (
+        mock.patch.object(torch.cuda.amp, "autocast", autocast),
+        mock.patch.object(torch.cuda, "synchronize", wait),
+    ):
         yield
-    finally:
-        torch.cuda.amp.autocast, torch.cuda.synchronize = before  # type: ignore[misc]

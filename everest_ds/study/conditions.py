@@ -77,84 +77,56 @@ class Group(NamedTuple):
 
 
 GROUPS = (
-    Group(
-        "selection",
-        "Selection in pre-training (paper Tables 2 and 17, UCF101)",
-        (
-            Row(BASELINE, "EVEREST: rero, rho 0.3", 93.4),
-            Row("running-cell", "running cell, 0.5 predicted", 91.0),
-            Row("tube", "tube, all predicted", 91.3),
-            Row("tube-all", "tube, all predicted; fine-tuned on all tokens", 91.3),
-            Row("random", "random, 0.3 selected"),
-            Row("ascending", "least changing, 0.3 selected"),
-            Row(NO_PRETRAINING, "no pre-training"),
-        ),
-    ),
-    Group(
-        "order",
-        "Most or least changing tokens, in pre-training / fine-tuning (paper Table 16, UCF101)",
-        (
-            Row(BASELINE, "descending / descending", 91.56),
-            Row("descending-ascending", "descending / ascending", 75.60),
-            Row("ascending", "ascending / descending", 73.49),
-            Row("ascending-ascending", "ascending / ascending", 60.93),
-        ),
-    ),
-    Group(
-        "rho-pretraining",
-        "rho in pre-training (paper Table 10 left, UCF101)",
-        (
-            Row("rho-0.2", "0.2", 90.80),
-            Row(BASELINE, "0.3", 91.56),
-            Row("rho-0.4", "0.4", 91.51),
-            Row("rho-0.5", "0.5", 90.91),
-        ),
-    ),
-    Group(
-        "rho-fine-tuning",
-        "Tokens in fine-tuning (paper Table 10 right, UCF101)",
-        (
-            Row("ft-rho-0.15", "rho 0.15"),
-            Row(BASELINE, "rho 0.3"),
-            Row("ft-rho-0.6", "rho 0.6", 91.56),
-            Row("ft-all", "all", 89.71),
-            Row("ft-random", "random, 0.3"),
-        ),
-    ),
-    Group(
-        "distance",
-        "Distance between tokens (paper Table 9, HMDB51)",
-        (
-            Row("cosine", "negative cosine", 33.53),
-            Row("cka", "negative CKA", 34.58),
-            Row("l1", "L1", 42.22),
-            Row(BASELINE, "L2", 42.81),
-        ),
-    ),
-    Group(
-        "alpha",
-        "Frame selection in pre-training (paper Table 13, OSCC)",
-        (
-            Row(BASELINE, "none", 73.17),
-            Row("alpha-1.5", "alpha 1.5", 73.85),
-            Row("alpha-2.0", "alpha 2.0", 73.80),
-        ),
-    ),
-    Group(
-        "budget",
-        "Token budget in pre-training (not in the paper)",
-        (
-            Row(BASELINE, "a clip's"),
-            Row("budget-batch", "shared by the batch"),
-            Row("budget-threshold", "by a threshold"),
-        ),
-    ),
-)
+    Group("selection", "Selection in pre-training (paper Tables 2 and 17, UCF101)", (
+        Row(BASELINE, "EVEREST: rero, rho 0.3", 93.4),
+        Row("running-cell", "running cell, 0.5 predicted", 91.0),
+        Row("tube", "tube, all predicted", 91.3),
+        Row("tube-all", "tube, all predicted; fine-tuned on all tokens", 91.3),
+        Row("random", "random, 0.3 selected"),
+        Row("ascending", "least changing, 0.3 selected"),
+        Row(NO_PRETRAINING, "no pre-training"),
+    )),
+    Group("order", "Most or least changing tokens, in pre-training / fine-tuning (paper Table 16, UCF101)", (
+        Row(BASELINE, "descending / descending", 91.56),
+        Row("descending-ascending", "descending / ascending", 75.60),
+        Row("ascending", "ascending / descending", 73.49),
+        Row("ascending-ascending", "ascending / ascending", 60.93),
+    )),
+    Group("rho-pretraining", "rho in pre-training (paper Table 10 left, UCF101)", (
+        Row("rho-0.2", "0.2", 90.80),
+        Row(BASELINE, "0.3", 91.56),
+        Row("rho-0.4", "0.4", 91.51),
+        Row("rho-0.5", "0.5", 90.91),
+    )),
+    Group("rho-fine-tuning", "Tokens in fine-tuning (paper Table 10 right, UCF101)", (
+        Row("ft-rho-0.15", "rho 0.15"),
+        Row(BASELINE, "rho 0.3"),
+        Row("ft-rho-0.6", "rho 0.6", 91.56),
+        Row("ft-all", "all", 89.71),
+        Row("ft-random", "random, 0.3"),
+    )),
+    Group("distance", "Distance between tokens (paper Table 9, HMDB51)", (
+        Row("cosine", "negative cosine", 33.53),
+        Row("cka", "negative CKA", 34.58),
+        Row("l1", "L1", 42.22),
+        Row(BASELINE, "L2", 42.81),
+    )),
+    Group("alpha", "Frame selection in pre-training (paper Table 13, OSCC)", (
+        Row(BASELINE, "none", 73.17),
+        Row("alpha-1.5", "alpha 1.5", 73.85),
+        Row("alpha-2.0", "alpha 2.0", 73.80),
+    )),
+    Group("budget", "Token budget in pre-training (not in the paper)", (
+        Row(BASELINE, "a clip's"),
+        Row("budget-batch", "shared by the batch"),
+        Row("budget-threshold", "by a threshold"),
+    )),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions:
-    """How much is studied, and how many runs go at a time."""
+    """How much to study, and how many runs at a time."""
 
     quick: bool = False
     """The main conditions alone, half the steps, one seed unless --seeds names others."""
@@ -168,7 +140,6 @@ class StudyOptions:
     """Pixels by which the camera shakes."""
 
     def __post_init__(self) -> None:
-        """Check each field by itself."""
         if self.jobs is not None and self.jobs < 1:
             raise UserError(f"--jobs {self.jobs} must be at least 1")
         if self.seeds is not None and len(set(self.seeds)) < max(len(self.seeds), 1):
@@ -180,7 +151,6 @@ class StudyOptions:
 
     @property
     def conditions(self) -> list[Condition]:
-        """What is compared."""
         if self.only:
             return [condition for condition in CONDITIONS if condition.name in self.only]
         return [condition for condition in CONDITIONS if condition.is_main or not self.quick]
@@ -188,7 +158,7 @@ class StudyOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyJob:
-    """A study that is wanted, and the folder where everything goes."""
+    """A study, and the folder where everything goes."""
 
     folder: Path
     options: StudyOptions

@@ -6,9 +6,11 @@ job leaves its command and its log beside the run's files: `KIND.command`, `KIND
 
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +32,9 @@ _GUESS_S = {"pretrain": 45.0, "finetune": 30.0, "probe": 15.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One command.
+    """One command, its words without `everest`, and the job that must be done first.
 
-    Attributes:
-        kind: pretrain, finetune or probe.
-        name: What is run, for people.
-        words: The command, without `everest`.
-        folder: Where its command and its log go; the run's own files are in `folder / kind`.
-        needs: The job that must be done first.
+    Its command and log go to the folder, and the run's own files to `folder / kind`.
     """
 
     kind: JobKind
@@ -48,21 +45,17 @@ class Job:
 
     @property
     def out(self) -> Path:
-        """Where the run's files go."""
         return self.folder / self.kind
 
     @property
     def log(self) -> Path:
-        """What the command prints."""
         return self.folder / f"{self.kind}.log"
 
     @property
     def command(self) -> str:
-        """The command, for a shell."""
         return shlex.join(("python", "-m", "everest_ds", *self.words))
 
     def is_complete(self) -> bool:
-        """Return whether its files say that it ended."""
         if self.kind == "probe":
             return (self.out / SUMMARY).is_file()  # the last file that an evaluation writes
         return any(line.get("event") == "end" for line in read_metrics(self.out, "event"))
@@ -80,7 +73,7 @@ class Runner:
         jobs: One that is needed comes before those that need it.
         slots: How many run at a time.
         num_gpus: GPUs to spread them over; 0 runs on the CPU, one thread each.
-        on_done: Called when a job is done; returns its result in a few words.
+        on_done: Returns the result of a job that is done in a few words.
     """
 
     def __init__(self, *, jobs: Sequence[Job], slots: int, num_gpus: int, on_done: Callable[[Job], str]) -> None:
@@ -89,7 +82,7 @@ class Runner:
         self._running: dict[int, tuple[Job, subprocess.Popen[bytes], TextIO, float]] = {}
         self._done: set[int] = set()
         self._waiting: list[Job] = []
-        self._took_s: dict[str, list[float]] = {}
+        self._took_s: defaultdict[str, list[float]] = defaultdict(list)
 
     def run(self) -> list[Job]:
         """Run everything that is not done; return the jobs that failed.
@@ -164,7 +157,7 @@ class Runner:
                 continue
             self._done.add(id(job))
             took_s = time.perf_counter() - began
-            self._took_s.setdefault(job.kind, []).append(took_s)
+            self._took_s[job.kind].append(took_s)
             print(
                 f"[{len(self._done)}/{len(self._jobs)}] {job.kind} {job.name}: {self._on_done(job)}, "
                 f"{took_s:.0f} s; {format_duration(self._left_s())} left",
@@ -174,11 +167,7 @@ class Runner:
     def _left_s(self) -> float:
         """Return the seconds that are left, from what runs of each kind took so far."""
         left = [*self._waiting, *(job for job, *_ in self._running.values())]
-        mean_s = {
-            kind: sum(took_s) / len(took_s) if (took_s := self._took_s.get(kind)) else guess
-            for kind, guess in _GUESS_S.items()
-        }
-        return sum(mean_s[job.kind] for job in left) / self._slots
+        return sum(statistics.fmean(self._took_s[job.kind] or [_GUESS_S[job.kind]]) for job in left) / self._slots
 
     def _stop(self) -> None:
         for _, process, _, _ in self._running.values():

@@ -1,5 +1,6 @@
 """What the runs of a study give: results.jsonl, a table in markdown, and a plot for each table of the paper."""
 
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -49,16 +50,11 @@ class Result:
     """One condition at one seed.
 
     Attributes:
-        condition: Its name.
-        seed: Its seed.
         probe_top1: Share of test videos that a linear probe of the pre-trained features gets right.
         finetune_top1: Share that the fine-tuned model gets right.
         visible_tokens: Tokens of a pre-training clip that the encoder sees.
         pretrain_gmacs: Multiply-accumulates of a pre-training clip, forward and backward, in units of 1e9.
-        finetune_gmacs: Those of a fine-tuning clip.
         pretrain_s: Seconds of pre-training's steps.
-        finetune_s: Seconds of fine-tuning's steps.
-        commands: How to run it again.
     """
 
     condition: str
@@ -74,7 +70,6 @@ class Result:
 
 
 def outcome_text(job: Job) -> str:
-    """Return the result of a finished job in a few words."""
     if job.kind == "pretrain":
         return f"loss {read_metrics(job.out, 'train')[-1]['loss']:.4f}"
     return f"top-1 {_top1(job.out):.1%}"
@@ -105,16 +100,12 @@ def read_result(condition: Condition, seed: int, jobs: Sequence[Job]) -> Result 
 
 def seconds_of_steps(lines: Sequence[dict[str, Any]]) -> float:
     """Return how long a run's steps took, from its train lines: each has the mean step since the one before."""
-    steps = [0, *(line["step"] for line in lines)]
-    return sum(
-        line["step_ms"] * (step - before) / 1e3
-        for line, step, before in zip(lines, steps[1:], steps[:-1], strict=True)
-    )
+    pairs = itertools.pairwise([{"step": 0}, *lines])
+    return sum(line["step_ms"] * (line["step"] - before["step"]) / 1e3 for before, line in pairs)
 
 
 @lru_cache
 def _clip_gmacs(run_dir: Path) -> float:
-    """Return the GMACs of one clip of a run, forward and backward."""
     return make_task(load_config(run_dir / "config.json")).clip_flops() / 2e9
 
 
@@ -146,14 +137,10 @@ def make_table(results: Sequence[Result], *, chance: float) -> str:
 
 
 def _rows_of(group: Group, results: Sequence[Result]) -> list[tuple[Row, list[Result]]]:
-    """Return the rows that have results, with these.
-
-    None where only the baseline, which is in most groups, has any; the first group has it anyway.
-    """
+    """Return the rows that have results, with these; but the baseline alone only in the first group."""
     found = [(row, [result for result in results if result.condition == row.condition]) for row in group.rows]
     found = [(row, own) for row, own in found if own]
-    is_worth_it = group is GROUPS[0] or any(row.condition != BASELINE for row, _ in found)
-    return found if is_worth_it else []
+    return found if group is GROUPS[0] or any(row.condition != BASELINE for row, _ in found) else []
 
 
 def _table_row(row: Row, own: Sequence[Result]) -> str:
@@ -175,8 +162,8 @@ def _percent(shares: Sequence[float]) -> str:
 def draw_group(group: Group, results: Sequence[Result], *, chance: float) -> str:
     """Draw a group as SVG: a dot and an error bar a condition, filled for fine-tuning, hollow for the probe."""
     rows = _rows_of(group, results)
-    width, height = _LEFT + _WIDTH + _RIGHT, _TOP + _ROW * len(rows) + _BOTTOM
     bottom = _TOP + _ROW * len(rows)
+    width, height = _LEFT + _WIDTH + _RIGHT, bottom + _BOTTOM
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}" role="img">',
@@ -189,10 +176,8 @@ def draw_group(group: Group, results: Sequence[Result], *, chance: float) -> str
         x = _x(percent / 100)
         parts.append(f'<line class="line" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
         parts.append(f'<text class="dim small" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{percent}</text>')
-    x = _x(chance)
-    parts.append(
-        f'<line class="chance" stroke-dasharray="3 3" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>'
-    )
+    span = f'x1="{_x(chance):.1f}" x2="{_x(chance):.1f}" y1="{_TOP}" y2="{bottom}"'
+    parts.append(f'<line class="chance" stroke-dasharray="3 3" {span}/>')
     for number, (row, own) in enumerate(rows):
         y = _TOP + _ROW * (number + 0.5)
         label = escape(row.label)

@@ -37,38 +37,24 @@ _RUNS_A_GPU = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much data and how many steps.
+    """How much data and how many steps."""
 
-    Attributes:
-        train: Videos for pre-training; the linear probe has their labels.
-        labelled: Videos of each class for fine-tuning.
-        test: Videos that both are scored on.
-        pretrain_epochs: Epochs of pre-training, 37 steps each.
-        finetune_epochs: Epochs of fine-tuning, 10 steps each.
-    """
-
-    train: int = 600
-    labelled: int = 40
-    test: int = 400
-    pretrain_epochs: int = 16
-    finetune_epochs: int = 25
+    train: int = 600  # videos for pre-training; the linear probe has their labels
+    labelled: int = 40  # videos of each class for fine-tuning
+    test: int = 400  # videos that both are scored on
+    pretrain_epochs: int = 16  # of 37 steps each
+    finetune_epochs: int = 25  # of 10 steps each
 
 
 QUICK = Scale(pretrain_epochs=8, finetune_epochs=12)
 
 
 def run(job: StudyJob, world: World) -> int:
-    """Do the work of `everest study`."""
     return study(job.folder, job.options)
 
 
 def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> int:
     """Run a study, or what is left of it, and write the results.
-
-    Args:
-        folder: Where everything goes.
-        options: What is compared, and how many runs go at a time.
-        scale: How much data and how many steps; without it, what the options ask for.
 
     Returns:
         The exit code: 0, 1 when a run failed, or 75 when SIGTERM stopped the study; the same command continues it.
@@ -83,7 +69,7 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
     lines = ["# The runs of this study, in an order in which they can be run by hand; one thread each on a CPU."]
     write_atomically(folder / "commands.sh", "\n".join([*lines, *(job.command for job in jobs), ""]))
     num_gpus = torch.cuda.device_count()
-    slots = options.jobs or (_RUNS_A_GPU * num_gpus if num_gpus else _num_cores())
+    slots = options.jobs or (_RUNS_A_GPU * num_gpus if num_gpus else len(os.sched_getaffinity(0)))
     print(
         f"{len(options.conditions)} conditions, seeds {' '.join(map(str, seeds))}: {len(jobs)} runs, {slots} at a "
         f"time on {f'{num_gpus} GPUs' if num_gpus else 'the CPU'}",
@@ -155,17 +141,9 @@ def _prepare(folder: Path, seeds: Sequence[int], scale: Scale, shake: int) -> No
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(settings, wanted)
     demo = DemoConfig(
-        train=scale.train,
-        val=0,
-        test=scale.test,
-        num_frames=24,
-        movers=1,
-        distractors=0,
-        radius=10,
-        classes="mover",
-        clutter=30,
-        shake=shake,
-    )
+        train=scale.train, val=0, test=scale.test, num_frames=24, movers=1, distractors=0, radius=10,
+        classes="mover", clutter=30, shake=shake,
+    )  # fmt: skip
     write_demo_data(folder / "data", demo)
     rows = read_list(folder / "data" / "train.csv")
     for seed in seeds:
@@ -177,10 +155,6 @@ def _prepare(folder: Path, seeds: Sequence[int], scale: Scale, shake: int) -> No
             for row in [row for row in shuffled if row.label == label][: scale.labelled]
         ]
         write_atomically(folder / f"labelled-{seed}.csv", "".join(lines))
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Terminated(KeyboardInterrupt):
