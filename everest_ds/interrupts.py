@@ -39,16 +39,12 @@ _WAIT_FOR_THREAD_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Mode:
-    """What a signal does.
-
-    Attributes:
-        in_main: Called in the main thread, as soon as it runs Python, with the signal's number and the frame.
-        in_thread: Called in the thread that hears of signals, at once, with the signal's number and the seconds
-            since the first; None for the first.
-    """
+    """What a signal does."""
 
     in_main: Callable[[int, FrameType | None], None]
+    """Called in the main thread, as soon as it runs Python, with the signal's number and the frame."""
     in_thread: Callable[[int, float | None], None]
+    """Called at once in the listening thread, with the signal's number and the seconds since the first (None)."""
 
 
 class _State:
@@ -68,8 +64,7 @@ class _State:
 def begin(say: Callable[[], object]) -> None:
     """Leave at once at SIGINT from now on; called once, as the process begins, by its main thread.
 
-    Args:
-        say: Says that the command was interrupted; called in any thread, and must not import anything.
+    ``say`` says that the command was interrupted. It is called in any thread, and must not import anything.
     """
     _state.say, _state.mode, _state.is_ours = say, LEAVE, True
     _watch((signal.SIGINT,))
@@ -98,10 +93,7 @@ def was_raised() -> bool:
 def handling(numbers: Sequence[signal.Signals], mode: Mode, *, ignore_after: Callable[[], bool]) -> Iterator[None]:
     """Handle signals in another mode inside this block, and only finish after it; main thread only.
 
-    Args:
-        numbers: The signals.
-        mode: What they do.
-        ignore_after: Whether they are ignored after the block; asked at its end.
+    ``ignore_after`` says, at the block's end, whether they are ignored from then on.
     """
     _watch(numbers)
     known = _state.numbers
@@ -240,11 +232,9 @@ def _raise_once(signum: int, frame: FrameType | None) -> None:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
-    return False
+    return frame is not None
 
 
 def _raise_again(problem: Any) -> None:

@@ -32,7 +32,7 @@ from everest_ds.data.curation.probe import (
     probe_video,
     record_line,
 )
-from everest_ds.data.lists.video_list import VideoRow, read_list, write_list
+from everest_ds.data.lists.video_list import VideoRow, format_list, read_list
 from everest_ds.data.loading.pool import run_all
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.distributed import World
@@ -68,13 +68,10 @@ class CheckOptions:
     """Share of the list that may be bad; more makes the exit code 1."""
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("processes", self.processes),
-            ("samples", self.samples),
-            ("min-frames", self.min_frames),
-        ):
+        for name in ("processes", "samples", "min_frames"):
+            value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"--{name} {value} must be at least 1")
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
         if not self.timeout_s > 0:
             raise UserError(f"--timeout-s {self.timeout_s} must be above 0")
         if not 0 <= self.max_bad_share <= 1:
@@ -105,12 +102,7 @@ def main(words: list[str], world: World) -> int:
 
 
 def check_data(source: Path, options: CheckOptions) -> int:
-    """Check a list, or what is left of it; return the exit code: 1 where more is bad than may be.
-
-    Raises:
-        UserError: The list cannot be read, the reader is not available, or the folder holds the check of other
-            settings.
-    """
+    """Check a list, or what is left of it; return the exit code: 1 where more is bad than may be."""
     rows = read_list(source)
     choose_reader(options.reader)
     out = options.out or source.with_name(f"{source.stem}-check")
@@ -143,14 +135,16 @@ def _conclude(
 ) -> int:
     """Write report, lists and summary, say what was found, and return the exit code."""
     is_bad = [finding.kind in options.bad for finding in findings]
-    lines = map(_report_line, range(len(rows)), rows, findings, is_bad)
+    lines = [
+        [number, row.path, row.start_s, row.end_s, row.label, found.kind, str(bad).lower(), found.detail,
+         found.frames, found.width, found.height]
+        for number, (row, found, bad) in enumerate(zip(rows, findings, is_bad, strict=True))
+    ]  # fmt: skip
     write_csv(out / REPORT, _COLUMNS, lines)
     for name, wanted in ((CLEAN, False), (QUARANTINE, True)):
         chosen = [row for row, bad in zip(rows, is_bad, strict=True) if bad is wanted]
-        if chosen:
-            write_list(out / name, chosen)
-        else:
-            write_atomically(out / name, "")  # so that a script can name it in any case
+        # An empty one too, so that a script can name it in any case.
+        write_atomically(out / name, format_list(out / name, chosen) if chosen else "")
     counts = Counter(finding.kind for finding in findings)
     share = sum(is_bad) / len(rows)
     summary = {
@@ -174,9 +168,3 @@ def _conclude(
         print(f"more than --max-bad-share {options.max_bad_share:.2%} are bad")
         return 1
     return 0
-
-
-def _report_line(number: int, row: VideoRow, finding: Finding, is_bad: bool) -> list[object]:
-    where = [number, str(row.path), row.start_s, row.end_s, row.label]
-    found = [finding.kind, str(is_bad).lower(), finding.detail, finding.frames, finding.width, finding.height]
-    return [*where, *found]

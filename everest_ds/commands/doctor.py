@@ -86,7 +86,9 @@ def _answers(checks: list[Check]) -> Iterator[list[Row]]:
                 fault = f"does not answer within {TIMEOUT_S:.0f} s"
             except EOFError:
                 child.join()
-                fault = _ending(child.exitcode or 0)
+                code = child.exitcode or 0
+                crash = f"crashes its process: {signal.Signals(-code).name}" if code < 0 else None
+                fault = crash or f"ends its process with exit code {code}"
             yield [(state, what, fault)]
             break
     finally:
@@ -104,12 +106,6 @@ def _run(checks: list[Check], sender: Connection) -> None:
         except BaseException as error:  # whatever it is, it is the finding
             rows = [(state, what, _words_of(error))]
         sender.send(rows)
-
-
-def _ending(exitcode: int) -> str:
-    if exitcode < 0:
-        return f"crashes its process: {signal.Signals(-exitcode).name}"
-    return f"ends its process with exit code {exitcode}"
 
 
 def _words_of(error: BaseException) -> str:

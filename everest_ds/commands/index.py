@@ -47,14 +47,7 @@ def main(words: list[str], world: World) -> int:
 def index(dataset: str, source: Path, out: Path, options: Any) -> None:
     """Write the lists of a dataset, and say what is in them, what is missing, and what was left out and why.
 
-    Args:
-        dataset: A key of IMPORTERS.
-        source: Folder of the dataset; nothing is written there.
-        out: Folder of the lists.
-        options: Those of the dataset, of the importer's dataclass.
-
-    Raises:
-        UserError: The dataset or its annotations are not as they should be, or a file of the user's is in the way.
+    ``options`` are of the importer's dataclass.
     """
     require_apart(source, out)
     tree = SourceTree(source)

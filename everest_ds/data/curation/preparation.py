@@ -92,10 +92,12 @@ class PrepareOptions:
         _, least, greatest = QUALITIES[self.codec]
         if self.quality is not None and not least <= self.quality <= greatest:
             raise UserError(f"--quality {self.quality} must be from {least} to {greatest} with {self.codec}")
-        if self.sampling_stride % self.keep_every:
+        stride = self.sampling_stride
+        if stride % self.keep_every:
+            divisors = ", ".join(str(value) for value in range(1, stride + 1) if stride % value == 0)
             raise UserError(
-                f"--keep-every {self.keep_every} does not divide --sampling-stride {self.sampling_stride}: the "
-                f"recipe would miss frames; use one of {_divisors(self.sampling_stride)}"
+                f"--keep-every {self.keep_every} does not divide --sampling-stride {stride}: the recipe would miss "
+                f"frames; use one of {divisors}"
             )
         if not math.isfinite(self.min_psnr):
             raise UserError(f"--min-psnr {self.min_psnr} must be a number of decibels")
@@ -117,33 +119,21 @@ class PrepareOptions:
         )
 
 
-def _divisors(number: int) -> str:
-    return ", ".join(str(value) for value in range(1, number + 1) if number % value == 0)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Result of a row.
-
-    Attributes:
-        fault: Why there is no file, in words; None where there is one.
-        frames_in: Frames of the source, or of its window.
-        frames_out: Frames of the file.
-        width: Of the file, in pixels.
-        height: Likewise.
-        bytes_after: Size of the file.
-        psnr_db: Peak signal-to-noise ratio of the worst of a few frames against what went into the encoder.
-        is_disk_full: Whether there was no room for it, which is no fault of the video's; not recorded.
-    """
+    """Result of a row: frames of the source (or its window) and of the file, whose size is in pixels and bytes."""
 
     fault: str | None = None
+    """Why there is no file; None where there is one."""
     frames_in: int = 0
     frames_out: int = 0
     width: int = 0
     height: int = 0
     bytes_after: int = 0
     psnr_db: float | None = None
+    """Peak signal-to-noise ratio of the worst of a few frames against what went into the encoder."""
     is_disk_full: bool = False
+    """Not recorded, as it is not the video's fault."""
 
 
 def target_name(row: VideoRow) -> str:
@@ -160,17 +150,13 @@ def target_name(row: VideoRow) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """Lists that are to be prepared.
-
-    Attributes:
-        lists: The rows of each list, each with its `target_name`.
-        options: How.
-        earlier: What the summary of earlier calls says of their lists, by name.
-    """
+    """Lists that are to be prepared."""
 
     lists: Mapping[Path, Sequence[tuple[str, VideoRow]]]
+    """The rows of each list, each with its `target_name`."""
     options: PrepareOptions
     earlier: dict[str, Any]
+    """What the summary of earlier calls says of their lists, by name."""
 
 
 def start_preparation(sources: Sequence[Path], options: PrepareOptions) -> Preparation:
@@ -209,17 +195,17 @@ def open_record(options: PrepareOptions) -> Record[str, Prepared]:
 def record_line(row: VideoRow, prepared: Prepared) -> dict[str, Any]:
     """Return the line of a row in the record."""
     known = identity(row.path)
-    result = asdict(prepared)
-    del result["is_disk_full"]
-    return {
+    line = {
         "source": str(row.path.absolute()),
         "start_s": row.start_s,
         "end_s": row.end_s,
         "target": target_name(row),
         "file": known,
         "bytes_before": known[0] if known else 0,
-        **result,
+        **asdict(prepared),
     }
+    del line["is_disk_full"]
+    return line
 
 
 def _earlier_lists(sources: Sequence[Path], out: Path) -> dict[str, Any]:
@@ -258,15 +244,9 @@ def _class_names(sources: Sequence[Path], out: Path) -> bytes | None:
 
 
 def write_lists(job: Preparation, done: Mapping[str, Prepared], lost: str) -> dict[str, dict[str, Any]]:
-    """Write the summary, a list for each list, and the names of the classes.
+    """Write summary, lists and class names; return the summary's account of each list, by name.
 
-    Args:
-        job: The lists.
-        done: The result of each target.
-        lost: What prepared videos have not, in words.
-
-    Returns:
-        What the summary says of each of these lists, by name.
+    ``done`` has the result of each target; ``lost`` says in words what prepared videos no longer have.
     """
     out = job.options.out
     accounts = {source.name: _account(source, rows, done) for source, rows in job.lists.items()}

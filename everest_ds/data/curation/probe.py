@@ -48,29 +48,20 @@ DEFAULT_BAD: tuple[FaultName, ...] = ("missing", "unreadable", "hanging", "crash
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSettings:
-    """How closely a video is looked at.
-
-    Attributes:
-        samples: Frames that are decoded, spread over the video, its first and last among them.
-        min_frames: Frames that a clip needs; a video with fewer is too short.
-        reader: What reads it, as in training.
-    """
+    """How closely a video is looked at."""
 
     samples: int = 8
+    """Frames that are decoded, spread over the video, its first and last among them."""
     min_frames: int = 1
+    """A video with fewer is too short."""
     reader: ReaderName = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What came out.
+    """What was found: the gravest kind, in words (empty for a good video), and the video's size.
 
-    Attributes:
-        kind: The gravest thing.
-        detail: In words; empty for a good video.
-        frames: Frames that can be shown; 0 where it cannot be opened.
-        width: In pixels, likewise.
-        height: Likewise.
+    Frames, and width and height in pixels, are 0 where the video cannot be opened.
     """
 
     kind: Kind
@@ -81,7 +72,7 @@ class Finding:
 
 
 def probe_video(row: VideoRow, settings: ProbeSettings) -> Finding:
-    """Look at one video; whatever is wrong with it is in the finding, nothing is raised."""
+    """Look at one video; whatever is wrong with it is returned, not raised."""
     try:
         if not row.path.exists():
             return Finding(kind=Kind.MISSING, detail="no such file")
@@ -108,10 +99,8 @@ def _judge(
     if num_frames < settings.min_frames:
         return Kind.TOO_SHORT, f"{num_frames} frames, a clip needs {settings.min_frames}"
     if len(tail_THWC) > 1 and (tail_THWC == tail_THWC[0]).all():
-        return (
-            Kind.DUPLICATE_FRAMES,
-            f"its last {len(tail_THWC)} frames are all alike: it stands still, or is broken",
-        )
+        fault = f"its last {len(tail_THWC)} frames are all alike: it stands still, or is broken"
+        return Kind.DUPLICATE_FRAMES, fault
     if container is not None and not container.starts_with_key:
         return Kind.STARTS_LATE, "its first frame is no key frame: frames before the next one are wrong or copies"
     if container is not None and container.hidden:

@@ -17,7 +17,7 @@ class Record(Generic[Key, Result]):
 
     Args:
         path: The file.
-        settings: What the results depend on; JSON values.
+        settings: JSON values.
         of: What the file is a record of, for messages: ``check``.
         parse: Makes key and result of a line; may raise ValueError, KeyError and TypeError.
         holds: Whether a line's result still holds.
@@ -41,8 +41,7 @@ class Record(Generic[Key, Result]):
     def read(self) -> dict[Key, Result]:
         """Return the results that still hold; a last line that was cut short is left out.
 
-        Raises:
-            UserError: The file is of other settings, or not such a record.
+        A file of other settings, or that is not such a record, is a UserError.
         """
         try:
             header, *lines = read_json_lines(self.path) or [{"settings": self._settings}]

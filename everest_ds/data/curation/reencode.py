@@ -82,33 +82,27 @@ def _prepare_all(
     outcomes = run_all(function, todo, num_workers=num_workers, timeout_s=options.timeout_s)
     done: dict[str, Prepared] = {}
     sizes: list[int] = []
-    with _removing_partials(todo, done, num_workers, out), contextlib.closing(outcomes):
-        for outcome in with_progress(outcomes, len(todo)):
-            target, prepared = target_name(outcome.item), outcome.result
-            if prepared is None:
-                partial_path(out / target).unlink(missing_ok=True)
-                prepared = Prepared(fault=outcome.fault or "no answer")
-            if prepared.is_disk_full:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
-            record.append(record_line(outcome.item, prepared))
-            done[target] = prepared
-            if prepared.fault is not None:
-                print(f"left out: {outcome.item.path}: {prepared.fault}", flush=True)
-                continue
-            sizes.append(prepared.bytes_after)
-            if len(sizes) == _FILES_TO_ESTIMATE_BY:
-                _require_room(out, sum(sizes) / len(sizes) * (len(todo) - len(done)))
-    return done
-
-
-@contextlib.contextmanager
-def _removing_partials(
-    todo: Sequence[VideoRow], done: Mapping[str, Prepared], num_workers: int, out: Path
-) -> Iterator[None]:
-    """Remove what processes had begun to write when something, Ctrl-C for instance, ended them."""
     try:
-        yield
-    except BaseException:
+        with contextlib.closing(outcomes):
+            for outcome in with_progress(outcomes, len(todo)):
+                target, prepared = target_name(outcome.item), outcome.result
+                if prepared is None:
+                    partial_path(out / target).unlink(missing_ok=True)
+                    prepared = Prepared(fault=outcome.fault or "no answer")
+                if prepared.is_disk_full:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
+                record.append(record_line(outcome.item, prepared))
+                done[target] = prepared
+                if prepared.fault is not None:
+                    print(f"left out: {outcome.item.path}: {prepared.fault}", flush=True)
+                    continue
+                sizes.append(prepared.bytes_after)
+                if len(sizes) == _FILES_TO_ESTIMATE_BY:
+                    _require_room(out, sum(sizes) / len(sizes) * (len(todo) - len(done)))
+        return done
+    except (
+        BaseException
+    ):  # remove what processes had begun to write when something, Ctrl-C for instance, ended them
         left = (target for row in todo if (target := target_name(row)) not in done)
         for target in islice(left, 2 * num_workers):  # begun in order, one in each worker
             partial_path(out / target).unlink(missing_ok=True)
@@ -163,14 +157,7 @@ def _size(num_bytes: float) -> str:
 
 
 def prepare_video(row: VideoRow, settings: PrepareSettings, folder: Path, min_psnr_db: float) -> Prepared:
-    """Make the file of a row below a folder, and verify it; where it cannot be made, there is none.
-
-    Args:
-        row: The video, or the window of it.
-        settings: How.
-        folder: Of the preparation.
-        min_psnr_db: The least that the worst of the frames looked at may have.
-    """
+    """Make the file of a row below a folder, and verify it; where it cannot be made, there is none."""
     torch.set_num_threads(1)
     target = folder / target_name(row)
     unfinished = partial_path(target)
@@ -252,7 +239,9 @@ def _encode(
         stream = None
         for place, (frame_HWC, time) in enumerate(zip(frames, ticks, strict=True)):
             if stream is None:
-                stream = _add_stream(container, frame_HWC.shape, _frames_per_s(times_s), settings)
+                average = (len(ticks) - 1) / float(times_s[-1]) if len(ticks) > 1 else 25
+                frames_per_s = Fraction(average).limit_denominator(1001)
+                stream = _add_stream(container, frame_HWC.shape, frames_per_s, settings)
             image = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")
             image.pts, image.time_base = time, Fraction(1, _TICKS_PER_S)
             container.mux(stream.encode(image))
@@ -263,27 +252,15 @@ def _encode(
     return np.stack(samples)
 
 
-def _frames_per_s(times_s: NDArray[np.float64]) -> Fraction:
-    """Return the average rate, 25 for a single frame."""
-    if len(times_s) < 2:
-        return Fraction(25)
-    return Fraction((len(times_s) - 1) / float(times_s[-1])).limit_denominator(1001)
-
-
 def _add_stream(
-    container: av.container.OutputContainer,
-    shape: Sequence[int],
-    frames_per_s: Fraction,
-    settings: PrepareSettings,
+    container: av.container.OutputContainer, shape: Sequence[int], frames_per_s: Fraction, settings: PrepareSettings
 ) -> av.VideoStream:
-    stream: av.VideoStream
-    if settings.codec == "mjpeg":
-        stream = container.add_stream("mjpeg", rate=frames_per_s)
-        stream.pix_fmt = "yuvj420p"
+    is_mjpeg = settings.codec == "mjpeg"
+    stream: av.VideoStream = container.add_stream("mjpeg" if is_mjpeg else "libx264", rate=frames_per_s)
+    stream.pix_fmt = "yuvj420p" if is_mjpeg else "yuv420p"
+    if is_mjpeg:
         stream.options = {"qmin": str(settings.quality), "qmax": str(settings.quality)}
     else:
-        stream = container.add_stream("libx264", rate=frames_per_s)
-        stream.pix_fmt = "yuv420p"
         # No B-frames, no deblocking, no arithmetic coding: quick to decode. No keyframes at cuts. Without the
         # macroblock tree the same frames give the same bytes.
         stream.options = {

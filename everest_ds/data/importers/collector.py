@@ -94,16 +94,12 @@ class Collector:
             self._handled.add(path)
 
     def note(self, text: str) -> None:
-        """Tell people something."""
         self._notes.append(text)
 
     def find_split_files(self, annotations: SourceTree, names: Mapping[str, tuple[str, str]]) -> dict[str, Path]:
         """Return the annotation file of each split that has one; a note names the other splits.
 
-        ``names`` has the pattern and the name of each split's file.
-
-        Raises:
-            UserError: There is none, or several match one pattern.
+        ``names`` has the pattern and the name of each split's file. Without any file a UserError is raised.
         """
         found = {}
         for split, (pattern, name) in names.items():
@@ -119,11 +115,7 @@ class Collector:
         return found
 
     def finish(self, class_names: tuple[str, ...]) -> Import:
-        """Return the import: with the videos that nobody named, and notes on what is odd about it.
-
-        Raises:
-            UserError: There is no row.
-        """
+        """Return the import, with unnamed videos and notes on oddities; raise UserError where there is no row."""
         source = self._source
         for path in source.videos:
             if path not in self._handled:
@@ -151,16 +143,12 @@ class Collector:
 
 
 def split_of(word: str) -> str | None:
-    """Return which of train, val, test a word means; None for none of them."""
+    """Return the split that a word means; None for no split."""
     return _SPLIT_WORDS.get(word.strip().casefold())
 
 
 def resolve_names(found: Collection[str], names_file: Path | None) -> tuple[str, ...]:
-    """Return the names of the classes by label: those found, sorted, or those of a file, in its order.
-
-    Raises:
-        UserError: The file is at fault, or lacks a name that was found.
-    """
+    """Return the class names by label: those found, sorted, or those of a file, which must name them all."""
     if names_file is None:
         return tuple(sorted(found))
     names = read_class_names(names_file)

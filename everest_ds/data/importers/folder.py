@@ -63,9 +63,10 @@ def collect(source: SourceTree, options: FolderOptions) -> Import:
             f"{source.root} holds no video: no file in it or below it ends in one of {', '.join(VIDEO_SUFFIXES)}; "
             "expected CLASS/video, or videos alone for pre-training"
         )
-    if _has_no_classes(source):
+    every = [names for path in source.videos if (names := source.folders_of(path))]
+    if all(len(names) == 1 and split_of(names[0]) for names in every):  # or all videos are in SRC itself
         return _collect_unlabelled(collector, source, options)
-    given = _has_splits(source)
+    given = _has_splits(every)
     by_class: dict[str, list[tuple[Path, str | None]]] = defaultdict(list)
     for path in source.videos:
         folders = source.folders_of(path)
@@ -87,7 +88,11 @@ def collect(source: SourceTree, options: FolderOptions) -> Import:
         for path, split in dealt.items():
             collector.add(split, source.name_of(path), path, label)
             splits[split].add(class_name)
-    collector.note("splits are the dataset's own folders" if given else _describe(options))
+    drawn = (
+        f"splits are drawn by class with seed {options.seed}: test {options.test_share:g}, "
+        f"val {options.val_share:g}, the rest for training"
+    )
+    collector.note("splits are the dataset's own folders" if given else drawn)
     if are_numbers:
         collector.note(
             f"class folders are numbers and have labels in numeric order: {class_names[0]} has label 0, "
@@ -118,19 +123,12 @@ def _collect_unlabelled(collector: Collector, source: SourceTree, options: Folde
     return collector.finish(())
 
 
-def _has_no_classes(source: SourceTree) -> bool:
-    """Say whether no video is in a class: all are in SRC itself, or all folders are called like splits."""
-    folders = [names for path in source.videos if (names := source.folders_of(path))]
-    return all(len(names) == 1 and split_of(names[0]) for names in folders)
-
-
-def _has_splits(source: SourceTree) -> bool:
+def _has_splits(folders: list[tuple[str, ...]]) -> bool:
     """Say whether the first folders are splits.
 
     They are where one is called so and holds folders of classes; all that are called so must hold nothing else,
     unless there are no other folders.
     """
-    folders = [names for path in source.videos if (names := source.folders_of(path))]
     depths = [len(names) for names in folders if split_of(names[0])]
     return bool(depths) and (min(depths) > 1 or (max(depths) > 1 and len(depths) == len(folders)))
 
@@ -181,10 +179,3 @@ def _draw(seed: int, path: Path) -> float:
     """Return a number from 0 to below 1 that belongs to a seed and a path."""
     digest = hashlib.sha256(b"%d\0" % seed + os.fsencode(path.as_posix())).digest()
     return int.from_bytes(digest[:6]) / 2**48
-
-
-def _describe(options: FolderOptions) -> str:
-    return (
-        f"splits are drawn by class with seed {options.seed}: test {options.test_share:g}, "
-        f"val {options.val_share:g}, the rest for training"
-    )

@@ -30,16 +30,6 @@ class KineticsOptions:
     """File with one class name a line, in the order of the labels; by name without one."""
 
 
-@dataclass(frozen=True)
-class _Clip:
-    """A row of the annotations; ``class_name`` is empty where there is none."""
-
-    split: str
-    class_name: str
-    youtube_id: str
-    name: str
-
-
 def collect(source: SourceTree, options: KineticsOptions) -> Import:
     """Return the clips that were downloaded."""
     annotations = annotations_of(source, options.annotations)
@@ -50,14 +40,13 @@ def collect(source: SourceTree, options: KineticsOptions) -> Import:
             "Kinetics, or name their folder by --annotations"
         )
     clips = [clip for path in tables for clip in _read_clips(path)]
-    class_names = resolve_names({clip.class_name for clip in clips} - {""}, options.class_names)
+    class_names = resolve_names({class_name for _, class_name, *_ in clips} - {""}, options.class_names)
     labels = {name: label for label, name in enumerate(class_names)} | {"": UNLABELLED}
     collector = Collector(source)
-    for clip in clips:
-        preferred = (clip.split, clip.class_name, clip.class_name.replace(" ", "_"))
-        path = source.find_video(clip.name, *preferred) or source.find_video(clip.youtube_id, *preferred)
-        name = f"{clip.class_name}/{clip.name}" if clip.class_name else clip.name
-        collector.add(clip.split, name, path, labels[clip.class_name])
+    for split, class_name, youtube_id, name in clips:
+        preferred = (split, class_name, class_name.replace(" ", "_"))
+        path = source.find_video(name, *preferred) or source.find_video(youtube_id, *preferred)
+        collector.add(split, f"{class_name}/{name}" if class_name else name, path, labels[class_name])
     return collector.finish(class_names)
 
 
@@ -71,7 +60,8 @@ def _has_columns(path: Path) -> bool:
     return set(_COLUMNS) <= {name.strip() for name in header.split(",")}
 
 
-def _read_clips(path: Path) -> Iterator[_Clip]:
+def _read_clips(path: Path) -> Iterator[tuple[str, str, str, str]]:
+    """Yield split, class name (empty for none), YouTube id and file name of each row of the annotations."""
     table = csv.DictReader(read_text(path).splitlines(), skipinitialspace=True, restval="")
     named = next((split for word in re.split(r"[^a-z]+", path.stem.lower()) if (split := split_of(word))), None)
     for row in table:
@@ -89,5 +79,4 @@ def _read_clips(path: Path) -> Iterator[_Clip]:
             raise UserError(f"{place}: expected time_start and time_end in seconds, got {times}") from error
         if not youtube_id:
             raise UserError(f"{place} has no youtube_id")
-        class_name = (row.get("label") or "").strip()
-        yield _Clip(split, class_name, youtube_id, f"{youtube_id}_{start_s:06d}_{end_s:06d}")
+        yield split, (row.get("label") or "").strip(), youtube_id, f"{youtube_id}_{start_s:06d}_{end_s:06d}"

@@ -1,28 +1,21 @@
 """The datasets that `everest index` knows, by the word that names them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from everest_ds.data.importers import folder, hmdb51, kinetics, oscc, ssv2, ucf101
 from everest_ds.data.importers.collector import Import
 from everest_ds.data.importers.source_tree import SourceTree
 
 
-@dataclass(frozen=True)
-class Importer:
-    """How a dataset becomes lists.
-
-    Attributes:
-        options: Dataclass of its options.
-        collect: Takes the files below its folder and such options, and returns the import; raises UserError where
-            annotations are missing or at fault, or there is no video.
-        layout: What it expects, in a line.
-    """
+class Importer(NamedTuple):
+    """How a dataset becomes lists."""
 
     options: type[Any]
     collect: Callable[[SourceTree, Any], Import]
+    """Raises UserError where annotations are missing or at fault, or there is no video."""
     layout: str
+    """What it expects, in a line."""
 
 
 IMPORTERS = {

@@ -32,11 +32,7 @@ class SourceTree:
 
     @cached_property
     def files(self) -> list[Path]:
-        """All files, read when they are first asked for.
-
-        Raises:
-            UserError: The root is not a folder, or one below it cannot be read.
-        """
+        """All files, read when they are first asked for; a UserError where a folder cannot be read."""
         if not self.root.is_dir():
             raise UserError(f"{self.root} is no folder; expected the folder of the dataset")
         return sorted(_walk(self.root))
@@ -88,11 +84,7 @@ def annotations_of(source: SourceTree, elsewhere: Path | None) -> SourceTree:
 
 
 def one_file(tree: SourceTree, pattern: str, what: str) -> Path:
-    """Return the one file whose name matches a pattern.
-
-    Raises:
-        UserError: There is none, or more than one.
-    """
+    """Return the one file whose name matches a pattern, or raise UserError."""
     found = tree.find_files(pattern)
     if not found:
         raise UserError(f"{tree.root} holds no {what}; download it, or name its folder by --annotations")
@@ -105,21 +97,13 @@ def one_file(tree: SourceTree, pattern: str, what: str) -> Path:
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """Return the lines of a text file that are not blank, stripped, with their numbers from 1.
-
-    Raises:
-        UserError: The file cannot be read, or is no UTF-8 text.
-    """
+    """Return the lines of a text file that are not blank, stripped, with their numbers from 1."""
     lines = enumerate(read_text(path).splitlines(), start=1)
     return [(number, line.strip()) for number, line in lines if line.strip()]
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds.
-
-    Raises:
-        UserError: The file cannot be read, or is no JSON.
-    """
+    """Return what a JSON file holds, or raise UserError."""
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -129,11 +113,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file, without a byte order mark.
-
-    Raises:
-        UserError: The file cannot be read, or is no UTF-8 text.
-    """
+    """Return the text of a UTF-8 file without a byte order mark, or raise UserError."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -145,8 +125,7 @@ def read_text(path: Path) -> str:
 def read_entries(path: Path, what: str, *keys: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield place and content of each object of a JSON file: a list of ``what``, or an object with that key.
 
-    Raises:
-        UserError: There is no list, or an entry is no object with these keys.
+    A file without such a list, or an entry without one of the keys, is a UserError.
     """
     entries = read_json(path)
     if isinstance(entries, dict) and what in entries:

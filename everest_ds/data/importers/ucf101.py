@@ -5,6 +5,7 @@ testlist01.txt (the same without the number); 02 and 03 for the other splits. La
 from 0.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -32,21 +33,24 @@ def collect(source: SourceTree, options: Ucf101Options) -> Import:
     collector = Collector(source)
     for split in ("train", "test"):
         file_name = f"{split}list{options.split:02d}.txt"
-        path = one_file(annotations, file_name.replace(".", r"\."), file_name)
+        path = one_file(annotations, re.escape(file_name), file_name)
         for number, line in read_lines(path):
-            name, given = _parse_line(line)
-            if PurePosixPath(name).parent.name not in labels:
+            name, _, given = line.rpartition(" ")
+            if not name or not given.isdecimal():
+                name, given = line, ""
+            name = name.strip()
+            class_name = PurePosixPath(name).parent.name
+            if class_name not in labels:
                 raise UserError(
                     f"{path}, line {number}: {name!r} is of no class of classInd.txt; expected CLASS/VIDEO.avi"
                 )
-            video = PurePosixPath(name)
-            label = labels[video.parent.name]
-            if given is not None and given != label + 1:
+            label = labels[class_name]
+            if given and int(given) != label + 1:
                 raise UserError(
-                    f"{path}, line {number}: {name} is of class {given}, but {video.parent.name} is number "
+                    f"{path}, line {number}: {name} is of class {int(given)}, but {class_name} is number "
                     f"{label + 1} of classInd.txt; the files do not belong together"
                 )
-            found = source.find_video(video.stem, video.parent.name, others=class_names)
+            found = source.find_video(PurePosixPath(name).stem, class_name, others=class_names)
             collector.add(split, name, found, label)
     return collector.finish(class_names)
 
@@ -59,9 +63,3 @@ def _read_classes(path: Path) -> tuple[str, ...]:
             raise UserError(f"{path}, line {number}: {line!r}; expected `{len(names) + 1} NAME`, each name once")
         names.append(words[1])
     return tuple(names)
-
-
-def _parse_line(line: str) -> tuple[str, int | None]:
-    """Return the name of a line, and the number of its class where it has one."""
-    name, _, last = line.rpartition(" ")
-    return (name.strip(), int(last)) if name and last.isdecimal() else (line, None)

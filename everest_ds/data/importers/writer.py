@@ -13,7 +13,7 @@ from typing import Any
 
 from everest_ds.data.importers.collector import UNLABELLED, Import
 from everest_ds.data.lists.classes import NAMES_FILE
-from everest_ds.data.lists.video_list import VideoRow, format_list
+from everest_ds.data.lists.video_list import format_list
 from everest_ds.errors import UserError
 from everest_ds.files import write_atomically
 
@@ -23,11 +23,7 @@ _NUM_EXAMPLES = 5
 
 
 def require_apart(source: Path, out: Path) -> None:
-    """Check that nothing would be written into the dataset's folder.
-
-    Raises:
-        UserError: The folder for the lists is the dataset's or lies in it, or is a file.
-    """
+    """Check that the folder for the lists is no file, and not in the dataset's folder."""
     if out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"--out {out} lies in {source}, which is left as it is; name a folder outside of it")
     if out.exists() and not out.is_dir():
@@ -37,14 +33,11 @@ def require_apart(source: Path, out: Path) -> None:
 def write_import(found: Import, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Write an import to a folder, replacing an earlier one's files; return what summary.json holds.
 
-    Args:
-        found: What to write.
-        out: Where; made where it is not there.
-        settings: What the user asked for: dataset, source and options.
+    ``settings`` are dataset, source and options.
 
     Raises:
         UserError: A file is in the way that no import wrote or that was changed since, the folder cannot be made,
-            or a name of a class cannot stand in a line.
+            or a class name cannot be written in one line.
     """
     out = out.resolve() if ".." in out.parts else out.absolute()
     texts = _texts(found, out)
@@ -80,19 +73,26 @@ def _texts(found: Import, out: Path) -> dict[str, bytes]:
     if found.missing:
         texts[MISSING_FILE] = "".join(f"{split}\t{name}\n" for split, name in found.missing)
     if found.left_out:
-        pairs = [(reason, name) for reason, names in found.left_out.items() for name in names]
-        texts[LEFT_OUT_FILE] = "".join(f"{reason}\t{name}\n" for reason, name in pairs)
+        lines = (f"{reason}\t{name}\n" for reason, names in found.left_out.items() for name in names)
+        texts[LEFT_OUT_FILE] = "".join(lines)
     return {name: _encode(text) for name, text in texts.items()}
 
 
 def _account(found: Import) -> dict[str, Any]:
-    by_split = Counter(split for split, _ in found.missing)
     return {
         "classes": len(found.class_names),
-        "splits": {split: _count(rows) for split, rows in found.rows.items()},
+        "splits": {
+            split: {
+                "videos": len(rows),
+                "classes": len({row.label for row in rows} - {UNLABELLED}),
+                "unlabelled": sum(row.label == UNLABELLED for row in rows),
+                "windows": sum(row.start_s is not None for row in rows),
+            }
+            for split, rows in found.rows.items()
+        },
         "missing": {
             "count": len(found.missing),
-            "by_split": dict(by_split),
+            "by_split": Counter(split for split, _ in found.missing),
             "examples": [name for _, name in found.missing[:_NUM_EXAMPLES]],
         },
         "left_out": {
@@ -100,15 +100,6 @@ def _account(found: Import) -> dict[str, Any]:
             for reason, names in found.left_out.items()
         },
         "notes": found.notes,
-    }
-
-
-def _count(rows: list[VideoRow]) -> dict[str, int]:
-    return {
-        "videos": len(rows),
-        "classes": len({row.label for row in rows} - {UNLABELLED}),
-        "unlabelled": sum(row.label == UNLABELLED for row in rows),
-        "windows": sum(row.start_s is not None for row in rows),
     }
 
 
