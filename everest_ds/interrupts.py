@@ -6,9 +6,8 @@ At the first SIGINT a command does one of three things, its `Mode`:
 * it raises KeyboardInterrupt, so that files and processes are cleaned up: a command of one process;
 * it notes the request and saves at the next step boundary: a training run (`everest_ds.train.signals`).
 
-A second SIGINT ends the process at once in every mode. Python runs signal handlers in the main thread, and only
-between two of its instructions: in a collective whose other side is gone that is never. So another thread hears of
-every signal through a pipe, and ends the process where that is due.
+A second SIGINT ends the process at once in every mode. Python runs signal handlers in the main thread, between two
+of its instructions: in a stuck collective never. So another thread reads every signal from a pipe.
 """
 
 import contextlib
@@ -174,7 +173,7 @@ def leave_at_second(signum: int, since_first_s: float | None) -> None:
 
 
 def _watch(numbers: Sequence[signal.Signals]) -> None:
-    """Start the thread that hears of signals, unless it runs."""
+    """Start the thread that listens for signals, unless it runs."""
     _state.numbers |= set(numbers)
     if _state.pipe is not None:
         return
@@ -192,10 +191,8 @@ def _listen(pipe: int) -> None:
                 _state.first_at = None  # the signal that is sent now is the first one again
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             elif number in _state.numbers:
-                now = time.monotonic()
-                first_at = _state.first_at
-                if first_at is None:
-                    _state.first_at = now
+                now, first_at = time.monotonic(), _state.first_at
+                _state.first_at = now if first_at is None else first_at
                 _state.mode.in_thread(number, None if first_at is None else now - first_at)
 
 

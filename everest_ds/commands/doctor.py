@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
+from typing import Any
 
 from everest_ds import distributed
 from everest_ds.commands.parsing import parse
@@ -112,11 +113,9 @@ def _words_of(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _call(module: str, function: str, *arguments: str) -> list[Row]:
+def _call(module: str, function: str, *arguments: str) -> Any:
     """Import a module of checks in this process, and call one."""
-    check = getattr(importlib.import_module(f"everest_ds.commands.checks.{module}"), function)
-    rows: list[Row] = check(*arguments)
-    return rows
+    return getattr(importlib.import_module(f"everest_ds.commands.checks.{module}"), function)(*arguments)
 
 
 def _package(name: str) -> list[Row]:

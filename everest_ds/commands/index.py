@@ -52,8 +52,7 @@ def index(dataset: str, source: Path, out: Path, options: Any) -> None:
     require_apart(source, out)
     tree = SourceTree(source)
     found = IMPORTERS[dataset].collect(tree, options)
-    chosen = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
-    settings = {"dataset": dataset, "source": str(tree.root), "options": chosen}
+    settings = {"dataset": dataset, "source": str(tree.root), "options": asdict(options)}
     print(_describe(write_import(found, out, settings), out))
 
 

@@ -40,11 +40,8 @@ def launcher() -> list[Row]:
     found = shutil.which("deepspeed")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     available = dist.is_backend_available(backend)
+    where = found or "not on PATH; activate the environment, or use torchrun -m everest_ds"
     return [
-        (
-            OK if found else OPTIONAL,
-            "deepspeed launcher",
-            found or "not on PATH; activate the environment, or use torchrun -m everest_ds",
-        ),
+        (OK if found else OPTIONAL, "deepspeed launcher", where),
         (OK if available else MISSING, f"communication {backend}", "available" if available else "not built in"),
     ]

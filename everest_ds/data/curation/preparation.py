@@ -35,10 +35,9 @@ _LONGEST_STEM = 160
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSettings:
-    """What makes a prepared file what it is; files of other settings do not go into one folder.
+    """Fields of `PrepareOptions` that decide what a prepared file is; files of other settings need another folder.
 
-    Fields are those of `PrepareOptions`. Quality is in the codec's own terms: the quantiser's scale of mjpeg, the
-    rate factor (CRF) of h264. A short side of None keeps all sizes.
+    A short side of None keeps all sizes.
     """
 
     short_side: int | None = 256
@@ -160,12 +159,7 @@ class Preparation:
 
 
 def start_preparation(sources: Sequence[Path], options: PrepareOptions) -> Preparation:
-    """Read the lists, and check readers and folder; nothing is written.
-
-    Raises:
-        UserError: A list cannot be read, two have one name, the folder holds something else, or a reader is not
-            available.
-    """
+    """Read the lists, and check readers and folder; nothing is written."""
     lists = {source: [(target_name(row), row) for row in read_list(source)] for source in sources}
     choose_reader(options.reader)
     choose_reader("pyav")

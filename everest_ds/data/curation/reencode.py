@@ -1,8 +1,7 @@
 """Videos of lists, or windows of them, re-encoded for training.
 
-Place in the flow: Preparation -> each row in a worker that can be killed -> a file of the same frames, smaller and
-quick to decode -> record, lists, summary. Sources are only read. Frames keep their times, counted from the first
-one; a display matrix is applied; sound is left out.
+Place in the flow: Preparation -> each row in a worker that can be killed -> a smaller file of the same frames ->
+record, lists, summary. Frames keep their times, counted from the first; a display matrix is applied; no sound.
 """
 
 import contextlib
@@ -55,12 +54,7 @@ _FILES_TO_ESTIMATE_BY = 32
 
 
 def run(job: Preparation, world: World) -> int:
-    """Prepare the videos of lists, or what is left of them; return the exit code: 1 where more fail than may.
-
-    Raises:
-        UserError: The folder holds files of other settings, or the disk will not have room.
-        OSError: The disk is full.
-    """
+    """Prepare the videos of lists, or what is left of them; return the exit code: 1 where more fail than may."""
     options = job.options
     options.out.mkdir(parents=True, exist_ok=True)
     record = open_record(options)

@@ -31,20 +31,16 @@ _SPLIT_WORDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """A dataset as lists.
-
-    Attributes:
-        rows: Rows of each split that has any, train before val before test; paths are absolute.
-        class_names: Names of the classes, by label; empty where the dataset has none.
-        missing: Videos that the annotations name and the folder lacks, as (split, name).
-        left_out: What else became no row, by reason.
-        notes: What people should know.
-    """
+    """A dataset as lists."""
 
     rows: dict[str, list[VideoRow]]
+    """Rows of each split that has any, train before val before test; paths are absolute."""
     class_names: tuple[str, ...]
+    """By label; empty where the dataset has none."""
     missing: list[tuple[str, str]]
+    """Videos that the annotations name and the folder lacks, as (split, name)."""
     left_out: dict[str, list[str]]
+    """What else became no row, by reason."""
     notes: list[str]
 
 
@@ -61,17 +57,10 @@ class Collector:
         self._notes: list[str] = []
 
     def add(
-        self,
-        split: str,
-        name: str,
-        path: Path | None,
-        label: int,
+        self, split: str, name: str, path: Path | None, label: int,
         window: tuple[float | None, float | None] = (None, None),
-    ) -> None:
-        """Take a video that the annotations call ``name``; without a path it is missing, label -1 is none.
-
-        The window is in seconds.
-        """
+    ) -> None:  # fmt: skip
+        """Take a video, or a window of it in seconds; without a path it is missing, label -1 is none."""
         if path is None:
             self._missing[split, _printable(name)] = None
             return

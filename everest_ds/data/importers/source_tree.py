@@ -19,11 +19,8 @@ from everest_ds.errors import UserError
 class SourceTree:
     """All files below a folder, at any depth, in the order of their paths.
 
-    Hidden files and folders are passed over. Links to folders are followed, a folder that is met again is not.
-
-    Attributes:
-        root: The folder, absolute.
-        num_ambiguous: How often `find_video` had several files to choose from.
+    Hidden files and folders are skipped. Links to folders are followed, a folder that is met again is not.
+    ``num_ambiguous`` counts how often `find_video` had several files to choose from.
     """
 
     def __init__(self, root: Path) -> None:
@@ -39,15 +36,12 @@ class SourceTree:
 
     @cached_property
     def videos(self) -> list[Path]:
-        """The files with a video's suffix."""
         return [path for path in self.files if path.suffix.lower() in VIDEO_SUFFIXES]
 
     def name_of(self, path: Path) -> str:
-        """Return a file's path below the root, as text."""
         return str(path.relative_to(self.root))
 
     def folders_of(self, path: Path) -> tuple[str, ...]:
-        """Return the names of the folders between the root and a file."""
         return path.relative_to(self.root).parts[:-1]
 
     def find_video(self, stem: str, *folders: str, others: Collection[str] = ()) -> Path | None:
@@ -75,7 +69,7 @@ class SourceTree:
         by_stem = defaultdict(list)
         for path in self.videos:
             by_stem[path.stem].append(path)
-        return dict(by_stem)
+        return by_stem
 
 
 def annotations_of(source: SourceTree, elsewhere: Path | None) -> SourceTree:

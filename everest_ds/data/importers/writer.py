@@ -57,7 +57,7 @@ def write_import(found: Import, out: Path, settings: dict[str, Any]) -> dict[str
         raise UserError(f"cannot make the folder {out}: {error.strerror}; name another by --out") from error
     for name in stale:
         (out / name).unlink(missing_ok=True)
-    texts[SUMMARY_FILE] = _encode(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    texts[SUMMARY_FILE] = _encode(json.dumps(summary, indent=2, ensure_ascii=False, default=str) + "\n")
     for name, data in texts.items():
         write_atomically(out / name, data)
     return summary
