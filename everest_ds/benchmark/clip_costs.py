@@ -213,11 +213,7 @@ class Costs:
 
 
 def measure_round(
-    ways: Sequence[Way],
-    rows: Sequence[int],
-    *,
-    first: int = 0,
-    now: Callable[[], float] = time.process_time,
+    ways: Sequence[Way], rows: Sequence[int], *, first: int = 0, now: Callable[[], float] = time.process_time
 ) -> list[dict[Phase, float]]:
     """Make the clips of all rows in every way, a few rows at a time, interleaved.
 

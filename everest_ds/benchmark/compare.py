@@ -51,20 +51,16 @@ TABLE = Table(
 
 
 class Source(NamedTuple):
-    """Where official code comes from; the factory is the function that makes the model of a size."""
+    """Where official code comes from, and how its models' names begin."""
 
     variable: str
     repository: str
-    factory: str
+    prefix: str
 
 
 SOURCES: dict[ReferenceName, Source] = {
-    "everest": Source(
-        "EVEREST_REFERENCE_DIR", "https://github.com/sunilhoho/EVEREST", "pretrain_videoms_{size}_patch16_224"
-    ),
-    "videomae": Source(
-        "VIDEOMAE_REFERENCE_DIR", "https://github.com/MCG-NJU/VideoMAE", "pretrain_videomae_{size}_patch16_224"
-    ),
+    "everest": Source("EVEREST_REFERENCE_DIR", "https://github.com/sunilhoho/EVEREST", "pretrain_videoms"),
+    "videomae": Source("VIDEOMAE_REFERENCE_DIR", "https://github.com/MCG-NJU/VideoMAE", "pretrain_videomae"),
 }
 
 
@@ -192,10 +188,12 @@ def _sides(
 def tube_mask(config: PretrainConfig, micro_size: int, device: torch.device) -> Tensor:
     """Return what VideoMAE hides, (B, N) bool: all but as many tubes as make a tenth of the tokens."""
     grid = config.grid
-    places = count_tube_positions(grid, TUBE_VISIBLE)
+    num_tubes = count_tube_positions(grid, TUBE_VISIBLE)
     generator = torch.Generator(device).manual_seed(config.run.seed)
     noise_BJ = torch.rand(micro_size, grid.tokens_per_step, device=device, generator=generator)
-    hidden_BJ = torch.ones_like(noise_BJ, dtype=torch.bool).scatter(1, noise_BJ.argsort(dim=1)[:, :places], False)
+    hidden_BJ = torch.ones_like(noise_BJ, dtype=torch.bool).scatter(
+        1, noise_BJ.argsort(dim=1)[:, :num_tubes], False
+    )
     return hidden_BJ.repeat(1, grid.time)
 
 
@@ -241,9 +239,12 @@ def load_official(name: ReferenceName, size: str) -> OfficialCode:
             modules = {module: importlib.import_module(module) for module in MODULES}
     except ModuleNotFoundError as error:
         raise UserError(f"--compare {name}: the code in {given} needs {error.name}; pip install it") from error
-    factory = source.factory.format(size=size)
+    functions = {
+        "modeling_pretrain": f"{source.prefix}_{size}_patch16_224",
+        "engine_for_pretraining": "train_one_epoch",
+    }
     found = []
-    for module, function in (("modeling_pretrain", factory), ("engine_for_pretraining", "train_one_epoch")):
+    for module, function in functions.items():
         if not hasattr(modules[module], function):
             fault = f"{folder / module}.py has no {function}"
             raise UserError(f"--compare {name}: {fault}; set {source.variable} to a clone of {source.repository}")

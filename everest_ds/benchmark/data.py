@@ -154,11 +154,7 @@ def _loader_rates(
 
 
 def loader_clips_per_s(
-    task: Task,
-    rows: Sequence[VideoRow],
-    *,
-    batch_size: int,
-    now: Callable[[], float] = time.perf_counter,
+    task: Task, rows: Sequence[VideoRow], *, batch_size: int, now: Callable[[], float] = time.perf_counter
 ) -> float:
     """Run the loader of a task, with the workers of its configuration, and take batches as fast as they come.
 

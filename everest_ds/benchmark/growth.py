@@ -57,7 +57,7 @@ def sweep_growth(config: Config, options: StepOptions, sizes: Sequence[int] | No
     common = {
         **run_fields("step-growth", config, first.device, options),
         "ds_config": None if options.ds_config is None else str(options.ds_config),
-        **first.fields(),
+        **first.settings,
         "time": "cpu" if first.device.type == "cpu" else "wall",
         "grows": grows,
     }
@@ -111,17 +111,10 @@ def measure_growth(benches: dict[float, Workbench], micro_size: int, *, rounds: 
     for side, (value, bench) in zip(sides, benches.items(), strict=True):
         shares = profiled_shares(device, side.step)
         measured, tokens = step_times(times[side.name].seconds), micro_size * selected_tokens(bench.task.config)
-        rows.append(
-            {
-                "value": value,
-                "tokens": tokens,
-                "visible_tokens": bench.task.visible_tokens,
-                **measured,
-                "ms_per_1000_tokens": round(measured["step_ms_median"] / tokens * 1e3, 4),
-                "attention_share": None if shares is None else shares["attention"],
-                "step_gib": rounded(times[side.name].peak_gib),
-            }
-        )
+        row: dict[str, Any] = {"value": value, "tokens": tokens, "visible_tokens": bench.task.visible_tokens}
+        row |= {**measured, "ms_per_1000_tokens": round(measured["step_ms_median"] / tokens * 1e3, 4)}
+        row |= {"attention_share": shares and shares["attention"], "step_gib": rounded(times[side.name].peak_gib)}
+        rows.append(row)
     return {"micro_batch": micro_size, **fit_line(rows)}
 
 

@@ -80,25 +80,17 @@ def synthetic_batch(task: Task, count: int, device: torch.device, seed: int) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Workbench:
-    """What steps are measured on: the task in its engine, the updater that takes its steps, and the settings."""
+    """What steps are measured on: the task in its engine, the updater that takes its steps, and the settings.
+
+    All lines of a measurement have the settings, besides the machine.
+    """
 
     task: Task
     engine: Any
     updater: Updater
-    ds_config: dict[str, Any]
+    settings: dict[str, Any]
     world: World
     device: torch.device
-    attention: str
-
-    def fields(self) -> dict[str, Any]:
-        """Return the settings that all lines of a measurement share, besides the machine."""
-        names = ("activation_checkpointing", "recompute_attention", "compile_blocks")
-        return {
-            "zero_stage": engines.zero_stage(self.ds_config),
-            "precision": precision_of(self.ds_config).name,
-            "attention": self.attention,
-            **{name: getattr(self.task.config.model, name) for name in names},
-        }
 
 
 def build_workbench(
@@ -125,10 +117,15 @@ def build_workbench(
     engine = engines.build_engine(task, config, ds_config, device)
     engine.train()
     engines.set_learning_rate(engine, config.optim.base_lr)
-    return Workbench(
-        task=task, engine=engine, updater=Updater(engine, config.optim.max_grad_norm), ds_config=ds_config,
-        world=world, device=device, attention=backend.name,
-    )  # fmt: skip
+    names = ("activation_checkpointing", "recompute_attention", "compile_blocks")
+    settings = {
+        "zero_stage": engines.zero_stage(ds_config),
+        "precision": precision_of(ds_config).name,
+        "attention": backend.name,
+        **{name: getattr(config.model, name) for name in names},
+    }
+    updater = Updater(engine, config.optim.max_grad_norm)
+    return Workbench(task=task, engine=engine, updater=updater, settings=settings, world=world, device=device)
 
 
 def with_classes(config: Config) -> Config:

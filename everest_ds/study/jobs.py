@@ -80,7 +80,7 @@ class Runner:
         self.failed: list[Job] = []
         self._jobs, self._slots, self._num_gpus, self._on_done = jobs, slots, num_gpus, on_done
         self._running: dict[int, tuple[Job, subprocess.Popen[bytes], TextIO, float]] = {}
-        self._done: set[int] = set()
+        self._done: set[Job] = set()
         self._waiting: list[Job] = []
         self._took_s: defaultdict[str, list[float]] = defaultdict(list)
 
@@ -89,8 +89,8 @@ class Runner:
 
         An interruption stops the runs, which save what they have, and is passed on to the caller.
         """
-        self._done = {id(job) for job in self._jobs if job.is_done()}
-        self._waiting = [job for job in self._jobs if id(job) not in self._done]
+        self._done = {job for job in self._jobs if job.is_done()}
+        self._waiting = [job for job in self._jobs if job not in self._done]
         if self._done:
             print(f"{len(self._done)} of {len(self._jobs)} runs are done already", flush=True)
         try:
@@ -106,15 +106,14 @@ class Runner:
         return self.failed
 
     def _next(self) -> Job | None:
-        ready = (job for job in self._waiting if job.needs is None or id(job.needs) in self._done)
+        ready = (job for job in self._waiting if job.needs is None or job.needs in self._done)
         if job := next(ready, None):
             self._waiting.remove(job)
         return job
 
     def _drop_hopeless(self) -> None:
         """Give up jobs that need one that failed."""
-        lost = {id(job) for job in self.failed}
-        for job in [job for job in self._waiting if job.needs is not None and id(job.needs) in lost]:
+        for job in [job for job in self._waiting if job.needs in self.failed]:
             self._waiting.remove(job)
             self.failed.append(job)
             print(f"NOT RUN {job.kind} {job.name}: it needs a run that failed", flush=True)
@@ -155,7 +154,7 @@ class Runner:
                 why = f"exit code {code}: {_reason(job.log)}"
                 print(f"FAILED {job.kind} {job.name} ({why}); see {job.log}", flush=True)
                 continue
-            self._done.add(id(job))
+            self._done.add(job)
             took_s = time.perf_counter() - began
             self._took_s[job.kind].append(took_s)
             print(

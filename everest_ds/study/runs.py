@@ -102,9 +102,9 @@ def make_jobs(folder: Path, conditions: Sequence[Condition], seeds: Sequence[int
     jobs: list[Job] = []
 
     def add(kind: JobKind, name: str, words: Sequence[object], needs: Job | None = None) -> Job:
-        place = folder / "runs" / name
-        words = (*words, "--out", place / kind)
-        jobs.append(Job(kind=kind, name=name, words=tuple(map(str, words)), folder=place, needs=needs))
+        own = folder / "runs" / name
+        words = (*words, "--out", own / kind)
+        jobs.append(Job(kind=kind, name=name, words=tuple(map(str, words)), folder=own, needs=needs))
         return jobs[-1]
 
     for seed in seeds:

@@ -26,7 +26,7 @@ def test_sweep_ends_where_memory_does(monkeypatch: pytest.MonkeyPatch, capsys: p
             "mfu": 0.5, "mfu_data_sheet": None, "shares": None,
         }  # fmt: skip
 
-    bench = SimpleNamespace(device=CPU, fields=lambda: {"zero_stage": 2})
+    bench = SimpleNamespace(device=CPU, settings={"zero_stage": 2})
     monkeypatch.setattr(step, "build_workbench", lambda *given, **named: bench)
     monkeypatch.setattr(step, "measure_steps", measure)
     words = ["benchmark", "step", "demo", "--micro-batch", "1", "2", "4", "8"]
@@ -56,7 +56,7 @@ def test_auto_doubles_until_memory_is_full(
 
     def build(*given: Any, micro_size: int) -> SimpleNamespace:
         built.append(micro_size)
-        return SimpleNamespace(device=CPU, fields=dict)
+        return SimpleNamespace(device=CPU, settings={})
 
     monkeypatch.setattr(step.distributed, "select_accelerator", lambda: True)
     monkeypatch.setattr(step, "build_workbench", build)
