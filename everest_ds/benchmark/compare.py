@@ -128,7 +128,7 @@ def compare_steps(
         references[name] = OfficialStep(code, model, precision.matmul_dtype)
     task.to(precision.weights_dtype)
     for micro_size in micro_sizes:
-        sides = _sides(task, references, config, micro_size, device, autocasts=precision.autocasts)
+        sides = _sides(task, references, micro_size, device, autocasts=precision.autocasts)
         times = interleave(sides, device, rounds=rounds, warmup=warmup)
         yield {"micro_batch": micro_size, **side_fields(times, micro_size)}
         if times[OURS].out_of_memory:
@@ -157,15 +157,11 @@ def side_fields(times: dict[str, SideTimes], micro_size: int) -> dict[str, Any]:
 
 
 def _sides(
-    task: Task,
-    references: dict[ReferenceName, "OfficialStep"],
-    config: PretrainConfig,
-    micro_size: int,
-    device: torch.device,
-    *,
-    autocasts: bool,
+    task: Task, references: "References", micro_size: int, device: torch.device, *, autocasts: bool
 ) -> list[Side]:
     """Return ours and theirs on the same clips."""
+    config = task.config
+    assert isinstance(config, PretrainConfig)
     batch = synthetic_batch(task, micro_size, device, config.run.seed)
     inputs = task.inputs(batch, device)
 
@@ -288,6 +284,9 @@ class OfficialStep:
                 patch_size=PATCH, normlize_target=True, start_steps=0,
             )  # fmt: skip
         return self._scaler.loss
+
+
+References = dict[ReferenceName, OfficialStep]
 
 
 class _BackwardOnly:

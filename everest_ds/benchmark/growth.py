@@ -56,7 +56,6 @@ def sweep_growth(config: Config, options: StepOptions, sizes: Sequence[int] | No
     first = next(iter(benches.values()))
     common = {
         **run_fields("step-growth", config, first.device, options),
-        "ds_config": None if options.ds_config is None else str(options.ds_config),
         **first.settings,
         "time": "cpu" if first.device.type == "cpu" else "wall",
         "grows": grows,

@@ -62,7 +62,6 @@ def _measure(config: Config, options: StepOptions, sizes: Iterable[int], first: 
     common = {
         **run_fields("step", config, bench.device, options),
         "gpus": world.size,
-        "ds_config": None if options.ds_config is None else str(options.ds_config),
         **bench.settings,
     }
     report = StepReport(world, common, TABLE, _rows, as_json=options.json)

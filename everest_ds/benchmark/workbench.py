@@ -119,6 +119,7 @@ def build_workbench(
     engines.set_learning_rate(engine, config.optim.base_lr)
     names = ("activation_checkpointing", "recompute_attention", "compile_blocks")
     settings = {
+        "ds_config": None if ds_config_file is None else str(ds_config_file),
         "zero_stage": engines.zero_stage(ds_config),
         "precision": precision_of(ds_config).name,
         "attention": backend.name,

@@ -260,9 +260,7 @@ def test_our_side_autocasts_where_it_is_asked_to() -> None:
     assert isinstance(config, PretrainConfig)
     torch.manual_seed(0)
     task = make_task(config)
-    ((plain,), (lowered,)) = (
-        compare._sides(task, {}, config, 2, CPU, autocasts=autocasts) for autocasts in (False, True)
-    )
+    ((plain,), (lowered,)) = (compare._sides(task, {}, 2, CPU, autocasts=autocasts) for autocasts in (False, True))
     assert 0 < abs(lowered.step() / plain.step() - 1) < 1e-2
     assert {p.grad.dtype for p in task.parameters() if p.grad is not None} == {torch.float32}
     lowered.clear()
