@@ -209,7 +209,7 @@ def _leave(*_: object) -> None:
     os._exit(_EXIT_INTERRUPTED)
 
 
-def _wait_for_thread(signum: int, frame: FrameType | None) -> None:
+def _wait_for_thread(*_: object) -> None:
     """Do nothing more in the main thread: the other one ends the process."""
     time.sleep(_WAIT_FOR_THREAD_S)
     os._exit(_EXIT_INTERRUPTED)

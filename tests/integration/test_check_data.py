@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -148,3 +150,8 @@ def test_wrong_options_are_refused(
 
 def test_every_fault_can_be_named_on_the_command_line() -> None:
     assert set(get_args(FaultName)) == {str(kind) for kind in Kind} - {"good"}
+
+
+def test_command_and_what_its_workers_import_need_no_torch() -> None:
+    program = "import sys, everest_ds.commands.check_data; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

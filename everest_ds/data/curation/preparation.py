@@ -204,9 +204,8 @@ def record_line(row: VideoRow, prepared: Prepared) -> dict[str, Any]:
 
 def _earlier_lists(sources: Sequence[Path], out: Path) -> dict[str, Any]:
     """Check that no file of something else would be replaced; return what earlier calls' summary says of lists."""
-    names = [source.name for source in sources]
     for source in sources:
-        if names.count(source.name) > 1:
+        if [other.name for other in sources].count(source.name) > 1:
             raise UserError(f"two lists are called {source.name}; rename one, or use another --out for it")
         if source.name in (MANIFEST, SUMMARY, VIDEOS, NAMES_FILE):
             raise UserError(f"a list cannot be called {source.name}, as another file of --out is; rename it")
@@ -250,8 +249,7 @@ def write_lists(job: Preparation, done: Mapping[str, Prepared], lost: str) -> di
     for source, rows in job.lists.items():
         kept = [VideoRow(out / target, row.label) for target, row in rows if done[target].fault is None]
         write_atomically(out / source.name, format_list(out / source.name, kept) if kept else "")
-    names = _class_names(list(job.lists), out)
-    if names is not None:
+    if (names := _class_names(list(job.lists), out)) is not None:
         write_atomically(out / NAMES_FILE, names)
     return accounts
 

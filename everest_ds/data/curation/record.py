@@ -62,7 +62,7 @@ class Record(Generic[Key, Result]):
         return found
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a line; it is on disk before the next is taken."""
+        """Add a line to the file at once."""
         if not self._can_append:
             drop_torn_line(self.path)
             if not self.path.is_file() or not self.path.stat().st_size:

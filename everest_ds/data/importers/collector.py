@@ -127,7 +127,7 @@ class Collector:
             class_names=class_names,
             missing=list(self._missing),
             left_out=dict(self._left_out),
-            notes=[*self._notes, *_describe_oddities(rows, class_names, source)],
+            notes=[*self._notes, *_describe_oddities(rows, class_names, source.num_ambiguous)],
         )
 
 
@@ -155,7 +155,7 @@ def _printable(name: str) -> str:
 
 
 def _describe_oddities(
-    rows: dict[str, list[VideoRow]], class_names: tuple[str, ...], source: SourceTree
+    rows: dict[str, list[VideoRow]], class_names: tuple[str, ...], num_ambiguous: int
 ) -> list[str]:
     notes = []
     labels = {split: Counter(row.label for row in listed) for split, listed in rows.items()}
@@ -172,8 +172,8 @@ def _describe_oddities(
     shared = sorted(str(cut[0]) for cut, count in splits_of.items() if count > 1)
     if shared:
         notes.append(f"{len(shared)} videos are in more than one split, the first is {shared[0]}")
-    if source.num_ambiguous:
+    if num_ambiguous:
         notes.append(
-            f"{source.num_ambiguous} names have several files; the first by path is listed, the others are left out"
+            f"{num_ambiguous} names have several files; the first by path is listed, the others are left out"
         )
     return notes

@@ -44,7 +44,6 @@ class FolderOptions:
     folders are numbers."""
 
     def __post_init__(self) -> None:
-        """Check the shares."""
         for name in ("val_share", "test_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be from 0 to below 1")
@@ -98,7 +97,7 @@ def collect(source: SourceTree, options: FolderOptions) -> Import:
             f"class folders are numbers and have labels in numeric order: {class_names[0]} has label 0, "
             f"{class_names[-1]} has label {len(class_names) - 1}"
         )
-    for note in _describe_absent(splits, by_class, () if given else _wanted(options)):
+    for note in _describe_absent(splits, by_class, () if given else _drawn_splits(options)):
         collector.note(note)
     return collector.finish(class_names)
 
@@ -141,8 +140,7 @@ def _order_classes(found: Mapping[str, object], options: FolderOptions) -> tuple
     return resolve_names(found.keys(), options.class_names), False
 
 
-def _wanted(options: FolderOptions) -> tuple[str, ...]:
-    """Return the splits that are drawn."""
+def _drawn_splits(options: FolderOptions) -> tuple[str, ...]:
     shares = {"train": 1.0, "val": options.val_share, "test": options.test_share}
     return tuple(split for split in SPLITS if shares[split] > 0)
 
@@ -153,7 +151,7 @@ def _deal(source: SourceTree, paths: list[Path], options: FolderOptions) -> dict
     ordered = sorted(paths, key=lambda path: (draws[path], path))
     num_test = sum(draw < options.test_share for draw in draws.values())
     num_scored = min(sum(draw < options.test_share + options.val_share for draw in draws.values()), len(paths) - 1)
-    if len(paths) >= len(_wanted(options)):
+    if len(paths) >= len(_drawn_splits(options)):
         num_test = max(num_test, options.test_share > 0)
         num_scored = max(num_scored, num_test + (options.val_share > 0))
         num_scored = min(num_scored, len(paths) - 1)

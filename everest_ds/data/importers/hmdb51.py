@@ -4,7 +4,6 @@ Files: CLASS_test_splitN.txt, a line ``VIDEO.avi TAG`` for every video of the cl
 test, 0 is not used in this split. Labels count the classes in the order of their names.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -52,7 +51,7 @@ def collect(source: SourceTree, options: Hmdb51Options) -> Import:
 def _files_by_class(annotations: SourceTree, split: int) -> dict[str, Path]:
     paths: dict[str, Path] = {}
     for path in annotations.find_files(rf".+_test_split{split}\.txt"):
-        class_name = re.sub(rf"_test_split{split}\.txt$", "", path.name)
+        class_name = path.name.removesuffix(f"_test_split{split}.txt")
         if class_name in paths:
             raise UserError(
                 f"{annotations.root} holds {path.name} twice, as {paths[class_name]} and {path}; name the folder "
