@@ -17,7 +17,7 @@ KEYS = {
     "sampling_stride", "sampling_seconds", "rounds", "ms", "clip_ms", "clip_p90_ms", "ratio_to_official",
     "clips_per_s_core", "loader_clips_per_s", "gpu_clips_per_s", "gpus_fed", "cores_per_gpu", "environment",
 }  # fmt: skip
-STAGES = ["open", "decode", "augment", "collate", "copy"]
+PHASES = ["open", "decode", "augment", "collate", "copy"]
 
 
 def records(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
@@ -47,9 +47,9 @@ def test_every_list_and_way_gives_a_record_with_all_that_was_measured(
     ]
     for one in found:
         assert set(one) == KEYS
-        assert list(one["ms"]) == STAGES
+        assert list(one["ms"]) == PHASES
         assert one["rounds"] == 2
-        assert all(one["ms"][stage] > 0 for stage in STAGES[:4])
+        assert all(one["ms"][phase] > 0 for phase in PHASES[:4])
         assert one["loader_clips_per_s"] == {}
         assert one["cores_per_gpu"] * one["clips_per_s_core"] == pytest.approx(50, rel=1e-3)
         cores = one["environment"]["cores"]
@@ -76,7 +76,7 @@ def test_table_names_what_is_left_out_and_has_the_loaders_speed(
     assert "3 videos, 2 left out, 40 frames, 96x64" in shown
     (head,) = (line.split() for line in shown.splitlines() if line.startswith("list "))
     (line,) = (line.split() for line in shown.splitlines() if line.startswith(f"{ramps} "))
-    assert head == ["list", "way", "repeats", *STAGES, "clip", "p90", "ratio", "1", "core", "1", "proc."]
+    assert head == ["list", "way", "repeats", *PHASES, "clip", "p90", "ratio", "1", "core", "1", "proc."]
     assert line[1:3] == ["pyav", "1"]
     assert line[7] == "-"  # no GPU, no copy
     assert float(line[11]) > 0
