@@ -138,7 +138,7 @@ class Trainer:
             saves |= any([callback.wants_save(taken) for callback in self.callbacks])
         if saves:
             self._save(taken)
-        if saves or wanted:  # that time is none of the steps'
+        if saves or wanted:  # saving and scoring take no part of the next window's time
             self.window = Window(self.device)
         return saves
 

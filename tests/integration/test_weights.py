@@ -104,7 +104,7 @@ def test_run_starts_from_weights_alone_and_a_repeated_command_goes_on(
     before = contents(run_dir)
     both = compute([*flags(demo_folder, run_dir, *words, steps=3), "--resume", str(run_dir)])
     assert both.returncode == 2
-    assert "--init-from starts a new run from weights alone, --resume PATH goes on with a run" in both.stderr
+    assert "--init-from starts a new run from weights alone, --resume PATH continues a run" in both.stderr
     assert contents(run_dir) == before
 
 

@@ -100,7 +100,7 @@ def choose_start(
         raise UserError(f"--init-allow {' '.join(init_allow)} has no effect without --init-from; remove it")
     if init_from is not None and resume.exact:
         raise UserError(
-            "--init-from starts a new run from weights alone, --resume PATH goes on with a run: give one of them"
+            "--init-from starts a new run from weights alone, --resume PATH continues a run: give one of them"
         )
     checkpoint = choose_checkpoint(resume.candidates, world, exact=resume.exact)
     if checkpoint is None:
