@@ -203,15 +203,27 @@ def test_bytes_of_a_classifier_are_those_that_autograd_keeps_and_that_are_alive(
     require_estimated(config, precision, numbers_of(precision))
 
 
-@pytest.mark.parametrize("recomputed", RECOMPUTED)
+AT_ZERO3 = {
+    "small": pretraining("small"),
+    "large": pretraining("large"),
+    "classifier": finetuning("small", image_size=224, drop_path=0.1),
+}
+
+
 @pytest.mark.parametrize(
-    "config",
+    ("config", "recomputed"),
     [
-        pretraining("small"),
-        pytest.param(pretraining("large"), marks=pytest.mark.slow),
-        finetuning("small", image_size=224, drop_path=0.1),
+        pytest.param(
+            config,
+            recomputed,
+            id=f"{name}-{recomputed}",
+            marks=[]
+            if name == "small" or (name, recomputed) == ("classifier", "all but attention")
+            else pytest.mark.slow,
+        )
+        for name, config in AT_ZERO3.items()
+        for recomputed in RECOMPUTED
     ],
-    ids=["small", "large", "classifier"],
 )
 def test_bytes_under_autocast_at_zero3_are_those_of_its_linear_layers(
     config: Config, recomputed: str, zero3_linear: None
