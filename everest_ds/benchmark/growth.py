@@ -123,6 +123,7 @@ def _make_step(bench: Workbench, micro_size: int) -> Callable[[], float]:
     inputs = bench.task.inputs(synthetic_batch(bench.task, micro_size, bench.device, config.run.seed), bench.device)
 
     def step() -> float:
+        """Take one step and return its loss."""
         try:
             return float(take_step(bench, inputs))
         except torch.OutOfMemoryError as error:

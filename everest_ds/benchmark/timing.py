@@ -43,6 +43,7 @@ class Marks:
         self._marks: list[Any] = []
 
     def mark(self) -> None:
+        """Add the point where the work stands now."""
         if self._device.type != "cuda":
             self._marks.append(time.perf_counter())
         else:

@@ -41,6 +41,7 @@ class Schedule:
         return cls(steps_per_epoch=steps_per_epoch, start_step=start_step, end_step=end_step)
 
     def saves_after(self, taken: int, run: RunConfig) -> bool:
+        """Return whether a checkpoint is due after this many steps."""
         if taken == self.end_step:
             return True
         if run.save_every_steps is not None and taken % run.save_every_steps == 0:

@@ -1,6 +1,6 @@
 """A good step and one of NaN gradients on the last rank, at every stage: run by the processes of test_training.py.
 
-For each precision, stage and rank one line with what became of the second step.
+For each precision, stage and rank one line with the result of the second step.
 """
 
 import math

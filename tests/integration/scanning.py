@@ -60,7 +60,7 @@ def scan(
 
 
 def run_in_turn(commands: Sequence[Sequence[str]], folder: Path) -> list[subprocess.CompletedProcess[str]]:
-    """Run several `everest` commands in one process that stands in a folder; see `scan_commands`."""
+    """Run several `everest` commands in one process whose working directory is a folder; see `scan_commands`."""
     seen = scan("commands", json.dumps([list(one) for one in commands]), folder=folder)
     return [subprocess.CompletedProcess(one, **found) for one, found in zip(commands, seen, strict=True)]
 

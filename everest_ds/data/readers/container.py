@@ -120,6 +120,7 @@ class _Packet:
 
     @classmethod
     def of(cls, packet: Any) -> "_Packet":
+        """Read the times of PyAV's packet; the decoding time where it has no other."""
         time = packet.dts if packet.pts is None else packet.pts
         if time is None or packet.time_base is None:
             return cls(math.nan, math.nan, packet.is_keyframe)

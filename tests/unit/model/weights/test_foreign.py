@@ -36,9 +36,8 @@ def state_of(golden: GoldenModel, kind: str) -> dict[str, Tensor]:
     return {k.removeprefix(kind): v for k, v in golden.weights.items() if k.startswith(kind)}
 
 
-def require_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+def are_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
@@ -47,7 +46,7 @@ def test_official_file_is_unwrapped(mini64: GoldenModel, wrap: str, kind: str, t
     state = state_of(mini64, kind)
     torch.save(WRAPS[wrap](state), tmp_path / "w.pth")
     weights, report = require_complete(read_weights(tmp_path / "w.pth"))
-    require_same(weights.tensors, state)
+    assert are_same(weights.tensors, state)
     assert len(report.loaded) == len(state)
     beside = {"model": ("optimizer", "epoch", "scaler", "args"), "module": ("ds_version", "skipped_steps")}
     assert report.ignored == beside.get(wrap, ())
@@ -61,7 +60,7 @@ def test_official_file_is_unwrapped(mini64: GoldenModel, wrap: str, kind: str, t
 def test_prefixes_are_taken_off(mini64: GoldenModel, prefix: str, kind: str, tmp_path: Path) -> None:
     state = state_of(mini64, kind)
     torch.save({f"{prefix}{name}": tensor for name, tensor in state.items()}, tmp_path / "w.pt")
-    require_same(read_weights(tmp_path / "w.pt").tensors, state)
+    assert are_same(read_weights(tmp_path / "w.pt").tensors, state)
 
 
 @pytest.mark.parametrize("prefix", ["encoder.", "backbone.encoder."])
@@ -70,10 +69,10 @@ def test_prefix_of_the_encoder_is_taken_off_where_there_is_no_decoder(
 ) -> None:
     state = state_of(mini64, "finetune.")
     save_file({f"{prefix}{name}": tensor for name, tensor in state.items()}, tmp_path / "w.safetensors")
-    require_same(read_weights(tmp_path / "w.safetensors").tensors, state)
+    assert are_same(read_weights(tmp_path / "w.safetensors").tensors, state)
     heads_apart = {n if n.startswith(("head", "fc_norm")) else f"{prefix}{n}": t for n, t in state.items()}
     save_file(heads_apart, tmp_path / "apart.safetensors")
-    require_same(read_weights(tmp_path / "apart.safetensors").tensors, state)
+    assert are_same(read_weights(tmp_path / "apart.safetensors").tensors, state)
 
 
 def test_names_of_a_compiled_part_are_found(mini64: GoldenModel, tmp_path: Path) -> None:
@@ -81,7 +80,7 @@ def test_names_of_a_compiled_part_are_found(mini64: GoldenModel, tmp_path: Path)
     torch.save(
         {n.replace("encoder.blocks", "encoder._orig_mod.blocks"): t for n, t in state.items()}, tmp_path / "w"
     )
-    require_same(read_weights(tmp_path / "w").tensors, state)
+    assert are_same(read_weights(tmp_path / "w").tensors, state)
 
 
 def test_two_names_of_one_tensor_are_refused(mini64: GoldenModel, tmp_path: Path) -> None:
@@ -149,7 +148,7 @@ def test_folder_of_deepspeed_is_read_as_data(mini64: GoldenModel, tmp_path: Path
     state = {name: tensor.half() for name, tensor in state_of(mini64, "finetune.").items()}
     torch.save({"module": state, "ds_config": {"zero_optimization": {"stage": 1}}}, tmp_path / DEEPSPEED_STATES)
     weights = read_weights(tmp_path)
-    require_same(weights.tensors, {name: tensor.float() for name, tensor in state.items()})
+    assert are_same(weights.tensors, {name: tensor.float() for name, tensor in state.items()})
     assert weights.ignored == ("ds_config",)
     assert weights.notes == (
         "DeepSpeed's zero_to_fp32.py gets the float32 weights out of this folder",
