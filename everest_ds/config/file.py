@@ -2,7 +2,7 @@
 
 Unknown keys are refused with the nearest name, absent ones are named, and a value must have its field's type:
 what a run reports about itself is what it did. Fields that older versions did not write take their default, with
-which runs do as they did.
+which runs compute what they did.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from everest_ds.config import Config, FinetuneConfig, PretrainConfig
 from everest_ds.errors import UserError, nearest_hint
 from everest_ds.files import read_json_object
 
-_ADDED_LATER = frozenset({"data.sampling_seconds"})
-"""Fields that stored configurations of older versions lack; the default of each is what those versions did."""
+_ADDED_LATER = frozenset({"data.sampling_seconds", "model.cuda_graph", "optim.gradients"})
+"""Fields that stored configurations of older versions lack; the default of each has the results of those versions."""
 
 CONFIGS: dict[str, type[Config]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 

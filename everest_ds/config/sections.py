@@ -7,6 +7,8 @@ from typing import Literal
 from everest_ds.errors import UserError
 
 AttentionName = Literal["auto", "varlen", "flash", "sdpa"]
+CudaGraphName = Literal["auto", "on", "off"]
+GradientsName = Literal["auto", "flat", "deepspeed"]
 TaskName = Literal["pretrain", "finetune"]
 ReaderName = Literal["auto", "decord", "pyav", "torchcodec"]
 SizeName = Literal["nano", "tiny", "small", "base", "large", "huge"]
@@ -83,6 +85,9 @@ class ModelConfig:
     compile_blocks: bool = False
     """Compile each block's layers around attention with torch.compile, for any number of tokens. The gain on a GPU
     is not yet measured. Not with ZeRO-3; needs a compiler."""
+    cuda_graph: CudaGraphName = "auto"
+    """Capture forward and backward pass of a micro-batch as one CUDA graph and replay it: auto where that is
+    possible, off never; on refuses to start where it is not possible."""
     position_frames: int | None = None
     """Frames of the clips that positions are laid out for (those of --init-from), when not this run's."""
     position_size: int | None = None
@@ -126,6 +131,9 @@ class OptimConfig:
     """AdamW's epsilon."""
     max_grad_norm: float = 0.0
     """Clip the global gradient norm at this; 0 clips nothing (the paper does not clip)."""
+    gradients: GradientsName = "auto"
+    """flat: gradients lie in one row per parameter group, and a step does no work by parameter; deepspeed: the
+    path of DeepSpeed itself; auto: flat at ZeRO-0, 1 and 2 without offloading, else deepspeed."""
 
     def __post_init__(self) -> None:
         for name in ("base_lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "max_grad_norm"):

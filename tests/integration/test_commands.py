@@ -44,10 +44,10 @@ PRETRAIN_FIELDS = {
     "data": "train_list num_frames sampling_stride sampling_seconds image_size flip repeats repeat_frames reader "
     "num_workers prefetch_batches timeout_s keep_decoded quarantine max_bad_share crop_scales resize",
     "model": "size patch_size tubelet_size embedding_layers attention activation_checkpointing recompute_attention "
-    "compile_blocks position_frames position_size decoder_depth",
+    "compile_blocks cuda_graph position_frames position_size decoder_depth",
     "selection": "strategy order distance selected_ratio visible_ratio targets budget floor ceiling quantile_decay "
     "alpha",
-    "optim": "base_lr min_lr warmup_lr warmup_epochs epochs weight_decay betas eps max_grad_norm",
+    "optim": "base_lr min_lr warmup_lr warmup_epochs epochs weight_decay betas eps max_grad_norm gradients",
     "batch": "global_size micro_size",
     "run": "seed max_steps log_every_steps save_every_epochs save_every_steps keep_checkpoints "
     "keep_every_epochs max_skipped_steps",
@@ -57,7 +57,7 @@ FINETUNE_FIELDS = {
     "num_workers prefetch_batches timeout_s keep_decoded quarantine max_bad_share val_list test_list class_names "
     "num_classes sampling crop_area crop_aspect rand_augment erase_prob mixup_alpha cutmix_alpha",
     "model": "size patch_size tubelet_size embedding_layers attention activation_checkpointing recompute_attention "
-    "compile_blocks position_frames position_size drop_path head_init_scale freeze_encoder",
+    "compile_blocks cuda_graph position_frames position_size drop_path head_init_scale freeze_encoder",
     "selection": "strategy order distance keep_ratio",
     "optim": f"{PRETRAIN_FIELDS['optim']} layer_decay label_smoothing ema_decay",
     "batch": PRETRAIN_FIELDS["batch"],

@@ -41,10 +41,11 @@ def test_auto_starts_afresh_or_goes_on_from_the_newest(tmp_path: Path) -> None:
     assert find_resume(run, CONFIG, "auto").candidates == (older,)
 
 
-def test_run_of_a_version_without_sampling_in_time_goes_on_and_is_one_without_it(tmp_path: Path) -> None:
+def test_run_of_a_version_with_fewer_settings_goes_on_with_their_defaults(tmp_path: Path) -> None:
     (checkpoint,) = make_run(tmp_path / "run", [5])
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["data"].pop("sampling_seconds") is None
+    assert stored["model"].pop("cuda_graph") == stored["optim"].pop("gradients") == "auto"
     (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
     assert find_resume(tmp_path / "run", CONFIG, "auto").candidates == (checkpoint,)
     in_time = replace(CONFIG, data=replace(CONFIG.data, sampling_seconds=0.1))
