@@ -17,7 +17,7 @@ from everest_ds.errors import UserError, nearest_hint
 from everest_ds.files import read_json_object
 
 _ADDED_LATER = frozenset({"data.sampling_seconds", "model.cuda_graph", "optim.gradients"})
-"""Fields that stored configurations of older versions lack; the default of each has the results of those versions."""
+"""Fields that stored configurations of older versions lack; with the default of each a run computes what it did."""
 
 CONFIGS: dict[str, type[Config]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 
