@@ -185,6 +185,20 @@ def sum_of(value: "torch.Tensor") -> "torch.Tensor":
     return total
 
 
+def reduce_scatter_single(part: "torch.Tensor", whole: "torch.Tensor", group: Any) -> None:
+    """Add up a tensor over the processes of a group, and keep this process's part of the sum."""
+    dist = _initialized()
+    newest = getattr(dist, "reduce_scatter_single", None)  # the name since torch 2.13; the older one warns there
+    (newest or dist.reduce_scatter_tensor)(part, whole, group=group)
+
+
+def all_gather_single(whole: "torch.Tensor", part: "torch.Tensor", group: Any) -> None:
+    """Put the parts of all processes of a group together, in rank order; a part may lie in the whole."""
+    dist = _initialized()
+    newest = getattr(dist, "all_gather_single", None)
+    (newest or dist.all_gather_into_tensor)(whole, part, group=group)
+
+
 def gather_objects(value: T) -> list[T]:
     """Return one small object of every process, in rank order."""
     dist = _initialized()

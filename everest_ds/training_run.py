@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from everest_ds import distributed
-from everest_ds.config import Config, FinetuneConfig, PretrainConfig
+from everest_ds.config import Config, FinetuneConfig, GradientsName, PretrainConfig
 from everest_ds.data.clips.augment import check_rand_augment
 from everest_ds.data.clips.dataset import make_loader
 from everest_ds.data.clips.sampling import GlobalBatchSampler
@@ -40,9 +40,11 @@ from everest_ds.train.engine import (
     resolve_ds_config,
     zero_stage,
 )
+from everest_ds.train.gradients import choose_gradients
 from everest_ds.train.job import TrainingJob
 from everest_ds.train.loop import Trainer
 from everest_ds.train.optim import describe_groups
+from everest_ds.train.optim_step import make_updater
 from everest_ds.train.precision import Precision, choose_precision
 from everest_ds.train.record.bad_samples import BadSamples
 from everest_ds.train.record.frames import FrameLog, chooses_frames
@@ -68,6 +70,7 @@ class ReadyRun:
         average: The moving average of the weights, where one is kept.
         groups: The optimiser's groups, for the record.
         attention: The attention backend.
+        gradients: How gradients are kept, flat or deepspeed.
         world: This rank and how many there are.
         device: This rank's.
     """
@@ -81,6 +84,7 @@ class ReadyRun:
     average: WeightAverage | None
     groups: list[dict[str, float]]
     attention: str
+    gradients: GradientsName
     world: World
     device: torch.device
 
@@ -113,6 +117,7 @@ def run(job: TrainingJob, world: World) -> int:
         state = _with_best(start, world)
         trainer = Trainer(
             engine=ready.engine,
+            updater=make_updater(ready.engine, ready.config.optim.max_grad_norm, ready.gradients),
             task=ready.task,
             config=ready.config,
             schedule=schedule,
@@ -146,6 +151,7 @@ def _check_alone(job: TrainingJob) -> tuple[str, Precision]:
     device_type = "cuda" if distributed.select_accelerator() else "cpu"
     precision = choose_precision(systems, job.options.precision, device_type)
     check_compilation(config, systems, device_type)
+    choose_gradients(config.optim.gradients, systems)
     size = get_size(config.model.size)
     heads = [size.width // size.num_heads]
     if isinstance(config, PretrainConfig):
@@ -194,6 +200,7 @@ def _make_ready(
         average=average,
         groups=groups,
         attention=attention,
+        gradients=choose_gradients(config.optim.gradients, ds_config),
         world=world,
         device=device,
     )
@@ -276,7 +283,7 @@ def _open_record(ready: ReadyRun, log: MetricsLog, estimate: MemoryEstimate, *, 
     log.say(
         f"{config.recipe}: ViT-{config.model.size}, {parameters / 1e6:.1f} M parameters, {config.tokens}\n"
         f"{world.size} x {ready.device.type}, ZeRO-{state.zero_stage}, {state.computes_in}, "
-        f"attention {ready.attention}{compiled}, videos by {reader}, "
+        f"{ready.gradients} gradients, attention {ready.attention}{compiled}, videos by {reader}, "
         f"batch {config.batch.global_size} = {config.batch.micro_size} x {world.size} x "
         f"{config.batch.accumulation_steps(world.size)}, "
         f"{schedule.end_step} steps of {schedule.steps_per_epoch} an epoch"
@@ -304,6 +311,7 @@ def _open_record(ready: ReadyRun, log: MetricsLog, estimate: MemoryEstimate, *, 
         dtype=state.dtype,
         autocast=state.autocast,
         attention=ready.attention,
+        gradients=ready.gradients,
         compile_blocks=config.model.compile_blocks,
         reader=reader,
         parameters=parameters,

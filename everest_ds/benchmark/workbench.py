@@ -25,7 +25,8 @@ from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.sizes import get_size
 from everest_ds.planning.sharding import num_classes
 from everest_ds.train import engine as engines
-from everest_ds.train.optim_step import Updater
+from everest_ds.train.gradients import choose_gradients
+from everest_ds.train.optim_step import Updater, make_updater
 from everest_ds.train.precision import PrecisionName, choose_precision, precision_of
 from everest_ds.train.record.metrics import peak_memory_gib, peak_tflops
 from everest_ds.train.selecting import num_pretrain_noise
@@ -117,15 +118,17 @@ def build_workbench(
     engine = engines.build_engine(task, config, ds_config, device)
     engine.train()
     engines.set_learning_rate(engine, config.optim.base_lr)
+    gradients = choose_gradients(config.optim.gradients, ds_config)
     names = ("activation_checkpointing", "recompute_attention", "compile_blocks")
     settings = {
         "ds_config": None if ds_config_file is None else str(ds_config_file),
         "zero_stage": engines.zero_stage(ds_config),
         "precision": precision_of(ds_config).name,
         "attention": backend.name,
+        "gradients": gradients,
         **{name: getattr(config.model, name) for name in names},
     }
-    updater = Updater(engine, config.optim.max_grad_norm)
+    updater = make_updater(engine, config.optim.max_grad_norm, gradients)
     return Workbench(task=task, engine=engine, updater=updater, settings=settings, world=world, device=device)
 
 
@@ -138,11 +141,10 @@ def with_classes(config: Config) -> Config:
 
 def take_step(bench: Workbench, inputs: tuple[Tensor, ...]) -> Tensor:
     """Take an optimiser step on one micro-batch and return its loss, on the device."""
-    loss: Tensor = bench.engine(*inputs)
-    bench.engine.backward(loss)
+    loss = bench.updater.forward_backward(inputs)
     with torch.profiler.record_function(OPTIMISER_REGION):
         bench.updater.step()
-    return loss.detach()
+    return loss
 
 
 def measure_steps(

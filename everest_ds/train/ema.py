@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from everest_ds import distributed
 from everest_ds.errors import UserError
 from everest_ds.model.weights.export import save_safetensors
 from everest_ds.model.weights.reading import Weights, require_finite
@@ -181,5 +182,5 @@ def _gather(local: Tensor, parameter: nn.Parameter, device: torch.device) -> Ten
     padded = torch.zeros(each, dtype=local.dtype, device=device)
     padded[: len(local)] = local
     flat = torch.empty(each * world, dtype=local.dtype, device=device)
-    dist.all_gather_into_tensor(flat, padded)
+    distributed.all_gather_single(flat, padded, None)
     return flat[: shape.numel()].view(shape)

@@ -13,14 +13,13 @@ from signal import Signals
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from everest_ds.config import Config
 from everest_ds.data.clips.batch import ClipBatch
 from everest_ds.distributed import World
 from everest_ds.train.callbacks import Callback
 from everest_ds.train.checkpoints.save import TrainState, point_to_best, prune_checkpoints, save_checkpoint
-from everest_ds.train.device_feed import DeviceFeed, Inputs
+from everest_ds.train.device_feed import DeviceFeed
 from everest_ds.train.engine import set_learning_rate
 from everest_ds.train.optim import learning_rate, require_scaled_rates
 from everest_ds.train.optim_step import Updater
@@ -37,6 +36,7 @@ class Trainer:
 
     Attributes:
         engine: The DeepSpeed engine around the task, its checkpoint loaded.
+        updater: What computes gradients on it and takes its steps.
         task: The task itself, for what it needs of a batch.
         config: The run.
         schedule: From which step to which.
@@ -50,6 +50,7 @@ class Trainer:
     """
 
     engine: Any
+    updater: Updater
     task: Task
     config: Config
     schedule: Schedule
@@ -62,8 +63,7 @@ class Trainer:
     stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
-        """Prepare the optimiser step."""
-        self.updater = Updater(self.engine, self.config.optim.max_grad_norm)
+        """Prepare the first window of metrics."""
         self.clip_flops = self.task.clip_flops() / self.world.size
         self.window = Window(self.device)
 
@@ -111,7 +111,7 @@ class Trainer:
             self.window.data_wait_s += feed.waited_s - waited_s
             for callback in self.callbacks:
                 callback.on_batch(batch)
-            losses.append(self._forward_backward(inputs))
+            losses.append(self.updater.forward_backward(inputs))
             feed.look_ahead()
             result = self.updater.step()
             self.window.tokens += self.task.visible_tokens
@@ -119,11 +119,6 @@ class Trainer:
         self.window.add(losses, result)
         for callback in self.callbacks:
             callback.on_step(step + 1, losses, result)
-
-    def _forward_backward(self, inputs: Inputs) -> Tensor:
-        loss = self.engine(*inputs)
-        self.engine.backward(loss)
-        return loss.detach()
 
     def _rate(self, step: int) -> float:
         return learning_rate(step, self.config.optim, self.config.batch, self.schedule.steps_per_epoch)

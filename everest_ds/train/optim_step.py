@@ -1,13 +1,15 @@
-"""The optimiser step: gradients are clipped by their global norm; the step is skipped where one is not finite.
+"""From a micro-batch to gradients, and from gradients to new weights.
 
-Place in the flow: backward -> gradients, reduced by DeepSpeed -> `Updater.step` -> weights.
+Place in the flow: inputs on the device -> `Updater.forward_backward` -> `Updater.step` -> weights.
 
-At ZeRO-2, and with float32 weights also at ZeRO-0 and 1, the host never waits for the device here. The norm stays
-on the device, and AdamW's fused kernel gets what torch's gradient scaler gives it: a divisor of the gradients, and
-whether to skip the update. DeepSpeed would wait for the device several times a step. In all other cases (ZeRO-3, an
-offloaded optimiser, ZeRO-0 and 1 in bfloat16) it still does; the result of a step is the same.
+Gradients are clipped by their global norm, and a step is skipped where one is not finite. `FlatUpdater` does both
+without waiting for the device: the norm stays there, and AdamW's fused kernel gets what torch's gradient scaler
+gives it, a divisor of the gradients and whether to skip. `DeepSpeedUpdater` takes DeepSpeed's own path: at ZeRO-2,
+and with float32 weights also at ZeRO-0 and 1, it does not wait either; in all other cases (ZeRO-3, an offloaded
+optimiser, ZeRO-0 and 1 in bfloat16) DeepSpeed waits for the device several times a step.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from everest_ds.config import GradientsName
+from everest_ds.train.device_feed import Inputs
+from everest_ds.train.gradients import FlatGradients
 
 # Added to the norm before gradients are divided, as DeepSpeed and torch do.
 CLIP_EPS = 1e-6
@@ -33,14 +39,83 @@ class StepResult:
     applied: Tensor
 
 
-class Updater:
-    """Takes the optimiser steps of an engine whose checkpoint is loaded.
+class Updater(ABC):
+    """Takes the optimiser steps of an engine whose checkpoint is loaded."""
 
-    DeepSpeed's checkpoints bring the clipping of the run that wrote them; here it becomes this run's.
+    @abstractmethod
+    def forward_backward(self, inputs: Inputs) -> Tensor:
+        """Compute loss and gradients of a micro-batch; return the loss, a scalar on the device."""
+
+    @abstractmethod
+    def step(self) -> StepResult | None:
+        """Update the weights where accumulation is complete and every gradient finite; None before that."""
+
+
+def make_updater(engine: Any, max_norm: float, gradients: GradientsName = "flat") -> Updater:
+    """Return what takes the steps of an engine whose checkpoint is loaded.
 
     Args:
         engine: The DeepSpeed engine around a task, with `optim.make_optimizer`'s AdamW.
         max_norm: Global norm that gradients are clipped to; 0 does not clip.
+        gradients: As `gradients.choose_gradients` returns it.
+    """
+    return FlatUpdater(engine, max_norm) if gradients == "flat" else DeepSpeedUpdater(engine, max_norm)
+
+
+class FlatUpdater(Updater):
+    """Steps with gradients in flat rows; DeepSpeed's counters go on as in its own steps."""
+
+    def __init__(self, engine: Any, max_norm: float) -> None:
+        self._engine = engine
+        self._max_norm = max_norm
+        self._gradients = FlatGradients(engine)
+        self._num_micro_steps: int = engine.gradient_accumulation_steps()
+        self._autocast_dtype = torch.bfloat16 if engine.torch_autocast_enabled() else None
+
+    def forward_backward(self, inputs: Inputs) -> Tensor:
+        """Compute loss and gradients of a micro-batch, and bring those of all ranks together."""
+        loss = self.compute(*inputs)
+        done = self._engine.micro_steps % self._num_micro_steps
+        self._gradients.reduce(first=done == 0, last=done + 1 == self._num_micro_steps)
+        return loss
+
+    def compute(self, *inputs: Tensor) -> Tensor:
+        """Compute loss and gradients of this rank; the gradients then lie in the rows.
+
+        Communicates nothing and, where the task's shapes are fixed, asks the device nothing.
+        """
+        dtype = self._autocast_dtype
+        with torch.autocast(self._engine.device.type, dtype=dtype, enabled=dtype is not None):
+            loss: Tensor = self._engine.module(*inputs)
+        (loss / self._num_micro_steps).backward()
+        self._gradients.collect()
+        return loss.detach()
+
+    def step(self) -> StepResult | None:
+        """Update the weights where accumulation is complete and every gradient finite; None before that."""
+        engine = self._engine
+        engine.micro_steps += 1
+        if engine.micro_steps % self._num_micro_steps:
+            return None
+        norm = self._gradients.norm()
+        applied = norm.isfinite()
+        optimizer = _bare_optimizer(engine)
+        _tell_kernel(optimizer, norm, applied, self._max_norm)
+        for row in self._gradients.rows:
+            row.hand_over()
+        optimizer.step()
+        for row in self._gradients.rows:
+            row.release()
+        self._gradients.publish()
+        engine.global_steps += 1
+        engine.global_samples += engine.train_batch_size()
+        return StepResult(grad_norm=norm, applied=applied)
+
+
+class DeepSpeedUpdater(Updater):
+    """Steps of DeepSpeed's own path.
+
+    DeepSpeed's checkpoints bring the clipping of the run that wrote them; here it becomes this run's.
     """
 
     def __init__(self, engine: Any, max_norm: float) -> None:
@@ -52,6 +127,12 @@ class Updater:
         elif hasattr(engine.optimizer, "clip_grad"):
             engine.optimizer.clip_grad = max_norm
 
+    def forward_backward(self, inputs: Inputs) -> Tensor:
+        """Compute loss and gradients of a micro-batch."""
+        loss: Tensor = self._engine(*inputs)
+        self._engine.backward(loss)
+        return loss.detach()
+
     def step(self) -> StepResult | None:
         """Update the weights where accumulation is complete and every gradient finite; None before that."""
         engine = self._engine
@@ -62,10 +143,7 @@ class Updater:
             return _step_of_deepspeed(engine)
         norm = global_norm(_reduced_gradients(engine), _group_of_shards(engine), engine.device)
         applied = norm.isfinite()
-        kernel_inputs = vars(_bare_optimizer(engine))
-        kernel_inputs["found_inf"] = (~applied).float()
-        if self._max_norm:
-            kernel_inputs["grad_scale"] = ((norm + CLIP_EPS) / self._max_norm).clamp(min=1)
+        _tell_kernel(_bare_optimizer(engine), norm, applied, self._max_norm)
         engine.step()
         return StepResult(grad_norm=norm, applied=applied)
 
@@ -83,6 +161,14 @@ def global_norm(gradients: Sequence[Tensor], group: dist.ProcessGroup | None, de
     if group is not None:
         dist.all_reduce(total, group=group)
     return total.sqrt().float()
+
+
+def _tell_kernel(optimizer: torch.optim.Optimizer, norm: Tensor, applied: Tensor, max_norm: float) -> None:
+    """Tell AdamW's fused kernel what to divide gradients by, and whether to change anything at all."""
+    kernel_inputs = vars(optimizer)
+    kernel_inputs["found_inf"] = (~applied).float()
+    if max_norm:
+        kernel_inputs["grad_scale"] = ((norm + CLIP_EPS) / max_norm).clamp(min=1)
 
 
 def _can_decide_on_device(engine: Any) -> bool:
