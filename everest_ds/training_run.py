@@ -117,7 +117,7 @@ def run(job: TrainingJob, world: World) -> int:
         state = _with_best(start, world)
         trainer = Trainer(
             engine=ready.engine,
-            updater=make_updater(ready.engine, ready.config.optim.max_grad_norm, ready.gradients),
+            updater=make_updater(ready.engine, ready.config.optim, ready.ds_config),
             task=ready.task,
             config=ready.config,
             schedule=schedule,

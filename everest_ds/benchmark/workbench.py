@@ -128,7 +128,7 @@ def build_workbench(
         "gradients": gradients,
         **{name: getattr(config.model, name) for name in names},
     }
-    updater = make_updater(engine, config.optim.max_grad_norm, gradients)
+    updater = make_updater(engine, config.optim, ds_config)
     return Workbench(task=task, engine=engine, updater=updater, settings=settings, world=world, device=device)
 
 

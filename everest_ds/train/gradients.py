@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from everest_ds import distributed
 from everest_ds.config import GradientsName
@@ -94,7 +94,7 @@ class GradientRow:
         master_gradients: Pieces of `part`, one a master, at ZeRO-0; empty elsewhere.
     """
 
-    parameters: list[nn.Parameter]
+    parameters: list[Tensor]
     row: Tensor
     views: list[Tensor]
     masters: list[Tensor]
@@ -252,7 +252,7 @@ def _rows_of(optimizer: Any, stage: int, *, accumulates: bool) -> list[GradientR
 
 
 def _flat_rows(
-    groups: Sequence[list[nn.Parameter]], flat_weights: Sequence[Tensor], masters: Sequence[Tensor]
+    groups: Sequence[list[Tensor]], flat_weights: Sequence[Tensor], masters: Sequence[Tensor]
 ) -> list[GradientRow]:
     """Return rows laid out as flat weights whose parts have one master each."""
     rows = []

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from everest_ds.config import GradientsName
+from everest_ds.config import OptimConfig
 from everest_ds.train.device_feed import Inputs
-from everest_ds.train.gradients import FlatGradients
+from everest_ds.train.gradients import FlatGradients, choose_gradients
 
 # Added to the norm before gradients are divided, as DeepSpeed and torch do.
 CLIP_EPS = 1e-6
@@ -51,15 +51,16 @@ class Updater(ABC):
         """Update the weights where accumulation is complete and every gradient finite; None before that."""
 
 
-def make_updater(engine: Any, max_norm: float, gradients: GradientsName = "flat") -> Updater:
+def make_updater(engine: Any, config: OptimConfig, ds_config: dict[str, Any]) -> Updater:
     """Return what takes the steps of an engine whose checkpoint is loaded.
 
     Args:
         engine: The DeepSpeed engine around a task, with `optim.make_optimizer`'s AdamW.
-        max_norm: Global norm that gradients are clipped to; 0 does not clip.
-        gradients: As `gradients.choose_gradients` returns it.
+        config: Says how gradients are kept and clipped.
+        ds_config: The engine's, resolved.
     """
-    return FlatUpdater(engine, max_norm) if gradients == "flat" else DeepSpeedUpdater(engine, max_norm)
+    is_flat = choose_gradients(config.gradients, ds_config) == "flat"
+    return (FlatUpdater if is_flat else DeepSpeedUpdater)(engine, config.max_grad_norm)
 
 
 class FlatUpdater(Updater):

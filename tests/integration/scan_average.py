@@ -16,7 +16,7 @@ from everest_ds.config import BatchConfig, PretrainDataConfig
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
 from everest_ds.train.ema import WeightAverage, read_average
-from everest_ds.train.optim_step import Updater
+from everest_ds.train.optim_step import make_updater
 from everest_ds.train.tasks import PretrainTask
 from tests.integration.scanning import report, run_scan
 
@@ -82,7 +82,7 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
     task.get_parameter(FROZEN).requires_grad_(False)
     start = {name: tensor.clone() for name, tensor in task.state_dict().items()}
     engine = engines.build_engine(task, config, ds_config, device)
-    updater = Updater(engine, config.optim.max_grad_norm)
+    updater = make_updater(engine, config.optim, ds_config)
     engine.train()
     engines.set_learning_rate(engine, 1e-2)
     generator = torch.Generator().manual_seed(world.rank)
@@ -93,7 +93,7 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
         for _ in range(2):
             clips = torch.randint(0, 256, (1, 3, 4, 32, 32), dtype=torch.uint8, generator=generator)
             inputs = clips, torch.rand(1, config.num_selected, generator=generator)
-            engine.backward(engine(*inputs))
+            updater.forward_backward(inputs)
             result = updater.step()
         if average is None:
             continue

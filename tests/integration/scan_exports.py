@@ -20,7 +20,7 @@ from everest_ds.train import engine as engines
 from everest_ds.train.checkpoints.consolidated import export_fp32
 from everest_ds.train.checkpoints.run_dir import write_run_files
 from everest_ds.train.checkpoints.save import TrainState, save_checkpoint
-from everest_ds.train.optim_step import Updater
+from everest_ds.train.optim_step import make_updater
 from everest_ds.train.precision import PrecisionName
 from everest_ds.train.tasks import PretrainTask
 from tests.integration.scanning import report, run_scan
@@ -39,14 +39,14 @@ def live_weights(engine: Any, stage: int, precision: str) -> dict[str, torch.Ten
     return {names[low]: full for lows, fulls in pairs for low, full in zip(lows, fulls, strict=True)}
 
 
-def train(engine: Any, config: PretrainConfig, world: distributed.World) -> None:
+def train(engine: Any, config: PretrainConfig, ds_config: dict[str, Any], world: distributed.World) -> None:
     """Take two steps."""
-    updater = Updater(engine, config.optim.max_grad_norm)
+    updater = make_updater(engine, config.optim, ds_config)
     engines.set_learning_rate(engine, 1e-3)
     for step in range(2):
         draw = torch.Generator().manual_seed(2 * step + world.rank)
         clips = torch.randint(0, 256, (1, 3, 16, 48, 48), dtype=torch.uint8, generator=draw)
-        engine.backward(engine(clips, torch.rand(1, config.num_selected, generator=draw)))
+        updater.forward_backward((clips, torch.rand(1, config.num_selected, generator=draw)))
         result = updater.step()
         assert result is not None
         assert result.applied
@@ -62,7 +62,7 @@ def main(world: distributed.World, device: torch.device) -> None:
         ds_config = engines.resolve_ds_config(systems, config, world_size=2, precision=precision, device_type="cpu")
         torch.manual_seed(0)
         engine = engines.build_engine(PretrainTask(config), config, ds_config, device)
-        train(engine, config, world)
+        train(engine, config, ds_config, world)
         run_dir = out / f"zero{stage}_{precision}"
         dtype = "bfloat16" if precision == "bf16" else "float32"
         state = TrainState(step=2, world_size=2, zero_stage=stage, dtype=dtype, videos="")

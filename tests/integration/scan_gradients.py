@@ -1,8 +1,8 @@
 """Flat gradients beside DeepSpeed's own path, step by step: run by the processes of test_gradients.py.
 
-`STEPS CASE...`, a case being STAGE,PRECISION,KIND; KINDS says what a kind of run has besides. One line for each case,
-from rank zero: losses and gradient norms of both paths, and the largest difference of any weight or optimiser state
-on any rank at the end.
+`STEPS CASE...`, a case being STAGE,PRECISION,KIND; and KINDS says what a kind of run has
+besides. One line for each case, from rank zero: losses and gradient norms of both paths, and the largest difference
+of any weight or optimiser state on any rank at the end.
 """
 
 import sys
@@ -62,13 +62,15 @@ def make_config(kind: str, world_size: int) -> Config:
 class Side:
     """One of the two runs."""
 
-    def __init__(self, config: Config, ds_config: dict[str, Any], device: torch.device, gradients: str) -> None:
+    def __init__(
+        self, config: Config, ds_config: dict[str, Any], device: torch.device, gradients: GradientsName
+    ) -> None:
         torch.manual_seed(0)
         self.task = make_task(config)
         self.engine = engines.build_engine(self.task, config, ds_config, device)
         self.engine.train()
         self.average = WeightAverage(self.engine, 0.9) if isinstance(config, FinetuneConfig) else None
-        self.updater = make_updater(self.engine, config.optim.max_grad_norm, cast(GradientsName, gradients))
+        self.updater = make_updater(self.engine, replace(config.optim, gradients=gradients), ds_config)
         self.losses: list[float] = []
         self.norms: list[float] = []
 
@@ -116,7 +118,7 @@ def run_case(case: str, steps: int, world: distributed.World, device: torch.devi
     ds_config = engines.resolve_ds_config(
         systems, config, world_size=world.size, precision=cast(PrecisionName, precision), device_type="cpu"
     )
-    sides = [Side(config, ds_config, device, gradients) for gradients in ("deepspeed", "flat")]
+    sides = [Side(config, ds_config, device, "deepspeed"), Side(config, ds_config, device, "flat")]
     generator = torch.Generator().manual_seed(world.rank)
     for step in range(steps):
         batches = [make_inputs(config, sides[0].task, generator) for _ in range(KINDS[kind][0])]
@@ -126,9 +128,7 @@ def run_case(case: str, steps: int, world: distributed.World, device: torch.devi
     assert own.keys() == flat.keys()
     worst = max(float((own[name].double() - flat[name].double()).abs().max()) for name in own)
     everyone = distributed.gather_objects(([side.losses for side in sides], worst))
-    counters = [
-        [side.engine.global_steps, side.engine.micro_steps, side.engine.global_samples] for side in sides
-    ]
+    counters = [[side.engine.global_steps, side.engine.micro_steps, side.engine.global_samples] for side in sides]
     for side in sides:
         side.engine.destroy()
     if world.is_main:

@@ -18,7 +18,7 @@ from everest_ds.model import tubelets
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
 from everest_ds.train.engine import PrecisionName
-from everest_ds.train.optim_step import Updater
+from everest_ds.train.optim_step import make_updater
 from everest_ds.train.tasks import make_task
 from tests.integration.scanning import report, run_scan
 
@@ -70,6 +70,7 @@ def train(paths: str, precision: str, steps: int, world: distributed.World, devi
         data=replace(config.data, num_frames=FRAMES, image_size=EDGE),
         batch=BatchConfig(global_size=CLIPS, micro_size=CLIPS),
         model=replace(config.model, **PATHS[paths]),
+        optim=replace(config.optim, gradients="flat" if paths == "on" else "deepspeed"),
     )
     engines.check_compilation(config, engines.DEFAULT_SYSTEMS, "cpu")
     ds_config = engines.resolve_ds_config(
@@ -81,14 +82,13 @@ def train(paths: str, precision: str, steps: int, world: distributed.World, devi
     )
     torch.manual_seed(0)
     engine = engines.build_engine(make_task(config), config, ds_config, device)
-    updater = Updater(engine, config.optim.max_grad_norm)
+    updater = make_updater(engine, config.optim, ds_config)
     engine.train()
     losses = []
     batches = itertools.cycle(make_batches(config.num_selected))
     for step, (clips, noise) in enumerate(itertools.islice(batches, steps)):
         engines.set_learning_rate(engine, PEAK_LR * min(1, step / 20))
-        loss = engine(clips, noise)
-        engine.backward(loss)
+        loss = updater.forward_backward((clips, noise))
         updater.step()
         losses.append(loss.item())
     engine.destroy()

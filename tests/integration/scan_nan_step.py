@@ -15,7 +15,7 @@ from everest_ds import distributed
 from everest_ds.config import BatchConfig
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
-from everest_ds.train.optim_step import Updater
+from everest_ds.train.optim_step import make_updater
 from everest_ds.train.precision import PrecisionName
 from tests.integration.scanning import report, run_scan
 
@@ -49,11 +49,11 @@ def main(world: distributed.World, device: torch.device) -> None:
                 device_type="cpu",
             )
             engine = engines.build_engine(cast(Any, Task()), config, ds_config, device)
-            updater = Updater(engine, config.optim.max_grad_norm)
+            updater = make_updater(engine, config.optim, ds_config)
             engines.set_learning_rate(engine, 0.1)
             dtype = next(engine.module.parameters()).dtype
             for x in (good, bad if world.rank == world.size - 1 else good):
-                engine.backward(engine(x.to(dtype)))
+                updater.forward_backward((x.to(dtype),))
                 result = updater.step()
             assert result is not None
             optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)

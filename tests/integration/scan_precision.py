@@ -18,7 +18,7 @@ from everest_ds import distributed
 from everest_ds.config import BatchConfig, PretrainConfig
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
-from everest_ds.train.optim_step import Updater
+from everest_ds.train.optim_step import make_updater
 from everest_ds.train.precision import PrecisionName
 from everest_ds.train.tasks import make_task
 from tests.integration.scanning import report, run_scan
@@ -71,7 +71,7 @@ def run_stage(
             )
     engine = engines.build_engine(task, config, ds_config, device)
     engine.train()
-    updater = Updater(engine, config.optim.max_grad_norm)
+    updater = make_updater(engine, config.optim, ds_config)
     micro_size, accumulation = config.batch.micro_size, engine.gradient_accumulation_steps()
     losses, norms = [], []
     generator = torch.Generator().manual_seed(0)
@@ -84,8 +84,8 @@ def run_stage(
             total = 0.0
             for turn in range(accumulation):
                 first = (world.rank * accumulation + turn) * micro_size
-                loss = engine(clips[first : first + micro_size], noise[first : first + micro_size])
-                engine.backward(loss)
+                last = first + micro_size
+                loss = updater.forward_backward((clips[first:last], noise[first:last]))
                 result = updater.step()
                 total += loss.item() / accumulation
             losses.append(sum(distributed.gather_objects(total)) / world.size)

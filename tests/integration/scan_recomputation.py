@@ -12,7 +12,7 @@ from everest_ds.config import BatchConfig, Config, FinetuneConfig, FinetuneDataC
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
 from everest_ds.train.engine import PrecisionName
-from everest_ds.train.optim_step import Updater
+from everest_ds.train.optim_step import make_updater
 from everest_ds.train.tasks import make_task
 from tests.integration.scanning import report, run_scan
 
@@ -57,14 +57,13 @@ def run_case(
     )
     torch.manual_seed(0)
     engine = engines.build_engine(make_task(config), config, ds_config, device)
-    updater = Updater(engine, config.optim.max_grad_norm)
+    updater = make_updater(engine, config.optim, ds_config)
     engine.train()
     engines.set_learning_rate(engine, 1e-3)
     generator = torch.Generator().manual_seed(world.rank)
     figures = []
     for _ in range(STEPS):
-        loss = engine(*make_inputs(config, generator))
-        engine.backward(loss)
+        loss = updater.forward_backward(make_inputs(config, generator))
         updater.step()
         figures.append(loss.item())
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):

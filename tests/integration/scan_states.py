@@ -33,7 +33,7 @@ from everest_ds.config import (
 from everest_ds.planning.memory import estimate_memory
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
-from everest_ds.train.optim_step import Updater
+from everest_ds.train.optim_step import make_updater
 from everest_ds.train.tasks import make_task
 from tests.integration.scanning import report, run_scan
 
@@ -131,7 +131,7 @@ def run_case(config: Config, ds_config: dict[str, Any], device: torch.device) ->
     before = set(storages())
     torch.manual_seed(0)
     engine = engines.build_engine(make_task(config), config, ds_config, device)
-    updater = Updater(engine, config.optim.max_grad_norm)
+    updater = make_updater(engine, replace(config.optim, gradients="deepspeed"), ds_config)
     engine.train()
     edge = config.data.image_size
     clips = torch.randint(0, 256, (1, 3, config.data.num_frames, edge, edge), dtype=torch.uint8)

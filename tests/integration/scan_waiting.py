@@ -26,6 +26,7 @@ from everest_ds.train.checkpoints.save import TrainState
 from everest_ds.train.ema import WeightAverage
 from everest_ds.train.engine import PrecisionName
 from everest_ds.train.loop import Trainer
+from everest_ds.train.optim_step import make_updater
 from everest_ds.train.record.metrics import MetricsLog
 from everest_ds.train.record.skipped_steps import SkippedSteps
 from everest_ds.train.schedule import Schedule
@@ -119,6 +120,7 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
     rows = [VideoRow(Path(f"{number}.mp4"), 0) for number in range(40)]
     trainer = ListeningTrainer(
         engine=engine,
+        updater=make_updater(engine, config.optim, ds_config),
         task=task,
         config=config,
         schedule=Schedule.of(config, 40),

@@ -22,7 +22,7 @@ from everest_ds.train.callbacks import Callback
 from everest_ds.train.checkpoints.save import TrainState
 from everest_ds.train.loop import Trainer
 from everest_ds.train.optim import learning_rate
-from everest_ds.train.optim_step import StepResult
+from everest_ds.train.optim_step import DeepSpeedUpdater, StepResult
 from everest_ds.train.record.bad_samples import BadSamples
 from everest_ds.train.record.metrics import MetricsLog
 from everest_ds.train.record.skipped_steps import SkippedSteps
@@ -140,6 +140,7 @@ def train(
     log = MetricsLog(tmp_path)
     trainer = Trainer(
         engine=engine,
+        updater=DeepSpeedUpdater(engine, config.optim.max_grad_norm),
         task=FakeTask(),  # type: ignore[arg-type]
         config=config,
         schedule=Schedule.of(config, DATASET_SIZE, start_step=start_step),

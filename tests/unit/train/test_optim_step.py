@@ -9,7 +9,7 @@ import torch
 
 from everest_ds.config import OptimConfig
 from everest_ds.train.optim import make_optimizer
-from everest_ds.train.optim_step import Updater, global_norm
+from everest_ds.train.optim_step import DeepSpeedUpdater, global_norm
 
 LEARNING_RATE, DECAY, BETAS, EPS = 0.1, 0.05, (0.9, 0.95), 1e-8
 GRADIENTS = [[3.0, -4.0], [0.1, 0.2], [math.inf, 1.0], [30.0, 0.5], [math.nan, math.nan], [0.4, -0.3]]
@@ -67,7 +67,7 @@ def adamw_in_python(weights: list[float], max_norm: float) -> tuple[list[list[fl
 def test_steps_are_adamws_clipped_and_those_that_are_not_finite_left_out(max_norm: float) -> None:
     expected, num_updates = adamw_in_python([1.0, -2.0], max_norm)
     engine = BareEngine([1.0, -2.0])
-    updater = Updater(engine, max_norm)
+    updater = DeepSpeedUpdater(engine, max_norm)
     for gradient, weights in zip(GRADIENTS, expected, strict=True):
         engine.module.weight.grad = torch.tensor(gradient)
         result = updater.step()
@@ -82,13 +82,13 @@ def test_steps_are_adamws_clipped_and_those_that_are_not_finite_left_out(max_nor
 
 def test_engine_is_told_not_to_clip_besides() -> None:
     engine = BareEngine([1.0, -2.0])
-    Updater(engine, 1.0)
+    DeepSpeedUpdater(engine, 1.0)
     assert engine._config.gradient_clipping == 0.0
 
 
 def test_micro_steps_before_the_last_update_nothing() -> None:
     engine = BareEngine([1.0, -2.0], accumulation=3)
-    updater = Updater(engine, 0.0)
+    updater = DeepSpeedUpdater(engine, 0.0)
     engine.module.weight.grad = torch.ones(2)
     assert [updater.step() is None for _ in range(6)] == [True, True, False, True, True, False]
 
@@ -100,7 +100,7 @@ def test_clipping_of_a_checkpoint_gives_way_to_the_runs() -> None:
     engine: Any = SimpleNamespace(
         optimizer=optimizer, zero_optimization_stage=lambda: 3, bfloat16_enabled=lambda: True
     )
-    Updater(engine, 0.5)
+    DeepSpeedUpdater(engine, 0.5)
     assert optimizer.clip_grad == 0.5
 
 

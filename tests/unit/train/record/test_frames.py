@@ -16,6 +16,7 @@ from everest_ds.model.frames import FrameChoice
 from everest_ds.recipes import get_recipe
 from everest_ds.train.checkpoints.save import TrainState
 from everest_ds.train.loop import Trainer
+from everest_ds.train.optim_step import DeepSpeedUpdater
 from everest_ds.train.record.frames import FrameLog, chooses_frames, describe_choice
 from everest_ds.train.record.metrics import MetricsLog
 from everest_ds.train.schedule import Schedule
@@ -60,8 +61,10 @@ def batches() -> Iterator[ClipBatch]:
 
 def train(run_dir: Path, config: PretrainConfig, start_step: int = 0) -> None:
     log, task = MetricsLog(run_dir), ChoosingTask()
+    engine = FakeEngine([1.0] * 100, config.batch.accumulation_steps(1), 0.25)
     trainer = Trainer(
-        engine=FakeEngine([1.0] * 100, config.batch.accumulation_steps(1), 0.25),
+        engine=engine,
+        updater=DeepSpeedUpdater(engine, 0.0),
         task=task,  # type: ignore[arg-type]
         config=config,
         schedule=Schedule.of(config, DATASET_SIZE, start_step=start_step),
