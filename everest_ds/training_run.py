@@ -283,7 +283,7 @@ def _open_record(ready: ReadyRun, log: MetricsLog, estimate: MemoryEstimate, *, 
     log.say(
         f"{config.recipe}: ViT-{config.model.size}, {parameters / 1e6:.1f} M parameters, {config.tokens}\n"
         f"{world.size} x {ready.device.type}, ZeRO-{state.zero_stage}, {state.computes_in}, "
-        f"{ready.gradients} gradients, attention {ready.attention}{compiled}, videos by {reader}, "
+        f"attention {ready.attention}{compiled}, {ready.gradients} gradients, videos by {reader}, "
         f"batch {config.batch.global_size} = {config.batch.micro_size} x {world.size} x "
         f"{config.batch.accumulation_steps(world.size)}, "
         f"{schedule.end_step} steps of {schedule.steps_per_epoch} an epoch"

@@ -5,6 +5,7 @@ besides. One line for each case, from rank zero: losses and gradient norms of bo
 of any weight or optimiser state on any rank at the end.
 """
 
+import functools
 import sys
 from dataclasses import replace
 from typing import Any, cast
@@ -141,8 +142,41 @@ def run_case(case: str, steps: int, world: distributed.World, device: torch.devi
         )
 
 
+def sum_in_rank_order() -> None:
+    """Add up in the order of ranks, wherever a number lies in a tensor.
+
+    Gloo adds up a tensor in pieces, each in an order of its own, so sums of more than two numbers are rounded
+    otherwise where tensors are put together otherwise.
+    """
+    dist = torch.distributed
+    gloos = dist.all_reduce
+
+    def total_of(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, tensor.contiguous(), group=group)
+        return functools.reduce(torch.add, parts)
+
+    def all_reduce(
+        tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if op != dist.ReduceOp.SUM:
+            return gloos(tensor, op, group, async_op)
+        assert not async_op
+        return tensor.copy_(total_of(tensor, group))
+
+    def reduce(tensor: torch.Tensor, dst: int, op: Any = dist.ReduceOp.SUM, group: Any = None, **_: Any) -> None:
+        all_reduce(tensor, op, group)
+
+    def reduce_scatter(part: torch.Tensor, whole: torch.Tensor, group: Any) -> None:
+        part.copy_(total_of(whole, group).chunk(dist.get_world_size(group))[dist.get_rank(group)])
+
+    dist.all_reduce, dist.reduce = all_reduce, reduce
+    distributed.reduce_scatter_single = reduce_scatter
+
+
 def main(world: distributed.World, device: torch.device) -> None:
     """Run all cases."""
+    sum_in_rank_order()
     for case in sys.argv[2:]:
         run_case(case, int(sys.argv[1]), world, device)
 

@@ -30,11 +30,11 @@ LEAST_ELEMENTS = 100
 
 @contextlib.contextmanager
 def watch_collectives(seen: set[str]) -> Iterator[None]:
-    """Note the dtype of every tensor that DeepSpeed sends."""
+    """Note the dtype of every tensor that DeepSpeed and flat gradients send."""
     import deepspeed.comm.comm as comm
 
-    def watched(name: str) -> Any:
-        send = getattr(comm.cdb, name)
+    def watched(owner: Any, name: str) -> Any:
+        send = getattr(owner, name)
 
         def collective(*args: Any, **kwargs: Any) -> Any:
             for given in (*args, *kwargs.values()):
@@ -45,13 +45,18 @@ def watch_collectives(seen: set[str]) -> Iterator[None]:
                 )  # fmt: skip
             return send(*args, **kwargs)
 
-        return mock.patch.object(comm.cdb, name, collective)
+        return mock.patch.object(owner, name, collective)
 
-    names = [name for name in dir(comm.cdb) if "reduce" in name or "gather" in name]
+    own = [
+        (distributed, "reduce_scatter_single"),
+        (distributed, "all_gather_single"),
+        (torch.distributed, "all_reduce"),
+    ]
+    deepspeeds = [(comm.cdb, name) for name in dir(comm.cdb) if "reduce" in name or "gather" in name]
     with contextlib.ExitStack() as stack:
-        for name in names:
-            if callable(getattr(comm.cdb, name)):
-                stack.enter_context(watched(name))
+        for owner, name in (*own, *deepspeeds):
+            if callable(getattr(owner, name)):
+                stack.enter_context(watched(owner, name))
         yield
 
 
