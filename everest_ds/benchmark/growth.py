@@ -16,8 +16,9 @@ import torch
 
 from everest_ds import distributed
 from everest_ds.benchmark.options import StepOptions
+from everest_ds.benchmark.profiling import profile_step
 from everest_ds.benchmark.report import StepReport, Table, rounded, run_fields
-from everest_ds.benchmark.timing import Side, interleave, profiled_shares, step_times
+from everest_ds.benchmark.timing import Side, interleave, step_times
 from everest_ds.benchmark.workbench import (
     Workbench,
     build_workbench,
@@ -108,7 +109,7 @@ def measure_growth(benches: dict[float, Workbench], micro_size: int, *, rounds: 
     times = interleave(sides, device, rounds=rounds, warmup=warmup)
     rows = []
     for side, (value, bench) in zip(sides, benches.items(), strict=True):
-        shares = profiled_shares(device, side.step)
+        shares = profile_step(device, side.step).shares
         measured, tokens = step_times(times[side.name].seconds), micro_size * selected_tokens(bench.task.config)
         row: dict[str, Any] = {"value": value, "tokens": tokens, "visible_tokens": bench.task.visible_tokens}
         row |= {**measured, "ms_per_1000_tokens": round(measured["step_ms_median"] / tokens * 1e3, 4)}

@@ -37,9 +37,14 @@ class StepOptions:
     float32, matmuls in bfloat16."""
     memory_gib: float | None = None
     """Measure as if the GPU had only so much memory."""
+    kernels: int = 0
+    """List so many of the kernels (on a CPU operators) that take longest: time, share, number in a step."""
     compare: tuple[ReferenceName, ...] = ()
     """Forward and backward pass beside the official code in the folders EVEREST_REFERENCE_DIR and
     VIDEOMAE_REFERENCE_DIR, interleaved; no DeepSpeed and no optimiser on either side."""
+    compare_gradients: tuple[str, ...] = ()
+    """Steps with flat gradients and steps of DeepSpeed's own path, interleaved, for these files of ds_configs/ by
+    name: zero0 zero1 zero2. --model.size thin shows what the host does, also on a CPU."""
     sweep_stages: bool = False
     """Measure every way of sharding of --stages, each in processes of its own, and write which is fastest."""
     stages: tuple[str, ...] = ("zero1", "zero2", "zero3")
@@ -70,19 +75,23 @@ class StepOptions:
 
     def require_consistent(self, config: Config, world: World) -> None:
         """Refuse options that are out of range, or that would have no effect together."""
-        for name, value, least in (("steps", self.steps, 1), ("warmup", self.warmup, 0)):
+        for name, value, least in (
+            ("steps", self.steps, 1),
+            ("warmup", self.warmup, 0),
+            ("kernels", self.kernels, 0),
+        ):
             if value < least:
                 raise UserError(f"--{name} {value} must be at least {least}")
         if self.memory_gib is not None and not 0 < self.memory_gib < float("inf"):
             raise UserError(f"--memory-gib {self.memory_gib} must be a number of GiB above 0")
-        names = ("compare", "sweep_stages", "sweep_ratio", "sweep_frames")
+        names = ("compare", "compare_gradients", "sweep_stages", "sweep_ratio", "sweep_frames")
         modes = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name)]
         if len(modes) > 1:
             raise UserError(f"{' and '.join(modes)} are measurements of their own; take them one by one")
-        if (self.compare or self.sweep_stages) and self.ds_config is not None:
+        if (self.compare or self.compare_gradients or self.sweep_stages) and self.ds_config is not None:
             both = f"{modes[0]} with --ds-config {self.ds_config}"
             raise UserError(f"{both}: {modes[0]} takes no DeepSpeed file; leave it out")
-        if modes and world.size > 1:
+        if modes and world.size > 1 and not self.compare_gradients:
             raise UserError(f"{modes[0]} is started without a launcher, got {world.size} processes")
         if self.compare and not isinstance(config, PretrainConfig):
             raise UserError(f"--compare: {config.recipe} is a fine-tuning; the comparison is of pre-training steps")

@@ -79,8 +79,8 @@ def _heading(common: dict[str, Any]) -> str:
     environment = common["environment"]
     versions = ", ".join(f"{name} {environment['versions'][name]}" for name in ("torch", "deepspeed", "timm"))
     known = (
-        "gpus", "zero_stage", "precision", "attention", "activation_checkpointing", "recompute_attention",
-        "compile_blocks", "includes", "time",
+        "gpus", "zero_stage", "precision", "attention", "gradients", "activation_checkpointing",
+        "recompute_attention", "compile_blocks", "includes", "time",
     )  # fmt: skip
     settings = ", ".join(f"{name} {common[name]}" for name in known if name in common)
     ceiling = common.get("ceiling_tflops")

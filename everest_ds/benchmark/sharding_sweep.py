@@ -30,10 +30,7 @@ FORMAT = "everest-stages-2"
 
 def sweep_stages(config: Config, options: StepOptions) -> int:
     """Measure every stage, write the recommendation, print both, and return 0; or 1 where a stage failed."""
-    files = shipped_files()
-    for name in options.stages:
-        if name not in files:
-            raise UserError(f"--stages {name}: there is no such file in ds_configs{nearest_hint(name, files)}")
+    files = named_files("--stages", options.stages)
     gpus = options.gpus or max(torch.cuda.device_count(), 1)
     out = options.out or Path("runs") / f"{config.recipe}-stages.json"
     rows: list[dict[str, Any]] = []
@@ -72,6 +69,19 @@ def sweep_stages(config: Config, options: StepOptions) -> int:
         result = "none fits" if best is None else f"fastest: {best['ds_config']}, micro-batch {best['micro_batch']}"
         print(f"{result}; written to {out}")
     return 1 if faults else 0
+
+
+def named_files(option: str, names: Sequence[str]) -> dict[str, Path]:
+    """Return files of ds_configs/ by the names that an option gives.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    files = shipped_files()
+    for name in names:
+        if name not in files:
+            raise UserError(f"{option} {name}: there is no such file in ds_configs{nearest_hint(name, files)}")
+    return {name: files[name] for name in names}
 
 
 def fastest(rows: Sequence[dict[str, Any]], global_size: int) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """`everest benchmark step RECIPE`: clips a second, memory, utilisation, and where the time of a step goes.
 
-Four measurements share the recipe and the flags: steps over micro-batches (here), ours beside the official code
-(`compare`), the ways of sharding (`sharding_sweep`), and steps whose work grows (`growth`).
+Five measurements share the recipe and the flags: steps over micro-batches (here), ours beside the official code
+(`compare`), flat gradients beside DeepSpeed's own path (`gradient_paths`), the ways of sharding (`sharding_sweep`),
+and steps whose work grows (`growth`).
 """
 
 import itertools
@@ -12,8 +13,10 @@ import torch
 
 from everest_ds import distributed
 from everest_ds.benchmark.compare import benchmark_compare
+from everest_ds.benchmark.gradient_paths import compare_gradients
 from everest_ds.benchmark.growth import sweep_growth
 from everest_ds.benchmark.options import StepJob, StepOptions
+from everest_ds.benchmark.profiling import PARTS
 from everest_ds.benchmark.report import StepReport, Table, run_fields
 from everest_ds.benchmark.sharding_sweep import sweep_stages
 from everest_ds.benchmark.timing import measure_ceiling
@@ -29,8 +32,9 @@ TABLE = Table(
     ("micro", 6, "d"), ("clips/s", 10, ".2f"), ("tokens/s", 11, ".0f"), ("ms", 10, ".1f"), ("p90", 10, ".1f"),
     ("GiB", 8, ".2f"), ("reserved", 9, ".2f"), ("MB/clip", 9, ".1f"), ("MFU", 7, ".1%"), ("sheet", 7, ".1%"),
     ("attention", 11, ".1%"), ("linear", 7, ".1%"), ("other", 6, ".1%"), ("optimiser", 10, ".1%"),
-    ("comm", 5, ".1%"),
+    ("comm", 5, ".1%"), ("aten", 7, "d"), ("launches", 9, "d"),
 )  # fmt: skip
+KERNELS = Table(("ms", 16, ".3f"), ("share", 7, ".1%"), ("times", 9, ".1f"), ("  kernel", 0, "<"))
 
 
 def run(job: StepJob, world: World) -> int:
@@ -45,6 +49,8 @@ def run(job: StepJob, world: World) -> int:
         )
     if not on_gpu and options.memory_gib is not None:
         raise UserError(f"--memory-gib {options.memory_gib} limits a GPU's memory, and there is none; leave it out")
+    if options.compare_gradients:
+        return compare_gradients(config, options, sizes, world)
     if options.sweep_ratio or options.sweep_frames:
         return sweep_growth(config, options, sizes, world)
     doubled = (FIRST_OF_SWEEP << doublings for doublings in itertools.count())
@@ -70,7 +76,9 @@ def _measure(config: Config, options: StepOptions, sizes: Iterable[int], first: 
         distributed.barrier()  # a process that fails must not end the others before they have said what they know
         try:
             steps, warmup = options.steps, options.warmup
-            measured = measure_steps(bench, size, steps=steps, warmup=warmup, ceiling_tflops=ceiling)
+            measured = measure_steps(
+                bench, size, steps=steps, warmup=warmup, ceiling_tflops=ceiling, num_kernels=options.kernels
+            )
         except torch.OutOfMemoryError:
             line: dict[str, Any] = {"micro_batch": size, "out_of_memory": True}
             if world.size == 1:
@@ -104,4 +112,9 @@ def _rows(line: dict[str, Any]) -> Iterator[str]:
         "micro_batch", "clips_per_s", "tokens_per_s", "step_ms_median", "step_ms_p90", "peak_allocated_gib",
         "peak_reserved_gib", "added_mb_per_clip", "mfu", "mfu_data_sheet",
     )  # fmt: skip
-    yield TABLE.row(*(line[name] for name in names), *(line["shares"] or {}).values())
+    shares = (line["shares"] or dict.fromkeys(PARTS)).values()
+    yield TABLE.row(*(line[name] for name in names), *shares, line["aten_calls"], line["kernel_launches"])
+    if line["kernels"]:
+        yield KERNELS.head
+    for kernel in line["kernels"]:
+        yield KERNELS.row(kernel["ms"], kernel["share"], kernel["times"], f"  {kernel['name']}")

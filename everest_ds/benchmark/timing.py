@@ -1,38 +1,18 @@
-"""Interleaved steps, marks in a device's stream, the best matmul rate, and where the time of a step goes."""
+"""Interleaved steps, marks in a device's stream, and the best matmul rate."""
 
 import itertools
-import re
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch.autograd import DeviceType
 
 # Edges of the square matrices that are tried on a GPU: large enough to fill one, small beside its memory.
 EDGES = (4096, 8192, 16384)
 MATMULS, MATMUL_WARMUP = 20, 5
-PROFILED_STEPS = 2
-
-Part = Literal["attention", "linear", "other", "optimiser", "communication"]
-PARTS: tuple[Part, ...] = ("attention", "linear", "other", "optimiser", "communication")
-# The name under which the optimiser's step is put into the profile; `classify` knows it.
-OPTIMISER_REGION = "everest.optimiser"
-
-# The first match counts: what is sent during the optimiser's step is communication.
-_RULES: dict[Part, str] = {
-    "communication": r"(?i)nccl|^gloo:|c10d::|record_param_comms",
-    "optimiser": rf"{re.escape(OPTIMISER_REGION)}|_fused_adam|FusedAdam",
-    "attention": r"scaled_dot_product|ScaledDotProduct|flash|fmha|_efficient_attention|varlen_attn|sdpa",
-    "linear": (
-        r"(?i)^aten::(mm|addmm|bmm|baddbmm|addmv|mv|linear|matmul|\w*convolution\w*|conv[123]d|mkldnn_linear)$"
-        r"|gemm|gemv|nvjet|cublas|cutlass|xmma|implicit_convolve|wgrad|dgrad"
-    ),
-}
 
 
 class Marks:
@@ -163,61 +143,3 @@ def measure_ceiling(device: torch.device) -> float | None:
     best = max(matmul_tflops(device, torch.bfloat16, edge) for edge in EDGES)
     torch.cuda.empty_cache()
     return best
-
-
-def profiled_shares(device: torch.device, step: Callable[[], object]) -> dict[Part, float] | None:
-    """Return the share of each part of a step in its time, over `PROFILED_STEPS` of its own."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(PROFILED_STEPS):
-            step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    shares = time_shares(list(profile.events() or ()), device.type)
-    return None if shares is None else {part: round(share, 4) for part, share in shares.items()}
-
-
-def classify(names: Iterable[str]) -> Part:
-    """Return the part of a kernel by its name and those of the operators above it, in any order."""
-    names = list(names)
-    return next((part for part, rule in _RULES.items() if any(re.search(rule, name) for name in names)), "other")
-
-
-def time_shares(events: Sequence[Any], device_type: str) -> dict[Part, float] | None:
-    """Return the share of each part in the time of a profile; they sum to 1. None where no time was seen.
-
-    On cuda kernels count, each in full where several run at the same time; on a CPU what operators took themselves.
-    """
-    times = dict.fromkeys(PARTS, 0.0)
-    on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
-    operators = ((_names_upwards(event), event.self_cpu_time_total) for event in on_cpu)
-    for names, microseconds in _kernel_times(events) if device_type == "cuda" else operators:
-        times[classify(names)] += microseconds
-    total = sum(times.values())
-    return {part: spent / total for part, spent in times.items()} if total else None
-
-
-def _kernel_times(events: Sequence[Any]) -> Iterator[tuple[list[str], float]]:
-    """Yield kernels with the operators above them, then those that no operator launched (Triton's may be)."""
-    seen: Counter[str] = Counter()
-    for event in events:
-        if event.device_type != DeviceType.CPU:
-            continue
-        names = _names_upwards(event)
-        for kernel in event.kernels:
-            seen[kernel.name] += kernel.duration
-            yield [kernel.name, *names], kernel.duration
-    for event in events:
-        if event.device_type == DeviceType.CPU or event.is_user_annotation:
-            continue
-        microseconds = event.time_range.elapsed_us()
-        known = min(seen[event.name], microseconds)
-        seen[event.name] -= known
-        if microseconds > known:
-            yield [event.name], microseconds - known
-
-
-def _names_upwards(event: Any) -> list[str]:
-    return [] if event is None else [event.name, *_names_upwards(event.cpu_parent)]

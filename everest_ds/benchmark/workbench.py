@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from everest_ds import distributed
+from everest_ds.benchmark.profiling import OPTIMISER_REGION, profile_step
 from everest_ds.benchmark.report import gpu_memory_gib, rounded
-from everest_ds.benchmark.timing import OPTIMISER_REGION, Marks, profiled_shares, step_times
+from everest_ds.benchmark.timing import Marks, step_times
 from everest_ds.config import BatchConfig, Config, FinetuneConfig, PretrainConfig
 from everest_ds.data.clips.dataset import ClipBatch
 from everest_ds.distributed import World
@@ -148,12 +149,19 @@ def take_step(bench: Workbench, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def measure_steps(
-    bench: Workbench, micro_size: int, *, steps: int, warmup: int, ceiling_tflops: float | None
+    bench: Workbench,
+    micro_size: int,
+    *,
+    steps: int,
+    warmup: int,
+    ceiling_tflops: float | None,
+    num_kernels: int = 0,
 ) -> dict[str, Any]:
     """Measure steps of one micro-batch and return the fields of its line; all processes call it.
 
     A step lasts as long as that of the slowest process. MFU counts the operations that the kept tokens need,
-    forward and backward, and the ranking of all tokens; no recomputation. The ceiling is None on a CPU.
+    forward and backward, and the ranking of all tokens; no recomputation. The ceiling is None on a CPU. Calls,
+    launches and the longest kernels are this process's.
     """
     device, task = bench.device, bench.task
     if device.type == "cuda":
@@ -171,7 +179,7 @@ def measure_steps(
         marks.mark()
     reserved = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None
     everyone = distributed.gather_objects((marks.seconds(), tokens, peak_memory_gib(device), reserved))
-    shares = profiled_shares(device, partial(take_step, bench, inputs))
+    profiled = profile_step(device, partial(take_step, bench, inputs), num_kernels=num_kernels)
     times_of, tokens_of, peaks, reserved_of = zip(*everyone, strict=True)
     slowest = [max(times) for times in zip(*times_of, strict=True)]
     clips_per_s = micro_size * bench.world.size * steps / sum(slowest)
@@ -188,7 +196,7 @@ def measure_steps(
         "mfu": rounded(ceiling_tflops and used_tflops / ceiling_tflops),
         "data_sheet_tflops": sheet_tflops,
         "mfu_data_sheet": rounded(sheet_tflops and used_tflops / sheet_tflops),
-        "shares": shares,
+        **profiled.fields(),
     }
 
 

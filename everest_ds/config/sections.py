@@ -11,7 +11,7 @@ CudaGraphName = Literal["auto", "on", "off"]
 GradientsName = Literal["auto", "flat", "deepspeed"]
 TaskName = Literal["pretrain", "finetune"]
 ReaderName = Literal["auto", "decord", "pyav", "torchcodec"]
-SizeName = Literal["nano", "tiny", "small", "base", "large", "huge"]
+SizeName = Literal["nano", "thin", "tiny", "small", "base", "large", "huge"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,8 @@ class ModelSize:
 
 SIZES: dict[str, ModelSize] = {
     "nano": ModelSize(width=64, depth=3, num_heads=2, decoder_width=64, decoder_num_heads=2),
+    # ViT-L's depth at a width that costs nothing: what is left of a step is the work of the host.
+    "thin": ModelSize(width=64, depth=24, num_heads=2, decoder_width=64, decoder_num_heads=2),
     "tiny": ModelSize(width=128, depth=4, num_heads=4, decoder_width=96, decoder_num_heads=3),
     "small": ModelSize(width=384, depth=12, num_heads=6, decoder_width=192, decoder_num_heads=3),
     "base": ModelSize(width=768, depth=12, num_heads=12, decoder_width=384, decoder_num_heads=6),

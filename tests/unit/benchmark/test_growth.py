@@ -136,7 +136,9 @@ def test_points_are_interleaved_and_each_reports_its_own_tokens(monkeypatch: pyt
         return loss.detach()
 
     monkeypatch.setattr(growth, "take_step", step)
-    monkeypatch.setattr(growth, "profiled_shares", lambda device, step: step() and {"attention": 0.25})
+    monkeypatch.setattr(
+        growth, "profile_step", lambda device, step: SimpleNamespace(shares=step() and {"attention": 0.25})
+    )
     line = measure_growth(benches(points), 2, rounds=2, warmup=1)
     visible = [2 * point.num_visible for point in points.values()]
     assert len(set(visible)) == 3

@@ -23,7 +23,8 @@ def test_sweep_ends_where_memory_does(monkeypatch: pytest.MonkeyPatch, capsys: p
             raise torch.OutOfMemoryError("no more")
         sizes = {"peak_allocated_gib": 1.0 + size, "peak_reserved_gib": 9.0}
         return {"clips_per_s": 3.0, "tokens_per_s": 30.0, "step_ms_median": 1.0, "step_ms_p90": 2.0, **sizes} | {
-            "mfu": 0.5, "mfu_data_sheet": None, "shares": None,
+            "mfu": 0.5, "mfu_data_sheet": None, "shares": None, "aten_calls": 9267, "kernel_launches": None,
+            "kernels": [{"name": "gemm", "ms": 1.5, "share": 0.75, "times": 2.0}],
         }  # fmt: skip
 
     bench = SimpleNamespace(device=CPU, settings={"zero_stage": 2})
@@ -39,7 +40,9 @@ def test_sweep_ends_where_memory_does(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert cli.main(words) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1].strip() == "4  out of memory"
-    assert "50.0%" in shown[-2]
+    assert shown[-2].split() == ["1.500", "75.0%", "2.0", "gemm"]
+    assert "50.0%" in shown[-4]
+    assert shown[-4].split()[-2:] == ["9267", "-"]
 
 
 def test_auto_doubles_until_memory_is_full(
@@ -78,6 +81,11 @@ def test_auto_doubles_until_memory_is_full(
         ("demo --memory-gib nan", "--memory-gib nan must be a number of GiB above 0"),
         ("demo --steps 0", "--steps 0 must be at least 1"),
         ("demo --warmup -1", "--warmup -1 must be at least 0"),
+        ("demo --kernels -1", "--kernels -1 must be at least 0"),
+        ("demo --compare-gradients zero2 --micro-batch 1 2", "both paths take steps of one micro-batch"),
+        ("demo --compare-gradients zero4", "--compare-gradients zero4: there is no such file in ds_configs"),
+        ("demo --compare-gradients zero2 --compare everest", "--compare and --compare-gradients are measurements"),
+        ("demo --compare-gradients zero2 --ds-config x.json", "--compare-gradients takes no DeepSpeed file"),
         ("demo --gpus 2", "--gpus 2 belongs to --sweep-stages"),
         ("demo --out x.json", "--out x.json belongs to --sweep-stages"),
         ("demo --sweep-stages --gpus 0", "--gpus 0 must be at least 1"),

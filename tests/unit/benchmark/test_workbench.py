@@ -66,7 +66,8 @@ def test_throughput_is_that_of_the_slowest_process(monkeypatch: pytest.MonkeyPat
     )  # fmt: skip
     monkeypatch.setattr(workbench, "synthetic_batch", lambda *given: None)
     monkeypatch.setattr(workbench, "take_step", lambda bench, inputs: None)
-    monkeypatch.setattr(workbench, "profiled_shares", lambda device, step: None)
+    profiled = SimpleNamespace(fields=lambda: {"shares": None})
+    monkeypatch.setattr(workbench, "profile_step", lambda device, step, num_kernels: profiled)
     mine, other = ([0.1, 0.4], 20, 1.0, None), ([0.3, 0.2], 22, 2.0, None)
     monkeypatch.setattr(workbench.distributed, "gather_objects", lambda own: [mine, other])
     found = workbench.measure_steps(bench, 3, steps=2, warmup=0, ceiling_tflops=100.0)
