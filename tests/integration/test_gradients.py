@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.integration.launch import SMALL, compute, ds_config, flags, losses, metrics, weights
 from tests.integration.scanning import scan
 
 STEPS, STEPS_WHEN_SLOW = 10, 50
@@ -68,3 +71,27 @@ def test_clipping_differs_by_the_rounding_of_the_norm() -> None:
         own, flat = line["norms"]
         assert min(own) > 0.1  # twice what clips
         assert flat == pytest.approx(own, rel=CLIPPED_RTOL), line["case"]
+
+
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1))])
+def test_run_of_either_path_goes_on_in_the_other_bit_for_bit(stage: int, demo_folder: Path, tmp_path: Path) -> None:
+    """Two micro-batches a step on two processes, float32, nothing clipped."""
+
+    def train(name: str, gradients: str, steps: int) -> str:
+        words = ["--batch.micro-size", "1", "--optim.max-grad-norm", "0", "--run.save-every-steps", "2"]
+        words += ["--precision", "fp32", "--ds-config", ds_config(f"zero{stage}"), "--optim.gradients", gradients]
+        done = compute(flags(demo_folder, tmp_path / name, *SMALL, *words, steps=steps), processes=2)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "deepspeed gradients" in train("whole", "deepspeed", 4)
+    for name, first, then in (("forth", "deepspeed", "flat"), ("back", "flat", "deepspeed")):
+        train(name, first, 2)
+        assert f"{then} gradients" in train(name, then, 4)
+        assert [line["gradients"] for line in metrics(tmp_path / name, "event") if "gradients" in line] == [
+            first,
+            then,
+        ]
+        assert losses(tmp_path / name) == losses(tmp_path / "whole")
+        ours, theirs = weights(tmp_path / name, 4), weights(tmp_path / "whole", 4)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
