@@ -46,7 +46,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
-    """Replace a file; text is written in UTF-8 with its line ends unchanged.
+    """Replace a file; text is written in UTF-8, its line ends and the bytes of odd names unchanged.
 
     Args:
         path: The file.
@@ -57,7 +57,7 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
         OSError: It cannot be written or renamed.
     """
     with atomic_path(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
         if durable:
             sync(partial)
     if durable:
@@ -88,7 +88,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Replace a file by a table; see `write_atomically`."""
-    with atomic_path(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+    with (
+        atomic_path(path) as partial,
+        partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 

@@ -21,7 +21,7 @@ from typing import Annotated
 import tyro
 
 from everest_ds.commands.parsing import parse
-from everest_ds.config.sections import ReaderName
+from everest_ds.config.sections import MAX_PIXELS, ReaderName
 from everest_ds.data.curation.probe import (
     DEFAULT_BAD,
     FaultName,
@@ -62,13 +62,16 @@ class CheckOptions:
     """Frames that a clip needs: num_frames times sampling_stride of a recipe."""
     reader: ReaderName = "auto"
     """Library that reads the videos; the one that the run will have."""
+    max_pixels: int = MAX_PIXELS
+    """Pixels (frames x height x width) that are decoded of a video at a time, at most, and 16 times those of one
+    frame; data.max_pixels of the run. A video that takes more is unreadable."""
     bad: tuple[FaultName, ...] = DEFAULT_BAD
     """What goes into quarantine; the other kinds are named in the report alone."""
     max_bad_share: float = 0.01
     """Share of the list that may be bad; more makes the exit code 1."""
 
     def __post_init__(self) -> None:
-        for name in ("processes", "samples", "min_frames"):
+        for name in ("processes", "samples", "min_frames", "max_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
@@ -80,7 +83,9 @@ class CheckOptions:
     @property
     def settings(self) -> ProbeSettings:
         """How closely each video is looked at."""
-        return ProbeSettings(samples=self.samples, min_frames=self.min_frames, reader=self.reader)
+        return ProbeSettings(
+            samples=self.samples, min_frames=self.min_frames, reader=self.reader, max_pixels=self.max_pixels
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """`everest evaluate`: a trained model over a list of videos, several views each, into scores and files."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,7 +72,7 @@ def _test_list(origin: Origin, recipe: Config | None, options: EvaluateOptions) 
     raise UserError("which videos? give --list FILE; the run's data.test_list is not set")
 
 
-def _rows_of(path: Path | None) -> list[VideoRow]:
+def _rows_of(path: Path | None) -> Sequence[VideoRow]:
     if path is None:
         return []
     rows = read_list(path)
@@ -79,7 +80,7 @@ def _rows_of(path: Path | None) -> list[VideoRow]:
     return rows
 
 
-def _protocol(options: EvaluateOptions, train_rows: list[VideoRow]) -> dict[str, Any]:
+def _protocol(options: EvaluateOptions, train_rows: Sequence[VideoRow]) -> dict[str, Any]:
     """Return the protocol and what it depends on."""
     if options.protocol == "head":
         return {"name": "head"}

@@ -12,6 +12,8 @@ GradientsName = Literal["auto", "flat", "deepspeed"]
 TaskName = Literal["pretrain", "finetune"]
 ReaderName = Literal["auto", "decord", "pyav", "torchcodec"]
 SizeName = Literal["nano", "thin", "tiny", "small", "base", "large", "huge"]
+MAX_PIXELS = 2**29
+"""Pixels that are decoded of a video at a time, at most, where nothing else is said: 64 frames of 4K."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +50,18 @@ class DataConfig:
     effect without loader processes."""
     keep_decoded: bool = False
     """Keep the decoded frames of every video in memory, in each loader process: for small datasets."""
+    max_pixels: int = MAX_PIXELS
+    """Pixels (frames x height x width) that are decoded of a video at a time, at most, and 16 times those of one
+    frame. A video that takes more counts as unreadable, before its memory is taken; three bytes a pixel."""
     quarantine: str | None = None
     """List of videos to leave out of training and of scoring on the way, as `everest check-data` writes one."""
     max_bad_share: float = 0.01
     """Unreadable draws as a share of the list (or of all draws so far, if more) above which the run stops."""
 
     def __post_init__(self) -> None:
-        require_counts("data", self, "num_frames", "sampling_stride", "image_size", "repeats", "prefetch_batches")
+        require_counts(
+            "data", self, "num_frames", "sampling_stride", "image_size", "repeats", "prefetch_batches", "max_pixels"
+        )
         seconds = self.sampling_seconds
         seconds_ok = seconds is None or (math.isfinite(seconds) and seconds > 0)
         require(seconds_ok, "data.sampling_seconds", seconds, "above 0")

@@ -1,5 +1,6 @@
 """What is wanted of trained weights, known before torch is imported."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,8 +61,8 @@ class EvaluationJob:
     settings: ClipSettings
     options: EvaluateOptions
     test_list: Path
-    rows: list[VideoRow]
-    train_rows: list[VideoRow]
+    rows: Sequence[VideoRow]
+    train_rows: Sequence[VideoRow]
     out: Path
     identity: dict[str, Any]
 
@@ -108,7 +109,7 @@ class PredictionJob:
     origin: Origin
     settings: ClipSettings
     options: PredictOptions
-    rows: list[VideoRow]
+    rows: Sequence[VideoRow]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ STEP_OPTIONS = [
 LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "init_allow", "precision"]
 PRETRAIN_FIELDS = {
     "data": "train_list num_frames sampling_stride sampling_seconds image_size flip repeats repeat_frames reader "
-    "num_workers prefetch_batches timeout_s keep_decoded quarantine max_bad_share crop_scales resize",
+    "num_workers prefetch_batches timeout_s keep_decoded max_pixels quarantine max_bad_share crop_scales resize",
     "model": "size patch_size tubelet_size embedding_layers attention activation_checkpointing recompute_attention "
     "compile_blocks cuda_graph position_frames position_size decoder_depth",
     "selection": "strategy order distance selected_ratio visible_ratio targets budget floor ceiling quantile_decay "
@@ -54,8 +54,8 @@ PRETRAIN_FIELDS = {
 }
 FINETUNE_FIELDS = {
     "data": "train_list num_frames sampling_stride sampling_seconds image_size flip repeats repeat_frames reader "
-    "num_workers prefetch_batches timeout_s keep_decoded quarantine max_bad_share val_list test_list class_names "
-    "num_classes sampling crop_area crop_aspect rand_augment erase_prob mixup_alpha cutmix_alpha",
+    "num_workers prefetch_batches timeout_s keep_decoded max_pixels quarantine max_bad_share val_list test_list "
+    "class_names num_classes sampling crop_area crop_aspect rand_augment erase_prob mixup_alpha cutmix_alpha",
     "model": "size patch_size tubelet_size embedding_layers attention activation_checkpointing recompute_attention "
     "compile_blocks cuda_graph position_frames position_size drop_path head_init_scale freeze_encoder",
     "selection": "strategy order distance keep_ratio",

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from everest_ds.data.clips.augment import PairMixer
 from everest_ds.data.clips.batch import MAX_REPLACEMENTS, BadSample, Clip, ClipBatch, mix_pairs
 from everest_ds.data.clips.cuts import Cut, UnfitFramesError
 from everest_ds.data.clips.sampling import RandomStream, SampleKey, keyed_generator, sample_draws
-from everest_ds.data.lists.video_list import PackedRows, VideoRow
+from everest_ds.data.lists.video_list import VideoRow, packed
 from everest_ds.data.loading.loader import Loader, SampleMaker
 from everest_ds.data.loading.pool import Mark
 from everest_ds.data.readers.choice import choose_reader
@@ -44,7 +45,7 @@ class ClipDataset(SampleMaker[SampleKey, Clip]):
         self, rows: Sequence[VideoRow], cut: Cut, *, seed: int, noise_length: int, mixer: PairMixer | None = None
     ) -> None:
         choose_reader(cut.config.reader)
-        self.rows = rows
+        self.rows = packed(rows)
         self.cut = cut
         self.config = cut.config
         self.sample_bytes = cut.max_bytes
@@ -57,8 +58,8 @@ class ClipDataset(SampleMaker[SampleKey, Clip]):
         return len(self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Go to a worker with packed rows, and without decoded frames."""
-        return self.__dict__ | {"rows": PackedRows(self.rows), "_decoded": {}}
+        """Go to a worker without decoded frames."""
+        return self.__dict__ | {"_decoded": {}}
 
     def __getitem__(self, key: SampleKey) -> Clip:
         """Return the clip of a key, not mixed."""
@@ -113,8 +114,8 @@ class ClipDataset(SampleMaker[SampleKey, Clip]):
                     raise VideoReadError(self.rows[index].path, unreadable[number])
                 mark(number)
                 clips = self._cut_clips([replace(key, index=index) for key in keys])
-            except VideoReadError as error:
-                failed.append((index, error))
+            except (VideoReadError, MemoryError) as error:
+                failed.append((index, _as_bad(self.rows[index].path, error)))
                 index = int(replacements.integers(len(self.rows)))
         return [
             replace(
@@ -157,11 +158,17 @@ class ClipDataset(SampleMaker[SampleKey, Clip]):
         """Open the video of a row, or take it from memory where decoded frames are kept."""
         if index in self._decoded:
             return self._decoded[index]
-        video = Video.of_row(self.rows[index], self.config.reader)
+        video = Video.of_row(self.rows[index], self.config.reader, self.config.max_pixels)
         if not self.config.keep_decoded:
             return video
         self._decoded[index] = DecodedVideo(video, with_times=self.config.sampling_seconds is not None)
         return self._decoded[index]
+
+
+def _as_bad(path: Path, error: VideoReadError | MemoryError) -> VideoReadError:
+    if isinstance(error, VideoReadError):
+        return error
+    return VideoReadError(path, "there is not enough memory to make a clip of it")
 
 
 def make_loader(

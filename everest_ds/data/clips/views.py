@@ -10,7 +10,6 @@ one view, where that divides by zero, and any number of segment clips, where tha
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from everest_ds.config import FinetuneDataConfig, ViewsConfig
 from everest_ds.data.clips.sampling import require_frames
-from everest_ds.data.lists.video_list import PackedRows, VideoRow
+from everest_ds.data.lists.video_list import VideoRow, packed
 from everest_ds.data.loading.loader import Loader, SampleMaker
 from everest_ds.data.loading.pool import Mark
 from everest_ds.data.readers.choice import choose_reader
@@ -29,7 +28,7 @@ from everest_ds.data.readers.timing import clip_room_s, frames_at
 from everest_ds.data.readers.video import Video, VideoReadError
 
 # Frames that are held at their own size at once; all of a long high-definition video would take gibibytes.
-_FRAMES_AT_ONCE = 32
+_FRAMES_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +138,7 @@ def read_views(video: Video, data: FinetuneDataConfig, views: ViewsConfig) -> Te
     size = data.image_size
     frame_idx = sorted({frame for clip in clips for frame in clip})
     parts = [frame_idx[start : start + _FRAMES_AT_ONCE] for start in range(0, len(frame_idx), _FRAMES_AT_ONCE)]
-    frames = (rearrange(torch.from_numpy(video.read(part)), "f h w c -> f c h w") for part in parts)
-    frames_FCHW = torch.cat([resize_shorter_side(part_FCHW, size) for part_FCHW in frames])
+    frames_FCHW = torch.cat([_read_resized(video, part, len(frame_idx), data) for part in parts])
     origins = crop_origins(frames_FCHW.shape[2], frames_FCHW.shape[3], size, views.num_spatial)
     clips_VTCHW = torch.stack(
         [
@@ -150,6 +148,20 @@ def read_views(video: Video, data: FinetuneDataConfig, views: ViewsConfig) -> Te
         ]
     )
     return rearrange(clips_VTCHW, "v t c h w -> v c t h w").contiguous()
+
+
+def _read_resized(video: Video, part: Sequence[int], num_frames: int, data: FinetuneDataConfig) -> Tensor:
+    """Read a part of the ``num_frames`` of a video that are wanted, and resize them: frames_FCHW."""
+    frames_FCHW = rearrange(torch.from_numpy(video.read(part)), "f h w c -> f c h w")
+    height, width = frames_FCHW.shape[2:]
+    longer = data.image_size * max(height, width) // min(height, width)
+    if num_frames * data.image_size * longer > data.max_pixels:
+        raise VideoReadError(
+            video.path,
+            f"{num_frames} frames of {width}x{height} pixels, resized to a shorter side of {data.image_size}, are "
+            f"more than data.max_pixels={data.max_pixels}",
+        )
+    return resize_shorter_side(frames_FCHW, data.image_size)
 
 
 class ViewDataset(SampleMaker[int, RowViews]):
@@ -163,17 +175,13 @@ class ViewDataset(SampleMaker[int, RowViews]):
 
     def __init__(self, rows: Sequence[VideoRow], config: FinetuneDataConfig, views: ViewsConfig) -> None:
         choose_reader(config.reader)
-        self.rows = rows
+        self.rows = packed(rows)
         self.config = config
         self.views = views
         self.sample_bytes = views.num_temporal * views.num_spatial * 3 * config.num_frames * config.image_size**2
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Go to a worker with packed rows."""
-        return self.__dict__ | {"rows": PackedRows(self.rows)}
 
     def __getitem__(self, index: int) -> RowViews:
         """Read a row; an unreadable one is reported, never raised."""
@@ -188,9 +196,11 @@ class ViewDataset(SampleMaker[int, RowViews]):
                 if number in unreadable:
                     raise VideoReadError(row.path, unreadable[number])
                 mark(number)
-                clips_VCTHW = read_views(Video.of_row(row, self.config.reader), self.config, self.views)
-            except VideoReadError as error:
-                results.append(RowViews(index=index, label=row.label, clips_VCTHW=None, bad=error.reason))
+                video = Video.of_row(row, self.config.reader, self.config.max_pixels)
+                clips_VCTHW = read_views(video, self.config, self.views)
+            except (VideoReadError, MemoryError) as error:
+                bad = error.reason if isinstance(error, VideoReadError) else "there is not enough memory to read it"
+                results.append(RowViews(index=index, label=row.label, clips_VCTHW=None, bad=bad))
             else:
                 results.append(RowViews(index=index, label=row.label, clips_VCTHW=clips_VCTHW))
         return results

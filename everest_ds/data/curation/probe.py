@@ -11,11 +11,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from everest_ds.config.sections import ReaderName
+from everest_ds.config.sections import MAX_PIXELS, ReaderName
 from everest_ds.data.curation.record import Record, identity
 from everest_ds.data.lists.video_list import VideoPart, VideoRow
 from everest_ds.data.readers.container import describe_missing, read_container
-from everest_ds.data.readers.video import Video, VideoReadError
+from everest_ds.data.readers.video import Video, VideoReadError, fault_of_the_video
 
 # Frames at the end that are compared with each other: decoders fill what they cannot decode with copies.
 _TAIL = 8
@@ -55,6 +55,8 @@ class ProbeSettings:
     min_frames: int = 1
     """A video with fewer is too short."""
     reader: ReaderName = "auto"
+    max_pixels: int = MAX_PIXELS
+    """Pixels (frames x height x width) that are decoded of a video at a time, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,18 +76,16 @@ class Finding:
 def probe_video(row: VideoRow, settings: ProbeSettings) -> Finding:
     """Look at one video; whatever is wrong with it is returned, not raised."""
     try:
-        if not row.path.exists():
-            return Finding(kind=Kind.MISSING, detail="no such file")
-        video = Video.of_row(row, settings.reader)
+        video = Video.of_row(row, settings.reader, settings.max_pixels)
         wanted = np.linspace(0, video.num_frames - 1, settings.samples).round().astype(int).tolist()
         tail = list(range(max(0, video.num_frames - _TAIL), video.num_frames))
         frames_THWC = video.read(sorted({*wanted, *tail}))
+        with fault_of_the_video(row.path):
+            kind, detail = _judge(row, settings, video.num_frames, frames_THWC[-len(tail) :])
     except VideoReadError as error:
-        return Finding(kind=Kind.UNREADABLE, detail=error.reason)
-    except OSError as error:
-        return Finding(kind=Kind.UNREADABLE, detail=error.strerror or str(error))
+        is_missing = isinstance(error.__cause__, FileNotFoundError)
+        return Finding(kind=Kind.MISSING if is_missing else Kind.UNREADABLE, detail=error.reason)
     height, width = frames_THWC.shape[1:3]
-    kind, detail = _judge(row, settings, video.num_frames, frames_THWC[-len(tail) :])
     return Finding(kind=kind, detail=detail, frames=video.num_frames, width=width, height=height)
 
 
@@ -123,7 +123,10 @@ def open_record(path: Path, settings: ProbeSettings) -> Record[VideoPart, Findin
         known = identity(Path(line["path"]))
         return known is not None and known == line["file"] and line["kind"] != Kind.TRUNCATED
 
-    return Record(path, asdict(settings), of="check", parse=parse, holds=holds)
+    known = asdict(settings)
+    if settings.max_pixels == MAX_PIXELS:  # older records do not have it
+        del known["max_pixels"]
+    return Record(path, known, of="check", parse=parse, holds=holds)
 
 
 def record_line(row: VideoRow, finding: Finding) -> dict[str, Any]:

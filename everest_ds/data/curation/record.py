@@ -75,6 +75,6 @@ def identity(path: Path) -> list[int] | None:
     """Return a file's size in bytes and time of change in nanoseconds, by which it is known; None without one."""
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # a zero byte in its name
         return None
     return [status.st_size, status.st_mtime_ns]

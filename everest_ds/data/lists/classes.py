@@ -7,7 +7,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from everest_ds.data.lists.video_list import VideoRow
+import numpy as np
+
+from everest_ds.data.lists.packed_rows import packed
+from everest_ds.data.lists.video_row import VideoRow
 from everest_ds.errors import UserError
 
 NAMES_FILE = "classes.txt"
@@ -98,7 +101,7 @@ def resolve_classes(
     elif names is not None:
         num, origin = len(names), f"{source} names {len(names)}"
     else:
-        num, origin = max(row.label for row in rows) + 1, "the largest label says so"
+        num, origin = int(packed(rows).labels.max()) + 1, "the largest label says so"
     classes = Classes(num, names)
     _require_range(rows, train_list, classes, origin)
     if num < 2:
@@ -118,26 +121,26 @@ def require_known_labels(
         UserError: A label lies outside the range, or a class has no training video.
     """
     _require_range(rows, source, classes, f"the run has {classes.num} classes")
-    examples: dict[int, VideoRow] = {}
-    for row in rows:
-        if row.label not in trained_labels:
-            examples.setdefault(row.label, row)
-    if examples:
-        first = next(iter(examples.values()))
+    labels = packed(rows).labels
+    untrained = np.setdiff1d(labels, np.fromiter(trained_labels, np.int64))
+    if len(untrained):
+        first = rows[int(np.argmax(np.isin(labels, untrained)))]
         raise UserError(
             f"{_place(first, source)}: {first.path} is of {classes.describe(first.label)}; the training list has "
-            f"no video of {classes.describe_all(sorted(examples))}: add some to it, or take their rows out"
+            f"no video of {classes.describe_all(untrained.tolist())}: add some to it, or take their rows out"
         )
 
 
 def _require_range(rows: Sequence[VideoRow], source: Path, classes: Classes, origin: str) -> None:
     allowed = f"0 to {classes.num - 1} ({origin})" if classes.num else "0 and above"
-    for row in rows:
-        if not 0 <= row.label < classes.num:
-            raise UserError(
-                f"{_place(row, source)}: label {row.label} of {row.path} is not in the range {allowed}; mend the "
-                "list, or data.num_classes and data.class_names"
-            )
+    labels = packed(rows).labels
+    outside = (labels < 0) | (labels >= classes.num)
+    if outside.any():
+        row = rows[int(np.argmax(outside))]
+        raise UserError(
+            f"{_place(row, source)}: label {row.label} of {row.path} is not in the range {allowed}; mend the "
+            "list, or data.num_classes and data.class_names"
+        )
 
 
 def _place(row: VideoRow, source: Path) -> str:

@@ -34,6 +34,8 @@ _WORD = (
     "begin|category|class|clip|duration|end|file|filename|filepath|frames|gt|id|idx|index|label|labels|name|num|path|"
     "paths|sec|split|start|stop|subset|target|time|total|uid|url|video|videos|youtube"
 )
+# Longer ones are no names of columns, and could be taken apart in too many ways.
+_MOST_COLUMN = 40
 _COLUMN = re.compile(rf"(?:n_|x_)?(?:{_WORD})(?:_?(?:{_WORD})|_s)*|x|y", re.IGNORECASE)
 
 
@@ -181,7 +183,7 @@ def _explain_no_label(line: str, number: int) -> str:
     """Return what a line that does not end in a number looks like."""
     fields = [field.strip("\"'").strip() for field in re.split(r"[\s,;|]+", line)]
     named = [field for field in fields if field]
-    if len(named) > 1 and all(_COLUMN.fullmatch(field.lstrip("#")) for field in named):
+    if len(named) > 1 and all(_COLUMN.fullmatch(field.lstrip("#")[:_MOST_COLUMN]) for field in named):
         return f"looks like a header row (columns {', '.join(named)}), and lists have none; remove it"
     if len(named) > 1 and re.fullmatch("-?[0-9]+", named[0]):
         return f"begins with a number and ends in none, as if label and path were swapped; {EXPECTED}"

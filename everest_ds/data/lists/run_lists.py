@@ -1,11 +1,22 @@
 """The lists of a run, read and checked before anything heavy is imported."""
 
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from everest_ds.config import Config, FinetuneConfig
 from everest_ds.data.lists.classes import Classes, require_known_labels, resolve_classes
-from everest_ds.data.lists.video_list import VideoPart, VideoRow, describe_repeats, read_list, require_reachable
+from everest_ds.data.lists.video_list import (
+    PackedRows,
+    VideoPart,
+    VideoRow,
+    describe_repeats,
+    read_list,
+    require_reachable,
+)
 from everest_ds.errors import UserError
 
 
@@ -22,8 +33,8 @@ class Lists:
     """
 
     config: Config
-    train: list[VideoRow]
-    val: list[VideoRow] | None = None
+    train: Sequence[VideoRow]
+    val: Sequence[VideoRow] | None = None
     classes: Classes | None = None
     note: str | None = None
 
@@ -45,7 +56,7 @@ def read_lists(config: Config) -> Lists:
         return Lists(config=config, train=train, note="; ".join(_describe_repeats({train_list: train})) or None)
     data = config.data
     classes = resolve_classes(train, Path(train_list), data.class_names, data.num_classes)
-    trained = {row.label for row in train}
+    trained = set(np.unique(train.labels).tolist())
     others = {}
     for name in (data.val_list, data.test_list):
         if name is not None:
@@ -70,9 +81,11 @@ def _read_quarantine(name: str | None) -> set[VideoPart]:
     return {_resolved(row) for row in read_list(Path(name))}
 
 
-def _read(name: str, left_out: set[VideoPart]) -> list[VideoRow]:
+def _read(name: str, left_out: set[VideoPart]) -> PackedRows:
     path = Path(name)
-    rows = [row for row in read_list(path) if _resolved(row) not in left_out]
+    rows = read_list(path)
+    if left_out:
+        rows = rows.kept(np.fromiter((_resolved(row) not in left_out for row in rows), bool, len(rows)))
     if not rows:
         raise UserError(f"data.quarantine leaves no video of {path}; check that it is the right list")
     require_reachable(rows, path)
@@ -81,8 +94,12 @@ def _read(name: str, left_out: set[VideoPart]) -> list[VideoRow]:
 
 def _resolved(row: VideoRow) -> VideoPart:
     """Return a row's part of a video, the same wherever the lists lie that name it."""
-    return row.path.resolve(), row.start_s, row.end_s
+    try:
+        path = Path(os.path.realpath(row.path))  # of links in a circle, too
+    except ValueError:  # a zero byte in the name
+        path = row.path
+    return path, row.start_s, row.end_s
 
 
-def _describe_repeats(lists: dict[str, list[VideoRow]]) -> list[str]:
+def _describe_repeats(lists: Mapping[str, Sequence[VideoRow]]) -> list[str]:
     return [f"{name}: {note}" for name, rows in lists.items() if (note := describe_repeats(rows)) is not None]

@@ -8,105 +8,53 @@ videos are also found by folder.
 """
 
 import hashlib
-import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import stat
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
-from os import fsdecode, fsencode
+from os import fsencode
 from pathlib import Path
-from typing import overload
+from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from everest_ds.data.lists.list_line import VIDEO_SUFFIXES, LineError, needs_quotes, parse_line
+from everest_ds.data.lists.list_block import LineBlock, has_other_line_ends, scan_block
+from everest_ds.data.lists.list_line import EXPECTED, VIDEO_SUFFIXES, LineError, ListLine, needs_quotes, parse_line
+from everest_ds.data.lists.packed_rows import PackedRows, RowChunk, packed
+from everest_ds.data.lists.video_row import VideoPart, VideoRow, window_fault
 from everest_ds.errors import UserError
 from everest_ds.files import write_atomically
+
+__all__ = [
+    "PackedRows", "VideoPart", "VideoRow", "can_be_listed", "describe_repeats", "find_videos", "fingerprint",
+    "format_list", "packed", "read_list", "require_reachable", "window_fault", "write_list",
+]  # fmt: skip
 
 _BYTE_ORDER_MARK = "\ufeff"
 _NUM_PROBED = 64
 _SHOWN_CHARACTERS = 120
-
-VideoPart = tuple[Path, float | None, float | None]
-"""A video, and start and end of a window of it in seconds; Nones for all of it."""
-
-
-@dataclass(frozen=True)
-class VideoRow:
-    """One row of a list: where a video is, and its class (-1 where the list says so, for unlabelled video).
-
-    Attributes:
-        path: Absolute, or relative to where the program runs.
-        label: Class.
-        line: Line of the list, from 1; None where there is no list.
-        start_s: Where the row's part of the video starts, in seconds from its first frame; None, as ``end_s``,
-            for all of it.
-        end_s: Where it ends, in seconds, after the start.
-
-    Raises:
-        UserError: Only one of the two times is given, one is not finite, or they make no window.
-    """
-
-    path: Path
-    label: int
-    line: int | None = field(default=None, compare=False)
-    start_s: float | None = None
-    end_s: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check the window."""
-        fault = window_fault(self.start_s, self.end_s)
-        if fault is not None:
-            raise UserError(f"{self.path}: {fault}")
-
-    @property
-    def part(self) -> VideoPart:
-        """The video and the window of it: what tells a row's frames from all others'."""
-        return self.path, self.start_s, self.end_s
-
-    @property
-    def name(self) -> str:
-        """The path, and the window in seconds where there is one, for people."""
-        if self.start_s is None or self.end_s is None:
-            return str(self.path)
-        return f"{self.path} [{self.start_s:.15g}, {self.end_s:.15g}) s"
+_BLOCK_BYTES = 1 << 20
+# No path is longer than 4096 bytes, or twice as many in quotes.
+_MOST_LINE_BYTES = 16_384
+# Zero bytes as a share of a text in UTF-16, at least.
+_ZERO_SHARE = 0.25
 
 
-def window_fault(start_s: float | None, end_s: float | None) -> str | None:
-    """Return what is wrong with a window of seconds, None for nothing and where there is no window."""
-    if start_s is None and end_s is None:
-        return None
-    if start_s is None or end_s is None:
-        return f"a window has a start and an end, got start {start_s} and end {end_s}; give both or neither"
-    if not (math.isfinite(start_s) and math.isfinite(end_s)):
-        return f"the window from {start_s} s to {end_s} s is not finite; expected two numbers of seconds"
-    if start_s < 0:
-        return f"the window starts at {start_s} s; expected 0 or later"
-    if end_s <= start_s:
-        return f"the window from {start_s} s to {end_s} s ends before it has begun; expected an end after the start"
-    return None
+def read_list(path: Path) -> PackedRows:
+    """Read a list of videos, block by block; plain lines are found by numpy (`lists.list_block`).
 
-
-def read_list(path: Path) -> list[VideoRow]:
-    """Read a list of videos.
+    Names need not be UTF-8: a byte that is not stays what it is (surrogateescape).
 
     Raises:
         UserError: The list is missing, is empty or is no text, or a line is no row of a list or has times that make
             no window (with its number, and what it looks like).
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with _open(path) as file:
+            rows = PackedRows(_read_chunks(file, path), path.parent)
     except OSError as error:
         raise UserError(f"cannot read the list of videos {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the list of videos {path} is not UTF-8 text: {error.reason}") from error
-    if "\0" in text:
-        raise UserError(f"the list of videos {path} holds zero bytes, as UTF-16 text does; save it as UTF-8")
-    rows = [
-        _parse_row(line.strip(), path, number)
-        for number, line in enumerate(text.splitlines(), start=1)
-        if line.strip()
-    ]
     if not rows:
         raise UserError(f"the list of videos {path} is empty; expected lines of `path label`")
     return rows
@@ -136,11 +84,15 @@ def format_list(path: Path, rows: Sequence[VideoRow]) -> str:
 
 
 def can_be_listed(path: Path) -> bool:
-    """Say whether a path can stand in a list: it has no line break of any kind, and its bytes are UTF-8."""
+    """Say whether a new list may name a path: it has no line break of any kind, and is UTF-8."""
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError:
         return False
+    return _is_one_line(path)
+
+
+def _is_one_line(path: Path) -> bool:
     return str(path).splitlines() == [str(path)]
 
 
@@ -149,8 +101,14 @@ def describe_repeats(rows: Sequence[VideoRow]) -> str | None:
 
     They are kept: a video that is listed twice is seen, or scored, twice, which some want and most do not.
     """
+    rows = packed(rows)
+    candidates = _seem_repeated(rows)
     first: dict[VideoPart, VideoRow] = {}
-    repeats = [(row, earlier) for row in rows if (earlier := first.setdefault(row.part, row)) is not row]
+    repeats = []
+    for row in (rows[int(place)] for place in candidates):
+        earlier = first.setdefault(row.part, row)
+        if earlier is not row:
+            repeats.append((row, earlier))
     if not repeats:
         return None
     row, earlier = repeats[0]
@@ -160,13 +118,41 @@ def describe_repeats(rows: Sequence[VideoRow]) -> str | None:
     return f"{len(repeats)} rows repeat an earlier one{clash}, the first is {row.path}{place}; all are kept"
 
 
-def fingerprint(rows: list[VideoRow]) -> str:
+def _seem_repeated(rows: PackedRows) -> NDArray[np.int64]:
+    """Return the places of rows whose path and window have the hash of another row's, ascending."""
+    hashes = np.empty(len(rows), np.int64)
+    done = 0
+    for paths, _, times_s in rows.chunks():
+        part = np.fromiter(map(hash, paths), np.int64, len(paths))
+        if times_s is not None:
+            start, end = times_s.view(np.int64).T
+            part = (part * 31 + start) * 31 + end
+        hashes[done : done + len(part)] = part
+        done += len(part)
+    ordered = np.sort(hashes)
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    return np.flatnonzero(np.isin(hashes, repeated)) if len(repeated) else repeated
+
+
+def fingerprint(rows: Sequence[VideoRow]) -> str:
     """Return how many videos a list has, and a digest of names, labels and windows in order, without folders."""
-    text = "\n".join(f"{row.path.name} {row.label}{_format_window(row)}" for row in rows)
-    return f"{len(rows)} videos, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    digest = hashlib.sha256()
+    separator = b""
+    for paths, labels, times_s in packed(rows).chunks():
+        names = [path.rpartition(b"/")[2] for path in paths]
+        if times_s is None:
+            lines = [b"%b %d" % pair for pair in zip(names, labels.tolist(), strict=True)]
+        else:
+            lines = [
+                b"%b %d%b" % (name, label, b"" if start != start else _format_window(start, end).encode())
+                for name, label, (start, end) in zip(names, labels.tolist(), times_s.tolist(), strict=True)
+            ]
+        digest.update(separator + b"\n".join(lines))
+        separator = b"\n"
+    return f"{len(rows)} videos, {digest.hexdigest()[:12]}"
 
 
-def require_reachable(rows: list[VideoRow], source: Path) -> None:
+def require_reachable(rows: Sequence[VideoRow], source: Path) -> None:
     """Check that the list points at files, by looking at a few rows spread over it.
 
     Single missing files are found when they are read; a list whose paths start in the wrong folder is found here.
@@ -229,12 +215,83 @@ def _videos_below(folder: Path) -> list[Path]:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # no permission, a name too long, storage that does not answer
+    except (OSError, ValueError):  # no permission, a name that none can have, storage that does not answer
         return False
 
 
-def _parse_row(line: str, source: Path, number: int) -> VideoRow:
+def _open(path: Path) -> BinaryIO:
+    """Open a list; a pipe or a device, which might never end, is refused and not waited for."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise UserError(f"cannot read the list of videos {path}: it is no file; write the lines into one")
+    return os.fdopen(file, "rb")
+
+
+def _read_chunks(file: BinaryIO, source: Path) -> Iterator[RowChunk]:
+    number = 1
+    for content in _read_blocks(file, source):
+        lines = content.replace(b"\r\n", b"\n") if b"\r" in content else content
+        if has_other_line_ends(lines):
+            text = content.decode("utf-8", "surrogateescape")
+            lines = "".join(f"{line}\n" for line in text.splitlines()).encode("utf-8", "surrogateescape")
+        yield _pack(scan_block(lines), source, number)
+        number += lines.count(b"\n")
+
+
+def _read_blocks(file: BinaryIO, source: Path) -> Iterator[bytes]:
+    """Yield a list's bytes, cut at ends of lines, with one at its end; a line without an end ends the reading."""
+    content = file.read(_BLOCK_BYTES)
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"the list of videos {source} is not UTF-8 text but UTF-16; save it as UTF-8")
+    if content.count(0) > _ZERO_SHARE * len(content):
+        raise UserError(f"the list of videos {source} holds zero bytes, as UTF-16 text does; save it as UTF-8")
+    content = content.removeprefix(_BYTE_ORDER_MARK.encode())
+    while more := file.read(_BLOCK_BYTES):
+        stop = max(content.rfind(b"\n"), content.rfind(b"\r", 0, -1)) + 1
+        if stop:
+            yield content[:stop]
+        elif len(content) > _MOST_LINE_BYTES:
+            break
+        content = content[stop:] + more
+    if content:
+        yield content if content.endswith(b"\n") else content + b"\n"
+
+
+def _pack(block: LineBlock, source: Path, first: int) -> RowChunk:
+    """Return the rows of a block whose first line has the number ``first``."""
+    plain = block.is_plain & (block.ends - block.starts <= _MOST_LINE_BYTES)
+    plain[0] &= first > 1  # of a list's first line it matters that it is
+    numbers = np.arange(len(plain)) + first
+    has_times = not np.isnan(block.times_s[plain, 0]).all()
+    if plain.all():
+        lengths = block.path_ends - block.path_starts
+        return RowChunk(block.plain_paths(), lengths, block.labels, numbers, block.times_s if has_times else None)
+    paths: list[bytes] = []
+    is_row, labels, times_s = np.ones(len(plain), bool), block.labels, block.times_s
+    for place, is_plain in enumerate(plain.tolist()):
+        if is_plain:
+            paths.append(block.content[block.path_starts[place] : block.path_ends[place]])
+            continue
+        line = block.content[block.starts[place] : block.ends[place]].decode("utf-8", "surrogateescape").strip()
+        if not line:
+            is_row[place] = False
+            continue
+        found = _parse_line(line, source, int(numbers[place]))
+        paths.append(fsencode(str(Path(found.path))))
+        labels[place] = found.label
+        times_s[place] = np.nan if found.start_s is None else (found.start_s, found.end_s)
+        has_times |= found.start_s is not None
+    lengths = np.fromiter(map(len, paths), np.int64, len(paths))
+    return RowChunk(
+        b"".join(paths), lengths, labels[is_row], numbers[is_row], times_s[is_row] if has_times else None
+    )
+
+
+def _parse_line(line: str, source: Path, number: int) -> ListLine:
     shown = repr(line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}...")
+    if len(line) > _MOST_LINE_BYTES:
+        raise UserError(f"{source}, line {number}: {shown} is longer than a path can be; {EXPECTED}")
     try:
         found = parse_line(line, number)
     except LineError as error:
@@ -242,14 +299,12 @@ def _parse_row(line: str, source: Path, number: int) -> VideoRow:
     fault = window_fault(found.start_s, found.end_s)
     if fault is not None:
         raise UserError(f"{source}, line {number}: {shown}: {fault}")
-    return VideoRow(source.parent / found.path, found.label, number, found.start_s, found.end_s)
+    return found
 
 
 def _format_row(row: VideoRow, target: Path) -> str:
-    if not can_be_listed(row.path):
-        raise UserError(
-            f"{str(row.path)!r} cannot stand in the list {target}: it holds a line break or is not UTF-8; rename it"
-        )
+    if not _is_one_line(row.path):
+        raise UserError(f"{str(row.path)!r} cannot stand in the list {target}: it holds a line break; rename it")
     name = str(
         row.path.relative_to(target.parent) if row.path.is_relative_to(target.parent) else row.path.absolute()
     )
@@ -257,50 +312,17 @@ def _format_row(row: VideoRow, target: Path) -> str:
     if not plain or needs_quotes(name):
         quoted = name.replace('"', '""')
         name = f'"{quoted}"'
-    return f"{name} {row.label}{_format_window(row)}"
+    window = "" if row.start_s is None or row.end_s is None else _format_window(row.start_s, row.end_s)
+    return f"{name} {row.label}{window}"
 
 
-def _format_window(row: VideoRow) -> str:
-    if row.start_s is None or row.end_s is None:
-        return ""
-    return f" {_format_time(row.start_s)} {_format_time(row.end_s)}"
+def _format_window(start_s: float, end_s: float) -> str:
+    return f" {_format_time(start_s)} {_format_time(end_s)}"
 
 
 def _format_time(time_s: float) -> str:
     """Return a time with a point, without an exponent, in as many digits as it takes to read the same again."""
-    text = format(Decimal(repr(float(time_s))), "f")
+    text = repr(float(time_s))
+    if "e" in text:
+        text = format(Decimal(text), "f")
     return text if "." in text else f"{text}.0"
-
-
-class PackedRows(Sequence[VideoRow]):
-    """The rows of a list in little memory, without the numbers of their lines; a row is built when it is taken."""
-
-    def __init__(self, rows: Iterable[VideoRow]) -> None:
-        rows = list(rows)
-        paths = [fsencode(row.path) for row in rows]
-        self._paths = b"".join(paths)
-        self._ends = np.cumsum([0, *map(len, paths)], dtype=np.int64)
-        self._labels = np.array([row.label for row in rows], dtype=np.int64)
-        times = [(row.start_s, row.end_s) for row in rows]
-        whole = all(time == (None, None) for time in times)
-        self._times_s = None if whole else np.array(times, dtype=np.float64)  # NaN where there is no window
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    @overload
-    def __getitem__(self, index: int) -> VideoRow: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[VideoRow]: ...
-
-    def __getitem__(self, index: int | slice) -> VideoRow | list[VideoRow]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        row = range(len(self))[index]  # raises for one that is out of range
-        path = Path(fsdecode(self._paths[self._ends[row] : self._ends[row + 1]]))
-        label = int(self._labels[row])
-        if self._times_s is None or np.isnan(self._times_s[row, 0]):
-            return VideoRow(path, label)
-        start_s, end_s = self._times_s[row].tolist()
-        return VideoRow(path, label, start_s=start_s, end_s=end_s)

@@ -7,7 +7,6 @@ replaced; a video counts as unreadable once it has ended two workers. The other 
 again.
 """
 
-import pickle
 import queue
 import threading
 from abc import ABC, abstractmethod
@@ -252,14 +251,10 @@ class _MakeInSlots:
     """The function of the workers: makes the samples of a job, and writes their pixels to their slots."""
 
     def __init__(self, maker: SampleMaker[Any, Any], slots: Slots) -> None:
-        self._pickled = pickle.dumps(maker)  # once for all workers: it may hold a long list
-        self._maker: SampleMaker[Any, Any] | None = None
-        self._slots = slots
+        self._maker, self._slots = maker, slots
 
     def __call__(self, job: _Job[Any], mark: Mark) -> list[tuple[Any, Layout | None]]:
-        if self._maker is None:
-            torch.set_num_threads(1)
-            self._maker = pickle.loads(self._pickled)
+        torch.set_num_threads(1)
         answer: list[tuple[Any, Layout | None]] = []
         for sample, slot in zip(self._maker(job.request, job.unreadable, mark), job.slots, strict=True):
             pixels = sample.pixels

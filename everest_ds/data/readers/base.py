@@ -8,15 +8,20 @@ import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from everest_ds.config.sections import MAX_PIXELS
 
 # Where a C++ library says at what time and on which line of its own it stands: "function, /source/file.cpp:41, " of
 # torchcodec, "[12:34:56] /source/file.cc:41: " of decord.
 _SOURCE_LINE = re.compile(r"^(?:(?:\[[\d:]+\] |\w+, )\S+\.(?:cpp|cc|h):\d+[:,] )+")
 
+
+_KEPT_FRAMES = 16
+_SETTING = "data.max_pixels (outside training: --max-pixels, where there is one)"
 
 WAY_OUT = "use --data.reader pyav (outside training: --reader pyav)"
 """What to do about a file that another reader cannot read."""
@@ -38,6 +43,44 @@ class VideoReadError(Exception):
     def __reduce__(self) -> tuple[type["VideoReadError"], tuple[Path, str]]:
         """Let it pass from process to process."""
         return type(self), (self.path, self.reason)
+
+
+class PixelLimit(NamedTuple):
+    """How many pixels may be decoded of a video at a time, and so how much memory it may take.
+
+    Attributes:
+        pixels: Frames x height x width.
+    """
+
+    pixels: int = MAX_PIXELS
+
+    @property
+    def of_frame(self) -> int:
+        """Pixels of one frame, at most: decoders keep up to sixteen."""
+        return self.pixels // _KEPT_FRAMES
+
+    def require(self, path: Path, num_frames: int, width: int, height: int) -> None:
+        """Check what is about to be decoded.
+
+        Raises:
+            VideoReadError: It is too much.
+        """
+        if width * height > self.of_frame:
+            self.refuse_frame(path, width, height)
+        if num_frames * width * height > self.pixels:
+            raise VideoReadError(
+                path,
+                f"{num_frames} frames of {width}x{height} pixels are more at a time than {_SETTING} allows "
+                f"({self.pixels})",
+            )
+
+    def refuse_frame(self, path: Path, width: int, height: int) -> NoReturn:
+        """Refuse a frame of so many pixels; 0 where the file says none that FFmpeg takes."""
+        size = f"of {width}x{height} pixels" if width and height else "without a size, or too large ones"
+        raise VideoReadError(
+            path,
+            f"it has frames {size}; {_SETTING} allows {self.of_frame} pixels a frame, a sixteenth of its number",
+        )
 
 
 class Reader(Protocol):
@@ -69,8 +112,8 @@ def require_file(path: Path) -> None:
     """Check what needs no library.
 
     Raises:
-        VideoReadError: The file is missing, empty (a pipe counts as empty) or a folder, or the file system refuses
-            it.
+        VideoReadError: The file is missing, empty or no file (a folder, a pipe, a device), or the file system
+            refuses it.
     """
     try:
         status = path.stat()
@@ -78,8 +121,12 @@ def require_file(path: Path) -> None:
         raise VideoReadError(path, "no such file") from error
     except OSError as error:
         raise VideoReadError(path, first_line(error)) from error
+    except ValueError as error:  # a zero byte in its name
+        raise VideoReadError(path, f"no file can have its name: {error}") from error
     if stat.S_ISDIR(status.st_mode):
         raise VideoReadError(path, "it is a folder, of frames perhaps; only video files are read")
+    if not stat.S_ISREG(status.st_mode):  # reading it might never end
+        raise VideoReadError(path, "it is a device, a pipe or a socket; only video files are read")
     if status.st_size == 0:
         raise VideoReadError(path, "the file is empty")
 

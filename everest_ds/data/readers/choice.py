@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 from everest_ds.config.sections import ReaderName
-from everest_ds.data.readers.base import Reader, VideoReadError, first_line, require_file
+from everest_ds.data.readers.base import PixelLimit, Reader, VideoReadError, first_line, require_file
 from everest_ds.errors import UserError
 
 READERS: dict[ReaderName, tuple[str, str]] = {
@@ -55,7 +55,7 @@ def choose_reader(wanted: ReaderName) -> ReaderName:
     raise UserError(f"data.reader=auto finds no reader of videos: {listed}")
 
 
-def open_reader(path: Path, wanted: ReaderName) -> Reader:
+def open_reader(path: Path, wanted: ReaderName, limit: PixelLimit | None = None) -> Reader:
     """Open a video.
 
     Raises:
@@ -63,7 +63,7 @@ def open_reader(path: Path, wanted: ReaderName) -> Reader:
             is not known to read correctly.
         UserError: The reader wanted cannot be imported.
     """
-    chosen = choose_reader(wanted)
+    chosen, limit = choose_reader(wanted), limit or PixelLimit()
     require_file(path)
     fault = obstacle("pyav")
     if fault is not None:
@@ -71,11 +71,11 @@ def open_reader(path: Path, wanted: ReaderName) -> Reader:
     if chosen == "decord":
         from everest_ds.data.readers.decord import DecordReader
 
-        return DecordReader(path)
+        return DecordReader(path, limit)
     if chosen == "pyav":
         from everest_ds.data.readers.pyav import PyavReader
 
-        return PyavReader(path)
+        return PyavReader(path, limit)
     from everest_ds.data.readers.torchcodec import TorchcodecReader
 
-    return TorchcodecReader(path)
+    return TorchcodecReader(path, limit)

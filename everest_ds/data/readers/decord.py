@@ -14,7 +14,7 @@ import numpy as np
 import torch.utils.dlpack
 from numpy.typing import NDArray
 
-from everest_ds.data.readers.base import WAY_OUT, VideoReadError, first_line
+from everest_ds.data.readers.base import WAY_OUT, PixelLimit, VideoReadError, first_line
 from everest_ds.data.readers.supported import SupportedFile
 
 # decord's times are float32 seconds; frames are further apart.
@@ -26,9 +26,9 @@ _UNKNOWN_TIME_S = 1e9
 class DecordReader(SupportedFile):
     """An open video; see `everest_ds.data.readers.base.Reader`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limit: PixelLimit) -> None:
         decord.logging.set_level(decord.logging.FATAL)
-        super().__init__(path, "decord")
+        super().__init__(path, "decord", limit)
         try:
             # Absolute, since FFmpeg takes the text before a colon, as in "10:30.mp4", for a protocol.
             self._reader = decord.VideoReader(str(path.absolute()), num_threads=1)
@@ -57,6 +57,7 @@ class DecordReader(SupportedFile):
 
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Return the frames at the given indices."""
+        self._require_few(indices)
         try:
             batch = self._reader.get_batch(list(indices))
         except (RuntimeError, decord.DECORDError) as error:

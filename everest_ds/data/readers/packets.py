@@ -14,11 +14,11 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from everest_ds.data.readers.base import VideoReadError, even_times_s, first_line
+from everest_ds.data.readers.base import PixelLimit, VideoReadError, even_times_s, first_line
 from everest_ds.data.readers.bitstream import Inspector
 from everest_ds.data.readers.quirks import Quirk, field_quirks, has_trusted_times, order_quirks, time_quirks
 
-FAULTS = (av.FFmpegError, OSError, ValueError)
+FAULTS = (av.FFmpegError, OSError, ValueError, MemoryError)
 """What PyAV raises for a file that it cannot read."""
 
 # PyAV before 19 raises on metadata that are not UTF-8 unless told otherwise. PyAV 19 never does, and has no option.
@@ -26,6 +26,9 @@ _OPEN_OPTIONS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[
 
 # Packets of a file up to this size are kept from the scan, so that nothing is read twice and nothing sought.
 _HELD_BYTES = 32 << 20
+_LIMIT = PixelLimit()
+# Packets of a video, at most: 37 hours at 30 frames a second. What is kept of each takes up to 400 bytes.
+_MOST_PACKETS = 4_000_000
 # As many are looked at in any case.
 _HEAD_PACKETS = 64
 # FFmpeg's number of the order of fields that there are none: 0 is unknown, more are interlaced.
@@ -106,27 +109,36 @@ class Packets:
         return spans
 
 
-def open_container(path: Path) -> Any:
+def open_container(path: Path, limit: PixelLimit = _LIMIT) -> Any:
     """Open a file for reading, whatever its name looks like and however its metadata are encoded.
+
+    FFmpeg decodes frames here where the header does not say all, but none that are larger than ``limit``.
 
     Raises:
         One of `FAULTS`, where it cannot be opened.
     """
-    return av.open(f"file:{path}", **_OPEN_OPTIONS)
+    return av.open(f"file:{path}", options={"max_pixels": str(limit.of_frame)}, **_OPEN_OPTIONS)
 
 
-def open_stream(path: Path) -> tuple[Any, Any]:
+def open_stream(path: Path, limit: PixelLimit = _LIMIT) -> tuple[Any, Any]:
     """Open a file and its best video stream, to be decoded by one thread.
 
     Raises:
+        VideoReadError: Its frames are larger than ``limit`` allows.
         ValueError: It has no video; others of `FAULTS` where it cannot be opened.
     """
-    container = open_container(path)
+    container = open_container(path, limit)
     stream = container.streams.best("video")
     if stream is None:
         container.close()
         raise ValueError("it has no video stream")
-    stream.codec_context.thread_count = 1
+    context = stream.codec_context
+    if not 0 < context.width * context.height <= limit.of_frame:
+        container.close()
+        limit.refuse_frame(path, context.width, context.height)
+    context.thread_count = 1
+    # The frames themselves may have another size than the header says.
+    context.options = {"max_pixels": str(limit.of_frame)}
     return container, stream
 
 
@@ -143,8 +155,10 @@ def packets_from_header(container: Any, stream: Any) -> Packets | None:
     """
     if "mov" not in container.format.name.split(",") or not stream.codec_context.codec.intra_only:
         return None
+    if not 0 < len(stream.index_entries) <= _MOST_PACKETS:
+        return None
     entries = list(stream.index_entries)
-    if not entries or len(entries) != stream.frames:  # fragments are indexed one by one
+    if len(entries) != stream.frames:  # fragments are indexed one by one
         return None
     pts = [entry.timestamp for entry in entries]
     is_whole = max(entry.pos + entry.size for entry in entries) <= container.size
@@ -179,6 +193,8 @@ def scan(container: Any, stream: Any, *, hold: bool) -> Packets:
         if not packet.size:
             continue
         time, position = packet.pts, len(times)
+        if position == _MOST_PACKETS:
+            raise ValueError(f"it has more than {_MOST_PACKETS} frames; cut it into parts")
         times.append(time)
         if position < max_held:
             held.append(packet)
@@ -221,14 +237,14 @@ def _stream_facts(container: Any, stream: Any) -> dict[str, Any]:
     }
 
 
-def scan_packets(path: Path) -> Packets:
+def scan_packets(path: Path, limit: PixelLimit = _LIMIT) -> Packets:
     """Read what the packets of a file say.
 
     Raises:
         VideoReadError: The file cannot be opened, or has no video.
     """
     try:
-        container, stream = open_stream(path)
+        container, stream = open_stream(path, limit)
         with container:
             return read_packets(container, stream)
     except FAULTS as error:

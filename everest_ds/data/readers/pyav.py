@@ -18,7 +18,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from everest_ds.data.readers.base import VideoReadError
+from everest_ds.data.readers.base import PixelLimit, VideoReadError
 from everest_ds.data.readers.orientation import orientation_of
 from everest_ds.data.readers.packets import FAULTS, Span, open_stream, read_packets, reason_of
 from everest_ds.data.readers.quirks import Quirk
@@ -35,15 +35,16 @@ class PyavReader:
     Frames that change their size on the way are an error.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limit: PixelLimit | None = None) -> None:
         self._path = path
+        self._limit = limit or PixelLimit()
         self._size: tuple[int, int] | None = None
         # One for all frames: each makes a conversion of its own, which takes longer than a frame.
         self._reformatter = VideoReformatter()
         try:
-            self._container, self._stream = open_stream(path)
+            self._container, self._stream = open_stream(path, self._limit)
             # A decoder that conceals damage does it with frames that it has; see `_decode_for`.
-            self._stream.codec_context.options = {"err_detect": "explode"}
+            self._stream.codec_context.options |= {"err_detect": "explode"}
             self._packets = read_packets(self._container, self._stream, hold=True)
             self._counted_pts: list[int | None] = []
             if self._packets.pts is None:
@@ -70,6 +71,8 @@ class PyavReader:
         frames: NDArray[np.uint8] | None = None
         for index, pixels in self._found(sorted(places)):
             if frames is None:
+                height, width, _ = pixels.shape
+                self._limit.require(self._path, len(indices), width, height)
                 frames = np.empty((len(indices), *pixels.shape), dtype=np.uint8)
             for place in places[index]:
                 frames[place] = pixels
@@ -163,7 +166,7 @@ class PyavReader:
 
     def _all_frames(self) -> Iterator[Any]:
         """Decode all from the beginning, concealing damage; opens the file again, since not all can seek there."""
-        container, stream = open_stream(self._path)
+        container, stream = open_stream(self._path, self._limit)
         with container:
             yield from self._same_size(container.decode(stream))
 

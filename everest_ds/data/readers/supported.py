@@ -5,7 +5,7 @@ on the container, the codec, and how frames refer to each other. tests/unit/test
 that is listed in `SUPPORTED` against decoding in one go, and that all others are refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from everest_ds.data.readers.base import WAY_OUT, VideoReadError
+from everest_ds.data.readers.base import WAY_OUT, PixelLimit, VideoReadError
 from everest_ds.data.readers.orientation import Orientation, orientation_of
 from everest_ds.data.readers.packets import FAULTS, Packets, open_stream, read_packets, reason_of
 from everest_ds.data.readers.quirks import Quirk
@@ -70,6 +70,7 @@ class SupportedFile:
     Args:
         path: Where it is.
         reader: Its reader's name.
+        limit: How much may be decoded at a time.
 
     Raises:
         VideoReadError: It cannot be opened, or the reader is not known to read such files correctly.
@@ -77,9 +78,9 @@ class SupportedFile:
 
     num_frames: int
 
-    def __init__(self, path: Path, reader: str) -> None:
-        self._path = path
-        self._packets, self._orientation = _examine(path, reader)
+    def __init__(self, path: Path, reader: str, limit: PixelLimit) -> None:
+        self._path, self._limit = path, limit
+        self._packets, self._orientation, self._size = _examine(path, reader, limit)
         rotates = self._packets.container in SUPPORTED[reader].rotates_in
         self._rotation = self._orientation.rotation if rotates else 0
 
@@ -87,19 +88,23 @@ class SupportedFile:
         """Return when each frame starts, from the file's packets."""
         return self._packets.times_s(self.num_frames)
 
+    def _require_few(self, indices: Sequence[int]) -> None:
+        """Refuse more frames at a time than the limit allows."""
+        self._limit.require(self._path, len(indices), *self._size)
+
     def _upright(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Turn and mirror frames as far as the reader has not."""
         return self._orientation.complete(frames, self._rotation)
 
 
-def _examine(path: Path, reader: str) -> tuple[Packets, Orientation]:
-    """Return what a file's packets say, and how its pictures are to be turned.
+def _examine(path: Path, reader: str, limit: PixelLimit) -> tuple[Packets, Orientation, tuple[int, int]]:
+    """Return what a file's packets say, how its pictures are to be turned, and their width and height.
 
     Raises:
         VideoReadError: It cannot be opened, or the reader is not known to read such files correctly.
     """
     try:
-        container, stream = open_stream(path)
+        container, stream = open_stream(path, limit)
         with container:
             packets = read_packets(container, stream)
             fault = _fault_of(packets, SUPPORTED[reader])
@@ -115,7 +120,7 @@ def _examine(path: Path, reader: str) -> tuple[Packets, Orientation]:
         raise VideoReadError(path, reason_of(error)) from error
     if is_interlaced:
         raise VideoReadError(path, f"{reader} may give wrong colours of it: {Quirk.INTERLACED}; {WAY_OUT}")
-    return packets, orientation
+    return packets, orientation, (frame.width, frame.height)
 
 
 def _fault_of(packets: Packets, supported: Supported) -> str | None:

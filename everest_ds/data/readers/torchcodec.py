@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchcodec.decoders import VideoDecoder
 
-from everest_ds.data.readers.base import WAY_OUT, VideoReadError, first_line
+from everest_ds.data.readers.base import WAY_OUT, PixelLimit, VideoReadError, first_line
 from everest_ds.data.readers.supported import SupportedFile
 
 _FAULTS = (RuntimeError, ValueError, IndexError, OSError)
@@ -22,8 +22,8 @@ _FAULTS = (RuntimeError, ValueError, IndexError, OSError)
 class TorchcodecReader(SupportedFile):
     """An open video; see `everest_ds.data.readers.base.Reader`."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "torchcodec")
+    def __init__(self, path: Path, limit: PixelLimit) -> None:
+        super().__init__(path, "torchcodec", limit)
         try:
             # Absolute, since FFmpeg takes the text before a colon, as in "10:30.mp4", for a protocol.
             name = str(path.absolute())
@@ -40,6 +40,7 @@ class TorchcodecReader(SupportedFile):
 
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Return the frames at the given indices."""
+        self._require_few(indices)
         try:
             frames: NDArray[np.uint8] = self._decoder.get_frames_at(list(indices)).data.numpy()
         except _FAULTS as error:

@@ -33,6 +33,7 @@ FREE_ON_RESUME = frozenset(
         "batch.micro_size",
         "data.keep_decoded",
         "data.max_bad_share",
+        "data.max_pixels",
         "data.num_workers",
         "data.prefetch_batches",
         "data.test_list",

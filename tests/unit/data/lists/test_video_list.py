@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import re
+import time
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from everest_ds.data.lists.list_line import LineError, parse_line
+from everest_ds.data.lists.run_lists import read_lists
 from everest_ds.data.lists.video_list import (
     VideoRow,
     can_be_listed,
@@ -17,9 +25,11 @@ from everest_ds.data.lists.video_list import (
     format_list,
     read_list,
     require_reachable,
+    window_fault,
     write_list,
 )
 from everest_ds.errors import UserError
+from everest_ds.recipes import get_recipe
 
 
 @pytest.mark.parametrize(
@@ -85,6 +95,9 @@ def test_missing_list_and_a_list_that_is_no_text_are_refused(tmp_path: Path) -> 
     (tmp_path / "video.csv").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(UserError, match="not UTF-8"):
         read_list(tmp_path / "video.csv")
+    os.mkfifo(tmp_path / "pipe.csv")  # nobody writes to it
+    with pytest.raises(UserError, match="it is no file"):
+        read_list(tmp_path / "pipe.csv")
 
 
 def test_list_into_the_wrong_folder_is_refused_but_single_gaps_are_not(tmp_path: Path) -> None:
@@ -278,11 +291,147 @@ def test_row_relative_to_the_program_is_the_same_file_from_a_list_elsewhere(
     assert read_list(Path("lists/list.csv"))[0].path.samefile("videos/a.mp4")
 
 
-def test_nothing_to_write_and_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+def test_names_that_no_text_or_no_file_can_have_are_rows_of_a_list(tmp_path: Path) -> None:
+    """They are bad samples, not the end of a run: bytes that are not UTF-8, and zero bytes."""
+    rows = [VideoRow(tmp_path / os.fsdecode(name), 3) for name in (b"\xfc.mp4", b"a\0 b.mp4", b"\xff \xfe,1.mp4")]
+    write_list(tmp_path / "list.csv", rows)
+    assert read_list(tmp_path / "list.csv") == rows
+    assert fingerprint(rows).startswith("3 videos, ")
+
+
+WORDS = st.sampled_from(
+    [
+        *(
+            "a.mp4",
+            "b/c.mp4",
+            "./a.mp4",
+            "/v//a.mp4",
+            "a/./b",
+            "a/",
+            ".",
+            "..",
+            "./.a",
+            "a/.",
+            "7",
+            "-a",
+            "#",
+            "[",
+            "{",
+        ),
+        *(
+            "path",
+            "label",
+            "3",
+            "-1",
+            "+2",
+            "1.0",
+            "2.",
+            ".5",
+            "1.5",
+            "-0.5",
+            "1e3",
+            "1234567890",
+            "12.0000000000000001",
+        ),
+        *(
+            '"a b.mp4"',
+            '"./a"',
+            '"a""b"',
+            '"',
+            '""',
+            "ü",
+            "\udcfc",
+            "跳.mp4",
+            "\u00a0",
+            "\ufeff",
+            "\0",
+            ";",
+            "|",
+            "\x1f",
+        ),
+    ]
+)
+GAPS = st.sampled_from([" ", ",", "\t", ", ", "  ", "", " \r", "\u2003", "\x85"])
+ENDS = st.sampled_from(["\n", "\n", "\n\n", "\r\n", "\r", "\u2028", "\x0c"])
+
+
+@given(lines=st.lists(st.tuples(st.lists(st.tuples(WORDS, GAPS), max_size=6), ENDS), min_size=1, max_size=5))
+@example(lines=[([("a.mp4", " "), ("7", " "), ("3", "")], "\n"), ([("7", ","), ("b/c.mp4", ","), ("3", "")], "\n")])
+@example(
+    lines=[([("a.mp4", " "), ("3", "")], "\n"), ([("a.mp4", ","), ("3", ","), (".5", ","), ("2.", "")], "\r\n")]
+)
+def test_many_lines_at_a_time_say_what_each_says_alone(
+    lines: list[tuple[list[tuple[str, str]], str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The oracle takes the text apart by str.splitlines, and reads line by line."""
+    path = tmp_path_factory.getbasetemp() / "mixed.csv"
+    text = "first.mp4 0\n" + "".join("".join(map("".join, words)) + end for words, end in lines)
+    path.write_bytes(os.fsencode(text))
+    expected: list[tuple[int, Path, int, float | None, float | None]] = []
+    fault = None
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            found = parse_line(line, number) if line.strip() else None
+        except LineError as error:
+            fault = f"line {number}: {line.strip()!r} {error}"
+            break
+        if found is not None:
+            fault = window_fault(found.start_s, found.end_s)
+            if fault is not None:
+                break
+            expected.append((number, path.parent / found.path, found.label, found.start_s, found.end_s))
+    if fault is not None:
+        with pytest.raises(UserError, match=re.escape(fault)):
+            read_list(path)
+        return
+    rows = read_list(path)
+    assert [(row.line, row.path, row.label, row.start_s, row.end_s) for row in rows] == expected
+    names = [f"{row.path.name} {row.label}" for row in rows]
+    if all(row.start_s is None and row.path != path.parent for row in rows):  # the path "." has no name
+        digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+        assert fingerprint(rows) == f"{len(rows)} videos, {digest[:12]}"
+
+
+def test_line_of_a_million_characters_answers_at_once(tmp_path: Path) -> None:
+    began = time.perf_counter()
+    for line in ("x" * 10**6, "1 " * 500_000, '"' * 10**6, "filename" * 125_000 + "!", "a" * 10**6 + ".mp4 3"):
+        for before, after, number in (("", "", 1), ("a.mp4 0\n", "\nb.mp4 1\n", 2)):
+            (tmp_path / "list.csv").write_text(before + line + after)
+            with pytest.raises(UserError, match=f"line {number}: .* is longer than a path can be"):
+                read_list(tmp_path / "list.csv")
+    assert time.perf_counter() - began < 5.0  # measured 0.1 s; the old pattern took minutes
+
+
+def test_rows_take_few_bytes_and_no_look_at_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 200 000 rows: all that Python holds at the end, and while they are read. As objects they took 120 MB."""
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "0.mp4").touch()
+    text = "".join(f"videos/{number}.mp4 {number % 7}\n" for number in range(200_000))
+    (tmp_path / "list.csv").write_text(text)
+    looked: list[Any] = []
+    for name in ("lstat", "stat"):
+        original = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *words, original=original, **rest: looked.append(words) or original(*words, **rest)
+        )
+    config = get_recipe("demo")
+    config = replace(config, data=replace(config.data, train_list=str(tmp_path / "list.csv")))
+    tracemalloc.start()
+    lists = read_lists(config)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(lists.train) == 200_000
+    assert held < 200_000 * 2
+    assert peak < 200_000 * 100
+    assert len(looked) < 200
+    assert lists.train[123_456] == VideoRow(tmp_path / "videos/123456.mp4", 123_456 % 7)
+
+
+def test_nothing_to_write_and_names_with_line_breaks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no video for the list"):
         write_list(tmp_path / "list.csv", [])
-    latin1 = Path(os.fsdecode(b"\xfc.mp4"))
-    assert not can_be_listed(latin1)
-    with pytest.raises(UserError, match="is not UTF-8; rename it"):
-        write_list(tmp_path / "list.csv", [VideoRow(latin1, 0)])
+    assert not can_be_listed(Path("a\u2028.mp4"))
+    assert not can_be_listed(Path(os.fsdecode(b"\xfc.mp4")))
+    with pytest.raises(UserError, match="holds a line break; rename it"):
+        write_list(tmp_path / "list.csv", [VideoRow(Path("a\n.mp4"), 0)])
     assert not (tmp_path / "list.csv").exists()

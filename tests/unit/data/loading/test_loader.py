@@ -21,7 +21,7 @@ from everest_ds.data.clips.batch import Clip, ClipBatch
 from everest_ds.data.clips.cuts import PretrainCut
 from everest_ds.data.clips.dataset import ClipDataset, make_loader
 from everest_ds.data.clips.sampling import GlobalBatchSampler, SampleKey
-from everest_ds.data.lists.video_list import PackedRows, VideoRow, read_list
+from everest_ds.data.lists.video_list import VideoRow, packed, read_list
 from everest_ds.data.loading.loader import BatchIterator
 from everest_ds.data.loading.pool import Mark
 from everest_ds.data.readers.video import Video
@@ -120,9 +120,9 @@ def test_clips_of_a_video_are_those_of_each_alone_from_one_decoding(
     opened: list[Path] = []
     original = Video.of_row
 
-    def count(row: VideoRow, reader: str) -> Video:
+    def count(row: VideoRow, reader: str, max_pixels: int) -> Video:
         opened.append(row.path)
-        return original(row, reader)  # type: ignore[arg-type]
+        return original(row, reader, max_pixels)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Video, "of_row", staticmethod(count))
     for frames in ("shared", "own"):
@@ -148,14 +148,14 @@ def test_packed_rows_are_the_rows_in_ninety_bytes_each() -> None:
         VideoRow(Path(os.fsdecode(b"not utf-8 \xff.avi")), -1),
         VideoRow(Path("/w/ü.mkv"), 0, start_s=0.1, end_s=12.25),
     ]
-    packed = pickle.loads(pickle.dumps(PackedRows(rows)))
-    assert list(packed) == rows
-    assert (len(packed), packed[-1], packed[0:2]) == (3, rows[2], rows[:2])
-    assert list(PackedRows(rows[:2])) == rows[:2]
+    again = pickle.loads(pickle.dumps(packed(rows)))
+    assert list(again) == rows
+    assert (len(again), again[-1], again[0:2]) == (3, rows[2], rows[:2])
+    assert list(packed(rows[:2])) == rows[:2]
     with pytest.raises(IndexError):
-        packed[3]
+        again[3]
     many = [VideoRow(Path(f"/data/videos/class {i % 400}/{i:032d}.mp4"), i % 400, i) for i in range(20_000)]
-    in_bytes = pickle.dumps(PackedRows(many))
+    in_bytes = pickle.dumps(packed(many))
     assert len(in_bytes) < 90 * len(many)
     assert list(pickle.loads(in_bytes)) == many
 
