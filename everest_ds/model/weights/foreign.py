@@ -5,8 +5,6 @@ with `weights_only`; one that names a function is refused before anything of it 
 """
 
 import argparse
-import pickle
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import Tensor
 from everest_ds.errors import UserError
 from everest_ds.files import read_json_object
 from everest_ds.model.weights.architecture import DECODER_MARKS, NO_METADATA, ModelMetadata
+from everest_ds.model.weights.pickles import read_pickle
 
 # Keys of the state dict in files of training codes, in the order of the official fine-tuning code.
 WRAPPERS = ("model", "module", "state_dict")
@@ -31,6 +30,8 @@ METADATA_KEY = "everest_model"
 RUN_CONFIG_KEY = "config"
 CONFIG = "config.json"
 DEEPSPEED_STATES = "mp_rank_00_model_states.pt"
+# Official files keep their arguments in one; making it runs no code of the file's.
+ARGUMENTS = {"argparse.Namespace": argparse.Namespace}
 # Weights of a Hugging Face folder, in the order in which transformers looks for them.
 WEIGHT_FILES = (
     "model.safetensors",
@@ -122,7 +123,7 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
     """Read one file of a Hugging Face folder."""
     if path.suffix == ".safetensors":
         return _read_safetensors(path).tensors
-    state = _read_pickle(path)
+    state = read_pickle(path, objects=ARGUMENTS)
     if not isinstance(state, Mapping) or not all(torch.is_tensor(value) for value in state.values()):
         raise UserError(f"{path} holds something else than tensors; expected a bare state dict")
     return dict(state)
@@ -141,31 +142,9 @@ def _read_safetensors(path: Path) -> RawWeights:
     return RawWeights(tensors=tensors, metadata=metadata, run_config=texts.get(RUN_CONFIG_KEY))
 
 
-def _read_pickle(path: Path) -> Any:
-    """Unpickle tensors, plain containers and the official code's arguments; nothing else.
-
-    Official files keep their arguments in an `argparse.Namespace`; making one runs no code of the file's.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"\bGLOBAL ([\w.]+)", str(error))
-        if named is None:
-            raise UserError(f"{path} cannot be read as weights: no file of torch.save, or a damaged one") from error
-        raise UserError(
-            f"{path} is a pickle that wants to run code when it is read ({named[1]}); refused, nothing was run. "
-            "Weights are read as data only: where you trust its origin, save its state dict alone, by "
-            "torch.save({'model': state_dict}, ...)"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        first_line = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{path} cannot be read as weights: {first_line}") from error
-
-
 def _read_wrapped(path: Path) -> RawWeights:
     """Read a pickle and find the state dict in it; the rest is named in ``beside``."""
-    content = _read_pickle(path)
+    content = read_pickle(path, objects=ARGUMENTS)
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}; expected a state dict, bare or wrapped")
     wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)

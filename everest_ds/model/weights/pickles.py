@@ -89,16 +89,19 @@ class _OrderedDict(dict[Any, Any]):
     """As a dict; a pickle may give it a state."""
 
 
-class _NoPickle(ValueError):
+class _FormatError(ValueError):
     """What is there is not a pickle of torch.save's kind."""
 
 
-def read_pickle(path: Path, *, objects: Mapping[str, type] | None = None, advice: str = ADVICE) -> Any:
+def read_pickle(
+    path: Path, *, objects: Mapping[str, type] | None = None, mmap: bool = False, advice: str = ADVICE
+) -> Any:
     """Unpickle tensors, plain containers, and objects of a few harmless classes; nothing else.
 
     Args:
         path: A file of torch.save.
         objects: Those classes by their full names; see `look`.
+        mmap: Read tensors only when they are used.
         advice: The way out for who trusts a file that is refused.
 
     Raises:
@@ -108,7 +111,7 @@ def read_pickle(path: Path, *, objects: Mapping[str, type] | None = None, advice
     look(path, objects, advice)
     try:
         with torch.serialization.safe_globals(list(objects.values())):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except (
         OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, MemoryError,
         pickle.UnpicklingError,
@@ -140,7 +143,7 @@ def look(path: Path, objects: Collection[str] = (), advice: str = ADVICE) -> Any
         OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, MemoryError,
         RecursionError, OverflowError, NotImplementedError, zipfile.BadZipFile,
     ) as error:  # fmt: skip
-        known = isinstance(error, _NoPickle | OSError | zipfile.BadZipFile)
+        known = isinstance(error, _FormatError | OSError | zipfile.BadZipFile)
         why = _first_line(error) if known else "no file of torch.save, or a damaged one"
         raise UserError(f"{path} cannot be read as weights: {why}") from error
 
@@ -154,7 +157,7 @@ class _Bounded(io.FileIO):
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > MAX_DIRECTORY_BYTES:
-            raise _NoPickle(f"its directory has more than {MAX_DIRECTORY_BYTES // 2**20} MiB")
+            raise _FormatError(f"its directory has more than {MAX_DIRECTORY_BYTES // 2**20} MiB")
         return super().read(size if size is not None and size >= 0 else MAX_DIRECTORY_BYTES) or b""
 
 
@@ -162,7 +165,7 @@ def _open(path: Path) -> "_Bounded":
     file = _Bounded(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # a pipe is not waited for
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise _NoPickle("it is not a regular file")
+        raise _FormatError("it is not a regular file")
     return file
 
 
@@ -201,12 +204,12 @@ class _Look:
                     self._refuse(f"has a compressed part ({escaped(member.filename)}); torch.save writes none")
             sizes = {member.filename: member.file_size for member in members}
             if len(sizes) != len(members) or sum(sizes.values()) > self._size:
-                raise _NoPickle("its parts overlap")
+                raise _FormatError("its parts overlap")
             top = members[0].filename.partition("/")[0] if members else ""
             if not all(name.startswith(f"{top}/") for name in sizes):
-                raise _NoPickle("its parts are in more than one folder")
+                raise _FormatError("its parts are in more than one folder")
             if sizes.get(f"{top}/data.pkl", MAX_PICKLE_BYTES) >= MAX_PICKLE_BYTES:
-                raise _NoPickle(f"its data.pkl is missing or has more than {MAX_PICKLE_BYTES // 2**20} MiB")
+                raise _FormatError(f"its data.pkl is missing or has more than {MAX_PICKLE_BYTES // 2**20} MiB")
             self._members = {name.removeprefix(f"{top}/data/"): size for name, size in sizes.items()}
             return archive.read(f"{top}/data.pkl")
 
@@ -224,9 +227,9 @@ class _Look:
             elif name in EMPTY:
                 stack.append(EMPTY[name]())
             elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-                memo[len(memo) if value is None else value] = stack[-1]
+                memo[value if isinstance(value, int) else len(memo)] = stack[-1]
             elif name in ("BINGET", "LONG_BINGET"):
-                stack.append(memo[value])
+                stack.append(memo[_require(value, int)])
             elif name == "MARK":
                 marked.append(stack)
                 stack = []
@@ -251,7 +254,7 @@ class _Look:
             return
         last = stack.pop()
         if name == "STACK_GLOBAL":
-            stack.append(self._find(str(stack.pop()), str(last)))
+            stack.append(self._find(_require(stack.pop(), str), _require(last, str)))
         elif name == "TUPLE1":
             stack.append((last,))
         elif name == "TUPLE2":
@@ -270,9 +273,9 @@ class _Look:
             stack.append(self._make(stack.pop(), _require(last, tuple)))
         elif name == "BUILD":
             if not isinstance(stack[-1], _Object | _OrderedDict) or not isinstance(last, dict | tuple):
-                raise _NoPickle(f"it gives a {type(stack[-1]).__name__} a state")
+                raise _FormatError(f"it gives a {type(stack[-1]).__name__} a state")
         else:
-            raise _NoPickle(f"torch.save writes no {name} into its pickles")
+            raise _FormatError(f"torch.save writes no {name} into its pickles")
 
     def _set(self, target: Any, items: list[Any]) -> None:
         """Fill a dictionary by keys and values in turn; an odd tensor is refused by its name."""
@@ -293,11 +296,9 @@ class _Look:
             found = _Named(full, CONTAINERS[full])
         elif module in ("torch", "torch.cuda", "torch.storage") and name.removesuffix("Storage") in ITEM_BYTES:
             found = _Named(full, item_bytes=ITEM_BYTES[name.removesuffix("Storage")])
-        elif module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            found = _Named(full, item_bytes=getattr(torch, name).itemsize)
-        elif module == "torch" and isinstance(getattr(torch, name, None), torch.qscheme):
-            found = _Named(full)
-        elif full in ("torch.Tensor", "torch._tensor.Tensor"):
+        elif module == "torch" and isinstance(attribute := vars(torch).get(name), torch.dtype):
+            found = _Named(full, item_bytes=attribute.itemsize)
+        elif full == "torch.Tensor" or (module == "torch" and isinstance(attribute, torch.qscheme)):
             found = _Named(full)
         elif module in ("torch._utils", "torch._tensor", "torch.nn.parameter", "torch.serialization"):
             found = self._tensor_maker(full, name)
@@ -319,8 +320,8 @@ class _Look:
             "_rebuild_parameter_with_state": lambda tensor, *_: tensor,
             "Parameter": lambda tensor, *_: tensor,
             "_rebuild_from_type_v2": lambda function, kind, arguments, state: self._make(function, arguments),
-            "_rebuild_sparse_tensor": lambda layout, *_: self._note(f"is sparse ({layout})"),
-            "_get_layout": lambda layout: str(layout)[:MAX_NAME_LENGTH],
+            "_rebuild_sparse_tensor": lambda layout, *_: self._note(f"is sparse ({_require(layout, str)})"),
+            "_get_layout": lambda layout: escaped(_require(layout, str)[:MAX_NAME_LENGTH]),
         }
         return _Named(full, makers[name]) if name in makers else None
 
@@ -331,7 +332,7 @@ class _Look:
     def _make(self, named: Any, arguments: tuple[Any, ...]) -> Any:
         make = _require(named, _Named).make
         if make is None:
-            raise _NoPickle(f"it makes a {named.name}")
+            raise _FormatError(f"it makes a {named.name}")
         return make(*arguments)
 
     def _store(self, identity: Any) -> _Storage:
@@ -339,14 +340,14 @@ class _Look:
         kind, storage, key, _, numel, *view = _require(identity, tuple)
         item_bytes = _require(storage, _Named).item_bytes
         if kind != "storage" or not item_bytes or type(numel) is not int or numel < 0:
-            raise _NoPickle("it has a storage that is none")
+            raise _FormatError("it has a storage that is none")
         needed = numel * item_bytes
         if self._members is None:
             self._legacy[_require(key, str)] = needed
             if view and view[0] is not None:
                 _, start, length = _require(view[0], tuple)
                 if min(start, length) < 0 or start + length > numel:
-                    raise _NoPickle("it has a part of a storage that is outside of it")
+                    raise _FormatError("it has a part of a storage that is outside of it")
                 return _Storage(length * item_bytes, item_bytes)
         elif self._members.get(_require(key, str)) != needed or view:
             there = self._members.get(key, 0)
@@ -358,16 +359,15 @@ class _Look:
         storage = _require(first[0], _Storage)
         return self._tensor(_Storage(storage.num_bytes, _require(dtype, _Named).item_bytes), *first[1:])
 
-    def _tensor(
-        self, storage: Any, offset: int, size: Any, stride: Any, grad: bool = False, hooks: Any = None, meta: Any = None
-    ) -> "StoredTensor | _Odd":
+    def _tensor(self, storage: Any, *others: Any) -> "StoredTensor | _Odd":
         """Return a tensor, whose values must all be in its storage."""
+        offset, size, stride, _, hooks, meta = (*others, None, None, None)[:6]
         storage, size, stride = _require(storage, _Storage), _require(size, tuple), _require(stride, tuple)
         numbers = (offset, *size[:MAX_AXES], *stride[:MAX_AXES])
         if hooks or len(size) != len(stride) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-            raise _NoPickle("it has a tensor whose shape is none")
+            raise _FormatError("it has a tensor whose shape is none")
         if len(size) > MAX_AXES:
-            raise _NoPickle(f"it has a tensor of {len(size)} axes")
+            raise _FormatError(f"it has a tensor of {len(size)} axes")
         numel = 1
         for edge in size:
             numel *= edge
@@ -385,16 +385,16 @@ class _Look:
 
 def _require(value: Any, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(value, kind):
-        raise _NoPickle(f"a {type(value).__name__.strip('_')} is in the wrong place")
+        raise _FormatError(f"a {type(value).__name__.strip('_')} is in the wrong place")
     return value
 
 
 def _require_key(key: Any) -> None:
     """Refuse keys of dictionaries that can be made to collide, and names that nobody gives."""
     if isinstance(key, str) and len(key) > MAX_NAME_LENGTH:
-        raise _NoPickle(f"it has a name of {len(key)} characters, {escaped(key[:40])}...")
+        raise _FormatError(f"it has a name of {len(key)} characters, {escaped(key[:40])}...")
     if key is not None and (type(key) not in (str, int, bool) or (type(key) is int and abs(key) >= 2**60)):
-        raise _NoPickle(f"it has a {type(key).__name__} as a name")
+        raise _FormatError(f"it has a {type(key).__name__} as a name")
 
 
 def _ordered(items: Any = ()) -> _OrderedDict:
@@ -406,8 +406,8 @@ def _ordered(items: Any = ()) -> _OrderedDict:
 
 def _encoded(text: str, encoding: str = "utf-8") -> bytes:
     if encoding not in ("latin1", "latin-1", "utf-8"):  # others take long or much
-        raise _NoPickle(f"it encodes text as {escaped(str(encoding))}")
-    return text.encode(encoding)
+        raise _FormatError(f"it encodes text as {escaped(_require(encoding, str)[:40])}")
+    return _require(text, str).encode(encoding)
 
 
 def _set_of(items: Any = ()) -> set[Any]:

@@ -17,7 +17,7 @@ from everest_ds.config import Config
 from everest_ds.config.file import dump_config, load_config
 from everest_ds.data.lists.classes import find_class_names
 from everest_ds.distributed import World
-from everest_ds.errors import UserError
+from everest_ds.errors import UserError, escaped
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.sizes import get_size
@@ -29,8 +29,9 @@ from everest_ds.model.weights.reading import Weights, read_weights, require_fini
 from everest_ds.model.weights.report import WeightsReport
 from everest_ds.tokens import TokenGrid
 from everest_ds.train.checkpoints.origin import locate
-from everest_ds.train.checkpoints.save import read_state
+from everest_ds.train.checkpoints.save import STATE, read_state
 from everest_ds.train.checkpoints.seal import find_damage
+from everest_ds.train.checkpoints.shards import as_data, find_code, read_shard
 from everest_ds.train.tasks import Task, make_task
 
 # DeepSpeed wraps the task, whose model carries this prefix in shards; weights leave without it.
@@ -39,7 +40,28 @@ ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
 
 
 def read_fp32_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Return the float32 weights of a verified checkpoint, whatever its stage, under the model's own names."""
+    """Return the float32 weights of a verified checkpoint, whatever its stage, under the model's own names.
+
+    Raises:
+        UserError: A shard is not data alone, or is not what DeepSpeed writes.
+    """
+    fault = find_code(checkpoint, ALONE)
+    if fault:
+        raise UserError(fault)
+    try:
+        weights = _consolidate(checkpoint)
+        return {name.removeprefix(PREFIX): tensor.detach().float().contiguous() for name, tensor in weights.items()}
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, AssertionError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        first_line = escaped(str(error).strip().split("\n")[0])
+        raise UserError(
+            f"{checkpoint} has other shards than its {STATE} says: {type(error).__name__}: {first_line}"
+        ) from error
+
+
+def _consolidate(checkpoint: Path) -> dict[str, Tensor]:
+    """Return the float32 weights under the task's names."""
     state = read_state(checkpoint)
     if state.zero_stage == 0:
         weights = _unsharded_weights(checkpoint, state.dtype)
@@ -49,11 +71,11 @@ def read_fp32_weights(checkpoint: Path) -> dict[str, Tensor]:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         quiet = io.StringIO()  # it prints much
-        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        with as_data(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if state.zero_stage == 1:  # DeepSpeed (0.19.8) notes frozen parameters from stage 2 on
         weights = _read_states(checkpoint)["module"] | weights
-    return {name.removeprefix(PREFIX): tensor.detach().float().contiguous() for name, tensor in weights.items()}
+    return weights
 
 
 def _unsharded_weights(checkpoint: Path, dtype: str) -> dict[str, Tensor]:
@@ -81,7 +103,7 @@ def _fragmented_weights(checkpoint: Path, world_size: int) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
     for rank in range(world_size):
         path = checkpoint / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        shard = torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"]
+        shard = read_shard(path, has_objects=True)["optimizer_state_dict"]
         groups, slices = shard["single_partition_of_fp32_groups"], shard["param_slice_mappings"]
         for flat, slice_of in zip(groups, slices, strict=True):
             for name, extent in slice_of.items():
@@ -91,8 +113,7 @@ def _fragmented_weights(checkpoint: Path, world_size: int) -> dict[str, Tensor]:
 
 def _read_states(checkpoint: Path) -> dict[str, Any]:
     """Read the states of ZeRO-0 to 2, the whole model in its own precision among them."""
-    path = checkpoint / "mp_rank_00_model_states.pt"
-    states: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+    states: dict[str, Any] = read_shard(checkpoint / "mp_rank_00_model_states.pt")
     return states
 
 

@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 
+import everest_ds
 from everest_ds import distributed
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.files import sha256
 from everest_ds.interrupts import ending_with_us
-from everest_ds.train.checkpoints.save import TrainState, load_checkpoint, read_state, universal_of
+from everest_ds.train.checkpoints.save import TrainState, read_state, universal_of
 from everest_ds.train.checkpoints.seal import (
     SEAL,
     find_damage,
@@ -37,6 +38,7 @@ from everest_ds.train.checkpoints.seal import (
     seal,
     try_together,
 )
+from everest_ds.train.checkpoints.shards import load_checkpoint, read_shard, require_data
 
 REPORT_EVERY_S = 5.0
 
@@ -74,6 +76,7 @@ def universal_copy(checkpoint: Path, world: World) -> Iterator[Path]:
     if fault is None and json.loads((copy / SEAL).read_text()).get("source") != source:
         fault = "it was made from another save of this step"
     if distributed.agree(fault) is None:
+        require_data(copy, world)
         if world.is_main:
             print(f"using {copy}, converted earlier", flush=True)
         yield copy
@@ -169,7 +172,9 @@ def _start_converter(checkpoint: Path, temporary: Path) -> "subprocess.Popen[byt
     environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONUNBUFFERED"] = "1"  # else its output follows its traceback
     workers = str(max(1, min(8, (os.cpu_count() or 2) // 2)))
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    paths = [str(Path(everest_ds.__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    command = [sys.executable, "-m", "everest_ds.train.checkpoints.converter", "--inject_missing_state"]
     command += ["--input_folder", str(checkpoint), "--output_folder", str(temporary)]
     command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
     with (temporary / "converter.log").open("wb") as log:
@@ -193,7 +198,7 @@ def _bridge_stages(checkpoint: Path, temporary: Path) -> None:
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
         torch.save(states, temporary / name)
     path = temporary / "zero" / "optimizer_state.pt"
-    num_groups = len(torch.load(path, map_location="cpu", mmap=True, weights_only=False)["param_groups"])
+    num_groups = len(read_shard(path, has_objects=True, mmap=True)["param_groups"])
     train_state = read_state(checkpoint)
     step = torch.tensor(float(train_state.step - train_state.num_skipped))
     bridged = {
@@ -206,7 +211,7 @@ def _bridge_stages(checkpoint: Path, temporary: Path) -> None:
     # DeepSpeed notes the converted folder in a pointer of its own; the seal takes that part here.
     (checkpoint.parent / "latest_universal").unlink(missing_ok=True)
     for tensor_path in (temporary / "zero").glob("*/*.pt"):
-        tensor = torch.load(tensor_path, map_location="cpu", weights_only=True)
+        tensor = read_shard(tensor_path)
         if (
             torch.is_tensor(tensor) and tensor_path.stem != "step"
         ):  # as ZeRO-3 is converted; ZeRO-1 and 2 want a name
@@ -214,9 +219,9 @@ def _bridge_stages(checkpoint: Path, temporary: Path) -> None:
 
 
 def _model_states(checkpoint: Path) -> dict[str, Any]:
-    """Read the first model states file of a checkpoint of ours; it is DeepSpeed's own pickle."""
+    """Read the first model states file of a checkpoint of ours."""
     path = sorted(checkpoint.glob("*mp_rank_00_model_states.pt"))[0]
-    loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    loaded: dict[str, Any] = read_shard(path, mmap=True)
     return loaded
 
 

@@ -262,20 +262,6 @@ def choose_checkpoint(candidates: Sequence[Path], world: World, *, exact: bool) 
     return None
 
 
-def load_checkpoint(engine: Any, checkpoint: Path) -> None:
-    """Load a verified checkpoint into the engine; all ranks take part, and all stop when one cannot."""
-    fault = None
-    try:
-        loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        if not loaded:
-            fault = f"DeepSpeed did not load {checkpoint}"
-    except Exception as error:  # whatever it is, the other ranks must know
-        fault = f"DeepSpeed did not load {checkpoint}: {type(error).__name__}: {error}"
-    fault = distributed.agree(fault)
-    if fault:
-        raise UserError(fault)
-
-
 def require_same_start(checkpoint: Path, was: TrainState, now: TrainState) -> None:
     """Refuse to resume from a checkpoint of another precision or training list."""
     if was.computes_in != now.computes_in:

@@ -14,10 +14,10 @@ from everest_ds.train.checkpoints.run_dir import Resume
 from everest_ds.train.checkpoints.save import (
     TrainState,
     choose_checkpoint,
-    load_checkpoint,
     read_state,
     require_same_start,
 )
+from everest_ds.train.checkpoints.shards import load_checkpoint, require_data
 from everest_ds.train.tasks import Task
 
 
@@ -94,7 +94,7 @@ def choose_start(
         init_allow: What of the weights may be left fresh or ignored, by name.
 
     Raises:
-        UserError: No candidate is sound, or it does not fit this run.
+        UserError: No candidate is sound, or it does not fit this run, or it is not data alone.
     """
     if init_allow and init_from is None:
         raise UserError(f"--init-allow {' '.join(init_allow)} has no effect without --init-from; remove it")
@@ -107,6 +107,7 @@ def choose_start(
         return Start(run_dir=resume.run_dir, state=now, init_from=init_from, init_allow=init_allow)
     was = read_state(checkpoint)
     require_same_start(checkpoint, was, now)
+    require_data(checkpoint, world)
     return Start(
         run_dir=resume.run_dir,
         state=replace(was, world_size=now.world_size, zero_stage=now.zero_stage),

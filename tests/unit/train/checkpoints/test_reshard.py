@@ -48,7 +48,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def convert(checkpoint: Path, copy: Path, source: str, world: World) -> None:
         reshard.remove_sealed(copy)
         copy.mkdir()
-        (copy / "weights.pt").write_bytes(b"whole")
+        (copy / "weights.bin").write_bytes(b"whole")
         seal(copy, world, source=source)
         done.append(checkpoint.name)
 
@@ -61,14 +61,14 @@ def test_copy_is_made_once_and_used_again(tmp_path: Path, conversions: list[str]
     for _ in range(2):
         with universal_copy(checkpoint, ALONE) as copy:
             assert copy == checkpoint.parent / "universal-step-00000005"
-            assert (copy / "weights.pt").read_bytes() == b"whole"
+            assert (copy / "weights.bin").read_bytes() == b"whole"
     assert conversions == ["step-00000005"]
 
 
 def test_copy_that_is_damaged_or_of_another_save_is_made_anew(tmp_path: Path, conversions: list[str]) -> None:
     checkpoint = save_checkpoint(FakeEngine(), tmp_path, state(5), ALONE)
     with universal_copy(checkpoint, ALONE) as copy:
-        (copy / "weights.pt").write_bytes(b"hole!")
+        (copy / "weights.bin").write_bytes(b"hole!")
     with universal_copy(checkpoint, ALONE):
         assert len(conversions) == 2
     seal_text = (checkpoint / "complete.json").read_text()

@@ -14,7 +14,6 @@ from everest_ds.train.checkpoints.save import (
     TrainState,
     choose_checkpoint,
     list_checkpoints,
-    load_checkpoint,
     prune_checkpoints,
     read_state,
     require_same_start,
@@ -23,6 +22,7 @@ from everest_ds.train.checkpoints.save import (
     unfinished_saves,
 )
 from everest_ds.train.checkpoints.seal import find_damage
+from everest_ds.train.checkpoints.shards import load_checkpoint
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
 

@@ -1,0 +1,122 @@
+"""Shards of a checkpoint, which are pickles, read as data: nothing in a stranger's run is run.
+
+Place in the flow: a checkpoint's folder -> `require_data` -> `read_shard`, or DeepSpeed's own loaders inside
+`as_data`. The look comes first: it refuses what names other code than DeepSpeed's shards do, what asks for more
+memory than it has values, and names that would become paths. DeepSpeed then reads with weights_only.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everest_ds import distributed
+from everest_ds.distributed import World
+from everest_ds.errors import UserError, escaped
+from everest_ds.model.weights.pickles import look, read_pickle
+
+# The classes that genuine shards name (DeepSpeed 0.19.8, all stages); their constructors and states do nothing.
+OBJECTS = (
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+# Parts of the shards of other projects that DeepSpeed's converter takes patterns and names of files from.
+FOREIGN_PARTS = ("universal_checkpoint_info", "ds_autoep_layers", "autoep_layers")
+# The converter makes folders of these.
+NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+ADVICE = "No run of everest_ds has such a file: take the run from somebody you trust"
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load then ignores weights_only=False
+
+
+def require_data(folder: Path, world: World) -> None:
+    """Refuse a checkpoint with a shard that is not data alone; all ranks take part and end alike.
+
+    Raises:
+        UserError: The first such file is named; nothing in it was run.
+    """
+    fault = distributed.agree(find_code(folder, world))
+    if fault:
+        raise UserError(fault)
+
+
+def find_code(folder: Path, world: World) -> str | None:
+    """Look at this rank's share of a checkpoint's shards; return the first fault, or None."""
+    try:
+        for path in sorted(folder.rglob("*.pt"))[world.rank :: world.size]:
+            _require_names(look(path, OBJECTS, ADVICE), path)
+    except (UserError, OSError) as error:
+        return str(error)
+    return None
+
+
+def read_shard(path: Path, *, has_objects: bool = False, mmap: bool = False) -> Any:
+    """Read a shard as data.
+
+    Args:
+        path: A file of DeepSpeed's.
+        has_objects: Whether it names DeepSpeed's classes: states of optimisers do.
+        mmap: Read tensors only when they are used.
+
+    Raises:
+        UserError: It is something else.
+    """
+    objects = _import_objects() if has_objects else {}
+    return read_pickle(path, objects=objects, mmap=mmap, advice=ADVICE)
+
+
+@contextlib.contextmanager
+def as_data() -> Iterator[None]:
+    """Let DeepSpeed, which asks torch for everything, read tensors, containers and its own few classes only."""
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals(list(_import_objects().values())):
+            yield
+    finally:
+        os.environ.pop(WEIGHTS_ONLY)
+        if before is not None:
+            os.environ[WEIGHTS_ONLY] = before
+
+
+def load_checkpoint(engine: Any, checkpoint: Path) -> None:
+    """Load a verified checkpoint into the engine; all ranks take part, and all stop when one cannot."""
+    fault = None
+    try:
+        with as_data():
+            loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if not loaded:
+            fault = f"DeepSpeed did not load {checkpoint}"
+    except Exception as error:  # whatever it is, the other ranks must know
+        fault = f"DeepSpeed did not load {checkpoint}: {type(error).__name__}: {error}"
+    fault = distributed.agree(fault)
+    if fault:
+        raise UserError(fault)
+
+
+def _import_objects() -> dict[str, type]:
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return dict(zip(OBJECTS, (LossScaler, ZeroStageEnum, fragment_address), strict=True))
+
+
+def _require_names(content: Any, path: Path) -> None:
+    """Refuse keys of dictionaries that are no names: they become names of files."""
+    seen, waiting = {id(content)}, [content]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            for key in part:
+                if isinstance(key, str) and (not NAME.fullmatch(key) or (key in FOREIGN_PARTS and part[key])):
+                    raise UserError(f"{path} has an entry {escaped(key)!r}; refused. {ADVICE}")
+        inner = list(part.values()) if isinstance(part, dict) else part if isinstance(part, list | tuple) else ()
+        for item in inner:
+            if isinstance(item, dict | list | tuple) and id(item) not in seen:
+                seen.add(id(item))
+                waiting.append(item)
