@@ -6,7 +6,7 @@ from typing import Literal
 
 from everest_ds.errors import UserError
 
-AttentionName = Literal["auto", "varlen", "flash", "sdpa"]
+AttentionName = Literal["auto", "sdpa", "varlen", "flash", "fa3", "fa4"]
 CudaGraphName = Literal["auto", "on", "off"]
 GradientsName = Literal["auto", "flat", "deepspeed"]
 TaskName = Literal["pretrain", "finetune"]
@@ -83,7 +83,8 @@ class ModelConfig:
     embedding_layers: Literal[1, 2, 3] = 1
     """Conv3d layers of the tubelet embedding (paper Table 15)."""
     attention: AttentionName = "auto"
-    """Attention backend; auto takes the first that is available: varlen, flash, sdpa."""
+    """Attention backend (everest_ds/model/attention.py); auto is sdpa where all clips keep equally many tokens, and
+    the first of varlen, flash and sdpa that is available where they do not."""
     activation_checkpointing: bool = False
     """Recompute each block in backward instead of storing its activations."""
     recompute_attention: bool = True

@@ -1,14 +1,18 @@
 """Attention over packed tokens: one function, a ladder of backends.
 
 Place in the flow: called by every block of the transformer. Axes: M tokens of all clips in one row, A heads,
-K channels of a head, B clips, S tokens of each clip where all are equally long.
+K channels of a head, B clips, S tokens of each clip where all are equally long; 3 for query, key and value.
 
+    sdpa     scaled_dot_product_attention: one dense call where all clips are equally long, else one a length;
+             any device and dtype; the reference that the others are tested against
     varlen   torch's own variable-length FlashAttention     CUDA, float16 or bfloat16
     flash    the flash-attn package                         CUDA, float16 or bfloat16
-    sdpa     scaled_dot_product_attention: one call when all clips are equally long, else one a length
-             any device and dtype; the reference that the others are tested against
+    fa3      varlen with FlashAttention-3's kernels         CUDA, compute capability 9.0, and its package
+    fa4      varlen with FlashAttention-4's kernels         CUDA, compute capability 9.0 or 10.0, and its package
 
-`auto` takes the first that is available. A backend that is asked for by name and is not available says why.
+`auto` is sdpa where all clips are equally long, and else the first of varlen, flash and sdpa that is available. On
+one H200 the dense call took 0.5 to 0.7 of varlen's time (BENCHMARKS.md); fa3 and fa4 are not yet measured, so they
+are taken by name alone. A backend that is asked for by name and is not available says why.
 """
 
 import functools
@@ -19,16 +23,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
 
 from everest_ds.errors import UserError, nearest_hint
 from everest_ds.model.packing import Packing
 
+Capability = tuple[int, int]
+
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 _MAX_KERNEL_HEAD = 256
-_MIN_CAPABILITY = (8, 0)
+_AMPERE, _HOPPER, _BLACKWELL = (8, 0), (9, 0), (10, 0)
+_DIFFERENT_LENGTHS = ("varlen", "flash", "sdpa")
 
 
 @dataclass(frozen=True)
@@ -36,23 +43,21 @@ class Backend:
     """One way to compute attention.
 
     Attributes:
-        name: As in the configuration.
+        name: As in the configuration; of auto also where it takes which.
         obstacle: Says why (device, dtype, channels of a head) is not supported, or returns None.
-        run: Computes (q, k, v, packing) -> (M, A, K).
+        run: Computes (qkv, packing), (M, 3, A, K), -> (M, A, K).
     """
 
     name: str
     obstacle: Callable[[torch.device, torch.dtype, int], str | None]
-    run: Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
+    run: Callable[[Tensor, Packing], Tensor]
 
 
-def attention(q_MAK: Tensor, k_MAK: Tensor, v_MAK: Tensor, packing: Packing, *, backend: str = "auto") -> Tensor:
+def attention(qkv_M3AK: Tensor, packing: Packing, *, backend: str = "auto") -> Tensor:
     """Attend within each clip of a packed row of tokens, scaled by 1 / sqrt(K).
 
     Args:
-        q_MAK: Queries; keys and values alike.
-        k_MAK: Keys.
-        v_MAK: Values.
+        qkv_M3AK: Queries, keys and values.
         packing: Where each clip starts and ends; clips without tokens are allowed.
         backend: A name of `BACKENDS`, or auto.
 
@@ -62,41 +67,68 @@ def attention(q_MAK: Tensor, k_MAK: Tensor, v_MAK: Tensor, packing: Packing, *, 
     Raises:
         UserError: The backend does not exist or is not available for these tensors, with the reason.
     """
-    if q_MAK.shape[0] != packing.total:
-        raise ValueError(f"packing is of {packing.total} tokens, got {q_MAK.shape[0]}")
-    chosen = choose_backend(backend, q_MAK.device, q_MAK.dtype, q_MAK.shape[-1])
-    return chosen.run(q_MAK, k_MAK, v_MAK, packing)
+    if qkv_M3AK.shape[0] != packing.total:
+        raise ValueError(f"packing is of {packing.total} tokens, got {qkv_M3AK.shape[0]}")
+    chosen = choose_backend(backend, qkv_M3AK.device, qkv_M3AK.dtype, qkv_M3AK.shape[-1])
+    return chosen.run(qkv_M3AK, packing)
 
 
 @functools.lru_cache(maxsize=64)
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    """Return the backend of that name, or for auto the first that is available."""
+    """Return the backend of that name; of auto, one that takes another where lengths differ."""
     if name == "auto":
-        return next(b for b in BACKENDS.values() if b.obstacle(device, dtype, head_dim) is None)
+        ladder = (BACKENDS[other] for other in _DIFFERENT_LENGTHS)
+        return _by_lengths(next(one for one in ladder if one.obstacle(device, dtype, head_dim) is None))
     if name not in BACKENDS:
         raise UserError(f"unknown attention backend {name!r}{nearest_hint(name, ['auto', *BACKENDS])}")
     obstacle = BACKENDS[name].obstacle(device, dtype, head_dim)
+    if obstacle is None and name in ("fa3", "fa4"):
+        obstacle = _activate(name.upper())
     if obstacle is not None:
         raise UserError(f"model.attention={name} is not available: {obstacle}; use model.attention=auto")
     return BACKENDS[name]
 
 
+def dense_kernels(device: torch.device) -> list[SDPBackend]:
+    """Return the kernels that a dense call on a GPU may take, the fastest first.
+
+    cuDNN's is the fastest on Hopper (measured on an H200), FlashAttention-2 on Ampere. Each is passed over where it
+    does not serve the tensors.
+    """
+    fastest = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    if _capability(device) < _HOPPER:
+        fastest.reverse()
+    return [*fastest, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def _by_lengths(different: Backend) -> Backend:
+    """Return sdpa where all clips are equally long, and another backend where they are not."""
+    dense = BACKENDS["sdpa"]
+    if different is dense:
+        return dense
+
+    def run(qkv_M3AK: Tensor, packing: Packing) -> Tensor:
+        return (dense if packing.is_even else different).run(qkv_M3AK, packing)
+
+    return Backend(f"sdpa, {different.name} where lengths differ", lambda *_: None, run)
+
+
+@functools.cache
+def _capability(device: torch.device) -> Capability:
+    """Return a GPU's compute capability; Ampere's where there is none."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else _AMPERE
+
+
 def _kernel_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if device.type != "cuda":
         return f"it needs a CUDA device, got {device.type}"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
-        return f"it needs compute capability 8.0, this GPU has {torch.cuda.get_device_capability(device)}"
+    if _capability(device) < _AMPERE:
+        return f"it needs compute capability 8.0, this GPU has {_capability(device)}"
     if dtype not in _KERNEL_DTYPES:
         return f"it computes in float16 or bfloat16 only, got {str(dtype).removeprefix('torch.')}"
     if head_dim > _MAX_KERNEL_HEAD or head_dim % 8:
         return f"a head must have a multiple of 8 and at most {_MAX_KERNEL_HEAD} channels, got {head_dim}"
     return None
-
-
-def _varlen_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return f"torch {torch.__version__} has no torch.nn.attention.varlen; it came with 2.10"
-    return _kernel_obstacle(device, dtype, head_dim)
 
 
 def _flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -111,54 +143,105 @@ def _flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     return obstacle
 
 
+def _newer_obstacle(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    package: str,
+    capabilities: tuple[Capability, ...],
+) -> str | None:
+    try:
+        found = importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package around it
+        found = False
+    if not found:
+        return f"there is no module {package}; install the package of that FlashAttention"
+    if device.type == "cuda" and torch.cuda.is_available() and _capability(device) not in capabilities:
+        known = " or ".join(f"{major}.{minor}" for major, minor in capabilities)
+        return f"it needs compute capability {known}, this GPU has {_capability(device)}"
+    return _kernel_obstacle(device, dtype, head_dim)
+
+
+@functools.cache
+def _activate(implementation: str) -> str | None:
+    """Have torch's flash and varlen kernels replaced for the rest of the process; return why not, or None."""
+    try:
+        activate_flash_attention_impl(implementation)
+    except (ImportError, RuntimeError, ValueError) as error:
+        return f"torch cannot activate {implementation}: {error}"
+    return None
+
+
 def _flash_function() -> Callable[..., Tensor]:
     function: Callable[..., Tensor] = importlib.import_module("flash_attn").flash_attn_varlen_func
     return function
 
 
-def _run_varlen(q_MAK: Tensor, k_MAK: Tensor, v_MAK: Tensor, packing: Packing) -> Tensor:
-    varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    return _run_packed(varlen_attn, q_MAK, k_MAK, v_MAK, packing=packing)
+def _run_varlen(qkv_M3AK: Tensor, packing: Packing) -> Tensor:
+    return _run_packed(importlib.import_module("torch.nn.attention.varlen").varlen_attn, qkv_M3AK, packing)
 
 
-def _run_flash(q_MAK: Tensor, k_MAK: Tensor, v_MAK: Tensor, packing: Packing) -> Tensor:
-    return _run_packed(_flash_function(), q_MAK, k_MAK, v_MAK, packing=packing)
+def _run_flash(qkv_M3AK: Tensor, packing: Packing) -> Tensor:
+    return _run_packed(_flash_function(), qkv_M3AK, packing)
 
 
-def _run_packed(function: Callable[..., Tensor], *qkv_MAK: Tensor, packing: Packing) -> Tensor:
-    # Positional: the keyword names moved between torch versions.
-    return function(*qkv_MAK, packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen)
+def _run_packed(function: Callable[..., Tensor], qkv_M3AK: Tensor, packing: Packing) -> Tensor:
+    # Positional: the keyword names moved between torch versions. Split on a middle axis: backward then writes the
+    # three gradients once, where they belong.
+    starts, longest = packing.cu_seqlens, packing.max_seqlen
+    return function(*qkv_M3AK.unbind(1), starts, starts, longest, longest)
 
 
-def _run_sdpa(q_MAK: Tensor, k_MAK: Tensor, v_MAK: Tensor, packing: Packing) -> Tensor:
+def _run_sdpa(qkv_M3AK: Tensor, packing: Packing) -> Tensor:
     lengths = packing.lengths
-    if len(set(lengths)) <= 1:
-        return _equal_lengths(q_MAK, k_MAK, v_MAK, num_clips=len(lengths))
+    if packing.is_even:
+        return _equal_lengths(qkv_M3AK, num_clips=len(lengths))
     clips_of_length: dict[int, list[int]] = defaultdict(list)
     for clip, length in enumerate(lengths):
         clips_of_length[length].append(clip)
-    queries, keys, values = (x.split(lengths) for x in (q_MAK, k_MAK, v_MAK))
-    out: list[Tensor] = list(queries)
+    rows = qkv_M3AK.split(lengths)
+    out: list[Tensor] = list(rows)
     for length, clips in clips_of_length.items():
-        if length == 0:
-            continue
-        group = [torch.cat([x[clip] for clip in clips]) for x in (queries, keys, values)]
-        attended = _equal_lengths(*group, num_clips=len(clips))
-        for clip, rows in zip(clips, attended.split(length), strict=True):
-            out[clip] = rows
+        attended = _equal_lengths(torch.cat([rows[clip] for clip in clips]), num_clips=len(clips))
+        for clip, part in zip(clips, attended.split(length) if length else [attended] * len(clips), strict=True):
+            out[clip] = part
     return torch.cat(out)
 
 
-def _equal_lengths(q_MAK: Tensor, k_MAK: Tensor, v_MAK: Tensor, *, num_clips: int) -> Tensor:
-    q, k, v = (rearrange(x, "(b s) a k -> b a s k", b=num_clips) for x in (q_MAK, k_MAK, v_MAK))
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "b a s k -> (b s) a k")
+def _equal_lengths(qkv_M3AK: Tensor, *, num_clips: int) -> Tensor:
+    if not len(qkv_M3AK):
+        return qkv_M3AK[:, 0]
+    qkv_BS3AK = qkv_M3AK.view(num_clips, -1, *qkv_M3AK.shape[1:])
+    # Split on a middle axis: backward then writes the three gradients once, where they belong.
+    q_BASK, k_BASK, v_BASK = (x_BSAK.transpose(1, 2) for x_BSAK in qkv_BS3AK.unbind(2))
+    return _dense(q_BASK, k_BASK, v_BASK).transpose(1, 2).flatten(0, 1)
+
+
+def _dense(q_BASK: Tensor, k_BASK: Tensor, v_BASK: Tensor) -> Tensor:
+    if not q_BASK.is_cuda:
+        return F.scaled_dot_product_attention(q_BASK, k_BASK, v_BASK)
+    with sdpa_kernel(dense_kernels(q_BASK.device), set_priority=True):
+        return F.scaled_dot_product_attention(q_BASK, k_BASK, v_BASK)
 
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("varlen", _varlen_obstacle, _run_varlen),
-        Backend("flash", _flash_obstacle, _run_flash),
         Backend("sdpa", lambda *_: None, _run_sdpa),
+        Backend("varlen", _kernel_obstacle, _run_varlen),
+        Backend("flash", _flash_obstacle, _run_flash),
+        Backend(
+            "fa3",
+            functools.partial(_newer_obstacle, package="flash_attn_interface", capabilities=(_HOPPER,)),
+            _run_varlen,
+        ),
+        Backend(
+            "fa4",
+            functools.partial(
+                _newer_obstacle, package="flash_attn.cute.interface", capabilities=(_HOPPER, _BLACKWELL)
+            ),
+            _run_varlen,
+        ),
     )
 }

@@ -5,6 +5,7 @@ is known on the host, so nothing later waits for the device.
 Axes: B clips, N tokens of a clip, S selected tokens of a clip, M tokens of the batch in one row.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -38,11 +39,16 @@ class Packing:
             cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
         return cls(tuple(lengths), cu_seqlens)
 
-    @property
+    @functools.cached_property
+    def is_even(self) -> bool:
+        """Whether all clips are equally long."""
+        return len(set(self.lengths)) <= 1
+
+    @functools.cached_property
     def total(self) -> int:
         return sum(self.lengths)
 
-    @property
+    @functools.cached_property
     def max_seqlen(self) -> int:
         """Tokens of the longest clip."""
         return max(self.lengths, default=0)

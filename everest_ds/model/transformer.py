@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from einops import rearrange
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -150,19 +149,23 @@ class Attention(nn.Module):
 
     def forward(self, x_MD: Tensor, packing: Packing) -> Tensor:
         """Attend within each clip: (M, D) -> (M, D)."""
-        return self.join_heads(attention(*self.split_heads(x_MD), packing, backend=self.backend))
+        return self.join_heads(attention(self.split_heads(x_MD), packing, backend=self.backend))
 
-    def split_heads(self, x_MD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, (M, A, K) each."""
+    def split_heads(self, x_MD: Tensor) -> Tensor:
+        """Return queries, keys and values, (M, 3, A, K)."""
         bias_E = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        # Split on a middle axis: backward then writes the three gradients once, where they belong.
-        qkv = rearrange(self.qkv(x_MD, bias_E), "m (three a k) -> m three a k", three=3, a=self.num_heads)
-        q_MAK, k_MAK, v_MAK = qkv.unbind(1)
-        return q_MAK, k_MAK, v_MAK
+        return self.qkv(x_MD, bias_E).view(len(x_MD), 3, self.num_heads, -1)
 
     def join_heads(self, z_MAK: Tensor) -> Tensor:
         """Project the heads' outputs (M, A, K) to (M, D)."""
         return self.proj(z_MAK.flatten(1))
+
+
+class PlainMlp(Mlp):
+    """timm's, without the calls of its dropout and norm, which do nothing here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -178,19 +181,19 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.attn = Attention(width, num_heads, backend=backend)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.mlp = Mlp(width, MLP_RATIO * width)
+        self.mlp = PlainMlp(width, MLP_RATIO * width)
 
     def forward(self, x_MD: Tensor, packing: Packing, scale_2M: Tensor | None = None) -> Tensor:
         """Transform (M, D) -> (M, D), each token's attention and MLP branch scaled (`branch_scales`)."""
         if self.compiles:
-            q_MAK, k_MAK, v_MAK = compiled(Block.before_attention)(self, x_MD)
-            z_MAK = attention(q_MAK, k_MAK, v_MAK, packing, backend=self.attn.backend)
+            qkv_M3AK = compiled(Block.before_attention)(self, x_MD)
+            z_MAK = attention(qkv_M3AK, packing, backend=self.attn.backend)
             return compiled(Block.after_attention)(self, x_MD, z_MAK, scale_2M)
         x_MD = add_branch(x_MD, self.attn(self.norm1(x_MD), packing), scale_2M, 0)
         return add_branch(x_MD, self.mlp(self.norm2(x_MD)), scale_2M, 1)
 
-    def before_attention(self, x_MD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, (M, A, K) each."""
+    def before_attention(self, x_MD: Tensor) -> Tensor:
+        """Return queries, keys and values, (M, 3, A, K)."""
         return self.attn.split_heads(self.norm1(x_MD))
 
     def after_attention(self, x_MD: Tensor, z_MAK: Tensor, scale_2M: Tensor | None) -> Tensor:
