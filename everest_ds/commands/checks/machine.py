@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from everest_ds.commands.doctor import MISSING, OK, OPTIONAL, Row
-from everest_ds.model.attention import BACKENDS, choose_backend
+from everest_ds.model.attention import BACKENDS, choose_backend, dense_kernels
 
 
 def devices() -> list[Row]:
@@ -21,17 +21,18 @@ def devices() -> list[Row]:
 
 
 def attention() -> list[Row]:
-    """Return a row for each attention backend."""
+    """Return a row for what auto takes, and one for each attention backend."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype = torch.bfloat16 if on_gpu else torch.float32
     chosen = choose_backend("auto", device, dtype, 64).name
-    rows: list[Row] = []
+    kernels = [kernel.name.removesuffix("_ATTENTION").lower() for kernel in dense_kernels(device)]
+    tried = f"; sdpa tries {', '.join(kernels)} in this order" if on_gpu else ""
+    rows: list[Row] = [(OK, "attention auto", f"takes {chosen}{tried}")]
     for backend in BACKENDS.values():
         obstacle = backend.obstacle(device, dtype, 64)
         state = OPTIONAL if obstacle else OK
-        role = "auto" if backend.name == chosen else "available"
-        rows.append((state, f"attention {backend.name}", obstacle or role))
+        rows.append((state, f"attention {backend.name}", obstacle or "available"))
     return rows
 
 

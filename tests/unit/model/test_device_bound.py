@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from everest_ds.config import FinetuneConfig, PretrainConfig
-from everest_ds.model import tubelets
+from everest_ds.model import attention, tubelets
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.packing import TokenSet
 from everest_ds.recipes import get_recipe
@@ -28,6 +28,13 @@ from everest_ds.train.selecting import num_pretrain_noise
 from everest_ds.train.tasks import Task, make_task
 
 REFUSED = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+@pytest.fixture(autouse=True)
+def flash_kernel_of_fake_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDPA asks the driver which kernel serves; the kernel itself needs shapes alone."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention
+    monkeypatch.setattr(attention, "_dense", lambda q, k, v: kernel(q, k, v)[0])
 
 
 class NoWaitedCopies(TorchDispatchMode):
@@ -80,8 +87,7 @@ def is_scalar_on_the_gpu(loss: torch.Tensor) -> bool:
 def pretraining(**selection: Any) -> PretrainConfig:
     config = get_recipe("demo")
     assert isinstance(config, PretrainConfig)
-    model = replace(config.model, attention="sdpa")  # the other backends ask the driver what they may do
-    return replace(config, model=model, selection=replace(config.selection, **selection))
+    return replace(config, selection=replace(config.selection, **selection))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +114,7 @@ def test_ranking_by_exact_products_keeps_to_the_device(monkeypatch: pytest.Monke
 def test_finetuning_keeps_to_the_device() -> None:
     config = get_recipe("demo_ft")
     assert isinstance(config, FinetuneConfig)
-    model = replace(config.model, attention="sdpa", drop_path=0.1)
+    model = replace(config.model, drop_path=0.1)
     assert is_scalar_on_the_gpu(forward(replace(config, model=model, data=replace(config.data, num_classes=8))))
 
 
