@@ -23,6 +23,7 @@ from everest_ds.data.clips.sampling import require_frames
 from everest_ds.data.lists.video_list import VideoRow, packed
 from everest_ds.data.loading.loader import Loader, SampleMaker
 from everest_ds.data.loading.pool import Mark
+from everest_ds.data.readers.base import NO_MEMORY
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.data.readers.timing import clip_room_s, frames_at
 from everest_ds.data.readers.video import Video, VideoReadError
@@ -199,7 +200,7 @@ class ViewDataset(SampleMaker[int, RowViews]):
                 video = Video.of_row(row, self.config.reader, self.config.max_pixels)
                 clips_VCTHW = read_views(video, self.config, self.views)
             except (VideoReadError, MemoryError) as error:
-                bad = error.reason if isinstance(error, VideoReadError) else "there is not enough memory to read it"
+                bad = error.reason if isinstance(error, VideoReadError) else NO_MEMORY
                 results.append(RowViews(index=index, label=row.label, clips_VCTHW=None, bad=bad))
             else:
                 results.append(RowViews(index=index, label=row.label, clips_VCTHW=clips_VCTHW))

@@ -15,6 +15,8 @@ from everest_ds.errors import UserError
 
 NAMES_FILE = "classes.txt"
 _NUM_SHOWN = 5
+# More classes than any data set has; a label beyond is a slip.
+_MOST_COUNTED = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,13 @@ def resolve_classes(
     elif names is not None:
         num, origin = len(names), f"{source} names {len(names)}"
     else:
-        num, origin = int(packed(rows).labels.max()) + 1, "the largest label says so"
+        largest = rows[int(packed(rows).labels.argmax())]
+        num, origin = largest.label + 1, "the largest label says so"
+        if num > _MOST_COUNTED:
+            raise UserError(
+                f"{_place(largest, train_list)}: label {largest.label} makes {num} classes; mend it, or say how "
+                "many there are by data.num_classes"
+            )
     classes = Classes(num, names)
     _require_range(rows, train_list, classes, origin)
     if num < 2:

@@ -20,6 +20,7 @@ for _bytes, _kind in ((b" ,\t", _SEPARATOR), (b"\n", _LINE_END), (b'"', _QUOTE),
     _KINDS[list(_bytes)] = _kind
 _DIGIT = np.isin(np.arange(256), list(b"0123456789"))
 _BEGINS_NUMBER = np.isin(np.arange(256), list(b"+-.0123456789"))
+_ENDS_NO_TIME = np.isin(np.arange(256), list(b"nfyNFY"))  # "nan", "inf" and "infinity"
 _ENDS_NUMBER = np.isin(np.arange(256), list(b".0123456789"))
 # Comments, JSON, and a path whose folder has no name begin with these.
 _ODD_START = np.isin(np.arange(256), list(b"#[{ ,\t"))
@@ -170,8 +171,10 @@ class _Lines:
         return starts < stops
 
     def _may_be_number(self, number: int) -> _Bools:
+        """Say which lines may have a number in a field, or what is none and stands for a time."""
         starts, stops = self._field(number)
-        return _BEGINS_NUMBER[self.codes[starts]] & _ENDS_NUMBER[self.codes[np.maximum(stops - 1, 0)]]
+        last = self.codes[np.maximum(stops - 1, 0)]
+        return (_BEGINS_NUMBER[self.codes[starts]] & _ENDS_NUMBER[last]) | _ENDS_NO_TIME[last]
 
     def _integers(self, number: int) -> tuple[_Ints, _Bools]:
         """Return the integers of up to nine digits in a field, perhaps below 0, and where there is one."""

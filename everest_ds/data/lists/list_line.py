@@ -26,10 +26,13 @@ _QUOTED = re.compile(rf'^"(?P<path>(?:[^"]|"")+)"(?P<fields>(?:[\s,]+{_FIELD})*)
 _QUOTED_LOOSELY = re.compile(rf'^"(?P<path>.+)"(?P<fields>(?:[\s,]+{_FIELD})*)$')
 _LABEL = re.compile(r"^[-+]?[0-9]+(?:\.0*)?$")
 _MOST_LABEL = 2**31 - 1
+# int() refuses numbers of thousands of digits.
+_MOST_DIGITS = 100
+_NO_TIME = re.compile(r"[\s,](?P<word>[-+]?(?:nan|inf|infinity))$", re.IGNORECASE)
 
 _OTHER_SEPARATOR = re.compile(rf"(?:{'|'.join(map(re.escape, VIDEO_SUFFIXES))})\"?\s*(?P<mark>[;|])", re.IGNORECASE)
 _JSON = re.compile(r"[\[{]\s*(?:[\"\[{]|$)")
-_NUMBERED = re.compile(r"^\"?(?P<number>[0-9]+)\"?\s*[,\t]\s*\S")
+_NUMBERED = re.compile(r"^\"?(?P<number>[0-9]{1,10})\"?\s*[,\t]\s*\S")
 _WORD = (
     "begin|category|class|clip|duration|end|file|filename|filepath|frames|gt|id|idx|index|label|labels|name|num|path|"
     "paths|sec|split|start|stop|subset|target|time|total|uid|url|video|videos|youtube"
@@ -145,6 +148,11 @@ def _require_plain(split: _Split, number: int) -> None:
         raise LineError(f"separates its fields by {other['mark']!r}; expected a space, a tab or a comma")
     if not split.numbers:
         return
+    no_time = _NO_TIME.search(split.path)
+    if no_time is not None:
+        raise LineError(
+            f"has {no_time['word']!r} for a time; {EXPECTED}. A path that ends so must be in double quotes"
+        )
     if number == 1 and re.fullmatch("[0-9]+", split.path):
         raise LineError(
             f"looks like a header row of numbers; remove it. If {split.path!r} is a file, put it in double quotes"
@@ -164,7 +172,8 @@ def _parse_label(numbers: list[str]) -> int:
         raise LineError(f"has the label {text}, which is not a whole number; {EXPECTED}")
     if "." in text and times and not all("." in time for time in times):
         raise LineError(f"has the label {text} with a decimal point and times without; {EXPECTED}, in this order")
-    label = int(float(text)) if "." in text else int(text)
+    digits = text.partition(".")[0]
+    label = int(digits) if len(digits) < _MOST_DIGITS else _MOST_LABEL + 1
     if abs(label) > _MOST_LABEL:
         raise LineError(f"has the label {text}; expected one below {_MOST_LABEL + 1}")
     return label

@@ -178,8 +178,9 @@ def require_reachable(rows: Sequence[VideoRow], source: Path) -> None:
 def find_videos(paths: Sequence[Path]) -> list[Path]:
     """Return the videos of files and folders, in the order given, those of a folder sorted by path.
 
-    A file counts whatever its name. Folders are searched to any depth for files with a video's suffix; hidden files
-    and folders are passed over, links to folders not followed. A video that is met twice is returned once.
+    A file counts whatever its name, and what is there and is none (a pipe, a link in a circle) as one. Folders are
+    searched to any depth for files with a video's suffix; hidden files and folders are passed over, links to
+    folders not followed. A video that is met twice is returned once.
 
     Raises:
         UserError: A path does not exist, a folder cannot be read, or holds no video.
@@ -188,7 +189,7 @@ def find_videos(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if os.path.isdir(path):  # False, too, where the file system refuses the path
             found += _videos_below(path)
-        elif _is_file(path):
+        elif _is_there(path):  # what is no file is a video that cannot be read
             found.append(path)
         else:
             raise UserError(f"{path} is neither a file nor a folder; expected a video or a folder of videos")
@@ -212,10 +213,21 @@ def _videos_below(folder: Path) -> list[Path]:
     return sorted(videos)
 
 
+def _is_there(path: Path) -> bool:
+    """Say whether something has this name, or nothing can be told of it."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError):
+        return True
+    return True
+
+
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # no permission, a name that none can have, storage that does not answer
+    except (OSError, ValueError):  # no permission, a name that none can have, storage gone
         return False
 
 

@@ -23,6 +23,8 @@ _SOURCE_LINE = re.compile(r"^(?:(?:\[[\d:]+\] |\w+, )\S+\.(?:cpp|cc|h):\d+[:,] )
 _KEPT_FRAMES = 16
 _SETTING = "data.max_pixels (outside training: --max-pixels, where there is one)"
 
+NO_MEMORY = "there is not enough memory to read it"
+
 WAY_OUT = "use --data.reader pyav (outside training: --reader pyav)"
 """What to do about a file that another reader cannot read."""
 
@@ -120,7 +122,7 @@ def require_file(path: Path) -> None:
     except FileNotFoundError as error:
         raise VideoReadError(path, "no such file") from error
     except OSError as error:
-        raise VideoReadError(path, first_line(error)) from error
+        raise VideoReadError(path, error.strerror or first_line(error)) from error
     except ValueError as error:  # a zero byte in its name
         raise VideoReadError(path, f"no file can have its name: {error}") from error
     if stat.S_ISDIR(status.st_mode):

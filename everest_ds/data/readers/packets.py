@@ -14,7 +14,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from everest_ds.data.readers.base import PixelLimit, VideoReadError, even_times_s, first_line
+from everest_ds.data.readers.base import NO_MEMORY, PixelLimit, VideoReadError, even_times_s, first_line
 from everest_ds.data.readers.bitstream import Inspector
 from everest_ds.data.readers.quirks import Quirk, field_quirks, has_trusted_times, order_quirks, time_quirks
 
@@ -253,6 +253,8 @@ def scan_packets(path: Path, limit: PixelLimit = _LIMIT) -> Packets:
 
 def reason_of(error: Exception) -> str:
     """Return FFmpeg's own words, without its number and without the path."""
+    if isinstance(error, MemoryError):
+        return NO_MEMORY
     if isinstance(error, av.FFmpegError) and error.strerror:
         step = " (in decoding)" if error.filename == "avcodec_send_packet()" else ""
         return f"{error.strerror}{step}"

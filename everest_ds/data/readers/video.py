@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from everest_ds.config.sections import MAX_PIXELS, ReaderName
 from everest_ds.data.lists.video_list import VideoRow
-from everest_ds.data.readers.base import WAY_OUT, PixelLimit, VideoReadError, first_line
+from everest_ds.data.readers.base import NO_MEMORY, WAY_OUT, PixelLimit, VideoReadError, first_line
 from everest_ds.data.readers.choice import open_reader
 from everest_ds.data.readers.timing import TIME_TOLERANCE_S
 from everest_ds.errors import UserError
@@ -99,7 +99,7 @@ def fault_of_the_video(path: Path) -> Iterator[None]:
     except (VideoReadError, UserError, UnicodeEncodeError):
         raise
     except MemoryError as error:
-        raise VideoReadError(path, "there is not enough memory to read it") from error
+        raise VideoReadError(path, NO_MEMORY) from error
     except Exception as error:
         raise VideoReadError(path, f"{type(error).__name__}: {first_line(error)}") from error
 

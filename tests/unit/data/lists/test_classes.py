@@ -84,6 +84,7 @@ def test_given_number_counts_and_must_agree_with_the_names(tmp_path: Path) -> No
         ),
         ((0, 1, -1), None, r"train\.csv, line 3: label -1 of .*v2\.mp4 is not in the range 0 to 1"),
         ((-1, -1), None, r"label -1 of .*v0\.mp4 is not in the range 0 and above; mend"),
+        ((0, 2**31 - 1, 1), None, r"train\.csv, line 2: label 2147483647 makes 2147483648 classes; mend it"),
         ((0, 0), None, r"train\.csv has one class only \(the largest label says so\)"),
     ],
 )

@@ -34,6 +34,8 @@ from everest_ds.errors import UserError
         ("-a%d.mp4 3", ListLine("-a%d.mp4", 3)),
         ("[group] a;b.mp4 3", ListLine("[group] a;b.mp4", 3)),
         ("in/7 3", ListLine("in/7", 3)),
+        (f"{'9' * 5000},a.mp4,3", ListLine(f"{'9' * 5000},a.mp4", 3)),
+        (f"a.mp4 {'0' * 50}3", ListLine("a.mp4", 3)),
     ],
 )
 def test_line_says_path_label_and_window(line: str, expected: ListLine) -> None:
@@ -82,6 +84,14 @@ def test_line_says_path_label_and_window(line: str, expected: ListLine) -> None:
         ("a.mp4 3 0.0 8.5 1.0", "has 4 numbers after 'a.mp4'"),
         ("my video 2 3 12 20", "has 4 numbers after 'my video'"),
         (f"a.mp4 {2**31}", "expected one below 2147483648"),
+        ("a.mp4 99999999999999999999", "expected one below 2147483648"),
+        (f"a.mp4 -{'9' * 400}.0", "expected one below 2147483648"),
+        (f"a.mp4 {'9' * 5000}", "expected one below 2147483648"),
+        ("a.mp4 \uff13", "is not a number"),
+        ("a.mp4 1e5", "which is not a whole number"),
+        ("a.mp4 1 nan 5", "has 'nan' for a time"),
+        ("a.mp4,1,0,inf", "is not a number"),
+        ("a.mp4,1,-Infinity,7", "has '-Infinity' for a time"),
     ],
 )
 def test_other_line_is_refused_and_named(line: str, says: str) -> None:
