@@ -8,6 +8,7 @@ import contextlib
 import csv
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.errors import UserError
+
+MAX_JSON_BYTES = 64 * 2**20
 
 
 def partial_path(path: Path) -> Path:
@@ -69,17 +72,48 @@ def write_json(path: Path, content: Any, *, durable: bool = False) -> None:
     write_atomically(path, json.dumps(content, indent=2) + "\n", durable=durable)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+def parse_json(text: Any) -> Any:
+    """Parse JSON that may be a stranger's.
 
     Raises:
-        UserError: The file is missing, is no JSON, or holds something else.
+        ValueError: It is no JSON, is nested too deeply, or holds NaN, an infinite number, or an integer of more
+            than 64 bits.
+        TypeError: It is no text.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_short)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
+
+
+def _short(text: str) -> int:
+    if len(text) > 20 or abs(int(text)) >= 2**64:
+        raise ValueError(f"{text[:20]}... is an integer of more than 64 bits")
+    return int(text)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object; see `parse_json`.
+
+    Raises:
+        UserError: The file is missing, is no JSON of a sane size, or holds something else.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path} has more than {MAX_JSON_BYTES // 2**20} MiB; expected one object of JSON")
+        raw = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except UserError:
+        raise
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold an object, got {type(raw).__name__}")

@@ -15,7 +15,7 @@ from everest_ds import __version__, distributed, interrupts
 from everest_ds.cli.table import COMMANDS, EXIT_INTERRUPTED, Command, interrupted
 from everest_ds.commands.parsing import say, usage
 from everest_ds.distributed import World
-from everest_ds.errors import UserError, nearest_hint
+from everest_ds.errors import UserError, escaped, nearest_hint
 from everest_ds.train.signals import EXIT_STOPPED
 
 # What launchers add to the words of each process unless they are told not to.
@@ -41,7 +41,8 @@ def _run(words: list[str], world: World) -> int:
     try:
         return _interruptible(words, world)
     except UserError as error:
-        say(f"everest: error: {error}\n", world)
+        lines = "\n".join(map(escaped, str(error).split("\n")))  # names out of foreign files may be in it
+        say(f"everest: error: {lines}\n", world)
         return _leave(2)
     except BrokenPipeError:  # the reader of a listing, `head` for instance, has seen enough
         if words[0] in ("pretrain", "finetune"):

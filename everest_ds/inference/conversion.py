@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from everest_ds.distributed import World
-from everest_ds.errors import UserError
+from everest_ds.errors import UserError, escaped
 from everest_ds.inference.job import ConversionJob
 from everest_ds.inference.results import recorded_scores
 from everest_ds.model.weights.export import require_target, write_weights
@@ -39,10 +39,10 @@ def run(job: ConversionJob, world: World) -> int:
     if options.weights == "model" and checkpoint is not None and (checkpoint / AVERAGE).is_file():
         print("  note          `everest evaluate` scores the run's moving average; --weights ema writes that one")
     for note in written.notes:
-        print(f"  note          {note}")
+        print(f"  note          {escaped(note)}")
     width = max(len(there) for there, _ in written.key_map)
     for there, name in written.key_map:
-        print(f"    {there:<{width}}  {'as it was' if there == name else name}")
+        print(escaped(f"    {there:<{width}}  {'as it was' if there == name else name}"))
     print(f"{options.to} layout -> {target} ({_mebibytes(target):.1f} MiB)")
     return 0
 

@@ -9,7 +9,7 @@ import torch
 
 from everest_ds import distributed
 from everest_ds.distributed import World
-from everest_ds.errors import UserError
+from everest_ds.errors import UserError, escaped
 from everest_ds.inference.job import PredictionJob
 from everest_ds.inference.passes import Passes, UnreadableRow
 from everest_ds.inference.results import view_recipe
@@ -43,7 +43,7 @@ def run(job: PredictionJob, world: World) -> int:
     unreadable = _labels(job, trained, passes) if options.features is None else _features(job, trained, passes)
     if world.is_main and not options.json:
         for bad in unreadable:
-            print(f"cannot read {rows[bad.row].name}: {bad.reason}", file=sys.stderr, flush=True)
+            print(escaped(f"cannot read {rows[bad.row].name}: {bad.reason}"), file=sys.stderr, flush=True)
     distributed.finish()
     return EXIT_UNREADABLE if len(unreadable) > (len(rows) - 1 if options.allow_unreadable else 0) else 0
 
@@ -74,10 +74,10 @@ def _labels(job: PredictionJob, trained: Trained, passes: Passes) -> tuple[Unrea
                 line["predictions"] = [{"class": k, "name": names[k], "probability": round(p, 6)} for k, p in best]
             print(json.dumps(line))
         elif i not in reasons:
-            print(row.name)
+            print(escaped(row.name))
             for k, probability in best:
                 label = names[k] if names[k] == str(k) else f"{names[k]} ({k})"
-                print(f"  {probability:7.2%}  {label}")
+                print(escaped(f"  {probability:7.2%}  {label}"))
     return outputs.unreadable
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from everest_ds.config import FinetuneConfig
 from everest_ds.config.file import load_config
 from everest_ds.data.lists.video_list import VideoRow
-from everest_ds.errors import UserError
+from everest_ds.errors import UserError, escaped
 from everest_ds.files import write_csv
 from everest_ds.inference.scores import Scores
 from everest_ds.inference.source import ClipSettings
@@ -147,7 +147,7 @@ def table(scores: Scores, class_names: Sequence[str], kept: str | None = None) -
         entry = scores.per_class[k]
         mistaken = [(count, -j) for j, count in enumerate(scores.confusion[k]) if count and j != k]
         taken_for = f", most often taken for {class_names[-max(mistaken)[1]]}" if mistaken else ""
-        lines.append(f"  {accuracy:7.2%}  {class_names[k]} ({entry.correct} of {entry.count}){taken_for}")
+        lines.append(escaped(f"  {accuracy:7.2%}  {class_names[k]} ({entry.correct} of {entry.count}){taken_for}"))
     if scores.unreadable:
         bad = scores.unreadable
         lines.append(f"NOT SCORED: {len(bad)} unreadable, the first is {bad[0].path}: {bad[0].reason}")

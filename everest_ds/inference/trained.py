@@ -22,7 +22,7 @@ from everest_ds.inference.source import ClipSettings, InferenceOptions, weights_
 from everest_ds.model.attention import choose_backend
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.selection import keep_rule
-from everest_ds.model.weights.architecture import Architecture
+from everest_ds.model.weights.architecture import Architecture, require_size
 from everest_ds.model.weights.loading import load_weights
 from everest_ds.model.weights.reading import Weights
 from everest_ds.tokens import TokenGrid, describe_kept
@@ -124,12 +124,14 @@ def load_trained(
         shape = replace(shape, grid=_grid(shape, settings.position_frames, settings.position_size))
         weights = replace(weights, architecture=shape)
     has_head = shape.kind == "classifier" and shape.num_classes is not None
-    model = replace(
+    classifier = replace(
         shape,
         kind="classifier",
         num_classes=shape.num_classes if has_head else 1,
         options=replace(shape.options, attention=settings.attention),
-    ).build(keep_rule(settings.selection))
+    )
+    _require_backed(classifier, weights)
+    model = classifier.build(keep_rule(settings.selection))
     assert isinstance(model, EverestClassifier)
     ratio = settings.selection.keep_ratio
     if weights.keep_ratio not in (None, ratio):
@@ -156,16 +158,27 @@ def load_trained(
     )
 
 
+def _require_backed(shape: Architecture, weights: Weights) -> None:
+    """Refuse weights that are a small part of the model that they claim, before it takes its memory."""
+    claimed = sum(size.numel() for size in shape.expected_shapes.values())
+    given = sum(tensor.numel() for tensor in weights.tensors.values())
+    if claimed > 2 * given:
+        raise UserError(
+            f"{weights.source} holds {given} of the {claimed} values of its model; expected all of them"
+        )
+
+
 def _grid(shape: Architecture, num_frames: int, edge: int) -> TokenGrid:
     """Return the tokens of clips of this length and size in a model."""
     options = shape.options
-    return TokenGrid.of_clip(
+    grid = TokenGrid.of_clip(
         num_frames=num_frames,
         height=edge,
         width=edge,
         tubelet_size=options.tubelet_size,
         patch_size=options.patch_size,
     )
+    return require_size(grid, f"num_frames={num_frames}, image_size={edge}")
 
 
 def _class_names(origin: Origin, weights: Weights, num_classes: int) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from everest_ds.model.packing import TokenSet
 from everest_ds.tokens import TokenGrid
 
 CENTRE = 128
+POSITIONS_AT_ONCE = 4096  # in float64, whose parts take nine times the memory of the table
 
 
 @dataclass(frozen=True)
@@ -233,8 +234,11 @@ def sinusoid_positions(grid: TokenGrid, width: int) -> Tensor:
     # In float64 throughout: positions reach the thousands, and a float32 exponent would move angles by 1e-4.
     channel = torch.arange(width)
     frequency = 10000.0 ** (-2 * torch.div(channel, 2, rounding_mode="floor").double() / width)
-    angle = torch.arange(grid.num_tokens, dtype=torch.float64)[:, None] * frequency
-    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
+    table = []
+    for position in torch.arange(grid.num_tokens, dtype=torch.float64).split(POSITIONS_AT_ONCE):
+        angle = position[:, None] * frequency
+        table.append(torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float())
+    return torch.cat(table)
 
 
 def interpolate_positions(table_ND: Tensor, grid: TokenGrid, to_grid: TokenGrid) -> Tensor:

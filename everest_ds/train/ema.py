@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from everest_ds import distributed
 from everest_ds.errors import UserError
 from everest_ds.model.weights.export import save_safetensors
+from everest_ds.model.weights.foreign import read_safetensors
 from everest_ds.model.weights.reading import Weights, require_finite
 from everest_ds.train.callbacks import Callback
 from everest_ds.train.checkpoints.save import AVERAGE
@@ -147,7 +147,7 @@ def read_average(folder: Path) -> dict[str, Tensor]:
     path = folder / AVERAGE
     if not path.is_file():
         raise UserError(f"{folder} has no {AVERAGE}: the run was trained without optim.ema_decay")
-    return load_file(path)
+    return read_safetensors(path)[0]
 
 
 def _is_partitioned(parameters: Any) -> bool:

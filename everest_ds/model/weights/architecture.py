@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from everest_ds.errors import UserError
+from everest_ds.errors import UserError, escaped
+from everest_ds.files import parse_json
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.encoder import EncoderOptions
@@ -24,6 +25,8 @@ from everest_ds.model.sizes import SIZES, ModelSize
 from everest_ds.model.transformer import NORM_EPS
 from everest_ds.tokens import TokenGrid
 
+# Far beyond every model that was published: what foreign files may claim.
+MAX_BLOCKS, MAX_TOKENS = 1000, 2**17
 COUNTS = ("num_heads", "decoder_num_heads", "num_frames", "image_height", "image_width")
 EPSILONS = ("norm_eps", "last_norm_eps")
 
@@ -63,7 +66,7 @@ class ModelMetadata:
             UserError: The text is something else.
         """
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
             counts, epsilons = ({name: raw[name] for name in names} for names in (COUNTS, EPSILONS))
             labels = raw["labels"]
         except (ValueError, TypeError, KeyError) as error:
@@ -214,10 +217,10 @@ def infer_architecture(tensors: Mapping[str, Tensor], metadata: ModelMetadata, s
     """
     kind = kind_of(tensors)
     trunk = "encoder." if kind == "autoencoder" else ""
-    depth = count_blocks(tensors, f"{trunk}blocks")
-    kernels = _kernels(tensors, f"{trunk}patch_embed.")
+    depth = count_blocks(tensors, f"{trunk}blocks", source)
+    kernels = _kernels(tensors, f"{trunk}patch_embed.", source)
     if not depth:
-        known = ", ".join(sorted(tensors)[:4])
+        known = ", ".join(escaped(name) for name in sorted(tensors)[:4])
         raise UserError(
             f"{source} holds no weights of a layout that is known: it has {known or 'no tensors'}; expected the "
             "official names (encoder.blocks.0..., blocks.0...) or Hugging Face's (videomae.encoder.layer.0...)"
@@ -228,6 +231,9 @@ def infer_architecture(tensors: Mapping[str, Tensor], metadata: ModelMetadata, s
     patch_size = math.prod(kernel[1] for kernel in kernels)
     options = EncoderOptions(tubelet_size=kernels[0][0], patch_size=patch_size, embedding_layers=len(kernels))
     decoder_width = _decoder_width(tensors) if kind == "autoencoder" else None
+    for heads, channels in ((metadata.num_heads, width), (metadata.decoder_num_heads, decoder_width)):
+        if heads and channels and channels % heads:
+            raise UserError(f"{source} says {heads} attention heads of {channels} channels; they must divide them")
     head = tensors.get("head.weight", tensors.get("head.bias"))
     return Architecture(
         kind=kind,
@@ -239,7 +245,7 @@ def infer_architecture(tensors: Mapping[str, Tensor], metadata: ModelMetadata, s
         grid=_grid(metadata, options, source),
         grid_is_known=None not in (metadata.num_frames, metadata.image_height, metadata.image_width),
         decoder_width=decoder_width,
-        decoder_depth=count_blocks(tensors, "decoder.blocks") if kind == "autoencoder" else None,
+        decoder_depth=count_blocks(tensors, "decoder.blocks", source) if kind == "autoencoder" else None,
         decoder_num_heads=(metadata.decoder_num_heads or heads_of_width(decoder_width)) if decoder_width else None,
         num_classes=head.shape[0] if kind == "classifier" and head is not None else None,
         labels=metadata.labels,
@@ -255,10 +261,30 @@ def kind_of(names: Iterable[str], head: str = "head.") -> Kind:
     return "classifier" if any(name.startswith((head, "fc_norm.")) for name in names) else "encoder"
 
 
-def count_blocks(names: Iterable[str], stem: str) -> int:
-    """Return how many blocks there are, by the highest number."""
-    found = [re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in names]
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+def count_blocks(names: Iterable[str], stem: str, source: str) -> int:
+    """Return how many blocks there are, by the highest number.
+
+    Raises:
+        UserError: There are too many, or fewer tensors than blocks: nobody fills such a model.
+    """
+    found = [re.match(rf"{re.escape(stem)}\.([0-9]+)\.", name) for name in names]
+    numbers = [int(match[1]) for match in found if match]
+    count = max(numbers, default=-1) + 1
+    if count > min(len(numbers), MAX_BLOCKS):
+        raise UserError(
+            f"{source} has {len(numbers)} tensors of {stem} and a block of number {count - 1}; expected one tensor "
+            f"or more in each block, and at most {MAX_BLOCKS} blocks"
+        )
+    return count
+
+
+def require_size(grid: TokenGrid, source: str) -> TokenGrid:
+    """Return a grid that foreign metadata claims, unless it is absurd: positions take memory by its size."""
+    if grid.num_tokens > MAX_TOKENS:
+        raise UserError(
+            f"{source}: clips of {grid.num_tokens} tokens; weights have positions for {MAX_TOKENS} at most"
+        )
+    return grid
 
 
 def heads_of_width(width: int) -> int | None:
@@ -277,9 +303,9 @@ def name_of_size(width: int, depth: int) -> str:
     return f"{''.join(named)}width {width}, {depth} blocks"
 
 
-def _kernels(tensors: Mapping[str, Tensor], prefix: str) -> list[tuple[int, ...]]:
+def _kernels(tensors: Mapping[str, Tensor], prefix: str, source: str) -> list[tuple[int, ...]]:
     """Return the kernels of the embedding's layers, (frames, rows, columns), or nothing."""
-    names = [f"{prefix}stem.{i}.weight" for i in range(count_blocks(tensors, f"{prefix}stem"))]
+    names = [f"{prefix}stem.{i}.weight" for i in range(count_blocks(tensors, f"{prefix}stem", source))]
     weights = [tensors.get(name) for name in [*names, f"{prefix}proj.weight"]]
     if any(weight is None or weight.ndim != 5 for weight in weights):
         return []
@@ -299,7 +325,7 @@ def _grid(metadata: ModelMetadata, options: EncoderOptions, source: str) -> Toke
         edge = max(1, OFFICIAL_IMAGE_SIZE // patch)
         return TokenGrid(time=max(1, OFFICIAL_NUM_FRAMES // tubelet), rows=edge, cols=edge)
     try:
-        return TokenGrid.of_clip(
+        grid = TokenGrid.of_clip(
             num_frames=metadata.num_frames,
             height=metadata.image_height,
             width=metadata.image_width,
@@ -308,3 +334,4 @@ def _grid(metadata: ModelMetadata, options: EncoderOptions, source: str) -> Toke
         )
     except UserError as error:
         raise UserError(f"{source}: the clips of these weights do not fit their tubelets: {error}") from error
+    return require_size(grid, source)

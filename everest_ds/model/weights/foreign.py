@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from everest_ds.errors import UserError
+from everest_ds.errors import UserError, escaped
 from everest_ds.files import read_json_object
 from everest_ds.model.weights.architecture import DECODER_MARKS, NO_METADATA, ModelMetadata
-from everest_ds.model.weights.pickles import read_pickle
+from everest_ds.model.weights.pickles import MAX_NAME_LENGTH, MAX_PICKLE_BYTES, read_pickle
 
 # Keys of the state dict in files of training codes, in the order of the official fine-tuning code.
 WRAPPERS = ("model", "module", "state_dict")
@@ -29,6 +29,7 @@ METADATA_KEY = "everest_model"
 # The run's configuration in safetensors' metadata.
 RUN_CONFIG_KEY = "config"
 CONFIG = "config.json"
+MAX_HEADER_BYTES = MAX_PICKLE_BYTES  # of safetensors: names, shapes, and texts of ours
 DEEPSPEED_STATES = "mp_rank_00_model_states.pt"
 # Official files keep their arguments in one; making it runs no code of the file's.
 ARGUMENTS = {"argparse.Namespace": argparse.Namespace}
@@ -70,7 +71,8 @@ def read_raw(path: Path) -> RawWeights:
     """Read a file, or a folder of Hugging Face or of DeepSpeed, as data.
 
     Raises:
-        UserError: It is missing, damaged or something else, or is a pickle that wants to run code.
+        UserError: It is missing, damaged or something else, or is a pickle that wants to run code, or a tensor has
+            no values.
     """
     if path.is_dir():
         return _read_folder(path)
@@ -79,7 +81,7 @@ def read_raw(path: Path) -> RawWeights:
             f"{path} does not exist; expected a run, a checkpoint, a .pth, .pt or .safetensors file, or a Hugging "
             "Face folder"
         )
-    raw = _remove_prefixes(_read_safetensors(path) if path.suffix == ".safetensors" else _read_wrapped(path), path)
+    raw = _remove_prefixes(_read_with_texts(path) if path.suffix == ".safetensors" else _read_wrapped(path), path)
     if path.name == DEEPSPEED_STATES and any(tensor.dtype != torch.float32 for tensor in raw.tensors.values()):
         return replace(raw, notes=("DeepSpeed's zero_to_fp32.py gets the float32 weights out of this folder",))
     config = path.parent / CONFIG
@@ -112,30 +114,49 @@ def _list_shards(index: Path) -> list[Path]:
         raise UserError(f"{index} has no weight_map of names to files")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:
-            raise UserError(f"{index} names {name!r}; expected files of its own folder")
+        if Path(name).name != name or "\0" in name:
+            raise UserError(f"{index} names {escaped(name)!r}; expected files of its own folder")
         if not (index.parent / name).is_file():
-            raise UserError(f"{index} names {name}, which is not there; fetch the whole folder")
+            raise UserError(f"{index} names {escaped(name)}, which is not there; fetch the whole folder")
     return [index.parent / name for name in names]
 
 
 def _read_shard(path: Path) -> dict[str, Tensor]:
     """Read one file of a Hugging Face folder."""
     if path.suffix == ".safetensors":
-        return _read_safetensors(path).tensors
+        return read_safetensors(path)[0]
     state = read_pickle(path, objects=ARGUMENTS)
     if not isinstance(state, Mapping) or not all(torch.is_tensor(value) for value in state.values()):
         raise UserError(f"{path} holds something else than tensors; expected a bare state dict")
     return dict(state)
 
 
-def _read_safetensors(path: Path) -> RawWeights:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file whose header has a sane size: its tensors, and the texts beside them.
+
+    Raises:
+        UserError: It is damaged or something else.
+    """
     try:
+        with path.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise UserError(f"{path} cannot be read: its header claims {length} bytes, at most {MAX_HEADER_BYTES}")
         with safe_open(path, "pt") as file:
             texts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+            names = file.keys()
+            for name in names:
+                if len(name) > MAX_NAME_LENGTH:
+                    raise UserError(f"{path} has a name of {len(name)} characters, {escaped(name[:40])}...")
+            return {name: file.get_tensor(name) for name in names}, texts
+    except UserError:
+        raise
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {escaped(str(error))}") from error
+
+
+def _read_with_texts(path: Path) -> RawWeights:
+    tensors, texts = read_safetensors(path)
     if METADATA_KEY not in texts:
         return RawWeights(tensors=tensors)
     metadata = ModelMetadata.parse(texts[METADATA_KEY], str(path))
@@ -151,9 +172,9 @@ def _read_wrapped(path: Path) -> RawWeights:
     state = content if wrapper is None else content[wrapper]
     tensors = {str(name): value for name, value in state.items() if torch.is_tensor(value)}
     if not tensors:
-        shown = ", ".join(str(key) for key in list(content)[:4])
+        shown = ", ".join(escaped(str(key)) for key in list(content)[:4])
         parts = [
-            str(key)
+            escaped(str(key))
             for key, value in content.items()
             if isinstance(value, Mapping) and any(torch.is_tensor(v) for v in value.values())
         ]
@@ -184,6 +205,9 @@ def _read_metadata(content: Mapping[Any, Any], path: Path) -> ModelMetadata:
 
 def _remove_prefixes(raw: RawWeights, path: Path) -> RawWeights:
     """Take wrappers' parts off names, and `encoder.` where there is no decoder."""
+    for name, tensor in raw.tensors.items():
+        if not tensor.numel():
+            raise UserError(f"{path}: {escaped(name)} has no values, its shape is {tuple(tensor.shape)}")
     short_names = {name: _short_name(name) for name in raw.tensors}
     has_decoder = any(name.startswith(DECODER_MARKS) for name in short_names.values())
     names: dict[str, str] = {}
@@ -192,7 +216,8 @@ def _remove_prefixes(raw: RawWeights, path: Path) -> RawWeights:
         if not has_decoder and not short.startswith("encoder.layer."):
             short = short.removeprefix("encoder.")
         if short in names:
-            raise UserError(f"{path} has both {names[short]} and {name}, which mean the same tensor; remove one")
+            both = f"{escaped(names[short])} and {escaped(name)}"
+            raise UserError(f"{path} has both {both}, which mean the same tensor; remove one")
         names[short] = name
     return replace(raw, tensors={short: raw.tensors[name] for short, name in names.items()}, names=names)
 

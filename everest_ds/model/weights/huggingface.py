@@ -101,9 +101,10 @@ def from_huggingface(raw: Mapping[str, Tensor], config: Mapping[str, Any] | None
     if not any(name.startswith(TRUNK) for name in raw):  # VideoMAEModel, the encoder alone
         raw = {f"{TRUNK}{name}": tensor for name, tensor in raw.items()}
     kind = kind_of(raw, head="classifier.")
+    depths = [count_blocks(raw, stem, source) for stem in (ENCODER_BLOCKS, DECODER_BLOCKS)]
     tensors: dict[str, Tensor] = {}
     sources: dict[str, tuple[str, ...]] = {}
-    for ours, choices in _names(kind, count_blocks(raw, ENCODER_BLOCKS), count_blocks(raw, DECODER_BLOCKS)).items():
+    for ours, choices in _names(kind, *depths).items():
         there = [choice for choice in choices if all(name in raw for name in choice)]
         if len(there) > 1:
             raise UserError(f"{source} has both {there[0][0]} and {there[1][0]}, which mean the same; remove one")

@@ -5,7 +5,6 @@ Place in the flow: PATH -> `read_weights` -> Weights -> `loading` into a model t
 mmaction2's VideoMAE and what `everest convert` wrote. Runs and their shards: `train.checkpoints.consolidated`.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from everest_ds.errors import UserError
+from everest_ds.files import parse_json
 from everest_ds.model.weights.architecture import Architecture, ModelMetadata, infer_architecture
 from everest_ds.model.weights.foreign import read_raw
 from everest_ds.model.weights.huggingface import (
@@ -192,7 +192,7 @@ def weights_of_run(
 def _keep_ratio(config: str | Mapping[str, Any] | None, section: str) -> float | None:
     """Return the keep ratio in a section of a configuration, or of one line of JSON; None where it has none."""
     try:
-        content: Any = json.loads(config) if isinstance(config, str) else config
+        content: Any = parse_json(config) if isinstance(config, str) else config
         ratio = content[section]["keep_ratio"]
     except (ValueError, TypeError, KeyError):  # pre-training, or another version of everest_ds
         return None

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from everest_ds.errors import escaped
+
 MAX_NAMES_SHOWN = 3
 
 
@@ -43,7 +45,7 @@ class WeightsReport:
             f"  interpolated  {', '.join(self.interpolated) or 'none'}",
             f"  ignored       {_grouped(self.ignored)}",
         ]
-        return "\n".join(lines + [f"  note          {note}" for note in self.notes])
+        return "\n".join(map(escaped, lines + [f"  note          {note}" for note in self.notes]))
 
 
 def compare(

@@ -11,7 +11,6 @@ for each (`_separate_step_counters`).
 """
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -27,7 +26,7 @@ import everest_ds
 from everest_ds import distributed
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.files import sha256
+from everest_ds.files import parse_json, sha256
 from everest_ds.interrupts import ending_with_us
 from everest_ds.train.checkpoints.save import TrainState, read_state, universal_of
 from everest_ds.train.checkpoints.seal import (
@@ -73,7 +72,7 @@ def universal_copy(checkpoint: Path, world: World) -> Iterator[Path]:
     """
     copy, source = universal_of(checkpoint), sha256(checkpoint / SEAL)
     fault = find_damage(copy, world) if is_sealed(copy) else "there is none yet"
-    if fault is None and json.loads((copy / SEAL).read_text()).get("source") != source:
+    if fault is None and parse_json((copy / SEAL).read_text()).get("source") != source:
         fault = "it was made from another save of this step"
     if distributed.agree(fault) is None:
         require_data(copy, world)

@@ -5,19 +5,18 @@ sizes and checksums; then RUN/checkpoints/latest points to it. A save that dies 
 nothing reads and the next save removes.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from everest_ds import distributed
 from everest_ds.distributed import World
-from everest_ds.errors import UserError
-from everest_ds.files import sync, write_atomically, write_json
+from everest_ds.errors import UserError, escaped
+from everest_ds.files import parse_json, sync, write_atomically, write_json
 from everest_ds.train.checkpoints.seal import (
     SEAL,
     find_damage,
@@ -227,15 +226,28 @@ def read_state(checkpoint: Path) -> TrainState:
     if not is_sealed(checkpoint):
         raise UserError(f"{checkpoint} is no complete checkpoint: it has no {SEAL}")
     try:
-        raw = json.loads((checkpoint / STATE).read_text())
+        raw = parse_json((checkpoint / STATE).read_text())
         if raw.get("format", FORMAT) > FORMAT:
             raise UserError(
                 f"{checkpoint} has format {raw['format']}; this version of everest_ds reads up to {FORMAT}: "
                 "update it"
             )
-        return TrainState(**raw)
+        return _require_kinds(TrainState(**raw))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{checkpoint / STATE} cannot be read, or is another version's: {error}") from error
+        why = escaped(str(error))
+        raise UserError(f"{checkpoint / STATE} cannot be read, or is another version's: {why}") from error
+
+
+def _require_kinds(state: TrainState) -> TrainState:
+    """Return a state whose fields are of their types and whose counts are counts."""
+    for name, hint in get_type_hints(TrainState).items():
+        value = getattr(state, name)
+        is_kind = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+        if not is_kind or (isinstance(value, int) and not 0 <= value < 2**53):
+            raise ValueError(f"{name}={value!r:.40}")
+    if state.zero_stage > 3 or state.world_size < 1:
+        raise ValueError(f"{state.world_size} processes at ZeRO stage {state.zero_stage}")
+    return state
 
 
 def choose_checkpoint(candidates: Sequence[Path], world: World, *, exact: bool) -> Path | None:
@@ -256,7 +268,7 @@ def choose_checkpoint(candidates: Sequence[Path], world: World, *, exact: bool) 
             return checkpoint
         faults.append(f"checkpoint {checkpoint} is damaged: {fault}")
         if world.is_main and not exact:
-            print(f"warning: {faults[-1]}; passing it over", flush=True)
+            print(escaped(f"warning: {faults[-1]}; passing it over"), flush=True)
     if faults:
         raise UserError("; ".join(faults) + "; name another with --resume PATH, or start afresh in another --out")
     return None

@@ -3,14 +3,14 @@
 A folder counts only once it is sealed, and only as long as its files match the seal.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from everest_ds import distributed
 from everest_ds.distributed import World
-from everest_ds.files import sha256, sync, write_json
+from everest_ds.errors import escaped
+from everest_ds.files import parse_json, sha256, sync, write_json
 
 SEAL = "complete.json"
 FileRecord = dict[str, int | str]
@@ -52,13 +52,18 @@ def seal(folder: Path, world: World, **more: str) -> None:
 def find_damage(folder: Path, world: World) -> str | None:
     """Compare this rank's share of a folder's files with its seal; return the first difference, or None."""
     try:
-        files: dict[str, FileRecord] = json.loads((folder / SEAL).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{SEAL} cannot be read: {error}"
+        files: dict[str, FileRecord] = parse_json((folder / SEAL).read_text())["files"]
+        if not all(record.keys() >= {"size", "sha256"} for record in files.values()):
+            raise ValueError("it has a file without a size or a checksum")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{SEAL} cannot be read: {escaped(str(error))}"
+    odd = next((name for name in files if Path(name).is_absolute() or ".." in Path(name).parts), None)
+    if odd is not None:
+        return f"{SEAL} names {escaped(odd)}, outside of the folder"
     for name in _share_of(sorted(files), world):
         path, expected = folder / name, files[name]
         if not path.is_file():
-            return f"{name} is missing"
+            return f"{escaped(name)} is missing"
         if path.stat().st_size != expected["size"]:
             return f"{name} has {path.stat().st_size} bytes, expected {expected['size']}"
         if sha256(path) != expected["sha256"]:
