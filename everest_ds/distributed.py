@@ -129,7 +129,7 @@ def start(world: World) -> "torch.device":
 def finish() -> None:
     """Leave the process group; gloo aborts now and then when a process exits without."""
     if dist := _initialized():
-        dist.barrier()
+        barrier()
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

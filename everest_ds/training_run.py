@@ -40,11 +40,8 @@ from everest_ds.train.engine import (
     resolve_ds_config,
     zero_stage,
 )
-from everest_ds.train.gradients import choose_gradients
 from everest_ds.train.job import TrainingJob
 from everest_ds.train.loop import Trainer
-from everest_ds.train.optim import describe_groups
-from everest_ds.train.optim_step import make_updater
 from everest_ds.train.precision import Precision, choose_precision
 from everest_ds.train.record.bad_samples import BadSamples
 from everest_ds.train.record.frames import FrameLog, chooses_frames
@@ -53,6 +50,9 @@ from everest_ds.train.record.progress import MemoryComparison, StallHint
 from everest_ds.train.record.skipped_steps import SkippedSteps
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import EXIT_STOPPED
+from everest_ds.train.step.gradients import choose_gradients
+from everest_ds.train.step.optim import describe_groups
+from everest_ds.train.step.updater import make_updater
 from everest_ds.train.tasks import Task, make_task
 
 

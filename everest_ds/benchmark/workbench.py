@@ -26,11 +26,11 @@ from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.sizes import get_size
 from everest_ds.planning.sharding import num_classes
 from everest_ds.train import engine as engines
-from everest_ds.train.gradients import choose_gradients
-from everest_ds.train.optim_step import Updater, make_updater
 from everest_ds.train.precision import PrecisionName, choose_precision, precision_of
 from everest_ds.train.record.metrics import peak_memory_gib, peak_tflops
 from everest_ds.train.selecting import num_pretrain_noise
+from everest_ds.train.step.gradients import choose_gradients
+from everest_ds.train.step.updater import Updater, make_updater
 from everest_ds.train.tasks import Task, make_task
 
 # How far the square of `moving_clips` moves from one frame to the next.

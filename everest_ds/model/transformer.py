@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -161,11 +160,17 @@ class Attention(nn.Module):
         return self.proj(z_MAK.flatten(1))
 
 
-class PlainMlp(Mlp):
-    """timm's, without the calls of its dropout and norm, which do nothing here."""
+class Mlp(nn.Module):
+    """Linear layer, exact GELU, linear layer; parameters are named as in timm's."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x_MD: Tensor) -> Tensor:
+        """Transform (M, D) -> (M, D)."""
+        return self.fc2(F.gelu(self.fc1(x_MD)))
 
 
 class Block(nn.Module):
@@ -181,7 +186,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.attn = Attention(width, num_heads, backend=backend)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.mlp = PlainMlp(width, MLP_RATIO * width)
+        self.mlp = Mlp(width, MLP_RATIO * width)
 
     def forward(self, x_MD: Tensor, packing: Packing, scale_2M: Tensor | None = None) -> Tensor:
         """Transform (M, D) -> (M, D), each token's attention and MLP branch scaled (`branch_scales`)."""

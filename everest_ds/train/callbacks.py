@@ -12,7 +12,7 @@ from torch import Tensor
 
 from everest_ds.data.clips.batch import ClipBatch
 from everest_ds.train.checkpoints.save import TrainState
-from everest_ds.train.optim_step import StepResult
+from everest_ds.train.step.updater import StepResult
 
 
 class Callback:

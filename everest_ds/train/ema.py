@@ -28,7 +28,7 @@ from everest_ds.model.weights.foreign import read_safetensors
 from everest_ds.model.weights.reading import Weights, require_finite
 from everest_ds.train.callbacks import Callback
 from everest_ds.train.checkpoints.save import AVERAGE
-from everest_ds.train.optim_step import StepResult
+from everest_ds.train.step.updater import StepResult
 
 PREFIX = "model."
 

@@ -7,6 +7,7 @@ matters for the result is written here, because DeepSpeed's defaults change betw
 """
 
 import copy
+import importlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from everest_ds.config import Config
 from everest_ds.errors import UserError, nearest_hint
 from everest_ds.files import read_json_object
 from everest_ds.model.transformer import compile_obstacle
-from everest_ds.train.optim import make_optimizer
 from everest_ds.train.precision import BF16, PrecisionName, choose_precision, precision_sections
+from everest_ds.train.step.optim import make_optimizer
 from everest_ds.train.tasks import Task
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -202,6 +203,7 @@ def build_engine(
     import deepspeed
     from deepspeed.utils import logger
 
+    _import_muon_uncompiled()
     logger.setLevel(logging.ERROR)
     if ds_config["torch_autocast"]["enabled"]:
         # A pass uses each weight once: a cache would only keep the casts of those that are cast again in backward.
@@ -223,6 +225,22 @@ def build_engine(
         for state in engine.optimizer.optimizer.state.values():
             state["step"].zero_()
     return engine
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon optimiser without the compiler, which takes a second to load.
+
+    DeepSpeed 0.19.8 imports Muon to see that our optimiser is another one. Three functions of it are decorated with
+    torch.compile, and that alone loads torch._inductor.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_of_deepspeed = compiler.compile
+    compiler.compile = lambda *args, **kwargs: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compile_of_deepspeed
 
 
 def set_learning_rate(engine: Any, value: float) -> None:

@@ -1,7 +1,7 @@
 """The training loop: one for every task.
 
 Place in the flow: loader -> task in the DeepSpeed engine -> optimiser step -> metrics, checkpoints. Between lines
-of metrics the loop never waits for the device; where DeepSpeed does, `train.optim_step` says. Whatever else a run
+of metrics the loop never waits for the device; where DeepSpeed does, `train.step.updater` says. Whatever else a run
 does is a callback.
 """
 
@@ -19,14 +19,15 @@ from everest_ds.data.clips.batch import ClipBatch
 from everest_ds.distributed import World
 from everest_ds.train.callbacks import Callback
 from everest_ds.train.checkpoints.save import TrainState, point_to_best, prune_checkpoints, save_checkpoint
-from everest_ds.train.device_feed import DeviceFeed
 from everest_ds.train.engine import set_learning_rate
-from everest_ds.train.optim import learning_rate, require_scaled_rates
-from everest_ds.train.optim_step import Updater
 from everest_ds.train.record.metrics import MetricsLog
 from everest_ds.train.record.progress import Window, describe_line
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import EXIT_STOPPED, StopRequest
+from everest_ds.train.step import garbage
+from everest_ds.train.step.device_feed import DeviceFeed
+from everest_ds.train.step.optim import learning_rate, require_scaled_rates
+from everest_ds.train.step.updater import Updater
 from everest_ds.train.tasks import Task
 
 
@@ -91,13 +92,14 @@ class Trainer:
         feed = DeviceFeed(batches, self.task.inputs, self.device)
         self.window = Window(self.device)
         last_saved = self.schedule.start_step
-        with self.stop.listening():
+        with self.stop.listening(), garbage.held():
             for step in range(self.schedule.start_step, self.schedule.end_step):
                 signum = self.stop.agreed()
                 if signum:
                     self._leave_early(step, signum, saved=last_saved == step)
                     return step
                 self._take_step(step, feed)
+                garbage.collect_after(step + 1)
                 if self._log_and_save(step + 1):
                     last_saved = step + 1
         return max(self.schedule.start_step, self.schedule.end_step)

@@ -89,7 +89,7 @@ def precision_sections(systems: dict[str, Any], precision: Precision) -> dict[st
         # subclasses (a quarter of a block's), and none at stage 0; here all stages compute the same.
         autocast |= {"dtype": "bfloat16", "lower_precision_safe_modules": []}
     return {
-        # A step whose gradient is not finite changes no weight (`train.optim_step`).
+        # A step whose gradient is not finite changes no weight (`train.step.updater`).
         "bf16": {"check_grad_overflow": True, **systems.get("bf16", {}), "enabled": precision == BF16},
         "torch_autocast": autocast,
         "communication_data_type": systems.get("communication_data_type", own),

@@ -26,8 +26,8 @@ from everest_ds.model.flops import autoencoder_macs, classifier_macs
 from everest_ds.model.frames import FrameChoice
 from everest_ds.model.selection import keep_rule
 from everest_ds.model.sizes import get_size
-from everest_ds.train.optim import parameter_groups
 from everest_ds.train.selecting import Budget, num_pretrain_noise, pretrain_rule, share_of_loss
+from everest_ds.train.step.optim import parameter_groups
 
 
 class Task(nn.Module, ABC):

@@ -16,7 +16,7 @@ from everest_ds.config import BatchConfig, PretrainDataConfig
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
 from everest_ds.train.ema import WeightAverage, read_average
-from everest_ds.train.optim_step import make_updater
+from everest_ds.train.step.updater import make_updater
 from everest_ds.train.tasks import PretrainTask
 from tests.integration.scanning import report, run_scan
 

@@ -20,8 +20,8 @@ from everest_ds.train import engine as engines
 from everest_ds.train.checkpoints.consolidated import export_fp32
 from everest_ds.train.checkpoints.run_dir import write_run_files
 from everest_ds.train.checkpoints.save import TrainState, save_checkpoint
-from everest_ds.train.optim_step import make_updater
 from everest_ds.train.precision import PrecisionName
+from everest_ds.train.step.updater import make_updater
 from everest_ds.train.tasks import PretrainTask
 from tests.integration.scanning import report, run_scan
 

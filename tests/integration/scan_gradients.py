@@ -17,8 +17,8 @@ from everest_ds.config import BatchConfig, Config, FinetuneConfig, GradientsName
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
 from everest_ds.train.ema import WeightAverage
-from everest_ds.train.optim_step import make_updater
 from everest_ds.train.precision import PrecisionName
+from everest_ds.train.step.updater import make_updater
 from everest_ds.train.tasks import Task, make_task
 from tests.conftest import REPOSITORY
 from tests.integration.scanning import report, run_scan

@@ -18,8 +18,8 @@ from everest_ds import distributed
 from everest_ds.config import BatchConfig, PretrainConfig
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
-from everest_ds.train.optim_step import make_updater
 from everest_ds.train.precision import PrecisionName
+from everest_ds.train.step.updater import make_updater
 from everest_ds.train.tasks import make_task
 from tests.integration.scanning import report, run_scan
 

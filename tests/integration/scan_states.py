@@ -33,7 +33,7 @@ from everest_ds.config import (
 from everest_ds.planning.memory import estimate_memory
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
-from everest_ds.train.optim_step import make_updater
+from everest_ds.train.step.updater import make_updater
 from everest_ds.train.tasks import make_task
 from tests.integration.scanning import report, run_scan
 

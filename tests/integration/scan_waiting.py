@@ -26,10 +26,10 @@ from everest_ds.train.checkpoints.save import TrainState
 from everest_ds.train.ema import WeightAverage
 from everest_ds.train.engine import PrecisionName
 from everest_ds.train.loop import Trainer
-from everest_ds.train.optim_step import make_updater
 from everest_ds.train.record.metrics import MetricsLog
 from everest_ds.train.record.skipped_steps import SkippedSteps
 from everest_ds.train.schedule import Schedule
+from everest_ds.train.step.updater import make_updater
 from everest_ds.train.tasks import PretrainTask
 from tests.integration.scanning import report, run_scan
 

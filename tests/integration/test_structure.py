@@ -73,7 +73,9 @@ def test_modules_of_the_project_are_imported_at_the_top() -> None:
 
 # Packages that are imported in functions: they may be missing, or must wait until the accelerator is chosen, or are
 # heavy and belong to modules that commands need before torch.
-IMPORTED_LATE = {"av", "decord", "torchcodec", "transformers", "flash_attn", "deepspeed", "pydantic", "torch"}
+IMPORTED_LATE = {
+    "av", "decord", "deepspeed", "flash_attn", "pydantic", "timm", "torch", "torchcodec", "transformers",
+}  # fmt: skip
 
 
 def test_packages_are_imported_at_the_top_but_for_a_few() -> None:

@@ -21,7 +21,7 @@ from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.packing import TokenSet
 from everest_ds.model.selection import Selection, SelectionRule, rank_by_importance, select_rero
 from everest_ds.model.tubelets import standardise
-from everest_ds.train.optim import parameter_groups
+from everest_ds.train.step.optim import parameter_groups
 from tests.conftest import GoldenModel
 
 pytestmark = pytest.mark.parity

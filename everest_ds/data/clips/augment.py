@@ -3,6 +3,8 @@
 Place in the flow: frames_THWC uint8 -> RandAugment -> random resized crop and flip (transforms.py) -> clip_CTHW
 uint8 -> random erasing -> mixing of pairs. These parts draw from process-wide generators. Each runs inside
 `seeded_globals`, so that its draws belong to the sample. Axes: T frames, H W pixels, C colour channels, K classes.
+
+timm is imported where it is used: pre-training does without it, and it takes half a second of every process.
 """
 
 import random
@@ -18,9 +20,6 @@ import torch
 from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from timm.data.auto_augment import rand_augment_transform
-from timm.data.mixup import FastCollateMixup
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
@@ -121,6 +120,8 @@ def erase(clip_CTHW: Tensor, prob: float, generator: np.random.Generator) -> Ten
     Differs from the official code: there the noise replaces normalised pixels. Here it becomes bytes with
     ImageNet's mean and standard deviation; what is beyond black or white (two deviations away) is clamped.
     """
+    from timm.data.random_erasing import RandomErasing
+
     channels, num_frames, height, width = clip_CTHW.shape
     # timm takes an image: frames become channels. Pixels that it leaves alone stay NaN.
     noise = torch.full((channels * num_frames, height, width), torch.nan)
@@ -173,6 +174,8 @@ class PairMixer:
         Returns:
             clips_BCTHW uint8 of the two, and target_BK float32: each row holds the shares of the classes.
         """
+        from timm.data.mixup import FastCollateMixup
+
         collate = FastCollateMixup(
             mixup_alpha=self.mixup_alpha,
             cutmix_alpha=self.cutmix_alpha,
@@ -198,6 +201,8 @@ def _draw_seed(generator: np.random.Generator) -> int:
 
 @lru_cache(maxsize=4)
 def _rand_augment_transform(text: str) -> Any:
+    from timm.data.auto_augment import rand_augment_transform
+
     transform = rand_augment_transform(text, {"interpolation": Image.Resampling.BICUBIC})
     for operation in transform.ops:
         if operation.name.startswith("Posterize"):

@@ -14,8 +14,8 @@ from everest_ds.config import Config
 from everest_ds.errors import UserError
 from everest_ds.progress import format_duration
 from everest_ds.train.callbacks import Callback
-from everest_ds.train.optim_step import StepResult
 from everest_ds.train.record.metrics import MetricsLog, peak_memory_gib, peak_tflops
+from everest_ds.train.step.updater import StepResult
 
 STALL_SHARE = 0.1
 """Share of the time spent waiting for clips above which people are told what to do."""

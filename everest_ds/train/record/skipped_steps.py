@@ -1,6 +1,6 @@
 """Detects, reports and counts optimiser steps that were skipped because a gradient was not finite.
 
-`train.optim_step` skips a step without waiting for the device. Whether it did is looked up when a line of metrics
+`train.step.updater` skips a step without waiting for the device. Whether it did is looked up when a line of metrics
 is due, and so before anything is saved.
 """
 
@@ -17,8 +17,8 @@ from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.errors import UserError
 from everest_ds.train.callbacks import Callback
 from everest_ds.train.checkpoints.save import TrainState
-from everest_ds.train.optim_step import StepResult
 from everest_ds.train.record.metrics import MetricsLog
+from everest_ds.train.step.updater import StepResult
 
 MAX_PATHS_SHOWN = 4
 

@@ -18,8 +18,8 @@ from everest_ds.study.conditions import BASELINE, CONDITIONS, GROUPS, PRETRAININ
 from everest_ds.study.jobs import Job, Runner
 from everest_ds.study.results import Result, draw_group, make_table, seconds_of_steps, write_report
 from everest_ds.study.runs import QUICK, Scale, make_jobs
-from everest_ds.train.optim import learning_rate
 from everest_ds.train.schedule import Schedule
+from everest_ds.train.step.optim import learning_rate
 
 
 def result(condition: str, seed: int, tuned: float, probe: float) -> Result:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,26 @@ def test_key_of_the_recipe_is_refused_with_the_reason(tmp_path: Path, key: str, 
     path.write_text(json.dumps({"bf16": {"enabled": True}, key: value}))
     with pytest.raises(UserError, match=f"{key} does not belong into a systems file: {reason}"):
         load_systems(path)
+
+
+def test_start_of_a_training_loads_no_compiler_and_not_timm() -> None:
+    """In a process of its own: DeepSpeed decorates functions with torch.compile, which loads it."""
+    program = """
+import sys
+import torch
+import everest_ds.training_run
+from everest_ds import distributed
+from everest_ds.recipes import get_recipe
+from everest_ds.train import engine, tasks
+
+device = distributed.start(distributed.World.from_environment())
+config = get_recipe("demo")
+systems = engine.DEFAULT_SYSTEMS
+ds_config = engine.resolve_ds_config(systems, config, world_size=1, precision="fp32", device_type="cpu")
+engine.build_engine(tasks.make_task(config), config, ds_config, device)
+muon = "deepspeed.runtime.zero.muon.original_muon"
+heavy = ("torch._inductor.compile_fx", "torch._inductor.codecache", "timm", muon)
+print([name for name in heavy if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.splitlines()[-1:] == ["['deepspeed.runtime.zero.muon.original_muon']"], done.stderr

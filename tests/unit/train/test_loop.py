@@ -21,13 +21,13 @@ from everest_ds.recipes import get_recipe
 from everest_ds.train.callbacks import Callback
 from everest_ds.train.checkpoints.save import TrainState
 from everest_ds.train.loop import Trainer
-from everest_ds.train.optim import learning_rate
-from everest_ds.train.optim_step import DeepSpeedUpdater, StepResult
 from everest_ds.train.record.bad_samples import BadSamples
 from everest_ds.train.record.metrics import MetricsLog
 from everest_ds.train.record.skipped_steps import SkippedSteps
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import STOP_SIGNALS
+from everest_ds.train.step.optim import learning_rate
+from everest_ds.train.step.updater import DeepSpeedUpdater, StepResult
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
 CPU = torch.device("cpu")

@@ -16,10 +16,10 @@ from everest_ds.model.frames import FrameChoice
 from everest_ds.recipes import get_recipe
 from everest_ds.train.checkpoints.save import TrainState
 from everest_ds.train.loop import Trainer
-from everest_ds.train.optim_step import DeepSpeedUpdater
 from everest_ds.train.record.frames import FrameLog, chooses_frames, describe_choice
 from everest_ds.train.record.metrics import MetricsLog
 from everest_ds.train.schedule import Schedule
+from everest_ds.train.step.updater import DeepSpeedUpdater
 from tests.unit.train.test_loop import ALONE, CPU, DATASET_SIZE, FakeEngine, FakeTask, make_config
 
 ROWS = [VideoRow(Path(f"{number}.mp4"), 0) for number in range(DATASET_SIZE)]

@@ -12,7 +12,7 @@ import torch
 import everest_ds.model.registry  # noqa: F401  (registers the models)
 from everest_ds.config import BatchConfig, OptimConfig
 from everest_ds.train.engine import set_learning_rate
-from everest_ds.train.optim import (
+from everest_ds.train.step.optim import (
     describe_groups,
     learning_rate,
     make_optimizer,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from everest_ds.data.clips.batch import ClipBatch
-from everest_ds.train import device_feed as feeding
-from everest_ds.train.device_feed import DeviceFeed
+from everest_ds.train.step import device_feed as feeding
+from everest_ds.train.step.device_feed import DeviceFeed
 
 
 def batch(number: int, *, pin: bool = False) -> ClipBatch:

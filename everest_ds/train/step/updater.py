@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from everest_ds.config import OptimConfig
-from everest_ds.train.device_feed import Inputs
-from everest_ds.train.gradients import FlatGradients, choose_gradients
+from everest_ds.train.step.device_feed import Inputs
+from everest_ds.train.step.gradients import FlatGradients, choose_gradients
 
 # Added to the norm before gradients are divided, as DeepSpeed and torch do.
 CLIP_EPS = 1e-6

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from everest_ds.config import OptimConfig
-from everest_ds.train.optim import make_optimizer
-from everest_ds.train.optim_step import DeepSpeedUpdater, global_norm
+from everest_ds.train.step.optim import make_optimizer
+from everest_ds.train.step.updater import DeepSpeedUpdater, global_norm
 
 LEARNING_RATE, DECAY, BETAS, EPS = 0.1, 0.05, (0.9, 0.95), 1e-8
 GRADIENTS = [[3.0, -4.0], [0.1, 0.2], [math.inf, 1.0], [30.0, 0.5], [math.nan, math.nan], [0.4, -0.3]]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from everest_ds.errors import UserError
 from everest_ds.train.engine import shipped_systems
-from everest_ds.train.gradients import NORM_CHUNK, FlatGradients, choose_gradients, chunked_norm, flat_obstacle
+from everest_ds.train.step.gradients import NORM_CHUNK, FlatGradients, choose_gradients, chunked_norm, flat_obstacle
 
 ZERO_2 = {"zero_optimization": {"stage": 2}}
 

@@ -89,7 +89,7 @@ def require_scaled_rates(groups: Sequence[Mapping[str, Any]], rate: float) -> No
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """Return torch's fused AdamW: one pass over weights and moments; `train.optim_step` may skip it."""
+    """Return torch's fused AdamW: one pass over weights and moments; `train.step.updater` may skip it."""
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
