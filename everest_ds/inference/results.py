@@ -15,7 +15,7 @@ from everest_ds.config import FinetuneConfig
 from everest_ds.config.file import load_config
 from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.errors import UserError, escaped
-from everest_ds.files import write_csv
+from everest_ds.files import read_json_object, write_csv
 from everest_ds.inference.scores import Scores
 from everest_ds.inference.source import ClipSettings
 from everest_ds.tokens import TokenGrid, describe_kept
@@ -59,7 +59,7 @@ def require_own(out: Path, summary: dict[str, Any]) -> None:
         return
     try:
         earlier = _identity(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not of an evaluation; name another folder with --out") from error
     now = _identity(summary)
     for key, value in now.items():
@@ -175,8 +175,8 @@ def recorded_scores(checkpoint: Path, kind: WeightsKind) -> tuple[str, ...]:
         lines.append(f"top-1 {state.best_score:.2%} on {videos}, one view in the middle of each video")
     for path in sorted(run_dir.glob(f"evaluation-*/{SUMMARY}")):
         try:
-            line = _line_of(json.loads(path.read_text(encoding="utf-8")), (checkpoint.name, kind), config)
-        except (OSError, ValueError, KeyError, TypeError):
+            line = _line_of(read_json_object(path), (checkpoint.name, kind), config)
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
         if line is not None:
             lines.append(line)

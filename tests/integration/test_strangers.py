@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -118,3 +119,52 @@ def test_run_that_wants_to_run_code_is_refused_and_nothing_ran(
     assert "Traceback" not in done.stderr
     assert contents(run) == before
     assert not list(tmp_path.glob("out*"))
+
+
+def write_folder(folder: Path, name: str, content: object) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "videomae"}')
+    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "one.bin"}}')
+    torch.save(content, folder / name)
+    return folder
+
+
+# Files of weights, written with a payload in them.
+def write_zip(out: Path, content: object) -> Path:
+    torch.save(content, out.with_suffix(".pth"))
+    return out.with_suffix(".pth")
+
+
+def write_old(out: Path, content: object) -> Path:
+    torch.save(content, out.with_suffix(".pt"), _use_new_zipfile_serialization=False)
+    return out.with_suffix(".pt")
+
+
+def write_bare(out: Path, content: object) -> Path:
+    out.with_suffix(".bin").write_bytes(pickle.dumps(content))
+    return out.with_suffix(".bin")
+
+
+FORMATS: dict[str, Callable[[Path, object], Path]] = {
+    "zip": write_zip,
+    "before torch 1.6": write_old,
+    "pickle": write_bare,
+    "Hugging Face": lambda out, content: write_folder(out, "pytorch_model.bin", content),
+    "Hugging Face in parts": lambda out, content: write_folder(out, "one.bin", content),
+    "DeepSpeed": lambda out, content: write_folder(out, MODEL, content),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_weights_that_want_to_run_code_are_refused_by_init_from(
+    kind: str, demo_folder: Path, tmp_path: Path
+) -> None:
+    marker = tmp_path / "ran"
+    source = FORMATS[kind](tmp_path / "w", {"model": {"mask_token": torch.ones(1)}, "x": [(Payload(marker),)]})
+    done = compute(own_command(demo_folder, tmp_path / "out", "--init-from", str(source)))
+    assert not marker.exists()
+    assert done.returncode == 2, done.stderr
+    assert f"everest: error: {source}" in done.stderr
+    assert "is a pickle that wants to run code when it is read (" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -30,6 +30,8 @@ METADATA_KEY = "everest_model"
 RUN_CONFIG_KEY = "config"
 CONFIG = "config.json"
 MAX_HEADER_BYTES = MAX_PICKLE_BYTES  # of safetensors: names, shapes, and texts of ours
+# Of another project: DeepSpeed unpickles it, and the script in such a folder is a stranger's, too.
+CONSOLIDATE = "where you trust its origin, run `python -m deepspeed.utils.zero_to_fp32` over it"
 DEEPSPEED_STATES = "mp_rank_00_model_states.pt"
 # Official files keep their arguments in one; making it runs no code of the file's.
 ARGUMENTS = {"argparse.Namespace": argparse.Namespace}
@@ -83,7 +85,7 @@ def read_raw(path: Path) -> RawWeights:
         )
     raw = _remove_prefixes(_read_with_texts(path) if path.suffix == ".safetensors" else _read_wrapped(path), path)
     if path.name == DEEPSPEED_STATES and any(tensor.dtype != torch.float32 for tensor in raw.tensors.values()):
-        return replace(raw, notes=("DeepSpeed's zero_to_fp32.py gets the float32 weights out of this folder",))
+        return replace(raw, notes=(f"to get the float32 weights out of this folder, {CONSOLIDATE}",))
     config = path.parent / CONFIG
     if config.is_file() and any(name.startswith(("videomae.", "embeddings.")) for name in raw.tensors):
         return replace(raw, config=read_json_object(config))
@@ -102,7 +104,7 @@ def _read_folder(path: Path) -> RawWeights:
             tensors |= _read_shard(shard)
         return _remove_prefixes(RawWeights(tensors=tensors, config=read_json_object(path / CONFIG)), path)
     if any(path.glob("zero_pp_rank_*_model_states.pt")):
-        raise UserError(f"{path} is sharded by DeepSpeed at stage 3; run the zero_to_fp32.py beside it first")
+        raise UserError(f"{path} is sharded by DeepSpeed at stage 3; first, {CONSOLIDATE}")
     expected = ", ".join((*WEIGHT_FILES, DEEPSPEED_STATES))
     raise UserError(f"{path} has no weights: expected a run, a complete checkpoint, or one of {expected} in it")
 

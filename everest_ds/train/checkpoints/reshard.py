@@ -40,6 +40,8 @@ from everest_ds.train.checkpoints.seal import (
 from everest_ds.train.checkpoints.shards import load_checkpoint, read_shard, require_data
 
 REPORT_EVERY_S = 5.0
+# What reading a shard raises that is data and yet not as DeepSpeed writes it.
+ODD = (LookupError, TypeError, ValueError, AttributeError)
 
 
 def needs_resharding(was: TrainState, now: TrainState) -> bool:
@@ -108,7 +110,7 @@ def _convert(checkpoint: Path, copy: Path, source: str, world: World) -> None:
         print(f"converting {checkpoint.name} for another world or ZeRO stage", flush=True)
     fault = (
         _run_converter(checkpoint, temporary, world)
-        or try_together(lambda: _bridge_stages(checkpoint, temporary) if world.is_main else None)
+        or try_together(lambda: _bridge(checkpoint, temporary) if world.is_main else None)
         or try_together(lambda: seal(temporary, world, source=source))
         or try_together(lambda: _publish(temporary, copy) if world.is_main else None)
     )
@@ -137,7 +139,7 @@ def _run_converter(checkpoint: Path, temporary: Path, world: World) -> str | Non
             temporary.mkdir()
             num_parameters = _count_parameters(checkpoint)
             process = _start_converter(checkpoint, temporary)
-        except OSError as error:
+        except (OSError, *ODD) as error:
             fault = str(error)
     with contextlib.nullcontext() if process is None else ending_with_us(process):
         while any(distributed.gather_objects(_is_converting(process, temporary, num_parameters, started))):
@@ -183,6 +185,14 @@ def _start_converter(checkpoint: Path, temporary: Path) -> "subprocess.Popen[byt
 def _count_parameters(checkpoint: Path) -> int:
     shapes = _model_states(checkpoint)["param_shapes"]
     return sum(len(group) for group in shapes) if isinstance(shapes, list) else len(shapes)
+
+
+def _bridge(checkpoint: Path, temporary: Path) -> None:
+    """Do `_bridge_stages`; a checkpoint of odd contents is an error like a full disk, which all ranks learn of."""
+    try:
+        _bridge_stages(checkpoint, temporary)
+    except ODD as error:
+        raise RuntimeError(f"its contents are odd: {type(error).__name__}: {error}") from error
 
 
 def _bridge_stages(checkpoint: Path, temporary: Path) -> None:

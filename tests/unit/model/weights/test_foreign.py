@@ -151,11 +151,12 @@ def test_folder_of_deepspeed_is_read_as_data(mini64: GoldenModel, tmp_path: Path
     assert are_same(weights.tensors, {name: tensor.float() for name, tensor in state.items()})
     assert weights.ignored == ("ds_config",)
     assert weights.notes == (
-        "DeepSpeed's zero_to_fp32.py gets the float32 weights out of this folder",
+        "to get the float32 weights out of this folder, where you trust its origin, run `python -m "
+        "deepspeed.utils.zero_to_fp32` over it",
         "stored in float16, widened to float32",
     )
     (tmp_path / DEEPSPEED_STATES).rename(tmp_path / f"zero_pp_rank_0_{DEEPSPEED_STATES}")
-    with pytest.raises(UserError, match=r"sharded by DeepSpeed at stage 3; run the zero_to_fp32\.py"):
+    with pytest.raises(UserError, match=r"sharded by DeepSpeed at stage 3; first, where you trust its origin, run"):
         read_weights(tmp_path)
 
 
