@@ -18,9 +18,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
+
+from everest_ds.processes import kill_tree
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -245,19 +246,7 @@ def _raise_again(problem: Any) -> None:
 
 def _kill(process: "Popen[Any]") -> None:
     if process.returncode is None:  # or its number may be another process's by now
-        _kill_tree(process.pid)
-
-
-def _kill_tree(pid: int) -> None:
-    """Kill a process and its descendants; it is halted before, so that it starts no more."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGSTOP)
-    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in listed.read_text().split():
-                _kill_tree(int(child))
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+        kill_tree(process.pid)
 
 
 def _ignore(*_: object) -> None:

@@ -22,13 +22,21 @@ from everest_ds.data.lists.run_lists import Lists
 from everest_ds.data.lists.video_list import fingerprint
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.distributed import World
+from everest_ds.errors import UserError
 from everest_ds.files import write_atomically
 from everest_ds.inference.validation import Validation
 from everest_ds.model.attention import choose_backend
 from everest_ds.model.sizes import get_size
 from everest_ds.planning.memory import GIB, MemoryEstimate, describe_estimate, estimate_memory
 from everest_ds.train.callbacks import Callback
-from everest_ds.train.checkpoints.run_dir import find_pointer_fault, require_shared, write_run_files
+from everest_ds.train.checkpoints.owner import Holding, owning
+from everest_ds.train.checkpoints.run_dir import (
+    Resume,
+    find_pointer_fault,
+    find_resume,
+    require_shared,
+    write_run_files,
+)
 from everest_ds.train.checkpoints.save import TrainState, point_to_best, set_aside, unfinished_saves
 from everest_ds.train.checkpoints.start import Start, choose_start
 from everest_ds.train.ema import WeightAverage
@@ -46,6 +54,7 @@ from everest_ds.train.precision import Precision, choose_precision
 from everest_ds.train.record.bad_samples import BadSamples
 from everest_ds.train.record.frames import FrameLog, chooses_frames
 from everest_ds.train.record.metrics import MetricsLog
+from everest_ds.train.record.ownership import Ownership
 from everest_ds.train.record.progress import MemoryComparison, StallHint
 from everest_ds.train.record.skipped_steps import SkippedSteps
 from everest_ds.train.schedule import Schedule
@@ -105,6 +114,34 @@ def run(job: TrainingJob, world: World) -> int:
     """
     attention, precision = _check_alone(job)
     device = distributed.start(world)  # from here on all processes go together
+    with owning(job.resume.run_dir, world) as holding:
+        job = replace(job, resume=look_again(job, world))
+        taken, end_step = _train(job, world, device, attention, precision, holding)
+    distributed.finish()
+    return 0 if taken >= end_step else EXIT_STOPPED
+
+
+def look_again(job: TrainingJob, world: World) -> Resume:
+    """Return where the run resumes, now that nobody else writes to it; as rank zero sees it, on all ranks.
+
+    The launch that owned it before may have saved since the command line was read.
+    """
+    resume, fault = None, None
+    if world.is_main:
+        try:
+            resume = find_resume(job.options.out, job.lists.config, job.options.resume)
+        except UserError as error:
+            fault = str(error)
+    if fault := distributed.agree(fault):
+        raise UserError(fault)
+    (found,) = (one for one in distributed.gather_objects(resume) if one is not None)
+    return found
+
+
+def _train(
+    job: TrainingJob, world: World, device: torch.device, attention: str, precision: Precision, holding: Holding
+) -> tuple[int, int]:
+    """Train in a directory that this launch owns; return the steps taken, and those there are."""
     began = time.perf_counter()
     ready = _make_ready(job, world, device, attention, precision)
     start, schedule = ready.start, ready.schedule
@@ -126,7 +163,7 @@ def run(job: TrainingJob, world: World) -> int:
             run_dir=start.run_dir,
             log=log,
             start=state,
-            callbacks=make_callbacks(ready, state, log, estimate),
+            callbacks=[Ownership(holding), *make_callbacks(ready, state, log, estimate)],
         )
         if schedule.num_left > 0:
             with contextlib.closing(_batches(ready)) as batches:
@@ -136,8 +173,7 @@ def run(job: TrainingJob, world: World) -> int:
             log.say(_nothing_left(ready))
         if taken >= schedule.end_step:
             log.say(f"done: {start.run_dir}")
-    distributed.finish()
-    return 0 if taken >= schedule.end_step else EXIT_STOPPED
+    return taken, schedule.end_step
 
 
 def _check_alone(job: TrainingJob) -> tuple[str, Precision]:

@@ -41,7 +41,8 @@ def reference(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_run_directory_is_as_documented(reference: Path) -> None:
     names = {path.name for path in reference.iterdir()}
     assert names == {
-        "config.json", "ds_config.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints",
+        "config.json", "ds_config.json", "environment.json", "owner.lock", "metrics.jsonl", "tensorboard",
+        "checkpoints",
     }  # fmt: skip
     lines = metrics(reference)
     assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))

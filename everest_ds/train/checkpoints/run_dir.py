@@ -3,6 +3,7 @@
 RUN/config.json          the resolved recipe
     ds_config.json       the DeepSpeed configuration as used
     environment.json     command, commit, versions, hardware of the last start
+    owner.lock           who trains it; see `owner`
 """
 
 import os
@@ -21,6 +22,7 @@ from everest_ds.config import Config
 from everest_ds.config.file import dump_config, load_config
 from everest_ds.errors import UserError
 from everest_ds.files import is_partial, write_atomically, write_json
+from everest_ds.train.checkpoints.owner import OWNER, refuse_if_trained
 from everest_ds.train.checkpoints.save import LATEST, folder_of, list_checkpoints, read_pointer
 from everest_ds.train.checkpoints.seal import SEAL, is_sealed
 
@@ -82,11 +84,13 @@ def find_resume(out: Path | None, config: Config, resume: str) -> Resume:
         resume: auto, never, or the path of a checkpoint or run.
 
     Raises:
-        UserError: The directory is used and must not be, holds another run, or the named checkpoint is unusable.
+        UserError: The directory is being trained, is used and must not be, or holds another run, or the named
+            checkpoint is unusable.
     """
     if resume not in ("auto", "never"):
         return _named_checkpoint(out, config, Path(resume))
     run_dir = out or Path("runs") / config.recipe
+    refuse_if_trained(run_dir)
     if not _is_used(run_dir):
         return Resume(run_dir=run_dir)
     if resume == "never":
@@ -99,6 +103,8 @@ def find_resume(out: Path | None, config: Config, resume: str) -> Resume:
 
 def _named_checkpoint(out: Path | None, config: Config, named: Path) -> Resume:
     """Return the checkpoint of that name; a run directory, or its checkpoints/, stands for its `latest`."""
+    for folder in (out,) if out else (named, *named.parents[:2]):
+        refuse_if_trained(folder)
     if folder_of(named).is_dir():
         checkpoint = read_pointer(named, LATEST)
     elif named.is_dir() and folder_of(named.parent).resolve() == named.resolve():
@@ -135,7 +141,7 @@ def find_pointer_fault(run_dir: Path) -> str | None:
 
 
 def _is_used(run_dir: Path) -> bool:
-    return run_dir.is_dir() and any(not is_partial(path) for path in run_dir.iterdir())
+    return run_dir.is_dir() and any(path.name != OWNER and not is_partial(path) for path in run_dir.iterdir())
 
 
 def _require_same_run(run_dir: Path, config: Config) -> None:

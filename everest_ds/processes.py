@@ -1,0 +1,81 @@
+"""Processes of this machine: when they began, whether they still run, and how they end with the one above. A leaf.
+
+As a program, `python -m everest_ds.processes MODULE ARGUMENTS` runs a module that ends with the process that
+started it, whatever ends that one, and so do the processes that the module forks.
+"""
+
+import contextlib
+import ctypes
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+def started_at(pid: int) -> str | None:
+    """Return when a process began, in ticks since the machine's start; None where it does not run (any more).
+
+    Number and start together name a process: numbers are used again.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def parent_of(pid: int) -> int:
+    """Return the number of the process above; 0 where there is none."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def words_of(pid: int) -> list[str]:
+    """Return the command line of a process; empty where it does not run, or has none."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").rstrip("\0").split("\0")
+    except OSError:
+        return []
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and its descendants; it is halted before, so that it starts no more."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+    for child in children_of(pid):
+        kill_tree(child)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the numbers of the processes that a process has started and that still run."""
+    children: list[int] = []
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            children += map(int, listed.read_text().split())
+    return children
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when the thread that started it ends; also out of a call that hangs in C."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _run_module(name: str) -> None:
+    parent = os.getppid()
+    end_with_parent()
+    os.register_at_fork(after_in_child=end_with_parent)
+    if os.getppid() != parent:  # it ended before the kernel knew
+        sys.exit(1)
+    sys.argv = sys.argv[1:]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    _run_module(sys.argv[1])

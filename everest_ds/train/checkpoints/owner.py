@@ -1,0 +1,289 @@
+"""One launch trains a run directory at a time: its owner, by a lock that rank zero holds until it ends.
+
+RUN/owner.lock   locked by the kernel (flock); says who the owner is, with a beat every few seconds; stays, empty
+
+The kernel frees the lock when the process ends, however it ends. Where two nodes share a disk on which locks do not
+reach from one to the other, the beat decides: another machine's owner is gone when its beat stands still.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from everest_ds import distributed
+from everest_ds.distributed import World
+from everest_ds.errors import UserError
+from everest_ds.processes import started_at
+
+OWNER = "owner.lock"
+BEAT_EVERY_S = 10.0
+# Of another machine. Network file systems show a change within a minute, and at once where a file is opened anew.
+GONE_AFTER_S = 60.0
+_LOOK_EVERY_S = 1.0
+# A record is written over the one before in one piece, so that it needs no room on a full disk.
+_RECORD_BYTES = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """The process that trains a run.
+
+    Attributes:
+        pid: Its number.
+        host: Its machine's name.
+        since: When it began to train, in its local time.
+        started: When the process began, in ticks of its machine.
+        boot: Its machine, since the last start of that.
+        namespace: Where its number counts; containers have their own.
+        beat: How often it has said that it is alive.
+    """
+
+    pid: int
+    host: str
+    since: str
+    started: str
+    boot: str
+    namespace: str
+    beat: int = 0
+
+    @classmethod
+    def of_this_process(cls) -> "Owner":
+        """Return this process as an owner."""
+        return cls(
+            pid=os.getpid(),
+            host=platform.node(),
+            since=time.strftime("%Y-%m-%d %H:%M:%S"),
+            started=started_at(os.getpid()) or "",
+            boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            namespace=os.readlink("/proc/self/ns/pid"),
+        )
+
+    def is_same(self, other: "Owner | None") -> bool:
+        """Return whether both are one process."""
+        names = ("pid", "host", "started", "boot", "namespace")
+        return other is not None and all(getattr(self, name) == getattr(other, name) for name in names)
+
+    def is_neighbour(self, other: "Owner") -> bool:
+        """Return whether the numbers of both mean the same processes."""
+        return (self.boot, self.namespace) == (other.boot, other.namespace)
+
+    def runs_here(self) -> bool:
+        """Return whether this is a process of this machine that still runs."""
+        return self.is_neighbour(Owner.of_this_process()) and started_at(self.pid) == self.started
+
+    def refusal(self, run_dir: Path) -> str:
+        """Return the message for a second launch."""
+        return (
+            f"{run_dir} is being trained by pid {self.pid} on {self.host} since {self.since}; wait for it, stop it "
+            f"(kill {self.pid} there: it saves), or name another folder with --out"
+        )
+
+
+def refuse_if_trained(run_dir: Path) -> None:
+    """Refuse a run directory whose owner, another process, runs on this machine; needs no other rank.
+
+    Raises:
+        UserError: It is being trained.
+    """
+    with contextlib.suppress(OSError):
+        owner = _parse((run_dir / OWNER).read_bytes())
+        if owner is not None and owner.runs_here() and not owner.is_same(Owner.of_this_process()):
+            raise UserError(owner.refusal(run_dir))
+
+
+@contextlib.contextmanager
+def owning(run_dir: Path, world: World) -> Iterator["Holding"]:
+    """Own a run directory inside this block; all ranks take part, and are refused alike.
+
+    The folder is made where there is none. It is removed again if nothing was written to it.
+
+    Raises:
+        UserError: Another launch owns it, or it cannot be written to.
+    """
+    lock, fault = None, None
+    if world.is_main:
+        try:
+            lock = _Lock(run_dir)
+        except UserError as error:
+            fault = str(error)
+        except OSError as error:
+            fault = f"{error.filename or run_dir} cannot be written: {error.strerror}"
+            fault += "; a run must be able to write to its directory: mend that, or name another folder with --out"
+    try:
+        if fault := distributed.agree(fault):
+            raise UserError(fault)
+        yield Holding(lock)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+class Holding:
+    """A run directory that this launch owns: may it still be written to?"""
+
+    def __init__(self, lock: "_Lock | None") -> None:
+        self._lock = lock
+
+    def require(self) -> None:
+        """Look whether the directory is still this launch's; all ranks take part.
+
+        Raises:
+            UserError: It has another owner by now, or is gone.
+        """
+        if fault := distributed.agree(self._lock.find_loss() if self._lock else None):
+            raise UserError(fault)
+
+
+class _Lock:
+    """The lock of one run directory, held by this process, and the thread that beats."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir, self._path = run_dir, run_dir / OWNER
+        self._made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+        self._me = Owner.of_this_process()
+        self._ended = threading.Event()
+        self._file = -1
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._file, reaches = _open_locked(run_dir)
+            before = self._read()
+            if before is not None and self._is_alive(before, reaches=reaches):
+                raise UserError(before.refusal(run_dir))
+            self._write(0)
+        except BaseException:
+            self._close()
+            raise
+        threading.Thread(target=self._beat, name="owner", daemon=True).start()
+
+    def release(self) -> None:
+        """Give the directory back; whoever opens it next need not wait."""
+        self._ended.set()
+        if self.find_loss() is None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, 0)
+        self._close()
+
+    def find_loss(self) -> str | None:
+        """Return why the directory is not this process's any more; None where it is."""
+        owner = self._read()
+        if self._me.is_same(owner):
+            return None
+        if owner is not None:
+            return f"this launch has lost its run: {owner.refusal(self._run_dir)}"
+        return f"{self._run_dir} was removed while it was being trained; start again in a folder that stays"
+
+    def _is_alive(self, owner: Owner, *, reaches: bool) -> bool:
+        """Return whether the owner that a lock names still trains, though the lock could be taken."""
+        if owner.boot == self._me.boot and reaches:
+            return False  # one kernel has all locks of both
+        if owner.is_neighbour(self._me):
+            return owner.runs_here()
+        print(
+            f"{self._path} is of pid {owner.pid} on {owner.host}: looking for {GONE_AFTER_S:g} s whether that runs",
+            flush=True,
+        )
+        until = time.monotonic() + GONE_AFTER_S
+        while time.monotonic() < until:
+            time.sleep(_LOOK_EVERY_S)
+            now = self._read()
+            if now is None:
+                return False
+            if now != owner:
+                return True
+        return False
+
+    def _read(self) -> Owner | None:
+        """Return the owner that the path names now, not the one that the open file did."""
+        try:
+            return _parse(self._path.read_bytes())
+        except OSError:
+            return None
+
+    def _write(self, beat: int) -> None:
+        record = json.dumps(asdict(self._me) | {"beat": beat}).encode()
+        os.pwrite(self._file, record.ljust(_RECORD_BYTES - 1) + b"\n", 0)
+        os.ftruncate(self._file, max(_RECORD_BYTES, len(record) + 1))
+        os.fsync(self._file)
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._ended.wait(BEAT_EVERY_S):
+            beat += 1
+            if self.find_loss() is None:
+                with contextlib.suppress(OSError):  # of a disk that is away for a while
+                    self._write(beat)
+
+    def _close(self) -> None:
+        """Close the file, and remove what would be all that this launch leaves."""
+        with contextlib.suppress(OSError):
+            if self._file >= 0 and os.listdir(self._run_dir) == [OWNER] and not os.fstat(self._file).st_size:
+                self._path.unlink()
+        if self._file >= 0:
+            os.close(self._file)
+        with contextlib.suppress(OSError):  # something else is there
+            for folder in self._made:
+                folder.rmdir()
+
+
+def _open_locked(run_dir: Path) -> tuple[int, bool]:
+    """Open and lock the file of a run; return it, and whether the file system knows locks at all.
+
+    Raises:
+        UserError: Another process has it, or something else has its name.
+        OSError: It cannot be opened or made.
+    """
+    path = run_dir / OWNER
+    while True:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            if path.is_dir() or path.is_symlink():
+                raise UserError(f"{path} is no plain file, which only a run makes; remove it") from error
+            raise
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise UserError(f"{path} is no plain file, which only a run makes; remove it")
+            reaches = _lock(file, run_dir)
+            if _is_at(file, path):
+                return file, reaches
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)  # its last owner has removed it: lock the next one
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Return whether a path names an open file."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(file: int, run_dir: Path) -> bool:
+    """Lock a file; return False where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = _parse(os.pread(file, 2 * _RECORD_BYTES, 0))
+        text = "is being trained by another process; wait for it, or name another folder with --out"
+        raise UserError(owner.refusal(run_dir) if owner else f"{run_dir} {text}") from error
+    except OSError:
+        return False
+    return True
+
+
+def _parse(record: bytes) -> Owner | None:
+    """Return the owner of a record; None for an empty one, and for one that is no record."""
+    try:
+        return Owner(**json.loads(record))
+    except (ValueError, TypeError):
+        return None
