@@ -25,7 +25,7 @@ _ENDS_NUMBER = np.isin(np.arange(256), list(b".0123456789"))
 # Comments, JSON, and a path whose folder has no name begin with these.
 _ODD_START = np.isin(np.arange(256), list(b"#[{ ,\t"))
 # What str.splitlines takes for the end of a line, and str.strip for a space, besides those of ASCII.
-_OTHER_ENDS = re.compile(rb"[\r\x0b\x0c\x1c-\x1e]|\xc2\x85|\xe2\x80[\xa8\xa9]")
+_OTHER_ENDS = (b"\r", b"\x0b", b"\x0c", b"\x1c", b"\x1d", b"\x1e", b"\xc2\x85", b"\xe2\x80\xa8", b"\xe2\x80\xa9")
 _OTHER_SPACES = re.compile(rb"\xc2\xa0|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xaf]|\xe2\x81\x9f|\xe3\x80\x80")
 _MOST_LABEL_DIGITS, _MOST_TIME_DIGITS = 9, 15
 
@@ -57,17 +57,17 @@ class LineBlock:
     labels: _Ints
     times_s: NDArray[np.float64]
 
-    def plain_paths(self) -> bytes:
-        """Return the paths of the plain lines, one after another."""
+    def plain_paths(self, chosen: _Bools) -> bytes:
+        """Return the paths of some of the plain lines, one after another."""
         steps = np.zeros(len(self.content) + 1, np.int8)
-        steps[self.path_starts[self.is_plain]] = 1
-        steps[self.path_ends[self.is_plain]] = -1
+        steps[self.path_starts[chosen]] = 1
+        steps[self.path_ends[chosen]] = -1
         return np.frombuffer(self.content, np.uint8)[np.cumsum(steps[:-1], dtype=np.int8).view(bool)].tobytes()
 
 
 def has_other_line_ends(content: bytes) -> bool:
     """Say whether lines may end in anything but a newline."""
-    return _OTHER_ENDS.search(content) is not None
+    return any(end in content for end in _OTHER_ENDS)  # a search for each is ten times as fast as a pattern
 
 
 def scan_block(content: bytes) -> LineBlock:

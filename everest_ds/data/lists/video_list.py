@@ -31,6 +31,7 @@ __all__ = [
     "format_list", "packed", "read_list", "require_reachable", "window_fault", "write_list",
 ]  # fmt: skip
 
+_MIXER = 6364136223846793005
 _BYTE_ORDER_MARK = "\ufeff"
 _NUM_PROBED = 64
 _SHOWN_CHARACTERS = 120
@@ -102,36 +103,34 @@ def describe_repeats(rows: Sequence[VideoRow]) -> str | None:
     They are kept: a video that is listed twice is seen, or scored, twice, which some want and most do not.
     """
     rows = packed(rows)
-    candidates = _seem_repeated(rows)
-    first: dict[VideoPart, VideoRow] = {}
-    repeats = []
-    for row in (rows[int(place)] for place in candidates):
-        earlier = first.setdefault(row.part, row)
-        if earlier is not row:
-            repeats.append((row, earlier))
-    if not repeats:
+    hashes = _hash_parts(rows)
+    order = np.argsort(hashes, kind="stable")
+    repeats = hashes[order[1:]] == hashes[order[:-1]]
+    if not repeats.any():
         return None
-    row, earlier = repeats[0]
-    others = sum(row.label != earlier.label for row, earlier in repeats)
+    # Of rows with equal hashes, which stand together in their order, the first is what the others repeat.
+    starts = np.maximum.accumulate(np.where(np.concatenate([[False], repeats]), 0, np.arange(len(order))))
+    places, first = order[1:][repeats], order[starts[1:][repeats]]
+    others = int((rows.labels[places] != rows.labels[first]).sum())
+    chosen = int(np.argmin(places))
+    row, earlier = rows[int(places[chosen])], rows[int(first[chosen])]
     clash = f", {others} of them with another label" if others else ""
     place = "" if row.line is None else f" in line {row.line}, listed in line {earlier.line} already"
-    return f"{len(repeats)} rows repeat an earlier one{clash}, the first is {row.path}{place}; all are kept"
+    return f"{len(places)} rows repeat an earlier one{clash}, the first is {row.path}{place}; all are kept"
 
 
-def _seem_repeated(rows: PackedRows) -> NDArray[np.int64]:
-    """Return the places of rows whose path and window have the hash of another row's, ascending."""
+def _hash_parts(rows: PackedRows) -> NDArray[np.int64]:
+    """Return 64 bits of each row, from its path and window; different rows have different ones, for all purposes."""
     hashes = np.empty(len(rows), np.int64)
     done = 0
     for paths, _, times_s in rows.chunks():
         part = np.fromiter(map(hash, paths), np.int64, len(paths))
         if times_s is not None:
             start, end = times_s.view(np.int64).T
-            part = (part * 31 + start) * 31 + end
+            part = (part * _MIXER + start) * _MIXER + end
         hashes[done : done + len(part)] = part
         done += len(part)
-    ordered = np.sort(hashes)
-    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
-    return np.flatnonzero(np.isin(hashes, repeated)) if len(repeated) else repeated
+    return hashes
 
 
 def fingerprint(rows: Sequence[VideoRow]) -> str:
@@ -143,13 +142,24 @@ def fingerprint(rows: Sequence[VideoRow]) -> str:
         if times_s is None:
             lines = [b"%b %d" % pair for pair in zip(names, labels.tolist(), strict=True)]
         else:
-            lines = [
-                b"%b %d%b" % (name, label, b"" if start != start else _format_window(start, end).encode())
-                for name, label, (start, end) in zip(names, labels.tolist(), times_s.tolist(), strict=True)
-            ]
+            ends = _format_ends(labels, times_s)
+            lines = [b"%b %b" % pair for pair in zip(names, ends, strict=True)]
         digest.update(separator + b"\n".join(lines))
         separator = b"\n"
     return f"{len(rows)} videos, {digest.hexdigest()[:12]}"
+
+
+def _format_ends(labels: NDArray[np.int32], times_s: NDArray[np.float64]) -> list[bytes]:
+    """Return labels and windows as lines have them; quick where no time has an exponent, and every row a window."""
+    times = [repr(time) for time in times_s.ravel().tolist()]
+    pairs = zip(labels.tolist(), times[::2], times[1::2], strict=True)
+    text = "\n".join([f"{label} {start} {end}" for label, start, end in pairs])
+    if "e" in text or "n" in text:
+        rows = zip(labels.tolist(), times_s.tolist(), strict=True)
+        text = "\n".join(
+            f"{label}{'' if start != start else _format_window(start, end)}" for label, (start, end) in rows
+        )
+    return text.encode().split(b"\n")
 
 
 def require_reachable(rows: Sequence[VideoRow], source: Path) -> None:
@@ -278,26 +288,28 @@ def _pack(block: LineBlock, source: Path, first: int) -> RowChunk:
     has_times = not np.isnan(block.times_s[plain, 0]).all()
     if plain.all():
         lengths = block.path_ends - block.path_starts
-        return RowChunk(block.plain_paths(), lengths, block.labels, numbers, block.times_s if has_times else None)
+        return RowChunk(
+            block.plain_paths(plain), lengths, block.labels, numbers, block.times_s if has_times else None
+        )
+    lengths = np.where(plain, block.path_ends - block.path_starts, 0)
+    done, stops, plain_paths = 0, np.cumsum(lengths).tolist(), block.plain_paths(plain)
     paths: list[bytes] = []
     is_row, labels, times_s = np.ones(len(plain), bool), block.labels, block.times_s
-    for place, is_plain in enumerate(plain.tolist()):
-        if is_plain:
-            paths.append(block.content[block.path_starts[place] : block.path_ends[place]])
-            continue
+    for place in np.flatnonzero(~plain).tolist():
         line = block.content[block.starts[place] : block.ends[place]].decode("utf-8", "surrogateescape").strip()
         if not line:
             is_row[place] = False
             continue
         found = _parse_line(line, source, int(numbers[place]))
-        paths.append(fsencode(str(Path(found.path))))
-        labels[place] = found.label
+        path = fsencode(str(Path(found.path)))
+        paths += [plain_paths[done : stops[place]], path]
+        done = stops[place]
+        lengths[place], labels[place] = len(path), found.label
         times_s[place] = np.nan if found.start_s is None else (found.start_s, found.end_s)
         has_times |= found.start_s is not None
-    lengths = np.fromiter(map(len, paths), np.int64, len(paths))
-    return RowChunk(
-        b"".join(paths), lengths, labels[is_row], numbers[is_row], times_s[is_row] if has_times else None
-    )
+    content = b"".join([*paths, plain_paths[done:]])
+    kept_s = times_s[is_row] if has_times else None
+    return RowChunk(content, lengths[is_row], labels[is_row], numbers[is_row], kept_s)
 
 
 def _parse_line(line: str, source: Path, number: int) -> ListLine:
