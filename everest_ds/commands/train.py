@@ -36,7 +36,7 @@ def check(arguments: Arguments[C], world: World) -> TrainingJob:
     Raises:
         UserError: A list, the batch, the reader or the run directory is at fault.
     """
-    lists = read_lists(arguments.config)
+    lists = read_lists(arguments.config, world)
     lists.config.batch.accumulation_steps(world.size)
     choose_reader(lists.config.data.reader)
     options = arguments.options

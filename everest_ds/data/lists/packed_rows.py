@@ -82,11 +82,23 @@ class PackedRows(Sequence[VideoRow]):
         if has_times:
             self._times_s = np.frombuffer(memory, np.float64, 2 * num_rows, start + num_rows * 16).reshape(-1, 2)
 
+    @property
+    def memory(self) -> tuple[int, str, tuple[int, int, bool]]:
+        """The descriptor of the rows' memory, and what `of_memory` needs besides."""
+        return self._file, str(self._folder), self._shape
+
+    @classmethod
+    def of_memory(cls, file: int, folder: str, num_bytes: int, num_rows: int, has_times: bool) -> "PackedRows":
+        """Return the rows in the memory of another process; its descriptor is closed with them."""
+        rows = cls.__new__(cls)
+        rows._map(file, Path(folder), num_bytes, num_rows, has_times)
+        return rows
+
     def __reduce__(self) -> tuple[Callable[..., "PackedRows"], tuple[Any, ...]]:
         """Go to a process that is being started as the memory itself, elsewhere as a copy of it."""
         if context.get_spawning_popen() is not None:
-            return _reopen, (reduction.DupFd(self._file), self._folder, *self._shape)
-        return _copy, (bytes(self._paths), self._folder, *self._shape)
+            return _reopen, (reduction.DupFd(self._file), str(self._folder), *self._shape)
+        return _copy, (bytes(self._paths), str(self._folder), *self._shape)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -197,15 +209,11 @@ def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // 8) * 8
 
 
-def _reopen(file: Any, folder: Path, *shape: Any) -> PackedRows:
-    rows = PackedRows.__new__(PackedRows)
-    rows._map(file.detach(), folder, *shape)
-    return rows
+def _reopen(file: Any, folder: str, *shape: Any) -> PackedRows:
+    return PackedRows.of_memory(file.detach(), folder, *shape)
 
 
-def _copy(content: bytes, folder: Path, *shape: Any) -> PackedRows:
+def _copy(content: bytes, folder: str, *shape: Any) -> PackedRows:
     file = os.memfd_create("everest-rows")
     _write_all(file, content)
-    rows = PackedRows.__new__(PackedRows)
-    rows._map(file, folder, *shape)
-    return rows
+    return PackedRows.of_memory(file, folder, *shape)

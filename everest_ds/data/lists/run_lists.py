@@ -3,12 +3,14 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from everest_ds.config import Config, FinetuneConfig
 from everest_ds.data.lists.classes import Classes, require_known_labels, resolve_classes
+from everest_ds.data.lists.node_sharing import read_on_node
 from everest_ds.data.lists.video_list import (
     PackedRows,
     VideoPart,
@@ -17,7 +19,10 @@ from everest_ds.data.lists.video_list import (
     read_list,
     require_reachable,
 )
+from everest_ds.distributed import World
 from everest_ds.errors import UserError
+
+ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +44,8 @@ class Lists:
     note: str | None = None
 
 
-def read_lists(config: Config) -> Lists:
-    """Read the lists that a configuration names.
+def read_lists(config: Config, world: World = ALONE) -> Lists:
+    """Read the lists that a configuration names; long ones once for all ranks of a machine.
 
     Raises:
         UserError: A list is missing, empty or leads to no files, or a label does not fit the classes.
@@ -50,8 +55,8 @@ def read_lists(config: Config) -> Lists:
         raise UserError(
             "data.train_list is not set; give --data.train-list FILE (`everest demo-data DIR` makes one to try)"
         )
-    left_out = _read_quarantine(config.data.quarantine)
-    train = _read(train_list, left_out)
+    read = partial(_read, quarantine=config.data.quarantine, world=world)
+    train = read(train_list)
     if not isinstance(config, FinetuneConfig):
         return Lists(config=config, train=train, note="; ".join(_describe_repeats({train_list: train})) or None)
     data = config.data
@@ -60,7 +65,7 @@ def read_lists(config: Config) -> Lists:
     others = {}
     for name in (data.val_list, data.test_list):
         if name is not None:
-            others[name] = _read(name, left_out)
+            others[name] = read(name)
             require_known_labels(others[name], Path(name), classes, trained)
     notes = _describe_repeats({train_list: train, **others})
     if untrained := classes.untrained(trained):
@@ -81,15 +86,22 @@ def _read_quarantine(name: str | None) -> set[VideoPart]:
     return {_resolved(row) for row in read_list(Path(name))}
 
 
-def _read(name: str, left_out: set[VideoPart]) -> PackedRows:
+def _read(name: str, *, quarantine: str | None, world: World) -> PackedRows:
     path = Path(name)
-    rows = read_list(path)
-    if left_out:
-        rows = rows.kept(np.fromiter((_resolved(row) not in left_out for row in rows), bool, len(rows)))
+    files = [path] if quarantine is None else [path, Path(quarantine)]
+    rows = read_on_node(files, lambda: _read_kept(path, quarantine), world)
     if not rows:
         raise UserError(f"data.quarantine leaves no video of {path}; check that it is the right list")
     require_reachable(rows, path)
     return rows
+
+
+def _read_kept(path: Path, quarantine: str | None) -> PackedRows:
+    """Read a list without what is to be left out; only where there is such, each row is looked up on the disk."""
+    rows, left_out = read_list(path), _read_quarantine(quarantine)
+    if not left_out:
+        return rows
+    return rows.kept(np.fromiter((_resolved(row) not in left_out for row in rows), bool, len(rows)))
 
 
 def _resolved(row: VideoRow) -> VideoPart:

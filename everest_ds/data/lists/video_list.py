@@ -120,7 +120,7 @@ def describe_repeats(rows: Sequence[VideoRow]) -> str | None:
 
 
 def _hash_parts(rows: PackedRows) -> NDArray[np.int64]:
-    """Return 64 bits of each row, from its path and window; different rows have different ones, for all purposes."""
+    """Return 64 bits of each row, from its path and window; different rows have different ones."""
     hashes = np.empty(len(rows), np.int64)
     done = 0
     for paths, _, times_s in rows.chunks():
