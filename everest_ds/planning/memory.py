@@ -53,8 +53,8 @@ class MemoryEstimate(ModelStates):
 
     @property
     def transient(self) -> int:
-        """The largest of what follows one another: ranking, forward and backward, the step."""
-        return max(self.gathered + max(self.activations, self.ranking), self.step)
+        """The largest of what follows one another: ranking, forward and backward, the rows filled, the step."""
+        return max(self.gathered + max(self.activations, self.ranking), self.collected, self.step)
 
     @property
     def allocated(self) -> int:
@@ -80,7 +80,7 @@ def estimate_memory(config: Config, ds_config: dict[str, Any], *, world_size: in
         ds_config: As `train.engine.resolve_ds_config` returns it.
         world_size: Processes, one a GPU.
     """
-    sharding = Sharding.of(ds_config, world_size)
+    sharding = Sharding.of(ds_config, world_size, config.optim.gradients)
     counts = count_parameters(config)
     activations = activation_bytes(config, NumberBytes.of(sharding))
     return MemoryEstimate(

@@ -71,6 +71,7 @@ class Setting:
             sharding.stage == 3,
             estimate.sent,
             estimate.total,
+            -sharding.stage,
         )
 
 
@@ -125,7 +126,7 @@ def _make_setting(
     """Estimate one setting; ``auto`` is the precision that the systems say for GPUs."""
     ds_config = resolve_ds_config(systems, config, world_size=num_gpus, precision=precision, device_type="cuda")
     asked, own = (choose_precision(systems, given, "cuda").name for given in (precision, "auto"))
-    sharding = Sharding.of(ds_config, num_gpus)
+    sharding = Sharding.of(ds_config, num_gpus, config.optim.gradients)
     if sharding.stage == 3:  # where blocks cannot be compiled
         config = replace(config, model=replace(config.model, compile_blocks=False))
     return Setting(
@@ -143,7 +144,7 @@ def recommend(settings: list[Setting], memory_bytes: int) -> Setting | None:
     The rule: no offload before offload; no recomputation before that of all but attention, and that before all of
     it; then the fewest accumulation steps, accumulation in float32 before bf16, checkpoints that resume in any
     world before those that do not, stages that do not gather parameters in every pass before stage 3, the least
-    communication, the least memory. Speed is not considered: it has to be measured.
+    communication, the least memory, the higher stage. Speed is not considered: it has to be measured.
     """
     fitting = [setting for setting in settings if setting.estimate.total <= memory_bytes]
     return min(fitting, key=lambda setting: setting.preference, default=None)

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from everest_ds.config import BatchConfig, Config, FinetuneConfig
+from everest_ds.config import BatchConfig, Config, FinetuneConfig, GradientsName
 from everest_ds.train.precision import BF16, FP32, precision_of
+from everest_ds.train.step.gradients import choose_gradients
 from everest_ds.train.tasks import make_task
 
 FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
@@ -89,6 +90,7 @@ class Sharding:
         communication_bytes: Bytes of a gradient on the wire.
         options: The section ``zero_optimization``.
         accumulation_steps: Micro-steps of an optimiser step.
+        is_flat: Whether gradients lie in flat rows (`train.step.gradients`).
         world_size: Processes.
     """
 
@@ -99,23 +101,27 @@ class Sharding:
     communication_bytes: int
     options: dict[str, Any]
     accumulation_steps: int
+    is_flat: bool
     world_size: int
 
     @classmethod
-    def of(cls, ds_config: dict[str, Any], world_size: int) -> "Sharding":
-        """Read a configuration as `train.engine.resolve_ds_config` returns it."""
+    def of(cls, ds_config: dict[str, Any], world_size: int, gradients: GradientsName = "auto") -> "Sharding":
+        """Read a configuration as `train.engine.resolve_ds_config` returns it, and `optim.gradients`."""
         precision = precision_of(ds_config)
         model = "bf16" if precision == BF16 else "fp32"
         size = {"bf16": BFLOAT16_BYTES, "fp32": FLOAT32_BYTES}
         options = ds_config.get("zero_optimization", {})
+        is_flat = choose_gradients(gradients, ds_config) == "flat"
+        accumulation = "fp32" if is_flat else ds_config.get("data_types", {}).get("grad_accum_dtype", model)
         return cls(
             stage=int(options.get("stage", 0)),
             model_bytes=size[model],
             matmul_bytes=FLOAT32_BYTES if precision == FP32 else BFLOAT16_BYTES,
-            accumulation_bytes=size[ds_config.get("data_types", {}).get("grad_accum_dtype", model)],
+            accumulation_bytes=size[accumulation],
             communication_bytes=size[ds_config["communication_data_type"]],
             options=options,
             accumulation_steps=int(ds_config["gradient_accumulation_steps"]),
+            is_flat=is_flat,
             world_size=world_size,
         )
 
@@ -189,11 +195,12 @@ def persistent_elements(counts: ParameterCounts, sharding: Sharding) -> int:
 def bytes_sent(counts: ParameterCounts, sharding: Sharding) -> int:
     """Return the bytes that one GPU sends in one optimiser step, by ring algorithms.
 
-    An all-reduce of X bytes sends 2 (N - 1) / N X, an all-gather or reduce-scatter half of it. Counted at
-    DeepSpeed's calls: stages 0 and 1 all-reduce once a step; stage 2 all-reduces in every micro-step (it does not
-    scatter); stages 1 and 2 gather the parameters after the step; stage 3 reduce-scatters in every micro-step and
-    gathers the parameters once in it, or twice where they are released between forward and backward. Checkpointing
-    adds no gather, and frozen parameters are not gathered for backward or after a step.
+    An all-reduce of X bytes sends 2 (N - 1) / N X, an all-gather or reduce-scatter half of it. Flat gradients are
+    all-reduced at stage 0 and reduce-scattered at stages 1 and 2; DeepSpeed's own path all-reduces at all three.
+    Stages 0 and 1 do so once a step, stage 2 in every micro-step. Stages 1 and 2 gather the parameters after the
+    step. Stage 3 reduce-scatters in every micro-step and gathers the parameters once in it, or twice where they are
+    released between forward and backward. Checkpointing adds no gather, and frozen parameters are not gathered for
+    backward or after a step.
     """
     world, steps, total = sharding.world_size, sharding.accumulation_steps, counts.total
     trained = sum(counts.trained)
@@ -201,7 +208,8 @@ def bytes_sent(counts: ParameterCounts, sharding: Sharding) -> int:
     if sharding.stage == 0:
         moved = 2 * gradients
     elif sharding.stage < 3:
-        moved = 2 * gradients * (steps if sharding.stage == 2 else 1) + parameters
+        reduction = gradients if sharding.is_flat else 2 * gradients
+        moved = reduction * (steps if sharding.stage == 2 else 1) + parameters
     else:
         persistent = persistent_elements(counts, sharding) * sharding.model_bytes
         reuse = int(sharding.options.get("stage3_max_reuse_distance", DEFAULT_REUSE))

@@ -1,7 +1,12 @@
-"""Bytes of parameters, gradients and optimiser states that DeepSpeed really holds on one GPU, by arithmetic.
+"""Bytes of parameters, gradients and optimiser states that are really held on one GPU, by arithmetic.
 
 Written after reading DeepSpeed 0.19.8 and counting the live tensors of each rank; tests/integration/test_memory.py
-counts them again. Beyond the textbook's 16 bytes a parameter (bf16):
+counts them again. Beyond the textbook's 16 bytes a parameter (bf16), with flat gradients (`train.step.gradients`):
+
+* The row has the size of the weights at every stage; autograd's own gradients lie beside it until they are copied.
+* Where stages 0 and 1 accumulate, a float32 row of all parameters is added; at stage 2 it is this process's part.
+
+And on DeepSpeed's own path:
 
 * Stage 0 in bf16 (`FP16_UnfusedOptimizer`) casts all gradients to float32 for the step: 4 bytes more then.
 * Stage 1 in bf16 with float32 accumulation (`BF16_Optimizer`) accumulates in a float32 buffer of *all* parameters,
@@ -42,15 +47,19 @@ class ModelStates:
             the small ones.
         gradients: Held from backward to the step.
         optimizer: Master weights and both moments of Adam.
+        collected: Gradients by parameter while they are copied into flat rows, when the activations are gone.
+        part: This process's part of flat gradients, where it lives from their reduction to the step alone.
         communication: Buffers that gradients are communicated in.
         gathered: Parameters of other processes, held during forward and backward (stage 3).
-        step: What reducing and stepping need for a moment, when the activations are gone.
+        step: What reducing and stepping need for a moment, when the activations are gone, ``part`` included.
         host: Host memory that offload takes for one GPU, pinned.
     """
 
     parameters: int
     gradients: int
     optimizer: int
+    collected: int = 0
+    part: int = 0
     communication: int = 0
     gathered: int = 0
     step: int = 0
@@ -58,8 +67,10 @@ class ModelStates:
 
 
 def model_states(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
-    """Return what the optimiser that DeepSpeed chooses for this configuration holds."""
-    if sharding.stage == 0:
+    """Return what flat gradients and the optimiser that DeepSpeed chooses for this configuration hold."""
+    if sharding.is_flat:
+        states = _flat(counts, sharding)
+    elif sharding.stage == 0:
         states = _plain(counts, sharding)
     elif sharding.stage == 3:
         states = _stage_3(counts, sharding)
@@ -68,6 +79,36 @@ def model_states(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
     else:
         states = _stages_1_and_2(counts, sharding)
     return replace(states, parameters=states.parameters + counts.buffers * FLOAT32_BYTES)
+
+
+def _flat(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
+    """Stages 0 to 2 with flat gradients."""
+    model, sent, trained = sharding.model_bytes, sharding.communication_bytes, sum(counts.trained)
+    accumulates, in_float32 = sharding.accumulation_steps > 1, model == FLOAT32_BYTES
+    world = sharding.world_size if sharding.stage else 1  # at stage 0 every process holds all
+    row = sum(counts.aligned(world)) if sharding.stage else trained
+    share = row // world
+    total = row * FLOAT32_BYTES if accumulates and sharding.stage < 2 else 0
+    # A row that is neither scattered, nor cast, nor overwritten by the next micro-step is the part itself.
+    casts = sent != (FLOAT32_BYTES if total else model)
+    if sharding.stage == 0:
+        is_part = in_float32 or accumulates
+    else:
+        is_part = world == 1 and not casts and (total > 0 or (in_float32 and not accumulates))
+    part = 0 if is_part else share * FLOAT32_BYTES
+    part_stays = sharding.stage == 0 or (sharding.stage == 2 and accumulates)
+    # Gradients are sent as a copy where they have another dtype, and what comes is cast in its turn.
+    copied = row * sent if casts else 0
+    received = share * sent if sharding.world_size > 1 and sharding.stage and sent != FLOAT32_BYTES else 0
+    masters = 0 if sharding.stage == 0 and in_float32 else MASTER_BYTES
+    return ModelStates(
+        parameters=(row + sum(counts.frozen)) * model,
+        gradients=row * model + total + (part if part_stays else 0),
+        optimizer=share * (masters + ADAM_BYTES),
+        collected=trained * model,
+        part=0 if part_stays else part,
+        step=copied + received + (0 if part_stays else part),
+    )
 
 
 def _plain(counts: ParameterCounts, sharding: Sharding) -> ModelStates:

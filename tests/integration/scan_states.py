@@ -131,7 +131,7 @@ def run_case(config: Config, ds_config: dict[str, Any], device: torch.device) ->
     before = set(storages())
     torch.manual_seed(0)
     engine = engines.build_engine(make_task(config), config, ds_config, device)
-    updater = make_updater(engine, replace(config.optim, gradients="deepspeed"), ds_config)
+    updater = make_updater(engine, config.optim, ds_config)
     engine.train()
     edge = config.data.image_size
     clips = torch.randint(0, 256, (1, 3, config.data.num_frames, edge, edge), dtype=torch.uint8)
@@ -158,33 +158,34 @@ def run_case(config: Config, ds_config: dict[str, Any], device: torch.device) ->
         seen["states"] = max(seen["states"], min(looks))
 
     def micro_step(is_watched: bool) -> None:
-        loss = engine(*inputs)
-        if is_watched:
-            note("forward")
-        engine.backward(loss)
-        del loss
-        if is_watched:
+        hook = engine.module.register_forward_hook(lambda *_: note("forward")) if is_watched else None
+        updater.forward_backward(inputs)
+        if hook is not None:
+            hook.remove()
             note_states()
         updater.step()
 
-    for _ in range(ACCUMULATION):  # the first step makes the optimiser's states
+    for _ in range(engine.gradient_accumulation_steps()):  # the first step makes the optimiser's states
         micro_step(is_watched=False)
     with watch_step(engine, lambda: note("step")):
-        for _ in range(ACCUMULATION):
+        for _ in range(engine.gradient_accumulation_steps()):
             micro_step(is_watched=True)
     engine.destroy()
     return seen
 
 
 def main(world: distributed.World, device: torch.device) -> None:
-    """Run each case, FILE:PRECISION or FILE:PRECISION:CONFIG."""
+    """Run each case, FILE:PRECISION, and whatever differs of CONFIG, GRADIENTS and micro-batches a step."""
     folder, cases = Path(sys.argv[1]), sys.argv[2:]
     gc.collect()
     gc.freeze()
     for case in cases:
-        name, precision, *kind = case.split(":")
-        batch = BatchConfig(global_size=world.size * ACCUMULATION, micro_size=1)
-        config = replace(CONFIGS[kind[0] if kind else "pretrain"], batch=batch)
+        name, precision, *others = case.split(":")
+        accumulation = next((int(word) for word in others if word.isdigit()), ACCUMULATION)
+        batch = BatchConfig(global_size=world.size * accumulation, micro_size=1)
+        config = replace(next((CONFIGS[word] for word in others if word in CONFIGS), CONFIG), batch=batch)
+        if "deepspeed" in others:
+            config = replace(config, optim=replace(config.optim, gradients="deepspeed"))
         systems = engines.load_systems(folder / f"{name}.json")
         if "reduce_bucket_size" in systems["zero_optimization"]:
             systems["zero_optimization"]["reduce_bucket_size"] = BUCKET
@@ -194,8 +195,8 @@ def main(world: distributed.World, device: torch.device) -> None:
         measured = run_case(config, ds_config, device)
         gc.collect()
         estimate = estimate_memory(config, ds_config, world_size=world.size)
-        states = estimate.states + estimate.host
-        expected = {"states": states, "step": states + estimate.step, "gathered": estimate.gathered}
+        states = estimate.states + estimate.host + estimate.part
+        expected = {"states": states, "step": states - estimate.part + estimate.step, "gathered": estimate.gathered}
         report(case=case, rank=world.rank, measured=measured, estimate=expected)
 
 
