@@ -36,7 +36,7 @@ from everest_ds.data.lists.video_list import VideoRow, format_list, read_list
 from everest_ds.data.loading.pool import run_all
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.distributed import World
-from everest_ds.errors import UserError
+from everest_ds.errors import UserError, escaped
 from everest_ds.files import write_atomically, write_csv, write_json
 from everest_ds.progress import with_progress
 
@@ -131,7 +131,7 @@ def check_data(source: Path, options: CheckOptions) -> int:
             findings[outcome.item.part] = finding
             record.append(record_line(outcome.item, finding))
             if finding.kind in options.bad:
-                print(f"{finding.kind}: {outcome.item.path}: {finding.detail}", flush=True)
+                print(escaped(f"{finding.kind}: {outcome.item.path}: {finding.detail}"), flush=True)
     return _conclude(source, out, rows, [findings[row.part] for row in rows], options)
 
 

@@ -46,7 +46,7 @@ ODD = {
     "a" * 300 + ".mp4": "File name too long",
     "nu\0l.mp4": "no file can have its name",
     "good.mp4/in it.mp4": "Not a directory",
-    "\udcff\udcfe.mp4": "no such file",
+    "\udcff\udcfe\x1b[2J.mp4": "no such file",
 }
 # Odd, and sound: more frames in the header than in the file, a name that is no text, a length beyond all numbers.
 SOUND = ["announces.avi", "\udcfc.mp4", "good.mp4"]
@@ -109,12 +109,14 @@ def require_reasons(found: dict[str, str]) -> None:
         assert expected[Path(name).name] in reason, name
 
 
-def test_check_names_odd_inputs_and_the_quarantine_leaves_them_out(odd_list: Path, tmp_path: Path) -> None:
+def test_check_and_prepare_name_odd_inputs_and_leave_them_out(odd_list: Path, tmp_path: Path) -> None:
     out = tmp_path / "check"
     words = ["check-data", str(odd_list), "--out", str(out), "--processes", "1", "--samples", "2"]
-    (done,) = run_in_turn([words], tmp_path)
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
+    prepare = ["prepare", str(odd_list), "--out", "prepared", "--processes", "1", "--min-psnr", "0"]
+    done, prepared = run_in_turn([words, prepare], tmp_path)
+    assert done.returncode == prepared.returncode == 1, done.stderr + prepared.stderr
+    assert "\x1b" not in done.stdout + prepared.stdout
+    assert prepared.stdout.count("left out: ") == len(ODD) + 1
     with (out / "report.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         report = list(csv.DictReader(file))
     require_reasons({line["path"]: line["detail"] for line in report if line["bad"] == "true"})

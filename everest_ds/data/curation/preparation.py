@@ -140,11 +140,12 @@ def target_name(row: VideoRow) -> str:
 
     Rows that name the same part of the same file, by whatever path, share it; others never do.
     """
-    source = row.path.resolve()
+    source = row.real_path
     part = f"{source}\n{row.start_s}\n{row.end_s}"
     digest = hashlib.sha256(part.encode("utf-8", "surrogateescape")).hexdigest()[:8]
     stem = source.stem.encode("utf-8", "surrogateescape")[:_LONGEST_STEM].decode("utf-8", "ignore")
-    return str(Path(VIDEOS) / source.parent.name / f"{stem}-{digest}.mp4")
+    target = str(Path(VIDEOS) / source.parent.name / f"{stem}-{digest}.mp4")
+    return target.replace("\0", "_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +257,7 @@ def write_lists(job: Preparation, done: Mapping[str, Prepared], lost: str) -> di
 
 def _account(source: Path, rows: Sequence[tuple[str, VideoRow]], done: Mapping[str, Prepared]) -> dict[str, Any]:
     made = {target: row for target, row in rows if done[target].fault is None}
-    sources = {row.path.resolve() for row in made.values()}
+    sources = {row.real_path for row in made.values()}
     bytes_before = sum(path.stat().st_size for path in sources if path.is_file())
     bytes_after = sum(done[target].bytes_after for target in made)
     return {

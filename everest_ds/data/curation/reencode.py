@@ -40,7 +40,7 @@ from everest_ds.data.readers.packets import FAULTS, reason_of, scan_packets
 from everest_ds.data.readers.pyav import PyavReader
 from everest_ds.data.readers.video import Video, VideoReadError, frames_of_window
 from everest_ds.distributed import World
-from everest_ds.errors import UserError
+from everest_ds.errors import UserError, escaped
 from everest_ds.files import partial_path
 from everest_ds.progress import with_progress
 
@@ -88,7 +88,7 @@ def _prepare_all(
                 record.append(record_line(outcome.item, prepared))
                 done[target] = prepared
                 if prepared.fault is not None:
-                    print(f"left out: {outcome.item.path}: {prepared.fault}", flush=True)
+                    print(escaped(f"left out: {outcome.item.path}: {prepared.fault}"), flush=True)
                     continue
                 sizes.append(prepared.bytes_after)
                 if len(sizes) == _FILES_TO_ESTIMATE_BY:

@@ -1,6 +1,5 @@
 """The lists of a run, read and checked before anything heavy is imported."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -106,11 +105,7 @@ def _read_kept(path: Path, quarantine: str | None) -> PackedRows:
 
 def _resolved(row: VideoRow) -> VideoPart:
     """Return a row's part of a video, the same wherever the lists lie that name it."""
-    try:
-        path = Path(os.path.realpath(row.path))  # of links in a circle, too
-    except ValueError:  # a zero byte in the name
-        path = row.path
-    return path, row.start_s, row.end_s
+    return row.real_path, row.start_s, row.end_s
 
 
 def _describe_repeats(lists: Mapping[str, Sequence[VideoRow]]) -> list[str]:

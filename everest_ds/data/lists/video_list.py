@@ -23,7 +23,7 @@ from everest_ds.data.lists.list_block import LineBlock, has_other_line_ends, sca
 from everest_ds.data.lists.list_line import EXPECTED, VIDEO_SUFFIXES, LineError, ListLine, needs_quotes, parse_line
 from everest_ds.data.lists.packed_rows import PackedRows, RowChunk, packed
 from everest_ds.data.lists.video_row import VideoPart, VideoRow, window_fault
-from everest_ds.errors import UserError
+from everest_ds.errors import UserError, escaped
 from everest_ds.files import write_atomically
 
 __all__ = [
@@ -116,7 +116,8 @@ def describe_repeats(rows: Sequence[VideoRow]) -> str | None:
     row, earlier = rows[int(places[chosen])], rows[int(first[chosen])]
     clash = f", {others} of them with another label" if others else ""
     place = "" if row.line is None else f" in line {row.line}, listed in line {earlier.line} already"
-    return f"{len(places)} rows repeat an earlier one{clash}, the first is {row.path}{place}; all are kept"
+    name = escaped(str(row.path))
+    return f"{len(places)} rows repeat an earlier one{clash}, the first is {name}{place}; all are kept"
 
 
 def _hash_parts(rows: PackedRows) -> NDArray[np.int64]:

@@ -1,6 +1,7 @@
 """One row of a list: a video, its class, and a window of it where there is one."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +43,14 @@ class VideoRow:
     def part(self) -> VideoPart:
         """The video and the window of it: what tells a row's frames from all others'."""
         return self.path, self.start_s, self.end_s
+
+    @property
+    def real_path(self) -> Path:
+        """The file itself, past all links as far as they lead anywhere; looks at the disk."""
+        try:
+            return Path(os.path.realpath(self.path))  # Path.resolve raises for links in a circle
+        except ValueError:  # a zero byte in the name
+            return self.path
 
     @property
     def name(self) -> str:

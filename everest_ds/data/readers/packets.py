@@ -133,6 +133,9 @@ def open_stream(path: Path, limit: PixelLimit = _LIMIT) -> tuple[Any, Any]:
         container.close()
         raise ValueError("it has no video stream")
     context = stream.codec_context
+    if context is None:
+        container.close()
+        raise ValueError("FFmpeg cannot decode its codec")
     if not 0 < context.width * context.height <= limit.of_frame:
         container.close()
         limit.refuse_frame(path, context.width, context.height)
