@@ -150,7 +150,7 @@ LIES: dict[str, tuple[Any, str]] = {
     "name of many letters": ({"a" * 100_000: 1}, "a name of 100000 characters"),
     "number that collides": ({2**61 - 1: 1}, "cannot be read as weights"),
     "pair as a name": ({(1, 2): 1}, "a tuple as a name"),
-    "too many names": ({str(i): i for i in range(400_000)}, "more than 4 MiB"),
+    "too many names": ({str(i): i for i in range(400_000)}, "more than 2 MiB"),
     "tensors that share values": (
         {str(i): tensor(2**18, 2**18) for i in range(40)},
         "its tensors ask for 4 times as many",
