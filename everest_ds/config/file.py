@@ -42,8 +42,8 @@ def config_from_dict(raw: Any, *, source: str = "config") -> Config:
     if not isinstance(raw, dict):
         raise UserError(f"{source}: the file must be an object, got {type(raw).__name__}")
     task = raw.get("task")
-    if task not in CONFIGS:
-        raise UserError(f"{source}: task={task!r} must be one of {', '.join(CONFIGS)}")
+    if not isinstance(task, str) or task not in CONFIGS:
+        raise UserError(f"{source}: task={task!r:.100} must be one of {', '.join(CONFIGS)}")
     return typing.cast(Config, _build(CONFIGS[task], raw, where="", source=source))
 
 

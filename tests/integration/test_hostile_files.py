@@ -175,6 +175,12 @@ RECORDS: dict[str, tuple[str, str, str | bytes, str]] = {
     "config of huge numbers": ("config.json", '"num_frames": 4', f'"num_frames": {LONG}', "64 bits"),
     "config with NaN": ("config.json", '"seed": 0', '"seed": NaN', "NaN is not a finite number"),
     "config with an endless number": ("config.json", '"seed": 0', '"seed": 1e999', "1e999 is not a finite"),
+    "config of a task in a list": (
+        "config.json",
+        '"task": "finetune"',
+        '"task": [[0]]',
+        "task=.* must be",
+    ),
     "config nested deeply": ("config.json", "", DEEP, "nested too deeply"),
     "config that is no text": ("config.json", "", b"\xff\xfe\0", "config.json is not JSON"),
     "config with a control character": ("config.json", '"seed"', r'"\u001b[2Jseed"', r"key run.\\x1b\[2Jseed"),

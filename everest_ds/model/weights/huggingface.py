@@ -175,7 +175,7 @@ def read_metadata(config: Mapping[str, Any], source: str) -> ModelMetadata:
         if config.get(key, expected) != expected or (key == "model_type" and key not in config):
             raise UserError(f"{source}: its config.json has {key}={config.get(key)!r}; expected {expected!r}")
     width, hidden = config.get("hidden_size", 768), config.get("intermediate_size", 3072)
-    if hidden != MLP_RATIO * width:
+    if type(width) is not int or hidden != MLP_RATIO * width:
         raise UserError(f"{source}: intermediate_size={hidden} is not {MLP_RATIO} x hidden_size={width}")
     numbers = {key: config.get(key, default) for key, default in DEFAULT_NUMBERS.items()}
     if not all(type(number) is int and number > 0 for number in numbers.values()):

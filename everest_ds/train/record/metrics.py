@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 import torch
 
+from everest_ds.errors import escaped
 from everest_ds.files import read_whole_lines, write_atomically
 
 # Dense bfloat16 peak in TFLOP/s, from the vendors' data sheets.
@@ -49,7 +50,7 @@ class MetricsLog:
     def say(self, text: str) -> None:
         """Print a text for people, on rank zero."""
         if self._is_main:
-            print(text, flush=True)
+            print("\n".join(map(escaped, text.split("\n"))), flush=True)
 
     def close(self) -> None:
         """Flush and close both."""
