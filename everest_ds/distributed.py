@@ -8,9 +8,12 @@ import hashlib
 import os
 import socket
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from everest_ds.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +25,9 @@ _OUTLIVE_US = (
     "import os, select, sys; launcher = select.poll(); launcher.register(os.pidfd_open(int(sys.argv[1]))); "
     "launcher.poll(60_000)"
 )
+
+# A launcher looks every second whether a rank has ended.
+_RANK_ZERO_SPEAKS_WITHIN_S = 5.0
 
 # Processes of a GPU launch talk about files, signals and numbers through this group: it never waits for the device.
 _host_group: Any = None
@@ -103,7 +109,11 @@ def start(world: World) -> "torch.device":
     """Join the process group and return this process's device: its GPU where there is one, else the CPU.
 
     On a CPU the machine's cores are shared out among its processes, unless OMP_NUM_THREADS says otherwise.
+
+    Raises:
+        UserError: The processes do not know where to meet, or cannot.
     """
+    _require_meeting_place(world)
     import torch
 
     on_gpu = select_accelerator()
@@ -120,10 +130,45 @@ def start(world: World) -> "torch.device":
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     if on_gpu:
         torch.cuda.set_device(world.local_rank)
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    except torch.distributed.DistError as error:
+        if not world.is_main:
+            time.sleep(_RANK_ZERO_SPEAKS_WITHIN_S)  # it knows better, and the launcher then ends this rank
+        raise UserError(_no_meeting(str(error))) from error
     global _host_group
     _host_group = torch.distributed.new_group(backend="gloo") if on_gpu else None
     return torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
+
+
+def _require_meeting_place(world: World) -> None:
+    if world.size == 1 and "MASTER_PORT" not in os.environ:
+        return
+    given = {name: os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")}
+    missing = [name for name, value in given.items() if not value and world.size > 1]
+    if missing:
+        raise UserError(
+            f"{world.size} processes were started, but not told where to meet: {' and '.join(missing)} not set. "
+            "Start with deepspeed or torchrun, or set both: rank 0's machine and a free port there "
+            "(mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500 ...)"
+        )
+    port = given["MASTER_PORT"]
+    if not (port.isdigit() and 0 < int(port) < 2**16):
+        raise UserError(f"MASTER_PORT={port} is no port; give --master_port a number from 1024 to 65535")
+
+
+def _no_meeting(fault: str) -> str:
+    """Return the message for processes that cannot meet."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in fault:
+        return (
+            f"port {port} of {address} is taken by another process, another training perhaps; give the launcher a "
+            "free one: --master_port 29501, for instance"
+        )
+    return (
+        f"the processes could not meet at port {port} of {address}: {fault.splitlines()[0]}; give the launcher "
+        "another --master_port, or the --master_addr of rank 0's machine"
+    )
 
 
 def finish() -> None:

@@ -89,6 +89,17 @@ def was_raised() -> bool:
     return _state.was_raised
 
 
+def is_requested() -> bool:
+    """Return whether a signal that this process answers has come, and is not done with."""
+    return _state.first_at is not None or _state.was_raised
+
+
+def write_past_buffers(text: str) -> None:
+    """Write to stderr from any thread, past Python's own buffers, which may be in use; nowhere if nobody reads."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
+
+
 @contextlib.contextmanager
 def handling(numbers: Sequence[signal.Signals], mode: Mode, *, ignore_after: Callable[[], bool]) -> Iterator[None]:
     """Handle signals in another mode inside this block, and only finish after it; main thread only.

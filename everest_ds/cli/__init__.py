@@ -23,11 +23,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         signal.signal(signal.SIGINT, _leave)
+        from everest_ds.schedulers import adopt
+
+        adopt(os.environ)  # before anything asks who this process is
         from everest_ds import interrupts
         from everest_ds.distributed import World, speaks_first
+        from everest_ds.launchers import end_with_launchers
 
         line, world = interrupted(sys.argv[1:]), World.from_environment()
         interrupts.begin(lambda: _write(line) if speaks_first(line, world) else None)
+        end_with_launchers(is_first=world.local_rank == 0)
     from everest_ds.cli import dispatch
 
     code = dispatch.main(argv)

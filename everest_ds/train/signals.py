@@ -28,11 +28,12 @@ class StopRequest:
         """Handle the signals inside this block; only the main thread may.
 
         Once the ranks have agreed to stop, signals are ignored for good: a process that has saved ends with its own
-        exit code, whatever its launcher still sends.
+        exit code, whatever its launcher still sends. So does one that has taken its last step.
         """
         mode = Mode(in_main=self._receive, in_thread=leave_at_second)
         with handling(STOP_SIGNALS, mode, ignore_after=lambda: self._leaving):
             yield
+            self._leaving = True
 
     def agreed(self) -> signal.Signals | None:
         """Return the signal that any rank has received; all ranks call this at the same step."""

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
 from everest_ds.errors import UserError
+from everest_ds.processes import end_with_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -267,6 +268,7 @@ def _stop_all(workers: Sequence[_Worker], closed: threading.Event) -> None:
 
 def _serve(function: Callable[[Any, Mark], Any], pipe: Connection) -> None:
     """Answer calls until the other end is gone."""
+    end_with_parent()  # the fork server ends as soon as the process that the pool belongs to does
     for number in _LEFT_TO_PARENT:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -175,7 +175,8 @@ def _start_converter(checkpoint: Path, temporary: Path) -> "subprocess.Popen[byt
     workers = str(max(1, min(8, (os.cpu_count() or 2) // 2)))
     paths = [str(Path(everest_ds.__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
-    command = [sys.executable, "-m", "everest_ds.train.checkpoints.converter", "--inject_missing_state"]
+    command = [sys.executable, "-m", "everest_ds.processes", "everest_ds.train.checkpoints.converter"]
+    command += ["--inject_missing_state"]
     command += ["--input_folder", str(checkpoint), "--output_folder", str(temporary)]
     command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
     with (temporary / "converter.log").open("wb") as log:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -34,10 +35,14 @@ def test_first_signal_is_noted_and_its_echo_ignored(
     os.kill(os.getpid(), signum)  # on the way out, whatever a launcher still sends is ignored
 
 
-def test_without_a_request_the_signals_are_as_before() -> None:
-    with StopRequest().listening() as _:
+def test_signals_are_ignored_after_the_last_step_and_as_before_after_a_failure() -> None:
+    with contextlib.suppress(RuntimeError), StopRequest().listening():
         assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+        raise RuntimeError
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with StopRequest().listening():
+        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+    os.kill(os.getpid(), signal.SIGTERM)  # a run that is done ends with 0, not by a late signal
 
 
 SECOND = """
