@@ -13,9 +13,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 
 from everest_ds.config import ViewsConfig
 from everest_ds.config.sections import ReaderName
+from everest_ds.data.clips import views as views_module
 from everest_ds.data.clips.batch import MAX_REPLACEMENTS
 from everest_ds.data.clips.cuts import PretrainCut
 from everest_ds.data.clips.dataset import ClipDataset
@@ -178,12 +180,20 @@ def test_lack_of_memory_is_a_bad_sample(demo_folder: Path, monkeypatch: pytest.M
     rows, config = read_list(demo_folder / "train.csv")[:3], get_recipe("demo").data
     dataset = ClipDataset(rows, PretrainCut(config), seed=0, noise_length=1)
     views = ViewDataset(rows, get_recipe("demo_ft").data, ViewsConfig(num_temporal=1, num_spatial=1))  # type: ignore
+
+    def lack_in_torch(*words: object) -> None:
+        torch.empty(2**50, dtype=torch.uint8)
+
     with monkeypatch.context() as patch:
-        patch.setattr(PretrainCut, "clip", lack)
+        patch.setattr(views_module, "resize_shorter_side", lack_in_torch)
+        assert views[1].bad == "there is not enough memory to read it"
+    for lacks in (lack, lack_in_torch):
+        monkeypatch.setattr(PretrainCut, "clip", lacks)
         clip = dataset[SampleKey(0, 0)]
         assert not clip.was_read
         assert len(clip.bad) == MAX_REPLACEMENTS + 1
         assert {bad.reason for bad in clip.bad} == {"there is not enough memory to make a clip of it"}
+        monkeypatch.undo()
     with monkeypatch.context() as patch:
         patch.setattr(PyavReader, "_pixels", lack)
         assert {bad.reason for bad in dataset[SampleKey(0, 0)].bad} == {"there is not enough memory to read it"}

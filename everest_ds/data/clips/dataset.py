@@ -23,6 +23,7 @@ from everest_ds.data.clips.sampling import RandomStream, SampleKey, keyed_genera
 from everest_ds.data.lists.video_list import VideoRow, packed
 from everest_ds.data.loading.loader import Loader, SampleMaker
 from everest_ds.data.loading.pool import Mark
+from everest_ds.data.readers.base import is_lack_of_memory
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.data.readers.video import DecodedVideo, Video, VideoReadError
 
@@ -114,7 +115,7 @@ class ClipDataset(SampleMaker[SampleKey, Clip]):
                     raise VideoReadError(self.rows[index].path, unreadable[number])
                 mark(number)
                 clips = self._cut_clips([replace(key, index=index) for key in keys])
-            except (VideoReadError, MemoryError) as error:
+            except (VideoReadError, MemoryError, RuntimeError) as error:
                 failed.append((index, _as_bad(self.rows[index].path, error)))
                 index = int(replacements.integers(len(self.rows)))
         return [
@@ -165,10 +166,13 @@ class ClipDataset(SampleMaker[SampleKey, Clip]):
         return self._decoded[index]
 
 
-def _as_bad(path: Path, error: VideoReadError | MemoryError) -> VideoReadError:
+def _as_bad(path: Path, error: Exception) -> VideoReadError:
+    """Return what is wrong with a video, lack of memory for it among that; raise what is our own fault."""
     if isinstance(error, VideoReadError):
         return error
-    return VideoReadError(path, "there is not enough memory to make a clip of it")
+    if is_lack_of_memory(error):
+        return VideoReadError(path, "there is not enough memory to make a clip of it")
+    raise error
 
 
 def make_loader(

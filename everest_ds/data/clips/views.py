@@ -23,7 +23,7 @@ from everest_ds.data.clips.sampling import require_frames
 from everest_ds.data.lists.video_list import VideoRow, packed
 from everest_ds.data.loading.loader import Loader, SampleMaker
 from everest_ds.data.loading.pool import Mark
-from everest_ds.data.readers.base import NO_MEMORY
+from everest_ds.data.readers.base import NO_MEMORY, is_lack_of_memory
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.data.readers.timing import clip_room_s, frames_at
 from everest_ds.data.readers.video import Video, VideoReadError
@@ -199,7 +199,9 @@ class ViewDataset(SampleMaker[int, RowViews]):
                 mark(number)
                 video = Video.of_row(row, self.config.reader, self.config.max_pixels)
                 clips_VCTHW = read_views(video, self.config, self.views)
-            except (VideoReadError, MemoryError) as error:
+            except (VideoReadError, MemoryError, RuntimeError) as error:
+                if not (isinstance(error, VideoReadError) or is_lack_of_memory(error)):
+                    raise
                 bad = error.reason if isinstance(error, VideoReadError) else NO_MEMORY
                 results.append(RowViews(index=index, label=row.label, clips_VCTHW=None, bad=bad))
             else:

@@ -200,7 +200,7 @@ def _write(file: int, chunks: Iterable[RowChunk]) -> tuple[int, int, bool]:
 
 
 def _write_all(file: int, content: Any) -> None:
-    view = memoryview(content).cast("B")
+    view = memoryview(content).cast("B") if len(content) else memoryview(b"")  # no cast of an empty array
     while len(view):
         view = view[os.write(file, view) :]
 

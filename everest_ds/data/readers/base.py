@@ -133,6 +133,11 @@ def require_file(path: Path) -> None:
         raise VideoReadError(path, "the file is empty")
 
 
+def is_lack_of_memory(error: Exception) -> bool:
+    """Say whether memory ran out: torch raises a RuntimeError for that."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
 def even_times_s(num_frames: int, frames_per_s: float) -> NDArray[np.float64]:
     """Return the times in seconds of frames that the container gives no true times for: one after another."""
     return np.arange(num_frames) / frames_per_s

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from everest_ds.data.lists import video_list
 from everest_ds.data.lists.list_line import LineError, parse_line
 from everest_ds.data.lists.run_lists import read_lists
 from everest_ds.data.lists.video_list import (
@@ -346,6 +347,22 @@ def test_many_lines_at_a_time_say_what_each_says_alone(
     if all(row.start_s is None and row.path != path.parent for row in rows):  # the path "." has no name
         digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
         assert fingerprint(rows) == f"{len(rows)} videos, {digest[:12]}"
+
+
+@pytest.mark.parametrize("block_bytes", [7, 16, 64])
+def test_lists_are_the_same_in_blocks_of_any_size(
+    block_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With blocks of nothing but blank lines, without windows before those with them, and cut between CR and LF."""
+    text = "a.mp4 0\r\n" + "\r\n" * 90 + "b.mp4 1\r\r\n" + "\n" * 90 + "ü.mp4 2 0.5 1.0\r\n" * 9 + "last.mp4 3"
+    (tmp_path / "list.csv").write_bytes(text.encode())
+    whole = read_list(tmp_path / "list.csv")
+    lines = [number for number, line in enumerate(text.splitlines(), start=1) if line]
+    assert [row.line for row in whole] == lines
+    monkeypatch.setattr(video_list, "_BLOCK_BYTES", block_bytes)
+    again = read_list(tmp_path / "list.csv")
+    assert again == whole
+    assert [row.line for row in again] == lines
 
 
 def test_line_of_a_million_characters_answers_at_once(tmp_path: Path) -> None:
