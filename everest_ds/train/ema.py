@@ -25,7 +25,7 @@ from everest_ds import distributed
 from everest_ds.errors import UserError
 from everest_ds.model.weights.export import save_safetensors
 from everest_ds.model.weights.foreign import read_safetensors
-from everest_ds.model.weights.reading import Weights, require_finite
+from everest_ds.model.weights.reading import Weights, widen
 from everest_ds.train.callbacks import Callback
 from everest_ds.train.checkpoints.save import AVERAGE
 from everest_ds.train.step.updater import StepResult
@@ -137,9 +137,8 @@ def averaged(weights: Weights, folder: Path) -> Weights:
     Raises:
         UserError: There is no average, or it is not finite.
     """
-    average, source = read_average(folder), f"{weights.source}, {AVERAGE}"
-    require_finite(average, source)
-    return replace(weights, tensors=weights.tensors | average, source=source)
+    source = f"{weights.source}, {AVERAGE}"
+    return replace(weights, tensors=weights.tensors | widen(read_average(folder), source), source=source)
 
 
 def read_average(folder: Path) -> dict[str, Tensor]:

@@ -129,7 +129,7 @@ def test_load_refuses_unknown_key_with_the_nearest_name() -> None:
         (
             ("model", "size"),
             "giant",
-            "model.size='giant' is not of type ('nano', 'tiny', 'small', 'base', 'large', 'huge')",
+            "model.size='giant' is not of type ('nano', 'thin', 'tiny', 'small', 'base', 'large', 'huge')",
         ),
         (("data",), [], "data. must be an object"),
         (("data", "flip"), 1, "data.flip=1 is not of type bool"),

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from everest_ds.errors import UserError
+from everest_ds.model.weights.reading import Weights
 from everest_ds.train.checkpoints.save import AVERAGE
-from everest_ds.train.ema import WeightAverage, read_average
+from everest_ds.train.ema import WeightAverage, averaged, read_average
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +72,21 @@ def test_file_that_cannot_be_written_is_the_disks_fault(tmp_path: Path) -> None:
     (tmp_path / AVERAGE).mkdir()
     with pytest.raises(OSError, match="directory"):
         WeightAverage(make_engine(), 0.9).write_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x04c__builtin__\neval\n.", "cannot be read"),
+        ((2**50).to_bytes(8, "little"), "its header claims"),
+        ({"w": torch.ones(2, dtype=torch.complex64)}, "w is complex"),
+        ({"head.weight": torch.ones(2, dtype=torch.int8)}, "head.weight is int8"),
+        ({"w": torch.tensor([float("nan")])}, "w holds 1 NaN"),
+    ],
+)
+def test_average_that_is_none_is_refused(content: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / AVERAGE
+    path.write_bytes(content) if isinstance(content, bytes) else save_file(content, path)
+    weights = Weights(source="w", layout="", tensors={}, architecture=None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=message):
+        averaged(weights, tmp_path)
