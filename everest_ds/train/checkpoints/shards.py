@@ -47,6 +47,9 @@ def require_data(folder: Path, world: World) -> None:
 def find_code(folder: Path, world: World) -> str | None:
     """Look at this rank's share of a checkpoint's shards; return the first fault, or None."""
     try:
+        link = next((path for path in folder.rglob("*") if path.is_symlink() and path.is_dir()), None)
+        if link is not None:  # what is behind it would be read and not looked at
+            return f"{link} is a link to a folder; refused. {ADVICE}"
         for path in sorted(folder.rglob("*.pt"))[world.rank :: world.size]:
             _require_names(look(path, OBJECTS, ADVICE), path)
     except (UserError, OSError) as error:
