@@ -45,6 +45,7 @@ def test_run_of_a_version_with_fewer_settings_goes_on_with_their_defaults(tmp_pa
     (checkpoint,) = make_run(tmp_path / "run", [5])
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["data"].pop("sampling_seconds") is None
+    assert stored["data"].pop("max_pixels") == 2**29
     assert stored["model"].pop("cuda_graph") == stored["optim"].pop("gradients") == "auto"
     (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
     assert find_resume(tmp_path / "run", CONFIG, "auto").candidates == (checkpoint,)
