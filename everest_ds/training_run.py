@@ -52,6 +52,7 @@ from everest_ds.train.job import TrainingJob
 from everest_ds.train.loop import Trainer
 from everest_ds.train.precision import Precision, choose_precision
 from everest_ds.train.record.bad_samples import BadSamples
+from everest_ds.train.record.capture import CaptureLog
 from everest_ds.train.record.frames import FrameLog, chooses_frames
 from everest_ds.train.record.metrics import MetricsLog
 from everest_ds.train.record.ownership import Ownership
@@ -60,8 +61,9 @@ from everest_ds.train.record.skipped_steps import SkippedSteps
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import EXIT_STOPPED
 from everest_ds.train.step.gradients import choose_gradients
+from everest_ds.train.step.graph import why_eager
 from everest_ds.train.step.optim import describe_groups
-from everest_ds.train.step.updater import make_updater
+from everest_ds.train.step.updater import Updater, make_updater
 from everest_ds.train.tasks import Task, make_task
 
 
@@ -80,6 +82,7 @@ class ReadyRun:
         groups: The optimiser's groups, for the record.
         attention: The attention backend.
         gradients: How gradients are kept, flat or deepspeed.
+        eager: Why steps are not captured as a CUDA graph; None where they are.
         world: This rank and how many there are.
         device: This rank's.
     """
@@ -94,6 +97,7 @@ class ReadyRun:
     groups: list[dict[str, float]]
     attention: str
     gradients: GradientsName
+    eager: str | None
     world: World
     device: torch.device
 
@@ -145,16 +149,17 @@ def _train(
     began = time.perf_counter()
     ready = _make_ready(job, world, device, attention, precision)
     start, schedule = ready.start, ready.schedule
-    estimate = estimate_memory(ready.config, ready.ds_config, world_size=world.size)
+    estimate = estimate_memory(ready.config, ready.ds_config, world_size=world.size, device_type=device.type)
     with contextlib.closing(MetricsLog(start.run_dir, schedule.start_step, is_main=world.is_main)) as log:
         if world.is_main:
             _open_record(ready, log, estimate, ready_s=time.perf_counter() - began)
         distributed.barrier()
         require_shared(start.run_dir)
         state = _with_best(start, world)
+        updater = make_updater(ready.engine, ready.config.optim, ready.ds_config, captures=ready.eager is None)
         trainer = Trainer(
             engine=ready.engine,
-            updater=make_updater(ready.engine, ready.config.optim, ready.ds_config),
+            updater=updater,
             task=ready.task,
             config=ready.config,
             schedule=schedule,
@@ -163,7 +168,7 @@ def _train(
             run_dir=start.run_dir,
             log=log,
             start=state,
-            callbacks=[Ownership(holding), *make_callbacks(ready, state, log, estimate)],
+            callbacks=[Ownership(holding), *make_callbacks(ready, updater, state, log, estimate)],
         )
         if schedule.num_left > 0:
             with contextlib.closing(_batches(ready)) as batches:
@@ -188,6 +193,7 @@ def _check_alone(job: TrainingJob) -> tuple[str, Precision]:
     precision = choose_precision(systems, job.options.precision, device_type)
     check_compilation(config, systems, device_type)
     choose_gradients(config.optim.gradients, systems)
+    why_eager(config, systems, device_type)
     size = get_size(config.model.size)
     heads = [size.width // size.num_heads]
     if isinstance(config, PretrainConfig):
@@ -237,12 +243,15 @@ def _make_ready(
         groups=groups,
         attention=attention,
         gradients=choose_gradients(config.optim.gradients, ds_config),
+        eager=why_eager(config, ds_config, device.type),
         world=world,
         device=device,
     )
 
 
-def make_callbacks(ready: ReadyRun, state: TrainState, log: MetricsLog, estimate: MemoryEstimate) -> list[Callback]:
+def make_callbacks(
+    ready: ReadyRun, updater: Updater, state: TrainState, log: MetricsLog, estimate: MemoryEstimate
+) -> list[Callback]:
     """Return what a run does besides its steps: a new concern is one more line here."""
     lists, config, world, run_dir = ready.lists, ready.config, ready.world, ready.start.run_dir
     callbacks: list[Callback] = [
@@ -261,6 +270,8 @@ def make_callbacks(ready: ReadyRun, state: TrainState, log: MetricsLog, estimate
         if chooses_frames(config):
             callbacks.append(FrameLog(run_dir, lists.train, ready.task))
         callbacks.append(StallHint(config))
+    if updater.graph is not None:
+        callbacks.append(CaptureLog(log, updater.graph, world))
     if ready.average is not None:
         callbacks.append(ready.average)
     if lists.val is not None and isinstance(config, FinetuneConfig):
@@ -316,10 +327,11 @@ def _open_record(ready: ReadyRun, log: MetricsLog, estimate: MemoryEstimate, *, 
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in ready.task.parameters())
     reader = choose_reader(config.data.reader)
     compiled = ", compiled blocks" if config.model.compile_blocks else ""
+    graph = "steps as a CUDA graph" if ready.eager is None else f"no CUDA graph ({ready.eager})"
     log.say(
         f"{config.recipe}: ViT-{config.model.size}, {parameters / 1e6:.1f} M parameters, {config.tokens}\n"
         f"{world.size} x {ready.device.type}, ZeRO-{state.zero_stage}, {state.computes_in}, "
-        f"attention {ready.attention}{compiled}, {ready.gradients} gradients, videos by {reader}, "
+        f"attention {ready.attention}{compiled}, {ready.gradients} gradients, {graph}, videos by {reader}, "
         f"batch {config.batch.global_size} = {config.batch.micro_size} x {world.size} x "
         f"{config.batch.accumulation_steps(world.size)}, "
         f"{schedule.end_step} steps of {schedule.steps_per_epoch} an epoch"
@@ -349,6 +361,7 @@ def _open_record(ready: ReadyRun, log: MetricsLog, estimate: MemoryEstimate, *, 
         attention=ready.attention,
         gradients=ready.gradients,
         compile_blocks=config.model.compile_blocks,
+        cuda_graph=ready.eager is None,
         reader=reader,
         parameters=parameters,
         ready_s=round(ready_s, 2),

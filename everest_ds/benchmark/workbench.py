@@ -30,6 +30,7 @@ from everest_ds.train.precision import PrecisionName, choose_precision, precisio
 from everest_ds.train.record.metrics import peak_memory_gib, peak_tflops
 from everest_ds.train.selecting import num_pretrain_noise
 from everest_ds.train.step.gradients import choose_gradients
+from everest_ds.train.step.graph import why_eager
 from everest_ds.train.step.updater import Updater, make_updater
 from everest_ds.train.tasks import Task, make_task
 
@@ -110,6 +111,7 @@ def build_workbench(
     size, dtype = get_size(config.model.size), choose_precision(systems, precision, device_type).matmul_dtype
     backend = choose_backend(config.model.attention, torch.device(device_type), dtype, size.width // size.num_heads)
     engines.check_compilation(config, systems, device_type)
+    eager = why_eager(config, systems, device_type)
     device = distributed.start(world)
     ds_config = engines.resolve_ds_config(
         systems, config, world_size=world.size, precision=precision, device_type=device.type
@@ -127,9 +129,10 @@ def build_workbench(
         "precision": precision_of(ds_config).name,
         "attention": backend.name,
         "gradients": gradients,
+        "cuda_graph": eager is None,
         **{name: getattr(config.model, name) for name in names},
     }
-    updater = make_updater(engine, config.optim, ds_config)
+    updater = make_updater(engine, config.optim, ds_config, captures=eager is None)
     return Workbench(task=task, engine=engine, updater=updater, settings=settings, world=world, device=device)
 
 

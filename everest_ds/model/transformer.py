@@ -40,12 +40,13 @@ ATTENTION_OPERATORS = frozenset(
 def recompute(function: Callable[..., Tensor], *args: object, attention_too: bool) -> Tensor:
     """Return ``function(*args)``, keep only its inputs, and run it again in backward.
 
-    Without ``attention_too`` attention's output and the log-sum-exp of each row and head are kept, too.
+    Without ``attention_too`` attention's output and the log-sum-exp of each row and head are kept, too. The
+    function must draw no random numbers: the state of a generator is not kept, which would wait for the device.
     """
     if attention_too:
-        return checkpoint(function, *args, use_reentrant=False)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
     contexts = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
-    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 def _keep_attention(context: Any, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -129,16 +129,21 @@ def embed_bytes(clips_BCTHW: Tensor, weight_DCthw: Tensor, bias_D: Tensor) -> Te
         .view(torch.int8)
         .to(torch.bfloat16)
     )
-    channels = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])
-    mean_C, std_C = channels.to(clips_BCTHW.device, non_blocking=True)[:, :, None, None, None]
-    weight_DCthw = weight_DCthw.float() / std_C
+    mean_C, std_C = (made_on(clips_BCTHW.device, values) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    weight_DCthw = weight_DCthw.float() / std_C[:, None, None, None]
     # The embedding of a clip whose bytes are all 128.
-    centre_D = bias_D.float() + (weight_DCthw * (CENTRE / 255 - mean_C)).flatten(1).sum(dim=1)
+    grey_C = (CENTRE / 255 - mean_C)[:, None, None, None]
+    centre_D = bias_D.float() + (weight_DCthw * grey_C).flatten(1).sum(dim=1)
     weight_DP = (weight_DCthw / 255).flatten(1)
     rounded_DP = weight_DP.to(torch.bfloat16)
     rest_DP = (weight_DP - rounded_DP.float()).to(torch.bfloat16)
     x_MD = exact_matmul(centred_MP, rest_DP).add_(centre_D).add_(exact_matmul(centred_MP, rounded_DP))
     return rearrange(x_MD, "(b t h w) d -> b d t h w", b=len(clips_BCTHW), t=num_steps, h=num_rows)
+
+
+def made_on(device: torch.device, values: Sequence[float]) -> Tensor:
+    """Return a few numbers, float32, written by the device itself: nothing is copied from the host."""
+    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def exact_matmul(x_MP: Tensor, weight_DP: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from everest_ds.planning.activations import NumberBytes, activation_bytes, ranki
 from everest_ds.planning.sharding import FLOAT32_BYTES, Sharding, bytes_sent, count_parameters, num_classes
 from everest_ds.planning.states import ModelStates, model_states
 from everest_ds.train.selecting import num_pretrain_noise
+from everest_ds.train.step.graph import capture_obstacle
 
 GIB = 2**30
 # Assumed, not yet measured: CUDA context, kernels, cuBLAS workspace and NCCL's buffers and channels.
@@ -33,6 +34,8 @@ class MemoryEstimate(ModelStates):
         attention: The part of ``activations`` that is attention's own.
         ranking: What ranking all tokens in float32 needs, before any activation is alive.
         input: The micro-batch: uint8 clips, noise, and labels.
+        pool: What a captured CUDA graph keeps between steps, too: the memory of forward and backward, and a copy of
+            the input; 0 without one.
         sent: Bytes that one GPU sends in one optimiser step.
         not_modelled: Options of the DeepSpeed configuration that the estimate does not know, and
             model.compile_blocks: compiled code keeps other tensors for backward.
@@ -43,6 +46,7 @@ class MemoryEstimate(ModelStates):
     attention: int
     ranking: int
     input: int
+    pool: int
     sent: int
     not_modelled: tuple[str, ...]
 
@@ -53,12 +57,17 @@ class MemoryEstimate(ModelStates):
 
     @property
     def transient(self) -> int:
-        """The largest of what follows one another: ranking, forward and backward, the rows filled, the step."""
+        """The largest of what follows one another: ranking, forward and backward, the rows filled, the step.
+
+        The pool of a graph serves nothing else, so the step comes on top of it.
+        """
+        if self.pool:
+            return self.pool + self.step
         return max(self.gathered + max(self.activations, self.ranking), self.collected, self.step)
 
     @property
     def allocated(self) -> int:
-        """The peak of allocated memory, what ``torch.cuda.max_memory_allocated`` counts."""
+        """The peak of allocated memory, what ``torch.cuda.max_memory_allocated`` counts, and a graph's pool."""
         return self.states + self.input + self.communication + self.transient
 
     @property
@@ -72,24 +81,31 @@ class MemoryEstimate(ModelStates):
         return self.allocated + self.overhead
 
 
-def estimate_memory(config: Config, ds_config: dict[str, Any], *, world_size: int) -> MemoryEstimate:
+def estimate_memory(
+    config: Config, ds_config: dict[str, Any], *, world_size: int, device_type: str = "cuda"
+) -> MemoryEstimate:
     """Return what one GPU holds at the peak of a run.
 
     Args:
         config: The run; its micro-batch is the one that is estimated.
         ds_config: As `train.engine.resolve_ds_config` returns it.
         world_size: Processes, one a GPU.
+        device_type: cuda or cpu; on a CPU nothing is captured.
     """
     sharding = Sharding.of(ds_config, world_size, config.optim.gradients)
     counts = count_parameters(config)
     activations = activation_bytes(config, NumberBytes.of(sharding))
+    states, input_bytes = model_states(counts, sharding), config.batch.micro_size * _clip_bytes(config)
+    is_captured = config.model.cuda_graph != "off" and capture_obstacle(config, ds_config, device_type) is None
+    passes = states.gathered + max(activations.peak, ranking_bytes(config), states.collected)
     return MemoryEstimate(
-        **asdict(model_states(counts, sharding)),
+        **asdict(states),
         average=_average_bytes(config, sum(counts.trained), world_size),
         activations=activations.peak,
         attention=activations.attention,
         ranking=ranking_bytes(config),
-        input=config.batch.micro_size * _clip_bytes(config),
+        input=input_bytes,
+        pool=passes + input_bytes if is_captured else 0,
         sent=bytes_sent(counts, sharding),
         not_modelled=sharding.not_modelled + (("model.compile_blocks",) if config.model.compile_blocks else ()),
     )
@@ -119,8 +135,8 @@ def _clip_bytes(config: Config) -> int:
 def describe_estimate(estimate: MemoryEstimate) -> str:
     """Return one line for the start of a run: the peak and its parts in GiB."""
     names = (
-        "parameters", "gradients", "optimizer", "average", "gathered", "activations", "ranking", "step", "input",
-        "communication",
+        "parameters", "gradients", "optimizer", "average", "gathered", "activations", "ranking", "pool", "step",
+        "input", "communication",
     )  # fmt: skip
     spelled = {"optimizer": "optimiser", "average": "moving average"}
     parts = {spelled.get(name, name): getattr(estimate, name) / GIB for name in names}

@@ -17,8 +17,9 @@ from everest_ds.train.engine import check_sections, load_systems, shipped_files,
 # On one node; more GPUs need a host file.
 MAX_GPUS_OF_A_NODE = 8
 PARTS = (
-    "parameters", "gradients", "optimizer", "average", "gathered", "activations", "attention", "ranking", "step",
-    "input", "communication", "transient", "overhead", "allocated", "total", "host", "sent",
+    "parameters", "gradients", "optimizer", "average", "gathered", "activations", "attention", "ranking",
+    "collected", "pool", "step", "input", "communication", "transient", "overhead", "allocated", "total", "host",
+    "sent",
 )  # fmt: skip
 # Heads of the table, and the part that each shows.
 COLUMNS = {
@@ -110,7 +111,8 @@ def _print_table(config: Config, options: PlanOptions, rows: list[dict[str, Any]
         f"{'' if options.precision == 'auto' else f', {options.precision}'}\n\n"
         "Estimated peak of one GPU in GiB, at the largest micro-batch that fits (* not even one clip does).\n"
         f"total = {summands}. work: the largest of activations (activ, of\n"
-        "them attn attention's), ranking and step, and gathered parameters. sent: what a GPU sends in a step.\n"
+        "them attn attention's), ranking, gradients and step, and gathered parameters; with a CUDA graph the step\n"
+        "comes on top of the others. sent: what a GPU sends in a step.\n"
         "ckpt: blocks are computed again in backward; part: all but attention, whose output is kept.\n"
     )
     print(f"{'ds_config':<14}{'ckpt':>5}{'micro':>6}{'accum':>6}" + "".join(f"{name:>7}" for name in columns))

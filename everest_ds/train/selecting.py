@@ -77,5 +77,5 @@ def share_of_loss(num_targets: int, device: torch.device) -> Tensor:
 
     The rank's share of the target tokens of this micro-batch, times the ranks. Does not wait for the device.
     """
-    own = torch.tensor(float(num_targets), device=device)
+    own = torch.full((), float(num_targets), device=device)
     return own * distributed.world_size() / distributed.sum_of(own)

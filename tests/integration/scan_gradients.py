@@ -72,6 +72,7 @@ class Side:
         self.engine.train()
         self.average = WeightAverage(self.engine, 0.9) if isinstance(config, FinetuneConfig) else None
         self.updater = make_updater(self.engine, replace(config.optim, gradients=gradients), ds_config)
+        self.addresses = self.find_addresses()
         self.losses: list[float] = []
         self.norms: list[float] = []
 
@@ -91,6 +92,21 @@ class Side:
         if self.average is not None:
             self.average.update(result.applied)
 
+    def find_addresses(self) -> list[int]:
+        """Where a captured graph finds the weights."""
+        return [weight.data_ptr() for weight in self.task.parameters()]
+
+    def stays_in_place(self) -> tuple[bool, int]:
+        """Whether all changes of the weights were made in place, and how many nodes of backward are kept.
+
+        A node of backward that outlives its pass would belong to the stream of an eager step, too.
+        """
+        if self.average is not None:
+            with self.average.swapped():
+                pass
+        kept = [weight for weight in self.task.parameters() if weight.requires_grad and _has_node(weight)]
+        return self.addresses == self.find_addresses(), len(kept)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Weights, averages, and all that the optimiser keeps on this rank."""
         found = {f"weight {name}": p.detach() for name, p in self.engine.module.named_parameters()}
@@ -102,6 +118,16 @@ class Side:
                 found[f"master {number} {index}"] = master.detach()
                 found |= {f"{key} {number} {index}": value for key, value in bare.state[master].items()}
         return found
+
+
+def _has_node(weight: torch.Tensor) -> bool:
+    """Return whether something keeps the node that accumulates a weight's gradient: it remembers a mark."""
+
+    def node() -> Any:
+        return weight.expand_as(weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+
+    node().metadata["seen"] = True
+    return "seen" in node().metadata
 
 
 def make_inputs(config: Config, task: Task, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
@@ -125,6 +151,7 @@ def run_case(case: str, steps: int, world: distributed.World, device: torch.devi
         batches = [make_inputs(config, sides[0].task, generator) for _ in range(KINDS[kind][0])]
         for side in sides:
             side.step(batches, spoiled=KINDS[kind][2] and step == SPOILED_STEP)
+    in_place = sides[1].stays_in_place()
     own, flat = (side.tensors() for side in sides)
     assert own.keys() == flat.keys()
     worst = max(float((own[name].double() - flat[name].double()).abs().max()) for name in own)
@@ -139,6 +166,7 @@ def run_case(case: str, steps: int, world: distributed.World, device: torch.devi
             norms=[side.norms for side in sides],
             worst=max(worst for _, worst in everyone),
             counters=counters,
+            in_place=in_place,
         )
 
 

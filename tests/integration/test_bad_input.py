@@ -120,6 +120,7 @@ def train_list(demo_folder: Path) -> str:
         (["--model.size", "giant"], ["giant", "tiny"]),
         (["--ds-config", "absent.json"], ["absent.json", "No such file"]),
         (["--resume", "runs/absent"], ["no complete checkpoint there"]),
+        (["--model.cuda-graph", "on"], ["model.cuda_graph=on is not available: it needs a CUDA device, got cpu"]),
         (["--model.attention", "flash"], ["model.attention=flash is not available", "use model.attention=auto"]),
         (
             ["--model.no-activation-checkpointing", "--model.no-recompute-attention"],

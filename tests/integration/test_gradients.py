@@ -26,6 +26,7 @@ def compare(processes: int, cases: list[str], steps: int = STEPS) -> list[dict[s
         own, flat = line["counters"]
         assert own == flat
         assert flat[0] == steps
+        assert line["in_place"] == [True, 0]  # as a captured graph needs it (`train.step.graph`)
     return lines
 
 

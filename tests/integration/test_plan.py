@@ -100,10 +100,10 @@ def test_attentions_outputs_are_kept_where_they_fit_and_no_recomputation_does_no
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
-    words = "plan k400_vit_l --gpus 8 --gpu-memory-gib 3.6 --ds-config ds_configs/zero2.json"
+    words = "plan k400_vit_l_ft --gpus 8 --gpu-memory-gib 4.05 --ds-config ds_configs/zero2.json"
     assert cli.main(words.split()) == 0
     shown = capsys.readouterr().out
-    assert "recommended: zero2 with recomputation of all but attention, 512 = 1 a GPU" in shown
+    assert "recommended: zero2 with recomputation of all but attention, 128 = 4 a GPU" in shown
     (command,) = (line for line in shown.splitlines() if line.startswith("deepspeed"))
     assert "--model.activation-checkpointing --model.no-recompute-attention" in command
     rows = {

@@ -21,7 +21,8 @@ This module leans on these attributes of DeepSpeed 0.19.8 and no others; what is
                     _grad_acc_hooks (removed here)
     ZeRO-1 in bf16  optimizer: optimizer, bf16_groups, bf16_groups_flat, fp32_groups_flat_partition,
                     fp32_groups_gradients_flat (its whole float32 gradients: accumulated in, or freed here),
-                    _grad_acc_hooks (removed here)
+                    bf16_partitioned_groups, _grad_acc_hooks (removed here)
+    ZeRO-1 and 2    parameters: _hp_mapping.lp_fragment (detached here)
     ZeRO-0 in bf16  optimizer: optimizer, fp16_groups, fp32_groups (masters by parameter)
     ZeRO-0          optimizer: torch's own
 """
@@ -248,7 +249,25 @@ def _rows_of(optimizer: Any, stage: int, *, accumulates: bool) -> list[GradientR
             row.total = torch.zeros_like(row.row, dtype=torch.float32) if accumulates and stage == 1 else None
     for hook in optimizer._grad_acc_hooks if stage else ():
         hook.remove()
+    _free_from_autograd(optimizer, rows)
     return rows
+
+
+def _free_from_autograd(optimizer: Any, rows: Sequence[GradientRow]) -> None:
+    """Detach the views of weights that DeepSpeed keeps, and flat weights that it put together with a gradient.
+
+    With such a view lives the node of backward that accumulates a weight's gradient, on the stream that was current
+    when the view was made; a CUDA graph is captured on another one, which it must not leave.
+    """
+    for parameter in (parameter for row in rows for parameter in row.parameters):
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is not None:
+            mapping.lp_fragment = mapping.lp_fragment.detach()
+    if hasattr(optimizer, "bf16_groups_flat"):
+        optimizer.bf16_groups_flat[:] = [weights.detach() for weights in optimizer.bf16_groups_flat]
+        optimizer.bf16_partitioned_groups[:] = [
+            [part.detach() for part in parts] for parts in optimizer.bf16_partitioned_groups
+        ]
 
 
 def _flat_rows(
@@ -265,7 +284,7 @@ def _flat_rows(
                 row=row,
                 views=_views(row, parameters, starts),
                 masters=[master],
-                flat_weights=weights,
+                flat_weights=weights.detach(),
             )
         )
     return rows

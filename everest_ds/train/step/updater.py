@@ -21,6 +21,7 @@ from torch import Tensor
 from everest_ds.config import OptimConfig
 from everest_ds.train.step.device_feed import Inputs
 from everest_ds.train.step.gradients import FlatGradients, choose_gradients
+from everest_ds.train.step.graph import CapturedCompute
 
 # Added to the norm before gradients are divided, as DeepSpeed and torch do.
 CLIP_EPS = 1e-6
@@ -42,6 +43,9 @@ class StepResult:
 class Updater(ABC):
     """Takes the optimiser steps of an engine whose checkpoint is loaded."""
 
+    graph: CapturedCompute | None = None
+    """What replays forward and backward; None where they are computed eagerly from the start."""
+
     @abstractmethod
     def forward_backward(self, inputs: Inputs) -> Tensor:
         """Compute loss and gradients of a micro-batch; return the loss, a scalar on the device."""
@@ -51,31 +55,34 @@ class Updater(ABC):
         """Update the weights where accumulation is complete and every gradient finite; None before that."""
 
 
-def make_updater(engine: Any, config: OptimConfig, ds_config: dict[str, Any]) -> Updater:
+def make_updater(engine: Any, config: OptimConfig, ds_config: dict[str, Any], *, captures: bool = False) -> Updater:
     """Return what takes the steps of an engine whose checkpoint is loaded.
 
     Args:
         engine: The DeepSpeed engine around a task, with `optim.make_optimizer`'s AdamW.
         config: Says how gradients are kept and clipped.
         ds_config: The engine's, resolved.
+        captures: Whether forward and backward are replayed as a CUDA graph (`graph.why_eager` has no objection).
     """
-    is_flat = choose_gradients(config.gradients, ds_config) == "flat"
-    return (FlatUpdater if is_flat else DeepSpeedUpdater)(engine, config.max_grad_norm)
+    if choose_gradients(config.gradients, ds_config) == "flat":
+        return FlatUpdater(engine, config.max_grad_norm, captures=captures)
+    return DeepSpeedUpdater(engine, config.max_grad_norm)
 
 
 class FlatUpdater(Updater):
     """Steps with gradients in flat rows; DeepSpeed's counters go on as in its own steps."""
 
-    def __init__(self, engine: Any, max_norm: float) -> None:
+    def __init__(self, engine: Any, max_norm: float, *, captures: bool = False) -> None:
         self._engine = engine
         self._max_norm = max_norm
+        self.graph = CapturedCompute(self.compute, engine.module) if captures else None
         self._gradients = FlatGradients(engine)
         self._num_micro_steps: int = engine.gradient_accumulation_steps()
         self._autocast_dtype = torch.bfloat16 if engine.torch_autocast_enabled() else None
 
     def forward_backward(self, inputs: Inputs) -> Tensor:
         """Compute loss and gradients of a micro-batch, and bring those of all ranks together."""
-        loss = self.compute(*inputs)
+        loss = (self.graph or self.compute)(*inputs)
         done = self._engine.micro_steps % self._num_micro_steps
         self._gradients.reduce(first=done == 0, last=done + 1 == self._num_micro_steps)
         return loss

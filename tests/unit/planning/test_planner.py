@@ -251,3 +251,17 @@ def test_smallest_change_is_one_that_fits_and_less_does_not() -> None:
 def test_gib_are_rounded_up() -> None:
     assert in_gib(GIB) == 1.0
     assert in_gib(GIB + 1) == 1.01
+
+
+def test_pool_of_a_graph_and_the_step_add_up() -> None:
+    """And nothing is captured on a CPU, at ZeRO-3, or where budgets vary."""
+    config = replace(get_recipe("k400_vit_l"), batch=BatchConfig(global_size=256, micro_size=32))
+    eager = estimate(replace(config, model=replace(config.model, cuda_graph="off")), "zero2")
+    captured = estimate(config, "zero2")
+    assert eager.pool == 0
+    assert captured.pool == eager.transient + captured.input
+    assert captured.allocated - eager.allocated == captured.step + captured.input
+    varying = replace(config, selection=SelectionConfig(budget="batch", ceiling=0.6))
+    assert estimate(config, "zero3").pool == estimate(varying, "zero2").pool == 0
+    resolved = resolve_ds_config(SYSTEMS["zero2"], config, world_size=8, precision="bf16", device_type="cpu")
+    assert estimate_memory(config, resolved, world_size=8, device_type="cpu").pool == 0
