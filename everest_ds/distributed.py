@@ -129,7 +129,7 @@ def start(world: World) -> "torch.device":
     if world.size == 1:
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     if on_gpu:
-        torch.cuda.set_device(world.local_rank)
+        torch.cuda.set_device(device_index(world, torch.cuda.device_count()))
     try:
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     except torch.distributed.DistError as error:
@@ -138,7 +138,12 @@ def start(world: World) -> "torch.device":
         raise UserError(_no_meeting(str(error))) from error
     global _host_group
     _host_group = torch.distributed.new_group(backend="gloo") if on_gpu else None
-    return torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def device_index(world: World, num_visible: int) -> int:
+    """Return which of the GPUs that a rank sees is its own: the only one where a scheduler shows it no other."""
+    return 0 if num_visible == 1 else world.local_rank
 
 
 def _require_meeting_place(world: World) -> None:

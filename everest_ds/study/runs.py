@@ -28,6 +28,7 @@ from everest_ds.files import write_atomically
 from everest_ds.study.conditions import NO_PRETRAINING, PRETRAININGS, Condition, StudyJob, StudyOptions
 from everest_ds.study.jobs import Job, JobKind, Runner
 from everest_ds.study.results import outcome_text, read_result, write_report
+from everest_ds.train.checkpoints.owner import OWNER, owning
 from everest_ds.train.engine import shipped_files
 from everest_ds.train.signals import EXIT_STOPPED
 
@@ -50,7 +51,9 @@ QUICK = Scale(pretrain_epochs=8, finetune_epochs=12)
 
 
 def run(job: StudyJob, world: World) -> int:
-    return study(job.folder, job.options)
+    """Do a study; two of them in one folder would take each other's runs."""
+    with owning(job.folder, world):
+        return study(job.folder, job.options)
 
 
 def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> int:
@@ -135,7 +138,7 @@ def _prepare(folder: Path, seeds: Sequence[int], scale: Scale, shake: int) -> No
     if settings.is_file():
         if settings.read_text() != wanted:
             raise UserError(f"{folder} holds a study of other settings ({settings}); name another folder")
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(path.name != OWNER for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no study; name another folder")
     else:
         folder.mkdir(parents=True, exist_ok=True)

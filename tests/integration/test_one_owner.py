@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
+import pytest
 
 from everest_ds.commands.train import Arguments, check
 from everest_ds.distributed import World
@@ -61,6 +62,30 @@ def test_owner_that_no_rank_sees_before_they_meet_refuses_all_alike(demo_folder:
     assert contents(run_dir) == {OWNER: b""}
 
 
+def test_study_in_a_folder_that_another_one_uses_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / OWNER).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = compute(["study", str(tmp_path), "--quick"])
+    assert done.returncode == 2
+    assert f"{tmp_path} is being trained by another process" in done.stderr
+    assert contents(tmp_path) == {OWNER: b""}
+
+
+def test_ranks_of_different_runs_are_refused(demo_folder: Path, tmp_path: Path) -> None:
+    """As several trainings by one `srun`, each with a folder of its own."""
+    ranks = tmp_path / "ranks.py"
+    ranks.write_text(
+        "import os, sys\nfrom everest_ds.cli import main\nsys.argv[-1] += os.environ['RANK']\nsys.exit(main())\n"
+    )
+    words = recovery_command(demo_folder, tmp_path / "unused", "--out", str(tmp_path / "run"))
+    done = compute(words, processes=2, module=ranks)
+    assert done.returncode == 2
+    (said,) = (line for line in done.stderr.splitlines() if "error" in line)
+    assert f"differ in --out: {tmp_path / 'run0'}, {tmp_path / 'run1'}" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ranks.py"]
+
+
+@pytest.mark.slow  # the launches that are killed say the same by default
 def test_killed_owner_leaves_the_run_free(demo_folder: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     words = [*recovery_command(demo_folder, run_dir), "--run.max-steps", "4"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from everest_ds.distributed import World, agree, gather_objects, speaks_first
+from everest_ds.distributed import World, agree, device_index, gather_objects, speaks_first
 
 PAIR = World(rank=0, local_rank=0, size=2, local_size=2)
 
@@ -72,6 +72,11 @@ def test_other_messages_are_said_too_and_a_single_process_always_speaks() -> Non
     assert [speaks_first(text, PAIR) for text in (first, second, first)] == [True, True, False]
     alone = World(rank=0, local_rank=0, size=1, local_size=1)
     assert [speaks_first(first, alone) for _ in range(2)] == [True, True]
+
+
+def test_rank_takes_its_own_gpu_and_the_only_one_that_it_sees() -> None:
+    second = World(rank=5, local_rank=1, size=8, local_size=4)
+    assert [device_index(second, num_visible) for num_visible in (1, 2, 4)] == [0, 1, 1]
 
 
 def test_without_a_process_group_reductions_are_the_identity() -> None:

@@ -268,7 +268,7 @@ def _stop_all(workers: Sequence[_Worker], closed: threading.Event) -> None:
 
 def _serve(function: Callable[[Any, Mark], Any], pipe: Connection) -> None:
     """Answer calls until the other end is gone."""
-    end_with_parent()  # the fork server ends as soon as the process that the pool belongs to does
+    _end_with_fork_server()
     for number in _LEFT_TO_PARENT:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -287,6 +287,19 @@ def _serve(function: Callable[[Any, Mark], Any], pipe: Connection) -> None:
             except Exception:  # of any kind: the parent raises it, with the traceback as its text
                 answer = ("raised", RuntimeError(f"in a process that reads videos:\n{traceback.format_exc()}"))
             pipe.send(answer)
+
+
+def _end_with_fork_server() -> None:
+    """Let the kernel kill this worker when the fork server ends, and that end with the process of the pool.
+
+    The fork server ends once nobody holds the other end of a pipe; Python gives that end to every worker, too.
+    """
+    server: Any = forkserver._forkserver
+    held = getattr(server, "_forkserver_alive_fd", None)
+    if held is not None:
+        os.close(held)
+        server._forkserver_alive_fd = None
+    end_with_parent()
 
 
 def _end_with_parent() -> None:

@@ -106,9 +106,15 @@ def owning(run_dir: Path, world: World) -> Iterator["Holding"]:
     The folder is made where there is none. It is removed again if nothing was written to it.
 
     Raises:
-        UserError: Another launch owns it, or it cannot be written to.
+        UserError: Another launch owns it, or it cannot be written to, or the ranks do not mean the same one.
     """
     lock, fault = None, None
+    named = sorted(set(distributed.gather_objects(str(run_dir))))
+    if len(named) > 1:
+        raise UserError(
+            f"the ranks of this launch differ in --out: {', '.join(named[:4])}; together they train one run. Start "
+            "several trainings by a command each (srun -n 1)"
+        )
     if world.is_main:
         try:
             lock = _Lock(run_dir)

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from everest_ds.data.loading.pool import _PRELOADED, Mark, Outcome, Pool, run_all
 from everest_ds.errors import UserError
+from tests.conftest import REPOSITORY
 
 
 def act(item: tuple[str, float], mark: Mark) -> float:
@@ -211,3 +216,36 @@ def test_leaving_early_leaves_no_process_behind() -> None:
 def test_modules_that_the_fork_server_imports_exist() -> None:
     """It passes over a name that is none, and each worker would import for seconds."""
     assert all(importlib.util.find_spec(name) for name in _PRELOADED)
+
+
+def hold_python_in_c(item: int, mark: Mark) -> None:
+    """A decoder that hangs and lets no thread of its process run."""
+    mark(os.getpid())
+    ctypes.PyDLL(None).sleep(300)
+
+
+OWNER_OF_A_POOL = """
+import time
+from everest_ds.data.loading.pool import Pool
+from tests.unit.data.loading.test_pool import hold_python_in_c
+pool = Pool(hold_python_in_c, num_workers=1, timeout_s=300)
+pool.submit(0)
+while pool._workers[0]._mark is None:
+    pool.wait(0.1)
+print(*pool.pids, flush=True)
+time.sleep(300)
+"""
+
+
+def test_process_stuck_in_c_ends_with_the_one_that_the_pool_belongs_to() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER_OF_A_POOL], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+    ) as owner:
+        assert owner.stdout is not None
+        worker = psutil.Process(int(owner.stdout.readline()))
+        owner.kill()
+        owner.wait()
+        until = time.monotonic() + 5
+        while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < until
+            time.sleep(0.02)
