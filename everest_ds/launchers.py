@@ -57,7 +57,7 @@ def find_launchers(pid: int) -> list[int]:
     if not known:
         return [0] if any(mark in os.environ for mark in _MARKS) and _was_left(pid) else []
     top = above[known[-1]]
-    lost = "deepspeed.launcher.launch" in words_of(top) and _was_left(top)
+    lost = "deepspeed.launcher.launch" in words_of(top) and os.getsid(top) != top and _was_left(top)
     return [*above[: known[-1] + 1], *([0] if lost else [])]
 
 
@@ -73,10 +73,15 @@ def _is_launcher(words: Sequence[str]) -> bool:
 
 
 def _was_left(pid: int) -> bool:
-    """Return whether a process was handed over to another session's process because its parent has ended."""
+    """Return whether a process was handed over to a process of another session because its parent has ended.
+
+    torchrun's ranks lead sessions of their own: they were left where the first process, no Python, is above them.
+    """
     try:
         session, above = os.getsid(pid), parent_of(pid)
-        return session != pid and above != 0 and os.getsid(above) != session
+        if session == pid:
+            return above == 1 and not any("python" in word for word in words_of(1)[:1])
+        return above != 0 and os.getsid(above) != session
     except OSError:
         return False
 

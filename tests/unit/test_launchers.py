@@ -98,10 +98,25 @@ def test_launchers_are_known_by_their_words(
     assert find_launchers(30) == ([20, 10] if is_launcher else [])
 
 
+@pytest.mark.parametrize(
+    ("first_process", "mark", "lost"),
+    [("init", "TORCHELASTIC_RUN_ID", [0]), ("python3", "TORCHELASTIC_RUN_ID", []), ("init", "OTHER", [])],
+)
+def test_rank_of_torchrun_below_the_first_process_was_left(
+    first_process: str, mark: str, lost: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(mark, "none")
+    monkeypatch.setattr("everest_ds.launchers.parent_of", {30: 1, 1: 0}.__getitem__)
+    monkeypatch.setattr("everest_ds.launchers.words_of", lambda pid: [first_process])
+    monkeypatch.setattr(os, "getsid", lambda pid: pid)
+    assert find_launchers(30) == lost
+
+
 def test_rank_whose_launcher_ended_before_it_looked_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
     parents = {30: 20, 20: 1, 1: 0}
     monkeypatch.setattr("everest_ds.launchers.parent_of", parents.__getitem__)
     monkeypatch.setattr("everest_ds.launchers._was_left", lambda pid: pid == 20)
+    monkeypatch.setattr(os, "getsid", lambda pid: 5)
     node = ["python", "-u", "-m", "deepspeed.launcher.launch"]
     monkeypatch.setattr("everest_ds.launchers.words_of", lambda pid: node if pid == 20 else ["init"])
     assert find_launchers(30) == [20, 0]
