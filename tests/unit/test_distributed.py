@@ -83,3 +83,37 @@ def test_without_a_process_group_reductions_are_the_identity() -> None:
     assert gather_objects("x") == ["x"]
     assert agree("fault") == "fault"
     assert agree(None) is None
+
+
+ON_GPU = """
+import os, warnings
+import torch
+from everest_ds import distributed
+
+os.environ |= {"DS_ACCELERATOR": "cuda", "WORLD_SIZE": SIZE, "RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "1"}
+torch.cuda.is_available = lambda: True
+torch.cuda.set_device = lambda device: print("current", device)
+join = torch.distributed.init_process_group
+
+
+def init_process_group(backend, device_id=None, **options):
+    print(backend, device_id)
+    join("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
+torch.distributed.init_process_group = init_process_group
+print(distributed.start(distributed.World(rank=1, local_rank=1, size=int(SIZE), local_size=int(SIZE))))
+print(torch.distributed.get_backend(distributed._host_group))
+warnings.warn("barrier(): using the device under current context. You can", stacklevel=2)
+"""
+
+
+@pytest.mark.parametrize(("size", "device", "warned"), [(2, "cuda:1", True), (1, "None", False)])
+def test_nccl_is_given_its_device_and_one_process_is_not_warned_that_it_has_none(
+    size: int, device: str, warned: bool
+) -> None:
+    """The GPU is a stand-in: what NCCL would be given is seen, and gloo takes its place."""
+    program = f"SIZE = '{size}'\n{ON_GPU}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.splitlines() == ["current 1", f"nccl {device}", "cuda:1", "gloo"], done.stderr
+    assert ("using the device" in done.stderr) == warned
