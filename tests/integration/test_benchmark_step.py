@@ -70,9 +70,10 @@ def test_line_of_real_steps_is_whole_and_consistent(processes: int) -> None:
             assert line[name] is None
 
 
-# At most so many aten calls a step of ViT-L's 24 and 4 blocks in bf16, one process: measured (torch 2.14) and 3 %.
+# At most so many aten calls a step of ViT-L's 24 and 4 blocks in bf16, one process: measured (torch 2.14) and 3 %,
+# at ZeRO-1 and 2 the goal (measured 8,937).
 # DeepSpeed's own path makes 35,394, 13,765 and 27,205 at ZeRO-0, 1 and 2.
-CALLS = {"zero0": 12_980, "zero1": 9_550, "zero2": 9_550, "zero3": 26_070}
+CALLS = {"zero0": 12_640, "zero1": 9_000, "zero2": 9_000, "zero3": 26_070}
 
 
 def test_calls_of_a_step_stay_within_bounds_at_every_stage(tmp_path: Path) -> None:

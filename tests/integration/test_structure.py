@@ -154,6 +154,15 @@ def test_leaves_and_recipes_need_no_torch() -> None:
     assert not loaded & {"torch", "deepspeed", "decord", "timm"}
 
 
+def test_clips_and_models_load_no_compiler() -> None:
+    loaded = modules_after(
+        "import everest_ds.data.clips.dataset, everest_ds.data.clips.views, everest_ds.inference.trained, "
+        "everest_ds.training_run"
+    )
+    assert "torch" in loaded
+    assert not loaded & {"torch._dynamo", "torch._inductor", "torchvision", "sympy"}
+
+
 def test_model_needs_neither_deepspeed_nor_decord_nor_the_data_package() -> None:
     loaded = modules_after(
         "from everest_ds.model import flops, registry; from everest_ds.model.weights import export, loading"

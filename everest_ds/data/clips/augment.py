@@ -1,4 +1,4 @@
-"""Augmentation of fine-tuning clips with timm's and torchvision's parts: one draw for all frames of a clip.
+"""Augmentation of fine-tuning clips with timm's parts: one draw for all frames of a clip.
 
 Place in the flow: frames_THWC uint8 -> RandAugment -> random resized crop and flip (transforms.py) -> clip_CTHW
 uint8 -> random erasing -> mixing of pairs. These parts draw from process-wide generators. Each runs inside
@@ -7,6 +7,7 @@ uint8 -> random erasing -> mixing of pairs. These parts draw from process-wide g
 timm is imported where it is used: pre-training does without it, and it takes half a second of every process.
 """
 
+import math
 import random
 import re
 from collections.abc import Iterator
@@ -21,7 +22,6 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import RandomResizedCrop
 
 from everest_ds.config import FinetuneDataConfig
 from everest_ds.data.clips.sampling import RandomStream, SampleKey, keyed_generator
@@ -100,15 +100,27 @@ def rand_augment(frames_THWC: NDArray[np.uint8], text: str, generator: np.random
 def draw_resized_crop(
     width: int, height: int, area: tuple[float, float], aspect: tuple[float, float], generator: np.random.Generator
 ) -> Crop:
-    """Draw a crop of random area and aspect, with torchvision.
+    """Draw a crop of random area and aspect, by the draws of torchvision's ``RandomResizedCrop``.
 
     Uniform in ``area`` (share of the frame, from and to), log-uniform in ``aspect`` (width over height, from and
     to); after ten draws that do not fit, the largest crop in the middle whose aspect is allowed.
     """
-    with seeded_globals(_draw_seed(generator)):
-        image = torch.empty(1, 1).expand(height, width)[None]  # only its shape counts
-        top, left, crop_height, crop_width = RandomResizedCrop.get_params(image, list(area), list(aspect))
-    return left, top, crop_width, crop_height
+    draws = torch.Generator().manual_seed(_draw_seed(generator))
+    log_aspect = torch.tensor(aspect).log().tolist()
+    for _ in range(10):
+        pixels = width * height * torch.empty(1).uniform_(*area, generator=draws).item()
+        ratio = torch.empty(1).uniform_(*log_aspect, generator=draws).exp().item()
+        crop_width, crop_height = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(torch.randint(height - crop_height + 1, (1,), generator=draws))
+            left = int(torch.randint(width - crop_width + 1, (1,), generator=draws))
+            return left, top, crop_width, crop_height
+    crop_width, crop_height = width, height
+    if width / height < aspect[0]:
+        crop_height = round(width / aspect[0])
+    elif width / height > aspect[1]:
+        crop_width = round(height * aspect[1])
+    return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
 
 
 def erase(clip_CTHW: Tensor, prob: float, generator: np.random.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 Place in the flow: frames_THWC uint8 -> crop_THWC uint8 -> clip_CTHW uint8. Axes: T frames, H W pixels, C colour.
 """
 
+import platform
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tvf
+from torch.nn import functional as F
 
 Crop = tuple[int, int, int, int]
 """Left, top, width and height in pixels."""
@@ -73,7 +74,23 @@ def resize_crop(crop_THWC: Tensor, size: int) -> Tensor:
     times as fast.
     """
     crop_TCHW = rearrange(crop_THWC, "t h w c -> t c h w")
-    return rearrange(tvf.resize(crop_TCHW, [size, size], antialias=True), "t c h w -> c t h w")
+    return rearrange(resize_frames(crop_TCHW, size, size), "t c h w -> c t h w")
+
+
+def resize_frames(frames_TCHW: Tensor, height: int, width: int) -> Tensor:
+    """Resize uint8 frames with antialiased bilinear weights, on their device: the pixels of torchvision's ``resize``.
+
+    torchvision itself is not imported: it loads torch's compiler, which takes a second of every process.
+    """
+    if frames_TCHW.shape[-2:] == (height, width):
+        return frames_TCHW
+    # torch resizes bytes where it has vector instructions for them, and is slow at it elsewhere.
+    on_bytes = frames_TCHW.device.type == "cpu" and (
+        torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in ("aarch64", "arm64")
+    )
+    pixels = frames_TCHW if on_bytes else frames_TCHW.float()
+    resized = F.interpolate(pixels, size=(height, width), mode="bilinear", antialias=True)
+    return resized if on_bytes else resized.round_().to(torch.uint8)
 
 
 def resize_crop_by_pil(crop_THWC: Tensor, size: int) -> Tensor:

@@ -16,10 +16,10 @@ import torch
 from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tvf
 
 from everest_ds.config import FinetuneDataConfig, ViewsConfig
 from everest_ds.data.clips.sampling import require_frames
+from everest_ds.data.clips.transforms import resize_frames
 from everest_ds.data.lists.video_list import VideoRow, packed
 from everest_ds.data.loading.loader import Loader, SampleMaker
 from everest_ds.data.loading.pool import Mark
@@ -121,7 +121,9 @@ def resize_shorter_side(frames_TCHW: Tensor, size: int) -> Tensor:
     Source: official code, ``int(size * longer / shorter)``: 320 x 240 gives 298 x 224 as in the golden cases.
     Differs from the official code: antialiased weights instead of OpenCV's bilinear ones.
     """
-    return tvf.resize(frames_TCHW, [size], antialias=True)
+    height, width = frames_TCHW.shape[-2:]
+    longer = size * max(height, width) // min(height, width)
+    return resize_frames(frames_TCHW, *((size, longer) if height <= width else (longer, size)))
 
 
 def read_views(video: Video, data: FinetuneDataConfig, views: ViewsConfig) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
 
 from everest_ds.config import FinetuneDataConfig
 from everest_ds.data.clips.augment import (
@@ -206,6 +207,16 @@ def test_whole_frame_or_its_middle_is_taken_where_nothing_else_fits(
     aspect = (1.0, 1.0) if width == height else (0.75, 4 / 3)
     for index in range(20):
         assert draw_resized_crop(width, height, (1.0, 1.0), aspect, generator(RandomStream.CROP, index)) == crop
+
+
+@pytest.mark.parametrize(("width", "height"), [(340, 256), (64, 200), (900, 100), (7, 5)])
+def test_resized_crops_are_torchvisions(width: int, height: int) -> None:
+    area, aspect = (0.08, 1.0), (0.75, 4 / 3)
+    for index in range(200):
+        crop = draw_resized_crop(width, height, area, aspect, generator(RandomStream.CROP, index))
+        with seeded_globals(int(generator(RandomStream.CROP, index).integers(2**32))):
+            top, left, *sides = RandomResizedCrop.get_params(torch.empty(3, height, width), list(area), list(aspect))
+        assert crop == (left, top, *sides[::-1])
 
 
 def test_resized_crop_leaves_no_trace() -> None:

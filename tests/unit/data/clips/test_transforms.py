@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as tvf
 
 from everest_ds.data.clips.sampling import RandomStream, keyed_generator
 from everest_ds.data.clips.transforms import (
@@ -16,6 +17,7 @@ from everest_ds.data.clips.transforms import (
     multi_scale_crops,
     resize_crop,
     resize_crop_by_pil,
+    resize_frames,
 )
 from tests.conftest import GOLDEN
 
@@ -98,3 +100,15 @@ def test_mirroring_before_resizing_is_mirroring_after_it(
             crop_frames(frames, (left, top, width, height), mirror=mirror) for mirror in (False, True)
         )
         assert torch.equal(resize(mirrored, 112), resize(plain, 112).flip(-1))
+
+
+@pytest.mark.parametrize("capability", [torch.backends.cpu.get_cpu_capability(), "DEFAULT"])
+def test_resized_frames_are_torchvisions(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    random = torch.Generator().manual_seed(0)
+    for height, width, size in [(30, 41, (16, 16)), (9, 7, (16, 24)), (240, 320, (224, 298)), (1, 1, (8, 8))]:
+        frames_THWC = torch.randint(256, (3, height, width, 3), dtype=torch.uint8, generator=random)
+        for frames_TCHW in (frames_THWC.permute(0, 3, 1, 2), frames_THWC.permute(0, 3, 1, 2).contiguous()):
+            resized_TCHW = resize_frames(frames_TCHW, *size)
+            assert torch.equal(resized_TCHW, tvf.resize(frames_TCHW, list(size), antialias=True))
+            assert resized_TCHW.stride() == tvf.resize(frames_TCHW, list(size), antialias=True).stride()
