@@ -31,7 +31,9 @@ _OUTLIVE_US = (
 _RANK_ZERO_SPEAKS_WITHIN_S = 5.0
 
 # What torch 2.11 and newer ones say at a barrier of NCCL that was given no device.
-_NO_DEVICE = r"barrier\(\): using the device under current context|No device id is provided via `init_process_group`"
+_NO_DEVICE = (
+    r"barrier\(\): using the device under current context|No device id is provided via `init_process_group`"
+)
 
 # Processes of a GPU launch talk about files, signals and numbers through this group: it never waits for the device.
 _host_group: Any = None
@@ -129,8 +131,8 @@ def start(world: World) -> "torch.device":
     # Not needed for gloo, and building it costs a compiler and most of a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if on_gpu and world.size == 1:
-        # DeepSpeed gives NCCL its device where there are peers. It leaves one process without, as NCCL failed at its
-        # start with one on some machines; there the current device is the right one.
+        # DeepSpeed gives NCCL its device where there are peers. It leaves one process without, as NCCL failed at
+        # its start with one on some machines; there the current device is the right one.
         warnings.filterwarnings("ignore", _NO_DEVICE, UserWarning)
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, str(value))

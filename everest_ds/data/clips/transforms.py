@@ -78,7 +78,7 @@ def resize_crop(crop_THWC: Tensor, size: int) -> Tensor:
 
 
 def resize_frames(frames_TCHW: Tensor, height: int, width: int) -> Tensor:
-    """Resize uint8 frames with antialiased bilinear weights, on their device: the pixels of torchvision's ``resize``.
+    """Resize uint8 frames with antialiased bilinear weights, on their device, as torchvision's ``resize``.
 
     torchvision itself is not imported: it loads torch's compiler, which takes a second of every process.
     """

@@ -215,7 +215,9 @@ def test_resized_crops_are_torchvisions(width: int, height: int) -> None:
     for index in range(200):
         crop = draw_resized_crop(width, height, area, aspect, generator(RandomStream.CROP, index))
         with seeded_globals(int(generator(RandomStream.CROP, index).integers(2**32))):
-            top, left, *sides = RandomResizedCrop.get_params(torch.empty(3, height, width), list(area), list(aspect))
+            top, left, *sides = RandomResizedCrop.get_params(
+                torch.empty(3, height, width), list(area), list(aspect)
+            )
         assert crop == (left, top, *sides[::-1])
 
 
