@@ -90,9 +90,11 @@ import os, warnings
 import torch
 from everest_ds import distributed
 
-os.environ |= {"DS_ACCELERATOR": "cuda", "WORLD_SIZE": SIZE, "RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "1"}
+os.environ |= {"DS_ACCELERATOR": "cuda", "WORLD_SIZE": SIZE, "RANK": "1", "LOCAL_RANK": "1"}
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 torch.cuda.is_available = lambda: True
 torch.cuda.set_device = lambda device: print("current", device)
+torch.cuda.device_count, torch.cuda.current_device = lambda: 2, lambda: 1
 join = torch.distributed.init_process_group
 
 
