@@ -139,7 +139,9 @@ def start(world: World) -> "torch.device":
     if world.size == 1:
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     if on_gpu:
-        torch.cuda.set_device(device_index(world, torch.cuda.device_count()))
+        index = device_index(world, torch.cuda.device_count())
+        torch.cuda.set_device(index)
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes it for the device, here and in its engine
     try:
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     except torch.distributed.DistError as error:

@@ -94,7 +94,7 @@ os.environ |= {"DS_ACCELERATOR": "cuda", "WORLD_SIZE": SIZE, "RANK": "1", "LOCAL
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 torch.cuda.is_available = lambda: True
 torch.cuda.set_device = lambda device: print("current", device)
-torch.cuda.device_count, torch.cuda.current_device = lambda: 2, lambda: 1
+torch.cuda.device_count, torch.cuda.current_device = lambda: VISIBLE, lambda: 1 if VISIBLE > 1 else 0
 join = torch.distributed.init_process_group
 
 
@@ -110,12 +110,15 @@ warnings.warn("barrier(): using the device under current context. You can", stac
 """
 
 
-@pytest.mark.parametrize(("size", "device", "warned"), [(2, "cuda:1", True), (1, "None", False)])
+@pytest.mark.parametrize(
+    ("size", "visible", "device", "warned"), [(2, 2, "cuda:1", True), (2, 1, "cuda:0", True), (1, 2, "None", False)]
+)
 def test_nccl_is_given_its_device_and_one_process_is_not_warned_that_it_has_none(
-    size: int, device: str, warned: bool
+    size: int, visible: int, device: str, warned: bool
 ) -> None:
     """The GPU is a stand-in: what NCCL would be given is seen, and gloo takes its place."""
-    program = f"SIZE = '{size}'\n{ON_GPU}"
+    program = f"SIZE, VISIBLE = '{size}', {visible}\n{ON_GPU}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout.splitlines() == ["current 1", f"nccl {device}", "cuda:1", "gloo"], done.stderr
+    own = min(1, visible - 1)
+    assert done.stdout.splitlines() == [f"current {own}", f"nccl {device}", f"cuda:{own}", "gloo"], done.stderr
     assert ("using the device" in done.stderr) == warned
