@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Measure what BENCHMARKS.md waits for on one GPU: bash launch/measure_gpu.sh [MINUTES] [--out FILE.json]
+# The same command goes on where the last one stopped. Needs no network, and no installation but the dependencies.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+exec "${PYTHON:-python}" -m everest_ds.benchmark.gpu_table "$@"
