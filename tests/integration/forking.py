@@ -72,7 +72,9 @@ def run_forked(
             _server.cache_clear()
             raise subprocess.TimeoutExpired(list(words), timeout_s, out.read_bytes(), err.read_bytes())
         codes = json.loads(server.stdout.readline())
-        worst = next((code for code in codes if code), 0)
+        failed = [code for code in codes if code]
+        # A rank that was killed because another one had failed says nothing.
+        worst = next((code for code in failed if code != -signal.SIGKILL), failed[0] if failed else 0)
         return subprocess.CompletedProcess(list(words), worst, out.read_text(), err.read_text())
 
 
