@@ -8,6 +8,7 @@ be installed but the dependencies: PYTHONPATH is enough.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -88,6 +89,9 @@ def main(words: Sequence[str] | None = None) -> int:
     done: dict[str, Any] = read_json_object(given.out) if given.out.is_file() else {}
     until = time.monotonic() + 60 * given.minutes
     rows = [row for row in ROWS if not given.only or row.name in given.only]
+    for row in rows:  # what was tried as a toy, or by another command, was not measured
+        if row.name in done and done[row.name]["command"] != shown(command_of(row, small=given.small)):
+            del done[row.name]
     for row in (*(r for r in rows if r.name not in done), *(r for r in rows if failed(done.get(r.name)))):
         left_s = until - time.monotonic()
         if left_s < min(LEAST_S, row.limit_s):
@@ -100,6 +104,11 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"  {done[row.name]['says']}", flush=True)
     print(f"figures: {given.out}; rows for BENCHMARKS.md: {given.out.with_suffix('.md')}", flush=True)
     return 1 if any(failed(done.get(row.name)) for row in rows) else 0
+
+
+def shown(command: Sequence[str]) -> str:
+    """Return a command without its interpreter, as it is recorded."""
+    return " ".join(command[1:])
 
 
 def failed(record: dict[str, Any] | None) -> bool:
@@ -123,7 +132,7 @@ def measure(row: TableRow, limit_s: float, *, small: bool) -> dict[str, Any]:
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
         returncode = None
-    lines = [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
+    lines = list(lines_of(stdout))
     last = [line.strip() for line in (*stderr.splitlines(), *stdout.splitlines()) if line.strip()][-1:]
     plain = [line.strip() for line in stdout.splitlines() if line.strip() and not line.startswith("{")]
     says = f"ended after its {limit_s:.0f} s" if returncode is None else " ".join((plain or last)[-1:])
@@ -132,12 +141,21 @@ def measure(row: TableRow, limit_s: float, *, small: bool) -> dict[str, Any]:
     elif returncode:
         says = "; ".join(stderr.strip().splitlines()[-1:]) or says
     return {
-        "command": " ".join(command[1:]),
+        "command": shown(command),
         "returncode": returncode,
         "wall_s": round(time.monotonic() - began, 1),
         "lines": lines,
         "says": says,
     }
+
+
+def lines_of(stdout: str) -> Iterator[dict[str, Any]]:
+    """Yield the JSON lines of a benchmark; other output, and a line that was cut off, is passed over."""
+    for text in stdout.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            line = json.loads(text) if text.startswith("{") else None
+            if isinstance(line, dict):
+                yield line
 
 
 def command_of(row: TableRow, *, small: bool) -> list[str]:

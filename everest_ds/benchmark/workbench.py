@@ -174,6 +174,7 @@ def measure_steps(
     inputs = task.inputs(synthetic_batch(task, micro_size, device, seed), device)
     for _ in range(warmup):
         take_step(bench, inputs)
+    graph = bench.updater.graph
     marks, tokens = Marks(device), 0
     marks.mark()
     for _ in range(steps):
@@ -189,6 +190,8 @@ def measure_steps(
     used_tflops = clips_per_s / bench.world.size * task.clip_flops() / 1e12
     sheet_tflops = peak_tflops(device)
     return {
+        "cuda_graph": graph is not None and graph.obstacle is None,
+        "cuda_graph_obstacle": None if graph is None else graph.obstacle,
         "clips_per_s": round(clips_per_s, 4),
         "tokens_per_s": round(sum(tokens_of) / sum(slowest), 1),
         **step_times(slowest),

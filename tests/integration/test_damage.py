@@ -156,6 +156,6 @@ def test_state_of_a_newer_format_is_refused(
     before = contents(run_dir)
     done = launch(recovery_command(demo_folder, run_dir), processes=2)
     assert done.returncode == 2
-    assert "has format 99; this version of everest_ds reads up to 1: update it" in done.stderr
+    assert "has format 99; this version of everest_ds reads up to 2: update it" in done.stderr
     assert done.stderr.count("everest: error") == 1
     assert contents(run_dir) == before

@@ -24,11 +24,15 @@ def programs(monkeypatch: pytest.MonkeyPatch, programs_of: dict[str, str]) -> li
     ran: list[str] = []
 
     def command(row: TableRow, *, small: bool) -> list[str]:
-        ran.append(row.name)
         return [sys.executable, "-c", programs_of[row.name]]
+
+    def noted(row: TableRow, limit_s: float, *, small: bool) -> dict[str, object]:
+        ran.append(row.name)
+        return measure(row, limit_s, small=small)
 
     monkeypatch.setattr(gpu_table, "ROWS", tuple(TableRow(name, "recipe", "", 30) for name in programs_of))
     monkeypatch.setattr(gpu_table, "command_of", command)
+    monkeypatch.setattr(gpu_table, "measure", noted)
     return ran
 
 
@@ -98,3 +102,22 @@ def test_script_measures_a_toy_on_a_cpu_and_goes_on_from_a_checkout_alone(tmp_pa
     again = run()
     assert "ViT-L flat, eager ..." not in again.stdout
     assert "ViT-L before ..." in again.stdout
+
+
+def test_output_that_is_no_line_of_figures_is_passed_over() -> None:
+    assert list(gpu_table.lines_of(f"{{'loss': 1.0}}\n{MEASURED}\n{{\"clips_per_s\": 1")) == [json.loads(MEASURED)]
+
+
+def test_figures_of_a_toy_are_not_those_of_the_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "table.json"
+    out.write_text(json.dumps({ROWS[1].name: {"command": "another", "returncode": 0, "lines": [], "says": ""}}))
+    asked: list[str] = []
+
+    def measured(row: TableRow, limit_s: float, *, small: bool) -> dict[str, object]:
+        asked.append(row.name)
+        return {"command": gpu_table.shown(command_of(row, small=small)), "returncode": 0, "lines": [], "says": ""}
+
+    monkeypatch.setattr(gpu_table, "measure", measured)
+    for small in (["--small"], [], []):
+        assert main(["1", "--out", str(out), "--only", ROWS[1].name, *small]) == 0
+    assert asked == [ROWS[1].name] * 2

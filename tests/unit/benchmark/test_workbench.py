@@ -58,7 +58,7 @@ def test_synthetic_batch_is_what_the_task_takes(recipe: str) -> None:
 
 def test_throughput_is_that_of_the_slowest_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes of a made-up launch: steps last as long as the slower, memory is the larger, tokens add up."""
-    bench = SimpleNamespace(
+    bench = SimpleNamespace(updater=SimpleNamespace(graph=None), 
         device=CPU, world=SimpleNamespace(rank=0, size=2),
         task=SimpleNamespace(
             config=find_config("demo"), inputs=lambda batch, device: (), visible_tokens=10, clip_flops=lambda: 2e12
