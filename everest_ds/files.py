@@ -1,17 +1,19 @@
 """Files: atomic replacement, lines of JSON, checksums. A leaf.
 
-A file is written beside its target under a hidden name and then renamed: the target is there whole or not at all.
-An error or Ctrl-C removes the hidden file; a process that is killed leaves it behind and nothing else.
+A file is written beside its target under a hidden name, flushed to disk, and then renamed: the target is there
+whole or not at all, also after a power cut. An error or Ctrl-C removes the hidden file; a process that is killed
+leaves it behind and nothing else.
 """
 
 import contextlib
 import csv
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ def is_partial(path: Path) -> bool:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Provide a path to write a file or folder to; it replaces ``path`` when the block ends without an error.
 
+    A file and its name are then on disk. What a folder holds may still be on its way there.
+
     Raises:
         OSError: It cannot be written or renamed.
     """
@@ -41,35 +45,34 @@ def atomic_path(path: Path) -> Iterator[Path]:
     _remove(partial)
     try:
         yield partial
+        if partial.is_file():
+            sync(partial)
         partial.replace(path)
+        sync(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             _remove(partial)
         raise
 
 
-def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file; text is written in UTF-8, its line ends and the bytes of odd names unchanged.
 
-    Args:
-        path: The file.
-        content: All of it.
-        durable: Wait until the file and its name are on disk.
+    A file that holds the same bytes already is left alone.
 
     Raises:
         OSError: It cannot be written or renamed.
     """
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    if _holds(path, data):
+        return
     with atomic_path(path) as partial:
-        partial.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
-        if durable:
-            sync(partial)
-    if durable:
-        sync(path.parent)
+        partial.write_bytes(data)
 
 
-def write_json(path: Path, content: Any, *, durable: bool = False) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Replace a file by indented JSON; see `write_atomically`."""
-    write_atomically(path, json.dumps(content, indent=2) + "\n", durable=durable)
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def parse_json(text: Any) -> Any:
@@ -130,35 +133,85 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file's content, or a folder's list of names, is on disk.
+
+    Raises:
+        OSError: It cannot be written. A file system that cannot flush a folder's names is no error.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EACCES)):
+            raise
+
+
+def move_aside(path: Path, name: str) -> Path:
+    """Rename a file or folder within its folder, to ``name`` or the first of ``name.2``, ... that is free.
+
+    Returns:
+        Its new path.
+
+    Raises:
+        OSError: It cannot be renamed.
+    """
+    target, number = path.with_name(name), 1
+    while os.path.lexists(target):
+        number += 1
+        target = path.with_name(f"{name}.{number}")
+    return path.rename(target)
 
 
 def append_json_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Append objects to a file, one a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+    """Append objects to a file, one a line; a last line that was cut short is not continued."""
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
 
 
-def read_whole_lines(path: Path) -> list[str]:
-    """Return a file's lines with their line ends, without a last line that was cut short; none without a file."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return lines if not lines or lines[-1].endswith("\n") else lines[:-1]
+def sort_json_lines(
+    path: Path, is_record: Callable[[dict[str, Any]], bool]
+) -> tuple[list[tuple[bytes, dict[str, Any]]], list[bytes]]:
+    """Read a file of objects, one a line, as far as it is one; empty without a file.
+
+    Args:
+        path: The file.
+        is_record: Says whether an object is what the file should hold.
+
+    Returns:
+        The lines that are, each as it is in the file and as an object; and all others, blank ones left out. All end
+        in a line break.
+    """
+    lines, odd = [], []
+    for text in path.read_bytes().split(b"\n") if path.is_file() else ():
+        try:
+            line = json.loads(text.decode())
+            fits = isinstance(line, dict) and is_record(line)
+        except (ValueError, RecursionError):
+            fits = False
+        if fits:
+            lines.append((text + b"\n", line))
+        elif text.strip():
+            odd.append(text + b"\n")
+    return lines, odd
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file, one a line; see `read_whole_lines`.
+    """Return the objects of a file, one a line, without a last line that was cut short; none without a file.
 
     Raises:
         ValueError: A whole line is not JSON.
     """
-    return [json.loads(line) for line in read_whole_lines(path)]
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def drop_torn_line(path: Path) -> None:
@@ -178,8 +231,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _holds(path: Path, data: bytes) -> bool:
+    """Return whether a path is a regular file, no link, with these bytes."""
+    try:
+        return not path.is_symlink() and path.stat().st_size == len(data) and path.read_bytes() == data
+    except OSError:
+        return False
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from everest_ds.files import read_json_lines, write_atomically
+from everest_ds.files import write_atomically
 from everest_ds.inference.results import SUMMARY
 from everest_ds.interrupts import deferred
 from everest_ds.progress import format_duration
+from everest_ds.train.record.lines import read_measurements
 
 JobKind = Literal["pretrain", "finetune", "probe"]
 
@@ -178,7 +179,7 @@ class Runner:
 
 def read_metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     """Return the whole lines of one kind of RUN/metrics.jsonl; none where there is no such file."""
-    return [line for line in read_json_lines(run_dir / "metrics.jsonl") if line["kind"] == kind]
+    return [line for line in read_measurements(run_dir) if line["kind"] == kind]
 
 
 def _reason(log: Path) -> str:

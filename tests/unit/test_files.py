@@ -24,7 +24,7 @@ def test_written_file_replaces_an_earlier_one(tmp_path: Path) -> None:
     path.write_text("earlier")
     write_atomically(path, "later\nü\r\n")
     assert path.read_bytes() == "later\nü\r\n".encode()
-    write_atomically(path, b"bytes", durable=True)
+    write_atomically(path, b"bytes")
     assert path.read_bytes() == b"bytes"
     assert list(tmp_path.iterdir()) == [path]
 

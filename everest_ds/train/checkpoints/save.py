@@ -67,7 +67,7 @@ def point_to_best(run_dir: Path, step: int | None) -> bool:
     if step is None or not is_sealed(target):
         pointer.unlink(missing_ok=True)
         return False
-    write_atomically(pointer, target.name + "\n", durable=True)
+    write_atomically(pointer, target.name + "\n")
     return True
 
 
@@ -162,7 +162,7 @@ def save_checkpoint(
             raise UserError(_unwritten(folder, str(error).splitlines()[0])) from error
         raise
     _all_must(world, folder, lambda: [write(temporary) for write in write_more])
-    write_state = partial(write_json, temporary / STATE, asdict(state), durable=True)
+    write_state = partial(write_json, temporary / STATE, asdict(state))
     _all_must(world, folder, lambda: write_state() if world.is_main else None)
     _all_must(world, folder, lambda: seal(temporary, world))
     _all_must(world, folder, lambda: _publish(temporary, final) if world.is_main else None)
@@ -305,7 +305,7 @@ def _publish(temporary: Path, final: Path) -> None:
         remove_sealed(final)
     temporary.rename(final)
     sync(final.parent)
-    write_atomically(final.parent / LATEST, final.name + "\n", durable=True)
+    write_atomically(final.parent / LATEST, final.name + "\n")
 
 
 def _all_must(world: World, folder: Path, action: Callable[[], object]) -> None:

@@ -46,7 +46,7 @@ def seal(folder: Path, world: World, **more: str) -> None:
     parts = distributed.gather_objects(records)
     if world.is_main:
         files = {name: record for part in parts for name, record in sorted(part.items())}
-        write_json(folder / SEAL, {**more, "files": files}, durable=True)
+        write_json(folder / SEAL, {**more, "files": files})
 
 
 def find_damage(folder: Path, world: World) -> str | None:

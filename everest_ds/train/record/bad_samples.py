@@ -8,9 +8,10 @@ from everest_ds import distributed
 from everest_ds.data.clips.batch import BadSample, ClipBatch
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.files import append_json_lines, read_whole_lines, write_atomically
+from everest_ds.files import append_json_lines
 from everest_ds.train.callbacks import Callback
 from everest_ds.train.checkpoints.save import TrainState
+from everest_ds.train.record.lines import keep_lines
 
 
 class BadSamples(Callback):
@@ -34,9 +35,9 @@ class BadSamples(Callback):
         self._unrecorded: list[BadSample] = []
 
     def on_start(self) -> None:
-        """Drop the records of steps that are taken again."""
-        if self.world.is_main and self.path.is_file():
-            write_atomically(self.path, "".join(read_whole_lines(self.path)[: self.count]))
+        """Drop the records of steps that are taken again; see `keep_lines`."""
+        if self.world.is_main:
+            keep_lines(self.path, lambda line: "path" in line, lambda number, _: number < self.count)
 
     def on_batch(self, batch: ClipBatch) -> None:
         """Remember bad draws, and refuse a batch with a hole in it.

@@ -18,9 +18,10 @@ from typing import Any, Protocol
 from everest_ds.config import Config, PretrainConfig
 from everest_ds.data.clips.batch import ClipBatch
 from everest_ds.data.lists.video_list import VideoRow
-from everest_ds.files import append_json_lines, drop_torn_line
+from everest_ds.files import append_json_lines
 from everest_ds.model.frames import FrameChoice
 from everest_ds.train.callbacks import Callback
+from everest_ds.train.record.lines import has_step, keep_lines
 
 FRAMES_FILE = Path("media") / "frames.jsonl"
 
@@ -53,8 +54,8 @@ class FrameLog(Callback):
         self._last: tuple[int, list[int]] | None = None
 
     def on_start(self) -> None:
-        """Drop a line that a crash cut short."""
-        drop_torn_line(self.path)
+        """Set odd lines aside; see `keep_lines`."""
+        keep_lines(self.path, lambda line: has_step(line) and "path" in line, lambda number, line: True)
 
     def on_batch(self, batch: ClipBatch) -> None:
         """Remember the first clip's row and frames."""

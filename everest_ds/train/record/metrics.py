@@ -1,6 +1,5 @@
 """RUN/metrics.jsonl, the record of a run, and TensorBoard as a view of it."""
 
-import contextlib
 import json
 import math
 import resource
@@ -11,7 +10,7 @@ from typing import Any, TextIO
 import torch
 
 from everest_ds.errors import escaped
-from everest_ds.files import read_whole_lines, write_atomically
+from everest_ds.train.record.lines import METRICS, is_measurement, keep_lines
 
 # Dense bfloat16 peak in TFLOP/s, from the vendors' data sheets.
 PEAK_BF16_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
@@ -23,7 +22,7 @@ class MetricsLog:
     Args:
         run_dir: The run directory.
         start_step: The step that the run starts from. Measurements of later steps, left by an interrupted run, are
-            dropped: those steps are taken again, with the same numbers.
+            dropped: those steps are taken again, with the same numbers. See `keep_lines` for odd lines.
         is_main: False on the ranks that record and print nothing.
     """
 
@@ -61,23 +60,11 @@ class MetricsLog:
     def _open(self) -> TextIO:
         from torch.utils.tensorboard import SummaryWriter
 
-        path = self._run_dir / "metrics.jsonl"
-        if path.is_file():
-            _drop_later_steps(path, self._start_step)
+        path, start_step = self._run_dir / METRICS, self._start_step
+        keep_lines(path, is_measurement, lambda _, line: line["kind"] == "event" or line["step"] <= start_step)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=self._start_step + 1)
         return self._file
-
-
-def _drop_later_steps(path: Path, start_step: int) -> None:
-    """Rewrite a record without measurements beyond a step, and without a line that a crash cut short."""
-    kept = []
-    for text in read_whole_lines(path):
-        with contextlib.suppress(json.JSONDecodeError):
-            line = json.loads(text)
-            if line["kind"] == "event" or line["step"] <= start_step:
-                kept.append(text)
-    write_atomically(path, "".join(kept))
 
 
 def peak_tflops(device: torch.device) -> float | None:

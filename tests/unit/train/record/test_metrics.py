@@ -79,6 +79,7 @@ def test_bad_samples_of_steps_that_are_taken_again_are_not_recorded_twice(tmp_pa
     resumed = BadSamples(tmp_path, alone, max_share=0.1, num_rows=40, global_size=8, count=2)
     resumed.on_start()  # a run without any
     assert not path.exists()
-    path.write_text("one\ntwo\nthree, cut sho")
+    path.write_text('{"path": "1"}\n{"path": "2"}\n{"path": "3"}\n{"pat')
     resumed.on_start()
-    assert path.read_text() == "one\ntwo\n"
+    assert path.read_text() == '{"path": "1"}\n{"path": "2"}\n'
+    assert path.with_name("bad_samples.jsonl.odd").read_text() == '{"pat\n'
