@@ -18,6 +18,7 @@ from everest_ds.config import Config, FinetuneConfig, GradientsName, PretrainCon
 from everest_ds.data.clips.augment import check_rand_augment
 from everest_ds.data.clips.dataset import make_loader
 from everest_ds.data.clips.sampling import GlobalBatchSampler
+from everest_ds.data.lists.contents import sample_contents
 from everest_ds.data.lists.run_lists import Lists
 from everest_ds.data.lists.video_list import fingerprint
 from everest_ds.data.readers.choice import choose_reader
@@ -29,6 +30,7 @@ from everest_ds.model.attention import choose_backend
 from everest_ds.model.sizes import get_size
 from everest_ds.planning.memory import GIB, MemoryEstimate, describe_estimate, estimate_memory
 from everest_ds.train.callbacks import Callback
+from everest_ds.train.checkpoints.listing import describe_strangers, unfinished_saves
 from everest_ds.train.checkpoints.owner import Holding, owning
 from everest_ds.train.checkpoints.run_dir import (
     Resume,
@@ -37,7 +39,7 @@ from everest_ds.train.checkpoints.run_dir import (
     require_shared,
     write_run_files,
 )
-from everest_ds.train.checkpoints.save import TrainState, point_to_best, set_aside, unfinished_saves
+from everest_ds.train.checkpoints.save import TrainState, point_to_best, set_aside
 from everest_ds.train.checkpoints.start import Start, choose_start
 from everest_ds.train.ema import WeightAverage
 from everest_ds.train.engine import (
@@ -212,12 +214,19 @@ def _make_ready(
     ds_config = resolve_ds_config(
         systems, config, world_size=world.size, precision=options.precision, device_type=device.type
     )
+    train, val = job.lists.train, job.lists.val
+    # Rank zero looks for all: they must not differ on what changed.
+    contents = [sample_contents(rows) if world.is_main and rows is not None else None for rows in (train, val)]
+    contents = distributed.gather_objects(contents)[0]
     now = TrainState(
         world_size=world.size,
         zero_stage=zero_stage(ds_config),
         dtype=precision.weights,
         autocast=precision.autocasts,
-        videos=fingerprint(job.lists.train),
+        videos=fingerprint(train),
+        contents=contents[0],
+        val_videos=None if val is None else fingerprint(val),
+        val_contents=contents[1],
     )
     start = choose_start(job.resume, now, world, options.init_from, options.init_allow)
     torch.manual_seed(config.run.seed)
@@ -343,6 +352,9 @@ def _open_record(ready: ReadyRun, log: MetricsLog, estimate: MemoryEstimate, *, 
         log.say(f"warning: {pointer_fault}; the newest complete checkpoint counts")
     for folder in unfinished_saves(run_dir):
         log.say(f"warning: {folder} is a save that did not come to its end; passing it over")
+    for note in (describe_strangers(run_dir), *start.notes):
+        if note:
+            log.say(f"warning: {note}")
     write_run_files(run_dir, config, ready.ds_config)
     _describe_classes(ready.lists, run_dir, log)
     if ready.lists.note:

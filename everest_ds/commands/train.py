@@ -9,7 +9,7 @@ from everest_ds.commands.parsing import C, RecipeArguments, parse_recipe
 from everest_ds.data.lists.run_lists import read_lists
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.distributed import World
-from everest_ds.train.checkpoints.run_dir import find_resume
+from everest_ds.train.checkpoints.run_dir import find_resume, require_same_classes
 from everest_ds.train.job import LaunchOptions, TrainingJob
 
 
@@ -34,10 +34,13 @@ def check(arguments: Arguments[C], world: World) -> TrainingJob:
     """Refuse a run that cannot start, as far as that needs no torch.
 
     Raises:
-        UserError: A list, the batch, the reader or the run directory is at fault.
+        UserError: A list, the batch, the reader or the run directory is at fault, or names classes otherwise.
     """
     lists = read_lists(arguments.config, world)
     lists.config.batch.accumulation_steps(world.size)
     choose_reader(lists.config.data.reader)
     options = arguments.options
-    return TrainingJob(lists=lists, resume=find_resume(options.out, lists.config, options.resume), options=options)
+    resume = find_resume(options.out, lists.config, options.resume)
+    if lists.classes is not None and lists.classes.names is not None:
+        require_same_classes(resume, lists.classes.names)
+    return TrainingJob(lists=lists, resume=resume, options=options)

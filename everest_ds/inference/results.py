@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from everest_ds.config import FinetuneConfig
-from everest_ds.config.file import load_config
 from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.errors import UserError, escaped
 from everest_ds.files import read_json_object, write_csv
 from everest_ds.inference.scores import Scores
 from everest_ds.inference.source import ClipSettings
 from everest_ds.tokens import TokenGrid, describe_kept
+from everest_ds.train.checkpoints.run_config import read_config
 from everest_ds.train.checkpoints.save import AVERAGE, read_state
 
 SUMMARY = "summary.json"
@@ -164,7 +164,7 @@ def recorded_scores(checkpoint: Path, kind: WeightsKind) -> tuple[str, ...]:
     evaluation's summary.
     """
     run_dir, state = checkpoint.parent.parent, read_state(checkpoint)
-    config = load_config(run_dir / "config.json")
+    config = read_config(run_dir, [checkpoint])
     lines = []
     if not isinstance(config, FinetuneConfig):
         return ()

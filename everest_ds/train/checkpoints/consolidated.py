@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.config import Config
-from everest_ds.config.file import dump_config, load_config
+from everest_ds.config.file import dump_config
 from everest_ds.data.lists.classes import find_class_names
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, escaped
@@ -28,9 +28,10 @@ from everest_ds.model.weights.loading import load_weights
 from everest_ds.model.weights.reading import Weights, read_weights, require_finite, weights_of_run
 from everest_ds.model.weights.report import WeightsReport
 from everest_ds.tokens import TokenGrid
+from everest_ds.train.checkpoints.listing import STATE
 from everest_ds.train.checkpoints.origin import locate
-from everest_ds.train.checkpoints.save import STATE, read_state
-from everest_ds.train.checkpoints.seal import find_damage
+from everest_ds.train.checkpoints.run_config import read_config
+from everest_ds.train.checkpoints.save import find_fault, read_state
 from everest_ds.train.checkpoints.shards import as_data, find_code, read_shard
 from everest_ds.train.tasks import Task, make_task
 
@@ -84,7 +85,7 @@ def _unsharded_weights(checkpoint: Path, dtype: str) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = states["module"]
     if dtype == "float32":
         return weights
-    config = load_config(checkpoint.parent.parent / "config.json")
+    config = read_config(checkpoint.parent.parent, [checkpoint])
     with torch.device("meta"):
         task = make_task(config)
     names = {id(parameter): name for name, parameter in task.named_parameters()}
@@ -154,7 +155,7 @@ def export_fp32(source: Path, target: Path) -> Path:
 
 def _read_checkpoint(checkpoint: Path, config: Config) -> tuple[dict[str, Tensor], ModelMetadata, str]:
     """Return a sound checkpoint's weights, its model's metadata, and its configuration in one line."""
-    fault = find_damage(checkpoint, ALONE)
+    fault = find_fault(checkpoint, ALONE)
     if fault:
         raise UserError(f"checkpoint {checkpoint} is damaged: {fault}")
     metadata = metadata_of_run(config, find_class_names(checkpoint.parent.parent))

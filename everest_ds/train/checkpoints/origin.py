@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from everest_ds.config import Config
-from everest_ds.config.file import load_config
 from everest_ds.errors import UserError
-from everest_ds.train.checkpoints.save import find_best, folder_of, list_checkpoints
+from everest_ds.train.checkpoints.listing import folder_of, sound_checkpoints
+from everest_ds.train.checkpoints.run_config import CONFIG, read_config
+from everest_ds.train.checkpoints.save import find_best
 from everest_ds.train.checkpoints.seal import SEAL, is_sealed
 
 
@@ -38,11 +39,11 @@ def locate(path: Path) -> Origin:
         UserError: Nothing is there, or no complete checkpoint.
     """
     if folder_of(path).is_dir():
-        config = load_config(path / "config.json")
+        complete = sound_checkpoints(path)
+        config = read_config(path, complete)
         best = find_best(path)
         if best is not None:
             return Origin(given=path, weights=best, run_dir=path, config=config, choice="the best")
-        complete = list_checkpoints(path)
         if not complete:
             raise UserError(f"{path} has no complete checkpoint")
         return Origin(given=path, weights=complete[0], run_dir=path, config=config, choice="the newest")
@@ -52,9 +53,9 @@ def locate(path: Path) -> Origin:
             "a Hugging Face folder"
         )
     run_dir = path.parent.parent
-    in_run = path.parent.name == folder_of(run_dir).name and (run_dir / "config.json").is_file()
+    in_run = path.parent.name == folder_of(run_dir).name and (run_dir / CONFIG).is_file()
     if not in_run and not is_sealed(path):
         return Origin(given=path, weights=path)
     if not is_sealed(path):
         raise UserError(f"{path} is neither a run directory nor a complete checkpoint: it has no {SEAL}")
-    return Origin(given=path, weights=path, run_dir=run_dir, config=load_config(run_dir / "config.json"))
+    return Origin(given=path, weights=path, run_dir=run_dir, config=read_config(run_dir, [path]))

@@ -12,22 +12,31 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from everest_ds import __version__, distributed
 from everest_ds.config import Config
 from everest_ds.config.file import dump_config, load_config
-from everest_ds.errors import UserError
+from everest_ds.data.lists.classes import NAMES_FILE, find_class_names
+from everest_ds.errors import UserError, escaped
 from everest_ds.files import is_partial, write_atomically, write_json
+from everest_ds.train.checkpoints.listing import LATEST, folder_of, list_checkpoints, sound_checkpoints
 from everest_ds.train.checkpoints.owner import OWNER, refuse_if_trained
-from everest_ds.train.checkpoints.save import LATEST, folder_of, list_checkpoints, read_pointer
+from everest_ds.train.checkpoints.run_config import CONFIG, find_config_copy, find_config_fault
+from everest_ds.train.checkpoints.save import read_pointer, read_state, require_pointer
 from everest_ds.train.checkpoints.seal import SEAL, is_sealed
+from everest_ds.train.record.lines import METRICS, read_measurements
 
 # A network file system may show a new file to other nodes only after a while (NFS: up to a minute by default).
 VISIBLE_WITHIN_S = 90
+
+# What a start writes before its first step, besides config.json and the record.
+_BEGUN_WITH = ("ds_config.json", "environment.json", "classes.txt", "tensorboard", "checkpoints", "media")
 
 # Settings that may change when a run resumes: they do not change what is computed.
 FREE_ON_RESUME = frozenset(
@@ -68,11 +77,13 @@ class Resume:
         run_dir: The run directory.
         candidates: Complete checkpoints to try, in this order; none to start afresh.
         exact: Whether one was asked for by name, and no other may be used.
+        note: What people should know of the run directory; None when there is nothing.
     """
 
     run_dir: Path
     candidates: tuple[Path, ...] = ()
     exact: bool = False
+    note: str | None = None
 
 
 def find_resume(out: Path | None, config: Config, resume: str) -> Resume:
@@ -95,10 +106,13 @@ def find_resume(out: Path | None, config: Config, resume: str) -> Resume:
         return Resume(run_dir=run_dir)
     if resume == "never":
         raise UserError(f"--out {run_dir} is not empty and --resume is never; name another folder")
-    if not (run_dir / "config.json").is_file():
+    candidates = list_checkpoints(run_dir)
+    if not candidates and not (run_dir / CONFIG).is_file():
         raise UserError(f"--out {run_dir} is not empty and holds no run (no config.json); name another folder")
-    _require_same_run(run_dir, config)
-    return Resume(run_dir=run_dir, candidates=tuple(list_checkpoints(run_dir)))
+    note = _require_same_run(run_dir, config)
+    if not candidates:
+        _require_unsaved(run_dir)
+    return Resume(run_dir=run_dir, candidates=tuple(candidates), note=note)
 
 
 def _named_checkpoint(out: Path | None, config: Config, named: Path) -> Resume:
@@ -106,9 +120,9 @@ def _named_checkpoint(out: Path | None, config: Config, named: Path) -> Resume:
     for folder in (out,) if out else (named, *named.parents[:2]):
         refuse_if_trained(folder)
     if folder_of(named).is_dir():
-        checkpoint = read_pointer(named, LATEST)
+        checkpoint = require_pointer(named, LATEST)
     elif named.is_dir() and folder_of(named.parent).resolve() == named.resolve():
-        checkpoint = read_pointer(named.parent, LATEST)
+        checkpoint = require_pointer(named.parent, LATEST)
     else:
         checkpoint = named
     if not is_sealed(checkpoint):
@@ -118,15 +132,43 @@ def _named_checkpoint(out: Path | None, config: Config, named: Path) -> Resume:
         )
     source = checkpoint.parent.parent
     run_dir = out or source
-    _require_same_run(source, config)
+    note = _require_same_run(source, config, checkpoint)
     if run_dir.resolve() != source.resolve():
         if _is_used(run_dir):
             raise UserError(f"--out {run_dir} holds another run than --resume {named}; name an empty folder")
-    elif checkpoint.resolve() != (newest := list_checkpoints(source)[0]).resolve():
+    elif checkpoint.resolve() != (newest := next(iter(sound_checkpoints(source)), checkpoint)).resolve():
         raise UserError(
             f"--resume {named}: the run went on to {newest.name}; name another folder with --out to branch off"
         )
-    return Resume(run_dir=run_dir, candidates=(checkpoint,), exact=True)
+    return Resume(run_dir=run_dir, candidates=(checkpoint,), exact=True, note=note)
+
+
+def require_same_classes(resume: Resume, names: Sequence[str]) -> None:
+    """Refuse to resume with other names of the classes: in another order the head would score other classes.
+
+    Args:
+        resume: Where the run resumes from; nothing is compared where it starts afresh, or had no names.
+        names: One a class, in the order of the labels.
+
+    Raises:
+        UserError: A name differs, or RUN/classes.txt cannot be read.
+    """
+    if not resume.candidates:
+        return
+    path = resume.candidates[0].parent.parent / NAMES_FILE
+    accept = f"if the classes are the same, remove {path} and start again"
+    try:
+        stored = find_class_names(path.parent)
+    except UserError as error:
+        raise UserError(f"{error}; {accept}") from error
+    places = enumerate(zip_longest(stored or names, names))
+    changed = next(((place, was, now) for place, (was, now) in places if was != now), None)
+    if changed is not None:
+        place, was, now = changed
+        raise UserError(
+            f"class {place} was {escaped(repr(was))} and is now {escaped(repr(now))}: the run's head has the order "
+            f"of {path}; restore the names of the training list, or {accept}"
+        )
 
 
 def find_pointer_fault(run_dir: Path) -> str | None:
@@ -144,8 +186,50 @@ def _is_used(run_dir: Path) -> bool:
     return run_dir.is_dir() and any(path.name != OWNER and not is_partial(path) for path in run_dir.iterdir())
 
 
-def _require_same_run(run_dir: Path, config: Config) -> None:
-    stored, given = _flatten(load_config(run_dir / "config.json")), _flatten(config)
+def _require_unsaved(run_dir: Path) -> None:
+    """Refuse to start afresh where the record says that checkpoints were saved: their disk may be away."""
+    lines = [line for line in read_measurements(run_dir) if line.get("event") in ("checkpoint", "resume")]
+    step = max((line["step"] for line in lines), default=0)
+    if step > 0:
+        raise UserError(
+            f"{run_dir / METRICS} says that step {step} was saved, and {folder_of(run_dir)} holds no complete "
+            f"checkpoint; mount or restore that folder to continue, or rename {METRICS} to start afresh"
+        )
+
+
+def _require_same_run(run_dir: Path, config: Config, checkpoint: Path | None = None) -> str | None:
+    """Compare a run's settings with those given; return what people should know where config.json is lost."""
+    fault = find_config_fault(run_dir)
+    if fault is None:
+        _require_same_settings(run_dir, load_config(run_dir / CONFIG), config)
+        return None
+    checkpoints = sound_checkpoints(run_dir) if checkpoint is None else [checkpoint]
+    copy = find_config_copy(checkpoints)
+    if copy is not None:
+        _require_same_settings(run_dir, load_config(copy), config)
+        return f"{fault}; it is written again, compared with {copy}"
+    if not checkpoints:
+        _require_begun_only(run_dir, fault)
+        return f"{fault}; it is written again: the run has no checkpoint yet"
+    state, global_size = read_state(checkpoints[0]), config.batch.global_size
+    if state.samples != state.step * global_size:
+        raise UserError(
+            f"{fault}, and {checkpoints[0]} was trained with batch.global_size={state.samples / state.step:g}, now "
+            f"{global_size}; give the settings of the run, or restore config.json"
+        )
+    return f"{fault}; it is written again with the settings of this command, which nothing else tells: check them"
+
+
+def _require_begun_only(run_dir: Path, fault: str) -> None:
+    """Refuse a folder whose config.json is lost, unless it holds what a run begins with and nothing else."""
+    known = {CONFIG, *_BEGUN_WITH, METRICS, OWNER}
+    others = sorted(path.name for path in run_dir.iterdir() if path.name not in known and not is_partial(path))
+    if others:
+        raise UserError(f"{fault}, and {run_dir} holds {escaped(others[0])}, too; name another folder with --out")
+
+
+def _require_same_settings(run_dir: Path, was: Config, now: Config) -> None:
+    stored, given = _flatten(was), _flatten(now)
     if stored["task"] != given["task"]:
         raise UserError(
             f"{run_dir} holds another run: its task is {stored['task']}, this one's {given['task']}; use another "
@@ -181,7 +265,7 @@ def _flatten(config: Config) -> dict[str, Any]:
 def write_run_files(run_dir: Path, config: Config, ds_config: dict[str, Any]) -> None:
     """Write the files that describe a run; also when it resumes."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / "config.json", dump_config(config))
+    write_atomically(run_dir / CONFIG, dump_config(config))
     write_json(run_dir / "ds_config.json", ds_config)
     write_json(run_dir / "environment.json", describe_environment())
 

@@ -5,6 +5,7 @@ sizes and checksums; then RUN/checkpoints/latest points to it. A save that dies 
 nothing reads and the next save removes.
 """
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +17,18 @@ from typing import Any, get_type_hints
 from everest_ds import distributed
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, escaped
-from everest_ds.files import parse_json, sync, write_atomically, write_json
+from everest_ds.files import move_aside, parse_json, sync, write_atomically, write_json
+from everest_ds.train.checkpoints.listing import (
+    BEST,
+    FORMAT,
+    LATEST,
+    STATE,
+    find_outline_fault,
+    folder_of,
+    leftovers,
+    sound_checkpoints,
+)
+from everest_ds.train.checkpoints.run_config import CONFIG
 from everest_ds.train.checkpoints.seal import (
     SEAL,
     find_damage,
@@ -26,17 +38,10 @@ from everest_ds.train.checkpoints.seal import (
     try_together,
 )
 
-LATEST, BEST = "latest", "best"
-
-
-def folder_of(run_dir: Path) -> Path:
-    """Return the folder of a run's checkpoints."""
-    return run_dir / "checkpoints"
-
 
 def find_best(run_dir: Path) -> Path | None:
     """Return the checkpoint with the highest validation score; None without scores; see `read_pointer`."""
-    return read_pointer(run_dir, BEST) if (folder_of(run_dir) / BEST).is_file() else None
+    return require_pointer(run_dir, BEST) if (folder_of(run_dir) / BEST).is_file() else None
 
 
 def read_pointer(run_dir: Path, name: str) -> Path:
@@ -57,6 +62,14 @@ def read_pointer(run_dir: Path, name: str) -> Path:
     return pointer.parent / target
 
 
+def require_pointer(run_dir: Path, name: str) -> Path:
+    """Return the checkpoint that a pointer names, or say how to do without it; see `read_pointer`."""
+    try:
+        return read_pointer(run_dir, name)
+    except UserError as error:
+        raise UserError(f"{error}; name a folder {folder_of(run_dir)}/step-... in its place") from error
+
+
 def point_to_best(run_dir: Path, step: int | None) -> bool:
     """Make the pointer to the best checkpoint name that of a step; return whether it is there. Rank zero only.
 
@@ -65,17 +78,22 @@ def point_to_best(run_dir: Path, step: int | None) -> bool:
     pointer = folder_of(run_dir) / BEST
     target = folder_of(run_dir) / f"step-{step or 0:08d}"
     if step is None or not is_sealed(target):
-        pointer.unlink(missing_ok=True)
+        if pointer.is_symlink() or not pointer.is_dir():  # a folder is somebody else's
+            pointer.unlink(missing_ok=True)
         return False
-    write_atomically(pointer, target.name + "\n")
+    _point(pointer, target)
     return True
 
 
-STATE = "state.json"
+def _point(pointer: Path, checkpoint: Path) -> None:
+    """Make a pointer name a checkpoint; a folder that has its name is set aside."""
+    if not pointer.is_symlink() and pointer.is_dir():
+        move_aside(pointer, f"odd-{pointer.name}")
+    write_atomically(pointer, checkpoint.name + "\n")
+
+
 # The moving average of the weights, where one is kept.
 AVERAGE = "ema.safetensors"
-# Version of the folder's layout and of state.json; raise it when an older reader would misread a newer folder.
-FORMAT = 2
 # Where torch's file writer reports that a disk takes no more; it raises a RuntimeError.
 TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
 
@@ -98,6 +116,9 @@ class TrainState:
         dtype: Of the weights that the model computes with, bfloat16 or float32.
         autocast: Whether its matmuls are in bfloat16 all the same, by autocast.
         videos: Fingerprint of the training list.
+        contents: A sample of what its videos hold; None from older versions, as for the validation list.
+        val_videos: Fingerprint of the validation list that the best score is of; None without one.
+        val_contents: A sample of what its videos hold.
         format: Version of the checkpoint's layout.
     """
 
@@ -114,6 +135,9 @@ class TrainState:
     dtype: str
     autocast: bool = False
     videos: str
+    contents: str | None = None
+    val_videos: str | None = None
+    val_contents: str | None = None
     format: int = FORMAT
 
     @property
@@ -152,7 +176,7 @@ def save_checkpoint(
     name = f"step-{state.step:08d}"
     temporary, final = folder / f"tmp-{name}", folder / name
     needed = checkpoint_bytes(engine.module) + extra_bytes
-    _all_must(world, folder, lambda: _make_room(folder, needed) if world.is_main else None)
+    _all_must(world, folder, lambda: _make_room(folder, temporary, needed) if world.is_main else None)
     distributed.barrier()
     try:
         engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
@@ -162,7 +186,7 @@ def save_checkpoint(
             raise UserError(_unwritten(folder, str(error).splitlines()[0])) from error
         raise
     _all_must(world, folder, lambda: [write(temporary) for write in write_more])
-    write_state = partial(write_json, temporary / STATE, asdict(state))
+    write_state = partial(_write_state, temporary, state, run_dir)
     _all_must(world, folder, lambda: write_state() if world.is_main else None)
     _all_must(world, folder, lambda: seal(temporary, world))
     _all_must(world, folder, lambda: _publish(temporary, final) if world.is_main else None)
@@ -183,11 +207,12 @@ def prune_checkpoints(
 ) -> list[Path]:
     """Remove complete checkpoints but the newest ``keep_last``, multiples of ``keep_every_steps``, and one step's.
 
-    Called by rank zero, after a save. Returns what was removed.
+    Called by rank zero, after a save. Folders that are no checkpoints of their name do not count, and stay.
+    Returns what was removed.
     """
     removed = []
-    for checkpoint in list_checkpoints(run_dir)[max(keep_last, 1) :]:
-        step = read_state(checkpoint).step
+    for checkpoint in sound_checkpoints(run_dir)[max(keep_last, 1) :]:
+        step = int(checkpoint.name.removeprefix("step-"))
         if step == keep_step or (keep_every_steps and step % keep_every_steps == 0):
             continue
         remove_sealed(universal_of(checkpoint))
@@ -199,22 +224,11 @@ def prune_checkpoints(
 def set_aside(checkpoints: Iterable[Path]) -> None:
     """Rename damaged checkpoints: they are neither resumed from nor counted among those to keep."""
     for checkpoint in checkpoints:
-        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-        shutil.rmtree(aside, ignore_errors=True)
         remove_sealed(universal_of(checkpoint))
-        checkpoint.rename(aside)
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, newest first."""
-    return sorted((path.parent for path in folder_of(run_dir).glob(f"step-*/{SEAL}")), reverse=True)
-
-
-def unfinished_saves(run_dir: Path) -> list[Path]:
-    """Return folders of saves that did not finish."""
-    folder = folder_of(run_dir)
-    unsealed = [path for path in folder.glob("step-*") if not is_sealed(path)]
-    return sorted([*unsealed, *folder.glob("tmp-*")])
+        try:
+            move_aside(checkpoint, f"damaged-{checkpoint.name}")
+        except OSError as error:
+            print(f"warning: {checkpoint} cannot be renamed: {error.strerror}", flush=True)
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -250,6 +264,11 @@ def _require_kinds(state: TrainState) -> TrainState:
     return state
 
 
+def find_fault(checkpoint: Path, world: World) -> str | None:
+    """Return why a checkpoint cannot be used, as far as this rank looks; None where it is sound."""
+    return find_outline_fault(checkpoint) or find_damage(checkpoint, world)
+
+
 def choose_checkpoint(candidates: Sequence[Path], world: World, *, exact: bool) -> Path | None:
     """Return the first candidate whose files are what its seal says; all ranks take part and agree.
 
@@ -261,7 +280,7 @@ def choose_checkpoint(candidates: Sequence[Path], world: World, *, exact: bool) 
     faults = []
     for checkpoint in candidates:
         started = time.perf_counter()
-        fault = distributed.agree(find_damage(checkpoint, world))
+        fault = distributed.agree(find_fault(checkpoint, world))
         if fault is None:
             if world.is_main:
                 print(f"verified {checkpoint} in {time.perf_counter() - started:.2f} s", flush=True)
@@ -284,15 +303,18 @@ def require_same_start(checkpoint: Path, was: TrainState, now: TrainState) -> No
     if was.videos != now.videos:
         raise UserError(
             f"{checkpoint} was written with another training list ({was.videos}, now {now.videos}): order and "
-            "schedule would change; restore the list, or start afresh in another --out"
+            "schedule would change; restore the list, or start a new run in another --out (--init-from "
+            f"{checkpoint.parent.parent} takes these weights along)"
         )
 
 
-def _make_room(folder: Path, needed: int) -> None:
+def _make_room(folder: Path, temporary: Path, needed: int) -> None:
     """Remove unfinished saves, and refuse a save that cannot fit before anything is written."""
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("tmp-*"):
-        shutil.rmtree(leftover)
+    for leftover in leftovers(folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if os.path.lexists(temporary):
+        move_aside(temporary, f"odd-{temporary.name}")
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"a checkpoint takes about {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
@@ -301,11 +323,19 @@ def _make_room(folder: Path, needed: int) -> None:
 def _publish(temporary: Path, final: Path) -> None:
     """Give a sealed folder its name, in place of an older save of the same step, and point to it."""
     remove_sealed(universal_of(final))
-    if final.exists():
+    if is_sealed(final) and find_outline_fault(final) is None:
         remove_sealed(final)
+    elif os.path.lexists(final):
+        move_aside(final, f"odd-{final.name}")
     temporary.rename(final)
     sync(final.parent)
-    write_atomically(final.parent / LATEST, final.name + "\n")
+    _point(final.parent / LATEST, final)
+
+
+def _write_state(folder: Path, state: TrainState, run_dir: Path) -> None:
+    write_json(folder / STATE, asdict(state))
+    if (run_dir / CONFIG).is_file():  # the copy is for a run whose own is lost
+        write_atomically(folder / CONFIG, (run_dir / CONFIG).read_bytes())
 
 
 def _all_must(world: World, folder: Path, action: Callable[[], object]) -> None:
@@ -314,7 +344,7 @@ def _all_must(world: World, folder: Path, action: Callable[[], object]) -> None:
     if fault is None:
         return
     if world.is_main:
-        for leftover in folder.glob("tmp-*"):
+        for leftover in leftovers(folder):
             shutil.rmtree(leftover, ignore_errors=True)
     raise UserError(_unwritten(folder, fault))
 

@@ -3,6 +3,7 @@
 A folder counts only once it is sealed, and only as long as its files match the seal.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,10 @@ FileRecord = dict[str, int | str]
 
 def is_sealed(folder: Path) -> bool:
     """Return whether a folder has a seal; `find_damage` says whether its files match."""
-    return (folder / SEAL).is_file()
+    try:
+        return (folder / SEAL).is_file()
+    except OSError:  # it does not let itself be looked into
+        return False
 
 
 def seal(folder: Path, world: World, **more: str) -> None:
@@ -61,14 +65,22 @@ def find_damage(folder: Path, world: World) -> str | None:
     if odd is not None:
         return f"{SEAL} names {escaped(odd)}, outside of the folder"
     for name in _share_of(sorted(files), world):
-        path, expected = folder / name, files[name]
-        if not path.is_file():
-            return f"{escaped(name)} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"{name} has {path.stat().st_size} bytes, expected {expected['size']}"
-        if sha256(path) != expected["sha256"]:
-            return f"the checksum of {name} differs"
+        try:
+            fault = _compare(folder / name, files[name])
+        except (OSError, ValueError) as error:
+            fault = f"{{}} cannot be read: {escaped(str(error))}"
+        if fault is not None:
+            return fault.replace("{}", escaped(name))
     return None
+
+
+def _compare(path: Path, expected: FileRecord) -> str | None:
+    """Return how a file differs from its entry in a seal, with {} for its name; None where it does not."""
+    if not path.is_file():
+        return "{} is missing"
+    if path.stat().st_size != expected["size"]:
+        return f"{{}} has {path.stat().st_size} bytes, expected {expected['size']}"
+    return None if sha256(path) == expected["sha256"] else "the checksum of {} differs"
 
 
 def try_together(action: Callable[[], object]) -> str | None:
@@ -84,9 +96,17 @@ def try_together(action: Callable[[], object]) -> str | None:
 
 
 def remove_sealed(folder: Path) -> None:
-    """Remove a folder, its seal first: an interrupted removal leaves nothing that looks complete."""
-    (folder / SEAL).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove a folder, its name first: an interrupted removal leaves nothing that looks complete.
+
+    What it leaves has the name of a save that did not finish, and the next save removes it.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    doomed = folder.with_name(f"tmp-removed-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _files(folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
+from everest_ds.train.checkpoints.changes import accept_changes
 from everest_ds.train.checkpoints.consolidated import load_initial_weights, restore_frozen_weights
 from everest_ds.train.checkpoints.reshard import load_resharded, needs_resharding, universal_copy
 from everest_ds.train.checkpoints.run_dir import Resume
@@ -34,6 +35,7 @@ class Start:
         init_from: Weights that a fresh run starts from; nothing else of theirs is used.
         init_allow: What of them may be left fresh or ignored, by name.
         reshards: Whether the checkpoint must be converted for this world and stage.
+        notes: What people should know of the run directory, and of what changed since it was last trained.
     """
 
     run_dir: Path
@@ -44,6 +46,7 @@ class Start:
     init_from: Path | None = None
     init_allow: tuple[str, ...] = ()
     reshards: bool = False
+    notes: tuple[str, ...] = ()
 
     @contextlib.contextmanager
     def ready(self, task: Task, world: World) -> Iterator[Callable[[Any], None]]:
@@ -102,18 +105,21 @@ def choose_start(
         raise UserError(
             "--init-from starts a new run from weights alone, --resume PATH continues a run: give one of them"
         )
+    told: tuple[str, ...] = (resume.note,) if resume.note else ()
     checkpoint = choose_checkpoint(resume.candidates, world, exact=resume.exact)
     if checkpoint is None:
-        return Start(run_dir=resume.run_dir, state=now, init_from=init_from, init_allow=init_allow)
+        return Start(run_dir=resume.run_dir, state=now, init_from=init_from, init_allow=init_allow, notes=told)
     was = read_state(checkpoint)
     require_same_start(checkpoint, was, now)
     require_data(checkpoint, world)
+    state, changes = accept_changes(was, now)
     return Start(
         run_dir=resume.run_dir,
-        state=replace(was, world_size=now.world_size, zero_stage=now.zero_stage),
+        state=replace(state, world_size=now.world_size, zero_stage=now.zero_stage),
         checkpoint=checkpoint,
         was=was,
         damaged=resume.candidates[: resume.candidates.index(checkpoint)],
         init_from=init_from,
         reshards=needs_resharding(was, now),
+        notes=(*told, *changes),
     )

@@ -46,6 +46,10 @@ def classifier(seed: int = 0, num_classes: int = 8) -> EverestClassifier:
     )
 
 
+# A seal's entries for a checkpoint of ZeRO-0.
+SEALED = {name: {"size": 0, "sha256": ""} for name in ("state.json", "mp_rank_00_model_states.pt")}
+
+
 def make_run(folder: Path, steps: tuple[int, ...] = (4, 8)) -> Path:
     """A run directory with sealed checkpoints that hold nothing."""
     folder.mkdir()
@@ -55,7 +59,7 @@ def make_run(folder: Path, steps: tuple[int, ...] = (4, 8)) -> Path:
         checkpoint.mkdir(parents=True)
         state = TrainState(step=step, world_size=1, zero_stage=0, dtype="float32", videos="")
         (checkpoint / "state.json").write_text(json.dumps(asdict(state)))
-        (checkpoint / "complete.json").write_text(json.dumps({"files": {}, "step": step}))
+        (checkpoint / "complete.json").write_text(json.dumps({"files": SEALED}))
     return folder
 
 

@@ -29,6 +29,8 @@ from everest_ds.train.signals import STOP_SIGNALS
 from everest_ds.train.step.optim import learning_rate
 from everest_ds.train.step.updater import DeepSpeedUpdater, StepResult
 
+# What DeepSpeed writes on one rank at ZeRO-2.
+MODEL_STATES, SHARD = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
 CPU = torch.device("cpu")
 DATASET_SIZE = 40  # five steps an epoch at a batch of eight
@@ -90,6 +92,8 @@ class FakeEngine:
 
     def save_checkpoint(self, folder: str, *, tag: str, save_latest: bool) -> None:
         (Path(folder) / tag).mkdir()
+        for name in (MODEL_STATES, SHARD):
+            (Path(folder) / tag / name).touch()
         self.saved.append(tag)
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,18 +17,25 @@ from everest_ds.train.checkpoints.run_dir import (
     require_shared,
     write_run_files,
 )
+from everest_ds.train.checkpoints.save import TrainState
 
 CONFIG = PretrainConfig(recipe="demo", data=PretrainDataConfig(train_list="a.csv"))
 
 
+# A seal's entries for a checkpoint of ZeRO-0.
+SEALED = {name: {"size": 0, "sha256": ""} for name in ("state.json", "mp_rank_00_model_states.pt")}
+
+
 def make_run(folder: Path, steps: list[int]) -> list[Path]:
-    """A run directory with sealed, empty checkpoints."""
+    """A run directory with checkpoints of empty files."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(dump_config(CONFIG))
     checkpoints = [folder / "checkpoints" / f"step-{step:08d}" for step in steps]
-    for checkpoint in checkpoints:
+    for step, checkpoint in zip(steps, checkpoints, strict=True):
         checkpoint.mkdir(parents=True)
-        (checkpoint / "complete.json").write_text(json.dumps({"files": {}}))
+        state = TrainState(step=step, samples=1024 * step, world_size=1, zero_stage=0, dtype="float32", videos="")
+        (checkpoint / "state.json").write_text(json.dumps(asdict(state)))
+        (checkpoint / "complete.json").write_text(json.dumps({"files": SEALED}))
     return checkpoints
 
 

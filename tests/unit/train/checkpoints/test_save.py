@@ -10,20 +10,21 @@ import torch
 
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
+from everest_ds.train.checkpoints.listing import list_checkpoints, unfinished_saves
 from everest_ds.train.checkpoints.save import (
     TrainState,
     choose_checkpoint,
-    list_checkpoints,
     prune_checkpoints,
     read_state,
     require_same_start,
     save_checkpoint,
     set_aside,
-    unfinished_saves,
 )
 from everest_ds.train.checkpoints.seal import find_damage
 from everest_ds.train.checkpoints.shards import load_checkpoint
 
+# What DeepSpeed writes on one rank at ZeRO-2.
+MODEL_STATES, SHARD = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
 
 
@@ -41,7 +42,8 @@ class FakeEngine:
     def save_checkpoint(self, folder: str, *, tag: str, save_latest: bool) -> None:
         assert not save_latest  # DeepSpeed would move its own pointer before the last barrier
         (Path(folder) / tag).mkdir()
-        (Path(folder) / tag / "shard.pt").write_bytes(b"0123456789")
+        (Path(folder) / tag / MODEL_STATES).write_bytes(b"0123456789")
+        (Path(folder) / tag / SHARD).write_bytes(b"0123456789")
         if self.dies:
             raise KeyboardInterrupt
 
@@ -111,15 +113,15 @@ def test_ranks_share_the_checksums_and_every_file_is_checked_by_one(tmp_path: Pa
 
 
 def damage_flip(folder: Path) -> None:
-    (folder / "shard.pt").write_bytes(b"0123X56789")
+    (folder / SHARD).write_bytes(b"0123X56789")
 
 
 def damage_cut(folder: Path) -> None:
-    (folder / "shard.pt").write_bytes(b"01234")
+    (folder / SHARD).write_bytes(b"01234")
 
 
 def damage_remove(folder: Path) -> None:
-    (folder / "shard.pt").unlink()
+    (folder / SHARD).unlink()
 
 
 def damage_seal(folder: Path) -> None:
@@ -127,9 +129,9 @@ def damage_seal(folder: Path) -> None:
 
 
 DAMAGES = [
-    (damage_flip, "the checksum of shard.pt differs"),
-    (damage_cut, "shard.pt has 5 bytes, expected 10"),
-    (damage_remove, "shard.pt is missing"),
+    (damage_flip, f"the checksum of {SHARD} differs"),
+    (damage_cut, f"{SHARD} has 5 bytes, expected 10"),
+    (damage_remove, f"{SHARD} is missing"),
     (damage_seal, "complete.json cannot be read"),
 ]
 
@@ -202,7 +204,7 @@ def test_damaged_checkpoint_set_aside_does_not_count_as_the_newest(tmp_path: Pat
 
 def test_folder_without_a_seal_is_no_checkpoint(tmp_path: Path) -> None:
     folder = save_checkpoint(FakeEngine(), tmp_path, state(5), ALONE)
-    assert set(json.loads((folder / "complete.json").read_text())["files"]) == {"shard.pt", "state.json"}
+    assert set(json.loads((folder / "complete.json").read_text())["files"]) == {MODEL_STATES, SHARD, "state.json"}
     (folder / "complete.json").unlink()
     assert list_checkpoints(tmp_path) == []
     assert unfinished_saves(tmp_path) == [folder]
