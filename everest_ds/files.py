@@ -65,6 +65,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     if _holds(path, data):
+        _remove(partial_path(path))
         return
     with atomic_path(path) as partial:
         partial.write_bytes(data)

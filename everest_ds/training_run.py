@@ -39,7 +39,7 @@ from everest_ds.train.checkpoints.run_dir import (
     require_shared,
     write_run_files,
 )
-from everest_ds.train.checkpoints.save import TrainState, point_to_best, set_aside
+from everest_ds.train.checkpoints.save import TrainState, point_to_best, point_to_latest, set_aside
 from everest_ds.train.checkpoints.start import Start, choose_start
 from everest_ds.train.ema import WeightAverage
 from everest_ds.train.engine import (
@@ -350,6 +350,8 @@ def _open_record(ready: ReadyRun, log: MetricsLog, estimate: MemoryEstimate, *, 
     pointer_fault = find_pointer_fault(run_dir)
     if pointer_fault:
         log.say(f"warning: {pointer_fault}; the newest complete checkpoint counts")
+    if start.checkpoint is not None:
+        point_to_latest(run_dir, start.checkpoint)
     for folder in unfinished_saves(run_dir):
         log.say(f"warning: {folder} is a save that did not come to its end; passing it over")
     for note in (describe_strangers(run_dir), *start.notes):

@@ -5,6 +5,7 @@ step-00001200/      a checkpoint, once it has a seal
     universal-*/    a checkpoint's copy for other worlds and ZeRO stages
     damaged-*/      a checkpoint that was passed over
     latest, best    pointers
+    zero_to_*.py    scripts of DeepSpeed's
 
 Everything else, and everything that has one of these names and is not that, is left alone: a copy of a checkpoint,
 a link, a file. It is never resumed from, never counted and never removed.
@@ -25,6 +26,8 @@ LATEST, BEST = "latest", "best"
 _NAME = re.compile(r"step-(\d{8,})", re.ASCII)
 _UNFINISHED = re.compile(r"tmp-(removed-)?(universal-)?step-\d{8,}", re.ASCII)
 _KEPT = re.compile(r"(universal-step-\d{8,}|damaged-step-\d{8,}(\.\d+)?)", re.ASCII)
+# DeepSpeed (0.19.8) puts these beside every checkpoint.
+_SCRIPTS = frozenset({"zero_to_fp32.py", "zero_to_torch.py"})
 _NUM_SHOWN = 4
 
 
@@ -92,7 +95,9 @@ def describe_strangers(run_dir: Path) -> str | None:
 
 def _describe_stranger(path: Path) -> str | None:
     name = escaped(path.name)
-    if is_partial(path) or (path.name in (LATEST, BEST) and not path.is_symlink() and path.is_file()):
+    if is_partial(path) or path.name in _SCRIPTS:
+        return None
+    if path.name in (LATEST, BEST) and not path.is_symlink() and path.is_file():
         return None
     if not any(kind.fullmatch(path.name) for kind in (_NAME, _KEPT, _UNFINISHED)):
         return name

@@ -85,6 +85,12 @@ def point_to_best(run_dir: Path, step: int | None) -> bool:
     return True
 
 
+def point_to_latest(run_dir: Path, checkpoint: Path) -> None:
+    """Make the pointer to the newest checkpoint name that which a run resumes from. Rank zero only."""
+    if checkpoint.parent.resolve() == folder_of(run_dir).resolve():
+        _point(folder_of(run_dir) / LATEST, checkpoint)
+
+
 def _point(pointer: Path, checkpoint: Path) -> None:
     """Make a pointer name a checkpoint; a folder that has its name is set aside."""
     if not pointer.is_symlink() and pointer.is_dir():

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from everest_ds.config import FinetuneConfig, OptimConfig, PretrainConfig, PretrainDataConfig, RunConfig
+from everest_ds.config import (
+    BatchConfig,
+    FinetuneConfig,
+    OptimConfig,
+    PretrainConfig,
+    PretrainDataConfig,
+    RunConfig,
+)
 from everest_ds.config.file import dump_config
 from everest_ds.errors import UserError
 from everest_ds.train.checkpoints.run_dir import (
@@ -14,6 +22,7 @@ from everest_ds.train.checkpoints.run_dir import (
     Resume,
     find_pointer_fault,
     find_resume,
+    require_same_classes,
     require_shared,
     write_run_files,
 )
@@ -132,3 +141,54 @@ def test_run_or_its_checkpoints_stand_for_the_latest_checkpoint(tmp_path: Path) 
     pointer.write_text(f"{older.name}\n")  # a save that died just before the pointer moved
     assert find_pointer_fault(tmp_path / "run") is None
     assert find_resume(None, CONFIG, "auto").candidates == ()
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\0" * 512, b"\xff\xfe", b"[1]", b"[" * 100_000])
+def test_configuration_that_is_lost_is_compared_with_a_copy_or_begun_again(text: bytes, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    checkpoints = make_run(run, [5, 20])
+    (run / "config.json").write_bytes(text)
+    (checkpoints[0] / "config.json").write_text(dump_config(CONFIG))
+    (checkpoints[1] / "config.json").write_bytes(text)  # a copy that is torn, too
+    found = find_resume(run, CONFIG, "auto")
+    assert f"compared with {checkpoints[0] / 'config.json'}" in str(found.note)
+    with pytest.raises(UserError, match=r"base_lr was 0\.00015 and is now 1\.0"):
+        find_resume(run, replace(CONFIG, optim=OptimConfig(base_lr=1.0)), "auto")
+    (checkpoints[0] / "config.json").unlink()
+    assert "with the settings of this command" in str(find_resume(run, CONFIG, "auto").note)
+    smaller = replace(CONFIG, batch=BatchConfig(global_size=512, micro_size=32))
+    with pytest.raises(UserError, match=r"was trained with batch\.global_size=1024, now 512"):
+        find_resume(run, smaller, "auto")
+    shutil.rmtree(run / "checkpoints")
+    assert "the run has no checkpoint yet" in str(find_resume(run, CONFIG, "auto").note)
+    (run / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"holds thesis\.tex, too; name another folder"):
+        find_resume(run, CONFIG, "auto")
+
+
+def test_settings_of_another_version_are_not_taken_for_lost_ones(tmp_path: Path) -> None:
+    (checkpoint,) = make_run(tmp_path / "run", [5])
+    (checkpoint / "config.json").write_text(dump_config(CONFIG))
+    (tmp_path / "run" / "config.json").write_text('{"task": "pretrain", "future": 1}')
+    with pytest.raises(UserError, match="unknown key future"):
+        find_resume(tmp_path / "run", CONFIG, "auto")
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ("b\na\n", r"class 0 was 'b' and is now 'a'.*restore the names.*, or .*remove .*classes\.txt and start"),
+        ("a\nb\nc\n", r"class 2 was 'c' and is now None"),
+        ("a\n", r"class 1 was None and is now 'b'"),
+        ("a\n\nb\n", r"line 2 is blank.*remove .*classes\.txt and start again"),
+        ("\x1b[31m\nb\n", r"class 0 was '\\x1b\[31m'"),
+    ],
+)
+def test_other_names_of_classes_are_refused(stored: str, message: str, tmp_path: Path) -> None:
+    checkpoints = make_run(tmp_path / "run", [5])
+    resume = Resume(run_dir=tmp_path / "run", candidates=tuple(checkpoints))
+    require_same_classes(resume, ("a", "b"))  # a run without names
+    (tmp_path / "run" / "classes.txt").write_text(stored)
+    with pytest.raises(UserError, match=message):
+        require_same_classes(resume, ("a", "b"))
+    require_same_classes(Resume(run_dir=tmp_path / "run"), ("a", "b"))
