@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -105,3 +108,49 @@ def test_checksum_covers_names_and_contents(tmp_path: Path) -> None:
     before = sha256(tmp_path)
     (tmp_path / "a").rename(tmp_path / "b")
     assert sha256(tmp_path) != before
+
+
+def test_same_bytes_are_not_written_again_and_a_link_is_replaced(tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "a.json", tmp_path / "elsewhere"
+    write_atomically(path, "same")
+    before = path.stat()
+    partial_path(path).write_text("of a killed process")
+    write_atomically(path, "same")
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert list(tmp_path.iterdir()) == [path]
+    elsewhere.write_text("same")
+    path.unlink()
+    path.symlink_to(elsewhere)
+    write_atomically(path, "same")
+    assert not path.is_symlink()
+
+
+def test_file_and_its_name_are_flushed_before_and_after_it_is_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr("os.fsync", lambda file: seen.append(os.readlink(f"/proc/self/fd/{file}")))
+    write_csv(tmp_path / "a.csv", ["x"], [])
+    write_json(tmp_path / "a.json", {})
+    folder = str(tmp_path)
+    assert seen == [f"{folder}/.a.csv.partial", folder, f"{folder}/.a.json.partial", folder]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_file_system_that_cannot_flush_names_is_no_error_and_a_broken_one_is(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{file}"):
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("os.fsync", refuse)
+    with pytest.raises(OSError, match="Input") if code == errno.EIO else contextlib.nullcontext():
+        write_json(tmp_path / "a.json", {})
+
+
+def test_lines_are_not_appended_to_one_that_was_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"a": 1}\n{"b')
+    append_json_lines(path, [{"c": 3}])
+    assert path.read_text() == '{"a": 1}\n{"b\n{"c": 3}\n'

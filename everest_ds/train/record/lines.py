@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.errors import escaped
-from everest_ds.files import sort_json_lines, write_atomically
+from everest_ds.files import move_aside, sort_json_lines, write_atomically
 
 METRICS = "metrics.jsonl"
 _SHOWN_BYTES = 60
@@ -40,6 +40,8 @@ def keep_lines(
         is_record: Says whether an object is what the record should hold.
         is_kept: Says, by the number among such lines and the object, whether a line stays.
     """
+    if path.is_dir():
+        print(f"warning: {path} is a folder, now {move_aside(path, f'odd-{path.name}').name}", flush=True)
     if not path.is_file():
         return
     lines, odd = sort_json_lines(path, is_record)

@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from everest_ds.distributed import World
 from everest_ds.train.record.bad_samples import BadSamples
+from everest_ds.train.record.lines import is_measurement, keep_lines
 from everest_ds.train.record.metrics import (
     MetricsLog,
     peak_memory_gib,
@@ -83,3 +84,40 @@ def test_bad_samples_of_steps_that_are_taken_again_are_not_recorded_twice(tmp_pa
     resumed.on_start()
     assert path.read_text() == '{"path": "1"}\n{"path": "2"}\n'
     assert path.with_name("bad_samples.jsonl.odd").read_text() == '{"pat\n'
+
+
+def test_folder_with_the_name_of_the_record_is_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "metrics.jsonl" / "mine").touch()
+    log = MetricsLog(tmp_path)
+    log.write("train", 1, loss=1.0)
+    log.close()
+    assert (tmp_path / "odd-metrics.jsonl" / "mine").is_file()
+    assert (tmp_path / "metrics.jsonl").is_file()
+
+
+def test_record_that_is_written_again_loses_no_odd_line_and_repeats_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    odd = [
+        b"\0\0",
+        b"\xff",
+        b"[1]",
+        b"null",
+        b'{"kind": 1, "step": 1}',
+        b'{"kind": "val", "step": 1.5}',
+        b'{"step": 1}',
+    ]
+    whole = b'{"kind": "train", "step": 1}'
+    path.write_bytes(b"\n".join([*odd[:4], b"", whole, *odd[4:], b'{"kind": "tr']))
+    before = path.read_bytes()
+    for _ in range(2):  # killed after the odd lines were set aside
+        keep_lines(path, is_measurement, lambda number, line: True)
+        assert path.read_bytes() == whole + b"\n"
+        assert path.with_name("metrics.jsonl.odd").read_bytes().split(b"\n")[:-1] == [*odd, b'{"kind": "tr']
+        path.write_bytes(before)
+    assert capsys.readouterr().out.count("holds 8 lines that it cannot hold") == 2
+    path.write_bytes(whole)  # cut between the line and its end
+    keep_lines(path, is_measurement, lambda number, line: True)
+    assert path.read_bytes() == whole + b"\n"
