@@ -124,6 +124,11 @@ COMMANDS = {
         entry="predict:main",
         work="inference.prediction:run",
     ),
+    "show": Command(
+        purpose="pictures of videos: importance, kept tokens, chosen frames, reconstruction",
+        entry="show:main",
+        work="inference.showing:run",
+    ),
     "convert": Command(
         purpose="weights in and out: runs, official .pth files, Hugging Face folders, safetensors",
         entry="convert:main",

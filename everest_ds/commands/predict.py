@@ -42,16 +42,20 @@ def check(source: Path, videos: Sequence[Path], options: PredictOptions) -> Pred
     Raises:
         UserError: There are no videos, or no weights.
     """
-    rows = _rows_of(videos, options.list)
+    rows = rows_of(videos, options.list, "predict")
     origin = locate(source)
     settings = clip_settings(origin, find_config(options.recipe) if options.recipe else None, options)
     return PredictionJob(origin=origin, settings=settings, options=options, rows=rows)
 
 
-def _rows_of(videos: Sequence[Path], source: Path | None) -> list[VideoRow]:
-    """Return what to predict, without labels: the videos, then the rows of the list."""
+def rows_of(videos: Sequence[Path], source: Path | None, command: str) -> list[VideoRow]:
+    """Return the videos, without labels, then the rows of the list.
+
+    Raises:
+        UserError: There are none.
+    """
     if not videos and source is None:
-        raise UserError("predict needs a video, a folder of videos, or --list FILE")
+        raise UserError(f"{command} needs a video, a folder of videos, or --list FILE")
     rows = [VideoRow(path, _UNLABELLED) for path in find_videos(videos)]
     if source is not None:
         listed = read_list(source)

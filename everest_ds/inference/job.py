@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from everest_ds.config import Config
+from everest_ds.config.sections import ReaderName
 from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.errors import UserError
-from everest_ds.inference.source import ClipSettings, InferenceOptions
+from everest_ds.inference.source import ClipSettings, InferenceOptions, WeightsName
 from everest_ds.train.checkpoints.origin import Origin
 
 Target = Literal["everest", "videomae", "hf", "deepspeed-fp32"]
@@ -109,6 +110,59 @@ class PredictionJob:
     origin: Origin
     settings: ClipSettings
     options: PredictOptions
+    rows: Sequence[VideoRow]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions:
+    """What is drawn of each video, and where."""
+
+    out: Path
+    """Folder for the pictures, NAME.png for each video."""
+    recipe: str | None = None
+    """Recipe, or config.json, that says how clips are cut and which tokens are kept, for weights without a run."""
+    list: Path | None = None
+    """List of videos, after those that are named: each row, or the window of it."""
+    ratios: tuple[float, ...] = ()
+    """Shares of the tokens to keep, each drawn, instead of the configuration's."""
+    compare: bool = False
+    """Draw the strategies rero, random, tube and running_cell below each other, each with as many tokens."""
+    frames: bool = False
+    """Also draw the frame selection, NAME-frames.png: candidates, probabilities and drawn frames (1.5 times a
+    clip's frames are candidates where the configuration selects none)."""
+    gif: bool = False
+    """Also write the picture as it moves, NAME.gif."""
+    mp4: bool = False
+    """The same as H.264, NAME.mp4."""
+    weights: WeightsName = "auto"
+    """ema: a checkpoint's moving average; model: the weights themselves; auto: the average where there is one."""
+    reader: ReaderName | None = None
+    """Library that reads videos, instead of data.reader."""
+    allow_unreadable: bool = False
+    """Exit with 0 although videos could not be read, unless none could."""
+
+    def __post_init__(self) -> None:
+        for ratio in self.ratios:
+            if not 0 < ratio <= 1:
+                raise UserError(f"--ratios {ratio:g} must be a share of the clip's tokens, above 0 and at most 1")
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out {self.out} is no folder; name another one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowJob:
+    """Videos of which pictures are wanted.
+
+    Attributes:
+        origin: The weights; None draws with a fresh embedding.
+        recipe: The configuration that was named, of the source or by `ShowOptions.recipe`.
+        options: What is drawn.
+        rows: The videos.
+    """
+
+    origin: Origin | None
+    recipe: Config | None
+    options: ShowOptions
     rows: Sequence[VideoRow]
 
 

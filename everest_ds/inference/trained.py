@@ -18,8 +18,9 @@ from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.inference.passes import Passes, RowResults
-from everest_ds.inference.source import ClipSettings, InferenceOptions, weights_kind
+from everest_ds.inference.source import ClipSettings, InferenceOptions, WeightsName, weights_kind
 from everest_ds.model.attention import choose_backend
+from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.selection import keep_rule
 from everest_ds.model.weights.architecture import Architecture, require_size
@@ -97,8 +98,22 @@ class Trained:
         )
 
 
+def read_trained(origin: Origin, wanted: WeightsName) -> tuple[Literal["model", "ema"], Weights]:
+    """Read weights, checked against their seal, or a checkpoint's average of them; returns which they are.
+
+    Raises:
+        UserError: They are damaged or incomplete, or there is no average.
+    """
+    kind, weights = weights_kind(origin, wanted), read_any_weights(origin.weights)
+    return kind, averaged(weights, origin.weights) if kind == "ema" else weights
+
+
 def load_trained(
-    origin: Origin, settings: ClipSettings, options: InferenceOptions, device: torch.device
+    origin: Origin,
+    settings: ClipSettings,
+    options: InferenceOptions,
+    device: torch.device,
+    read: tuple[Literal["model", "ema"], Weights] | None = None,
 ) -> Trained:
     """Read weights, checked against their seal, and build their model, on the CPU.
 
@@ -110,19 +125,14 @@ def load_trained(
         settings: What the model looks at.
         options: Which of a checkpoint's weights, and the precision.
         device: Where it will run.
+        read: What `read_trained` returned, where that was called before.
 
     Raises:
         UserError: Weights are damaged or incomplete, clips do not fit their tubelets, or a backend is unavailable.
     """
-    kind = weights_kind(origin, options.weights)
-    weights = read_any_weights(origin.weights)
-    if kind == "ema":
-        weights = averaged(weights, origin.weights)
-    shape, data = weights.architecture, settings.data
-    grid = _grid(shape, data.num_frames, data.image_size)
-    if not shape.grid_is_known:
-        shape = replace(shape, grid=_grid(shape, settings.position_frames, settings.position_size))
-        weights = replace(weights, architecture=shape)
+    kind, weights = read or read_trained(origin, options.weights)
+    weights, grid = _laid_out(weights, settings)
+    shape = weights.architecture
     has_head = shape.kind == "classifier" and shape.num_classes is not None
     classifier = replace(
         shape,
@@ -156,6 +166,32 @@ def load_trained(
         kept=describe_kept(ratio, num_kept, grid.num_tokens),
         report=report.describe(),
     )
+
+
+def load_autoencoder(weights: Weights, settings: ClipSettings) -> tuple[EverestAutoencoder, str]:
+    """Build the pre-training model of weights, in evaluation mode on the CPU; returns what was loaded, for people.
+
+    Raises:
+        UserError: They are of another model, incomplete, or clips do not fit their tubelets.
+    """
+    weights, grid = _laid_out(weights, settings)
+    shape = weights.architecture
+    shape = replace(shape, options=replace(shape.options, attention=settings.attention))
+    _require_backed(shape, weights)
+    model = shape.build()
+    assert isinstance(model, EverestAutoencoder)
+    report = load_weights(model, weights, clip_grid=grid)
+    return model.eval().requires_grad_(False), report.describe()
+
+
+def _laid_out(weights: Weights, settings: ClipSettings) -> tuple[Weights, TokenGrid]:
+    """Return weights whose positions are known, by the settings where they do not say, and the clips' grid."""
+    shape, data = weights.architecture, settings.data
+    grid = _grid(shape, data.num_frames, data.image_size)
+    if not shape.grid_is_known:
+        shape = replace(shape, grid=_grid(shape, settings.position_frames, settings.position_size))
+        weights = replace(weights, architecture=shape)
+    return weights, grid
 
 
 def _require_backed(shape: Architecture, weights: Weights) -> None:

@@ -113,6 +113,17 @@ def reconstruction_target(tubelets_RCTHW: Tensor, *, eps: float = 1e-6) -> Tenso
     return rearrange(centred / (deviation + eps), "r c p -> r (p c)")
 
 
+def unstandardise(prediction_RP: Tensor, tubelets_RCTHW: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Undo `reconstruction_target`: return predicted pixels in the shape of the tubelets, float32, about [0, 1].
+
+    Mean and deviation are those of the true tubelets: the decoder predicts neither.
+    """
+    unit = to_unit_range(tubelets_RCTHW).flatten(2)
+    prediction = rearrange(prediction_RP, "r (p c) -> r c p", c=unit.shape[1])
+    deviation, mean = torch.std_mean(unit, dim=2, keepdim=True)
+    return (prediction * (deviation + eps) + mean).view(tubelets_RCTHW.shape)
+
+
 def embed_bytes(clips_BCTHW: Tensor, weight_DCthw: Tensor, bias_D: Tensor) -> Tensor:
     """Standardise and convolve uint8 clips with a kernel of its stride, by bfloat16 matmuls exact in float32.
 

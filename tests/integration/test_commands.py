@@ -17,7 +17,7 @@ from everest_ds.commands.prepare import PrepareOptions
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig, RunConfig
 from everest_ds.config.file import dump_config
 from everest_ds.data.demo import DemoConfig
-from everest_ds.inference.job import ConversionJob, ConvertOptions
+from everest_ds.inference.job import ConversionJob, ConvertOptions, ShowOptions
 from everest_ds.planning.job import PlanOptions
 from everest_ds.recipes import RECIPES
 from everest_ds.train.job import LaunchOptions
@@ -25,7 +25,10 @@ from everest_ds.train.job import LaunchOptions
 # Scripts, notebooks and habits rely on these; changing one is a decision, not an accident.
 COMMANDS = [
     "doctor", "demo-data", "index", "check-data", "prepare", "recipes", "plan", "pretrain", "finetune", "evaluate",
-    "predict", "convert", "study", "benchmark",
+    "predict", "show", "convert", "study", "benchmark",
+]  # fmt: skip
+SHOW_OPTIONS = [
+    "out", "recipe", "list", "ratios", "compare", "frames", "gif", "mp4", "weights", "reader", "allow_unreadable",
 ]  # fmt: skip
 PLAN_OPTIONS = ["gpus", "gpu_memory_gib", "ds_config", "precision", "json"]
 DATA_BENCHMARK_OPTIONS = [
@@ -77,6 +80,7 @@ def test_command_line_is_frozen() -> None:
     assert list(cli.COMMANDS) == COMMANDS
     assert [f.name for f in dataclasses.fields(LaunchOptions)] == LAUNCH_OPTIONS
     assert [f.name for f in dataclasses.fields(PlanOptions)] == PLAN_OPTIONS
+    assert [f.name for f in dataclasses.fields(ShowOptions)] == SHOW_OPTIONS
     assert [f.name for f in dataclasses.fields(DataBenchmarkOptions)] == DATA_BENCHMARK_OPTIONS
     assert [f.name for f in dataclasses.fields(PrepareOptions)] == PREPARE_OPTIONS
     assert [f.name for f in dataclasses.fields(StepOptions)] == STEP_OPTIONS

@@ -126,19 +126,26 @@ def resize_shorter_side(frames_TCHW: Tensor, size: int) -> Tensor:
     return resize_frames(frames_TCHW, *((size, longer) if height <= width else (longer, size)))
 
 
+def view_frames(video: Video, data: FinetuneDataConfig, num_clips: int) -> list[list[int]]:
+    """Return the frames of each clip over time, by number in the video or its window.
+
+    Raises:
+        VideoReadError: The times of the frames cannot be read.
+    """
+    if data.sampling_seconds is not None:
+        return timed_clips(video.times_s(), data.num_frames, data.sampling_seconds, num_clips)
+    if data.sampling == "segment":
+        return segment_clips(video.num_frames, data.num_frames, num_clips)
+    return dense_clips(video.num_frames, data.num_frames, data.sampling_stride, num_clips)
+
+
 def read_views(video: Video, data: FinetuneDataConfig, views: ViewsConfig) -> Tensor:
     """Read all views of an open video, clips_VCTHW uint8; V = num_temporal * num_spatial, time first.
 
     Raises:
         VideoReadError: A frame cannot be decoded.
     """
-    if data.sampling_seconds is not None:
-        clips = timed_clips(video.times_s(), data.num_frames, data.sampling_seconds, views.num_temporal)
-    elif data.sampling == "segment":
-        clips = segment_clips(video.num_frames, data.num_frames, views.num_temporal)
-    else:
-        clips = dense_clips(video.num_frames, data.num_frames, data.sampling_stride, views.num_temporal)
-    size = data.image_size
+    clips, size = view_frames(video, data, views.num_temporal), data.image_size
     frame_idx = sorted({frame for clip in clips for frame in clip})
     parts = [frame_idx[start : start + _FRAMES_AT_ONCE] for start in range(0, len(frame_idx), _FRAMES_AT_ONCE)]
     frames_FCHW = torch.cat([_read_resized(video, part, len(frame_idx), data) for part in parts])

@@ -30,6 +30,7 @@ REFUSED = {
     "finetune": "finetune demo_ft --data.train-list /no/such/list.csv",
     "evaluate": "evaluate /no/such/run",
     "predict": "predict /no/such/run /no/such/video.mp4",
+    "show": "show /no/such/run /no/such/video.mp4 --out /tmp/x",
     "convert": "convert a.pth b --to everest --recipe demo",
     "study": "study /no/such/folder --only no-such-condition",
     "benchmark flops": "benchmark flops --no-such-flag",

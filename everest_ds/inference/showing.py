@@ -1,0 +1,220 @@
+"""The work of `everest show`: pictures of what is kept of videos, and of what a model makes of them."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from os import fsdecode, fsencode
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from everest_ds import distributed
+from everest_ds.data.clips.views import ViewDataset, make_view_loader
+from everest_ds.data.lists.video_list import VideoRow
+from everest_ds.data.readers.video import VideoReadError
+from everest_ds.distributed import World
+from everest_ds.errors import UserError, escaped
+from everest_ds.files import atomic_path
+from everest_ds.inference.job import ShowJob, ShowOptions
+from everest_ds.inference.loaded import MIDDLE, LoadedModel, VideoClip, fresh_model, load_model
+from everest_ds.model.selection import SelectionRule
+from everest_ds.pictures.clip_sheet import draw_clip
+from everest_ds.pictures.examine import choose_frames
+from everest_ds.pictures.frame_sheet import draw_frame_choice
+from everest_ds.pictures.moving import frame_seconds, moving_pictures, save_gif, save_mp4
+from everest_ds.tokens import CELL_TOKENS, StrategyName, TokenGrid, count_candidate_steps
+
+EXIT_UNREADABLE = 2
+ALPHA = 1.5
+"""Candidates of `--frames` for each frame of a clip, where the configuration has none: the paper's."""
+_COMPARED: tuple[StrategyName, ...] = ("rero", "random", "tube", "running_cell")
+_LONGEST_NAME = 180
+"""Bytes of a picture's name; file systems allow 255, and some come before and after it."""
+
+
+def run(job: ShowJob, world: World) -> int:
+    """Draw pictures; processes of a launch share the videos out.
+
+    Returns:
+        The exit code: 0, or 2 when none could be drawn, or one and that is not allowed; the others are drawn then.
+
+    Raises:
+        UserError: The weights cannot be used, or a ratio does not go with a strategy.
+    """
+    options, rows = job.options, job.rows[world.rank :: world.size]
+    print("loading the model", flush=True) if world.is_main else None
+    if job.origin is None:
+        assert job.recipe is not None
+        loaded = fresh_model(job.recipe, reader=options.reader)
+    else:
+        loaded = load_model(job.origin, job.recipe, weights=options.weights, reader=options.reader)
+    distributed.select_accelerator()
+    if torch.cuda.is_available():
+        loaded.model.to("cuda")
+    rules = rules_to_show(loaded, options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if world.is_main:
+        print(escaped_lines(loaded.report), flush=True)
+    names = picture_names(job.rows)[world.rank :: world.size]
+    bad = draw_rows(loaded, rows, lambda i, clip: _draw_all(loaded, clip, rules, options, names[i]))
+    return EXIT_UNREADABLE if len(bad) > (len(rows) - 1 if options.allow_unreadable else 0) else 0
+
+
+def escaped_lines(text: str) -> str:
+    """Return lines as they can be printed."""
+    return "\n".join(map(escaped, text.split("\n")))
+
+
+def draw_rows(
+    loaded: LoadedModel, rows: Sequence[VideoRow], draw: Callable[[int, VideoClip], Sequence[Path]]
+) -> list[int]:
+    """Read the middle clip of each row, draw it, and print where the picture is; returns the rows that failed.
+
+    What cannot be read takes a line of its own on stderr. Several videos are read in a process that may hang.
+    """
+    data = replace(loaded.data(), num_workers=1 if len(rows) > 1 else 0)
+    loader = make_view_loader(ViewDataset(rows, data, MIDDLE), [[i] for i in range(len(rows))], pin_memory=False)
+    failed = []
+    for (views,) in loader:
+        row = rows[views.index]
+        try:
+            if views.clips_VCTHW is None:
+                raise VideoReadError(row.path, views.bad or "")
+            paths = draw(views.index, loaded.clip_of(row, views.clips_VCTHW[0]))
+        except VideoReadError as error:
+            failed.append(views.index)
+            print(escaped(f"cannot read {row.name}: {error.reason}"), file=sys.stderr, flush=True)
+        else:
+            print(escaped(f"{row.name} -> {', '.join(map(str, paths))}"), flush=True)
+    return failed
+
+
+def _draw_all(
+    loaded: LoadedModel,
+    clip: VideoClip,
+    rules: Sequence[tuple[str, SelectionRule]],
+    options: ShowOptions,
+    name: str,
+) -> list[Path]:
+    """Write all pictures that are wanted of a clip; returns their paths."""
+    picture, title = loaded.examine(clip, rules), clip.row.path.name
+    paths = [options.out / f"{name}.png"]
+    sheet = draw_clip(picture, title=title, lines=[clip.describe(), loaded.report_line])
+    with atomic_path(paths[0]) as partial:
+        sheet.save(partial, format="PNG")
+    if options.frames:
+        paths.append(_draw_frames(loaded, clip.row, options.out / f"{name}-frames.png"))
+    if options.gif or options.mp4:
+        images, seconds = moving_pictures(picture, title=title), frame_seconds(picture)
+        for wanted, suffix, save in ((options.gif, "gif", save_gif), (options.mp4, "mp4", save_mp4)):
+            if wanted:
+                paths.append(options.out / f"{name}.{suffix}")
+                with atomic_path(paths[-1]) as partial:
+                    save(images, seconds, partial)
+    return paths
+
+
+def _draw_frames(loaded: LoadedModel, row: VideoRow, path: Path) -> Path:
+    """Write the picture of the frame selection."""
+    tubelet = loaded.config.model.tubelet_size
+    num_steps = loaded.settings.data.num_frames // tubelet
+    candidates = loaded.candidate_steps or count_candidate_steps(num_steps, ALPHA)
+    clip = loaded.read(row, num_frames=candidates * tubelet)
+    _, choice = choose_frames(loaded.model, clip.clip_CTHW.to(loaded.device), loaded.rule, num_steps)
+    sheet = draw_frame_choice(
+        np.ascontiguousarray(clip.clip_CTHW.permute(1, 2, 3, 0).numpy()),
+        choice.counts_BC[0].cpu().numpy(),
+        choice.steps_BT[0].tolist(),
+        [f"{time:.2f} s" for time in clip.times_s],
+        title=f"{row.path.name}: frame selection",
+        lines=[
+            clip.describe(),
+            f"{num_steps} of {candidates} time steps are drawn without replacement. c: the step's tokens among the "
+            f"{loaded.rule.selected_ratio:.0%} of all candidates that change most; p = c / sum of c: its "
+            "probability to be drawn first.",
+            loaded.report_line,
+        ],
+    )
+    with atomic_path(path) as partial:
+        sheet.save(partial, format="PNG")
+    return path
+
+
+def rules_to_show(loaded: LoadedModel, options: ShowOptions) -> list[tuple[str, SelectionRule]]:
+    """Return the ways of keeping tokens that are drawn: by ratio, and by strategy where these are compared.
+
+    The share of the kept tokens that is visible is the model's own.
+
+    Raises:
+        UserError: A strategy cannot keep a ratio that was asked for.
+    """
+    own, grid = loaded.rule, _grid_of(loaded)
+    rules = []
+    for ratio in options.ratios or (own.selected_ratio,):
+        for strategy in _COMPARED if options.compare else (own.strategy,):
+            rule = _with_ratio(own, strategy, ratio, grid, is_own=not options.ratios and strategy == own.strategy)
+            if rule is None:
+                print(f"{strategy} is left out: it cannot keep a share of {grid}", flush=True)
+                continue
+            _require_tokens(rule, grid, predicts=loaded.predicts)
+            rules.append((loaded.describe_rule(rule), rule))
+    return rules
+
+
+def _require_tokens(rule: SelectionRule, grid: TokenGrid, *, predicts: bool) -> None:
+    """Refuse a rule that keeps no token for one of its purposes."""
+    try:
+        counts = rule.counts(grid) if predicts else None
+        fewest = min(counts.visible, counts.targets) if counts else rule.num_kept(grid)
+    except UserError as error:
+        raise UserError(f"--ratios {rule.selected_ratio:g} with {rule.strategy}: {error}") from error
+    if fewest < 1:
+        purposes = "one token that is visible and one that is predicted" if predicts else "one token"
+        raise UserError(
+            f"--ratios {rule.selected_ratio:g} of {grid.num_tokens} tokens is too little for {purposes}; raise it"
+        )
+
+
+def _with_ratio(
+    own: SelectionRule, strategy: StrategyName, ratio: float, grid: TokenGrid, *, is_own: bool
+) -> SelectionRule | None:
+    """Return a rule that keeps about a ratio of the tokens; None where the strategy does not fit the clip."""
+    if is_own:
+        return own
+    visible = own.visible_ratio / own.selected_ratio
+    order = own.order if strategy == "rero" else "descending"
+    if strategy == "running_cell":
+        if grid.rows % 2 or grid.cols % 2 or grid.time % CELL_TOKENS:
+            return None
+        ratio = min((0.25, 0.5, 0.75), key=lambda share: abs(share - ratio))
+    return replace(
+        own, strategy=strategy, order=order, selected_ratio=ratio, visible_ratio=float(f"{ratio * visible:.6g}")
+    )
+
+
+def _grid_of(loaded: LoadedModel) -> TokenGrid:
+    """Return the tokens of a clip that goes through the model."""
+    data, model = loaded.settings.data, loaded.config.model
+    return TokenGrid.of_clip(
+        num_frames=data.num_frames,
+        height=data.image_size,
+        width=data.image_size,
+        tubelet_size=model.tubelet_size,
+        patch_size=model.patch_size,
+    )
+
+
+def picture_names(rows: Sequence[VideoRow]) -> list[str]:
+    """Return a file name for each row, without suffix: the video's, numbered where several have the same."""
+    names: list[str] = []
+    taken: set[str] = set()
+    for row in rows:
+        stem = fsdecode(fsencode(row.path.stem)[:_LONGEST_NAME]) or "video"
+        name, number = stem, 1
+        while name in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name)
+        names.append(name)
+    return names
