@@ -21,6 +21,7 @@ from everest_ds.data.clips.sampling import GlobalBatchSampler
 from everest_ds.data.lists.contents import sample_contents
 from everest_ds.data.lists.run_lists import Lists
 from everest_ds.data.lists.video_list import fingerprint
+from everest_ds.data.loading.pool import start_fork_server
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
@@ -60,6 +61,7 @@ from everest_ds.train.record.metrics import MetricsLog
 from everest_ds.train.record.ownership import Ownership
 from everest_ds.train.record.progress import MemoryComparison, StallHint
 from everest_ds.train.record.skipped_steps import SkippedSteps
+from everest_ds.train.record.start_times import FirstStep, StartTimes
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import EXIT_STOPPED
 from everest_ds.train.step.gradients import choose_gradients
@@ -118,11 +120,16 @@ def run(job: TrainingJob, world: World) -> int:
     Raises:
         UserError: Anything the user can mend: DeepSpeed file, weights, too many bad videos.
     """
+    times = StartTimes()
     attention, precision = _check_alone(job)
+    times.end("imports and lists")
+    if job.lists.config.data.num_workers:
+        start_fork_server()
     device = distributed.start(world)  # from here on all processes go together
     with owning(job.resume.run_dir, world) as holding:
         job = replace(job, resume=look_again(job, world))
-        taken, end_step = _train(job, world, device, attention, precision, holding)
+        times.end("meeting the other ranks")
+        taken, end_step = _train(job, world, device, attention, precision, holding, times)
     distributed.finish()
     return 0 if taken >= end_step else EXIT_STOPPED
 
@@ -145,11 +152,17 @@ def look_again(job: TrainingJob, world: World) -> Resume:
 
 
 def _train(
-    job: TrainingJob, world: World, device: torch.device, attention: str, precision: Precision, holding: Holding
+    job: TrainingJob,
+    world: World,
+    device: torch.device,
+    attention: str,
+    precision: Precision,
+    holding: Holding,
+    times: StartTimes,
 ) -> tuple[int, int]:
     """Train in a directory that this launch owns; return the steps taken, and those there are."""
     began = time.perf_counter()
-    ready = _make_ready(job, world, device, attention, precision)
+    ready = _make_ready(job, world, device, attention, precision, times)
     start, schedule = ready.start, ready.schedule
     estimate = estimate_memory(ready.config, ready.ds_config, world_size=world.size, device_type=device.type)
     with contextlib.closing(MetricsLog(start.run_dir, schedule.start_step, is_main=world.is_main)) as log:
@@ -170,8 +183,13 @@ def _train(
             run_dir=start.run_dir,
             log=log,
             start=state,
-            callbacks=[Ownership(holding), *make_callbacks(ready, updater, state, log, estimate)],
+            callbacks=[
+                Ownership(holding),
+                *make_callbacks(ready, updater, state, log, estimate),
+                FirstStep(log, times),
+            ],
         )
+        times.end("record")
         if schedule.num_left > 0:
             with contextlib.closing(_batches(ready)) as batches:
                 taken = trainer.run(batches)
@@ -206,7 +224,7 @@ def _check_alone(job: TrainingJob) -> tuple[str, Precision]:
 
 
 def _make_ready(
-    job: TrainingJob, world: World, device: torch.device, attention: str, precision: Precision
+    job: TrainingJob, world: World, device: torch.device, attention: str, precision: Precision, times: StartTimes
 ) -> ReadyRun:
     """Build model and engine and bring them to where the run starts; all ranks take part."""
     options, config = job.options, job.lists.config
@@ -229,18 +247,21 @@ def _make_ready(
         val_contents=contents[1],
     )
     start = choose_start(job.resume, now, world, options.init_from, options.init_allow)
+    times.end("verifying")
     torch.manual_seed(config.run.seed)
     task = make_task(config)
     task.threshold = start.state.threshold
     groups = describe_groups(task.parameter_groups())
     with start.ready(task, world) as load:
         engine = build_engine(task, config, ds_config, device, universal=start.reshards)
+        times.end("engine")
         load(engine)
     average = None
     if isinstance(config, FinetuneConfig) and config.optim.ema_decay is not None:
         average = WeightAverage(engine, config.optim.ema_decay)
         if start.checkpoint is not None:
             average.load(start.checkpoint)
+    times.end("weights and optimiser")
     return ReadyRun(
         lists=job.lists,
         ds_config=ds_config,

@@ -81,7 +81,7 @@ class Pool(Generic[Item, Result]):
         self._depth = depth
         self._waiting: deque[Item] = deque()
         self._failed_starts = 0
-        _start_fork_server()
+        start_fork_server()
         self._workers = [self._start_worker() for _ in range(num_workers)]
         # Runs before multiprocessing's own end, which would wait for workers that ignore its SIGTERM.
         self._closed = threading.Event()
@@ -246,8 +246,10 @@ def _call_without_mark(function: Callable[[Item], Result], item: Item, mark: Mar
     return function(item)
 
 
-def _start_fork_server() -> None:
+def start_fork_server() -> None:
     """Start the fork server, unless it runs, with the signals blocked; workers inherit that.
+
+    Who knows that workers will be needed may call this early: the server imports while its parent does other work.
 
     A worker imports for seconds before it could ignore a signal. A blocked signal waits meanwhile.
     """
