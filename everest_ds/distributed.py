@@ -3,6 +3,7 @@
 Works under ``deepspeed``, ``torchrun``, or with neither (then the launch has one process).
 """
 
+import datetime
 import errno
 import hashlib
 import os
@@ -142,6 +143,8 @@ def start(world: World) -> "torch.device":
         index = device_index(world, torch.cuda.device_count())
         torch.cuda.set_device(index)
         os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes it for the device, here and in its engine
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
+        os.environ.setdefault(name, "2000")  # collectives that torch remembers, for a run that hangs
     try:
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     except torch.distributed.DistError as error:
@@ -195,6 +198,16 @@ def finish() -> None:
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
+
+
+def set_timeout(seconds: float) -> None:
+    """Let every later collective fail after some seconds, in every group of this process."""
+    if dist := _initialized():
+        limit = datetime.timedelta(seconds=seconds)
+        core = dist.distributed_c10d
+        set_one = getattr(dist, "set_timeout", None) or core._set_pg_timeout  # the name before torch 2.14
+        for group in list(core._world.pg_map):
+            set_one(limit, group)
 
 
 def barrier() -> None:

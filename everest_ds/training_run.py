@@ -69,6 +69,7 @@ from everest_ds.train.step.graph import why_eager
 from everest_ds.train.step.optim import describe_groups
 from everest_ds.train.step.updater import Updater, make_updater
 from everest_ds.train.tasks import Task, make_task
+from everest_ds.train.watch.watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +173,7 @@ def _train(
         require_shared(start.run_dir)
         state = _with_best(start, world)
         updater = make_updater(ready.engine, ready.config.optim, ready.ds_config, captures=ready.eager is None)
+        watchdog = _make_watchdog(ready)
         trainer = Trainer(
             engine=ready.engine,
             updater=updater,
@@ -185,13 +187,14 @@ def _train(
             start=state,
             callbacks=[
                 Ownership(holding),
+                watchdog,
                 *make_callbacks(ready, updater, state, log, estimate),
                 FirstStep(log, times),
             ],
         )
         times.end("record")
         if schedule.num_left > 0:
-            with contextlib.closing(_batches(ready)) as batches:
+            with watchdog.watching(), contextlib.closing(_batches(ready)) as batches:
                 taken = trainer.run(batches)
         else:
             taken = trainer.run(iter(()))
@@ -319,6 +322,16 @@ def make_callbacks(
             )
         )
     return callbacks
+
+
+def _make_watchdog(ready: ReadyRun) -> Watchdog:
+    data = ready.config.data
+    return Watchdog(
+        ready.start.run_dir,
+        ready.world,
+        hang_after_s=ready.config.run.hang_after_s,
+        loader_s=data.timeout_s if data.num_workers else 0.0,
+    )
 
 
 def _with_best(start: Start, world: World) -> TrainState:

@@ -1,8 +1,9 @@
 """The words of a command line to the command that they name, and its faults to messages and exit codes.
 
 Exit codes: 0 done; 1 a check found a fault (`everest doctor`, `everest plan`) or we failed; 2 a fault of the
-user's, with one message and no traceback; 75 a signal stopped a run, all saved, and the same command resumes it;
-130 Ctrl-C ended a command, with one line and no traceback.
+user's, with one message and no traceback; 62 a run hung and ended itself, and the same command resumes it; 75 a
+signal stopped a run, all saved, and the same command resumes it; 130 Ctrl-C ended a command, with one line and no
+traceback.
 """
 
 import errno

@@ -16,7 +16,9 @@ from everest_ds.config import Config, FinetuneConfig, PretrainConfig
 from everest_ds.errors import UserError, nearest_hint
 from everest_ds.files import read_json_object
 
-_ADDED_LATER = frozenset({"data.max_pixels", "data.sampling_seconds", "model.cuda_graph", "optim.gradients"})
+_ADDED_LATER = frozenset(
+    {"data.max_pixels", "data.sampling_seconds", "model.cuda_graph", "optim.gradients", "run.hang_after_s"}
+)
 """Fields that stored configurations of older versions lack; with the default of each a run computes what it did."""
 
 CONFIGS: dict[str, type[Config]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}

@@ -210,11 +210,18 @@ class RunConfig:
     """Also keep for good the checkpoints of every multiple of this many epochs."""
     max_skipped_steps: int = 0
     """Steps that a run may skip because of a non-finite gradient; one more stops the run."""
+    hang_after_s: float = 60.0
+    """Seconds without progress, or five median steps if that is longer, after which the run counts as hanging:
+    every rank writes its stacks, the one that is behind is named, and the run ends with exit code 62; the same
+    command resumes it. data.timeout_s comes on top where there are loader processes. The first steps, saving and
+    scoring may take ten times as long. 0 watches nothing."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "run.seed", self.seed, "in [0, 2**63)")
         steps = ("max_steps", "log_every_steps", "save_every_steps")
         require_counts("run", self, *steps, "save_every_epochs", "keep_checkpoints", "keep_every_epochs")
+        hang_ok = math.isfinite(self.hang_after_s) and self.hang_after_s >= 0
+        require(hang_ok, "run.hang_after_s", self.hang_after_s, "at least 0")
         require(self.max_skipped_steps >= 0, "run.max_skipped_steps", self.max_skipped_steps, "at least 0")
 
 

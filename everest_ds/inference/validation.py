@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from everest_ds import pulse
 from everest_ds.config import FinetuneConfig, ViewsConfig
 from everest_ds.data.clips.views import ViewDataset
 from everest_ds.data.lists.video_list import VideoRow
@@ -103,6 +104,7 @@ class Validation(Callback):
         Raises:
             UserError: More of the videos are unreadable than data.max_bad_share allows.
         """
+        pulse.enter("scoring")
         data, engine = self._config.data, self._engine
         assert data.num_classes is not None
         engine.eval()

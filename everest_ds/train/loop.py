@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from everest_ds import pulse
 from everest_ds.config import Config
 from everest_ds.data.clips.batch import ClipBatch
 from everest_ds.distributed import World
@@ -94,6 +95,7 @@ class Trainer:
         last_saved = self.schedule.start_step
         with self.stop.listening(), garbage.held():
             for step in range(self.schedule.start_step, self.schedule.end_step):
+                pulse.enter("between steps")
                 signum = self.stop.agreed()
                 if signum:
                     self._leave_early(step, signum, saved=last_saved == step)
@@ -109,12 +111,15 @@ class Trainer:
         losses, result = [], None
         for _ in range(self.engine.gradient_accumulation_steps()):
             waited_s = feed.waited_s
+            pulse.enter("waiting for clips")
             batch, inputs = feed.next()
             self.window.data_wait_s += feed.waited_s - waited_s
             for callback in self.callbacks:
                 callback.on_batch(batch)
+            pulse.enter("computing gradients")
             losses.append(self.updater.forward_backward(inputs))
             feed.look_ahead()
+            pulse.enter("updating weights")
             result = self.updater.step()
             self.window.tokens += self.task.visible_tokens
         assert result is not None  # the last micro-step completes the accumulation
@@ -141,6 +146,7 @@ class Trainer:
 
     def _log(self, taken: int) -> None:
         """Write a line of metrics and start the next window."""
+        pulse.enter("logging")
         for callback in self.callbacks:
             callback.before_log(taken)
         window, self.window = self.window, Window(self.device)
@@ -176,6 +182,7 @@ class Trainer:
         self.log.say(f"{signum.name}: stopped {where}; the same command resumes the run (exit code {EXIT_STOPPED})")
 
     def _save(self, taken: int) -> None:
+        pulse.enter("saving")
         state = replace(
             self.start,
             step=taken,

@@ -18,6 +18,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from everest_ds import pulse
 from everest_ds.config.sections import DataConfig
 from everest_ds.data.loading.pool import Mark, Outcome, Pool
 from everest_ds.data.loading.shared_memory import Layout, Slots
@@ -91,7 +92,9 @@ class Loader(Generic[Key, Made, Batch]):
 
     def _make_here(self) -> Generator[Batch]:
         for requests in self.batches:
-            yield self.assemble([sample for keys in requests for sample in self.maker(keys, {}, lambda _: None)])
+            yield self.assemble(
+                [sample for keys in requests for sample in self.maker(keys, {}, lambda _: pulse.beat())]
+            )
 
 
 class BatchIterator(Generic[Batch]):

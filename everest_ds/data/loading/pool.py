@@ -20,6 +20,7 @@ from multiprocessing import connection, forkserver, get_context, parent_process,
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
+from everest_ds import pulse, stacks
 from everest_ds.errors import UserError
 from everest_ds.processes import end_with_parent
 
@@ -137,6 +138,7 @@ class Pool(Generic[Item, Result]):
         if not ended and not hung:
             return outcomes
         worker.stop()
+        pulse.beat()
         self._failed_starts = 0 if worker.is_ready else self._failed_starts + 1
         if self._failed_starts > _MAX_FAILED_STARTS:
             raise RuntimeError(f"processes that read videos end before they can begin ({worker.how_it_ended()})")
@@ -176,6 +178,7 @@ class _Worker:
         with contextlib.suppress(EOFError, OSError):  # it has ended; its sentinel tells
             while self.pipe.poll():
                 what, value = self.pipe.recv()
+                pulse.beat()
                 if what == "mark":
                     self._mark, self._since = value, time.monotonic()
                     continue
@@ -273,6 +276,7 @@ def _serve(function: Callable[[Any, Mark], Any], pipe: Connection) -> None:
     _end_with_fork_server()
     for number in _LEFT_TO_PARENT:
         signal.signal(number, signal.SIG_IGN)
+    stacks.keep_stacks_ready()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def mark(step: int) -> None:

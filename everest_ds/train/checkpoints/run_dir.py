@@ -55,6 +55,7 @@ FREE_ON_RESUME = frozenset(
         "model.cuda_graph",
         "model.recompute_attention",
         "optim.gradients",
+        "run.hang_after_s",
         "run.keep_checkpoints",
         "run.keep_every_epochs",
         "run.log_every_steps",
