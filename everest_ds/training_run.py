@@ -5,9 +5,10 @@ others: a wrong setting costs seconds, ends all ranks alike, and leaves nothing 
 """
 
 import contextlib
+import json
 import shlex
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from everest_ds import distributed
 from everest_ds.config import Config, FinetuneConfig, GradientsName, PretrainConfig
+from everest_ds.config.file import dump_config
 from everest_ds.data.clips.augment import check_rand_augment
 from everest_ds.data.clips.dataset import make_loader
 from everest_ds.data.clips.sampling import GlobalBatchSampler
@@ -59,6 +61,7 @@ from everest_ds.train.record.capture import CaptureLog
 from everest_ds.train.record.frames import FrameLog, chooses_frames
 from everest_ds.train.record.metrics import MetricsLog
 from everest_ds.train.record.ownership import Ownership
+from everest_ds.train.record.profile import RunProfile
 from everest_ds.train.record.progress import MemoryComparison, StallHint
 from everest_ds.train.record.skipped_steps import SkippedSteps
 from everest_ds.train.record.start_times import FirstStep, StartTimes
@@ -69,6 +72,9 @@ from everest_ds.train.step.graph import why_eager
 from everest_ds.train.step.optim import describe_groups
 from everest_ds.train.step.updater import Updater, make_updater
 from everest_ds.train.tasks import Task, make_task
+from everest_ds.train.trackers.base import TrackedRun, flat_settings
+from everest_ds.train.trackers.group import Trackers
+from everest_ds.train.trackers.tensorboard import viewing_command
 from everest_ds.train.watch.watchdog import Watchdog
 
 
@@ -166,10 +172,17 @@ def _train(
     ready = _make_ready(job, world, device, attention, precision, times)
     start, schedule = ready.start, ready.schedule
     estimate = estimate_memory(ready.config, ready.ds_config, world_size=world.size, device_type=device.type)
-    with contextlib.closing(MetricsLog(start.run_dir, schedule.start_step, is_main=world.is_main)) as log:
+    trackers = Trackers(ready.config.run.log_to)
+    record = MetricsLog(start.run_dir, schedule.start_step, is_main=world.is_main, trackers=trackers)
+    with contextlib.closing(record) as log:
+        fault = None
         if world.is_main:
-            _open_record(ready, log, estimate, ready_s=time.perf_counter() - began)
-        distributed.barrier()
+            try:
+                _open_record(ready, log, trackers, estimate, ready_s=time.perf_counter() - began)
+            except UserError as error:
+                fault = str(error)
+        if fault := distributed.agree(fault):
+            raise UserError(fault)
         require_shared(start.run_dir)
         state = _with_best(start, world)
         updater = make_updater(ready.engine, ready.config.optim, ready.ds_config, captures=ready.eager is None)
@@ -200,6 +213,7 @@ def _train(
             taken = trainer.run(iter(()))
             log.say(_nothing_left(ready))
         if taken >= schedule.end_step:
+            trackers.finish()
             log.say(f"done: {start.run_dir}")
     return taken, schedule.end_step
 
@@ -303,6 +317,8 @@ def make_callbacks(
         if chooses_frames(config):
             callbacks.append(FrameLog(run_dir, lists.train, ready.task))
         callbacks.append(StallHint(config))
+        if config.run.profile:
+            callbacks.append(RunProfile(run_dir, ready.device, log))
     if updater.graph is not None:
         callbacks.append(CaptureLog(log, updater.graph, world))
     if ready.average is not None:
@@ -319,6 +335,7 @@ def make_callbacks(
                 log=log,
                 average=ready.average,
                 start=state,
+                class_names=(lists.classes and lists.classes.names) or (),
             )
         )
     return callbacks
@@ -363,7 +380,9 @@ def _batches(ready: ReadyRun) -> Any:
     return iter(make_loader(dataset, sampler, micro_size=config.batch.micro_size, pin_memory=pin_memory))
 
 
-def _open_record(ready: ReadyRun, log: MetricsLog, estimate: MemoryEstimate, *, ready_s: float) -> None:
+def _open_record(
+    ready: ReadyRun, log: MetricsLog, trackers: Trackers, estimate: MemoryEstimate, *, ready_s: float
+) -> None:
     """Write the run's files, say what is about to run, and begin the record. Rank zero only."""
     config, world, start, schedule = ready.config, ready.world, ready.start, ready.schedule
     run_dir, state = start.run_dir, start.state
@@ -392,6 +411,7 @@ def _open_record(ready: ReadyRun, log: MetricsLog, estimate: MemoryEstimate, *, 
         if note:
             log.say(f"warning: {note}")
     write_run_files(run_dir, config, ready.ds_config)
+    _open_trackers(ready, trackers, log)
     _describe_classes(ready.lists, run_dir, log)
     if ready.lists.note:
         log.say(f"warning: {ready.lists.note}")
@@ -416,6 +436,16 @@ def _open_record(ready: ReadyRun, log: MetricsLog, estimate: MemoryEstimate, *, 
         init_from=None if start.init_from is None else str(start.init_from),
         groups=ready.groups,
     )
+
+
+def _open_trackers(ready: ReadyRun, trackers: Trackers, log: MetricsLog) -> None:
+    """Open what shows the run, and say how it is looked at."""
+    run_dir, config = ready.start.run_dir, ready.config
+    settings = flat_settings(asdict(config))
+    run = TrackedRun(run_dir=run_dir, settings=settings, start_step=ready.schedule.start_step)
+    trackers.open(run, {"recipe": dump_config(config), "ds_config": json.dumps(ready.ds_config, indent=2)})
+    if "tensorboard" in config.run.log_to:
+        log.say(f"watch it: {shlex.join(viewing_command(run_dir))}")
 
 
 def _describe_classes(lists: Lists, run_dir: Path, log: MetricsLog) -> None:

@@ -11,6 +11,7 @@ from everest_ds.data.readers.choice import choose_reader
 from everest_ds.distributed import World
 from everest_ds.train.checkpoints.run_dir import find_resume, require_same_classes
 from everest_ds.train.job import LaunchOptions, TrainingJob
+from everest_ds.train.trackers.group import require_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +35,13 @@ def check(arguments: Arguments[C], world: World) -> TrainingJob:
     """Refuse a run that cannot start, as far as that needs no torch.
 
     Raises:
-        UserError: A list, the batch, the reader or the run directory is at fault, or names classes otherwise.
+        UserError: A list, the batch, the reader or the run directory is at fault, names classes otherwise, or a
+            tracker is not installed.
     """
     lists = read_lists(arguments.config, world)
     lists.config.batch.accumulation_steps(world.size)
     choose_reader(lists.config.data.reader)
+    require_trackers(lists.config.run.log_to)
     options = arguments.options
     resume = find_resume(options.out, lists.config, options.resume)
     if lists.classes is not None and lists.classes.names is not None:

@@ -26,6 +26,7 @@ from everest_ds.config.sections import (
     RunConfig,
     SizeName,
     TaskName,
+    TrackerName,
 )
 from everest_ds.config.selection import FinetuneSelectionConfig, SelectionConfig
 
@@ -51,5 +52,6 @@ __all__ = [
     "SelectionConfig",
     "SizeName",
     "TaskName",
+    "TrackerName",
     "ViewsConfig",
 ]

@@ -17,7 +17,15 @@ from everest_ds.errors import UserError, nearest_hint
 from everest_ds.files import read_json_object
 
 _ADDED_LATER = frozenset(
-    {"data.max_pixels", "data.sampling_seconds", "model.cuda_graph", "optim.gradients", "run.hang_after_s"}
+    {
+        "data.max_pixels",
+        "data.sampling_seconds",
+        "model.cuda_graph",
+        "optim.gradients",
+        "run.hang_after_s",
+        "run.log_to",
+        "run.profile",
+    }
 )
 """Fields that stored configurations of older versions lack; with the default of each a run computes what it did."""
 
@@ -70,7 +78,8 @@ def _coerce(hint: Any, value: Any, where: str, source: str) -> Any:
         return _build(hint, value, where=f"{where}.", source=source)
     if _matches(hint, value):
         if get_origin(hint) is tuple:
-            return tuple(float(item) for item in value)
+            item = get_args(hint)[0]
+            return tuple(float(one) if item is float else one for one in value)
         return float(value) if hint is float else value
     expected = str(get_args(hint)) if get_origin(hint) is Literal else getattr(hint, "__name__", str(hint))
     raise UserError(f"{source}: {where}={value!r} is not of type {expected}")
@@ -83,7 +92,7 @@ def _matches(hint: Any, value: Any) -> bool:
     if origin in (types.UnionType, typing.Union):
         return any(_matches(option, value) for option in get_args(hint))
     if origin is tuple:
-        return isinstance(value, list | tuple) and all(_matches(float, item) for item in value)
+        return isinstance(value, list | tuple) and all(_matches(get_args(hint)[0], item) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:

@@ -12,6 +12,7 @@ GradientsName = Literal["auto", "flat", "deepspeed"]
 TaskName = Literal["pretrain", "finetune"]
 ReaderName = Literal["auto", "decord", "pyav", "torchcodec"]
 SizeName = Literal["nano", "thin", "tiny", "small", "base", "large", "huge"]
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 MAX_PIXELS = 2**29
 """Pixels that are decoded of a video at a time, at most, where nothing else is said: 64 frames of 4K."""
 
@@ -215,6 +216,11 @@ class RunConfig:
     every rank writes its stacks, the one that is behind is named, and the run ends with exit code 62; the same
     command resumes it. data.timeout_s comes on top where there are loader processes. The first steps, saving and
     scoring may take ten times as long. 0 watches nothing."""
+    log_to: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where the run is shown besides metrics.jsonl; all but tensorboard are packages to install. A resumed run is
+    continued there. Without a name after the flag, nowhere."""
+    profile: bool = False
+    """Write a trace of three early steps of rank zero into RUN/profile, by torch's profiler."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "run.seed", self.seed, "in [0, 2**63)")
@@ -222,6 +228,7 @@ class RunConfig:
         require_counts("run", self, *steps, "save_every_epochs", "keep_checkpoints", "keep_every_epochs")
         hang_ok = math.isfinite(self.hang_after_s) and self.hang_after_s >= 0
         require(hang_ok, "run.hang_after_s", self.hang_after_s, "at least 0")
+        require(len(set(self.log_to)) == len(self.log_to), "run.log_to", self.log_to, "names, each once")
         require(self.max_skipped_steps >= 0, "run.max_skipped_steps", self.max_skipped_steps, "at least 0")
 
 

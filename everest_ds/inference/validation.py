@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from everest_ds import pulse
@@ -14,6 +15,7 @@ from everest_ds.data.clips.views import ViewDataset
 from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
+from everest_ds.inference.confusion import draw_confusion
 from everest_ds.inference.passes import Passes
 from everest_ds.inference.scores import Scores, score
 from everest_ds.train.callbacks import Callback
@@ -38,6 +40,7 @@ class Validation(Callback):
         log: The record.
         average: The moving average of the weights; scored in place of the model where it is kept.
         start: Where the run stands: its best score so far, and the step.
+        class_names: In the order of the labels; numbers where there are none.
     """
 
     def __init__(
@@ -52,10 +55,12 @@ class Validation(Callback):
         log: MetricsLog,
         average: WeightAverage | None,
         start: TrainState,
+        class_names: Sequence[str] = (),
     ) -> None:
         self._engine, self._rows, self._config, self._schedule = engine, rows, config, schedule
         self._world, self._device, self._log, self._average = world, device, log, average
         self._best_step, self._best_score = start.best_step, start.best_score
+        self._class_names = class_names
 
     def wants_log(self, step: int) -> bool:
         """Whether scoring is due."""
@@ -84,9 +89,13 @@ class Validation(Callback):
             num_unreadable=len(scores.unreadable),
             is_best=is_best,
             best_step=self._best_step,
+            best_top1=self._best_score,
             took_s=round(time.perf_counter() - started, 2),
         )
         self._log.say(f"step {step}  {_describe(scores)}{', the best so far' if is_best else ''}")
+        if is_best and self._world.is_main:
+            names = self._class_names or [str(label) for label in range(len(scores.confusion))]
+            self._log.image("confusion", np.asarray(draw_confusion(scores.confusion, names)), step)
 
     def wants_save(self, step: int) -> bool:
         """Whether this step has the best score so far."""

@@ -58,7 +58,7 @@ RECIPE_KEYS = {
     "gradient_clipping": "it is optim.max_grad_norm",
     "optimizer": "it is in optim.*",
     "scheduler": "it is in optim.*",
-    "tensorboard": "metrics.jsonl and RUN/tensorboard/ are written in any case",
+    "tensorboard": "metrics.jsonl is written in any case, and run.log_to says where else",
     "torch_autocast": "it is --precision autocast",
     "train_batch_size": "it is batch.global_size",
     "train_micro_batch_size_per_gpu": "it is batch.micro_size",

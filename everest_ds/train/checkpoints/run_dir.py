@@ -31,12 +31,17 @@ from everest_ds.train.checkpoints.run_config import CONFIG, find_config_copy, fi
 from everest_ds.train.checkpoints.save import read_pointer, read_state, require_pointer
 from everest_ds.train.checkpoints.seal import SEAL, is_sealed
 from everest_ds.train.record.lines import METRICS, read_measurements
+from everest_ds.train.trackers.group import KNOWN_AS
+from everest_ds.train.trackers.tensorboard import EVENT_FILES
 
 # A network file system may show a new file to other nodes only after a while (NFS: up to a minute by default).
 VISIBLE_WITHIN_S = 90
 
 # What a start writes before its first step, besides config.json and the record.
-_BEGUN_WITH = ("ds_config.json", "environment.json", "classes.txt", "tensorboard", "checkpoints", "media")
+_BEGUN_WITH = (
+    "ds_config.json", "environment.json", "classes.txt", "tensorboard", "checkpoints", "media", "logs", "profile",
+    "wandb", KNOWN_AS,
+)  # fmt: skip
 
 # Settings that may change when a run resumes: they do not change what is computed.
 FREE_ON_RESUME = frozenset(
@@ -59,8 +64,10 @@ FREE_ON_RESUME = frozenset(
         "run.keep_checkpoints",
         "run.keep_every_epochs",
         "run.log_every_steps",
+        "run.log_to",
         "run.max_skipped_steps",
         "run.max_steps",
+        "run.profile",
         "run.save_every_epochs",
         "run.save_every_steps",
         "run.validate_every_epochs",
@@ -224,7 +231,8 @@ def _require_same_run(run_dir: Path, config: Config, checkpoint: Path | None = N
 def _require_begun_only(run_dir: Path, fault: str) -> None:
     """Refuse a folder whose config.json is lost, unless it holds what a run begins with and nothing else."""
     known = {CONFIG, *_BEGUN_WITH, METRICS, OWNER}
-    others = sorted(path.name for path in run_dir.iterdir() if path.name not in known and not is_partial(path))
+    found = [path for path in run_dir.iterdir() if not (is_partial(path) or path.match(EVENT_FILES))]
+    others = sorted(path.name for path in found if path.name not in known)
     if others:
         raise UserError(f"{fault}, and {run_dir} holds {escaped(others[0])}, too; name another folder with --out")
 

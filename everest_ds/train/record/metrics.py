@@ -1,4 +1,4 @@
-"""RUN/metrics.jsonl, the record of a run, and TensorBoard as a view of it."""
+"""RUN/metrics.jsonl, the record of a run; trackers show it."""
 
 import json
 import math
@@ -7,29 +7,34 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 
 from everest_ds.errors import escaped
 from everest_ds.train.record.lines import METRICS, is_measurement, keep_lines
+from everest_ds.train.trackers.group import Trackers
 
 # Dense bfloat16 peak in TFLOP/s, from the vendors' data sheets.
 PEAK_BF16_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
 
 
 class MetricsLog:
-    """Appends lines to RUN/metrics.jsonl and mirrors their numbers to RUN/tensorboard/; opened by the first line.
+    """Appends lines to RUN/metrics.jsonl, opened by the first line, and passes their numbers on to trackers.
 
     Args:
         run_dir: The run directory.
         start_step: The step that the run starts from. Measurements of later steps, left by an interrupted run, are
             dropped: those steps are taken again, with the same numbers. See `keep_lines` for odd lines.
         is_main: False on the ranks that record and print nothing.
+        trackers: Where the numbers are shown; none by default. They are opened elsewhere, and closed here.
     """
 
-    def __init__(self, run_dir: Path, start_step: int = 0, *, is_main: bool = True) -> None:
+    def __init__(
+        self, run_dir: Path, start_step: int = 0, *, is_main: bool = True, trackers: Trackers | None = None
+    ) -> None:
         self._run_dir, self._start_step, self._is_main = run_dir, start_step, is_main
+        self._trackers = trackers or Trackers()
         self._file: TextIO | None = None
-        self._board: Any = None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line and flush it; infinities and NaN, which JSON has not, become null."""
@@ -42,9 +47,12 @@ class MetricsLog:
         }
         file.write(json.dumps({"kind": kind, "step": step, "time_s": round(time.time(), 3), **finite}) + "\n")
         file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        self._trackers.line(kind, step, values)
+
+    def image(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
+        """Show a picture, uint8 RGB, in the trackers; it is in no line."""
+        if self._is_main:
+            self._trackers.image(name, pixels_HWC, step)
 
     def say(self, text: str) -> None:
         """Print a text for people, on rank zero."""
@@ -52,18 +60,15 @@ class MetricsLog:
             print("\n".join(map(escaped, text.split("\n"))), flush=True)
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Close the file and the trackers."""
         if self._file is not None:
             self._file.close()
-            self._board.close()
+        self._trackers.close()
 
     def _open(self) -> TextIO:
-        from torch.utils.tensorboard import SummaryWriter
-
         path, start_step = self._run_dir / METRICS, self._start_step
         keep_lines(path, is_measurement, lambda _, line: line["kind"] == "event" or line["step"] <= start_step)
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=self._start_step + 1)
         return self._file
 
 

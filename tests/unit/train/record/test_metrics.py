@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from everest_ds.distributed import World
 from everest_ds.train.record.bad_samples import BadSamples
@@ -17,7 +16,7 @@ from everest_ds.train.record.metrics import (
 )
 
 
-def test_lines_are_appended_and_mirrored_to_tensorboard(tmp_path: Path) -> None:
+def test_lines_are_appended(tmp_path: Path) -> None:
     for step in (1, 2):
         log = MetricsLog(tmp_path, start_step=step - 1)
         log.write("train", step, loss=0.5 * step, mfu=None, note="words")
@@ -27,9 +26,6 @@ def test_lines_are_appended_and_mirrored_to_tensorboard(tmp_path: Path) -> None:
         ("train", 1, 0.5, None),
         ("train", 2, 1.0, None),
     ]
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 0.5), (2, 1.0)]
 
 
 def test_steps_that_are_taken_again_are_not_recorded_twice(tmp_path: Path) -> None:

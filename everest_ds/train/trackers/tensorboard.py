@@ -1,0 +1,67 @@
+"""TensorBoard: event files in the run directory itself, so that a run is called by its folder's name."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from everest_ds.train.trackers.base import SCORES, TrackedRun, Tracker
+
+EVENT_FILES = "events.out.tfevents.*"
+
+
+class TensorBoard(Tracker):
+    """Writes RUN/events.out.tfevents.*; a resumed run adds a file, which replaces steps that are taken again."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        run.run_dir.mkdir(parents=True, exist_ok=True)
+        _move_older_files(run.run_dir)
+        self._writer = SummaryWriter(str(run.run_dir), purge_step=run.start_step + 1)
+        columns, begin, self._end = hparams(dict(run.settings), dict.fromkeys(SCORES))
+        self._writer.file_writer.add_summary(columns)
+        self._writer.file_writer.add_summary(begin)
+        self._writer.flush()
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """See the base class; other processes see the numbers at once."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def text(self, name: str, text: str) -> None:
+        """See the base class."""
+        self._writer.add_text(name, f"```\n{text}\n```")
+
+    def image(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
+        """See the base class."""
+        self._writer.add_image(name, pixels_HWC, step, dataformats="HWC")
+
+    def finish(self) -> None:
+        """Mark the run's row among the hyperparameters as ended."""
+        self._writer.file_writer.add_summary(self._end)
+
+    def close(self) -> None:
+        """See the base class."""
+        self._writer.close()
+
+
+def _move_older_files(run_dir: Path) -> None:
+    """Move the files of a run of an earlier version out of RUN/tensorboard."""
+    older = run_dir / "tensorboard"
+    for path in sorted(older.glob(EVENT_FILES)):
+        path.rename(run_dir / path.name)
+    if older.is_dir() and not any(older.iterdir()):
+        older.rmdir()
+
+
+def viewing_command(run_dir: Path) -> list[str]:
+    """Return the words that open TensorBoard: on the folder of this run and its neighbours, where that is small.
+
+    The working directory and those above it may hold anything; there the run is opened alone.
+    """
+    parent = run_dir.resolve().parent
+    is_wide = Path.cwd().is_relative_to(parent) or Path.home().is_relative_to(parent)
+    return ["tensorboard", "--logdir", str(run_dir if is_wide else run_dir.parent)]
