@@ -83,8 +83,7 @@ class Trackers:
             if tracker.known_as not in (None, named):
                 known_as[name] = tracker.known_as
                 write_json(path, known_as)
-        for title, text in texts.items():
-            self._each(lambda tracker, title=title, text=text: tracker.text(title, text))
+        self._each(lambda tracker: [tracker.text(title, text) for title, text in texts.items()])
 
     def line(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Show the numbers of a line of metrics."""
@@ -105,7 +104,7 @@ class Trackers:
         self._each(lambda tracker: tracker.close())
         self._open.clear()
 
-    def _each(self, call: Callable[[Tracker], None]) -> None:
+    def _each(self, call: Callable[[Tracker], object]) -> None:
         for name, tracker in list(self._open.items()):
             try:
                 call(tracker)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,11 +20,12 @@ class TensorBoard(Tracker):
 
         run.run_dir.mkdir(parents=True, exist_ok=True)
         _move_older_files(run.run_dir)
-        self._writer = SummaryWriter(str(run.run_dir), purge_step=run.start_step + 1)
+        writer: Any = SummaryWriter(str(run.run_dir), purge_step=run.start_step + 1)
         columns, begin, self._end = hparams(dict(run.settings), dict.fromkeys(SCORES))
-        self._writer.file_writer.add_summary(columns)
-        self._writer.file_writer.add_summary(begin)
-        self._writer.flush()
+        writer.file_writer.add_summary(columns)
+        writer.file_writer.add_summary(begin)
+        writer.flush()
+        self._writer = writer
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """See the base class; other processes see the numbers at once."""
