@@ -8,6 +8,7 @@ import contextlib
 import json
 import shlex
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from everest_ds.train.checkpoints.run_dir import (
     write_run_files,
 )
 from everest_ds.train.checkpoints.save import TrainState, point_to_best, point_to_latest, set_aside
+from everest_ds.train.checkpoints.saving.writer import Writer
 from everest_ds.train.checkpoints.start import Start, choose_start
 from everest_ds.train.ema import WeightAverage
 from everest_ds.train.engine import (
@@ -132,13 +134,26 @@ def run(job: TrainingJob, world: World) -> int:
     times.end("imports and lists")
     if job.lists.config.data.num_workers:
         start_fork_server()
-    device = distributed.start(world)  # from here on all processes go together
-    with owning(job.resume.run_dir, world) as holding:
-        job = replace(job, resume=look_again(job, world))
-        times.end("meeting the other ranks")
-        taken, end_step = _train(job, world, device, attention, precision, holding, times)
+    with _writing(job.lists.config) as writer:
+        device = distributed.start(world)  # from here on all processes go together
+        with owning(job.resume.run_dir, world) as holding:
+            job = replace(job, resume=look_again(job, world))
+            times.end("meeting the other ranks")
+            taken, end_step = _train(job, world, device, attention, precision, holding, writer, times)
     distributed.finish()
     return 0 if taken >= end_step else EXIT_STOPPED
+
+
+@contextlib.contextmanager
+def _writing(config: Config) -> Iterator[Writer | None]:
+    """Provide the process that writes checkpoints, where there is to be one."""
+    if not config.run.save_async:
+        yield None
+        return
+    import deepspeed  # noqa: F401 - the writer must know the classes of its shards
+
+    with contextlib.closing(Writer()) as writer:
+        yield writer
 
 
 def look_again(job: TrainingJob, world: World) -> Resume:
@@ -165,6 +180,7 @@ def _train(
     attention: str,
     precision: Precision,
     holding: Holding,
+    writer: Writer | None,
     times: StartTimes,
 ) -> tuple[int, int]:
     """Train in a directory that this launch owns; return the steps taken, and those there are."""
@@ -204,6 +220,8 @@ def _train(
                 *make_callbacks(ready, updater, state, log, estimate),
                 FirstStep(log, times),
             ],
+            writer=writer,
+            owner=holding.owner,
         )
         times.end("record")
         if schedule.num_left > 0:

@@ -25,6 +25,7 @@ _ADDED_LATER = frozenset(
         "run.hang_after_s",
         "run.log_to",
         "run.profile",
+        "run.save_async",
     }
 )
 """Fields that stored configurations of older versions lack; with the default of each a run computes what it did."""

@@ -205,6 +205,8 @@ class RunConfig:
     """Epochs from one checkpoint to the next; the last step always saves."""
     save_every_steps: int | None = None
     """Also save at every multiple of this many steps."""
+    save_async: bool = True
+    """Write checkpoints by a process of each rank while the training continues; takes host memory for copies."""
     keep_checkpoints: int = 3
     """Complete checkpoints to keep, the newest ones."""
     keep_every_epochs: int | None = None

@@ -5,13 +5,13 @@ nothing may be on rank zero alone. Place in the flow: `training_run` builds them
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from everest_ds.data.clips.batch import ClipBatch
 from everest_ds.train.checkpoints.save import TrainState
+from everest_ds.train.checkpoints.saving.files import CheckpointFiles
 from everest_ds.train.step.updater import StepResult
 
 
@@ -51,8 +51,8 @@ class Callback:
         """Return the state to be saved, with what this callback adds to it."""
         return state
 
-    def write_checkpoint(self, folder: Path) -> None:
-        """Write more files into the folder of a checkpoint, before it is sealed."""
+    def write_checkpoint(self, files: CheckpointFiles) -> None:
+        """Add more files to a checkpoint, before it is sealed."""
 
     def on_end(self, step: int) -> None:
         """After the last step of this start; also when no step was left to take."""

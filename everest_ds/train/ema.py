@@ -18,16 +18,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from everest_ds import distributed
 from everest_ds.errors import UserError
-from everest_ds.model.weights.export import save_safetensors
 from everest_ds.model.weights.foreign import read_safetensors
 from everest_ds.model.weights.reading import Weights, widen
 from everest_ds.train.callbacks import Callback
 from everest_ds.train.checkpoints.save import AVERAGE
+from everest_ds.train.checkpoints.saving.files import CheckpointFiles
 from everest_ds.train.step.updater import StepResult
 
 PREFIX = "model."
@@ -82,21 +81,17 @@ class WeightAverage(Callback):
         for name, parameter in self._parameters.items():
             yield name, _gather(self._slices[name], parameter, self._engine.device)
 
-    def write_checkpoint(self, folder: Path) -> None:
-        """Write the whole averages as one file; rank zero holds them in host memory. All ranks take part.
+    def write_checkpoint(self, files: CheckpointFiles) -> None:
+        """Add the whole averages as one file; rank zero copies them to host memory. All ranks take part.
 
         Raises:
             OSError: The file cannot be written (on rank zero).
         """
-        tensors, is_main = {}, dist.get_rank() == 0
-        for name, tensor in self.whole():
-            if is_main:
-                tensors[name] = tensor.cpu()
-        if is_main:
-            try:
-                save_safetensors(tensors, folder / AVERAGE, {"decay": str(self.decay)})
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
+        if dist.get_rank() == 0:
+            files.add_tensors(AVERAGE, self.whole(), {"decay": str(self.decay)})
+        else:
+            for _ in self.whole():  # each is gathered from all ranks
+                pass
 
     def load(self, folder: Path) -> None:
         """Load the averages of a checkpoint, whatever world and stage wrote it.

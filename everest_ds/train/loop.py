@@ -5,7 +5,7 @@ of metrics the loop never waits for the device; where DeepSpeed does, `train.ste
 does is a callback.
 """
 
-import time
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,10 @@ from everest_ds.config import Config
 from everest_ds.data.clips.batch import ClipBatch
 from everest_ds.distributed import World
 from everest_ds.train.callbacks import Callback
-from everest_ds.train.checkpoints.save import TrainState, point_to_best, prune_checkpoints, save_checkpoint
+from everest_ds.train.checkpoints.owner import Owner
+from everest_ds.train.checkpoints.save import Keeping, TrainState
+from everest_ds.train.checkpoints.saving.saves import Saved, Saves
+from everest_ds.train.checkpoints.saving.writer import Writer
 from everest_ds.train.engine import set_learning_rate
 from everest_ds.train.record.metrics import MetricsLog
 from everest_ds.train.record.progress import Window, describe_line
@@ -48,6 +51,8 @@ class Trainer:
         log: The metrics.
         start: Where the run stands at the start, and how it computes.
         callbacks: What the run does besides its steps, in this order.
+        writer: The process that writes checkpoints; None where the loop waits for them.
+        owner: Who must own the run when such a checkpoint is complete.
         stop: Whether somebody asked the run to stop.
     """
 
@@ -62,10 +67,20 @@ class Trainer:
     log: MetricsLog
     start: TrainState
     callbacks: Sequence[Callback] = ()
+    writer: Writer | None = None
+    owner: Owner | None = None
     stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
-        """Prepare the first window of metrics."""
+        """Prepare saves and the first window of metrics."""
+        self._saves = Saves(
+            engine=self.engine,
+            run_dir=self.run_dir,
+            world=self.world,
+            on_saved=self._report_save,
+            writer=self.writer,
+            owner=self.owner,
+        )
         self.clip_flops = self.task.clip_flops() / self.world.size
         self.window = Window(self.device)
 
@@ -93,9 +108,10 @@ class Trainer:
         feed = DeviceFeed(batches, self.task.inputs, self.device)
         self.window = Window(self.device)
         last_saved = self.schedule.start_step
-        with self.stop.listening(), garbage.held():
+        with self.stop.listening(), garbage.held(), self._settling():
             for step in range(self.schedule.start_step, self.schedule.end_step):
                 pulse.enter("between steps")
+                self._saves.poll()
                 signum = self.stop.agreed()
                 if signum:
                     self._leave_early(step, signum, saved=last_saved == step)
@@ -104,7 +120,17 @@ class Trainer:
                 garbage.collect_after(step + 1)
                 if self._log_and_save(step + 1):
                     last_saved = step + 1
+            self._saves.finish()
         return max(self.schedule.start_step, self.schedule.end_step)
+
+    @contextlib.contextmanager
+    def _settling(self) -> Iterator[None]:
+        """Let a save under way become complete when an error ends the loop; what it holds is from before."""
+        try:
+            yield
+        except BaseException:
+            self._saves.settle()
+            raise
 
     def _take_step(self, step: int, feed: DeviceFeed) -> None:
         set_learning_rate(self.engine, self._rate(step))
@@ -175,6 +201,7 @@ class Trainer:
             if self.window.steps:
                 self._log(taken)
             self._save(taken)
+        self._saves.finish()
         where = f"after step {taken} of {self.schedule.end_step}, all saved"
         if taken == self.schedule.start_step:
             where = "before the first step, nothing was trained"
@@ -192,24 +219,20 @@ class Trainer:
         )
         for callback in self.callbacks:
             state = callback.on_save(state)
-        started = time.perf_counter()
-        folder = save_checkpoint(
-            self.engine,
-            self.run_dir,
+        epochs = self.config.run.keep_every_epochs
+        self._saves.save(
             state,
-            self.world,
+            Keeping(
+                keep_last=self.config.run.keep_checkpoints,
+                keep_every_steps=epochs * self.schedule.steps_per_epoch if epochs else None,
+                best_step=state.best_step,
+            ),
             extra_bytes=sum(callback.checkpoint_bytes for callback in self.callbacks),
             write_more=[callback.write_checkpoint for callback in self.callbacks],
         )
-        if self.world.is_main:
-            point_to_best(self.run_dir, state.best_step)
-            epochs = self.config.run.keep_every_epochs
-            prune_checkpoints(
-                self.run_dir,
-                keep_last=self.config.run.keep_checkpoints,
-                keep_every_steps=epochs * self.schedule.steps_per_epoch if epochs else None,
-                keep_step=state.best_step,
-            )
-        took_s = round(time.perf_counter() - started, 2)
-        self.log.write("event", taken, event="checkpoint", path=folder.name, took_s=took_s)
-        self.log.say(f"saved {folder} in {took_s} s")
+
+    def _report_save(self, saved: Saved) -> None:
+        times = {"took_s": round(saved.took_s, 2), "stalled_s": round(saved.stalled_s, 3)}
+        self.log.write("event", saved.step, event="checkpoint", path=saved.folder.name, **times)
+        behind = f", {saved.stalled_s:.2f} s of them between steps" if self.writer is not None else ""
+        self.log.say(f"saved {saved.folder} in {saved.took_s:.2f} s{behind}")

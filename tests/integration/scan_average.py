@@ -15,6 +15,7 @@ from everest_ds import distributed
 from everest_ds.config import BatchConfig, PretrainDataConfig
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine as engines
+from everest_ds.train.checkpoints.saving.files import FilesInFolder
 from everest_ds.train.ema import WeightAverage, read_average
 from everest_ds.train.step.updater import make_updater
 from everest_ds.train.tasks import PretrainTask
@@ -120,7 +121,7 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
         seen["restored"].append(all(torch.equal(after[name], before[name]) for name in before))
         seen["restored"].append(all(torch.equal(small[name], before[name]) for name in small))
     if average is not None and folder is not None:
-        average.write_checkpoint(folder)
+        average.write_checkpoint(FilesInFolder(folder))
         distributed.barrier()
         saved = read_average(folder)
         assert saved.keys() == expected.keys()
@@ -134,7 +135,7 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
             again = folder.parent / f"again {folder.name}, {other.parent.name}"
             again.mkdir(exist_ok=True)
             fresh.load(other.parent)
-            fresh.write_checkpoint(again)
+            fresh.write_checkpoint(FilesInFolder(again))
             distributed.barrier()
             there, back = read_average(other.parent), read_average(again)
             assert there.keys() == back.keys()

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from everest_ds.train.checkpoints.saving.writer import NAME as WRITER
 from tests.integration.launch import (
     RECOVERY_STEPS,
     compute,
@@ -28,8 +29,8 @@ from tests.integration.launch import (
 )
 
 
-def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
-    """The training processes of a launch that is under way, by rank."""
+def ranks_of(process: subprocess.Popen[str], *, writers: bool = False) -> dict[int, psutil.Process]:
+    """The training processes of a launch that is under way, by rank; or those that write their checkpoints."""
     found: dict[int, psutil.Process] = {}
     try:
         children = psutil.Process(process.pid).children(recursive=True)
@@ -37,7 +38,8 @@ def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
         return found
     for child in children:
         try:
-            if "everest_ds" in child.cmdline() and "RANK" in (environment := child.environ()):
+            is_asked_for = "everest_ds" in child.cmdline() and (child.name() == WRITER) == writers
+            if is_asked_for and "RANK" in (environment := child.environ()):
                 found[int(environment["RANK"])] = child
         except psutil.Error:
             continue

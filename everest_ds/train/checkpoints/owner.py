@@ -144,23 +144,38 @@ class Holding:
         Raises:
             UserError: It has another owner by now, or is gone.
         """
-        if fault := distributed.agree(self._lock.find_loss() if self._lock else None):
+        if fault := distributed.agree(find_loss(self._lock.run_dir, self._lock.owner) if self._lock else None):
             raise UserError(fault)
+
+    @property
+    def owner(self) -> Owner | None:
+        """The owner, on rank zero; None on the others."""
+        return None if self._lock is None else self._lock.owner
+
+
+def find_loss(run_dir: Path, owner: Owner) -> str | None:
+    """Return why a directory is not an owner's any more; None where it is."""
+    now = _read(run_dir / OWNER)
+    if owner.is_same(now):
+        return None
+    if now is not None:
+        return f"this launch has lost its run: {now.refusal(run_dir)}"
+    return f"{run_dir} was removed while it was being trained; start again in a folder that stays"
 
 
 class _Lock:
     """The lock of one run directory, held by this process, and the thread that beats."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._run_dir, self._path = run_dir, run_dir / OWNER
+        self.run_dir, self._path = run_dir, run_dir / OWNER
         self._made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-        self._me = Owner.of_this_process()
+        self.owner = Owner.of_this_process()
         self._ended = threading.Event()
         self._file = -1
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._file, reaches = _open_locked(run_dir)
-            before = self._read()
+            before = _read(self._path)
             if before is not None and self._is_alive(before, reaches=reaches):
                 raise UserError(before.refusal(run_dir))
             self._write(0)
@@ -172,25 +187,16 @@ class _Lock:
     def release(self) -> None:
         """Give the directory back; whoever opens it next need not wait."""
         self._ended.set()
-        if self.find_loss() is None:
+        if find_loss(self.run_dir, self.owner) is None:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, 0)
         self._close()
 
-    def find_loss(self) -> str | None:
-        """Return why the directory is not this process's any more; None where it is."""
-        owner = self._read()
-        if self._me.is_same(owner):
-            return None
-        if owner is not None:
-            return f"this launch has lost its run: {owner.refusal(self._run_dir)}"
-        return f"{self._run_dir} was removed while it was being trained; start again in a folder that stays"
-
     def _is_alive(self, owner: Owner, *, reaches: bool) -> bool:
         """Return whether the owner that a lock names still trains, though the lock could be taken."""
-        if owner.boot == self._me.boot and reaches:
+        if owner.boot == self.owner.boot and reaches:
             return False  # one kernel has all locks of both
-        if owner.is_neighbour(self._me):
+        if owner.is_neighbour(self.owner):
             return owner.runs_here()
         print(
             f"{self._path} is of pid {owner.pid} on {owner.host}: looking for {GONE_AFTER_S:g} s whether that runs",
@@ -199,22 +205,15 @@ class _Lock:
         until = time.monotonic() + GONE_AFTER_S
         while time.monotonic() < until:
             time.sleep(_LOOK_EVERY_S)
-            now = self._read()
+            now = _read(self._path)
             if now is None:
                 return False
             if now != owner:
                 return True
         return False
 
-    def _read(self) -> Owner | None:
-        """Return the owner that the path names now, not the one that the open file did."""
-        try:
-            return _parse(self._path.read_bytes())
-        except OSError:
-            return None
-
     def _write(self, beat: int) -> None:
-        record = json.dumps(asdict(self._me) | {"beat": beat}).encode()
+        record = json.dumps(asdict(self.owner) | {"beat": beat}).encode()
         os.pwrite(self._file, record.ljust(_RECORD_BYTES - 1) + b"\n", 0)
         os.ftruncate(self._file, max(_RECORD_BYTES, len(record) + 1))
         os.fsync(self._file)
@@ -223,20 +222,28 @@ class _Lock:
         beat = 0
         while not self._ended.wait(BEAT_EVERY_S):
             beat += 1
-            if self.find_loss() is None:
+            if find_loss(self.run_dir, self.owner) is None:
                 with contextlib.suppress(OSError):  # of a disk that is away for a while
                     self._write(beat)
 
     def _close(self) -> None:
         """Close the file, and remove what would be all that this launch leaves."""
         with contextlib.suppress(OSError):
-            if self._file >= 0 and os.listdir(self._run_dir) == [OWNER] and not os.fstat(self._file).st_size:
+            if self._file >= 0 and os.listdir(self.run_dir) == [OWNER] and not os.fstat(self._file).st_size:
                 self._path.unlink()
         if self._file >= 0:
             os.close(self._file)
         with contextlib.suppress(OSError):  # something else is there
             for folder in self._made:
                 folder.rmdir()
+
+
+def _read(path: Path) -> Owner | None:
+    """Return the owner that a path names now, not the one that an open file did."""
+    try:
+        return _parse(path.read_bytes())
+    except OSError:
+        return None
 
 
 def _open_locked(run_dir: Path) -> tuple[int, bool]:

@@ -61,6 +61,7 @@ FREE_ON_RESUME = frozenset(
         "model.recompute_attention",
         "optim.gradients",
         "run.hang_after_s",
+        "run.save_async",
         "run.keep_checkpoints",
         "run.keep_every_epochs",
         "run.log_every_steps",

@@ -5,10 +5,11 @@ sizes and checksums; then RUN/checkpoints/latest points to it. A save that dies 
 nothing reads and the next save removes.
 """
 
+import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, get_type_hints
 from everest_ds import distributed
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, escaped
-from everest_ds.files import move_aside, parse_json, sync, write_atomically, write_json
+from everest_ds.files import move_aside, parse_json, sync, write_atomically
 from everest_ds.train.checkpoints.listing import (
     BEST,
     FORMAT,
@@ -165,7 +166,7 @@ def save_checkpoint(
     extra_bytes: int = 0,
     write_more: Sequence[Callable[[Path], None]] = (),
 ) -> Path:
-    """Save a checkpoint; all ranks take part. Returns its folder.
+    """Save a checkpoint before anything else is done; all ranks take part. Returns its folder.
 
     Args:
         engine: The DeepSpeed engine.
@@ -178,25 +179,36 @@ def save_checkpoint(
     Raises:
         UserError: The disk is full or cannot be written to; earlier checkpoints are as they were.
     """
-    folder = folder_of(run_dir)
-    name = f"step-{state.step:08d}"
-    temporary, final = folder / f"tmp-{name}", folder / name
-    needed = checkpoint_bytes(engine.module) + extra_bytes
-    _all_must(world, folder, lambda: _make_room(folder, temporary, needed) if world.is_main else None)
-    distributed.barrier()
-    try:
-        engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
-    except (OSError, RuntimeError) as error:
-        # The other ranks wait in DeepSpeed's own barrier: leave at once, and let the launcher end them.
-        if isinstance(error, OSError) or any(name in str(error) for name in TORCH_WRITER):
-            raise UserError(_unwritten(folder, str(error).splitlines()[0])) from error
-        raise
-    _all_must(world, folder, lambda: [write(temporary) for write in write_more])
+    folder, (temporary, final) = folder_of(run_dir), folders_of_save(run_dir, state.step)
+    make_room(run_dir, temporary, checkpoint_bytes(engine.module) + extra_bytes, world)
+    run_deepspeed(engine, temporary)
+    all_must(world, folder, lambda: [write(temporary) for write in write_more])
     write_state = partial(_write_state, temporary, state, run_dir)
-    _all_must(world, folder, lambda: write_state() if world.is_main else None)
-    _all_must(world, folder, lambda: seal(temporary, world))
-    _all_must(world, folder, lambda: _publish(temporary, final) if world.is_main else None)
+    all_must(world, folder, lambda: write_state() if world.is_main else None)
+    all_must(world, folder, lambda: seal(temporary, world))
+    all_must(world, folder, lambda: publish(temporary, final) if world.is_main else None)
     return final
+
+
+def folders_of_save(run_dir: Path, step: int) -> tuple[Path, Path]:
+    """Return a checkpoint's folder while it is unfinished, and the one that it becomes."""
+    final = folder_of(run_dir) / f"step-{step:08d}"
+    return final.with_name(f"tmp-{final.name}"), final
+
+
+def run_deepspeed(engine: Any, temporary: Path) -> None:
+    """Let DeepSpeed save its shards; all ranks take part.
+
+    Raises:
+        UserError: This rank cannot. The others then wait for it in DeepSpeed's barrier: it must leave at once, and
+            let the launcher end them.
+    """
+    try:
+        engine.save_checkpoint(str(temporary.parent), tag=temporary.name, save_latest=False)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) or any(name in str(error) for name in TORCH_WRITER):
+            raise UserError(unwritten(temporary.parent, str(error).splitlines()[0])) from error
+        raise
 
 
 def checkpoint_bytes(module: Any) -> int:
@@ -206,6 +218,26 @@ def checkpoint_bytes(module: Any) -> int:
         trained = 12 if parameter.requires_grad else 0
         total += getattr(parameter, "ds_numel", parameter.numel()) * (parameter.element_size() + trained)
     return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """Which checkpoints of a run stay: the newest, multiples of so many steps, and the best; see RunConfig."""
+
+    keep_last: int
+    keep_every_steps: int | None
+    best_step: int | None
+
+
+def keep_within(run_dir: Path, keeping: Keeping) -> None:
+    """Point to the best checkpoint and remove those that are not kept; called by rank zero, after a save."""
+    point_to_best(run_dir, keeping.best_step)
+    prune_checkpoints(
+        run_dir,
+        keep_last=keeping.keep_last,
+        keep_every_steps=keeping.keep_every_steps,
+        keep_step=keeping.best_step,
+    )
 
 
 def prune_checkpoints(
@@ -314,11 +346,17 @@ def require_same_start(checkpoint: Path, was: TrainState, now: TrainState) -> No
         )
 
 
+def make_room(run_dir: Path, temporary: Path, needed: int, world: World) -> None:
+    """Remove unfinished saves, and refuse one that cannot fit before anything is written; all ranks take part."""
+    folder = folder_of(run_dir)
+    all_must(world, folder, lambda: _make_room(folder, temporary, needed) if world.is_main else None)
+    distributed.barrier()
+
+
 def _make_room(folder: Path, temporary: Path, needed: int) -> None:
     """Remove unfinished saves, and refuse a save that cannot fit before anything is written."""
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in leftovers(folder):
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(folder)
     if os.path.lexists(temporary):
         move_aside(temporary, f"odd-{temporary.name}")
     free = shutil.disk_usage(folder).free
@@ -326,7 +364,7 @@ def _make_room(folder: Path, temporary: Path, needed: int) -> None:
         raise OSError(f"a checkpoint takes about {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
 
 
-def _publish(temporary: Path, final: Path) -> None:
+def publish(temporary: Path, final: Path) -> None:
     """Give a sealed folder its name, in place of an older save of the same step, and point to it."""
     remove_sealed(universal_of(final))
     if is_sealed(final) and find_outline_fault(final) is None:
@@ -339,21 +377,33 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _write_state(folder: Path, state: TrainState, run_dir: Path) -> None:
-    write_json(folder / STATE, asdict(state))
-    if (run_dir / CONFIG).is_file():  # the copy is for a run whose own is lost
-        write_atomically(folder / CONFIG, (run_dir / CONFIG).read_bytes())
+    for name, content in describing_files(state, run_dir):
+        write_atomically(folder / name, content)
 
 
-def _all_must(world: World, folder: Path, action: Callable[[], object]) -> None:
+def describing_files(state: TrainState, run_dir: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the small files of a checkpoint: its state, and a copy of the configuration for a run that loses it."""
+    yield STATE, (json.dumps(asdict(state), indent=2) + "\n").encode()
+    if (run_dir / CONFIG).is_file():
+        yield CONFIG, (run_dir / CONFIG).read_bytes()
+
+
+def all_must(world: World, folder: Path, action: Callable[[], object]) -> None:
     """Run a part of a save on every rank; when it fails on one, all stop alike and the torn folder is removed."""
     fault = try_together(action)
     if fault is None:
         return
     if world.is_main:
-        for leftover in leftovers(folder):
-            shutil.rmtree(leftover, ignore_errors=True)
-    raise UserError(_unwritten(folder, fault))
+        remove_leftovers(folder)
+    raise UserError(unwritten(folder, fault))
 
 
-def _unwritten(folder: Path, fault: str) -> str:
+def remove_leftovers(folder: Path) -> None:
+    """Remove what unfinished saves have left in a folder of checkpoints."""
+    for leftover in leftovers(folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def unwritten(folder: Path, fault: str) -> str:
+    """Return the message for a save that failed."""
     return f"no checkpoint could be written to {folder}: {fault}; earlier ones are kept. Make room and start again"

@@ -5,7 +5,7 @@ A folder counts only once it is sealed, and only as long as its files match the 
 
 import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from everest_ds import distributed
@@ -49,8 +49,21 @@ def seal(folder: Path, world: World, **more: str) -> None:
         raise OSError(fault)
     parts = distributed.gather_objects(records)
     if world.is_main:
-        files = {name: record for part in parts for name, record in sorted(part.items())}
-        write_json(folder / SEAL, {**more, "files": files})
+        write_seal(folder, {name: record for part in parts for name, record in sorted(part.items())}, **more)
+
+
+def write_seal(folder: Path, files: Mapping[str, FileRecord], **more: str) -> None:
+    """Write the seal of a folder whose files are flushed.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    write_json(folder / SEAL, {**more, "files": files})
+
+
+def record_of(path: Path) -> FileRecord:
+    """Return what a seal says of a file: its size and checksum."""
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def find_damage(folder: Path, world: World) -> str | None:
@@ -122,4 +135,4 @@ def _share_of(names: Sequence[str], world: World) -> Sequence[str]:
 def _records(folder: Path, names: Sequence[str]) -> dict[str, FileRecord]:
     for name in names:
         sync(folder / name)
-    return {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
+    return {name: record_of(folder / name) for name in names}

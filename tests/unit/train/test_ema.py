@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from everest_ds.errors import UserError
 from everest_ds.model.weights.reading import Weights
 from everest_ds.train.checkpoints.save import AVERAGE
+from everest_ds.train.checkpoints.saving.files import FilesInFolder
 from everest_ds.train.ema import WeightAverage, averaged, read_average
 
 
@@ -56,14 +57,14 @@ def test_error_inside_a_swap_comes_out() -> None:
 def test_frozen_weights_are_not_averaged(tmp_path: Path) -> None:
     engine = make_engine()
     engine.module["model"].weight.requires_grad_(False)
-    WeightAverage(engine, 0.9).write_checkpoint(tmp_path)
+    WeightAverage(engine, 0.9).write_checkpoint(FilesInFolder(tmp_path))
     assert list(read_average(tmp_path)) == ["bias"]
 
 
 def test_averages_of_other_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no ema\.safetensors: the run was trained without optim\.ema_decay"):
         WeightAverage(make_engine(), 0.9).load(tmp_path)
-    WeightAverage(make_engine(4), 0.9).write_checkpoint(tmp_path)
+    WeightAverage(make_engine(4), 0.9).write_checkpoint(FilesInFolder(tmp_path))
     with pytest.raises(UserError, match="averages of other weights than are trained here: weight"):
         WeightAverage(make_engine(), 0.9).load(tmp_path)
 
@@ -71,7 +72,7 @@ def test_averages_of_other_weights_are_refused(tmp_path: Path) -> None:
 def test_file_that_cannot_be_written_is_the_disks_fault(tmp_path: Path) -> None:
     (tmp_path / AVERAGE).mkdir()
     with pytest.raises(OSError, match="directory"):
-        WeightAverage(make_engine(), 0.9).write_checkpoint(tmp_path)
+        WeightAverage(make_engine(), 0.9).write_checkpoint(FilesInFolder(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from everest_ds.errors import UserError
 from everest_ds.recipes import get_recipe
 from everest_ds.train.callbacks import Callback
 from everest_ds.train.checkpoints.save import TrainState
+from everest_ds.train.checkpoints.saving.files import CheckpointFiles
 from everest_ds.train.loop import Trainer
 from everest_ds.train.record.bad_samples import BadSamples
 from everest_ds.train.record.metrics import MetricsLog
@@ -324,8 +325,8 @@ class Listener(Callback):
         self.seen.append(f"save {state.step}")
         return replace(state, num_bad=7)
 
-    def write_checkpoint(self, folder: Path) -> None:
-        (folder / "more").write_text("123")
+    def write_checkpoint(self, files: CheckpointFiles) -> None:
+        files.add_tensors("more", [("x", torch.zeros(1))], {})
 
     def on_end(self, step: int) -> None:
         self.seen.append(f"end {step}")
