@@ -55,7 +55,7 @@ def test_rank_that_hangs_is_named_and_no_step_is_lost(
     assert done.stderr.count("everest: ") == 1
     assert "Traceback" not in done.stderr
     for rank in range(2):
-        assert "in _take_step" in (folder / f"rank-{rank:05d}.txt").read_text(), rank
+        assert "in _train" in (folder / f"rank-{rank:05d}.txt").read_text(), rank
     (event,) = (event for event in metrics(run_dir, "event") if event["event"] == "hang")
     assert event["ranks"] == [1]
     done = compute(words, processes=2)
