@@ -101,7 +101,7 @@ class Copies:
             os.close(file)
         taken = torch.frombuffer(memory, dtype=torch.uint8)
         if self._device.type == "cuda":
-            status = torch.cuda.cudart().cudaHostRegister(taken.data_ptr(), num_bytes, 0)  # type: ignore[attr-defined]
+            status = torch.cuda.cudart().cudaHostRegister(taken.data_ptr(), num_bytes, 0)
             if int(status):
                 raise OSError(
                     f"{num_bytes / 2**20:.0f} MiB of host memory cannot be pinned: CUDA error {int(status)}"
@@ -145,12 +145,14 @@ class _Packer(pickle.Pickler):
     def persistent_id(self, content: Any) -> tuple[Extent, torch.dtype] | None:
         if not torch.is_storage(content):
             return None
-        is_typed = isinstance(content, TypedStorage)
-        storage = content._untyped_storage if is_typed else content
+        storage: Any = content
+        dtype = torch.uint8
+        if isinstance(storage, TypedStorage):
+            storage, dtype = storage._untyped_storage, storage.dtype
         address = storage._cdata
         if address not in self._copied:
             self._copied[address] = storage, self._copy(storage)
-        return self._copied[address][1], content.dtype if is_typed else torch.uint8
+        return self._copied[address][1], dtype
 
 
 class _Unpickler(pickle.Unpickler):
