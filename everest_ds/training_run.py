@@ -8,7 +8,6 @@ import contextlib
 import json
 import shlex
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ from everest_ds.train.checkpoints.run_dir import (
     write_run_files,
 )
 from everest_ds.train.checkpoints.save import TrainState, point_to_best, point_to_latest, set_aside
-from everest_ds.train.checkpoints.saving.writer import Writer
+from everest_ds.train.checkpoints.saving.writer import Writer, writing
 from everest_ds.train.checkpoints.start import Start, choose_start
 from everest_ds.train.ema import WeightAverage
 from everest_ds.train.engine import (
@@ -134,7 +133,7 @@ def run(job: TrainingJob, world: World) -> int:
     times.end("imports and lists")
     if job.lists.config.data.num_workers:
         start_fork_server()
-    with _writing(job.lists.config) as writer:
+    with writing(behind=job.lists.config.run.save_async) as writer:
         device = distributed.start(world)  # from here on all processes go together
         with owning(job.resume.run_dir, world) as holding:
             job = replace(job, resume=look_again(job, world))
@@ -142,18 +141,6 @@ def run(job: TrainingJob, world: World) -> int:
             taken, end_step = _train(job, world, device, attention, precision, holding, writer, times)
     distributed.finish()
     return 0 if taken >= end_step else EXIT_STOPPED
-
-
-@contextlib.contextmanager
-def _writing(config: Config) -> Iterator[Writer | None]:
-    """Provide the process that writes checkpoints, where there is to be one."""
-    if not config.run.save_async:
-        yield None
-        return
-    import deepspeed  # noqa: F401 - the writer must know the classes of its shards
-
-    with contextlib.closing(Writer()) as writer:
-        yield writer
 
 
 def look_again(job: TrainingJob, world: World) -> Resume:
@@ -203,6 +190,7 @@ def _train(
         state = _with_best(start, world)
         updater = make_updater(ready.engine, ready.config.optim, ready.ds_config, captures=ready.eager is None)
         watchdog = _make_watchdog(ready)
+        concerns = make_callbacks(ready, updater, state, log, estimate)
         trainer = Trainer(
             engine=ready.engine,
             updater=updater,
@@ -214,12 +202,7 @@ def _train(
             run_dir=start.run_dir,
             log=log,
             start=state,
-            callbacks=[
-                Ownership(holding),
-                watchdog,
-                *make_callbacks(ready, updater, state, log, estimate),
-                FirstStep(log, times),
-            ],
+            callbacks=[Ownership(holding), watchdog, *concerns, FirstStep(log, times)],
             writer=writer,
             owner=holding.owner,
         )

@@ -8,11 +8,13 @@ It is a process and no thread because torch.save holds Python's lock while it wr
 still for 79 ms while 240 MB were written on a CPU here.
 """
 
+import contextlib
 import gc
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from enum import IntEnum
 from multiprocessing import Pipe, reduction
 from multiprocessing.connection import Connection
@@ -136,6 +138,18 @@ class Writer:
         code = os.waitstatus_to_exitcode(self._status or 0)
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return f"the process that writes it (pid {self.pid}) {how}"
+
+
+@contextlib.contextmanager
+def writing(*, behind: bool) -> Iterator[Writer | None]:
+    """Provide the process that writes checkpoints behind the training; None where the training waits for them."""
+    if not behind:
+        yield None
+        return
+    import deepspeed  # noqa: F401 - the writer must know the classes that shards name
+
+    with contextlib.closing(Writer()) as writer:
+        yield writer
 
 
 def _serve(pipe: Connection, parent: int) -> NoReturn:
