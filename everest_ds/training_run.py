@@ -62,6 +62,7 @@ from everest_ds.train.record.capture import CaptureLog
 from everest_ds.train.record.frames import FrameLog, chooses_frames
 from everest_ds.train.record.metrics import MetricsLog
 from everest_ds.train.record.ownership import Ownership
+from everest_ds.train.record.pictures import Pictures
 from everest_ds.train.record.profile import RunProfile
 from everest_ds.train.record.progress import MemoryComparison, StallHint
 from everest_ds.train.record.skipped_steps import SkippedSteps
@@ -320,6 +321,20 @@ def make_callbacks(
         callbacks.append(StallHint(config))
         if config.run.profile:
             callbacks.append(RunProfile(run_dir, ready.device, log))
+    if config.run.pictures_every_steps:
+        callbacks.append(
+            Pictures(
+                run_dir,
+                ready.task,
+                lists.train,
+                log,
+                world=world,
+                device=ready.device,
+                start_step=ready.schedule.start_step,
+                partitioned=state.zero_stage == 3,
+                autocasts=state.autocast,
+            )
+        )
     if updater.graph is not None:
         callbacks.append(CaptureLog(log, updater.graph, world))
     if ready.average is not None:

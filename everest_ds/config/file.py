@@ -24,6 +24,7 @@ _ADDED_LATER = frozenset(
         "optim.gradients",
         "run.hang_after_s",
         "run.log_to",
+        "run.pictures_every_steps",
         "run.profile",
         "run.save_async",
     }

@@ -213,6 +213,9 @@ class RunConfig:
     """Also keep for good the checkpoints of every multiple of this many epochs."""
     max_skipped_steps: int = 0
     """Steps that a run may skip because of a non-finite gradient; one more stops the run."""
+    pictures_every_steps: int = 1000
+    """Steps from one picture of what is kept of a few clips to the next, in RUN/media; also at the first line of
+    metrics. More where drawing would take above 1 % of the time; 0 draws none."""
     hang_after_s: float = 60.0
     """Seconds without progress, or five median steps if that is longer, after which the run counts as hanging:
     every rank writes its stacks, the one that is behind is named, and the run ends with exit code 62; the same
@@ -229,6 +232,8 @@ class RunConfig:
         steps = ("max_steps", "log_every_steps", "save_every_steps")
         require_counts("run", self, *steps, "save_every_epochs", "keep_checkpoints", "keep_every_epochs")
         hang_ok = math.isfinite(self.hang_after_s) and self.hang_after_s >= 0
+        pictures = self.pictures_every_steps
+        require(pictures >= 0, "run.pictures_every_steps", pictures, "at least 0 (0 draws none)")
         require(hang_ok, "run.hang_after_s", self.hang_after_s, "at least 0")
         require(len(set(self.log_to)) == len(self.log_to), "run.log_to", self.log_to, "names, each once")
         require(self.max_skipped_steps >= 0, "run.max_skipped_steps", self.max_skipped_steps, "at least 0")

@@ -35,13 +35,14 @@ from everest_ds.files import parse_json
 from everest_ds.inference.source import ClipSettings, InferenceOptions, WeightsName, clip_settings
 from everest_ds.inference.trained import load_autoencoder, load_trained, read_trained
 from everest_ds.model.autoencoder import EverestAutoencoder
-from everest_ds.model.encoder import TokenEncoder
+from everest_ds.model.encoder import EncoderOptions, TokenEncoder
 from everest_ds.model.selection import SelectionRule, keep_rule
 from everest_ds.model.sizes import get_size
 from everest_ds.model.weights.reading import Weights
 from everest_ds.pictures.clip import PicturedClip
 from everest_ds.pictures.clip_sheet import draw_clip
 from everest_ds.pictures.examine import choose_frames, examine
+from everest_ds.tokens import TokenGrid
 from everest_ds.train.checkpoints.origin import Origin
 from everest_ds.train.selecting import pretrain_rule
 from everest_ds.train.tasks import encoder_options
@@ -74,9 +75,11 @@ class VideoClip:
         """Return which frames of the video these are, for people."""
         first, last = self.numbers_T[0], self.numbers_T[-1]
         num, edge = self.clip_CTHW.shape[1], self.clip_CTHW.shape[2]
+        repeats = num - len(np.unique(self.numbers_T))
+        short = f"; the video is too short, {repeats} of them repeat others" if repeats else ""
         return (
             f"{num} frames of {edge} x {edge} pixels, cropped in the middle: numbers {first} to {last} of "
-            f"{self.num_frames}, {self.times_s[0]:.2f} to {self.times_s[-1]:.2f} s of {self.end_s:.2f} s"
+            f"{self.num_frames}, {self.times_s[0]:.2f} to {self.times_s[-1]:.2f} s of {self.end_s:.2f} s{short}"
         )
 
 
@@ -86,23 +89,23 @@ class LoadedModel:
 
     Attributes:
         model: `EverestAutoencoder` of pre-training, `EverestClassifier`, or, without weights, the bare embedding.
-        config: The configuration that says so.
         settings: How clips are cut.
         rule: Which tokens are kept of a clip.
+        report: What was loaded, for people.
         predicts: Whether some of these are visible and others predicted; else all are visible.
         is_fresh: Whether there are no weights.
+        candidate_steps: Time steps that a clip's are chosen from; 0 where none are chosen.
         class_names: Of a classifier with a head.
-        report: What was loaded, for people.
     """
 
     model: EverestAutoencoder | TokenEncoder
-    config: Config
     settings: ClipSettings
     rule: SelectionRule
-    predicts: bool
-    is_fresh: bool
-    class_names: tuple[str, ...]
     report: str
+    predicts: bool = False
+    is_fresh: bool = False
+    candidate_steps: int = 0
+    class_names: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -110,12 +113,21 @@ class LoadedModel:
         return next(self.model.parameters()).device
 
     @property
-    def candidate_steps(self) -> int:
-        """Time steps that a clip's are chosen from; 0 where none are chosen."""
-        config = self.config
-        if not (self.predicts and isinstance(config, PretrainConfig)) or config.selection.alpha == 1:
-            return 0
-        return config.candidate_steps
+    def options(self) -> EncoderOptions:
+        """The encoder's options, its tubelets among them."""
+        return self.model.encoder.options if isinstance(self.model, EverestAutoencoder) else self.model.options
+
+    @property
+    def grid(self) -> TokenGrid:
+        """The tokens of a clip that goes through the model."""
+        data, options = self.settings.data, self.options
+        return TokenGrid.of_clip(
+            num_frames=data.num_frames,
+            height=data.image_size,
+            width=data.image_size,
+            tubelet_size=options.tubelet_size,
+            patch_size=options.patch_size,
+        )
 
     def read(self, video: VideoRow | Path | str, *, num_frames: int | None = None) -> VideoClip:
         """Read the clip in the middle of a video.
@@ -149,7 +161,7 @@ class LoadedModel:
 
     def data(self, num_frames: int | None = None) -> FinetuneDataConfig:
         """Return how clips are cut, with another number of frames where one is given."""
-        steps = self.candidate_steps * self.config.model.tubelet_size
+        steps = self.candidate_steps * self.options.tubelet_size
         return replace(self.settings.data, num_frames=num_frames or steps or self.settings.data.num_frames)
 
     def examine(self, clip: VideoClip, rules: Sequence[tuple[str, SelectionRule]] | None = None) -> PicturedClip:
@@ -161,8 +173,8 @@ class LoadedModel:
         """
         pixels, numbers, times_s = clip.clip_CTHW.to(self.device), clip.numbers_T, clip.times_s
         if self.candidate_steps:
-            pixels, choice = choose_frames(self.model, pixels, self.rule, self.config.grid.time)
-            tubelet = self.config.model.tubelet_size
+            pixels, choice = choose_frames(self.model, pixels, self.rule, self.grid.time)
+            tubelet = self.options.tubelet_size
             place = (choice.steps_BT[0].cpu().numpy()[:, None] * tubelet + np.arange(tubelet)).flatten()
             numbers, times_s = numbers[place], times_s[place]
         rules = rules or [(self.describe_rule(self.rule), self.rule)]
@@ -231,11 +243,10 @@ def load_model(
     predicts = isinstance(config, PretrainConfig) and is_autoencoder
     return LoadedModel(
         model=model,
-        config=config,
         settings=settings,
         rule=_rule_of(config, settings, predicts=predicts),
         predicts=predicts,
-        is_fresh=False,
+        candidate_steps=_candidates_of(config) if predicts else 0,
         class_names=class_names,
         report=report + note,
     )
@@ -253,12 +264,11 @@ def fresh_model(config: Config, *, reader: ReaderName | None = None) -> LoadedMo
     predicts = isinstance(config, PretrainConfig)
     return LoadedModel(
         model=model.eval().requires_grad_(False),
-        config=config,
         settings=settings,
         rule=_rule_of(config, settings, predicts=predicts),
         predicts=predicts,
         is_fresh=True,
-        class_names=(),
+        candidate_steps=_candidates_of(config),
         report=f"recipe {config.recipe}, ViT-{config.model.size}: fresh embedding of seed {config.run.seed}, no "
         "weights were given; it ranks tokens as the first step of training does",
     )
@@ -268,6 +278,11 @@ def _rule_of(config: Config, settings: ClipSettings, *, predicts: bool) -> Selec
     if predicts and isinstance(config, PretrainConfig):
         return pretrain_rule(config)
     return keep_rule(settings.selection)
+
+
+def _candidates_of(config: Config) -> int:
+    chooses = isinstance(config, PretrainConfig) and config.selection.alpha > 1
+    return config.candidate_steps if chooses and isinstance(config, PretrainConfig) else 0
 
 
 def _config_of(origin: Origin, recipe: Config | None, weights: Weights) -> tuple[Config, str]:

@@ -43,7 +43,8 @@ def run(job: ShowJob, world: World) -> int:
         UserError: The weights cannot be used, or a ratio does not go with a strategy.
     """
     options, rows = job.options, job.rows[world.rank :: world.size]
-    print("loading the model", flush=True) if world.is_main else None
+    if world.is_main:
+        print("loading the model", flush=True)
     if job.origin is None:
         assert job.recipe is not None
         loaded = fresh_model(job.recipe, reader=options.reader)
@@ -117,8 +118,7 @@ def _draw_all(
 
 def _draw_frames(loaded: LoadedModel, row: VideoRow, path: Path) -> Path:
     """Write the picture of the frame selection."""
-    tubelet = loaded.config.model.tubelet_size
-    num_steps = loaded.settings.data.num_frames // tubelet
+    tubelet, num_steps = loaded.options.tubelet_size, loaded.grid.time
     candidates = loaded.candidate_steps or count_candidate_steps(num_steps, ALPHA)
     clip = loaded.read(row, num_frames=candidates * tubelet)
     _, choice = choose_frames(loaded.model, clip.clip_CTHW.to(loaded.device), loaded.rule, num_steps)
@@ -149,7 +149,7 @@ def rules_to_show(loaded: LoadedModel, options: ShowOptions) -> list[tuple[str, 
     Raises:
         UserError: A strategy cannot keep a ratio that was asked for.
     """
-    own, grid = loaded.rule, _grid_of(loaded)
+    own, grid = loaded.rule, loaded.grid
     rules = []
     for ratio in options.ratios or (own.selected_ratio,):
         for strategy in _COMPARED if options.compare else (own.strategy,):
@@ -190,18 +190,6 @@ def _with_ratio(
         ratio = min((0.25, 0.5, 0.75), key=lambda share: abs(share - ratio))
     return replace(
         own, strategy=strategy, order=order, selected_ratio=ratio, visible_ratio=float(f"{ratio * visible:.6g}")
-    )
-
-
-def _grid_of(loaded: LoadedModel) -> TokenGrid:
-    """Return the tokens of a clip that goes through the model."""
-    data, model = loaded.settings.data, loaded.config.model
-    return TokenGrid.of_clip(
-        num_frames=data.num_frames,
-        height=data.image_size,
-        width=data.image_size,
-        tubelet_size=model.tubelet_size,
-        patch_size=model.patch_size,
     )
 
 

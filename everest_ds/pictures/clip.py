@@ -93,6 +93,18 @@ class PicturedClip:
         low, high = float(self.importance_N.min()), float(np.quantile(self.importance_N, 0.995))
         return low, high if high > low else low + 1.0
 
+    def count_still(self, choice: TokenChoice) -> int:
+        """Return how many tokens a choice keeps although nothing changes in them, where it keeps all that change.
+
+        Such tokens tie, and those at the clip's start win.
+        """
+        if self.importance_N is None:
+            return 0
+        still_N = self.importance_N == self.importance_N.min()
+        kept = np.union1d(choice.visible_S, choice.predicted_R)
+        changes_are_kept = np.isin(np.flatnonzero(~still_N), kept).all()
+        return int(still_N[kept].sum()) if changes_are_kept and still_N.sum() > 1 else 0
+
     def label_of_frame(self, frame: int) -> str:
         """Return when a frame is shown, for people; its number where times are not known."""
         if self.times_s is not None:

@@ -58,9 +58,11 @@ def clip_bands(picture: PicturedClip, cell: int) -> list[Band]:
 def _bands_of(choice: TokenChoice, picture: PicturedClip, frames: Pixels, cell: int) -> list[Band]:
     """Return the rows of one choice: its kept tokens, and the reconstruction where there is one."""
     grid, roles = picture.grid, choice.roles(picture.grid)
+    still = picture.count_still(choice)
+    note = f"; nothing changes in {still} of them, which tie" if still else ""
     bands = [
         Band(
-            title=f"{choice.label}: {choice.describe(grid)}",
+            title=f"{choice.label}: {choice.describe(grid)}{note}",
             tiles_THWC=paint_kept(frames, roles, cell),
             captions=tuple(_count(step) for step in roles),
         )

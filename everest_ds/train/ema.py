@@ -144,6 +144,13 @@ def read_average(folder: Path) -> dict[str, Tensor]:
     return read_safetensors(path)[0]
 
 
+def gather_parameter(parameter: nn.Parameter, device: torch.device) -> Tensor:
+    """Return a whole parameter, detached; at ZeRO-3, where ranks hold a part each, all of them take part."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.data
+    return _gather(_slice(parameter), parameter, device)
+
+
 def _is_partitioned(parameters: Any) -> bool:
     return any(hasattr(parameter, "ds_tensor") for parameter in parameters)
 

@@ -112,11 +112,14 @@ def metrics(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
 SMALL = ("--model.size", "nano", "--data.num-frames", "8")
 
 
+PICTURES = "--run.pictures-every-steps"
+
+
 def flags(demo_folder: Path, out: Path, *extra: str, steps: int = 20) -> list[str]:
-    """The words of a short run of the demo that logs every step."""
+    """The words of a short run of the demo that logs every step and draws nothing."""
     words = ["pretrain", "demo", "--data.train-list", str(demo_folder / "train.csv"), "--out", str(out)]
     words += ["--run.max-steps", str(steps), "--run.log-every-steps", "1", "--data.num-workers", "0"]
-    return [*words, "--precision", "fp32", *extra]
+    return [*words, "--precision", "fp32", *([] if PICTURES in extra else [PICTURES, "0"]), *extra]
 
 
 def ds_config(name: str) -> str:

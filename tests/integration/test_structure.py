@@ -78,8 +78,8 @@ def test_modules_of_the_project_are_imported_at_the_top() -> None:
 # Packages that are imported in functions: they may be missing, or must wait until the accelerator is chosen, or are
 # heavy and belong to modules that commands need before torch.
 IMPORTED_LATE = {
-    "av", "decord", "deepspeed", "flash_attn", "mlflow", "pydantic", "timm", "torch", "torchcodec", "trackio",
-    "transformers", "wandb",
+    "av", "decord", "deepspeed", "flash_attn", "matplotlib", "mlflow", "pydantic", "timm", "torch", "torchcodec",
+    "trackio", "transformers", "wandb",
 }  # fmt: skip
 
 
@@ -158,13 +158,13 @@ def test_leaves_and_recipes_need_no_torch() -> None:
     assert not loaded & {"torch", "deepspeed", "decord", "timm"}
 
 
-def test_clips_and_models_load_no_compiler() -> None:
+def test_clips_and_models_load_no_compiler_and_no_matplotlib() -> None:
     loaded = modules_after(
         "import everest_ds.data.clips.dataset, everest_ds.data.clips.views, everest_ds.inference.trained, "
         "everest_ds.training_run"
     )
     assert "torch" in loaded
-    assert not loaded & {"torch._dynamo", "torch._inductor", "torchvision", "sympy"}
+    assert not loaded & {"torch._dynamo", "torch._inductor", "torchvision", "sympy", "matplotlib"}
 
 
 def test_model_needs_neither_deepspeed_nor_decord_nor_the_data_package() -> None:

@@ -68,6 +68,7 @@ FREE_ON_RESUME = frozenset(
         "run.log_to",
         "run.max_skipped_steps",
         "run.max_steps",
+        "run.pictures_every_steps",
         "run.profile",
         "run.save_every_epochs",
         "run.save_every_steps",
