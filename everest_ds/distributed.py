@@ -260,6 +260,17 @@ def sum_of(value: "torch.Tensor") -> "torch.Tensor":
     return total
 
 
+def are_same(numbers: "torch.Tensor") -> "torch.Tensor":
+    """Return which of some integers are the same on all processes; on the device, and on all processes alike."""
+    import torch
+
+    if world_size() == 1:
+        return torch.ones_like(numbers, dtype=torch.bool)
+    both = torch.cat([numbers, ~numbers])  # the largest complement is that of the smallest number
+    _initialized().all_reduce(both, op=_initialized().ReduceOp.MAX)
+    return both[: len(numbers)] == ~both[len(numbers) :]
+
+
 def reduce_scatter_single(part: "torch.Tensor", whole: "torch.Tensor", group: Any) -> None:
     """Add up a tensor over the processes of a group, and keep this process's part of the sum."""
     dist = _initialized()

@@ -14,20 +14,27 @@ class Pulse:
     Attributes:
         phase: What it is doing, in words.
         position: Phases entered so far; the ranks of a training enter the same ones.
-        at: When it last got further, by the clock of time.monotonic.
+        spent_s: Seconds spent in each phase so far, without the present one.
+        began: When the present one began, by the clock of time.monotonic.
+        at: When the process last got further, by the same clock.
     """
 
     phase: str = "starting"
     position: int = 0
+    spent_s: dict[str, float] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
     at: float = field(default_factory=time.monotonic)
 
 
+WAITING_FOR_CLIPS = "waiting for clips"
 PULSE = Pulse()
 
 
 def enter(phase: str) -> None:
     """Begin a phase."""
-    PULSE.phase, PULSE.position, PULSE.at = phase, PULSE.position + 1, time.monotonic()
+    now, before = time.monotonic(), PULSE.phase
+    PULSE.spent_s[before] = PULSE.spent_s.get(before, 0.0) + now - PULSE.began
+    PULSE.phase, PULSE.position, PULSE.began, PULSE.at = phase, PULSE.position + 1, now, now
 
 
 def beat() -> None:

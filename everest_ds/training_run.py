@@ -77,7 +77,9 @@ from everest_ds.train.tasks import Task, make_task
 from everest_ds.train.trackers.base import TrackedRun, flat_settings
 from everest_ds.train.trackers.group import Trackers
 from everest_ds.train.trackers.tensorboard import viewing_command
+from everest_ds.train.watch.slow_ranks import SlowRanks
 from everest_ds.train.watch.watchdog import Watchdog
+from everest_ds.train.watch.weights import SameWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,6 +317,10 @@ def make_callbacks(
         ),
         MemoryComparison(log, ready.device, estimate.allocated / GIB),
     ]
+    if world.size > 1:
+        callbacks.append(SlowRanks(log, updater.stopwatch))
+        if every := config.run.check_weights_every:
+            callbacks.append(SameWeights(ready.engine, run_dir, world, log, every=every, start_step=state.step))
     if world.is_main:
         if chooses_frames(config):
             callbacks.append(FrameLog(run_dir, lists.train, ready.task))

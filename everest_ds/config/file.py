@@ -22,6 +22,7 @@ _ADDED_LATER = frozenset(
         "data.sampling_seconds",
         "model.cuda_graph",
         "optim.gradients",
+        "run.check_weights_every",
         "run.hang_after_s",
         "run.log_to",
         "run.pictures_every_steps",

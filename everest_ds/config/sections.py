@@ -221,6 +221,9 @@ class RunConfig:
     every rank writes its stacks, the one that is behind is named, and the run ends with exit code 62; the same
     command resumes it. data.timeout_s comes on top where there are loader processes. The first steps, saving and
     scoring may take ten times as long. 0 watches nothing."""
+    check_weights_every: int = 100
+    """Steps from one comparison of the weights over the ranks to the next, by a checksum of every step; also before
+    each checkpoint. A difference, which only broken hardware makes, ends the run. 0 compares nothing."""
     log_to: tuple[TrackerName, ...] = ("tensorboard",)
     """Where the run is shown besides metrics.jsonl; all but tensorboard are packages to install. A resumed run is
     continued there. Without a name after the flag, nowhere."""
@@ -231,6 +234,8 @@ class RunConfig:
         require(0 <= self.seed < 2**63, "run.seed", self.seed, "in [0, 2**63)")
         steps = ("max_steps", "log_every_steps", "save_every_steps")
         require_counts("run", self, *steps, "save_every_epochs", "keep_checkpoints", "keep_every_epochs")
+        every = self.check_weights_every
+        require(every >= 0, "run.check_weights_every", every, "at least 0")
         hang_ok = math.isfinite(self.hang_after_s) and self.hang_after_s >= 0
         pictures = self.pictures_every_steps
         require(pictures >= 0, "run.pictures_every_steps", pictures, "at least 0 (0 draws none)")

@@ -30,6 +30,9 @@ class Callback:
     def on_batch(self, batch: ClipBatch) -> None:
         """Before a micro-batch goes through the model."""
 
+    def before_update(self, step: int) -> None:
+        """After the gradients of a step were computed, before the weights change."""
+
     def on_step(self, step: int, losses: Sequence[Tensor], result: StepResult) -> None:
         """After an optimiser step; the losses are those of its micro-batches."""
 

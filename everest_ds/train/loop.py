@@ -135,9 +135,10 @@ class Trainer:
     def _take_step(self, step: int, feed: DeviceFeed) -> None:
         set_learning_rate(self.engine, self._rate(step))
         losses, result = [], None
-        for _ in range(self.engine.gradient_accumulation_steps()):
+        num_micro_steps = self.engine.gradient_accumulation_steps()
+        for micro_step in range(num_micro_steps):
             waited_s = feed.waited_s
-            pulse.enter("waiting for clips")
+            pulse.enter(pulse.WAITING_FOR_CLIPS)
             batch, inputs = feed.next()
             self.window.data_wait_s += feed.waited_s - waited_s
             for callback in self.callbacks:
@@ -146,6 +147,8 @@ class Trainer:
             losses.append(self.updater.forward_backward(inputs))
             feed.look_ahead()
             pulse.enter("updating weights")
+            for callback in self.callbacks if micro_step + 1 == num_micro_steps else ():
+                callback.before_update(step + 1)
             result = self.updater.step()
             self.window.tokens += self.task.visible_tokens
         assert result is not None  # the last micro-step completes the accumulation

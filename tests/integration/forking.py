@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,8 @@ def wait_for_all(running: dict[int, int]) -> list[int]:
     while running:
         pid, status = os.wait()
         codes[running.pop(pid)] = code = os.waitstatus_to_exitcode(status)
+        if code and running:
+            time.sleep(0.2)  # a launcher looks every second: the rank that says why has that long
         for other in running if code else ():
             os.kill(other, signal.SIGKILL)
     return codes

@@ -1,4 +1,4 @@
-"""`everest`, of which one rank hangs in the way and at the step that the environment names; see test_hangs.py."""
+"""`everest`, of which one rank hangs, is slow or holds a flipped bit, as the environment says: of test_hangs.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from everest_ds import distributed
 from everest_ds.cli import main
 from everest_ds.train.loop import Trainer
@@ -17,6 +19,8 @@ from everest_ds.train.step.device_feed import DeviceFeed
 from everest_ds.train.step.updater import FlatUpdater
 
 AT = 5
+"""The step, counted from 0, at which something happens."""
+SLOW_S = 0.05
 
 
 def loop() -> None:
@@ -24,45 +28,54 @@ def loop() -> None:
         pass
 
 
-WAYS: dict[str, Callable[[], object]] = {
+def flip_bit(trainer: Trainer) -> None:
+    """Flip the lowest bit of a weight that all ranks hold."""
+    weight = next(p for p in trainer.engine.module.parameters() if p.numel() > 1)
+    weight.data.view(-1)[:1].view(torch.uint8)[0] ^= 1
+
+
+IN_FORWARD: dict[str, Callable[[], object]] = {
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "python": loop,
     "lock": lambda: ctypes.PyDLL(None).sleep(1000),  # in C, with Python's lock
-    "loader": lambda: time.sleep(1000),
 }
 
 
-def hang(way: str) -> None:
-    """Let this process hang once it takes step AT; to skip a collective is one way."""
+def misbehave(way: str) -> None:
+    """Let something go wrong in this process once it takes step AT, or at every step."""
     step = 0
 
     def before(function: Any, act: Callable[[], object]) -> Any:
         def wrapped(*args: Any, **options: Any) -> Any:
-            if step == AT:
+            if step == AT or way == "slow":
                 act()
             return function(*args, **options)
 
         return wrapped
 
-    def counted(function: Any) -> Any:
+    def noting(function: Any) -> Any:
         def take_step(trainer: Trainer, number: int, feed: DeviceFeed) -> None:
             nonlocal step
             step = number
+            if way == "bit" and step == AT:
+                flip_bit(trainer)
             function(trainer, number, feed)
 
         return take_step
 
-    Trainer._take_step = counted(Trainer._take_step)  # type: ignore[method-assign]
+    Trainer._take_step = noting(Trainer._take_step)  # type: ignore[method-assign]
     if way == "skip":
         agreed = distributed.largest
         distributed.largest = lambda value: value if step == AT else agreed(value)
     elif way == "loader":
-        DeviceFeed.next = before(DeviceFeed.next, WAYS[way])  # type: ignore[method-assign]
-    else:
-        FlatUpdater.forward_backward = before(FlatUpdater.forward_backward, WAYS[way])  # type: ignore[method-assign]
+        DeviceFeed.next = before(DeviceFeed.next, lambda: time.sleep(1000))  # type: ignore[method-assign]
+    elif way == "slow":
+        FlatUpdater.compute = before(FlatUpdater.compute, lambda: time.sleep(SLOW_S))  # type: ignore[method-assign]
+    elif way in IN_FORWARD:
+        FlatUpdater.forward_backward = before(FlatUpdater.forward_backward, IN_FORWARD[way])  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
-    if os.environ.get("RANK", "0") == os.environ["HANGING_RANK"]:
-        hang(os.environ["HANG"])
+    if os.environ.get("RANK", "0") == os.environ["AT_FAULT"]:
+        misbehave(os.environ["HOW"])
     sys.exit(main())

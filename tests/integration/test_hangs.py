@@ -1,4 +1,4 @@
-"""A rank that hangs: the run ends by itself, names that rank, leaves the stacks of all, and resumes bitwise."""
+"""A rank that hangs, is slow, or computes with a flipped bit: it is named, and no step is lost."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 
 from everest_ds.stacks import EXIT_HUNG
-from tests.integration.launch import compute, metrics, recovery_command, require_same_run
+from tests.integration.launch import SMALL, compute, flags, metrics, recovery_command, require_same_run
 
 PATIENCE = ("--run.hang-after-s", "2")
 
 
-def run_hanging(
-    words: list[str], way: str, *, rank: int = 1, processes: int = 2
+def run_at_fault(
+    words: list[str], how: str, *, rank: int = 1, processes: int = 2
 ) -> subprocess.CompletedProcess[str]:
     return compute(
-        [*words, *PATIENCE],
+        words,
         processes=processes,
         module="tests.integration.run_hanging",
-        environment={"HANG": way, "HANGING_RANK": str(rank)},
+        environment={"HOW": how, "AT_FAULT": str(rank)},
         timeout_s=120,
     )
 
@@ -45,7 +45,7 @@ def test_rank_that_hangs_is_named_and_no_step_is_lost(
 ) -> None:
     run_dir = tmp_path / "run"
     words = recovery_command(demo_folder, run_dir)
-    done = run_hanging(words, way)
+    done = run_at_fault([*words, *PATIENCE], way)
     assert done.returncode == EXIT_HUNG, done.stderr
     report, folder = report_of(run_dir)
     head, *lines = report.splitlines()
@@ -61,3 +61,41 @@ def test_rank_that_hangs_is_named_and_no_step_is_lost(
     done = compute(words, processes=2)
     assert done.returncode == 0, done.stderr
     require_same_run(run_dir, uninterrupted[2])
+
+
+@pytest.mark.parametrize(
+    ("stage", "processes", "precision"),
+    [
+        (2, 3, "fp32"),
+        pytest.param(0, 2, "fp32", marks=pytest.mark.slow),
+        pytest.param(1, 3, "bf16", marks=pytest.mark.slow),
+        pytest.param(3, 3, "fp32", marks=pytest.mark.slow),
+    ],
+)
+def test_flipped_bit_ends_the_run_before_it_is_saved(
+    stage: int, processes: int, precision: str, demo_folder: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    words = recovery_command(demo_folder, run_dir, "--precision", precision, stage=stage)
+    words += ["--batch.global-size", "12", "--batch.micro-size", "2", *SMALL, "--run.save-every-steps", "4"]
+    done = run_at_fault(words, "bit", processes=processes)
+    assert done.returncode == 2, done.stderr
+    (said,) = (line for line in done.stderr.splitlines() if line.startswith("everest: error:"))
+    who = "rank 1 computes with other weights" if processes > 2 else "ranks 0, 1 compute with different weights"
+    assert f"{who} than its peers at step 6" in said or f"{who} at step 6" in said
+    assert "They agreed up to step-00000004 in" in said
+    (event,) = (event for event in metrics(run_dir, "event") if event["event"] == "weights_differ")
+    assert event["ranks"] == ([1] if processes > 2 else [0, 1])
+    assert not (run_dir / "checkpoints" / "step-00000008").exists()
+    assert compute(words, processes=processes).returncode == 0
+
+
+@pytest.mark.slow
+def test_slow_rank_is_named_in_the_record(demo_folder: Path, tmp_path: Path) -> None:
+    words = [*flags(demo_folder, tmp_path / "run", *SMALL, steps=50), "--batch.global-size", "4"]
+    words += ["--batch.micro-size", "2", "--run.log-every-steps", "50"]
+    done = run_at_fault(words, "slow")
+    assert done.returncode == 0, done.stderr
+    events = [event for event in metrics(tmp_path / "run", "event") if event["event"] == "slow_rank"]
+    assert [(event["rank"], event["step"]) for event in events] == [(1, 50)]
+    assert events[0]["own_ms"] - events[0]["peers_ms"] > 25

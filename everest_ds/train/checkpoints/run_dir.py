@@ -60,6 +60,7 @@ FREE_ON_RESUME = frozenset(
         "model.cuda_graph",
         "model.recompute_attention",
         "optim.gradients",
+        "run.check_weights_every",
         "run.hang_after_s",
         "run.save_async",
         "run.keep_checkpoints",

@@ -22,6 +22,7 @@ from everest_ds.config import OptimConfig
 from everest_ds.train.step.device_feed import Inputs
 from everest_ds.train.step.gradients import FlatGradients, choose_gradients
 from everest_ds.train.step.graph import CapturedCompute
+from everest_ds.train.step.stopwatch import Stopwatch
 
 # Added to the norm before gradients are divided, as DeepSpeed and torch do.
 CLIP_EPS = 1e-6
@@ -45,6 +46,8 @@ class Updater(ABC):
 
     graph: CapturedCompute | None = None
     """What replays forward and backward; None where they are computed eagerly from the start."""
+    stopwatch: Stopwatch | None = None
+    """The time of this rank's own work on gradients; None where waiting for other ranks is part of it."""
 
     @abstractmethod
     def forward_backward(self, inputs: Inputs) -> Tensor:
@@ -77,12 +80,14 @@ class FlatUpdater(Updater):
         self._max_norm = max_norm
         self.graph = CapturedCompute(self.compute, engine.module) if captures else None
         self._gradients = FlatGradients(engine)
+        self.stopwatch: Stopwatch = Stopwatch(engine.device)
         self._num_micro_steps: int = engine.gradient_accumulation_steps()
         self._autocast_dtype = torch.bfloat16 if engine.torch_autocast_enabled() else None
 
     def forward_backward(self, inputs: Inputs) -> Tensor:
         """Compute loss and gradients of a micro-batch, and bring those of all ranks together."""
-        loss = (self.graph or self.compute)(*inputs)
+        with self.stopwatch.running():
+            loss = (self.graph or self.compute)(*inputs)
         done = self._engine.micro_steps % self._num_micro_steps
         self._gradients.reduce(first=done == 0, last=done + 1 == self._num_micro_steps)
         return loss
