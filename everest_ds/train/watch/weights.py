@@ -109,7 +109,7 @@ def held_by_all(module: torch.nn.Module) -> Iterable[Tensor]:
             continue
         seen.add(storage.data_ptr())
         # Parameters that DeepSpeed keeps in one row are summed as one.
-        yield torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)  # type: ignore[call-overload]
+        yield torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)
 
 
 def optimizer_states(engine: Any) -> list[Tensor]:
