@@ -317,10 +317,7 @@ def make_callbacks(
         ),
         MemoryComparison(log, ready.device, estimate.allocated / GIB),
     ]
-    if world.size > 1:
-        callbacks.append(SlowRanks(log, updater.stopwatch))
-        if every := config.run.check_weights_every:
-            callbacks.append(SameWeights(ready.engine, run_dir, world, log, every=every, start_step=state.step))
+    callbacks += _compare_ranks(ready, updater, state, log)
     if world.is_main:
         if chooses_frames(config):
             callbacks.append(FrameLog(run_dir, lists.train, ready.task))
@@ -361,6 +358,16 @@ def make_callbacks(
             )
         )
     return callbacks
+
+
+def _compare_ranks(ready: ReadyRun, updater: Updater, state: TrainState, log: MetricsLog) -> list[Callback]:
+    world, every = ready.world, ready.config.run.check_weights_every
+    if world.size == 1:
+        return []
+    slow = SlowRanks(log, updater.stopwatch)
+    if not every:
+        return [slow]
+    return [slow, SameWeights(ready.engine, ready.start.run_dir, world, log, every=every, start_step=state.step)]
 
 
 def _make_watchdog(ready: ReadyRun) -> Watchdog:
