@@ -20,7 +20,6 @@ from tests.integration.launch import (
     RECOVERY_STEPS,
     compute,
     launch,
-    losses,
     metrics,
     recovery_command,
     require_same_run,
@@ -80,21 +79,15 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
     require_same_run(tmp_path / "run", uninterrupted[2])
 
 
-def kill_once(
-    arguments: list[str], run_dir: Path, draw: random.Random, *, within_save: bool, complete: int = 0
-) -> bool:
-    """Start the command and kill -9 a rank; return whether it was killed before the run's end.
+def kill_within_a_save(arguments: list[str], run_dir: Path, draw: random.Random, *, complete: int) -> bool:
+    """Start the command and kill -9 a rank while it saves, once that many checkpoints are complete.
 
-    Within a save, the moment is drawn from the time that the temporary folder exists, once that many checkpoints
-    are complete; otherwise from the time that the run takes.
+    Returns:
+        Whether it was killed before the run's end.
     """
     with start(arguments, processes=2) as process:
-        if within_save:
-            wait_until(lambda: is_saving(run_dir) and len(sealed(run_dir)) >= complete, process)
-            time.sleep(draw.uniform(0, 0.08))
-        else:
-            wait_until(lambda: len(ranks_of(process)) == 2, process)
-            time.sleep(draw.uniform(3, 16))
+        wait_until(lambda: is_saving(run_dir) and len(sealed(run_dir)) >= complete, process)
+        time.sleep(draw.uniform(0, 0.08))
         victims = ranks_of(process)
         killed = process.poll() is None and len(victims) == 2
         if killed:
@@ -111,7 +104,7 @@ def test_run_killed_within_a_save_and_then_damaged_ends_as_if_nothing_had_happen
     print(f"EVEREST_KILL_SEED={seed}")
     broken = tmp_path / "broken"
     arguments = recovery_command(demo_folder, broken)
-    assert kill_once(arguments, broken, random.Random(seed), within_save=True, complete=2)
+    assert kill_within_a_save(arguments, broken, random.Random(seed), complete=2)
     newest = sealed(broken)[-1]
     shard = next(newest.glob("*rank_1*optim_states.pt"))
     damaged = bytearray(shard.read_bytes())
@@ -121,34 +114,6 @@ def test_run_killed_within_a_save_and_then_damaged_ends_as_if_nothing_had_happen
     assert done.returncode == 0, done.stderr
     assert f"checkpoint {newest} is damaged: the checksum of {shard.name} differs; passing it over" in done.stdout
     require_same_run(broken, uninterrupted[2])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_campaign_of_kills_changes_no_loss(
-    stage: int, uninterrupted: dict[int, Path], demo_folder: Path, tmp_path: Path
-) -> None:
-    """Twelve kills a stage, every other one within a save; the same command each time, then to the end.
-
-    A run that reaches its end under way gives way to a new one.
-    """
-    seed = int(os.environ.get("EVEREST_KILL_SEED", time.time_ns() % 10**6))
-    print(f"EVEREST_KILL_SEED={seed}")
-    draw, num_kills, runs = random.Random(seed), 0, [tmp_path / "run0"]
-    while num_kills < 12:
-        arguments = recovery_command(demo_folder, runs[-1], stage=stage)
-        num_kills += kill_once(arguments, runs[-1], draw, within_save=num_kills % 2 == 0)
-        if has_ended(runs[-1]):
-            runs.append(tmp_path / f"run{len(runs)}")
-    for run_dir in runs:
-        run_to_the_end(recovery_command(demo_folder, run_dir, stage=stage))
-        assert losses(run_dir) == losses(uninterrupted[stage])
-    print(f"{num_kills} kills in {len(runs)} runs at stage {stage}")
-
-
-def has_ended(run_dir: Path) -> bool:
-    recorded = (run_dir / "metrics.jsonl").is_file()
-    return recorded and any(event["event"] == "end" for event in metrics(run_dir, "event"))
 
 
 def test_sigterm_to_one_rank_saves_on_all_and_the_same_command_goes_on(
