@@ -15,6 +15,12 @@ from everest_ds.train.checkpoints.origin import Origin
 Target = Literal["everest", "videomae", "hf", "deepspeed-fp32"]
 
 
+def require_folder(flag: str, path: Path | None) -> None:
+    """Refuse to write into something that is not a folder."""
+    if path is not None and path.exists() and not path.is_dir():
+        raise UserError(f"{flag} {path} is no folder; name another one")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(InferenceOptions):
     """What is scored, how, and where the results go."""
@@ -78,6 +84,9 @@ class PredictOptions(InferenceOptions):
     """Classes to name for each video."""
     json: bool = False
     """One JSON line a video instead of a table."""
+    show: Path | None = None
+    """Folder for a picture of each video, NAME.png: the tokens that the classifier looked at, in the view in the
+    middle."""
     features: Path | None = None
     """Write features instead of labels: a .safetensors file with a float32 row a video, the mean of the kept
     tokens before the last norm, averaged over the views. The weights need no head."""
@@ -86,10 +95,13 @@ class PredictOptions(InferenceOptions):
         super().__post_init__()
         if self.top < 1:
             raise UserError(f"--top {self.top} must be at least 1")
+        require_folder("--show", self.show)
         if self.features is None:
             return
         if self.json:
             raise UserError("--json has no effect with --features; remove it")
+        if self.show is not None:
+            raise UserError("--show has no effect with --features; use `everest show` for pictures")
         if self.features.suffix != ".safetensors":
             raise UserError(f"--features {self.features} must end in .safetensors")
         if self.features.exists():
@@ -145,8 +157,7 @@ class ShowOptions:
         for ratio in self.ratios:
             if not 0 < ratio <= 1:
                 raise UserError(f"--ratios {ratio:g} must be a share of the clip's tokens, above 0 and at most 1")
-        if self.out.exists() and not self.out.is_dir():
-            raise UserError(f"--out {self.out} is no folder; name another one")
+        require_folder("--out", self.out)
 
 
 @dataclass(frozen=True, kw_only=True)

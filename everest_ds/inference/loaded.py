@@ -76,7 +76,7 @@ class VideoClip:
         first, last = self.numbers_T[0], self.numbers_T[-1]
         num, edge = self.clip_CTHW.shape[1], self.clip_CTHW.shape[2]
         repeats = num - len(np.unique(self.numbers_T))
-        short = f"; the video is too short, {repeats} of them repeat others" if repeats else ""
+        short = f"; the video is too short: {repeats} of them are repeated" if repeats else ""
         return (
             f"{num} frames of {edge} x {edge} pixels, cropped in the middle: numbers {first} to {last} of "
             f"{self.num_frames}, {self.times_s[0]:.2f} to {self.times_s[-1]:.2f} s of {self.end_s:.2f} s{short}"
@@ -201,12 +201,12 @@ class LoadedModel:
             VideoReadError: The video cannot be read.
         """
         clip = self.read(video)
-        return draw_clip(self.examine(clip), title=clip.row.path.name, lines=[clip.describe(), self.report_line])
+        return draw_clip(self.examine(clip), title=clip.row.path.name, lines=self.captions(clip))
 
-    @property
-    def report_line(self) -> str:
-        """Which weights these are, in one line."""
-        return self.report.split("\n")[0]
+    def captions(self, clip: VideoClip) -> list[str]:
+        """Return which frames a picture of a clip is of, and which weights, for people."""
+        chosen = f"; {self.grid.time} of their {self.candidate_steps} time steps are drawn by change"
+        return [f"{clip.describe()}{chosen if self.candidate_steps else ''}", self.report.split("\n")[0]]
 
 
 def load_model(

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from everest_ds.inference.job import PredictionJob
 from everest_ds.inference.passes import Passes, UnreadableRow
 from everest_ds.inference.results import view_recipe
 from everest_ds.inference.scores import rank_rows
+from everest_ds.inference.showing import draw_seen
 from everest_ds.inference.source import identify, weights_kind
 from everest_ds.inference.trained import Trained, load_trained
 from everest_ds.model.weights.export import save_safetensors, write_whole
@@ -59,11 +62,13 @@ def _labels(job: PredictionJob, trained: Trained, passes: Passes) -> tuple[Unrea
         progress=None if options.json else "predicted",
     )
     reasons = {bad.row: bad.reason for bad in outputs.unreadable}
+    ranked = {
+        i: list(zip(ranking.classes, ranking.probabilities, strict=True))[: options.top]
+        for i, ranking in outputs.results.items()
+    }
+    pictures = _draw(job, trained, ranked) if passes.world.is_main else {}
     for i, row in enumerate(job.rows if passes.world.is_main else ()):
-        best: list[tuple[int, float]] = []
-        if i not in reasons:
-            ranking = outputs.results[i]
-            best = list(zip(ranking.classes, ranking.probabilities, strict=True))[: options.top]
+        best = ranked.get(i, [])
         if options.json:
             line: dict[str, Any] = {"path": str(row.path)}
             if row.start_s is not None:
@@ -72,13 +77,30 @@ def _labels(job: PredictionJob, trained: Trained, passes: Passes) -> tuple[Unrea
                 line["error"] = reasons[i]
             else:
                 line["predictions"] = [{"class": k, "name": names[k], "probability": round(p, 6)} for k, p in best]
+            if i in pictures:
+                line["picture"] = str(pictures[i])
             print(json.dumps(line))
         elif i not in reasons:
             print(escaped(row.name))
             for k, probability in best:
                 label = names[k] if names[k] == str(k) else f"{names[k]} ({k})"
                 print(escaped(f"  {probability:7.2%}  {label}"))
+            if i in pictures:
+                print(escaped(f"  picture  {pictures[i]}"))
     return outputs.unreadable
+
+
+def _draw(
+    job: PredictionJob, trained: Trained, ranked: Mapping[int, Sequence[tuple[int, float]]]
+) -> dict[int, Path]:
+    """Draw what the classifier looked at, where that is wanted; returns the pictures by row."""
+    if job.options.show is None or not ranked:
+        return {}
+    names, views = trained.class_names, job.settings.num_views
+    over = "" if views == 1 else f" (mean of {views} views; the picture is the one in the middle)"
+    said = [", ".join(f"{p:.1%} {names[k]}" for k, p in best) + over for best in ranked.values()]
+    drawn = draw_seen(trained, [job.rows[i] for i in ranked], said, job.options.show)
+    return {i: path for i, path in zip(ranked, drawn, strict=True) if path is not None}
 
 
 def _features(job: PredictionJob, trained: Trained, passes: Passes) -> tuple[UnreadableRow, ...]:

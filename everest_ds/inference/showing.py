@@ -1,13 +1,16 @@
 """The work of `everest show`: pictures of what is kept of videos, and of what a model makes of them."""
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from os import fsdecode, fsencode
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 
 from everest_ds import distributed
 from everest_ds.data.clips.views import ViewDataset, make_view_loader
@@ -18,12 +21,15 @@ from everest_ds.errors import UserError, escaped
 from everest_ds.files import atomic_path
 from everest_ds.inference.job import ShowJob, ShowOptions
 from everest_ds.inference.loaded import MIDDLE, LoadedModel, VideoClip, fresh_model, load_model
+from everest_ds.inference.trained import Trained
 from everest_ds.model.selection import SelectionRule
 from everest_ds.pictures.clip_sheet import draw_clip
 from everest_ds.pictures.examine import choose_frames
 from everest_ds.pictures.frame_sheet import draw_frame_choice
 from everest_ds.pictures.moving import frame_seconds, moving_pictures, save_gif, save_mp4
 from everest_ds.tokens import CELL_TOKENS, StrategyName, TokenGrid, count_candidate_steps
+
+Drawn = TypeVar("Drawn")
 
 EXIT_UNREADABLE = 2
 ALPHA = 1.5
@@ -58,8 +64,14 @@ def run(job: ShowJob, world: World) -> int:
     if world.is_main:
         print(escaped_lines(loaded.report), flush=True)
     names = picture_names(job.rows)[world.rank :: world.size]
-    bad = draw_rows(loaded, rows, lambda i, clip: _draw_all(loaded, clip, rules, options, names[i]))
-    return EXIT_UNREADABLE if len(bad) > (len(rows) - 1 if options.allow_unreadable else 0) else 0
+    num_bad = 0
+    for i, done in draw_rows(loaded, rows, lambda i, clip: _draw_all(loaded, clip, rules, options, names[i])):
+        if isinstance(done, str):
+            num_bad += 1
+            print(escaped(f"cannot read {rows[i].name}: {done}"), file=sys.stderr, flush=True)
+        else:
+            print(escaped(f"{rows[i].name} -> {', '.join(map(str, done))}"), flush=True)
+    return EXIT_UNREADABLE if num_bad > (len(rows) - 1 if options.allow_unreadable else 0) else 0
 
 
 def escaped_lines(text: str) -> str:
@@ -68,27 +80,44 @@ def escaped_lines(text: str) -> str:
 
 
 def draw_rows(
-    loaded: LoadedModel, rows: Sequence[VideoRow], draw: Callable[[int, VideoClip], Sequence[Path]]
-) -> list[int]:
-    """Read the middle clip of each row, draw it, and print where the picture is; returns the rows that failed.
+    loaded: LoadedModel, rows: Sequence[VideoRow], draw: Callable[[int, VideoClip], Drawn]
+) -> Iterator[tuple[int, Drawn | str]]:
+    """Read the middle clip of each row and draw it; yields the row's number with what ``draw`` returned.
 
-    What cannot be read takes a line of its own on stderr. Several videos are read in a process that may hang.
+    For a row that cannot be read, that is the reason. Several videos are read in a process that may hang.
     """
     data = replace(loaded.data(), num_workers=1 if len(rows) > 1 else 0)
     loader = make_view_loader(ViewDataset(rows, data, MIDDLE), [[i] for i in range(len(rows))], pin_memory=False)
-    failed = []
-    for (views,) in loader:
-        row = rows[views.index]
-        try:
-            if views.clips_VCTHW is None:
-                raise VideoReadError(row.path, views.bad or "")
-            paths = draw(views.index, loaded.clip_of(row, views.clips_VCTHW[0]))
-        except VideoReadError as error:
-            failed.append(views.index)
-            print(escaped(f"cannot read {row.name}: {error.reason}"), file=sys.stderr, flush=True)
-        else:
-            print(escaped(f"{row.name} -> {', '.join(map(str, paths))}"), flush=True)
-    return failed
+    with contextlib.closing(iter(loader)) as groups:
+        for (views,) in groups:
+            try:
+                if views.clips_VCTHW is None:
+                    raise VideoReadError(rows[views.index].path, views.bad or "")
+                yield views.index, draw(views.index, loaded.clip_of(rows[views.index], views.clips_VCTHW[0]))
+            except VideoReadError as error:
+                yield views.index, error.reason
+
+
+def draw_seen(trained: Trained, rows: Sequence[VideoRow], said: Sequence[str], out: Path) -> list[Path | None]:
+    """Draw what a classifier looked at in each row, with a line of what it said; None where that failed."""
+    out.mkdir(parents=True, exist_ok=True)
+    loaded = LoadedModel(
+        model=trained.model, settings=trained.settings, rule=trained.model.rule, report=trained.report
+    )
+    names = picture_names(rows)
+
+    def draw(i: int, clip: VideoClip) -> Path:
+        lines = [said[i], *loaded.captions(clip)]
+        sheet = draw_clip(loaded.examine(clip), title=clip.row.path.name, lines=lines)
+        return _save(sheet, out / f"{names[i]}.png")
+
+    return [None if isinstance(done, str) else done for _, done in draw_rows(loaded, rows, draw)]
+
+
+def _save(image: Image.Image, path: Path) -> Path:
+    with atomic_path(path) as partial:
+        image.save(partial, format="PNG")
+    return path
 
 
 def _draw_all(
@@ -100,10 +129,8 @@ def _draw_all(
 ) -> list[Path]:
     """Write all pictures that are wanted of a clip; returns their paths."""
     picture, title = loaded.examine(clip, rules), clip.row.path.name
-    paths = [options.out / f"{name}.png"]
-    sheet = draw_clip(picture, title=title, lines=[clip.describe(), loaded.report_line])
-    with atomic_path(paths[0]) as partial:
-        sheet.save(partial, format="PNG")
+    sheet = draw_clip(picture, title=title, lines=loaded.captions(clip))
+    paths = [_save(sheet, options.out / f"{name}.png")]
     if options.frames:
         paths.append(_draw_frames(loaded, clip.row, options.out / f"{name}-frames.png"))
     if options.gif or options.mp4:
@@ -133,12 +160,10 @@ def _draw_frames(loaded: LoadedModel, row: VideoRow, path: Path) -> Path:
             f"{num_steps} of {candidates} time steps are drawn without replacement. c: the step's tokens among the "
             f"{loaded.rule.selected_ratio:.0%} of all candidates that change most; p = c / sum of c: its "
             "probability to be drawn first.",
-            loaded.report_line,
+            loaded.captions(clip)[-1],
         ],
     )
-    with atomic_path(path) as partial:
-        sheet.save(partial, format="PNG")
-    return path
+    return _save(sheet, path)
 
 
 def rules_to_show(loaded: LoadedModel, options: ShowOptions) -> list[tuple[str, SelectionRule]]:

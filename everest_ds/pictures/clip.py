@@ -54,6 +54,7 @@ class PicturedClip:
         frames_THWC: uint8.
         grid: Its tokens; T is a multiple of ``grid.time``, H and W of rows and columns.
         importance_N: Of each token, float32; None where nothing was ranked.
+        no_change: Importance of a token in which nothing changes, or less.
         choices: Kept tokens, one entry for each way of selecting.
         times_s: When each frame is shown in the video, in seconds; None where that is not known.
         numbers: The frame of the video that each frame is.
@@ -66,6 +67,7 @@ class PicturedClip:
     grid: TokenGrid
     choices: tuple[TokenChoice, ...]
     importance_N: NDArray[np.float32] | None = None
+    no_change: float = 0.0
     times_s: NDArray[np.float64] | None = None
     numbers: NDArray[np.int64] | None = None
 
@@ -96,14 +98,14 @@ class PicturedClip:
     def count_still(self, choice: TokenChoice) -> int:
         """Return how many tokens a choice keeps although nothing changes in them, where it keeps all that change.
 
-        Such tokens tie, and those at the clip's start win.
+        Such tokens tie, and those at the clip's start win. 0 where all tokens are kept.
         """
-        if self.importance_N is None:
-            return 0
-        still_N = self.importance_N == self.importance_N.min()
         kept = np.union1d(choice.visible_S, choice.predicted_R)
+        if self.importance_N is None or len(kept) == len(self.importance_N):
+            return 0
+        still_N = self.importance_N <= self.no_change
         changes_are_kept = np.isin(np.flatnonzero(~still_N), kept).all()
-        return int(still_N[kept].sum()) if changes_are_kept and still_N.sum() > 1 else 0
+        return int(still_N[kept].sum()) if changes_are_kept else 0
 
     def label_of_frame(self, frame: int) -> str:
         """Return when a frame is shown, for people; its number where times are not known."""

@@ -15,6 +15,7 @@ from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import fixed_draws
 from everest_ds.model.encoder import TokenEncoder
 from everest_ds.model.frames import FrameChoice
+from everest_ds.model.importance import NO_CHANGE
 from everest_ds.model.packing import TokenSet
 from everest_ds.model.selection import Selection, SelectionRule
 from everest_ds.model.tubelets import ClipGroup, gather_tubelets, unstandardise
@@ -68,6 +69,7 @@ def examine(
         frames_THWC=_frames(clip_CTHW),
         grid=group.grid,
         importance_N=None if importance_BN is None else importance_BN[0].cpu().numpy(),
+        no_change=NO_CHANGE[rules[0][1].distance],
         choices=tuple(choices),
         times_s=times_s,
         numbers=numbers,

@@ -40,8 +40,8 @@ def paint_heat(
 def paint_kept(frames_THWC: Pixels, roles_Thw: NDArray[np.uint8], cell: int) -> Pixels:
     """Return frames with the kept tokens marked.
 
-    Dropped tokens are grey and dim. Visible ones are as they are, with a solid blue edge. Predicted ones are tinted
-    and hatched in orange. A token that is both has edge and hatching.
+    Dropped tokens are grey and dim. Visible ones are as they are, with a solid blue line around those that touch.
+    Predicted ones are tinted and hatched in orange. A token that is both has edge and hatching.
 
     Args:
         frames_THWC: One frame a time step, of ``fit_frames``.
@@ -58,7 +58,20 @@ def paint_kept(frames_THWC: Pixels, roles_Thw: NDArray[np.uint8], cell: int) -> 
     # A dark line beside a bright one shows on every ground.
     out[hidden & ((x + y) % HATCH_PX == 0)] = PREDICTED
     out[hidden & ((x + y) % HATCH_PX == 1)] = INK
-    width = 1 if cell < 10 else 2
-    inner = [(axis % cell >= width) & (axis % cell < cell - width) for axis in (y, x)]
-    out[seen & ~(inner[0] & inner[1])] = VISIBLE
+    out[seen & _outlines(roles_Thw & SEEN > 0, cell)] = VISIBLE
     return out.round().astype(np.uint8)
+
+
+def _outlines(marked_Thw: NDArray[np.bool_], cell: int) -> NDArray[np.bool_]:
+    """Return where the lines around marked tokens are that do not touch another one on that side, (T, H, W)."""
+    width = 1 if cell < 10 else 2
+    around = np.pad(marked_Thw, ((0, 0), (1, 1), (1, 1)))
+    y, x = np.indices((marked_Thw.shape[1] * cell, marked_Thw.shape[2] * cell)) % cell
+    sides = (
+        (around[:, :-2, 1:-1], y < width),
+        (around[:, 2:, 1:-1], y >= cell - width),
+        (around[:, 1:-1, :-2], x < width),
+        (around[:, 1:-1, 2:], x >= cell - width),
+    )
+    lines = [~neighbour.repeat(cell, axis=1).repeat(cell, axis=2) & strip for neighbour, strip in sides]
+    return np.logical_or.reduce(lines)

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from everest_ds.cli import main
 from everest_ds.data.lists.video_list import VideoRow, read_list
 from everest_ds.inference.results import require_own
 from everest_ds.model.classifier import EverestClassifier
@@ -233,6 +234,25 @@ def test_predict_says_of_files_and_folders_what_evaluate_says(
         assert [str(entry["class"]) for entry in line["predictions"]] == expected["top5"].split()[:2]
         shown = [f"{entry['probability']:.6f}" for entry in line["predictions"]]
         assert shown == expected["top5_probabilities"].split()[:2]
+
+
+def test_predict_draws_what_the_classifier_looked_at(
+    weights: Path, eleven: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos, broken = [row.path for row in read_list(eleven)[:2]], tmp_path / "broken.mp4"
+    broken.touch()
+    given = ["predict", str(weights), str(videos[0]), str(broken), str(videos[1]), "--recipe", "demo_ft"]
+    given += ["--num-workers", "0", "--show", str(tmp_path / "seen")]
+    assert main(given) == 2
+    names = sorted(path.name for path in (tmp_path / "seen").iterdir())
+    assert len(names) == 2
+    said = capsys.readouterr().out
+    assert all(f"picture  {tmp_path / 'seen' / name}" in said for name in names)
+    assert main([*given, "--json"]) == 2
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ["picture" in line for line in lines] == [True, False, True]
+    assert main(["predict", str(weights), str(broken), *given[5:]]) == 2
+    assert "--show has no effect" in refused([*given, "--features", str(tmp_path / "f.safetensors")], capsys)
 
 
 def test_predict_writes_features_that_pretrained_weights_have_too(eleven: Path, tmp_path: Path) -> None:

@@ -64,8 +64,18 @@ def test_heat_of_a_token_fills_its_cell() -> None:
         assert (cell == heat_colours(np.array(n / 11))).all()
 
 
+def is_outline(roles: np.ndarray, y: int, x: int) -> bool:
+    """Whether a visible token that does not touch another one on that side is left within two pixels."""
+    for dy, dx in ((-2, 0), (2, 0), (0, -2), (0, 2)):
+        row, col = (y + dy) // CELL, (x + dx) // CELL
+        inside = 0 <= row < roles.shape[0] and 0 <= col < roles.shape[1]
+        if not (inside and roles[row, col] & SEEN):
+            return True
+    return False
+
+
 def test_kept_tokens_are_marked_by_colour_and_pattern() -> None:
-    roles = np.array([[[DROPPED, SEEN, HIDDEN], [BOTH, DROPPED, SEEN]]], np.uint8)
+    roles = np.array([[[DROPPED, SEEN, HIDDEN], [BOTH, SEEN, SEEN]]], np.uint8)
     frame = np.random.default_rng(1).integers(0, 256, (1, 2 * CELL, 3 * CELL, 3), np.uint8)
     painted = paint_kept(frame, roles, CELL)[0]
     for y, x in np.ndindex(painted.shape[:2]):
@@ -77,7 +87,7 @@ def test_kept_tokens_are_marked_by_colour_and_pattern() -> None:
             expected = original
         if role & HIDDEN and (x + y) % HATCH_PX < 2:
             expected = np.array([PREDICTED, INK][(x + y) % HATCH_PX], float)
-        if role & SEEN and (min(y % CELL, x % CELL) < 2 or max(y % CELL, x % CELL) >= CELL - 2):
+        if role & SEEN and is_outline(roles[0], y, x):
             expected = np.array(VISIBLE, float)
         assert np.abs(painted[y, x] - expected).max() <= 0.51, (y, x)
 
@@ -154,6 +164,20 @@ def test_picture_of_frames_without_times_or_importance_names_frames() -> None:
 def test_arrays_that_do_not_fit_are_refused(changed: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="expected"):
         picture(**changed)
+
+
+def test_kept_tokens_that_do_not_change_are_noted() -> None:
+    """Where all that changes is kept, and something else besides."""
+    changes = np.zeros(12, np.float32)
+    changes[[0, 7, 11]] = 1
+    assert picture(importance_N=changes).count_still(picture().choices[0]) == 1  # position 1
+    changes[5] = 1  # changes and is not kept
+    assert picture(importance_N=changes).count_still(picture().choices[0]) == 0
+    everything = TokenChoice(label="all", visible_S=np.arange(12), predicted_R=np.array([], np.int64))
+    assert picture(importance_N=changes).count_still(everything) == 0
+    cosine = np.array([-1.0, -0.5, -1.0, *[-1.0] * 9], np.float32)
+    choice = TokenChoice(label="c", visible_S=np.array([0, 1]), predicted_R=np.array([2]))
+    assert picture(importance_N=cosine, no_change=-1 + 1e-6).count_still(choice) == 2
 
 
 def test_heat_of_a_still_clip_is_dark() -> None:
