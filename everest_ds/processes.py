@@ -77,6 +77,20 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def free_memory() -> int | None:
+    """Return about how many bytes of memory may still be taken here, by machine and container; None if unknown."""
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no limit, or another kind of container
+            group = Path("/sys/fs/cgroup")
+            used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            taken = int((group / "memory.current").read_text()) - int(used["inactive_file"])
+            free = min(free, int((group / "memory.max").read_text()) - taken)
+        return max(free, 0)
+    return None
+
+
 def name_this(name: str) -> None:
     """Let ps and top show the calling thread, of a process with one the process, under a name of 15 letters."""
     ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)

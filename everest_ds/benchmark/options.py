@@ -45,6 +45,9 @@ class StepOptions:
     compare_gradients: tuple[str, ...] = ()
     """Steps with flat gradients and steps of DeepSpeed's own path, interleaved, for these files of ds_configs/ by
     name: zero0 zero1 zero2. --model.size thin shows what the host does, also on a CPU."""
+    compare_saves: bool = False
+    """How long a checkpoint stops the training, written while it waits and behind it, interleaved; so many saves
+    each as --steps says. They are written below the current folder, and removed."""
     sweep_stages: bool = False
     """Measure every way of sharding of --stages, each in processes of its own, and write which is fastest."""
     stages: tuple[str, ...] = ("zero1", "zero2", "zero3")
@@ -84,14 +87,14 @@ class StepOptions:
                 raise UserError(f"--{name} {value} must be at least {least}")
         if self.memory_gib is not None and not 0 < self.memory_gib < float("inf"):
             raise UserError(f"--memory-gib {self.memory_gib} must be a number of GiB above 0")
-        names = ("compare", "compare_gradients", "sweep_stages", "sweep_ratio", "sweep_frames")
+        names = ("compare", "compare_gradients", "compare_saves", "sweep_stages", "sweep_ratio", "sweep_frames")
         modes = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name)]
         if len(modes) > 1:
             raise UserError(f"{' and '.join(modes)} are measurements of their own; take them one by one")
         if (self.compare or self.compare_gradients or self.sweep_stages) and self.ds_config is not None:
             both = f"{modes[0]} with --ds-config {self.ds_config}"
             raise UserError(f"{both}: {modes[0]} takes no DeepSpeed file; leave it out")
-        if modes and world.size > 1 and not self.compare_gradients:
+        if modes and world.size > 1 and not (self.compare_gradients or self.compare_saves):
             raise UserError(f"{modes[0]} is started without a launcher, got {world.size} processes")
         if self.compare and not isinstance(config, PretrainConfig):
             raise UserError(f"--compare: {config.recipe} is a fine-tuning; the comparison is of pre-training steps")

@@ -1,8 +1,8 @@
 """`everest benchmark step RECIPE`: clips a second, memory, utilisation, and where the time of a step goes.
 
-Five measurements share the recipe and the flags: steps over micro-batches (here), ours beside the official code
-(`compare`), flat gradients beside DeepSpeed's own path (`gradient_paths`), the ways of sharding (`sharding_sweep`),
-and steps whose work grows (`growth`).
+Six measurements share the recipe and the flags: steps over micro-batches (here), ours beside the official code
+(`compare`), flat gradients beside DeepSpeed's own path (`gradient_paths`), saves at a standstill and behind the
+training (`stalls.saves`), the ways of sharding (`sharding_sweep`), and steps whose work grows (`growth`).
 """
 
 import itertools
@@ -19,6 +19,7 @@ from everest_ds.benchmark.options import StepJob, StepOptions
 from everest_ds.benchmark.profiling import PARTS
 from everest_ds.benchmark.report import StepReport, Table, run_fields
 from everest_ds.benchmark.sharding_sweep import sweep_stages
+from everest_ds.benchmark.stalls.saves import compare_saves
 from everest_ds.benchmark.timing import measure_ceiling
 from everest_ds.benchmark.workbench import build_workbench, limit_memory, measure_steps
 from everest_ds.config import Config, PretrainConfig
@@ -51,6 +52,8 @@ def run(job: StepJob, world: World) -> int:
         raise UserError(f"--memory-gib {options.memory_gib} limits a GPU's memory, and there is none; leave it out")
     if options.compare_gradients:
         return compare_gradients(config, options, sizes, world)
+    if options.compare_saves:
+        return compare_saves(config, options, sizes, world)
     if options.sweep_ratio or options.sweep_frames:
         return sweep_growth(config, options, sizes, world)
     doubled = (FIRST_OF_SWEEP << doublings for doublings in itertools.count())

@@ -22,7 +22,7 @@ class Callback:
     """
 
     checkpoint_bytes: int = 0
-    """About how many bytes `write_checkpoint` writes."""
+    """About how many bytes `write_checkpoint` adds; where none, it is not called. Alike on all ranks."""
 
     def on_start(self) -> None:
         """Before the first step: the run directory exists, and nothing can refuse the start any more."""

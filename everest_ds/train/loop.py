@@ -96,6 +96,8 @@ class Trainer:
         """
         for callback in self.callbacks:
             callback.on_start()
+        if self.schedule.num_left > 0:
+            self._saves.reserve(sum(callback.checkpoint_bytes for callback in self.callbacks))
         taken = self._train(batches)
         for callback in self.callbacks:
             callback.on_end(taken)
@@ -231,7 +233,7 @@ class Trainer:
                 best_step=state.best_step,
             ),
             extra_bytes=sum(callback.checkpoint_bytes for callback in self.callbacks),
-            write_more=[callback.write_checkpoint for callback in self.callbacks],
+            write_more=[callback.write_checkpoint for callback in self.callbacks if callback.checkpoint_bytes],
         )
 
     def _report_save(self, saved: Saved) -> None:

@@ -40,7 +40,8 @@ PREPARE_OPTIONS = [
 ]  # fmt: skip
 STEP_OPTIONS = [
     "micro_batch", "steps", "warmup", "ds_config", "precision", "memory_gib", "kernels", "compare",
-    "compare_gradients", "sweep_stages", "stages", "sweep_ratio", "sweep_frames", "gpus", "out", "json",
+    "compare_gradients", "compare_saves", "sweep_stages", "stages", "sweep_ratio", "sweep_frames", "gpus", "out",
+    "json",
 ]  # fmt: skip
 LAUNCH_OPTIONS = ["ds_config", "out", "resume", "init_from", "init_allow", "precision"]
 PRETRAIN_FIELDS = {

@@ -220,6 +220,17 @@ def checkpoint_bytes(module: Any) -> int:
     return total
 
 
+def bytes_of_rank(module: Any, stage: int, world: World) -> int:
+    """Return about how many bytes of a checkpoint this rank writes at a ZeRO stage; see `checkpoint_bytes`."""
+    total = checkpoint_bytes(module)
+    if stage == 0:
+        return total if world.is_main else 0
+    weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in module.parameters())
+    if stage == 3:
+        return total // world.size
+    return (weights if world.is_main else 0) + (total - weights) // world.size
+
+
 @dataclass(frozen=True, kw_only=True)
 class Keeping:
     """Which checkpoints of a run stay: the newest, multiples of so many steps, and the best; see RunConfig."""
@@ -346,11 +357,21 @@ def require_same_start(checkpoint: Path, was: TrainState, now: TrainState) -> No
         )
 
 
-def make_room(run_dir: Path, temporary: Path, needed: int, world: World) -> None:
-    """Remove unfinished saves, and refuse one that cannot fit before anything is written; all ranks take part."""
+def make_room(
+    run_dir: Path, temporary: Path, needed: int, world: World, *, require: Callable[[], object] = lambda: None
+) -> None:
+    """Remove unfinished saves, and refuse one that cannot fit before anything is written; all ranks take part.
+
+    ``require`` is called on every rank, and raises an OSError where that cannot save.
+    """
     folder = folder_of(run_dir)
-    all_must(world, folder, lambda: _make_room(folder, temporary, needed) if world.is_main else None)
-    distributed.barrier()
+
+    def prepare() -> None:
+        require()
+        if world.is_main:
+            _make_room(folder, temporary, needed)
+
+    all_must(world, folder, prepare)
 
 
 def _make_room(folder: Path, temporary: Path, needed: int) -> None:

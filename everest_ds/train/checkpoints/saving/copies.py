@@ -50,6 +50,15 @@ class Copies:
         """Host memory held."""
         return sum(segment.numel() for segment in self._segments)
 
+    def reserve(self, num_bytes: int) -> None:
+        """Take memory ahead of its use.
+
+        Raises:
+            OSError: There is none.
+        """
+        if num_bytes:
+            self._segments.append(self._take(num_bytes))
+
     def clear(self) -> None:
         """Overwrite all copies from now on; their writer has finished."""
         self._segment = self._start = 0

@@ -10,6 +10,7 @@ that. At most one save is under way. A writer that fails or dies ends the run as
 """
 
 import contextlib
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from everest_ds import distributed, pulse
+from everest_ds import distributed, processes, pulse
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train.checkpoints.listing import folder_of
@@ -27,6 +28,7 @@ from everest_ds.train.checkpoints.save import (
     Keeping,
     TrainState,
     all_must,
+    bytes_of_rank,
     checkpoint_bytes,
     describing_files,
     folders_of_save,
@@ -96,8 +98,34 @@ class Saves:
     _under_way: _UnderWay | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        """Prepare memory for copies; it is taken by the first save."""
+        """Prepare memory for copies; it is taken by `reserve`, or else by the first save."""
         self._copies = None if self.writer is None else self.writer.copies(torch.device(self.engine.device))
+
+    def reserve(self, extra_bytes: int = 0) -> None:
+        """Take the memory for copies before the first step, which takes long; all ranks take part.
+
+        Raises:
+            UserError: A machine has too little.
+        """
+        if self._copies is None:
+            return
+        stage = self.engine.zero_optimization_stage()
+        needed = bytes_of_rank(self.engine.module, stage, self.world) + (extra_bytes if self.world.is_main else 0)
+        needed += needed // 50  # rows are padded, and copies aligned
+        host, free, fault = platform.node(), processes.free_memory(), None
+        here = sum(num for name, num in distributed.gather_objects((host, needed)) if name == host)
+        if free is not None and here > free:
+            fault = f"{here / 2**30:.2f} GiB, and {free / 2**30:.2f} are free"
+        else:
+            try:
+                self._copies.reserve(needed)
+            except OSError as error:
+                fault = f"{here / 2**30:.2f} GiB: {error}"
+        if fault := distributed.agree(fault):
+            raise UserError(
+                f"copies of checkpoints need host memory on {host}, {fault}; save without them "
+                "(--run.no-save-async: the training then waits for every save), or start fewer processes a machine"
+            )
 
     def save(
         self,
@@ -120,8 +148,8 @@ class Saves:
             self.on_saved(Saved(step=state.step, folder=folder, took_s=took_s, stalled_s=took_s))
             return
         temporary, final = folders_of_save(self.run_dir, state.step)
-        all_must(self.world, temporary.parent, self.writer.require)
-        make_room(self.run_dir, temporary, checkpoint_bytes(self.engine.module) + extra_bytes, self.world)
+        needed = checkpoint_bytes(self.engine.module) + extra_bytes
+        make_room(self.run_dir, temporary, needed, self.world, require=self.writer.require)
         files = self._collect(state, temporary, write_more)
         publication = Publication(
             run_dir=self.run_dir, final=final, world_size=self.world.size, owner=self.owner, keeping=keeping
@@ -194,7 +222,8 @@ class Saves:
         files = OrderedFiles(self._copies)
         with _collecting(self.engine, files):
             run_deepspeed(self.engine, temporary)
-        all_must(self.world, temporary.parent, lambda: [write(files) for write in write_more])
+        if write_more:
+            all_must(self.world, temporary.parent, lambda: [write(files) for write in write_more])
         if self.world.is_main:
             for name, content in describing_files(state, self.run_dir):
                 files.add_bytes(name, content)

@@ -14,11 +14,12 @@ import psutil
 import pytest
 import torch
 
+from everest_ds import processes
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train.checkpoints import owner as owners
 from everest_ds.train.checkpoints.owner import Owner
-from everest_ds.train.checkpoints.save import Keeping, TrainState
+from everest_ds.train.checkpoints.save import Keeping, TrainState, bytes_of_rank
 from everest_ds.train.checkpoints.saving import order as orders
 from everest_ds.train.checkpoints.saving.files import CheckpointFiles
 from everest_ds.train.checkpoints.saving.saves import Saved, Saves
@@ -40,6 +41,9 @@ class SavingEngine:
         self.module = torch.nn.Linear(2, 2)
         self.row = torch.arange(8.0)
         self.checkpoint_engine: Any = SimpleNamespace(save=torch.save)
+
+    def zero_optimization_stage(self) -> int:
+        return 2
 
     def save_checkpoint(self, folder: str, *, tag: str, save_latest: bool) -> None:
         (Path(folder) / tag).mkdir()
@@ -218,3 +222,36 @@ def test_checkpoint_of_a_run_that_has_another_owner_by_now_gets_no_name(tmp_path
         with pytest.raises(UserError, match=r"this launch has lost its run: .* is being trained by pid 1 on"):
             saves.finish()
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_machine_with_too_little_memory_for_copies_is_refused_before_it_is_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seen: list[Saved]
+) -> None:
+    engine = SavingEngine()
+    engine.module = torch.nn.Linear(2**20, 16, bias=False)  # 64 MiB of weights, 192 of states
+    with contextlib.closing(Writer()) as writer:
+        saves = Saves(engine=engine, run_dir=tmp_path, world=ALONE, on_saved=seen.append, writer=writer)
+        monkeypatch.setattr(processes, "free_memory", lambda: 2**28)
+        with pytest.raises(UserError, match=r"host memory on .*, 0\.25 GiB, and 0\.25 are free; .*--run\.no-save"):
+            saves.reserve()
+        monkeypatch.setattr(processes, "free_memory", lambda: 2**29)
+        saves.reserve()
+        assert saves._copies is not None
+        assert 2**28 < saves._copies.num_bytes < 2**28 * 1.05
+        save(saves, 2)
+        saves.finish()
+        assert saves._copies.num_bytes < 2**28 * 1.05  # nothing more was taken
+    assert find_damage(seen[0].folder, ALONE) is None
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, [16, 0]), (2, [4 + 6, 6]), (3, [8, 8])])
+def test_bytes_of_a_rank_are_its_part_of_weights_and_states(stage: int, ranks: list[int]) -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    worlds = [World(rank=rank, local_rank=rank, size=2, local_size=2) for rank in range(2)]
+    assert [bytes_of_rank(module, stage, world) for world in worlds] == ranks
+
+
+def test_free_memory_is_part_of_the_machines() -> None:
+    free = processes.free_memory()
+    assert free is not None
+    assert 0 < free <= psutil.virtual_memory().total

@@ -1,0 +1,1 @@
+"""What a run stands still for besides its steps."""
