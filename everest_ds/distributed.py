@@ -143,8 +143,8 @@ def start(world: World) -> "torch.device":
         index = device_index(world, torch.cuda.device_count())
         torch.cuda.set_device(index)
         os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes it for the device, here and in its engine
-    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
-        os.environ.setdefault(name, "2000")  # collectives that torch remembers, for a run that hangs
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # an older name
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives to remember, for a run that hangs
     try:
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     except torch.distributed.DistError as error:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from everest_ds.stacks import EXIT_HUNG
-from tests.integration.launch import SMALL, compute, flags, metrics, recovery_command, require_same_run
+from tests.integration.launch import SMALL, compute, ds_config, flags, metrics, recovery_command, require_same_run
+from tests.integration.scanning import scan
 
 PATIENCE = ("--run.hang-after-s", "2")
 
@@ -99,3 +100,38 @@ def test_slow_rank_is_named_in_the_record(demo_folder: Path, tmp_path: Path) -> 
     events = [event for event in metrics(tmp_path / "run", "event") if event["event"] == "slow_rank"]
     assert [(event["rank"], event["step"]) for event in events] == [(1, 50)]
     assert events[0]["own_ms"] - events[0]["peers_ms"] > 25
+
+
+WAITS_ALONE = """
+import os, time
+from everest_ds import distributed
+world = distributed.World.from_environment()
+distributed.start(world)
+distributed.barrier()
+distributed.set_timeout(1.0)
+if world.is_main:
+    began = time.monotonic()
+    try:
+        distributed.largest(1)
+    except RuntimeError as error:
+        print("ended after", round(time.monotonic() - began), "s", flush=True)
+else:
+    time.sleep(4)
+os._exit(0)
+"""
+
+
+def test_collective_that_a_peer_does_not_join_ends_in_time(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(WAITS_ALONE)
+    done = compute([], processes=2, module=program)
+    assert "ended after 1 s" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_watching_costs_a_few_hundredths_of_a_step() -> None:
+    """Of this thread's CPU time, which other processes do not change much; 1.3 % measured for the checksum."""
+    for line in scan("watch", "tiny", 4, 30, ds_config("zero2"), processes=2):
+        step = line["compute"][1] + line["update"][1]
+        assert line["checksum"][1] + line["phases"][1] < 0.05 * step, line
+        assert line["signs"][1] < 20, line

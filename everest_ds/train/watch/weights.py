@@ -46,6 +46,9 @@ class SameWeights(Callback):
     ) -> None:
         self._engine, self._run_dir, self._world, self._log, self._every = engine, run_dir, world, log, every
         self._saved_step = start_step
+        self._tensors = [*engine.module.parameters(), *engine.module.buffers()]
+        self._pointers: list[int] = []
+        self._held: list[Tensor] = []
         self._sums: list[tuple[int, Tensor]] = []
 
     def before_update(self, step: int) -> None:
@@ -54,7 +57,10 @@ class SameWeights(Callback):
         Raises:
             UserError: The ranks differ; names them, and the last checkpoint of steps in which they did not.
         """
-        tensors = list(held_by_all(self._engine.module))
+        pointers = [tensor.data_ptr() for tensor in self._tensors]
+        if pointers != self._pointers:  # to look for what shares memory takes the host as long as to sum it
+            self._pointers, self._held = pointers, list(held_by_all(self._tensors))
+        tensors = list(self._held)
         if step % self._every == 0 and self._engine.zero_optimization_stage() == 0:
             tensors += optimizer_states(self._engine)
         self._sums.append((step, sum_of_bits(tensors, self._engine.device)))
@@ -96,10 +102,10 @@ class SameWeights(Callback):
         )
 
 
-def held_by_all(module: torch.nn.Module) -> Iterable[Tensor]:
-    """Yield what all ranks hold alike: buffers and whole parameters; of shared memory each piece once."""
+def held_by_all(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
+    """Yield those parameters and buffers that all ranks hold whole; of shared memory each piece once."""
     seen = set()
-    for tensor in (*module.parameters(), *module.buffers()):
+    for tensor in tensors:
         if hasattr(tensor, "ds_tensor"):
             if getattr(tensor, "ds_persist", False):
                 yield tensor.detach()

@@ -45,7 +45,7 @@ def test_views_of_one_row_are_summed_once_and_whole() -> None:
     module = torch.nn.Module()
     module.a, module.b = torch.nn.Parameter(row[1:5]), torch.nn.Parameter(row[5:20].view(3, 5))
     module.register_buffer("empty", torch.empty(0))
-    (found,) = held_by_all(module)
+    (found,) = held_by_all([*module.parameters(), *module.buffers()])
     assert torch.equal(found, row)
 
 
