@@ -215,7 +215,7 @@ class RunConfig:
     """Steps that a run may skip because of a non-finite gradient; one more stops the run."""
     pictures_every_steps: int = 1000
     """Steps from one picture of what is kept of a few clips to the next, in RUN/media; also at the first line of
-    metrics. More where drawing would take above 1 % of the time; 0 draws none."""
+    metrics and after the last step. More where drawing would take above 1 % of the time; 0 draws none."""
     hang_after_s: float = 60.0
     """Seconds without progress, or five median steps if that is longer, after which the run counts as hanging:
     every rank writes its stacks, the one that is behind is named, and the run ends with exit code 62; the same

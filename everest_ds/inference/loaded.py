@@ -38,6 +38,7 @@ from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.encoder import EncoderOptions, TokenEncoder
 from everest_ds.model.selection import SelectionRule, keep_rule
 from everest_ds.model.sizes import get_size
+from everest_ds.model.weights.architecture import require_size
 from everest_ds.model.weights.reading import Weights
 from everest_ds.pictures.clip import PicturedClip
 from everest_ds.pictures.clip_sheet import draw_clip
@@ -281,8 +282,9 @@ def _rule_of(config: Config, settings: ClipSettings, *, predicts: bool) -> Selec
 
 
 def _candidates_of(config: Config) -> int:
-    chooses = isinstance(config, PretrainConfig) and config.selection.alpha > 1
-    return config.candidate_steps if chooses and isinstance(config, PretrainConfig) else 0
+    if not isinstance(config, PretrainConfig) or config.selection.alpha == 1:
+        return 0
+    return require_size(config.candidate_grid, f"selection.alpha={config.selection.alpha:g}").time
 
 
 def _config_of(origin: Origin, recipe: Config | None, weights: Weights) -> tuple[Config, str]:

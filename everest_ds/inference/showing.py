@@ -49,8 +49,6 @@ def run(job: ShowJob, world: World) -> int:
         UserError: The weights cannot be used, or a ratio does not go with a strategy.
     """
     options, rows = job.options, job.rows[world.rank :: world.size]
-    if world.is_main:
-        print("loading the model", flush=True)
     if job.origin is None:
         assert job.recipe is not None
         loaded = fresh_model(job.recipe, reader=options.reader)

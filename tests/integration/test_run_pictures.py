@@ -11,7 +11,7 @@ from everest_ds.train.checkpoints.consolidated import read_fp32_weights
 from tests.integration.launch import PICTURES, SMALL, compute, ds_config, flags, losses
 
 STEPS = 6
-FIRST = "step-00000001.png"
+FIRST, LAST = "step-00000001.png", f"step-{STEPS:08d}.png"
 
 
 def drawn(run_dir: Path) -> dict[str, set[str]]:
@@ -61,7 +61,7 @@ def test_losses_and_weights_are_the_same_bits_with_pictures(
     assert not (tmp_path / "plain" / "media" / "clips.npz").exists()
     found = drawn(tmp_path / "shown")
     assert set(found) == {"clip-1", "clip-2", "kept-by-step"}
-    assert all(FIRST in names for names in found.values())
+    assert all({FIRST, LAST} <= names for names in found.values())
     assert (tmp_path / "shown" / "media" / "curves.png").is_file()
 
 
@@ -74,4 +74,4 @@ def test_fine_tuning_draws_what_the_classifier_keeps(stage: int, demo_folder: Pa
         words += ["--data.num-workers", "0", "--batch.micro-size", "16", "--precision", "fp32", PICTURES, every]
         run([*words, "--data.mixup-alpha", "0.8", "--ds-config", ds_config(f"zero{stage}")], 2)
     require_same_numbers(tmp_path / "shown", tmp_path / "plain")
-    assert drawn(tmp_path / "shown") == {name: {FIRST} for name in ("clip-1", "clip-2", "kept-by-step")}
+    assert drawn(tmp_path / "shown") == {name: {FIRST, LAST} for name in ("clip-1", "clip-2", "kept-by-step")}

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import everest_ds
@@ -172,6 +173,31 @@ def test_loading_takes_files_and_folders(
     assert ("does not say how clips are cut" in loaded.report) != is_told
     assert loaded.read(videos[0]).clip_CTHW.shape == (3, 16, edge, edge)
     assert loaded.draw(videos[0]).width > 0
+
+
+def test_loading_a_classifier_gives_its_logits_and_draws_what_it_keeps(videos: list[Path], tmp_path: Path) -> None:
+    config = get_recipe("demo_ft")
+    assert isinstance(config, FinetuneConfig)
+    task = make_task(replace(config, data=replace(config.data, num_classes=5)))
+    save_file(task.model.state_dict(), tmp_path / "ft.safetensors")
+    loaded = everest_ds.load(tmp_path / "ft.safetensors", recipe="demo_ft")
+    clip = loaded.read(videos[0])
+    assert loaded.model(clip.clip_CTHW[None]).shape == (1, 5)
+    (choice,) = loaded.examine(clip).choices
+    assert (len(choice.visible_S), len(choice.predicted_R)) == (86, 0)
+    assert loaded.class_names == tuple("01234")
+
+
+def test_loading_weights_whose_configuration_is_absurd_is_refused(weights: Path, tmp_path: Path) -> None:
+    """A file of a stranger may ask for more frames than there is memory."""
+    with safe_open(weights / "weights.safetensors", "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for section, name, value in ("selection", "alpha", 1e9), ("data", "num_frames", 10**9):
+        config = json.loads(metadata["config"])
+        config[section][name] = value
+        save_file(tensors, tmp_path / "w.safetensors", metadata | {"config": json.dumps(config)})
+        with pytest.raises(UserError, match="tokens"):
+            everest_ds.load(tmp_path / "w.safetensors")
 
 
 def test_loading_nothing_is_refused(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ from everest_ds.train.tasks import Task
 MEDIA, CLIPS = "media", "clips.npz"
 NUM_CLIPS = 2
 SHARE = 0.01
-"""Share of a run's time that drawing takes at most, the first pictures apart."""
+"""Share of a run's time that drawing takes at most, apart from the first pictures and those after the last step."""
 _TILE_PX = 112
 
 
@@ -157,6 +157,8 @@ class Pictures(Callback):
         self._pace = Pace(task.config.run.pictures_every_steps, start_step)
         self._clips: ShownClips | None = None
         self._works = world.is_main
+        self._has_logged = False
+        self._drawn_step: int | None = None
         self._began = time.perf_counter()
 
     def on_start(self) -> None:
@@ -182,12 +184,15 @@ class Pictures(Callback):
 
     def on_log(self, step: int, values: Mapping[str, Any]) -> None:
         """Draw where that is due."""
+        self._has_logged = True
         if self.wants_log(step):
             self._pace.passed(step)
             self._draw(step)
 
     def on_end(self, step: int) -> None:
-        """Draw the curves."""
+        """Draw the clips once more, after the last step, and the curves."""
+        if self._has_logged:
+            self._draw(step, at_end=True)
         if self._works:
             with self._guarded():
                 lines = read_measurements(self._media.parent)
@@ -201,9 +206,10 @@ class Pictures(Callback):
                 with Image.open(path) as image:
                     self._log.image("curves", np.asarray(image.convert("RGB")), step)
 
-    def _draw(self, step: int) -> None:
+    def _draw(self, step: int, *, at_end: bool = False) -> None:
         """Draw all pictures of a step, where rank zero can afford it; at ZeRO-3 all ranks take part."""
-        draws = self._works and self._pace.can_afford(time.perf_counter() - self._began)
+        affords = at_end or self._pace.can_afford(time.perf_counter() - self._began)
+        draws = self._works and affords and self._drawn_step != step
         if self._partitioned:
             draws_here, draws = draws, distributed.gather_objects(draws)[0]
             tensors = self._gather_embedding() if draws else {}
@@ -216,6 +222,9 @@ class Pictures(Callback):
                 model = self._bare_embedding(tensors) if self._partitioned else self._task.model
                 self._write(self._examine(model, self._clips), self._clips.names, step)
             self._pace.spend(time.perf_counter() - started)
+            if self._drawn_step is None and self._works:
+                self._log.say(f"pictures of what is kept: {self._media}")
+            self._drawn_step = step
 
     def _gather_embedding(self) -> dict[str, Tensor]:
         """Return the whole tubelet embedding; all ranks take part."""
