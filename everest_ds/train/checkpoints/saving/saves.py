@@ -43,8 +43,8 @@ from everest_ds.train.checkpoints.saving.files import CheckpointFiles, FilesInFo
 from everest_ds.train.checkpoints.saving.order import Order, OrderedFiles, Publication
 from everest_ds.train.checkpoints.saving.writer import SaveProgress, Writer
 
-# How long rank zero, ended by an error after its own files are written, waits for those of the other ranks. They write
-# less than it does; one that was killed writes no more, and nobody may wait for it long.
+# How long rank zero, ended by an error after its own files are written, waits for those of the other ranks. They
+# write less than it does; one that was killed writes no more, and nobody may wait for it long.
 _OTHERS_MAY_TAKE_S = 5.0
 _LOOK_EVERY_S = 0.1
 
