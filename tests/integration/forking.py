@@ -37,6 +37,7 @@ from tests.conftest import REPOSITORY
 PRELOADED = (
     "av", "deepspeed", "deepspeed.module_inject.auto_ep_layer", "deepspeed.moe.layer", "deepspeed.ops.adam",
     "deepspeed.ops.op_builder.all_ops", "deepspeed.runtime.zero.muon.muon_optimizer", "einops._torch_specific",
+    "matplotlib.backends.backend_agg", "matplotlib.figure",
     "tests.integration.scanning", "torch._inductor.compile_fx", "torch.utils.cpp_extension",
     "torch.utils.serialization", "torch.utils.tensorboard", "torchvision.transforms.v2", "tyro.constructors",
     "typeguard",

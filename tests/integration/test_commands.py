@@ -53,7 +53,7 @@ PRETRAIN_FIELDS = {
     "alpha",
     "optim": "base_lr min_lr warmup_lr warmup_epochs epochs weight_decay betas eps max_grad_norm gradients",
     "batch": "global_size micro_size",
-    "run": "seed max_steps log_every_steps save_every_epochs save_every_steps keep_checkpoints "
+    "run": "seed max_steps log_every_steps save_every_epochs save_every_steps save_async keep_checkpoints "
     "keep_every_epochs max_skipped_steps pictures_every_steps hang_after_s check_weights_every log_to profile",
 }
 FINETUNE_FIELDS = {
