@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from everest_ds.console import streams
 from everest_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -126,8 +127,9 @@ def start(world: World) -> "torch.device":
     on_gpu = select_accelerator()
     if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
-    import deepspeed
-    import deepspeed.ops
+    with streams.quietly():
+        import deepspeed
+        import deepspeed.ops
 
     # Not needed for gloo, and building it costs a compiler and most of a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

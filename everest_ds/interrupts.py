@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from everest_ds.console import streams
 from everest_ds.processes import kill_tree
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def is_requested() -> bool:
 def write_past_buffers(text: str) -> None:
     """Write to stderr from any thread, past Python's own buffers, which may be in use; nowhere if nobody reads."""
     with contextlib.suppress(OSError):
-        os.write(2, text.encode())
+        os.write(streams.stderr_fd, text.encode())
 
 
 @contextlib.contextmanager

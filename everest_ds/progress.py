@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from everest_ds.console.messages import say
+
 Item = TypeVar("Item")
 
 EVERY_S = 10.0
@@ -32,7 +34,7 @@ class Progress:
         self._printed = now
         per_s = done / max(now - self._started, 1e-9)
         left = format_duration((self._total - done) / per_s)
-        print(f"{self._what}{done}/{self._total} videos  {per_s:.1f} videos/s  ETA {left}", flush=True)
+        say(f"{self._what}{done}/{self._total} videos  {per_s:.1f} videos/s  ETA {left}")
 
 
 def with_progress(videos: Iterable[Item], total: int) -> Iterator[Item]:

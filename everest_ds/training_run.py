@@ -5,10 +5,9 @@ others: a wrong setting costs seconds, ends all ranks alike, and leaves nothing 
 """
 
 import contextlib
-import json
 import shlex
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch
 
 from everest_ds import distributed
 from everest_ds.config import Config, FinetuneConfig, GradientsName, PretrainConfig
-from everest_ds.config.file import dump_config
+from everest_ds.console import streams
+from everest_ds.console.messages import say
 from everest_ds.data.clips.augment import check_rand_augment
 from everest_ds.data.clips.dataset import make_loader
 from everest_ds.data.clips.sampling import GlobalBatchSampler
@@ -67,6 +67,8 @@ from everest_ds.train.record.profile import RunProfile
 from everest_ds.train.record.progress import MemoryComparison, StallHint
 from everest_ds.train.record.skipped_steps import SkippedSteps
 from everest_ds.train.record.start_times import FirstStep, StartTimes
+from everest_ds.train.record.summary import describe_run
+from everest_ds.train.record.view import make_view
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import EXIT_STOPPED
 from everest_ds.train.step.gradients import choose_gradients
@@ -74,9 +76,8 @@ from everest_ds.train.step.graph import why_eager
 from everest_ds.train.step.optim import describe_groups
 from everest_ds.train.step.updater import Updater, make_updater
 from everest_ds.train.tasks import Task, make_task
-from everest_ds.train.trackers.base import TrackedRun, flat_settings
 from everest_ds.train.trackers.group import Trackers
-from everest_ds.train.trackers.tensorboard import viewing_command
+from everest_ds.train.trackers.opening import show_run
 from everest_ds.train.watch.slow_ranks import SlowRanks
 from everest_ds.train.watch.watchdog import Watchdog
 from everest_ds.train.watch.weights import SameWeights
@@ -180,20 +181,13 @@ def _train(
     estimate = estimate_memory(ready.config, ready.ds_config, world_size=world.size, device_type=device.type)
     trackers = Trackers(ready.config.run.log_to)
     record = MetricsLog(start.run_dir, schedule.start_step, is_main=world.is_main, trackers=trackers)
-    with contextlib.closing(record) as log:
-        fault = None
-        if world.is_main:
-            try:
-                _open_record(ready, log, trackers, estimate, ready_s=time.perf_counter() - began)
-            except UserError as error:
-                fault = str(error)
-        if fault := distributed.agree(fault):
-            raise UserError(fault)
-        require_shared(start.run_dir)
+    view = make_view(schedule, ready.config.run.log_every_steps)
+    with contextlib.closing(record) as log, contextlib.closing(view):
+        _open_record(ready, log, trackers, estimate, ready_s=time.perf_counter() - began)
         state = _with_best(start, world)
         updater = make_updater(ready.engine, ready.config.optim, ready.ds_config, captures=ready.eager is None)
         watchdog = _make_watchdog(ready)
-        concerns = make_callbacks(ready, updater, state, log, estimate)
+        concerns = [*([view] if world.is_main else []), *make_callbacks(ready, updater, state, log, estimate)]
         trainer = Trainer(
             engine=ready.engine,
             updater=updater,
@@ -218,7 +212,9 @@ def _train(
             log.say(_nothing_left(ready))
         if taken >= schedule.end_step:
             trackers.finish()
-            log.say(f"done: {start.run_dir}")
+            log.say(
+                describe_run(start.run_dir, ready.config, time.perf_counter() - began)
+            ) if world.is_main else None
     return taken, schedule.end_step
 
 
@@ -387,7 +383,7 @@ def _with_best(start: Start, world: World) -> TrainState:
     if step is None or found[0]:
         return start.state
     if world.is_main:
-        print(f"warning: the best checkpoint, of step {step}, is gone; the next score counts", flush=True)
+        say(f"warning: the best checkpoint, of step {step}, is gone; the next score counts")
     return replace(start.state, best_step=None, best_score=None)
 
 
@@ -412,7 +408,29 @@ def _batches(ready: ReadyRun) -> Any:
 def _open_record(
     ready: ReadyRun, log: MetricsLog, trackers: Trackers, estimate: MemoryEstimate, *, ready_s: float
 ) -> None:
-    """Write the run's files, say what is about to run, and begin the record. Rank zero only."""
+    """Write the run's files, say what is about to run, and begin the record; all ranks take part.
+
+    Raises:
+        UserError: A tracker does not open, or a rank does not see the run directory.
+    """
+    run_dir, fault = ready.start.run_dir, None
+    if ready.world.is_main:
+        try:
+            _begin_record(ready, log, trackers, estimate, ready_s=ready_s)
+        except UserError as error:
+            fault = str(error)
+    if fault := distributed.agree(fault):
+        raise UserError(fault)
+    require_shared(run_dir)
+    logs = run_dir / "logs"
+    if streams.keep_in(logs / f"rank-{ready.world.rank:05d}.log"):
+        log.say(f"what libraries say: {logs}")
+
+
+def _begin_record(
+    ready: ReadyRun, log: MetricsLog, trackers: Trackers, estimate: MemoryEstimate, *, ready_s: float
+) -> None:
+    """Write the files of rank zero."""
     config, world, start, schedule = ready.config, ready.world, ready.start, ready.schedule
     run_dir, state = start.run_dir, start.state
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in ready.task.parameters())
@@ -440,7 +458,7 @@ def _open_record(
         if note:
             log.say(f"warning: {note}")
     write_run_files(run_dir, config, ready.ds_config)
-    _open_trackers(ready, trackers, log)
+    show_run(trackers, run_dir, config, ready.ds_config, schedule.start_step)
     _describe_classes(ready.lists, run_dir, log)
     if ready.lists.note:
         log.say(f"warning: {ready.lists.note}")
@@ -465,16 +483,6 @@ def _open_record(
         init_from=None if start.init_from is None else str(start.init_from),
         groups=ready.groups,
     )
-
-
-def _open_trackers(ready: ReadyRun, trackers: Trackers, log: MetricsLog) -> None:
-    """Open what shows the run, and say how it is looked at."""
-    run_dir, config = ready.start.run_dir, ready.config
-    settings = flat_settings(asdict(config))
-    run = TrackedRun(run_dir=run_dir, settings=settings, start_step=ready.schedule.start_step)
-    trackers.open(run, {"recipe": dump_config(config), "ds_config": json.dumps(ready.ds_config, indent=2)})
-    if "tensorboard" in config.run.log_to:
-        log.say(f"watch it: {shlex.join(viewing_command(run_dir))}")
 
 
 def _describe_classes(lists: Lists, run_dir: Path, log: MetricsLog) -> None:

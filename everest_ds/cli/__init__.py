@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from everest_ds.cli.table import COMMANDS, interrupted
+from everest_ds.console import streams
 
 __all__ = ["COMMANDS", "main"]
 
@@ -50,4 +51,4 @@ def _leave(signum: int, frame: FrameType | None) -> None:
 
 def _write(line: str) -> None:
     """Write a line to stderr, past Python's own buffers: they may be in use."""
-    os.write(2, f"{line}\n".encode())
+    os.write(streams.stderr_fd, f"{line}\n".encode())

@@ -6,6 +6,7 @@ signal stopped a run, all saved, and the same command resumes it; 130 Ctrl-C end
 traceback.
 """
 
+import contextlib
 import errno
 import io
 import os
@@ -15,17 +16,20 @@ from collections.abc import Mapping, Sequence
 from everest_ds import __version__, distributed, interrupts
 from everest_ds.cli.table import COMMANDS, EXIT_INTERRUPTED, Command, interrupted
 from everest_ds.commands.parsing import say, usage
+from everest_ds.console import messages, streams
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, escaped, nearest_hint
 from everest_ds.train.signals import EXIT_STOPPED
 
 # What launchers add to the words of each process unless they are told not to.
 LOCAL_RANK_FLAGS = ("--local_rank", "--local-rank")
+_QUIET, _VERBOSE = ("-q", "--quiet"), ("-v", "--verbose")
+_LOADING = "loading torch and DeepSpeed, usually 3 to 15 s"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _take_verbosity(list(sys.argv[1:] if argv is None else argv))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     world = World.from_environment()
@@ -100,10 +104,23 @@ def _call(command: Command, words: list[str], world: World) -> int:
     job = command.load_entry()(words, world)
     if isinstance(job, int):
         return job
-    distributed.select_accelerator()  # before DeepSpeed is imported
-    code = command.load_work()(job, world)
+    if world.is_main and not messages.is_quiet():
+        print(_LOADING, file=sys.stderr, flush=True)
+    with streams.set_aside(speaks=world.is_main) if command.keeps_logs else contextlib.nullcontext():
+        messages.send_libraries_to(sys.__stderr__)
+        with streams.quietly():
+            distributed.select_accelerator()  # before DeepSpeed is imported
+            work = command.load_work()
+        code = work(job, world)
     # The processes of a launch leave past Python's own end; so does a stopped run, whose end somebody waits for.
     return _leave(code, at_once=world.size > 1 or code == EXIT_STOPPED)
+
+
+def _take_verbosity(words: list[str]) -> list[str]:
+    """Set how much is said, and return the other words."""
+    louder, quieter = (sum(word in names for word in words) for names in (_VERBOSE, _QUIET))
+    messages.set_verbosity(louder - quieter)
+    return [word for word in words if word not in (*_VERBOSE, *_QUIET)]
 
 
 def _show_usage(prog: str, commands: Mapping[str, Command], world: World) -> int:

@@ -26,6 +26,7 @@ class Command(NamedTuple):  # no dataclass: that takes longer to import than all
         entry: MODULE:FUNCTION that parses and checks; MODULE is below `everest_ds.commands`.
         work: MODULE:FUNCTION that does what the entry returned; MODULE is below `everest_ds`.
         on_interrupt: Message when Ctrl-C ends it; a training that has begun has its own.
+        keeps_logs: Whether it has a run directory, for what libraries print; people do not see that.
         parts: Commands of its own, by the word after its name, in place of an entry.
     """
 
@@ -33,6 +34,7 @@ class Command(NamedTuple):  # no dataclass: that takes longer to import than all
     entry: str = ""
     work: str | None = None
     on_interrupt: str = _STARTS_AGAIN
+    keeps_logs: bool = False
     parts: Mapping[str, "Command"] = {}
 
     def load_entry(self) -> Callable[..., Any]:
@@ -107,12 +109,14 @@ COMMANDS = {
         entry="train:pretrain",
         work="training_run:run",
         on_interrupt=_NOT_TRAINED,
+        keeps_logs=True,
     ),
     "finetune": Command(
         purpose="fine-tune a recipe on labelled videos, scoring it on the way",
         entry="train:finetune",
         work="training_run:run",
         on_interrupt=_NOT_TRAINED,
+        keeps_logs=True,
     ),
     "evaluate": Command(
         purpose="score a run, a checkpoint or weights over a list, several views a video",

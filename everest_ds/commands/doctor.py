@@ -21,7 +21,7 @@ from everest_ds.commands.parsing import parse
 from everest_ds.distributed import World
 
 OK, OPTIONAL, MISSING = "ok", "--", "MISSING"
-REQUIRED = ("torch", "torchvision", "timm", "deepspeed", "av", "einops", "tensorboard", "tyro")
+REQUIRED = ("torch", "torchvision", "timm", "deepspeed", "av", "einops", "tensorboard", "tqdm", "tyro")
 TIMEOUT_S = 300.0
 """Seconds that one part may take: the first import of torch and DeepSpeed from a slow disk takes a minute."""
 

@@ -25,7 +25,7 @@ from everest_ds.train.checkpoints.saving.saves import Saved, Saves
 from everest_ds.train.checkpoints.saving.writer import Writer
 from everest_ds.train.engine import set_learning_rate
 from everest_ds.train.record.metrics import MetricsLog
-from everest_ds.train.record.progress import Window, describe_line
+from everest_ds.train.record.progress import Window
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import EXIT_STOPPED, StopRequest
 from everest_ds.train.step import garbage
@@ -196,7 +196,6 @@ class Trainer:
             **measured,
         }
         self.log.write("train", taken, **values)
-        self.log.say(describe_line(taken, self.schedule.end_step, values))
         for callback in self.callbacks:
             callback.on_log(taken, values)
 

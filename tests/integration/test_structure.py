@@ -17,7 +17,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_UNDOCUMENTED_LINES, MAX_FOLDER_FILES = 5
 
 # What each part may import of the project; leaves import leaves only.
 LEAVES = {"errors", "distributed", "files", "imagenet", "interrupts", "progress", "tokens"}
-LEAVES |= {"launchers", "processes", "pulse", "schedulers", "stacks"}
+LEAVES |= {"console", "launchers", "processes", "pulse", "schedulers", "stacks"}
 BELOW_TRAINING = {"model", "data", "config"} | LEAVES
 PRODUCT = {"training_run", "train", "pictures", "inference", "planning", "recipes"} | BELOW_TRAINING
 ALLOWED = {

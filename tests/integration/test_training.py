@@ -42,6 +42,7 @@ def test_run_directory_is_as_documented(reference: Path) -> None:
     names = {path.name for path in reference.iterdir() if not path.match("events.out.tfevents.*")}
     assert names == {
         "config.json", "ds_config.json", "environment.json", "owner.lock", "metrics.jsonl", "checkpoints",
+        "logs",
     }  # fmt: skip
     lines = metrics(reference)
     assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))

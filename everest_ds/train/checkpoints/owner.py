@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from everest_ds import distributed
+from everest_ds.console.messages import say
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.processes import started_at
@@ -198,10 +199,7 @@ class _Lock:
             return False  # one kernel has all locks of both
         if owner.is_neighbour(self.owner):
             return owner.runs_here()
-        print(
-            f"{self._path} is of pid {owner.pid} on {owner.host}: looking for {GONE_AFTER_S:g} s whether that runs",
-            flush=True,
-        )
+        say(f"{self._path} is of pid {owner.pid} on {owner.host}: looking for {GONE_AFTER_S:g} s whether that runs")
         until = time.monotonic() + GONE_AFTER_S
         while time.monotonic() < until:
             time.sleep(_LOOK_EVERY_S)

@@ -24,6 +24,7 @@ import torch
 
 import everest_ds
 from everest_ds import distributed
+from everest_ds.console.messages import say
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.files import parse_json, sha256
@@ -79,7 +80,7 @@ def universal_copy(checkpoint: Path, world: World) -> Iterator[Path]:
     if distributed.agree(fault) is None:
         require_data(copy, world)
         if world.is_main:
-            print(f"using {copy}, converted earlier", flush=True)
+            say(f"using {copy}, converted earlier")
         yield copy
         return
     try:
@@ -107,7 +108,7 @@ def _convert(checkpoint: Path, copy: Path, source: str, world: World) -> None:
     temporary = copy.with_name(f"tmp-{copy.name}")
     started = time.monotonic()
     if world.is_main:
-        print(f"converting {checkpoint.name} for another world or ZeRO stage", flush=True)
+        say(f"converting {checkpoint.name} for another world or ZeRO stage")
     fault = (
         _run_converter(checkpoint, temporary, world)
         or try_together(lambda: _bridge(checkpoint, temporary) if world.is_main else None)
@@ -119,7 +120,7 @@ def _convert(checkpoint: Path, copy: Path, source: str, world: World) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{checkpoint} could not be converted for this world and ZeRO stage: {fault}")
     if world.is_main:
-        print(f"converted to {copy} in {time.monotonic() - started:.1f} s", flush=True)
+        say(f"converted to {copy} in {time.monotonic() - started:.1f} s")
 
 
 def _publish(temporary: Path, copy: Path) -> None:
@@ -162,7 +163,7 @@ def _is_converting(
         process.wait(timeout=REPORT_EVERY_S)
     done = len(list(temporary.glob("zero/*/exp_avg_sq.pt")))
     what = f"{done} of {num_parameters} parameters merged" if done else "taking the shards apart"
-    print(f"  {what}, {time.monotonic() - started:.0f} s", flush=True)
+    say(f"  {what}, {time.monotonic() - started:.0f} s")
     return process.poll() is None
 
 

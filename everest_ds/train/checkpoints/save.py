@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from everest_ds import distributed
+from everest_ds.console.messages import say
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, escaped
 from everest_ds.files import move_aside, parse_json, sync, write_atomically
@@ -277,7 +278,7 @@ def set_aside(checkpoints: Iterable[Path]) -> None:
         try:
             move_aside(checkpoint, f"damaged-{checkpoint.name}")
         except OSError as error:
-            print(f"warning: {checkpoint} cannot be renamed: {error.strerror}", flush=True)
+            say(f"warning: {checkpoint} cannot be renamed: {error.strerror}")
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -332,11 +333,11 @@ def choose_checkpoint(candidates: Sequence[Path], world: World, *, exact: bool) 
         fault = distributed.agree(find_fault(checkpoint, world))
         if fault is None:
             if world.is_main:
-                print(f"verified {checkpoint} in {time.perf_counter() - started:.2f} s", flush=True)
+                say(f"verified {checkpoint} in {time.perf_counter() - started:.2f} s")
             return checkpoint
         faults.append(f"checkpoint {checkpoint} is damaged: {fault}")
         if world.is_main and not exact:
-            print(escaped(f"warning: {faults[-1]}; passing it over"), flush=True)
+            say(escaped(f"warning: {faults[-1]}; passing it over"))
     if faults:
         raise UserError("; ".join(faults) + "; name another with --resume PATH, or start afresh in another --out")
     return None

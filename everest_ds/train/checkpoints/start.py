@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from everest_ds.console.messages import say
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train.checkpoints.changes import accept_changes
@@ -60,7 +61,7 @@ class Start:
                 grid = task.config.grid
                 report = load_initial_weights(task.model, self.init_from, allow=self.init_allow, clip_grid=grid)
                 if world.is_main:
-                    print(report.describe(), flush=True)
+                    say(report.describe())
             yield lambda engine: None
         elif self.reshards:
             num_updates = self.was.step - self.was.num_skipped

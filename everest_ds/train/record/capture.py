@@ -7,11 +7,13 @@ An event `cuda_graph` of metrics.jsonl, after the step in which it happened:
     capture_s    seconds that warm-up and capture took, or null
 """
 
+import sys
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from everest_ds.distributed import World, speaks_first
+from everest_ds.errors import escaped
 from everest_ds.train.callbacks import Callback
 from everest_ds.train.record.metrics import MetricsLog
 from everest_ds.train.step.graph import CapturedCompute
@@ -43,7 +45,8 @@ class CaptureLog(Callback):
         if graph.obstacle is None:
             self._log.say(f"captured a CUDA graph in {capture_s} s; it keeps {pool_gib} GiB reserved")
         elif speaks_first(f"eager {graph.obstacle}", self._world):
-            print(f"warning: no CUDA graph, steps are computed eagerly: {graph.obstacle}", flush=True)
+            text = f"warning: no CUDA graph, steps are computed eagerly: {graph.obstacle}"
+            print(escaped(text), file=sys.stderr, flush=True)  # other ranks have no stdout
         self._log.write(
             "event", step, event="cuda_graph", obstacle=graph.obstacle, pool_gib=pool_gib, capture_s=capture_s
         )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from everest_ds.console.messages import say
 from everest_ds.errors import escaped
 from everest_ds.files import move_aside, sort_json_lines, write_atomically
 
@@ -41,7 +42,7 @@ def keep_lines(
         is_kept: Says, by the number among such lines and the object, whether a line stays.
     """
     if path.is_dir():
-        print(f"warning: {path} is a folder, now {move_aside(path, f'odd-{path.name}').name}", flush=True)
+        say(f"warning: {path} is a folder, now {move_aside(path, f'odd-{path.name}').name}")
     if not path.is_file():
         return
     lines, odd = sort_json_lines(path, is_record)
@@ -52,5 +53,5 @@ def keep_lines(
             write_atomically(aside, earlier + b"".join(odd))
         shown = escaped(odd[0][:_SHOWN_BYTES].decode("utf-8", "backslashreplace").rstrip("\n"))
         count = "a line" if len(odd) == 1 else f"{len(odd)} lines"
-        print(f"warning: {path} holds {count} that it cannot hold, now in {aside.name}: {shown}", flush=True)
+        say(f"warning: {path} holds {count} that it cannot hold, now in {aside.name}: {shown}")
     write_atomically(path, b"".join(text for number, (text, line) in enumerate(lines) if is_kept(number, line)))

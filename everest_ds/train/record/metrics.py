@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from everest_ds.errors import escaped
+from everest_ds.console.messages import say
 from everest_ds.train.record.lines import METRICS, is_measurement, keep_lines
 from everest_ds.train.trackers.group import Trackers
 
@@ -57,7 +57,7 @@ class MetricsLog:
     def say(self, text: str) -> None:
         """Print a text for people, on rank zero."""
         if self._is_main:
-            print("\n".join(map(escaped, text.split("\n"))), flush=True)
+            say(text)
 
     def close(self) -> None:
         """Close the file and the trackers."""

@@ -1,4 +1,4 @@
-"""The line of metrics: what a run measures between two of them, and how it is printed."""
+"""The line of metrics: what a run measures between two of them, and what people should do about it."""
 
 import math
 import os
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from everest_ds import distributed
 from everest_ds.config import Config
+from everest_ds.console.messages import say
 from everest_ds.errors import UserError
-from everest_ds.progress import format_duration
 from everest_ds.train.callbacks import Callback
 from everest_ds.train.record.metrics import MetricsLog, peak_memory_gib, peak_tflops
 from everest_ds.train.step.updater import StepResult
@@ -88,18 +88,6 @@ class Window:
         }
 
 
-def describe_line(step: int, end_step: int, values: Mapping[str, Any]) -> str:
-    """Return a line of metrics for people, with the time that is left."""
-    left = format_duration((end_step - step) * values["step_ms"] / 1e3)
-    mfu = "" if values["mfu"] is None else f"  mfu {values['mfu']:.1%}"
-    return (
-        f"step {step}/{end_step}  epoch {values['epoch']:.2f}  loss {values['loss']:.4f}"
-        f"  grad {values['grad_norm']:.3g}  lr {values['lr']:.2e}  {values['clips_per_s']:.1f} clips/s"
-        f"  step {values['step_ms']:.0f} ms  data {values['data_wait_ms']:.0f} ms"
-        f"  {values['memory_gib']:.2f} GiB{mfu}  ETA {left}"
-    )
-
-
 class StallHint(Callback):
     """Says what to do when training waits for clips: when it begins to, and again after many lines.
 
@@ -120,13 +108,12 @@ class StallHint(Callback):
         data, cores = self._config.data, len(os.sched_getaffinity(0))
         is_fastest = data.reader in ("auto", "pyav")
         faster_reader = "" if is_fastest else f"data.reader=pyav (now {data.reader}) decodes less; "
-        print(
+        say(
             f"note: {values['stalled']:.0%} of the time was spent waiting for clips. {data.num_workers} loader "
             f"processes for each training process here, {cores} CPU cores for all: raise data.num_workers while "
             f"cores are idle; {faster_reader}`everest prepare` makes videos "
             f"cheap to decode; data.repeats (now {data.repeats}) takes several clips from one decoding; `everest "
-            f"benchmark data {self._config.recipe}` shows where the time goes",
-            flush=True,
+            f"benchmark data {self._config.recipe}` shows where the time goes"
         )
 
 

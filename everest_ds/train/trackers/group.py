@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from everest_ds.config import TrackerName
+from everest_ds.console.messages import say
 from everest_ds.errors import UserError, escaped
 from everest_ds.files import read_json_object, write_json
 from everest_ds.train.trackers.base import TrackedRun, Tracker, shown_scalars
@@ -110,9 +111,7 @@ class Trackers:
                 call(tracker)
             except Exception as error:  # metrics.jsonl has it all; a service that fails must not end a training
                 del self._open[name]
-                print(
-                    f"warning: run.log_to={name} failed and is off from here on: {_first_line(error)}", flush=True
-                )
+                say(f"warning: run.log_to={name} failed and is off from here on: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

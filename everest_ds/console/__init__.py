@@ -1,0 +1,1 @@
+"""What people see of a command while it works, and where everything else goes. Leaves."""

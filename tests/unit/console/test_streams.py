@@ -1,0 +1,71 @@
+"""What libraries print goes to a file of the rank; people see what the command says, and all when it fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import os, subprocess, sys, warnings
+from everest_ds.console import streams
+from everest_ds.console.messages import say, send_libraries_to
+import logging
+from pathlib import Path
+
+path, speaks, ends = Path(sys.argv[1]), sys.argv[2] == "speaks", sys.argv[3]
+print("before", flush=True)
+with streams.set_aside(speaks=speaks):
+    send_libraries_to(sys.__stderr__)
+    with streams.quietly():
+        handler = logging.StreamHandler(sys.stdout)  # as DeepSpeed binds its own
+        print("an import prints")
+    child = subprocess.Popen([sys.executable, "-c", "input(); print('a child prints')"], stdin=subprocess.PIPE)
+    if ends == "early":
+        raise RuntimeError("lost")
+    assert streams.keep_in(path)
+    os.write(1, b"a library in C prints\\n")
+    os.write(2, b"and complains\\n")
+    warnings.warn("a warning of Python's")
+    logging.getLogger("library").warning("unhandled")
+    handler.emit(logging.makeLogRecord({"msg": "handled"}))
+    say("news")
+    say("warning: careful\\x1b")
+    os.write(streams.stderr_fd, b"past the buffers\\n")
+    print("to stderr", file=sys.stderr)
+    child.communicate(b"\\n")
+print("after", flush=True)
+os.write(2, b"after, too\\n")
+"""
+
+
+def run(tmp_path: Path, speaks: str, ends: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+    path = tmp_path / "logs" / "rank-00000.log"
+    words = [sys.executable, "-c", PROGRAM, str(path), speaks, ends]
+    return subprocess.run(words, capture_output=True, text=True, check=False), path
+
+
+def test_libraries_write_to_the_log_and_the_command_to_people(tmp_path: Path) -> None:
+    for start in (1, 2):
+        done, path = run(tmp_path, "speaks", "well")
+        assert done.stdout.splitlines() == ["before", "news", r"warning: careful\x1b", "after"]
+        assert done.stderr.splitlines() == ["past the buffers", "to stderr", "after, too"]
+        log = path.read_text()
+        words = ["an import prints", "a library in C prints", "and complains", "UserWarning: a warning of Python's"]
+        for word in [*words, "unhandled\n", "handled\n", "a child prints"]:
+            assert log.count(word) >= start, (word, log)
+        assert log.count("--- process") == start
+
+
+def test_other_ranks_say_nothing_on_stdout_but_errors(tmp_path: Path) -> None:
+    done, path = run(tmp_path, "listens", "well")
+    assert done.stdout.splitlines() == ["before", "after"]
+    assert "to stderr" in done.stderr
+    assert "news" in path.read_text()
+
+
+def test_failure_before_there_is_a_log_shows_what_libraries_said(tmp_path: Path) -> None:
+    done, path = run(tmp_path, "speaks", "early")
+    assert not path.exists()
+    assert "an import prints" in done.stderr
+    assert "RuntimeError: lost" in done.stderr
