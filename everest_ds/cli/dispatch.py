@@ -24,7 +24,7 @@ from everest_ds.train.signals import EXIT_STOPPED
 # What launchers add to the words of each process unless they are told not to.
 LOCAL_RANK_FLAGS = ("--local_rank", "--local-rank")
 _QUIET, _VERBOSE = ("-q", "--quiet"), ("-v", "--verbose")
-_LOADING = "loading torch and DeepSpeed, usually 3 to 15 s"
+_LOADING = "loading torch and DeepSpeed (usually 3 to 15 s)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

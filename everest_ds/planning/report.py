@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shlex
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,16 @@ COLUMNS = {
     "attn": "attention", "sent": "sent", "host": "host",
 }  # fmt: skip
 
+SETTING_COLUMNS = ("total", "host", "sent")
 SUMMANDS = ("params", "grads", "optim", "ema", "input", "comm", "work", "over")
+_WIDTH = 80
+_LEGEND = """ckpt: blocks are computed again in backward; part: all but attention, whose
+output is kept. host: memory of the host. sent: what a GPU sends in a step.
+work: the largest of activations (activ, of them attn attention's), ranking,
+gradients and step, and gathered parameters; with a CUDA graph the step comes on
+top of the others.
+Assumed, not yet measured: `over`, 1.5 GiB for CUDA and NCCL and 5 % for
+fragmentation."""
 
 
 def run(job: PlanJob, world: World) -> int:
@@ -47,7 +58,7 @@ def run(job: PlanJob, world: World) -> int:
     if chosen is not None:
         command = _command(chosen, job.recipe, job.base, paths[chosen.name])
         recommended = _row(chosen, memory_bytes, paths)
-        advice = f"{_describe_choice(chosen, options)}\n{command}"
+        advice = f"{_wrapped(_describe_choice(chosen, options))}\n{command}"
     else:
         change = smallest_change(
             config, systems, num_gpus=gpus, memory_bytes=memory_bytes, precision=options.precision
@@ -57,7 +68,7 @@ def run(job: PlanJob, world: World) -> int:
             "ds_config": change.leanest.name,
             "gpus": change.more_gpus.sharding.world_size if change.more_gpus else None,
         }
-        advice = _describe_change(change, options)
+        advice = _wrapped(_describe_change(change, options))
     if options.json:
         document = {
             "recipe": config.recipe,
@@ -73,8 +84,8 @@ def run(job: PlanJob, world: World) -> int:
         }
         print(json.dumps(document))
     else:
-        _print_table(config, options, rows)
         print(advice)
+        _print_tables(config, options, rows)
     return 0 if chosen else 1
 
 
@@ -102,31 +113,49 @@ def _row(setting: Setting, memory_bytes: int, paths: dict[str, str]) -> dict[str
     }
 
 
-def _print_table(config: Config, options: PlanOptions, rows: list[dict[str, Any]]) -> None:
-    columns = {head: part for head, part in COLUMNS.items() if head != "ema" or any(r["bytes"][part] for r in rows)}
-    summands = " + ".join(head for head in columns if head in SUMMANDS)
+def _print_tables(config: Config, options: PlanOptions, rows: list[dict[str, Any]]) -> None:
+    """Print how each setting runs and what it takes, then the parts of that; 80 columns."""
+    parts = {head: part for head, part in COLUMNS.items() if head not in SETTING_COLUMNS}
+    if not any(row["bytes"]["average"] for row in rows):
+        del parts["ema"]
+    summands = " + ".join(head for head in parts if head in SUMMANDS)
     print(
-        f"{config.recipe}: ViT-{config.model.size}, {_describe_parameters(config)}; {config.tokens}\n"
+        f"\n{config.recipe}: ViT-{config.model.size}\n{_describe_parameters(config)}; {config.tokens}\n"
         f"batch {config.batch.global_size} on {options.gpus} GPUs of {options.gpu_memory_gib:g} GiB"
         f"{'' if options.precision == 'auto' else f', {options.precision}'}\n\n"
-        "Estimated peak of one GPU in GiB, at the largest micro-batch that fits (* not even one clip does).\n"
-        f"total = {summands}. work: the largest of activations (activ, of\n"
-        "them attn attention's), ranking, gradients and step, and gathered parameters; with a CUDA graph the step\n"
-        "comes on top of the others. sent: what a GPU sends in a step.\n"
-        "ckpt: blocks are computed again in backward; part: all but attention, whose output is kept.\n"
+        "Estimated peak of one GPU in GiB, at the largest micro-batch that fits\n(* not even one clip does).\n"
     )
-    print(f"{'ds_config':<14}{'ckpt':>5}{'micro':>6}{'accum':>6}" + "".join(f"{name:>7}" for name in columns))
+    heads = "".join(f"{head:>8}" for head in SETTING_COLUMNS)
+    print(f"{'ds_config':<14}{'ckpt':>5}{'micro':>6}{'accum':>6}{heads}")
     for row in rows:
-        shown = "".join(f"{row['bytes'][part] / 2**30:>7.2f}" for part in columns.values())
-        recomputes = "no"
-        if row["activation_checkpointing"]:
-            recomputes = "yes" if row["recompute_attention"] else "part"
         micro = f"{row['micro_size']}{'' if row['fits'] else '*'}"
-        print(f"{Path(row['ds_config']).stem:<14}{recomputes:>5}{micro:>6}{row['accumulation_steps']:>6}{shown}")
+        print(f"{_name(row)}{micro:>6}{row['accumulation_steps']:>6}" + _sizes(row, SETTING_COLUMNS, 8))
+    print(f"\n{'of the total':<14}{'ckpt':>5} " + "".join(f"{head:>6}" for head in parts))
+    for row in rows:
+        print(f"{_name(row)} {_sizes(row, list(parts), 6)}")
     unknown = {name for row in rows for name in row["not_modelled"]}
     if unknown:
-        print(f"\nwarning: not counted: {', '.join(sorted(unknown))}")
-    print("\nAssumed, not yet measured: `over`, 1.5 GiB for CUDA and NCCL and 5 % for fragmentation.")
+        print(_wrapped(f"\nwarning: not counted: {', '.join(sorted(unknown))}"))
+    print(f"\ntotal = {summands}.\n{_LEGEND}")
+
+
+def _name(row: dict[str, Any]) -> str:
+    recomputes = "no"
+    if row["activation_checkpointing"]:
+        recomputes = "yes" if row["recompute_attention"] else "part"
+    stem = Path(row["ds_config"]).stem
+    return f"{stem if len(stem) <= 14 else f'{stem[:13]}…':<14}{recomputes:>5}"
+
+
+def _sizes(row: dict[str, Any], heads: Sequence[str], width: int) -> str:
+    sizes = [row["bytes"][COLUMNS[head]] / 2**30 for head in heads]
+    return "".join(f"{size:>{width}.{2 if size < 99.995 else 1}f}" for size in sizes)
+
+
+def _wrapped(text: str) -> str:
+    """Return a text in lines of 80 columns at most; words are not broken."""
+    lines = text.split("\n")
+    return "\n".join(textwrap.fill(line, _WIDTH, break_long_words=False, break_on_hyphens=False) for line in lines)
 
 
 def _describe_parameters(config: Config) -> str:
@@ -142,7 +171,7 @@ def _describe_parameters(config: Config) -> str:
 def _describe_choice(chosen: Setting, options: PlanOptions) -> str:
     steps = chosen.sharding.accumulation_steps
     return (
-        f"\nrecommended: {chosen.name} {_recomputation_words(chosen)}, {chosen.config.batch.global_size} = "
+        f"recommended: {chosen.name} {_recomputation_words(chosen)}, {chosen.config.batch.global_size} = "
         f"{chosen.micro_size} a GPU x {options.gpus} GPUs x {steps} accumulation steps, "
         f"{in_gib(chosen.estimate.total):.2f} GiB of {options.gpu_memory_gib:g}"
     )
@@ -155,7 +184,7 @@ def _describe_change(change: SmallestChange, options: PlanOptions) -> str:
     if more is not None:
         gpus = more.sharding.world_size
         wishes.append(f"{gpus} GPUs of {options.gpu_memory_gib:g} GiB ({more.name}, micro-batch 1)")
-    return f"\nnothing fits. The smallest change that would: {', or '.join(wishes)}"
+    return f"nothing fits. The smallest change that would: {', or '.join(wishes)}"
 
 
 def _recomputation_words(setting: Setting) -> str:

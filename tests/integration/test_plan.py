@@ -33,8 +33,9 @@ def test_plan_prints_a_fitting_setting_and_a_command_that_runs_it(
     monkeypatch.chdir(REPOSITORY)
     assert cli.main(words.split()) == 0
     shown = capsys.readouterr().out
-    assert all(len(line) <= 125 or line.startswith("deepspeed") for line in shown.splitlines())
+    assert all(len(line) <= 80 or line.startswith("deepspeed") for line in shown.splitlines())
     (command,) = (line for line in shown.splitlines() if line.startswith("deepspeed"))
+    assert shown.startswith("recommended: ")
     found = plan_json(words, capsys)
     assert found["command"] == command
     chosen = found["recommended"]
@@ -63,7 +64,7 @@ def test_plan_of_a_fine_tuning_prints_a_command_that_runs_it(
     words = "plan k400_vit_l_ft --gpus 8 --gpu-memory-gib 80 --optim.ema-decay 0.999"
     assert cli.main(words.split()) == 0
     shown = capsys.readouterr().out
-    assert all(len(line) <= 125 or line.startswith("deepspeed") for line in shown.splitlines())
+    assert all(len(line) <= 80 or line.startswith("deepspeed") for line in shown.splitlines())
     assert "304.3 M parameters, 400 classes assumed; 1568 tokens a clip, 940 kept" in shown
     assert "total = params + grads + optim + ema + input" in shown
     (command,) = (line for line in shown.splitlines() if line.startswith("deepspeed"))
@@ -117,7 +118,8 @@ def test_nothing_fits_exits_with_1_and_the_smallest_change(capsys: pytest.Captur
     words = "plan k400_vit_h --gpus 8 --gpu-memory-gib 3"
     assert cli.main(words.split()) == 1
     shown = capsys.readouterr().out
-    assert "nothing fits. The smallest change that would: GPUs of" in shown
+    assert shown.startswith("nothing fits. The smallest change that would: GPUs of")
+    assert max(map(len, shown.splitlines())) <= 80
     found = plan_json(words, capsys, code=1)
     assert found["command"] is None
     assert found["recommended"] is None
