@@ -5,7 +5,6 @@ others: a wrong setting costs seconds, ends all ranks alike, and leaves nothing 
 """
 
 import contextlib
-import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,7 +66,7 @@ from everest_ds.train.record.profile import RunProfile
 from everest_ds.train.record.progress import MemoryComparison, StallHint
 from everest_ds.train.record.skipped_steps import SkippedSteps
 from everest_ds.train.record.start_times import FirstStep, StartTimes
-from everest_ds.train.record.summary import describe_run
+from everest_ds.train.record.summary import describe_nothing_left, describe_run
 from everest_ds.train.record.view import make_view
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.signals import EXIT_STOPPED
@@ -209,7 +208,7 @@ def _train(
                 taken = trainer.run(batches)
         else:
             taken = trainer.run(iter(()))
-            log.say(_nothing_left(ready))
+            log.say(describe_nothing_left(start.run_dir, schedule, ready.config.run.max_steps))
         if taken >= schedule.end_step:
             trackers.finish()
             log.say(
@@ -495,12 +494,3 @@ def _describe_classes(lists: Lists, run_dir: Path, log: MetricsLog) -> None:
     every = config.run.validate_every_epochs
     scored = f"scored on {len(lists.val)} every {every} epochs" if lists.val else "not scored during training"
     log.say(f"{classes.num} classes, {len(lists.train)} training videos, {scored}")
-
-
-def _nothing_left(ready: ReadyRun) -> str:
-    schedule, limit = ready.schedule, ready.config.run.max_steps
-    longer = "raise --run.max-steps, or " if limit is not None and schedule.end_step == limit else ""
-    return (
-        f"nothing left to do: step {schedule.start_step} of {schedule.end_step}; to train longer, {longer}"
-        f"start a new run from these weights: --init-from {shlex.quote(str(ready.start.run_dir))} --out ANOTHER"
-    )

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from everest_ds import distributed
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig
+from everest_ds.console.messages import say
 from everest_ds.data.clips.batch import ClipBatch
 from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.distributed import World
@@ -169,7 +170,7 @@ class Pictures(Callback):
             try:
                 self._clips = ShownClips.load(path)
             except Exception as error:
-                print(f"warning: {path} is not of this version and is replaced: {_first_line(error)}", flush=True)
+                say(f"warning: {path} is not of this version and is replaced: {_first_line(error)}")
 
     def on_batch(self, batch: ClipBatch) -> None:
         """Take the first clips of the first batch."""
@@ -291,9 +292,7 @@ class Pictures(Callback):
             yield
         except Exception as error:
             self._works = False
-            print(
-                f"warning: no more pictures in {self._media}: {_first_line(error)}; training continues", flush=True
-            )
+            say(f"warning: no more pictures in {self._media}: {_first_line(error)}; training continues")
 
 
 def _encoder_of(model: EverestAutoencoder | TokenEncoder) -> TokenEncoder:

@@ -10,6 +10,7 @@ from everest_ds.config import Config
 from everest_ds.files import sort_json_lines
 from everest_ds.progress import format_duration
 from everest_ds.train.record.lines import read_measurements
+from everest_ds.train.schedule import Schedule
 
 
 def describe_run(run_dir: Path, config: Config, seconds: float) -> str:
@@ -46,6 +47,15 @@ def describe_end(
     bad = f"{num_bad} draws unreadable: {run_dir / 'bad_samples.jsonl'}" if num_bad else "all readable"
     rows |= {"videos": bad, "next": _next_command(run_dir, config)}
     return "\n".join([f"done: {run_dir}", *(f"  {name:<7} {text}" for name, text in rows.items())])
+
+
+def describe_nothing_left(run_dir: Path, schedule: Schedule, max_steps: int | None) -> str:
+    """Return why a start took no step, and how the run is trained longer."""
+    longer = "raise --run.max-steps, or " if max_steps is not None and schedule.end_step == max_steps else ""
+    return (
+        f"nothing left to do: step {schedule.start_step} of {schedule.end_step}; to train longer, {longer}"
+        f"start a new run from these weights: --init-from {shlex.quote(str(run_dir))} --out ANOTHER"
+    )
 
 
 def _describe_training(train: Sequence[Mapping[str, Any]]) -> dict[str, str]:
