@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from everest_ds import __version__, distributed, interrupts
+from everest_ds.cli import completion
 from everest_ds.cli.table import COMMANDS, EXIT_INTERRUPTED, Command, interrupted
 from everest_ds.commands.parsing import say, usage
 from everest_ds.console import messages, streams
@@ -78,6 +79,10 @@ def _dispatch(words: list[str], world: World) -> int:
         return _show_usage("everest COMMAND", COMMANDS, world)
     if words[0] == "--version":
         print(__version__)
+        return 0
+    if words[0].partition("=")[0] == completion.FLAG:
+        shell = words[0].partition("=")[2] or " ".join(words[1:])
+        say(completion.completion_script(shell), world, to_stdout=True)
         return 0
     if any(word.partition("=")[0] in LOCAL_RANK_FLAGS for word in words):
         # The same text on every rank, so that a launch says it once.

@@ -66,11 +66,11 @@ def parse_recipe(
     Raises:
         UserError: There is no recipe, or one of another task than the command's.
     """
-    if words and words[0] in ("-h", "--help"):
+    if words and words[0] in ("-h", "--help", "--tyro-print-completion"):
         recipe, flags = "demo_ft" if task == "finetune" else "demo", words
     elif not words or words[0].startswith("-"):
-        known = sorted(recipes_of(task) if task else RECIPES)
-        raise UserError(f"{prog.removeprefix('everest ')} needs a recipe first; known: {', '.join(known)}")
+        known = ", ".join(known_recipes(task))
+        raise UserError(f"{prog.removeprefix('everest ')} needs a recipe first; known: {known}")
     else:
         recipe, *flags = words
     config = find_config(recipe)
@@ -80,6 +80,11 @@ def parse_recipe(
         raise UserError(f"{recipe} is a recipe for `everest {config.task}`, not for `everest {task}`{hint}")
     default = cls(recipe=recipe, config=config, **defaults)
     return parse(cls[type(config)], flags, f"{prog} RECIPE", world, default=default)  # type: ignore[index]
+
+
+def known_recipes(task: TaskName | None) -> list[str]:
+    """Return the names of the recipes of a task, or of all."""
+    return sorted(recipes_of(task) if task else RECIPES)
 
 
 def usage(prog: str, rest: str, choices: Mapping[str, str]) -> str:

@@ -23,7 +23,7 @@ PRODUCT = {"training_run", "train", "pictures", "inference", "planning", "recipe
 ALLOWED = {
     "__main__": {"cli"},
     "__init__": {"inference", "recipes", "train"},
-    "cli": {"commands", "train"} | LEAVES,
+    "cli": {"commands", "config", "train"} | LEAVES,
     "commands": {"benchmark", "study"} | PRODUCT,
     "study": {"benchmark"} | PRODUCT,
     "benchmark": PRODUCT,
