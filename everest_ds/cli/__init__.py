@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from types import FrameType
 
 from everest_ds.cli.table import COMMANDS, interrupted
-from everest_ds.console import streams
 
 __all__ = ["COMMANDS", "main"]
 
@@ -51,4 +50,5 @@ def _leave(signum: int, frame: FrameType | None) -> None:
 
 def _write(line: str) -> None:
     """Write a line to stderr, past Python's own buffers: they may be in use."""
-    os.write(streams.stderr_fd, f"{line}\n".encode())
+    streams = sys.modules.get("everest_ds.console.streams")  # set aside only once that is imported
+    os.write(getattr(streams, "stderr_fd", 2), f"{line}\n".encode())
