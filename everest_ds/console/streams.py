@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from everest_ds.errors import UserError
+
 stderr_fd = 2
 """Where people read errors: for writing past Python's buffers."""
 _CHUNK = 1 << 20
@@ -38,29 +40,33 @@ class _Aside:
 def set_aside(*, speaks: bool) -> Iterator[None]:
     """Keep what libraries print from people inside this block; nothing changes where stdout was replaced before.
 
-    What was printed comes out after all when the block fails before `keep_in` named a file.
+    What was printed comes out after all when the block fails by a defect of ours before `keep_in` named a file.
 
     Args:
         speaks: Whether this process says anything on stdout: rank zero.
     """
     global stderr_fd
-    if sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__ or sys.stdout is None:
+    out, err = sys.stdout, sys.stderr
+    if out is None or err is None or out is not sys.__stdout__ or err is not sys.__stderr__:
         yield
         return
-    before, showwarning = (sys.stdout, sys.stderr), warnings.showwarning
+    before, showwarning = (out, err), warnings.showwarning
     _flush(*before)
     saved = os.dup(1), os.dup(2)
     _Aside.early, _Aside.taken, _Aside.log = os.memfd_create("everest-noise"), 0, None
     stderr_fd = saved[1]
     _lead_to(_Aside.early)
     if speaks:
-        sys.stdout = _text(saved[0], before[0])
-    sys.stderr = _text(saved[1], before[1])
+        sys.stdout = _text(saved[0], out)
+    sys.stderr = _text(saved[1], err)
     warnings.showwarning = _show_warning
     failed = True
     try:
         yield
         failed = False
+    except (UserError, KeyboardInterrupt):  # say what is the matter themselves
+        failed = False
+        raise
     finally:
         _flush(sys.stdout, sys.stderr, *before)
         _take_early()
@@ -140,10 +146,12 @@ def _lead_to(descriptor: int) -> None:
     os.dup2(descriptor, 2)
 
 
-def _text(descriptor: int, like: TextIO) -> TextIO:
+def _text(descriptor: int, like: TextIO | None) -> TextIO:
     """Return a text stream over a descriptor that stays open after it."""
     raw = io.BufferedWriter(io.FileIO(descriptor, "w", closefd=False))
-    return io.TextIOWrapper(raw, encoding=like.encoding, errors="backslashreplace", line_buffering=True)
+    return io.TextIOWrapper(
+        raw, encoding=like.encoding if like else None, errors="backslashreplace", line_buffering=True
+    )
 
 
 def _flush(*streams: TextIO | None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 PROGRAM = """
 import os, subprocess, sys, warnings
 from everest_ds.console import streams
+from everest_ds.errors import UserError
 from everest_ds.console.messages import say, send_libraries_to
 import logging
 from pathlib import Path
@@ -21,8 +22,8 @@ with streams.set_aside(speaks=speaks):
         handler = logging.StreamHandler(sys.stdout)  # as DeepSpeed binds its own
         print("an import prints")
     child = subprocess.Popen([sys.executable, "-c", "input(); print('a child prints')"], stdin=subprocess.PIPE)
-    if ends == "early":
-        raise RuntimeError("lost")
+    if ends != "well":
+        raise {"early": RuntimeError, "refused": UserError}[ends]("lost")
     assert streams.keep_in(path)
     os.write(1, b"a library in C prints\\n")
     os.write(2, b"and complains\\n")
@@ -69,3 +70,9 @@ def test_failure_before_there_is_a_log_shows_what_libraries_said(tmp_path: Path)
     assert not path.exists()
     assert "an import prints" in done.stderr
     assert "RuntimeError: lost" in done.stderr
+
+
+def test_refusal_stands_alone(tmp_path: Path) -> None:
+    done, _ = run(tmp_path, "speaks", "refused")
+    assert "an import prints" not in done.stderr
+    assert "UserError: lost" in done.stderr
