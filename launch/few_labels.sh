@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does pre-training help where labels are few? Fine-tunes the demo from pre-trained and from random weights, on the same
 # few videos of each class, for the same number of steps, over several seeds; a table of top-1 on the test videos.
-# It takes the data and the pre-trained run of launch/quickstart.sh, and goes on where it was when started again. With
+# It takes the data and the pre-trained run of launch/quickstart.sh --full, and goes on where it was when started again. With
 # UNLABELLED, it pre-trains another run on so many videos of its own, for PRETRAIN_STEPS.
 #
 #   [EVEREST_OUT=FOLDER] [SHOTS="5 20"] [SEEDS="0 1 2"] [STEPS=400] [UNLABELLED=4000] [PRETRAIN_STEPS=3000] \
@@ -12,25 +12,25 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 ensure_environment ""
 
-out=${EVEREST_OUT:-quickstart}
-data=quickstart/data
+out=${EVEREST_OUT:-quickstart}/full
+data=quickstart/full-data
 shots=${SHOTS:-5 20} seeds=${SEEDS:-0 1 2} steps=${STEPS:-400}
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 0 ]; then precision=bf16; else
   export DS_ACCELERATOR=cpu
   precision=fp32
 fi
-everest demo-data quickstart/data
+everest demo-data "$data"
 pretrained=$out/pretrained results=$out/few_labels
 if [ -n "${UNLABELLED:-}" ]; then
   pretrained=$out/pretrained-$UNLABELLED results=$out/few_labels-$UNLABELLED
-  everest demo-data "quickstart/data-$UNLABELLED" --train "$UNLABELLED" --val 0 --test 0 --seed 1
+  everest demo-data "quickstart/full-data-$UNLABELLED" --train "$UNLABELLED" --val 0 --test 0 --seed 1
   deepspeed --no_local_rank --num_gpus $((gpus > 0 ? gpus : 2)) --module everest_ds pretrain demo \
-    --data.train-list "quickstart/data-$UNLABELLED/train.csv" --ds-config ds_configs/zero2.json \
+    --data.train-list "quickstart/full-data-$UNLABELLED/train.csv" --ds-config ds_configs/zero2.json \
     --precision "$precision" --batch.micro-size $((32 / (gpus > 0 ? gpus : 2))) \
     --optim.epochs $((${PRETRAIN_STEPS:-3000} / (UNLABELLED / 32))) --optim.warmup-epochs 1 --out "$pretrained"
 elif [ ! -f "$pretrained/checkpoints/latest" ]; then
-  echo "no pre-trained run in $pretrained; first run: bash $(from_caller launch/quickstart.sh)" >&2
+  echo "no pre-trained run in $pretrained; first run: bash $(from_caller launch/quickstart.sh --full)" >&2
   exit 2
 fi
 last=$(printf 'checkpoints/step-%08d' "$steps")

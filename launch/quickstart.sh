@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
-# From a clone to a scored model: environment, demo videos, pre-training and fine-tuning through DeepSpeed (ZeRO-2), and
-# the accuracy on videos that were never trained on; on all GPUs, or on two CPU processes where there is none. Run it
-# again to continue or to look again. About 17 minutes on two CPU cores, 2 of them for the installation.
+# From a clone to a first result in about five minutes on two CPU cores, two of them for the installation: demo videos, a
+# picture of the tokens that are kept, two pre-trainings through DeepSpeed (ZeRO-2), and what a linear probe gets out of
+# them and out of random weights. On all GPUs, or on two CPU processes where there is none. The same command continues.
 #
-#   [EVEREST_OUT=FOLDER] bash launch/quickstart.sh
-#   EVEREST_TINY=1 bash launch/quickstart.sh    # a few videos and steps: does everything work here?
+#   [EVEREST_OUT=FOLDER] [SEED=0] bash launch/quickstart.sh
+#   bash launch/quickstart.sh --full           # pre-training and fine-tuning at length, 15 minutes: 8 classes of the demo
+#   EVEREST_TINY=1 bash launch/quickstart.sh   # a few videos and steps: does everything work here?
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 source launch/run_deepspeed.sh
+case "$*" in
+  "") full= ;;
+  --full) full=yes ;;
+  *) echo "usage: bash launch/quickstart.sh [--full]" >&2 && exit 2 ;;
+esac
 ensure_environment ""
 
-if [ -n "${EVEREST_TINY:-}" ]; then
-  out=${EVEREST_OUT:-quickstart/tiny} data=quickstart/tiny-data
-  sizes=(--train 32 --val 8 --test 8) length=(--run.max-steps 3 --run.log-every-steps 1)
-else
-  out=${EVEREST_OUT:-quickstart} data=quickstart/data
-  sizes=() length=()
-fi
-everest doctor
-everest demo-data "$data" ${sizes[@]+"${sizes[@]}"}
-
+out=${EVEREST_OUT:-quickstart}/${full:+full}
+out=${out%/}${EVEREST_TINY:+/tiny} data=quickstart/${full:+full-}${EVEREST_TINY:+tiny-}data seed=${SEED:-0}
+length=() tiny=${EVEREST_TINY:-}
+if [ -n "$tiny" ]; then length=(--run.max-steps 3 --run.log-every-steps 1); fi
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 0 ]; then
   processes=$((gpus < 32 ? gpus : 32))
@@ -31,17 +31,52 @@ else
   processes=2
   precision=fp32
 fi
-share=$((32 / processes)) # the demo's batch is 32, or the multiple of the processes just below
+share=$((32 / processes)) # a batch is 32 clips, or the multiple of the processes just below
 train() {
   run_deepspeed --no_local_rank --num_gpus "$processes" --module everest_ds "$@" \
-    --data.train-list "$data/train.csv" --ds-config ds_configs/zero2.json --precision "$precision" \
-    --batch.global-size $((share * processes)) --batch.micro-size "$share" ${length[@]+"${length[@]}"}
+    --data.train-list "$data/train.csv" --ds-config ds_configs/zero2.json --precision "$precision" --run.seed "$seed" \
+    --batch.global-size $((share * processes)) --batch.micro-size "$share"
 }
-train pretrain demo --out "$out/pretrained"
-train finetune demo_ft --data.val-list "$data/val.csv" --init-from "$out/pretrained" --out "$out/finetuned"
-everest evaluate "$out/finetuned" --list "$data/test.csv" --out "$out/evaluation"
+everest=$(program everest)
 
-python - "$out" <<'PYTHON'
+# Which of four textures moves? The rest of the frame is clutter that stands still.
+compare() {
+  local start sizes=(--train 480 --val 0 --test 240)
+  if [ -n "$tiny" ]; then sizes=(--train 32 --val 0 --test 32); fi
+  everest demo-data "$data" "${sizes[@]}" --num-frames 16 --movers 1 --distractors 0 --radius 10 --classes mover --clutter 10
+  everest show study "$data/test/00000.mp4" --out "$out/pictures"
+  echo "a first picture: $(from_caller "$out/pictures/00000.png")"
+  local pretrain=(pretrain study --optim.epochs 19 --optim.base-lr 3.2e-2 --selection.visible-ratio 0.1)
+  train "${pretrain[@]}" --selection.selected-ratio 0.15 --out "$out/rero" ${length[@]+"${length[@]}"}
+  train "${pretrain[@]}" --selection.strategy tube --selection.selected-ratio 1.0 --out "$out/tube" ${length[@]+"${length[@]}"}
+  # The first step of warm-up has rate zero: these are the weights that both runs started from.
+  train "${pretrain[@]}" --selection.selected-ratio 0.15 --out "$out/random" --run.max-steps 1
+  for start in rero tube random; do
+    everest evaluate "$out/$start" --recipe study_ft --protocol linear --keep-ratio 0.15 --precision "$precision" \
+      --train-list "$data/train.csv" --list "$data/test.csv" --batch-rows 32 --out "$out/probe-$start"
+  done
+  python launch/first_result.py "$out"
+  cat <<TEXT
+all of it is in $(from_caller "$out"); where to look next:
+  $(program tensorboard) --logdir $(from_caller "$out")
+      the curves, in a browser
+  $everest show $(from_caller "$out/rero") $(from_caller "$data/test/00001.mp4") --out $(from_caller "$out/pictures")
+      what the pre-trained model keeps of a video, and what it reconstructs
+  cat $(from_caller "$out/probe-rero/summary.json")
+      the scores, by class, and the views and the checkpoint that they belong to
+TEXT
+}
+
+# Where a disc goes: eight classes, pre-trained and fine-tuned until nearly every test video is right.
+learn() {
+  local sizes=()
+  if [ -n "$tiny" ]; then sizes=(--train 32 --val 8 --test 8); fi
+  everest demo-data "$data" ${sizes[@]+"${sizes[@]}"}
+  train pretrain demo --out "$out/pretrained" ${length[@]+"${length[@]}"}
+  train finetune demo_ft --data.val-list "$data/val.csv" --init-from "$out/pretrained" --out "$out/finetuned" \
+    ${length[@]+"${length[@]}"}
+  everest evaluate "$out/finetuned" --list "$data/test.csv" --out "$out/evaluation"
+  python - "$out" <<'PYTHON'
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[1])
 rows = [json.loads(line) for line in (out / "pretrained/metrics.jsonl").read_text().splitlines()]
@@ -52,8 +87,7 @@ top1 = json.loads((out / "evaluation/summary.json").read_text())["top1"]
 print(f"\npre-training: mean loss of the first tenth {first:.3f}, of the last tenth {last:.3f}")
 print(f"fine-tuning: top-1 {top1:.1%} over 8 classes, on test videos that were never trained on")
 PYTHON
-everest=$(program everest)
-cat <<TEXT
+  cat <<TEXT
 all of it is in $(from_caller "$out"); where to look next:
   $(program tensorboard) --logdir $(from_caller "$out")
       the curves, in a browser
@@ -61,6 +95,12 @@ all of it is in $(from_caller "$out"); where to look next:
       the class of a video
   cat $(from_caller "$out/evaluation/summary.json")
       the scores, by class, and the views and the checkpoint that they belong to
+TEXT
+}
+
+everest doctor
+if [ -n "$full" ]; then learn; else compare; fi
+cat <<TEXT
   $everest recipes k400_vit_l_ft
       a recipe of the paper as it would run on 8 GPUs
   source $(from_caller "$environment/bin/activate")
