@@ -1,6 +1,6 @@
 """The result of launch/quickstart.sh, in one sentence and one picture.
 
-    python launch/first_result.py OUT    OUT holds rero/, tube/, random/ and probe-rero/, ...; writes OUT/result.png
+python launch/first_result.py OUT    OUT holds rero/, tube/, random/ and probe-rero/, ...; writes OUT/result.png
 """
 
 import json
@@ -10,7 +10,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 # Of Okabe and Ito: told apart with every colour vision.
-STARTS = {"rero": ("ReRo", "#0072B2"), "tube": ("tube masking", "#E69F00"), "random": ("no pre-training", "#999999")}
+STARTS = {
+    "rero": ("ReRo", "#0072B2"),
+    "tube": ("tube masking", "#E69F00"),
+    "random": ("no pre-training", "#999999"),
+}
 
 
 def read_losses(run_dir: Path) -> tuple[list[int], list[float]]:

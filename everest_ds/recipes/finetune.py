@@ -154,7 +154,7 @@ def demo_ft() -> FinetuneConfig:
     deepspeed --no_local_rank --num_gpus 2 --module everest_ds finetune demo_ft --data.train-list demo/train.csv \
         --data.val-list demo/val.csv --init-from runs/demo --ds-config ds_configs/zero2.json --precision fp32 \
         --out runs/demo_ft
-    At least 85 % top-1 over 8 classes; launch/quickstart.sh runs it and prints the figure.
+    At least 85 % top-1 over 8 classes; launch/quickstart.sh --full runs it and prints the figure.
     """
     return FinetuneConfig(
         recipe="demo_ft",

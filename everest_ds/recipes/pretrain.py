@@ -156,7 +156,7 @@ def demo() -> PretrainConfig:
 
     deepspeed --no_local_rank --num_gpus 2 --module everest_ds pretrain demo --data.train-list demo/train.csv \
         --ds-config ds_configs/zero2.json --precision fp32 --out runs/demo
-    The loss falls by at least a tenth; launch/quickstart.sh runs it and prints the figures.
+    The loss falls by at least a tenth; launch/quickstart.sh --full runs it and prints the figures.
     """
     return PretrainConfig(
         recipe="demo",

@@ -103,7 +103,11 @@ def test_first_block_and_the_hints_it_ends_in_work_as_printed(
     shown = bash(f"set -e\n{block}", tmp_path, shell)
     clone = tmp_path / "everest_ds"
     assert (clone / ".venv" / "bin" / "activate").is_file()
-    assert "top-1" in shown
+    assert re.search(
+        "A linear probe has top-1 [0-9]+% with ReRo, [0-9]+% with tube masking, and [0-9]+% without", shown
+    )
+    for picture in ("pictures/00000.png", "result.png"):
+        assert (clone / "quickstart" / "tiny" / picture).read_bytes().startswith(b"\x89PNG")
     assert shown.endswith("ready to train\n")  # of the block's last line
     hints = re.findall(r"^  (\S.*)$", shown[shown.index("where to look next") :], flags=re.MULTILINE)
     starts = [hint.split()[0].split("/")[-1] for hint in hints]
