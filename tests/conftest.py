@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.selection import SelectionRule
 from everest_ds.model.sizes import ModelSize
 from everest_ds.tokens import TokenGrid
+from everest_ds.train.signals import STOP_SIGNALS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -84,6 +86,15 @@ class GoldenModel:
 
     def _weights_of(self, prefix: str) -> dict[str, torch.Tensor]:
         return {k.removeprefix(prefix): v for k, v in self.weights.items() if k.startswith(prefix)}
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    """A training in the test's own process leaves its stop signals ignored, also for processes started later."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(params=["tiny224", "mini64"])
