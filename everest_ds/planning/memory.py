@@ -2,7 +2,7 @@
 
 Place in the flow: configuration and resolved DeepSpeed configuration in, `MemoryEstimate` out. `everest plan`
 compares many; a run prints its own at the start and compares it with the measured peak at the end. Arithmetic only:
-neither DeepSpeed nor a GPU is needed. What building the engine and saving a checkpoint take is not counted.
+neither DeepSpeed nor a GPU is needed. What building the engine takes is not counted.
 """
 
 from dataclasses import asdict, dataclass
@@ -12,8 +12,16 @@ from everest_ds.config import Config, FinetuneConfig, PretrainConfig
 from everest_ds.model.selection import keep_rule
 from everest_ds.model.sizes import get_size
 from everest_ds.planning.activations import NumberBytes, activation_bytes, ranking_bytes
-from everest_ds.planning.sharding import FLOAT32_BYTES, Sharding, bytes_sent, count_parameters, num_classes
-from everest_ds.planning.states import ModelStates, model_states
+from everest_ds.planning.sharding import (
+    FLOAT32_BYTES,
+    ParameterCounts,
+    Sharding,
+    bytes_sent,
+    count_parameters,
+    num_classes,
+)
+from everest_ds.planning.states import ADAM_BYTES, MASTER_BYTES, ModelStates, model_states
+from everest_ds.train.checkpoints.save import share_of_rank
 from everest_ds.train.selecting import num_pretrain_noise
 from everest_ds.train.step.graph import capture_obstacle
 
@@ -36,6 +44,7 @@ class MemoryEstimate(ModelStates):
         input: The micro-batch: uint8 clips, noise, and labels.
         pool: What a captured CUDA graph keeps between steps, too: the memory of forward and backward, and a copy of
             the input; 0 without one.
+        copies: Host memory of rank zero, which writes most, for copies of what a checkpoint saves.
         sent: Bytes that one GPU sends in one optimiser step.
         not_modelled: Options of the DeepSpeed configuration that the estimate does not know, and
             model.compile_blocks: compiled code keeps other tensors for backward.
@@ -47,6 +56,7 @@ class MemoryEstimate(ModelStates):
     ranking: int
     input: int
     pool: int
+    copies: int
     sent: int
     not_modelled: tuple[str, ...]
 
@@ -54,6 +64,11 @@ class MemoryEstimate(ModelStates):
     def states(self) -> int:
         """Parameters, gradients, optimiser states and moving average."""
         return self.parameters + self.gradients + self.optimizer + self.average
+
+    @property
+    def host_memory(self) -> int:
+        """Host memory of one GPU's process: what offload takes, and copies of checkpoints."""
+        return self.host + self.copies
 
     @property
     def transient(self) -> int:
@@ -106,6 +121,7 @@ def estimate_memory(
         ranking=ranking_bytes(config),
         input=input_bytes,
         pool=passes + input_bytes if is_captured else 0,
+        copies=_copy_bytes(config, counts, sharding) if config.run.save_async else 0,
         sent=bytes_sent(counts, sharding),
         not_modelled=sharding.not_modelled + (("model.compile_blocks",) if config.model.compile_blocks else ()),
     )
@@ -114,6 +130,14 @@ def estimate_memory(
 def _average_bytes(config: Config, trained: int, world_size: int) -> int:
     averages = isinstance(config, FinetuneConfig) and config.optim.ema_decay is not None
     return -(-trained // world_size) * FLOAT32_BYTES if averages else 0
+
+
+def _copy_bytes(config: Config, counts: ParameterCounts, sharding: Sharding) -> int:
+    """Return what rank zero writes of a checkpoint: shards, and the whole moving average."""
+    weights, trained = counts.total * sharding.model_bytes, sum(counts.trained)
+    total = weights + trained * (MASTER_BYTES + ADAM_BYTES)
+    shards = share_of_rank(total, weights, sharding.stage, world_size=sharding.world_size, is_main=True)
+    return shards + _average_bytes(config, trained, 1)
 
 
 def _clip_bytes(config: Config) -> int:
@@ -145,7 +169,8 @@ def describe_estimate(estimate: MemoryEstimate) -> str:
         f"memory estimate a process: {estimate.allocated / GIB:.2f} GiB allocated at the peak, "
         f"{estimate.total / GIB:.2f} with context and fragmentation ({shown})"
     )
-    host = f"; {estimate.host / GIB:.2f} GiB of host memory" if estimate.host else ""
+    copies = f", {estimate.copies / GIB:.2f} of them for copies of checkpoints" if estimate.copies else ""
+    host = f"; {estimate.host_memory / GIB:.2f} GiB of host memory{copies}" if estimate.host_memory else ""
     unknown = f"; not counted: {', '.join(estimate.not_modelled)}" if estimate.not_modelled else ""
     return line + host + unknown
 

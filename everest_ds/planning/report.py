@@ -21,20 +21,21 @@ MAX_GPUS_OF_A_NODE = 8
 PARTS = (
     "parameters", "gradients", "optimizer", "average", "gathered", "activations", "attention", "ranking",
     "collected", "pool", "step", "input", "communication", "transient", "overhead", "allocated", "total", "host",
-    "sent",
+    "copies", "host_memory", "sent",
 )  # fmt: skip
 # Heads of the table, and the part that each shows.
 COLUMNS = {
     "params": "parameters", "grads": "gradients", "optim": "optimizer", "ema": "average", "input": "input",
     "comm": "communication", "work": "transient", "over": "overhead", "total": "total", "activ": "activations",
-    "attn": "attention", "sent": "sent", "host": "host",
+    "attn": "attention", "sent": "sent", "host": "host_memory",
 }  # fmt: skip
 
 SETTING_COLUMNS = ("total", "host", "sent")
 SUMMANDS = ("params", "grads", "optim", "ema", "input", "comm", "work", "over")
 _WIDTH = 80
 _LEGEND = """ckpt: blocks are computed again in backward; part: all but attention, whose
-output is kept. host: memory of the host. sent: what a GPU sends in a step.
+output is kept. host: memory of the host for offload and for copies of
+checkpoints. sent: what a GPU sends in a step.
 work: the largest of activations (activ, of them attn attention's), ranking,
 gradients and step, and gathered parameters; with a CUDA graph the step comes on
 top of the others.

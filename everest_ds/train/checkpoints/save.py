@@ -223,13 +223,17 @@ def checkpoint_bytes(module: Any) -> int:
 
 def bytes_of_rank(module: Any, stage: int, world: World) -> int:
     """Return about how many bytes of a checkpoint this rank writes at a ZeRO stage; see `checkpoint_bytes`."""
-    total = checkpoint_bytes(module)
-    if stage == 0:
-        return total if world.is_main else 0
     weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in module.parameters())
+    return share_of_rank(checkpoint_bytes(module), weights, stage, world_size=world.size, is_main=world.is_main)
+
+
+def share_of_rank(total: int, weights: int, stage: int, *, world_size: int, is_main: bool) -> int:
+    """Return how many bytes of a checkpoint a rank writes, of all and of the model's weights among them."""
+    if stage == 0:
+        return total if is_main else 0
     if stage == 3:
-        return total // world.size
-    return (weights if world.is_main else 0) + (total - weights) // world.size
+        return total // world_size
+    return (weights if is_main else 0) + (total - weights) // world_size
 
 
 @dataclass(frozen=True, kw_only=True)

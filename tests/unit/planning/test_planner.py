@@ -126,9 +126,23 @@ def test_parts_make_the_total_and_say_so() -> None:
     line = describe_estimate(found)
     assert f"{found.allocated / GIB:.2f} GiB allocated" in line
     assert "gathered 0.59" in line
-    assert "host" not in line
-    assert "of host memory" in describe_estimate(estimate(get_recipe("k400_vit_l"), "zero3_offload"))
+    copies = f"{found.copies / GIB:.2f}"
+    assert line.endswith(f"; {copies} GiB of host memory, {copies} of them for copies of checkpoints")
+    offloaded = estimate(get_recipe("k400_vit_l"), "zero3_offload")
+    assert offloaded.host_memory == offloaded.host + offloaded.copies > offloaded.host > 0
     assert describe_peak(found, found.allocated / GIB * 1.1).endswith("(+10.0%)")
+
+
+def test_copies_of_checkpoints_are_what_rank_zero_writes() -> None:
+    """Of 8 ranks: bfloat16 weights whole, float32 masters and two moments in eighths; at stage 3 all in eighths."""
+    config = get_recipe("k400_vit_l")
+    parameters = count_parameters(config).total
+    assert estimate(config, "zero2").copies == pytest.approx((2 + 12 / 8) * parameters, rel=1e-6)
+    assert estimate(config, "zero3").copies == pytest.approx((2 + 12) / 8 * parameters, rel=1e-6)
+    assert estimate(config, "zero0").copies == pytest.approx((2 + 12) * parameters, rel=1e-6)
+    waiting = replace(config, run=replace(config.run, save_async=False))
+    assert estimate(waiting, "zero2").copies == 0
+    assert "host" not in describe_estimate(estimate(waiting, "zero2"))
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3"])
