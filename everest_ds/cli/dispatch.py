@@ -111,7 +111,8 @@ def _call(command: Command, words: list[str], world: World) -> int:
         return job
     if world.is_main and not messages.is_quiet():
         print(_LOADING, file=sys.stderr, flush=True)
-    with streams.set_aside(speaks=world.is_main) if command.keeps_logs else contextlib.nullcontext():
+    keeps_logs = command.keeps_logs and not messages.is_verbose()
+    with streams.set_aside(speaks=world.is_main) if keeps_logs else contextlib.nullcontext():
         messages.send_libraries_to(sys.__stderr__)
         with streams.quietly():
             distributed.select_accelerator()  # before DeepSpeed is imported

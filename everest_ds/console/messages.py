@@ -57,6 +57,11 @@ def is_quiet() -> bool:
     return not LOGGER.isEnabledFor(logging.INFO)
 
 
+def is_verbose() -> bool:
+    """Return whether details are shown, and what libraries print."""
+    return LOGGER.isEnabledFor(logging.DEBUG)
+
+
 def write_by(write: Callable[[str], None] | None) -> None:
     """Hand lines to a function, which puts them above a bar for instance; None prints them again."""
     _lines.write = write

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = """
 import os, subprocess, sys, warnings
 from everest_ds.console import streams
@@ -76,3 +78,25 @@ def test_refusal_stands_alone(tmp_path: Path) -> None:
     done, _ = run(tmp_path, "speaks", "refused")
     assert "an import prints" not in done.stderr
     assert "UserError: lost" in done.stderr
+
+
+DISPATCH = """
+import os, sys
+from everest_ds.cli import dispatch
+from everest_ds.cli.table import Command
+
+class Printing(Command):
+    def load_entry(self):
+        return lambda words, world: words
+    def load_work(self):
+        return lambda job, world: os.write(1, b"a library prints\\n") and 0
+
+dispatch.COMMANDS = {"print": Printing("prints", keeps_logs=True)}
+sys.exit(dispatch.main(["print", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize(("flags", "shown"), [([], ""), (["-q"], ""), (["-v"], "a library prints\n")])
+def test_people_who_ask_for_more_see_what_libraries_print(flags: list[str], shown: str) -> None:
+    done = subprocess.run([sys.executable, "-c", DISPATCH, *flags], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, shown), done.stderr
