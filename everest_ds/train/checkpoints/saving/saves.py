@@ -45,7 +45,7 @@ from everest_ds.train.checkpoints.saving.writer import SaveProgress, Writer
 
 # How long rank zero, ended by an error after its own files are written, waits for those of the other ranks. They
 # write less than it does; one that was killed writes no more, and nobody may wait for it long.
-_OTHERS_MAY_TAKE_S = 5.0
+_OTHERS_MAY_TAKE_S = 3.0
 _LOOK_EVERY_S = 0.1
 
 
