@@ -5,6 +5,7 @@ through the opcodes of a pickle and makes nothing but containers and shapes. So 
 before anything in it is made and before memory is taken: 2 KB that ask for 40 GB, too.
 """
 
+import enum
 import io
 import os
 import pickle
@@ -45,6 +46,8 @@ ODD_TENSORS = {
     "_rebuild_device_tensor_from_numpy": "is of another device",
     "_rebuild_device_tensor_from_cpu_tensor": "is of another device",
 }
+# How Python 3.11.0 to 3.11.3 pickle a member of an enumeration; others call its class with its value.
+MEMBER_BY_NAME = "builtins.getattr"
 EXPECTED = "expected dense weights in float64, float32, float16, bfloat16"
 ADVICE = (
     "Weights are read as data only: where you trust its origin, save its state dict alone, by "
@@ -111,13 +114,29 @@ def read_pickle(
     objects = objects or {}
     look(path, objects, advice)
     try:
-        with torch.serialization.safe_globals(list(objects.values())):
+        with torch.serialization.safe_globals(safe_globals(objects)):
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except (
         OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, MemoryError,
         pickle.UnpicklingError,
     ) as error:  # fmt: skip
         raise UserError(f"{path} cannot be read as weights: {_first_line(error)}") from error
+
+
+def safe_globals(objects: Mapping[str, type]) -> list[Any]:
+    """Return what torch's weights_only is to let through for files that `look` did."""
+    return [*objects.values(), (enum_member, MEMBER_BY_NAME)] if objects else []
+
+
+def enum_member(owner: type, name: str) -> Any:
+    """Return a member of an enumeration by its name, in place of the getattr that Python 3.11.0 to 3.11.3 pickles.
+
+    Raises:
+        UnpicklingError: It is anything else.
+    """
+    if not (isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__):
+        raise pickle.UnpicklingError(f"{name!r:.40} is no member of an enumeration")
+    return owner[name]
 
 
 def look(path: Path, objects: Collection[str] = (), advice: str = ADVICE) -> Any:
@@ -293,6 +312,8 @@ class _Look:
         full, found = f"{module}.{name}", None
         if full in self._objects:
             found = _Named(full, lambda *_: _Object())
+        elif full == MEMBER_BY_NAME and self._objects:
+            found = _Named(full, self._member)
         elif full in CONTAINERS:
             found = _Named(full, CONTAINERS[full])
         elif module in ("torch", "torch.cuda", "torch.storage") and name.removesuffix("Storage") in ITEM_BYTES:
@@ -325,6 +346,12 @@ class _Look:
             "_get_layout": lambda layout: escaped(_require(layout, str)[:MAX_NAME_LENGTH]),
         }
         return _Named(full, makers[name]) if name in makers else None
+
+    def _member(self, owner: Any, name: Any) -> _Object:
+        """Return what stands for a member of an enumeration on the list."""
+        if _require(owner, _Named).name not in self._objects or not _require(name, str).isidentifier():
+            raise _FormatError(f"it takes a part of {owner.name}")
+        return _Object()
 
     def _note(self, fault: str) -> _Odd:
         self._odd.append(_Odd(fault))

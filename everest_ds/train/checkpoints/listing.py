@@ -73,6 +73,8 @@ def find_outline_fault(checkpoint: Path) -> str | None:
         if _is_newer(raw.get("format")):
             return None
         step, world_size, stage = (_count(raw, key) for key in ("step", "world_size", "zero_stage"))
+        if stage > 3:
+            raise ValueError(f"there is no ZeRO stage {stage}")
         name = SEAL
         sealed = set(parse_json((checkpoint / SEAL).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

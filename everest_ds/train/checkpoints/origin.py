@@ -5,7 +5,7 @@ from pathlib import Path
 
 from everest_ds.config import Config
 from everest_ds.errors import UserError
-from everest_ds.train.checkpoints.listing import folder_of, sound_checkpoints
+from everest_ds.train.checkpoints.listing import find_outline_fault, folder_of, list_checkpoints, sound_checkpoints
 from everest_ds.train.checkpoints.run_config import CONFIG, read_config
 from everest_ds.train.checkpoints.save import find_best
 from everest_ds.train.checkpoints.seal import SEAL, is_sealed
@@ -45,7 +45,8 @@ def locate(path: Path) -> Origin:
         if best is not None:
             return Origin(given=path, weights=best, run_dir=path, config=config, choice="the best")
         if not complete:
-            raise UserError(f"{path} has no complete checkpoint")
+            faults = [f"{folder.name}: {find_outline_fault(folder)}" for folder in list_checkpoints(path)]
+            raise UserError(": ".join([f"{path} has no complete checkpoint", *faults[:1]]))
         return Origin(given=path, weights=complete[0], run_dir=path, config=config, choice="the newest")
     if not path.exists():
         raise UserError(

@@ -39,6 +39,7 @@ from everest_ds.train.checkpoints.seal import (
     seal,
     try_together,
 )
+from everest_ds.train.checkpoints.shards import pickle_stages_by_value
 
 
 def find_best(run_dir: Path) -> Path | None:
@@ -204,6 +205,7 @@ def run_deepspeed(engine: Any, temporary: Path) -> None:
         UserError: This rank cannot. The others then wait for it in DeepSpeed's barrier: it must leave at once, and
             let the launcher end them.
     """
+    pickle_stages_by_value()
     try:
         engine.save_checkpoint(str(temporary.parent), tag=temporary.name, save_latest=False)
     except (OSError, RuntimeError) as error:

@@ -6,6 +6,7 @@ memory than it has values, and names that would become paths. DeepSpeed then rea
 """
 
 import contextlib
+import copyreg
 import os
 import re
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import torch
 from everest_ds import distributed
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, escaped
-from everest_ds.model.weights.pickles import look, read_pickle
+from everest_ds.model.weights.pickles import look, read_pickle, safe_globals
 
 # The classes that genuine shards name (DeepSpeed 0.19.8, all stages); their constructors and states do nothing.
 OBJECTS = (
@@ -72,13 +73,20 @@ def read_shard(path: Path, *, has_objects: bool = False, mmap: bool = False) -> 
     return read_pickle(path, objects=objects, mmap=mmap, advice=ADVICE)
 
 
+def pickle_stages_by_value() -> None:
+    """Let every Python pickle DeepSpeed's enumeration alike: 3.11.0 to 3.11.3 would name getattr in each shard."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
+
+
 @contextlib.contextmanager
 def as_data() -> Iterator[None]:
     """Let DeepSpeed, which asks torch for everything, read tensors, containers and its own few classes only."""
     before = os.environ.get(WEIGHTS_ONLY)
     os.environ[WEIGHTS_ONLY] = "1"
     try:
-        with torch.serialization.safe_globals(list(_import_objects().values())):
+        with torch.serialization.safe_globals(safe_globals(_import_objects())):
             yield
     finally:
         os.environ.pop(WEIGHTS_ONLY)

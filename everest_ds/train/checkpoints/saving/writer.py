@@ -25,6 +25,7 @@ import torch
 from everest_ds import processes, stacks
 from everest_ds.train.checkpoints.saving.copies import Copies, Unpacker
 from everest_ds.train.checkpoints.saving.order import Order
+from everest_ds.train.checkpoints.shards import pickle_stages_by_value
 from everest_ds.train.signals import STOP_SIGNALS
 
 NAME = "everest-writer"  # as ps and top show it
@@ -146,8 +147,7 @@ def writing(*, behind: bool) -> Iterator[Writer | None]:
     if not behind:
         yield None
         return
-    import deepspeed  # noqa: F401 - the writer must know the classes that shards name
-
+    pickle_stages_by_value()  # the writer pickles as its rank does, and must know the classes that shards name
     with contextlib.closing(Writer()) as writer:
         yield writer
 
