@@ -17,7 +17,14 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
-from everest_ds.train.checkpoints.shards import WEIGHTS_ONLY, as_data, find_code, read_shard
+from everest_ds.model.weights.pickles import read_pickle
+from everest_ds.train.checkpoints.shards import (
+    WEIGHTS_ONLY,
+    as_data,
+    find_code,
+    pickle_stages_by_value,
+    read_shard,
+)
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
 GENUINE = {
@@ -118,3 +125,33 @@ def test_script_of_torch_and_what_is_no_file_are_refused(tmp_path: Path) -> None
     (tmp_path / "s.pt").unlink()
     (tmp_path / "zero").symlink_to("/tmp", target_is_directory=True)
     assert "zero is a link to a folder; refused" in str(find_code(tmp_path, ALONE))
+
+
+class ByName:
+    """Pickled as Python 3.11.0 to 3.11.3 do with a member of an enumeration."""
+
+    def __init__(self, owner: type, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple[Any, tuple[type, str]]:
+        return getattr, (self.owner, self.name)
+
+
+def test_stage_that_is_pickled_by_name_is_read_and_nothing_else_of_a_class(tmp_path: Path) -> None:
+    path = tmp_path / "shard.pt"
+    torch.save({"zero_stage": ByName(ZeroStageEnum, "gradients")}, path)
+    assert find_code(tmp_path, ALONE) is None
+    assert read_shard(path, has_objects=True)["zero_stage"] is ZeroStageEnum.gradients
+    for owner, name in ((ZeroStageEnum, "mro"), (LossScaler, "__init__"), (dict, "pop")):
+        torch.save({"zero_stage": ByName(owner, name)}, path)
+        with pytest.raises(UserError):
+            read_shard(path, has_objects=True)
+    with pytest.raises(UserError, match=r"wants to run code when it is read \(builtins.getattr\)"):
+        read_pickle(path)  # of weights, which hold no enumeration
+
+
+def test_stages_are_pickled_by_value_on_every_python() -> None:
+    pickle_stages_by_value()
+    pickled = pickle.dumps(ZeroStageEnum.gradients)
+    assert b"getattr" not in pickled
+    assert pickle.loads(pickled) is ZeroStageEnum.gradients
