@@ -163,7 +163,11 @@ def test_kill_while_a_file_is_rewritten_changes_nothing(
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 5}\n')
     done = compute_patched(tmp_path, arguments, TORN=name)
-    assert done.returncode == 77, done.stderr
+    if name == "latest":  # the process that writes checkpoints has died, and its rank says so
+        assert done.returncode == 2
+        assert "ended with exit code 77; earlier ones are kept" in done.stderr
+    else:
+        assert done.returncode == 77, done.stderr
     assert name == "metrics.jsonl" or path.read_bytes() == before
     succeed(arguments)
     assert losses(run) == whole
