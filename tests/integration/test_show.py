@@ -119,7 +119,7 @@ def test_bad_videos_take_a_line_each_and_the_others_are_drawn(
     shutil.copy(videos[0], twin)
     given = ["show", "demo", *map(str, [broken, videos[1], empty, twin]), "--out", str(tmp_path / "out")]
     assert main(given) == 2
-    lines = capsys.readouterr().err.splitlines()
+    _, *lines = capsys.readouterr().err.splitlines()  # the first one says what is loaded
     assert [line.split(":")[0] for line in lines] == [f"cannot read {broken}", f"cannot read {empty}"]
     found = {path.name for path in (tmp_path / "out").iterdir()}
     assert found == {f"{videos[1].stem}.png", f"{videos[1].stem}-2.png"}

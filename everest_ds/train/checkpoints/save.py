@@ -5,6 +5,7 @@ sizes and checksums; then RUN/checkpoints/latest points to it. A save that dies 
 nothing reads and the next save removes.
 """
 
+import copyreg
 import json
 import os
 import shutil
@@ -39,7 +40,6 @@ from everest_ds.train.checkpoints.seal import (
     seal,
     try_together,
 )
-from everest_ds.train.checkpoints.shards import pickle_stages_by_value
 
 
 def find_best(run_dir: Path) -> Path | None:
@@ -196,6 +196,13 @@ def folders_of_save(run_dir: Path, step: int) -> tuple[Path, Path]:
     """Return a checkpoint's folder while it is unfinished, and the one that it becomes."""
     final = folder_of(run_dir) / f"step-{step:08d}"
     return final.with_name(f"tmp-{final.name}"), final
+
+
+def pickle_stages_by_value() -> None:
+    """Let every Python pickle DeepSpeed's enumeration alike: 3.11.0 to 3.11.3 would name getattr in each shard."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 def run_deepspeed(engine: Any, temporary: Path) -> None:

@@ -6,7 +6,6 @@ memory than it has values, and names that would become paths. DeepSpeed then rea
 """
 
 import contextlib
-import copyreg
 import os
 import re
 from collections.abc import Iterator
@@ -71,13 +70,6 @@ def read_shard(path: Path, *, has_objects: bool = False, mmap: bool = False) -> 
     """
     objects = _import_objects() if has_objects else {}
     return read_pickle(path, objects=objects, mmap=mmap, advice=ADVICE)
-
-
-def pickle_stages_by_value() -> None:
-    """Let every Python pickle DeepSpeed's enumeration alike: 3.11.0 to 3.11.3 would name getattr in each shard."""
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-
-    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 @contextlib.contextmanager

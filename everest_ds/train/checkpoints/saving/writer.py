@@ -23,9 +23,9 @@ from typing import NoReturn
 import torch
 
 from everest_ds import processes, stacks
+from everest_ds.train.checkpoints.save import pickle_stages_by_value
 from everest_ds.train.checkpoints.saving.copies import Copies, Unpacker
 from everest_ds.train.checkpoints.saving.order import Order
-from everest_ds.train.checkpoints.shards import pickle_stages_by_value
 from everest_ds.train.signals import STOP_SIGNALS
 
 NAME = "everest-writer"  # as ps and top show it

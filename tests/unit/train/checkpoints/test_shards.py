@@ -18,13 +18,8 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.model.weights.pickles import read_pickle
-from everest_ds.train.checkpoints.shards import (
-    WEIGHTS_ONLY,
-    as_data,
-    find_code,
-    pickle_stages_by_value,
-    read_shard,
-)
+from everest_ds.train.checkpoints.save import pickle_stages_by_value
+from everest_ds.train.checkpoints.shards import WEIGHTS_ONLY, as_data, find_code, read_shard
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
 GENUINE = {
