@@ -51,8 +51,9 @@ record() {
 install() {
   local resolution=highest
   if [ "$version" = lowest ]; then resolution=lowest-direct; fi
-  "$uv" venv --quiet --clear --python "$python" "$environment"
-  "$uv" pip install --quiet --python "$environment/bin/python" --resolution "$resolution" --editable ".[hf,torchcodec]"
+  "$uv" venv --quiet --clear --python "$python" "$environment" || return 1
+  "$uv" pip install --quiet --python "$environment/bin/python" --resolution "$resolution" --editable ".[hf,torchcodec]" ||
+    return 1
   "$uv" pip list --quiet --python "$environment/bin/python" --format freeze >"$work/versions.txt"
 }
 
