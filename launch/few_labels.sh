@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does pre-training help where labels are few? Fine-tunes the demo from pre-trained and from random weights, on the same
 # few videos of each class, for the same number of steps, over several seeds; a table of top-1 on the test videos.
-# It takes the data and the pre-trained run of launch/quickstart.sh --full, and goes on where it was when started again. With
+# It takes the data and the pre-trained run of launch/quickstart.sh --full, and continues when it is started again. With
 # UNLABELLED, it pre-trains another run on so many videos of its own, for PRETRAIN_STEPS.
 #
 #   [EVEREST_OUT=FOLDER] [SHOTS="5 20"] [SEEDS="0 1 2"] [STEPS=400] [UNLABELLED=4000] [PRETRAIN_STEPS=3000] \

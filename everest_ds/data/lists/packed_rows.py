@@ -144,7 +144,8 @@ class PackedRows(Sequence[VideoRow]):
     def kept(self, keep: NDArray[np.bool_]) -> "PackedRows":
         """Return the rows for which ``keep`` is true."""
 
-        def chosen() -> Iterator[RowChunk]:
+        def chosen_chunks() -> Iterator[RowChunk]:
+            """Yield each chunk without the rows that are left out."""
             for number, (paths, labels, times_s) in enumerate(self.chunks()):
                 part = slice(number * _CHUNK_ROWS, number * _CHUNK_ROWS + len(paths))
                 chosen = np.flatnonzero(keep[part])
@@ -157,7 +158,7 @@ class PackedRows(Sequence[VideoRow]):
                     None if times_s is None else times_s[chosen],
                 )
 
-        return PackedRows(chosen(), self._folder)
+        return PackedRows(chosen_chunks(), self._folder)
 
 
 def packed(rows: Iterable[VideoRow]) -> PackedRows:

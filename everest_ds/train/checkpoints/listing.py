@@ -86,7 +86,7 @@ def find_outline_fault(checkpoint: Path) -> str | None:
 
 
 def describe_strangers(run_dir: Path) -> str | None:
-    """Return what lies among a run's checkpoints and is none of its own, in one sentence; None without any."""
+    """Return what else lies among a run's checkpoints, in one sentence; None where there is nothing else."""
     folder = folder_of(run_dir)
     strangers = [text for text in map(_describe_stranger, _entries(folder)) if text is not None]
     if not strangers:

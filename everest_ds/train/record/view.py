@@ -117,7 +117,7 @@ def describe_line(step: int, end_step: int, values: Mapping[str, Any]) -> str:
 
 
 def describe_briefly(step: int, end_step: int, values: Mapping[str, Any]) -> str:
-    """Return the numbers that stand beside a bar: 67 characters or fewer for runs of up to 1000 epochs."""
+    """Return the numbers beside a bar: 67 characters or fewer for runs of up to 1000 epochs."""
     return (
         f" epoch {values['epoch']:.1f} loss {values['loss']:.3f} {values['clips_per_s']:.0f} clips/s"
         f" wait {values['stalled']:.0%} {values['memory_gib']:.3g} GiB ETA {_time_left(step, end_step, values)}"

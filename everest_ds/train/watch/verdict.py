@@ -80,7 +80,7 @@ def judge(signs: Sequence[Sign], silent: Collection[int]) -> Verdict:
         least = min(_progress(sign) for sign in busy)
         ranks = [sign.rank for sign in busy if _progress(sign) == least]
         if len(ranks) == len(signs) > 1:
-            return Verdict(ranks=[], why="all ranks stand in the same phase, and none waits in a call of Python")
+            return Verdict(ranks=[], why="all ranks are in the same phase, and none waits in a call of Python")
         return Verdict(ranks=ranks, why="behind: it does not come to where its peers wait")
     if odd := _minority(signs, lambda sign: sign.position):
         return Verdict(ranks=odd, why="elsewhere: it waits in another phase than its peers, for a call they skip")

@@ -37,15 +37,6 @@ CPU = torch.device("cpu")
 DATASET_SIZE = 40  # five steps an epoch at a batch of eight
 
 
-@pytest.fixture(autouse=True)
-def _signals_as_before() -> Iterator[None]:
-    """A run that was told to stop ignores the signals from then on; the tests' process must not."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 class FakeEngine:
     """Returns prescribed losses and writes down what the loop asks of it."""
 

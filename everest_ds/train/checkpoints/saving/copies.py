@@ -152,6 +152,7 @@ class _Packer(pickle.Pickler):
         self._copied: dict[int, tuple[UntypedStorage, Extent]] = {}
 
     def persistent_id(self, content: Any) -> tuple[Extent, torch.dtype] | None:
+        """Return where the copy of a storage is, and its type; None for what is pickled as it is."""
         if not torch.is_storage(content):
             return None
         storage: Any = content
