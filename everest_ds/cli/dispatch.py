@@ -25,7 +25,7 @@ from everest_ds.train.signals import EXIT_STOPPED
 # What launchers add to the words of each process unless they are told not to.
 LOCAL_RANK_FLAGS = ("--local_rank", "--local-rank")
 _QUIET, _VERBOSE = ("-q", "--quiet"), ("-v", "--verbose")
-_LOADING = "loading torch and DeepSpeed (usually 3 to 15 s)"
+LOADING = "loading torch and DeepSpeed (usually 3 to 15 s)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,7 +110,7 @@ def _call(command: Command, words: list[str], world: World) -> int:
     if isinstance(job, int):
         return job
     if world.is_main and not messages.is_quiet():
-        print(_LOADING, file=sys.stderr, flush=True)
+        print(LOADING, file=sys.stderr, flush=True)
     keeps_logs = command.keeps_logs and not messages.is_verbose()
     with streams.set_aside(speaks=world.is_main) if keeps_logs else contextlib.nullcontext():
         messages.send_libraries_to(sys.__stderr__)

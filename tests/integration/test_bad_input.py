@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from everest_ds.cli import main
+from everest_ds.cli.dispatch import LOADING
 from everest_ds.config.file import dump_config
 from everest_ds.recipes import get_recipe
 from tests.conftest import REPOSITORY
@@ -272,8 +273,7 @@ def test_all_ranks_exit_with_2_and_one_of_them_speaks(flags: list[str], message:
         for rank in range(2)
     ]
     said = [" ".join("".join(rank.communicate(timeout=120)).split()) for rank in ranks]
-    loading = "loading torch and DeepSpeed (usually 3 to 15 s)"  # rank zero says so, where it comes that far
-    said = [text.removeprefix(loading).strip() for text in said]
+    said = [text.removeprefix(LOADING).strip() for text in said]  # of rank zero, where it comes that far
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert sorted(bool(text) for text in said) == [False, True], said
     assert message in "".join(said)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from everest_ds.cli import main
+from everest_ds.cli.dispatch import LOADING
 from everest_ds.model.classifier import EverestClassifier
 from everest_ds.model.weights.architecture import ModelMetadata
 from everest_ds.model.weights.foreign import METADATA_KEY
@@ -161,15 +162,13 @@ def test_weights_that_claim_the_absurd_are_refused_by_convert_and_predict(
     for words in commands:
         with frugal():
             assert main(words) == 2
-        said = capsys.readouterr().err.removeprefix(LOADING)
+        said = capsys.readouterr().err.removeprefix(f"{LOADING}\n")
         assert said.startswith("everest: error: ")
         assert re.search(message, said), said
         assert said.count("\n") == 1
         assert "\x1b" not in said
     assert not (tmp_path / "out.safetensors").exists()
 
-
-LOADING = "loading torch and DeepSpeed (usually 3 to 15 s)\n"
 
 # A file of a run, what is replaced in it (nothing: all of it) and by what, and what is said.
 DEEP, LONG = "[" * 100_000, "9" * 30
@@ -226,7 +225,7 @@ def test_records_that_claim_the_absurd_are_refused_by_convert(
         reseal(path.parent)
     with frugal():
         assert main(["convert", str(run), str(tmp_path / "out.safetensors"), "--to", "everest"]) == 2
-    said = capsys.readouterr().err.removeprefix(LOADING)
+    said = capsys.readouterr().err.removeprefix(f"{LOADING}\n")
     assert re.search(message, said), said
     assert said.count("\n") == 1
     assert not (tmp_path / "out.safetensors").exists()

@@ -25,19 +25,12 @@ from tests.integration.launch import (
     run_to_the_end,
     start,
 )
-from tests.integration.test_recovery import is_saving, ranks_of, sealed, steps_recorded
+from tests.integration.test_recovery import is_saving, kill_seed, ranks_of, sealed, steps_recorded
 
 GONE_WITHIN_S = 10.0
 # Who dies. A rank dies at any time and within a save; a writer and a converter only while they work.
 VICTIMS = ("rank", "launcher", "node", "loader", "saving rank", "writer", "converter")
 NUM_KILLS = int(os.environ.get("EVEREST_KILLS", "35"))  # a stage
-
-
-def seed() -> int:
-    """The seed of a campaign: printed, and taken from the environment to repeat it."""
-    drawn = int(os.environ.get("EVEREST_KILL_SEED", time.time_ns() % 10**6))
-    print(f"EVEREST_KILL_SEED={drawn}")
-    return drawn
 
 
 def members_of(process: subprocess.Popen[str], module: str) -> list[psutil.Process]:
@@ -158,7 +151,7 @@ def test_writer_loader_and_converter_are_killed_and_the_run_is_the_same(
     uninterrupted: dict[int, Path], demo_folder: Path, tmp_path: Path
 ) -> None:
     """The short campaign; `test_recovery` and `test_launchers_end` kill ranks and launchers by default."""
-    run_dir, draw = tmp_path / "run", random.Random(seed())
+    run_dir, draw = tmp_path / "run", random.Random(kill_seed())
     arguments = recovery_command(demo_folder, run_dir)
     assert strike("writer", arguments, run_dir, draw, complete=1)
     strike("converter", arguments, run_dir, draw)
@@ -175,7 +168,7 @@ def test_campaign_of_kills_changes_no_loss(
     stage: int, uninterrupted: dict[int, Path], demo_folder: Path, tmp_path: Path
 ) -> None:
     """Kills of all kinds in turn; the same command each time, then to the end. A run that has ended gives way."""
-    draw, kills, runs = random.Random(seed()), Counter[str](), [tmp_path / "run0"]
+    draw, kills, runs = random.Random(kill_seed()), Counter[str](), [tmp_path / "run0"]
     for attempt in range(3 * NUM_KILLS):
         if kills.total() >= NUM_KILLS:
             break

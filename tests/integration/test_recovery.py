@@ -9,13 +9,13 @@ import os
 import random
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from everest_ds.train.checkpoints.saving.writer import NAME as WRITER
+from tests.integration.interrupting import wait_until
 from tests.integration.launch import (
     RECOVERY_STEPS,
     compute,
@@ -45,10 +45,11 @@ def ranks_of(process: subprocess.Popen[str], *, writers: bool = False) -> dict[i
     return found
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while process.poll() is None and time.monotonic() < deadline and not condition():
-        time.sleep(0.01)
+def kill_seed() -> int:
+    """The seed of a campaign: printed, and taken from the environment to repeat it."""
+    drawn = int(os.environ.get("EVEREST_KILL_SEED", time.time_ns() % 10**6))
+    print(f"EVEREST_KILL_SEED={drawn}")
+    return drawn
 
 
 def steps_recorded(run_dir: Path) -> int:
@@ -100,8 +101,7 @@ def test_run_killed_within_a_save_and_then_damaged_ends_as_if_nothing_had_happen
     uninterrupted: dict[int, Path], demo_folder: Path, tmp_path: Path
 ) -> None:
     """The short campaign: a kill within the third save, then 64 bytes of the newest checkpoint flip."""
-    seed = int(os.environ.get("EVEREST_KILL_SEED", time.time_ns() % 10**6))
-    print(f"EVEREST_KILL_SEED={seed}")
+    seed = kill_seed()
     broken = tmp_path / "broken"
     arguments = recovery_command(demo_folder, broken)
     assert kill_within_a_save(arguments, broken, random.Random(seed), complete=2)
