@@ -3,7 +3,7 @@
 # picture of the tokens that are kept, two pre-trainings through DeepSpeed (ZeRO-2), and what a linear probe gets out of
 # them and out of random weights. On all GPUs, or on two CPU processes where there is none. The same command continues.
 #
-#   [EVEREST_OUT=FOLDER] [SEED=0] bash launch/quickstart.sh
+#   [EVEREST_OUT=FOLDER] [SEED=0] [DATA_SEED=0] bash launch/quickstart.sh
 #   bash launch/quickstart.sh --full           # pre-training and fine-tuning at length, 15 minutes: 8 classes of the demo
 #   EVEREST_TINY=1 bash launch/quickstart.sh   # a few videos and steps: does everything work here?
 set -euo pipefail
@@ -20,6 +20,7 @@ ensure_environment ""
 
 out=${EVEREST_OUT:-quickstart}/${full:+full}
 out=${out%/}${EVEREST_TINY:+/tiny} data=quickstart/${full:+full-}${EVEREST_TINY:+tiny-}data seed=${SEED:-0}
+data_seed=${DATA_SEED:-0} data=$data-$data_seed
 length=() tiny=${EVEREST_TINY:-}
 if [ -n "$tiny" ]; then length=(--run.max-steps 3 --run.log-every-steps 1); fi
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
@@ -43,7 +44,7 @@ everest=$(program everest)
 compare() {
   local start sizes=(--train 480 --val 0 --test 240)
   if [ -n "$tiny" ]; then sizes=(--train 32 --val 0 --test 32); fi
-  everest demo-data "$data" "${sizes[@]}" --num-frames 16 --movers 1 --distractors 0 --radius 10 --classes mover --clutter 10
+  everest demo-data "$data" --seed "$data_seed" "${sizes[@]}" --num-frames 16 --movers 1 --distractors 0 --radius 10 --classes mover --clutter 10
   everest show study "$data/test/00000.mp4" --out "$out/pictures"
   echo "a first picture: $(from_caller "$out/pictures/00000.png")"
   local pretrain=(pretrain study --optim.epochs 19 --optim.base-lr 3.2e-2 --selection.visible-ratio 0.1)
@@ -71,7 +72,7 @@ TEXT
 learn() {
   local sizes=()
   if [ -n "$tiny" ]; then sizes=(--train 32 --val 8 --test 8); fi
-  everest demo-data "$data" ${sizes[@]+"${sizes[@]}"}
+  everest demo-data "$data" --seed "$data_seed" ${sizes[@]+"${sizes[@]}"}
   train pretrain demo --out "$out/pretrained" ${length[@]+"${length[@]}"}
   train finetune demo_ft --data.val-list "$data/val.csv" --init-from "$out/pretrained" --out "$out/finetuned" \
     ${length[@]+"${length[@]}"}
