@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from everest_ds.cli.table import COMMANDS
-from everest_ds.commands.index import IMPORTERS
+from everest_ds.commands.data.index import IMPORTERS
 from everest_ds.commands.parsing import known_recipes
 from everest_ds.config import TaskName
 from everest_ds.distributed import World

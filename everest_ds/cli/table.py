@@ -65,7 +65,7 @@ _BENCHMARKS = {
     "step": Command(
         purpose="speed, memory and utilisation of a training step; beside the official code; which ZeRO stage wins",
         entry="benchmark:step",
-        work="benchmark.step:run",
+        work="benchmark.steps.step:run",
     ),
 }
 
@@ -76,21 +76,21 @@ COMMANDS = {
     ),
     "demo-data": Command(
         purpose="a small labelled H.264 dataset with train.csv, val.csv, test.csv",
-        entry="demo_data:main",
+        entry="data.demo_data:main",
         on_interrupt=_CONTINUES,
     ),
     "index": Command(
         purpose="a public dataset's own layout and split files into train, val and test lists",
-        entry="index:main",
+        entry="data.index:main",
     ),
     "check-data": Command(
         purpose="which videos of a list cannot be read, hang, are cut off; exits 1 when too many are bad",
-        entry="check_data:main",
+        entry="data.check_data:main",
         on_interrupt=_CONTINUES,
     ),
     "prepare": Command(
         purpose="re-encode the videos of lists so that they are quick to read; exits 1 when too many fail",
-        entry="prepare:main",
+        entry="data.prepare:main",
         work="data.curation.reencode:run",
         on_interrupt=_CONTINUES,
     ),
@@ -107,35 +107,35 @@ COMMANDS = {
     "pretrain": Command(
         purpose="pre-train a recipe; every config field is a flag",
         entry="train:pretrain",
-        work="training_run:run",
+        work="training_run.run:run",
         on_interrupt=_NOT_TRAINED,
         keeps_logs=True,
     ),
     "finetune": Command(
         purpose="fine-tune a recipe on labelled videos, scoring it on the way",
         entry="train:finetune",
-        work="training_run:run",
+        work="training_run.run:run",
         on_interrupt=_NOT_TRAINED,
         keeps_logs=True,
     ),
     "evaluate": Command(
         purpose="score a run, a checkpoint or weights over a list, several views a video",
-        entry="evaluate:main",
+        entry="weights.evaluate:main",
         work="inference.evaluation:run",
     ),
     "predict": Command(
         purpose="labels or features of new videos, files or folders",
-        entry="predict:main",
+        entry="weights.predict:main",
         work="inference.prediction:run",
     ),
     "show": Command(
         purpose="pictures of videos: importance, kept tokens, chosen frames, reconstruction",
-        entry="show:main",
+        entry="weights.show:main",
         work="inference.showing:run",
     ),
     "convert": Command(
         purpose="weights in and out: runs, official .pth files, Hugging Face folders, safetensors",
-        entry="convert:main",
+        entry="weights.convert:main",
         work="inference.conversion:run",
     ),
     "study": Command(

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 
 from everest_ds import cli, distributed
-from everest_ds.benchmark import sharding_sweep, timing
+from everest_ds.benchmark.steps import sharding_sweep, timing
 from everest_ds.cli import dispatch
 from everest_ds.model import transformer as compilation
 from tests.integration.scanning import report

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from everest_ds import distributed
-from everest_ds.benchmark.workbench import synthetic_batch
+from everest_ds.benchmark.steps.workbench import synthetic_batch
 from everest_ds.config import BatchConfig, PretrainConfig, RunConfig
 from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.recipes import get_recipe

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from everest_ds import distributed, pulse
-from everest_ds.benchmark.workbench import build_workbench, synthetic_batch
+from everest_ds.benchmark.steps.workbench import build_workbench, synthetic_batch
 from everest_ds.recipes import get_recipe
 from everest_ds.train.record.metrics import MetricsLog
 from everest_ds.train.watch.watchdog import Watchdog

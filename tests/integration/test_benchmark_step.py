@@ -126,7 +126,7 @@ OUT_OF_MEMORY_ON_RANK_1 = """
 import os, sys
 import torch
 from everest_ds import cli
-from everest_ds.benchmark import workbench
+from everest_ds.benchmark.steps import workbench
 
 real = workbench.take_step
 

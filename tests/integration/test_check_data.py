@@ -15,8 +15,8 @@ from typing import get_args
 import pytest
 
 from everest_ds import cli
-from everest_ds.commands import check_data as command
-from everest_ds.commands.check_data import CheckOptions, check_data
+from everest_ds.commands.data import check_data as command
+from everest_ds.commands.data.check_data import CheckOptions, check_data
 from everest_ds.data.curation.probe import FaultName, Finding, Kind, ProbeSettings, probe_video
 from everest_ds.data.lists.run_lists import read_lists
 from everest_ds.data.lists.video_list import VideoRow, read_list
@@ -153,5 +153,5 @@ def test_every_fault_can_be_named_on_the_command_line() -> None:
 
 
 def test_command_and_what_its_workers_import_need_no_torch() -> None:
-    program = "import sys, everest_ds.commands.check_data; sys.exit('torch' in sys.modules)"
+    program = "import sys, everest_ds.commands.data.check_data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

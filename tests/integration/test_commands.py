@@ -13,7 +13,7 @@ import pytest
 from everest_ds import __version__, cli
 from everest_ds.benchmark import flops
 from everest_ds.benchmark.options import DataBenchmarkOptions, StepOptions
-from everest_ds.commands.prepare import PrepareOptions
+from everest_ds.commands.data.prepare import PrepareOptions
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig, RunConfig
 from everest_ds.config.file import dump_config
 from everest_ds.data.demo import DemoConfig

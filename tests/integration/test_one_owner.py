@@ -16,7 +16,7 @@ from everest_ds.distributed import World
 from everest_ds.recipes import get_recipe
 from everest_ds.train.checkpoints.owner import OWNER
 from everest_ds.train.job import LaunchOptions
-from everest_ds.training_run import look_again
+from everest_ds.training_run.run import look_again
 from tests.integration.interrupting import wait_until
 from tests.integration.launch import compute, contents, losses, metrics, recovery_command, require_same_run, start
 

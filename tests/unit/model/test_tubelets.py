@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from everest_ds.benchmark.workbench import moving_clips
+from everest_ds.benchmark.steps.workbench import moving_clips
 from everest_ds.errors import UserError
 from everest_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from everest_ds.model import tubelets

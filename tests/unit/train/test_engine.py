@@ -114,7 +114,7 @@ def test_start_of_a_training_loads_no_compiler_and_not_timm() -> None:
     program = """
 import sys
 import torch
-import everest_ds.training_run
+import everest_ds.training_run.run
 from everest_ds import distributed
 from everest_ds.recipes import get_recipe
 from everest_ds.train import engine, tasks

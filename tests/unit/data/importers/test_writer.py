@@ -173,7 +173,7 @@ def test_options_of_each_dataset_are_frozen(
     shown = capsys.readouterr().out
     assert all(f"--{option}" in shown for option in ["out", *options.split()])
     seen: list[Any] = []
-    monkeypatch.setattr("everest_ds.commands.index.index", lambda *given: seen.append(given))
+    monkeypatch.setattr("everest_ds.commands.data.index.index", lambda *given: seen.append(given))
     assert cli.main(["index", dataset, "SRC", "--out", "DIR"]) == 0
     assert seen == [(dataset, Path("SRC"), Path("DIR"), IMPORTERS[dataset].options())]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from everest_ds.benchmark.workbench import synthetic_batch
+from everest_ds.benchmark.steps.workbench import synthetic_batch
 from everest_ds.config import Config, FinetuneConfig, PretrainConfig
 from everest_ds.errors import UserError
 from everest_ds.recipes import get_recipe

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from everest_ds.benchmark import workbench
-from everest_ds.benchmark.workbench import moving_clips, synthetic_batch
+from everest_ds.benchmark.steps import workbench
+from everest_ds.benchmark.steps.workbench import moving_clips, synthetic_batch
 from everest_ds.recipes import find_config
 from everest_ds.train.tasks import make_task
 

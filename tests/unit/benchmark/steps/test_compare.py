@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from everest_ds.benchmark import compare
-from everest_ds.benchmark.compare import (
+from everest_ds.benchmark.steps import compare
+from everest_ds.benchmark.steps.compare import (
     MODULES,
     SOURCES,
     OfficialStep,
@@ -27,7 +27,7 @@ from everest_ds.benchmark.compare import (
     side_fields,
     tube_mask,
 )
-from everest_ds.benchmark.timing import Side, SideTimes, interleave
+from everest_ds.benchmark.steps.timing import Side, SideTimes, interleave
 from everest_ds.config import PretrainConfig
 from everest_ds.errors import UserError
 from everest_ds.model.packing import TokenSet

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from everest_ds.benchmark import growth
-from everest_ds.benchmark.growth import (
+from everest_ds.benchmark.steps import growth
+from everest_ds.benchmark.steps.growth import (
     fit_line,
     frame_points,
     growth_rows,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from everest_ds import cli
-from everest_ds.benchmark import step
+from everest_ds.benchmark.steps import step
 
 CPU = torch.device("cpu")
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from everest_ds import distributed
-from everest_ds.benchmark.profiling import OPTIMISER_REGION, profile_step
 from everest_ds.benchmark.report import gpu_memory_gib, rounded
-from everest_ds.benchmark.timing import Marks, step_times
+from everest_ds.benchmark.steps.profiling import OPTIMISER_REGION, profile_step
+from everest_ds.benchmark.steps.timing import Marks, step_times
 from everest_ds.config import BatchConfig, Config, FinetuneConfig, PretrainConfig
 from everest_ds.data.clips.dataset import ClipBatch
 from everest_ds.distributed import World

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from everest_ds.benchmark.options import ReferenceName, StepOptions
 from everest_ds.benchmark.report import StepReport, Table, rounded, run_fields
-from everest_ds.benchmark.timing import Side, SideTimes, interleave, measure_ceiling, step_times
-from everest_ds.benchmark.workbench import limit_memory, synthetic_batch
+from everest_ds.benchmark.steps.timing import Side, SideTimes, interleave, measure_ceiling, step_times
+from everest_ds.benchmark.steps.workbench import limit_memory, synthetic_batch
 from everest_ds.config import PretrainConfig
 from everest_ds.distributed import World
 from everest_ds.errors import UserError

@@ -17,7 +17,13 @@ import torch
 from everest_ds import distributed
 from everest_ds.benchmark.options import StepOptions
 from everest_ds.benchmark.report import StepReport, Table, rounded, run_fields
-from everest_ds.benchmark.workbench import Workbench, build_workbench, limit_memory, synthetic_batch, take_step
+from everest_ds.benchmark.steps.workbench import (
+    Workbench,
+    build_workbench,
+    limit_memory,
+    synthetic_batch,
+    take_step,
+)
 from everest_ds.config import Config
 from everest_ds.distributed import World
 from everest_ds.errors import UserError

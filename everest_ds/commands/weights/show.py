@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from everest_ds.commands.parsing import parse, say
-from everest_ds.commands.predict import rows_of
+from everest_ds.commands.weights.predict import rows_of
 from everest_ds.config import FinetuneConfig
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, nearest_hint

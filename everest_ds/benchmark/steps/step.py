@@ -2,7 +2,7 @@
 
 Six measurements share the recipe and the flags: steps over micro-batches (here), ours beside the official code
 (`compare`), flat gradients beside DeepSpeed's own path (`gradient_paths`), saves at a standstill and behind the
-training (`stalls.saves`), the ways of sharding (`sharding_sweep`), and steps whose work grows (`growth`).
+training (`saves`), the ways of sharding (`sharding_sweep`), and steps whose work grows (`growth`).
 """
 
 import itertools
@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from everest_ds import distributed
-from everest_ds.benchmark.compare import benchmark_compare
-from everest_ds.benchmark.gradient_paths import compare_gradients
-from everest_ds.benchmark.growth import sweep_growth
 from everest_ds.benchmark.options import StepJob, StepOptions
-from everest_ds.benchmark.profiling import PARTS
 from everest_ds.benchmark.report import StepReport, Table, run_fields
-from everest_ds.benchmark.sharding_sweep import sweep_stages
-from everest_ds.benchmark.stalls.saves import compare_saves
-from everest_ds.benchmark.timing import measure_ceiling
-from everest_ds.benchmark.workbench import build_workbench, limit_memory, measure_steps
+from everest_ds.benchmark.steps.compare import benchmark_compare
+from everest_ds.benchmark.steps.gradient_paths import compare_gradients
+from everest_ds.benchmark.steps.growth import sweep_growth
+from everest_ds.benchmark.steps.profiling import PARTS
+from everest_ds.benchmark.steps.saves import compare_saves
+from everest_ds.benchmark.steps.sharding_sweep import sweep_stages
+from everest_ds.benchmark.steps.timing import measure_ceiling
+from everest_ds.benchmark.steps.workbench import build_workbench, limit_memory, measure_steps
 from everest_ds.config import Config, PretrainConfig
 from everest_ds.distributed import World, speaks_first
 from everest_ds.errors import UserError

@@ -10,8 +10,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.nn import functional as F
 
-from everest_ds.benchmark import profiling
-from everest_ds.benchmark.profiling import (
+from everest_ds.benchmark.steps import profiling
+from everest_ds.benchmark.steps.profiling import (
     OPTIMISER_REGION,
     PARTS,
     PROFILED_STEPS,

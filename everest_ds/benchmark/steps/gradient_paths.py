@@ -14,11 +14,17 @@ from typing import Any
 
 from everest_ds import distributed
 from everest_ds.benchmark.options import StepOptions
-from everest_ds.benchmark.profiling import profile_step
 from everest_ds.benchmark.report import StepReport, Table, rounded, run_fields
-from everest_ds.benchmark.sharding_sweep import named_files
-from everest_ds.benchmark.timing import Side, interleave, step_times
-from everest_ds.benchmark.workbench import Workbench, build_workbench, limit_memory, synthetic_batch, take_step
+from everest_ds.benchmark.steps.profiling import profile_step
+from everest_ds.benchmark.steps.sharding_sweep import named_files
+from everest_ds.benchmark.steps.timing import Side, interleave, step_times
+from everest_ds.benchmark.steps.workbench import (
+    Workbench,
+    build_workbench,
+    limit_memory,
+    synthetic_batch,
+    take_step,
+)
 from everest_ds.config import Config, GradientsName
 from everest_ds.distributed import World
 from everest_ds.errors import UserError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from everest_ds import cli
-from everest_ds.benchmark import sharding_sweep
+from everest_ds.benchmark.steps import sharding_sweep
 
 WORDS = ["benchmark", "step", "demo", "--sweep-stages", "--gpus", "2", "--micro-batch", "1", "3", "4"]
 

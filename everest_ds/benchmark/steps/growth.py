@@ -16,10 +16,10 @@ import torch
 
 from everest_ds import distributed
 from everest_ds.benchmark.options import StepOptions
-from everest_ds.benchmark.profiling import profile_step
 from everest_ds.benchmark.report import StepReport, Table, rounded, run_fields
-from everest_ds.benchmark.timing import Side, interleave, step_times
-from everest_ds.benchmark.workbench import (
+from everest_ds.benchmark.steps.profiling import profile_step
+from everest_ds.benchmark.steps.timing import Side, interleave, step_times
+from everest_ds.benchmark.steps.workbench import (
     Workbench,
     build_workbench,
     limit_memory,

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from everest_ds.benchmark import timing
-from everest_ds.benchmark.timing import Marks, step_times, work_seconds
+from everest_ds.benchmark.steps import timing
+from everest_ds.benchmark.steps.timing import Marks, step_times, work_seconds
 
 CPU = torch.device("cpu")
 
 
 def test_marks_are_the_times_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([10.0, 10.5, 12.0])
-    monkeypatch.setattr("everest_ds.benchmark.timing.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("everest_ds.benchmark.steps.timing.time.perf_counter", lambda: next(times))
     marks = Marks(CPU)
     for _ in range(3):
         marks.mark()
@@ -21,7 +21,7 @@ def test_marks_are_the_times_between_them(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_work_on_a_cpu_is_timed_by_what_it_took_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("everest_ds.benchmark.timing.time.process_time", lambda: 42.0)
+    monkeypatch.setattr("everest_ds.benchmark.steps.timing.time.process_time", lambda: 42.0)
     assert work_seconds(CPU) == 42.0
 
 

@@ -1,1 +1,0 @@
-"""What a run stands still for besides its steps."""

@@ -1,0 +1,1 @@
+"""`everest benchmark step`: training steps of a recipe, measured in six ways."""

@@ -1,0 +1,1 @@
+"""Commands that make, find, check and re-encode videos and their lists."""

@@ -1,0 +1,1 @@
+"""Commands that use trained weights: scores, labels, pictures, other layouts."""
