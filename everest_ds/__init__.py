@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from everest_ds.inference.loaded import LoadedModel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load(source: str | Path, *, recipe: str | None = None) -> LoadedModel:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measure what BENCHMARKS.md waits for on one GPU: bash launch/measure_gpu.sh [MINUTES] [--out FILE.json]
-# The same command goes on where the last one stopped. Needs no network, and no installation but the dependencies.
+# Measure on one GPU what docs/notes/goals.md lists as not yet measured: bash launch/measure_gpu.sh [MINUTES] [--out FILE.json]
+# The same command continues where the last one stopped. Needs no network, and no installation but the dependencies.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

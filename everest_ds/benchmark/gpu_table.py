@@ -1,4 +1,4 @@
-"""`bash launch/measure_gpu.sh [MINUTES]`: what a GPU can tell in ten minutes, for BENCHMARKS.md.
+"""`bash launch/measure_gpu.sh [MINUTES]`: what a GPU can tell in ten minutes, for docs/results.md.
 
 Rows in the order of their worth, each in a process of its own with its own time limit: first the tests that need a
 GPU, then steps of the paths before (DeepSpeed's own gradients, nothing captured, varlen attention) beside those of
@@ -77,7 +77,7 @@ HEAD = (
 def main(words: Sequence[str] | None = None) -> int:
     """Measure what is left within the time, and return 0; 1 where a row failed."""
     parser = argparse.ArgumentParser(
-        prog="measure_gpu.sh", description="Measure the rows of BENCHMARKS.md on a GPU."
+        prog="measure_gpu.sh", description="Measure the rows of docs/results.md on a GPU."
     )
     parser.add_argument("minutes", nargs="?", type=float, default=10.0, help="stop after so many minutes")
     parser.add_argument("--out", type=Path, default=Path("gpu_table.json"), help="where figures go and are kept")
@@ -102,7 +102,7 @@ def main(words: Sequence[str] | None = None) -> int:
         write_json(given.out, done)
         write_atomically(given.out.with_suffix(".md"), "\n".join([HEAD, *table(done)]) + "\n")
         print(f"  {done[row.name]['says']}", flush=True)
-    print(f"figures: {given.out}; rows for BENCHMARKS.md: {given.out.with_suffix('.md')}", flush=True)
+    print(f"figures: {given.out}; rows for docs/results.md: {given.out.with_suffix('.md')}", flush=True)
     return 1 if any(failed(done.get(row.name)) for row in rows) else 0
 
 

@@ -32,7 +32,7 @@ def study() -> PretrainConfig:
 
     deepspeed --no_local_rank --num_gpus 1 --module everest_ds pretrain study \
         --data.train-list study/data/train.csv --ds-config ds_configs/zero0.json --precision fp32 --out runs/study
-    No expected result: BENCHMARKS.md has what came out.
+    No expected result: docs/results.md has what came out.
     """
     return PretrainConfig(
         recipe="study",
@@ -60,7 +60,7 @@ def study_ft() -> FinetuneConfig:
     deepspeed --no_local_rank --num_gpus 1 --module everest_ds finetune study_ft --init-from runs/study \
         --data.train-list study/labelled-0.csv --data.val-list study/data/test.csv \
         --ds-config ds_configs/zero0.json --precision fp32 --out runs/study_ft
-    No expected result: BENCHMARKS.md has what came out.
+    No expected result: docs/results.md has what came out.
     """
     return FinetuneConfig(
         recipe="study_ft",

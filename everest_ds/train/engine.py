@@ -68,11 +68,15 @@ RECIPE_KEYS = {
 def load_systems(path: Path | None) -> Systems:
     """Read a file of ds_configs/, or return the default (plain ZeRO-2) for None.
 
+    ``ds_configs/NAME.json`` is the file of the installed package where the current folder has none.
+
     Raises:
         UserError: The file is missing or not a JSON object, or has a key that is unknown or the recipe's.
     """
     if path is None:
         return copy.deepcopy(DEFAULT_SYSTEMS)
+    if path.parent == Path("ds_configs") and not path.exists():
+        path = next((folder / path.name for folder in FOLDERS if (folder / path.name).is_file()), path)
     raw = read_json_object(path)
     for key in raw:
         if key in RECIPE_KEYS:

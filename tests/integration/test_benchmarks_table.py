@@ -1,4 +1,4 @@
-"""The commands in BENCHMARKS.md that are to measure a GPU: understood as they stand, and run on a CPU made small.
+"""The commands of docs/notes/goals.md, which measure a GPU: parsed as written, and run on a CPU with a small model.
 
 The table is read from the file itself, so that no row outlives an option or a recipe.
 """
@@ -17,8 +17,8 @@ from everest_ds.benchmark.options import StepJob
 from tests.conftest import REPOSITORY
 from tests.integration.scanning import run_in_turn
 
-TEXT = (REPOSITORY / "BENCHMARKS.md").read_text()
-SECTION = TEXT.split("\n### Step, on a GPU\n")[1].split("\n### ")[0]
+TEXT = (REPOSITORY / "docs" / "notes" / "goals.md").read_text()
+SECTION = TEXT.split("\n## Step on a GPU\n")[1].split("\n## ")[0]
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in SECTION.splitlines() if line[:1] == "|"][
     2:
 ]
