@@ -11,7 +11,7 @@ K channels of a head, B clips, S tokens of each clip where all are equally long;
     fa4      varlen with FlashAttention-4's kernels         CUDA, compute capability 9.0 or 10.0, and its package
 
 `auto` is sdpa where all clips are equally long, and else the first of varlen, flash and sdpa that is available. On
-one H200 the dense call took 0.5 to 0.7 of varlen's time (docs/results.md); fa3 and fa4 are not yet measured, so they
+one H200 the dense call took 0.5 to 0.7 of varlen's time (docs/results.md); fa3 and fa4 are unmeasured, so they
 are taken by name alone. A backend that is asked for by name and is not available says why.
 """
 

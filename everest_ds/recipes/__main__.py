@@ -60,12 +60,9 @@ def page() -> str:
     pretraining = table(head, [pretraining_row(config) for config in configs if isinstance(config, PretrainConfig)])
     head = ["recipe", "ViT", "clip", "kept", "epochs", "batch", "lr", "views"]
     finetuning = table(head, [finetuning_row(config) for config in configs if isinstance(config, FinetuneConfig)])
-    return (
-        f"{HEAD}\n## Pre-training\n\n"
-        f"`everest pretrain RECIPE`: the share of tokens that is selected, and that the encoder sees.\n\n{pretraining}\n"
-        f"## Fine-tuning\n\n"
-        f"`everest finetune RECIPE --init-from WEIGHTS`: the share that is kept, and the views.\n\n{finetuning}"
-    )
+    first = "`everest pretrain RECIPE`: the share of tokens that is selected, and that the encoder sees."
+    then = "`everest finetune RECIPE --init-from WEIGHTS`: the share that is kept, and the views."
+    return f"{HEAD}\n## Pre-training\n\n{first}\n\n{pretraining}\n## Fine-tuning\n\n{then}\n\n{finetuning}"
 
 
 if __name__ == "__main__":
