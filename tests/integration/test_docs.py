@@ -89,11 +89,17 @@ def test_command_for_a_larger_machine_is_understood(command: str, monkeypatch: p
     """A stand-in takes the place of the work itself; all that is refused before is refused here."""
     calls: list[tuple[object, ...]] = []
     for work in (
-        "commands.train.check", "inference.conversion.run", "benchmark.step.run", "commands.evaluate.check",
-        "commands.predict.check", "commands.prepare.start_preparation", "commands.benchmark.check_data",
-        "commands.demo_data.write_demo",
-    ):  # fmt: skip
+        "benchmark.steps.step.run",
+        "commands.benchmark.check_data",
+        "commands.data.prepare.start_preparation",
+        "commands.train.check",
+        "commands.weights.evaluate.check",
+        "inference.conversion.run",
+    ):
         monkeypatch.setattr(f"everest_ds.{work}", lambda *given, **named: calls.append((given, named)) or 0)
+    monkeypatch.setattr(
+        "everest_ds.commands.data.demo_data.write_demo_data", lambda *given: calls.append(given) or []
+    )
     monkeypatch.chdir(REPOSITORY)
     words = everest_words(command.replace("$demo", "--train 16 --val 0 --test 0"))
     if words is not None:
