@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What pre-training is worth, over several seeds: the quickstart's comparison for each seed (linear probes), then
-# fine-tuning with few labels from each start, at several learning rates. Prints one table with every seed. Every start
-# gets the same labelled videos, steps and rates. The same command continues.
+# What pre-training is worth, over several seeds: the quickstart's comparison for each seed (linear probes with all
+# labels), then linear probes and fine-tuning with few labels, at several learning rates. Prints one table with every
+# seed. Every start gets the same labelled videos, steps and rates. The same command continues.
 #
 #   [EVEREST_OUT=FOLDER] [SEEDS="0 1 2 3 4"] [SHOTS=10] [RATES="3.2e-2 6.4e-2 1.28e-1"] [DATA_SEED=0] \
 #     bash launch/few_labels.sh
@@ -37,6 +37,11 @@ for seed in $seeds; do
     EVEREST_OUT=$runs SEED=$seed DATA_SEED=$data_seed bash launch/quickstart.sh
   fi
   choose "$seed" "$runs/labelled-$shots.csv"
+  for start in rero tube random; do
+    if [ -f "$runs/probe-$shots-$start/summary.json" ]; then continue; fi
+    everest evaluate "$runs/$start" --recipe study_ft --protocol linear --keep-ratio 0.15 --precision "$precision" \
+      --train-list "$runs/labelled-$shots.csv" --list "$data/test.csv" --batch-rows 32 --out "$runs/probe-$shots-$start"
+  done
   for rate in $rates; do
     for start in rero tube random; do
       run=$runs/finetuned-$shots-$rate-$start
@@ -53,7 +58,7 @@ done
 python - "$out" "$seeds" "$shots" "$rates" <<'PYTHON'
 import json, pathlib, statistics, sys
 out, seeds, shots, rates = pathlib.Path(sys.argv[1]), sys.argv[2].split(), sys.argv[3], sys.argv[4].split()
-rows = [("linear probe", "probe-{start}")]
+rows = [("linear probe, all labels", "probe-{start}"), (f"linear probe, {shots} labels a class", f"probe-{shots}-{{start}}")]
 rows += [(f"fine-tuned, {shots} labels a class, lr {rate}", f"finetuned-{shots}-{rate}-{{start}}/test") for rate in rates]
 print(f"\n{'top-1, %':<40}{'start':<8}{'mean':>6}{'spread':>8}   each seed ({' '.join(seeds)})")
 for score, folder in rows:
