@@ -1,12 +1,12 @@
-"""A small labelled video dataset that needs motion to be told apart: `everest demo-data`.
+"""A small labelled video dataset whose classes can only be told apart by motion: `everest demo-data`.
 
-Discs lie on a smooth background. Some drift and wrap around the frame's edges, the others stand still. The class is
-either how they drift (four directions, two speeds; all discs have smooth textures) or which of four textures drifts
-(`classes="mover"`). At every moment the discs' places are uniform whatever the class, so no single frame gives the
-class away. Clutter on the background and a shaking camera make it harder.
+Each video shows discs on a smooth background. Some drift and wrap around the frame's edges, the others stand still.
+The class is either how they drift (four directions, two speeds; all discs have smooth textures) or which of four
+textures drifts (`classes="mover"`). In every frame the positions of the discs are uniform and independent of the
+class, so a single frame does not reveal it. Clutter on the background and a shaking camera make the task harder.
 
-Every video derives from (seed, split, number) by a counter-based generator, and x264 is set so that files repeat
-byte for byte. The order of the draws is part of the format.
+Every video is drawn from (seed, split, number) by a counter-based generator, and x264 is set so that files are
+identical byte by byte. The order of the draws is part of the format.
 """
 
 import json
@@ -34,8 +34,8 @@ MOTIONS = {
 TEXTURES = ("rows", "columns", "diagonal", "checks")
 """Class names of `classes="mover"`: two-coloured textures with a period of four pixels."""
 
-# Drifts of `classes="mover"`. Over the two frames of a tubelet none is a multiple of the textures' period: a disc
-# that moved so far would look unchanged at stride 1.
+# Drifts of `classes="mover"`. Over the two frames of a tubelet no drift is a multiple of the textures' period;
+# otherwise the disc would look unchanged at stride 1.
 VELOCITIES = tuple((down * speed, right * speed) for down, right in DIRECTIONS.values() for speed in (1, 3))
 
 SPLITS = ("train", "val", "test")
@@ -44,13 +44,13 @@ _SMOOTH_CELLS = 4
 # Least difference in mean brightness, of 255, between the two colours of a texture.
 _CONTRAST = 150
 _CLUTTER_RADII_PX = (1, 4)
-# Fields that are newer than the stamp: it has them only where they differ from their default.
+# Fields added after the stamp: it contains them only where they differ from their default.
 _LATER_FIELDS = ("classes", "clutter", "shake", "width", "gop")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """What `everest demo-data` makes."""
+    """Settings of `everest demo-data`."""
 
     train: int = 640
     """Training videos."""
@@ -63,24 +63,24 @@ class DemoConfig:
     num_frames: int = 32
     """Frames of a video."""
     size: int = 64
-    """Height in pixels, and width where that is not given."""
+    """Height in pixels; also the width unless width is set."""
     movers: int = 2
-    """Discs that drift, all alike."""
+    """Discs that drift, all of them alike with classes=motion."""
     distractors: int = 2
     """Discs that stand still."""
     radius: int = 7
     """Radius of a disc in pixels."""
     classes: Literal["motion", "mover"] = "motion"
-    """motion: direction and speed of the drift, eight classes; mover: which of four textures drifts, with `movers`
-    discs of every texture in the frame and `distractors` more of any that stand still."""
+    """motion: eight classes, the direction and speed of the drift; mover: four classes, the texture that drifts.
+    With mover, a frame shows `movers` discs of every texture and `distractors` more that stand still."""
     clutter: int = 0
     """Small shapes of random pixels on the background."""
     shake: int = 0
-    """Pixels by which the camera shakes from frame to frame, at most, down and right or back."""
+    """Largest shift of the camera in pixels; every frame draws a vertical and a horizontal one."""
     width: int | None = None
-    """Width in pixels; the height without this."""
+    """Width in pixels; None for the height."""
     gop: int = 12
-    """Frames from one keyframe to the next at most; longer ones make smaller files and slower seeking."""
+    """Largest number of frames between keyframes; more makes files smaller and seeking slower."""
 
     def __post_init__(self) -> None:
         """Check each field, and the disc against the frame."""
@@ -101,7 +101,7 @@ class DemoConfig:
 
     @property
     def frame_px(self) -> tuple[int, int]:
-        """Height and width of the frames in pixels."""
+        """(height, width) of a frame in pixels."""
         return self.size, self.size if self.width is None else self.width
 
     @property
@@ -111,7 +111,7 @@ class DemoConfig:
 
     @property
     def stamp(self) -> str:
-        """What `demo.json` holds: all settings, later ones where they are not at their default."""
+        """Content of `demo.json`: all settings; fields added later only where they differ from their default."""
         defaults = {field.name: field.default for field in fields(self)}
         kept = {
             name: value
@@ -126,11 +126,11 @@ class Shape:
     """A disc, or a piece of clutter.
 
     Attributes:
-        image_EEC: Its pixels, a square of E pixels, uint8.
-        mask_EE1: Which of them are visible.
-        corner: The square's first pixel (down, right) in the first frame.
+        image_EEC: Pixels of a square with E pixels a side, uint8.
+        mask_EE1: True where a pixel is drawn.
+        corner: Top left pixel (down, right) of the square in the first frame.
         velocity: Pixels a frame, (down, right).
-        texture: Index of `TEXTURES`; None for other textures.
+        texture: Index into `TEXTURES`; None for other textures.
     """
 
     image_EEC: NDArray[np.uint8]
@@ -140,7 +140,7 @@ class Shape:
     texture: int | None = None
 
     def paint(self, frame_HWC: NDArray[np.uint8], time: int = 0) -> None:
-        """Paint it onto a frame, in place, where it is after so many frames; it wraps around the edges."""
+        """Paint the shape onto a frame in place, at its position in frame ``time``; it wraps around the edges."""
         steps = np.arange(len(self.image_EEC))
         rows, cols = (
             (start + speed * time + steps) % length
@@ -180,7 +180,7 @@ def draw_background(generator: np.random.Generator, config: DemoConfig) -> NDArr
 
 
 def draw_discs(generator: np.random.Generator, config: DemoConfig, label: int) -> list[Shape]:
-    """Return the discs of a video, the lowest first. Only their velocities depend on the label."""
+    """Return the discs of a video in the order of painting. Only their velocities depend on the label."""
     mask_EE1 = _disc_mask(config.radius)
     if config.classes == "motion":
         kinds: list[int | None] = [None] * (config.distractors + config.movers)
@@ -204,7 +204,7 @@ def draw_discs(generator: np.random.Generator, config: DemoConfig, label: int) -
 
 
 def render(background_HWC: NDArray[np.uint8], shapes: list[Shape], num_frames: int) -> NDArray[np.uint8]:
-    """Return the frames_THWC of shapes that drift over a background; the last shape lies on top."""
+    """Return the frames_THWC of shapes that drift over a background; the last shape is on top."""
     frames_THWC = np.repeat(background_HWC[None], num_frames, axis=0)
     for time, frame_HWC in enumerate(frames_THWC):
         for shape in shapes:
@@ -213,7 +213,7 @@ def render(background_HWC: NDArray[np.uint8], shapes: list[Shape], num_frames: i
 
 
 def _shake(generator: np.random.Generator, frames_THWC: NDArray[np.uint8], reach: int) -> NDArray[np.uint8]:
-    """Return the frames, each moved as a whole by up to ``reach`` pixels each way, around its edges."""
+    """Return the frames, each rolled by up to ``reach`` pixels along both axes."""
     shifts = generator.integers(-reach, reach, size=(len(frames_THWC), 2), endpoint=True)
     return np.stack(
         [np.roll(frame, shift, axis=(0, 1)) for frame, shift in zip(frames_THWC, shifts.tolist(), strict=True)]
@@ -228,8 +228,8 @@ def _draw_corner(generator: np.random.Generator, frame_px: tuple[int, int]) -> t
 def _smooth_texture(generator: np.random.Generator, size_px: tuple[int, int]) -> NDArray[np.uint8]:
     """Return random cells (H, W, C), enlarged bilinearly.
 
-    In float32, with each product added in one rounding and in this order: so torch.nn.functional.interpolate
-    computes it, by which earlier versions made their videos.
+    Computed in float32, each product added with one rounding and in this order: bitwise identical to
+    torch.nn.functional.interpolate, which earlier versions used.
     """
     cells_HWC = generator.random((3, _SMOOTH_CELLS, _SMOOTH_CELLS), dtype=np.float32).transpose(1, 2, 0)
     (top, down), (left, right) = (_between_cells(length) for length in size_px)
@@ -270,7 +270,7 @@ def _two_colours(generator: np.random.Generator, is_second_EE: NDArray[np.bool_]
     """Colour a texture with two random colours that differ in brightness."""
     while True:
         colours = generator.integers(256, size=(2, 3))
-        first, second = (sum(colour) / 3 for colour in colours.tolist())  # of so few, Python is faster than numpy
+        first, second = (sum(colour) / 3 for colour in colours.tolist())  # faster than numpy on six numbers
         if abs(first - second) >= _CONTRAST:
             return colours[is_second_EE.astype(int)].astype(np.uint8)
 
@@ -281,13 +281,13 @@ def _disc_mask(radius: int) -> NDArray[np.bool_]:
 
 
 def write_demo_data(folder: Path, config: DemoConfig) -> list[Path]:
-    """Write videos, classes.txt, one list a split, and a stamp of what was made; return the lists.
+    """Write videos, classes.txt, one list for each split and a stamp with the settings; return the lists.
 
-    A folder that already holds this very dataset is left as it is, and one that holds a part of it is completed.
-    Lists are written when all videos are there.
+    A folder with the complete dataset is left as it is; an incomplete one is completed. Lists are written after all
+    videos.
 
     Raises:
-        UserError: The folder holds something else.
+        UserError: The folder contains something else, or a dataset with other settings.
     """
     lists = [folder / f"{split}.csv" for split in SPLITS if config.count(split)]
     names = config.class_names
@@ -295,17 +295,17 @@ def write_demo_data(folder: Path, config: DemoConfig) -> list[Path]:
     for path in (stamp, begun):
         if path.is_file() and path.read_text() != config.stamp:
             raise UserError(
-                f"{folder} holds a demo dataset made with other settings; remove it or name another folder"
+                f"{folder} contains a demo dataset made with other settings; remove it or name another folder"
             )
     if stamp.is_file():
         return lists
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "classes.txt").is_file():
-        raise UserError(f"{folder} is not empty and holds no demo dataset; name another folder")
+        raise UserError(f"{folder} is not empty and contains no demo dataset; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "classes.txt", "\n".join(names) + "\n")
     videos = [(split, number) for split in SPLITS for number in range(config.count(split))]
     if not begun.is_file():
-        for split, number in videos:  # made by something else
+        for split, number in videos:  # without the stamp they are not ours
             (folder / _video_name(split, number)).unlink(missing_ok=True)
         write_atomically(begun, config.stamp)
     for split, number in with_progress(videos, len(videos)):
@@ -326,16 +326,13 @@ def _video_name(split: str, number: int) -> str:
 
 
 def encode_h264(path: Path, frames_THWC: NDArray[np.uint8], *, frames_per_s: int = 30, gop: int = 12) -> None:
-    """Encode frames as H.264 in MP4, with one thread and no macroblock tree: equal frames give equal bytes.
-
-    From one keyframe to the next it is at most ``gop`` frames.
-    """
+    """Encode frames as H.264 in MP4, a keyframe at least every ``gop`` frames; equal frames give equal bytes."""
     height, width = frames_THWC.shape[1:3]
     with av.open(f"file:{path}", "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(frames_per_s))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.thread_count = 1
-        # Macroblock-tree rate control reads memory that nobody wrote: the same frames gave six different files.
+        # Macroblock-tree rate control reads uninitialised memory: the same frames gave six different files.
         stream.options = {"crf": "16", "preset": "veryfast", "g": str(gop), "x264-params": "mbtree=0"}
         for image in frames_THWC:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))

@@ -172,7 +172,7 @@ def test_list_of_nothing_but_bad_videos_stops_at_once(demo_folder: Path, tmp_pat
     bad_list = list_with_bad_rows(demo_folder, tmp_path / "list.csv", 128)
     done = compute(flags(demo_folder, tmp_path / "run", "--data.train-list", str(bad_list)))
     assert done.returncode == 2
-    assert "11 videos drawn one after another cannot be read" in done.stderr
+    assert "11 videos drawn in a row cannot be read" in done.stderr
     assert "Traceback" not in done.stderr
 
 

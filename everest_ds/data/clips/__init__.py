@@ -1,1 +1,1 @@
-"""Clips: which frames, how they are cut and augmented, and the batches made of them."""
+"""Clips: choosing frames, cropping and augmenting them, and collating clips into batches."""

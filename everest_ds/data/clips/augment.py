@@ -1,10 +1,10 @@
-"""Augmentation of fine-tuning clips with timm's parts: one draw for all frames of a clip.
+"""Augmentation of fine-tuning clips with timm's operations: one draw for all frames of a clip.
 
 Place in the flow: frames_THWC uint8 -> RandAugment -> random resized crop and flip (transforms.py) -> clip_CTHW
-uint8 -> random erasing -> mixing of pairs. These parts draw from process-wide generators. Each runs inside
+uint8 -> random erasing -> mixing of pairs. timm draws from process-wide generators. Each call runs inside
 `seeded_globals`, so that its draws belong to the sample. Axes: T frames, H W pixels, C colour channels, K classes.
 
-timm is imported where it is used: pre-training does without it, and it takes half a second of every process.
+timm is imported in functions: pre-training does not need it, and importing it takes each process half a second.
 """
 
 import math
@@ -36,7 +36,7 @@ _RAND_SECTION = re.compile(r"(m|n|mmax)\d+|(p|mstd)\d+(\.\d+)?|inc[01]|t(weights
 def seeded_globals(seed: int) -> Iterator[None]:
     """Seed Python's, numpy's and torch's process-wide CPU generators, and restore their state afterwards.
 
-    Without workers, clips are made in the training process, whose own draws must not change.
+    Without workers, clips are made in the training process, and must not change its random state.
     """
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
@@ -51,10 +51,10 @@ def seeded_globals(seed: int) -> Iterator[None]:
 
 
 def check_rand_augment(text: str) -> None:
-    """Check a RandAugment configuration; timm ignores some errors and would raise the others in a worker.
+    """Check a RandAugment configuration early: timm ignores some errors and raises the others in a worker.
 
     Raises:
-        UserError: It is not in timm's notation, or has more operations than timm's set.
+        UserError: The text is not in timm's notation, or asks for more operations than timm's set contains.
     """
     first, *sections = text.split("-")
     matches = [_RAND_SECTION.fullmatch(section) for section in sections]
@@ -62,7 +62,7 @@ def check_rand_augment(text: str) -> None:
     if first != "rand":
         fault = "it must begin with 'rand'"
     elif not all(matches):
-        fault = f"{sections[matches.index(None)]!r} is no part of it"
+        fault = f"unknown part {sections[matches.index(None)]!r}"
     else:
         try:
             with seeded_globals(0):
@@ -81,12 +81,12 @@ def check_rand_augment(text: str) -> None:
 def rand_augment(frames_THWC: NDArray[np.uint8], text: str, generator: np.random.Generator) -> NDArray[np.uint8]:
     """Apply timm's RandAugment to each frame, with the same operations, magnitudes and signs.
 
-    It runs on whole frames, before the crop, as in the official code: a shift or a rotation moves in what the crop
-    may take, and the frame's size decides the cost.
+    It runs on whole frames, before the crop, as in the official code: shifts and rotations can bring pixels into
+    the crop, and the cost depends on the size of the frame.
 
-    Source: official code, `create_random_augment`: bicubic, and grey (128) moves in from outside the frame. Its
+    Source: official code, `create_random_augment`: bicubic, pixels from outside the frame are grey (128). Its
     translate_const has no effect on RandAugment's operations and is not passed.
-    Differs from the official code: Posterize keeps at least one bit, where the strongest made a clip all black.
+    Differs from the official code: Posterize keeps at least one bit; at full strength it made a clip all black.
     """
     transform = _rand_augment_transform(text)
     seed = _draw_seed(generator)
@@ -100,10 +100,11 @@ def rand_augment(frames_THWC: NDArray[np.uint8], text: str, generator: np.random
 def draw_resized_crop(
     width: int, height: int, area: tuple[float, float], aspect: tuple[float, float], generator: np.random.Generator
 ) -> Crop:
-    """Draw a crop of random area and aspect, by the draws of torchvision's ``RandomResizedCrop``.
+    """Draw a crop of random area and aspect, with the same draws as torchvision's ``RandomResizedCrop``.
 
-    Uniform in ``area`` (share of the frame, from and to), log-uniform in ``aspect`` (width over height, from and
-    to); after ten draws that do not fit, the largest crop in the middle whose aspect is allowed.
+    The area is uniform in ``area`` (lowest and highest share of the frame), the aspect log-uniform in ``aspect``
+    (lowest and highest width / height). After ten draws that do not fit, returns the largest centred crop whose
+    aspect is allowed.
     """
     draws = torch.Generator().manual_seed(_draw_seed(generator))
     log_aspect = torch.tensor(aspect).log().tolist()
@@ -126,16 +127,16 @@ def draw_resized_crop(
 def erase(clip_CTHW: Tensor, prob: float, generator: np.random.Generator) -> Tensor:
     """Erase one box of random position and size, the same in all frames, with probability ``prob``: uint8.
 
-    The box takes 2 to 33 % of a frame. It is filled with normal noise, drawn for every pixel, channel and frame.
+    The box covers 2 to 33 % of a frame. It is filled with normal noise, drawn for every pixel, channel and frame.
 
     Source: official code, `RandomErasing` with mode pixel and one box.
-    Differs from the official code: there the noise replaces normalised pixels. Here it becomes bytes with
-    ImageNet's mean and standard deviation; what is beyond black or white (two deviations away) is clamped.
+    Differs from the official code: there the noise replaces normalised pixels. Here it is scaled to bytes with
+    ImageNet's mean and standard deviation; values beyond black or white (two deviations away) are clamped.
     """
     from timm.data.random_erasing import RandomErasing
 
     channels, num_frames, height, width = clip_CTHW.shape
-    # timm takes an image: frames become channels. Pixels that it leaves alone stay NaN.
+    # timm takes an image: frames become channels. Pixels outside the box stay NaN.
     noise = torch.full((channels * num_frames, height, width), torch.nan)
     with seeded_globals(_draw_seed(generator)):
         noise = RandomErasing(probability=prob, mode="pixel", max_count=1, device="cpu")(noise)
@@ -155,17 +156,18 @@ def erase(clip_CTHW: Tensor, prob: float, generator: np.random.Generator) -> Ten
 class PairMixer:
     """Mixes pairs of neighbouring clips and their classes, with timm's mixup and CutMix.
 
-    The draws belong to the pair, so any even micro-batch and any number of processes makes the same global batch.
-    All frames of a clip are mixed alike. Each pair is mixed, by CutMix or mixup at even odds where both are on.
+    Draws are keyed by the pair, so the global batch does not depend on the micro-batch (if even) or the number of
+    processes. All frames of a clip are mixed alike. Every pair is mixed; if mixup and CutMix are both on, each is
+    chosen with probability 0.5.
 
     Attributes:
-        seed: The run's.
+        seed: Seed of the run.
         num_classes: K.
-        mixup_alpha: Mixup's beta distribution; 0 for none.
-        cutmix_alpha: CutMix's beta distribution; 0 for none.
+        mixup_alpha: Parameter of mixup's beta distribution; 0 turns mixup off.
+        cutmix_alpha: Parameter of CutMix's beta distribution; 0 turns CutMix off.
 
-    Differs from the official code: one draw a pair, not one for a rank's whole micro-batch, which is the first clip
-    with the last and so on; bytes are mixed, rounded to the nearest, instead of normalised floats.
+    Differs from the official code: there one draw mixes a rank's whole micro-batch, its first clip with its last
+    and so on, as normalised floats; here each pair has its own draw, and bytes are mixed, rounded to the nearest.
     """
 
     seed: int
@@ -175,16 +177,16 @@ class PairMixer:
 
     @classmethod
     def of(cls, data: FinetuneDataConfig, *, seed: int, num_classes: int) -> "PairMixer | None":
-        """Return the mixer of a configuration, None where it mixes nothing."""
+        """Return the mixer of a configuration; None if nothing is mixed."""
         if not data.mixes:
             return None
         return cls(seed=seed, num_classes=num_classes, mixup_alpha=data.mixup_alpha, cutmix_alpha=data.cutmix_alpha)
 
     def mix(self, first: Tensor, second: Tensor, labels: tuple[int, int], key: SampleKey) -> tuple[Tensor, Tensor]:
-        """Mix two clips, each clip_CTHW uint8; ``key`` is the first one's.
+        """Mix two clips, each clip_CTHW uint8; ``key`` is the key of the first.
 
         Returns:
-            clips_BCTHW uint8 of the two, and target_BK float32: each row holds the shares of the classes.
+            The two as clips_BCTHW uint8, and target_BK float32: a row contains the shares of the classes.
         """
         from timm.data.mixup import FastCollateMixup
 
@@ -203,7 +205,7 @@ class PairMixer:
         return rearrange(mixed, "b (c t) h w -> b c t h w", c=first.shape[0]), target_BK
 
     def target(self, label: int) -> Tensor:
-        """Return the target_K of a clip that is not mixed, float32."""
+        """Return the one-hot target_K of a clip that is not mixed, float32."""
         return torch.nn.functional.one_hot(torch.tensor(label), self.num_classes).float()
 
 
@@ -223,5 +225,5 @@ def _rand_augment_transform(text: str) -> Any:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
-    """Keep at least one bit: timm keeps none at the ends of its scale, which Pillow 13 refuses."""
+    """Keep at least one bit: timm asks for none at the ends of its scale, which Pillow 13 refuses."""
     return ImageOps.posterize(image, min(max(bits_to_keep, 1), 8))

@@ -23,7 +23,7 @@ MAX_REPLACEMENTS = 10
 
 @dataclass(frozen=True)
 class BadSample:
-    """A draw that could not be read."""
+    """A drawn sample whose video could not be read."""
 
     path: str
     reason: str
@@ -34,19 +34,19 @@ class BadSample:
 
 @dataclass(frozen=True)
 class Clip:
-    """One training sample, or only the failed draws where no replacement could be read.
+    """One training sample; a lost one, if no replacement could be read either, contains only the failed draws.
 
-    Small parts are arrays, not tensors: those would travel between processes by way of files.
+    Small parts are arrays, because tensors would be passed between processes through files.
 
     Attributes:
-        pixels: uint8, clip_CTHW, or crop_THWC where the device resizes it (data.resize); None for a lost clip.
-        frames_T: int64, the frame of the video that each frame of the clip is; empty for a lost clip.
-        noise_S: float32 in [0, 1), as many values as the task wanted.
-        label: Class of the list's row.
-        index: Row of the list.
-        key: The requested key; another row than ``index`` where that one could not be read.
-        target_K: float32, the shares of the classes; None where no clips are mixed.
-        bad: Draws that could not be read before this one.
+        pixels: uint8, clip_CTHW, or crop_THWC if the device resizes it (data.resize); None for a lost clip.
+        frames_T: int64, index in the video of each frame of the clip; empty for a lost clip.
+        noise_S: float32 in [0, 1), as many values as the task asked for.
+        label: Class of the row.
+        index: Row of the list that was read.
+        key: The requested key; its row differs from ``index`` if the requested video could not be read.
+        target_K: float32, the shares of the classes; None if clips are not mixed.
+        bad: Draws that failed before this one was read.
     """
 
     pixels: Tensor | None
@@ -60,7 +60,7 @@ class Clip:
 
     @classmethod
     def lost(cls, key: SampleKey) -> "Clip":
-        """Return the clip of a key for which no video could be read."""
+        """Return the lost clip of a key for which no video could be read."""
         return cls(None, np.empty(0, np.int64), np.empty(0, np.float32), label=-1, index=key.index, key=key)
 
     @property
@@ -72,7 +72,7 @@ class Clip:
 
 
 def mix_pairs(clips: Sequence[Clip], mixer: PairMixer) -> list[Clip]:
-    """Mix the first clip with the second, the third with the fourth and so on; one without a neighbour stays."""
+    """Mix the first clip with the second, the third with the fourth and so on; the partner of a lost clip stays."""
     if len(clips) % 2:
         raise ValueError(f"{len(clips)} clips do not make pairs to mix; batch.micro_size must be even")
     mixed: list[Clip] = []
@@ -93,15 +93,15 @@ class ClipBatch:
     """One micro-batch.
 
     Attributes:
-        clips_BCTHW: uint8; empty where ``crops`` hold the pixels. In memory channels may come last, as they leave
-            the decoder: no process spends time on reordering them.
-        frames_BT: int64, the frame of its video that each frame of a clip is; for a mixed clip, of its own video.
-        noise_BS: float32 in [0, 1), the values that the task wanted with each clip.
+        clips_BCTHW: uint8; empty if the pixels are in ``crops``. Channels may be last in memory, as the decoder
+            writes them: reordering would take time.
+        frames_BT: int64, index in the video of each frame; for a mixed clip, in the video of ``index_B``.
+        noise_BS: float32 in [0, 1), values that the task asked for with each clip.
         label_B: int64.
         index_B: int64, rows of the list.
-        target_BK: float32, the shares of the classes in each clip; None where no clips are mixed.
-        crops: uint8, crop_THWC of each clip in its own size, which the device resizes (data.resize); else empty.
-        bad: Draws that could not be read while this batch was made.
+        target_BK: float32, the shares of the classes in each clip; None if clips are not mixed.
+        crops: uint8, crop_THWC of each clip, of any size, if the device resizes them (data.resize); else empty.
+        bad: Draws that failed while this batch was made.
         num_lost: Samples that are missing because no replacement could be read either.
     """
 
@@ -117,7 +117,7 @@ class ClipBatch:
 
     @classmethod
     def collate(cls, clips: Sequence[Clip], *, crops: bool = False, pin: bool = False) -> "ClipBatch":
-        """Copy clips, or ``crops`` for the device to resize, into a batch; lost ones are left out."""
+        """Copy clips into a batch, with ``crops`` as crops for the device to resize; lost clips are left out."""
         read = [clip for clip in clips if clip.was_read]
         pixels = [clip.pixels for clip in read if clip.pixels is not None]
         targets = [clip.target_K for clip in read if clip.target_K is not None]
@@ -134,16 +134,16 @@ class ClipBatch:
         )
 
     def require_whole(self) -> None:
-        """Refuse a batch with lost samples: more than `MAX_REPLACEMENTS` draws in a row could not be read."""
+        """Raise UserError for a batch with lost samples: more than `MAX_REPLACEMENTS` draws in a row failed."""
         if self.num_lost:
             last = self.bad[-1]
             raise UserError(
-                f"{MAX_REPLACEMENTS + 1} videos drawn one after another cannot be read, the last is {last.path}: "
-                f"{last.reason}; check the list and the storage it points to"
+                f"{MAX_REPLACEMENTS + 1} videos drawn in a row cannot be read, the last is {last.path}: "
+                f"{last.reason}; check the list and its storage"
             )
 
     def clips_on(self, device: torch.device, image_size: int) -> Tensor:
-        """Return clips_BCTHW uint8 on a device, ``image_size`` pixels high and wide; crops are resized there."""
+        """Return clips_BCTHW uint8 on a device, H = W = ``image_size``; crops are resized on the device."""
         if not self.crops:
             return self.clips_BCTHW.to(device, non_blocking=True)
         crops = [crop_THWC.to(device, non_blocking=True) for crop_THWC in self.crops]
@@ -151,7 +151,7 @@ class ClipBatch:
 
 
 def _stack(parts: Sequence[Tensor], *, pin: bool) -> Tensor:
-    """Copy byte tensors of one shape into one; each keeps its order of axes in memory, unlike in `torch.stack`."""
+    """Stack uint8 tensors of one shape; unlike `torch.stack`, keeps the order of their axes in memory."""
     if not parts:
         return torch.empty(0, dtype=torch.uint8, pin_memory=pin)
     layout = Layout.of(parts[0])

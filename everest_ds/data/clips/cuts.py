@@ -1,7 +1,7 @@
-"""Cuts: which frames of a video make a training clip, and how they become one; one cut for each task.
+"""Cuts: choose the frames of a training clip, then crop and augment them; each task has its cut.
 
-Place in the flow: a video -> frame numbers; its frames_THWC uint8 -> clip_CTHW uint8. All draws belong to the
-sample. Each worker gets a copy of the cut. Axes: T frames, H W pixels, C colour channels.
+Place in the flow: video -> frame numbers; frames_THWC uint8 -> clip_CTHW uint8. All draws are keyed by the sample.
+Each worker gets a copy of the cut. Axes: T frames, H W pixels, C colour channels.
 """
 
 from abc import ABC, abstractmethod
@@ -19,16 +19,16 @@ from everest_ds.data.clips.sampling import Draws, RandomStream, dense_frames, se
 from everest_ds.data.clips.transforms import Crop, crop_frames, draw_crop, resize_crop, resize_crop_by_pil
 from everest_ds.data.readers.timing import timed_indices
 
-# The largest crop that may travel to the device as it is: a frame of full high definition.
+# The largest crop that is copied to the device unresized: a full-HD frame.
 _LARGEST_CROP_PX = 1920 * 1080
 
 
 class UnfitFramesError(ValueError):
-    """Frames that no clip can be cut from; the message says why."""
+    """The frames cannot be cropped; the message says why."""
 
 
 class Timeline(Protocol):
-    """A video, or a window of one, as far as frames are chosen from it."""
+    """What choosing frames needs of a video or a window of it: the number of frames and their times."""
 
     num_frames: int
 
@@ -41,25 +41,25 @@ class Cut(ABC):
     """Chooses frames of a video, and turns them into a clip.
 
     Attributes:
-        config: How a clip is cut. ``config.num_frames`` are read; the model may choose the clip's from them
-            (`PretrainConfig.candidate_frames`).
+        config: How a clip is cut. ``config.num_frames`` frames are read; they may be candidates of which the model
+            chooses some (`PretrainConfig.candidate_frames`).
     """
 
     config: DataConfig
 
     @property
     def delivers_crops(self) -> bool:
-        """Whether `clip` gives crop_THWC, which the device resizes, instead of clip_CTHW."""
+        """Whether `clip` returns crop_THWC, which the device resizes, instead of clip_CTHW."""
         return False
 
     @property
     def max_bytes(self) -> int:
-        """Bytes of what `clip` gives, at most."""
+        """Largest number of bytes that `clip` returns."""
         frame_px = _LARGEST_CROP_PX if self.delivers_crops else self.config.image_size**2
         return self.config.num_frames * frame_px * 3
 
     def choose_frames(self, video: Timeline, draws: Draws) -> list[int]:
-        """Return the frame numbers of a clip: in time where data.sampling_seconds is set, else by number.
+        """Return the frame numbers of a clip: sampled by time if data.sampling_seconds is set, else by number.
 
         Raises:
             VideoReadError: The times cannot be read.
@@ -71,18 +71,18 @@ class Cut(ABC):
 
     @abstractmethod
     def frames_by_number(self, num_frames: int, generator: np.random.Generator) -> list[int]:
-        """Return the frame numbers of a clip; the last frame of a short video may repeat."""
+        """Return the frame numbers of a clip; a short video may repeat its last frame."""
 
     @abstractmethod
     def clip(self, frames_THWC: NDArray[np.uint8], draws: Draws) -> Tensor:
-        """Cut the clip, uint8; ``frames_THWC`` stays as it is.
+        """Cut the clip, uint8; ``frames_THWC`` is not modified.
 
         Raises:
-            UnfitFramesError: The frames give no clip.
+            UnfitFramesError: The frames are too small or too large to crop.
         """
 
     def _crop(self, frames_THWC: NDArray[np.uint8], crop: Crop, draws: Draws) -> Tensor:
-        """Cut a crop out of all frames, and mirror half of the clips: crop_THWC."""
+        """Crop all frames, and mirror half of the clips: crop_THWC."""
         if min(crop[2:]) < 1:
             height, width = frames_THWC.shape[1:3]
             raise UnfitFramesError(f"its frames of {width}x{height} pixels are too small to crop")
@@ -92,7 +92,7 @@ class Cut(ABC):
 
 @dataclass(frozen=True)
 class PretrainCut(Cut):
-    """Frames at a stride, one MultiScaleCrop and one flip for all of them."""
+    """Strided or timed frames; one MultiScaleCrop and one flip for all frames of a clip."""
 
     config: PretrainDataConfig
 
@@ -104,13 +104,13 @@ class PretrainCut(Cut):
         return strided_frames(num_frames, self.config.num_frames, self.config.sampling_stride, generator)
 
     def clip(self, frames_THWC: NDArray[np.uint8], draws: Draws) -> Tensor:
-        """Cut the clip, or its crop."""
+        """Return the resized clip_CTHW, or crop_THWC if the device resizes."""
         config = self.config
         height, width = frames_THWC.shape[1:3]
         crop = draw_crop(width, height, config.image_size, config.crop_scales, draws(RandomStream.CROP))
         if self.delivers_crops and crop[2] * crop[3] > _LARGEST_CROP_PX:
             raise UnfitFramesError(
-                f"its crops of {crop[2]}x{crop[3]} pixels are too large for data.resize=device; take fast, or "
+                f"its crops of {crop[2]}x{crop[3]} pixels are too large for data.resize=device; use fast, or "
                 "make the videos smaller with `everest prepare`"
             )
         crop_THWC = self._crop(frames_THWC, crop, draws)
@@ -124,7 +124,7 @@ class PretrainCut(Cut):
 class FinetuneCut(Cut):
     """Dense or segment sampling, RandAugment, random resized crop, flip, random erasing, in the official order.
 
-    Clips are erased and mixed before they reach the device, so it never resizes.
+    Erasing and mixing run on the host and need resized clips, so crops are never resized on the device.
 
     Differs from the official code: the crop is resized on bytes, with antialiasing.
 

@@ -1,8 +1,8 @@
 """Training clips by key, made in the loader's workers.
 
-Place in the flow: SampleKey -> video opened once -> frames of all its clips read once -> clip_CTHW uint8 (cuts.py),
-the task's noise -> Clip, mixed with its neighbour where clips are mixed. An unreadable video is replaced by another
-one, drawn by key, and reported with the clip; it is never dropped silently.
+Place in the flow: SampleKey -> video opened once -> frames of all its clips read once -> clip_CTHW uint8 (cuts.py)
+and the task's noise -> Clip, mixed with its neighbour if clips are mixed. An unreadable video is replaced by
+another one, drawn by key; the clip reports it, so nothing is dropped silently.
 """
 
 import itertools
@@ -35,8 +35,8 @@ class ClipDataset(SampleMaker[SampleKey, Clip]):
         rows: The list of videos.
         cut: Turns frames into a clip.
         seed: Seed of every draw.
-        noise_length: Noise values that come with each clip.
-        mixer: Mixes the clips of a micro-batch in pairs.
+        noise_length: Number of noise values of each clip.
+        mixer: Mixes the clips of a micro-batch in pairs; None mixes nothing.
 
     Raises:
         UserError: The reader of ``cut.config`` is not available on this machine.
@@ -59,17 +59,16 @@ class ClipDataset(SampleMaker[SampleKey, Clip]):
         return len(self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Go to a worker without decoded frames."""
+        """Leave decoded frames out of the copy for a worker."""
         return self.__dict__ | {"_decoded": {}}
 
     def __getitem__(self, key: SampleKey) -> Clip:
-        """Return the clip of a key, not mixed."""
+        """Return the unmixed clip of a key."""
         return self._read([key], {}, lambda _: None)[0]
 
     def requests(self, keys: Sequence[SampleKey]) -> list[list[SampleKey]]:
-        """Divide a micro-batch, in its order, into clips that are made together.
-
-        These are the clips of a video, and where clips are mixed, of all videos that are mixed.
+        """Divide a micro-batch, in order, into requests: all clips of a video, and both clips of a mixed pair, are
+        in one request.
         """
         last = {(key.epoch, key.index): position for position, key in enumerate(keys)}
         requests: list[list[SampleKey]] = []
@@ -85,7 +84,7 @@ class ClipDataset(SampleMaker[SampleKey, Clip]):
         """Make the clips of a request; see `everest_ds.data.loading.loader.SampleMaker`.
 
         Unreadable videos are replaced, at most `MAX_REPLACEMENTS` times each. Nothing is raised for them: the batch
-        says what was bad, see `ClipBatch.require_whole`.
+        reports them, see `ClipBatch.require_whole`.
         """
         clips = self._read(request, unreadable, mark)
         return mix_pairs(clips, self.mixer) if self.mixer else clips
@@ -103,7 +102,7 @@ class ClipDataset(SampleMaker[SampleKey, Clip]):
     def _read_video(
         self, keys: Sequence[SampleKey], opened: Iterator[int], unreadable: Mapping[int, str], mark: Mark
     ) -> list[Clip]:
-        """Return the clips of one video, or of its replacement, which all of them share."""
+        """Return the clips of one video; if it cannot be read, all of them are cut from one replacement."""
         epoch, index = keys[0].epoch, keys[0].index
         replacements = keyed_generator(self.seed, RandomStream.REPLACEMENT, epoch, index)
         failed: list[tuple[int, VideoReadError]] = []
@@ -142,10 +141,10 @@ class ClipDataset(SampleMaker[SampleKey, Clip]):
         ]
 
     def make_clip(self, key: SampleKey, frame_idx: Sequence[int], frames_THWC: NDArray[np.uint8]) -> Clip:
-        """Cut the clip of a key out of its frames.
+        """Cut the clip of a key from its frames.
 
         Raises:
-            VideoReadError: The frames give no clip.
+            VideoReadError: The frames cannot be cropped.
         """
         row, draws = self.rows[key.index], sample_draws(self.seed, key)
         try:
@@ -156,7 +155,7 @@ class ClipDataset(SampleMaker[SampleKey, Clip]):
         return Clip(pixels, np.array(frame_idx), noise_S, label=row.label, index=key.index, key=key)
 
     def _open(self, index: int) -> Video:
-        """Open the video of a row, or take it from memory where decoded frames are kept."""
+        """Open the video of a row, or return its decoded frames if they are kept in memory."""
         if index in self._decoded:
             return self._decoded[index]
         video = Video.of_row(self.rows[index], self.config.reader, self.config.max_pixels)
@@ -167,7 +166,7 @@ class ClipDataset(SampleMaker[SampleKey, Clip]):
 
 
 def _as_bad(path: Path, error: Exception) -> VideoReadError:
-    """Return what is wrong with a video, lack of memory for it among that; raise what is our own fault."""
+    """Return a fault of the video, or lack of memory, as a VideoReadError; raise all other errors."""
     if isinstance(error, VideoReadError):
         return error
     if is_lack_of_memory(error):
@@ -189,7 +188,7 @@ def make_loader(
 
 
 def _pick(frames_THWC: NDArray[np.uint8], present: Sequence[int], wanted: Sequence[int]) -> NDArray[np.uint8]:
-    """Return the frames wanted of those present; copies only where it must."""
+    """Return the ``wanted`` frames; ``present`` are the numbers of ``frames_THWC``. Copies only if they differ."""
     if list(present) == list(wanted):
         return frames_THWC
     return frames_THWC[np.searchsorted(present, wanted)]

@@ -1,4 +1,4 @@
-"""Which samples make up a step, which frames make up a clip, and where every random draw comes from.
+"""The samples of a step, the frames of a clip, and the random generators of all draws.
 
 Place in the flow: (seed, epoch, sample index, repeat) -> random generator -> frame numbers. Nothing here depends on
 the state of a worker or a rank, so any number of processes makes the same global batch.
@@ -13,10 +13,9 @@ from torch.utils.data import Sampler
 
 
 class RandomStream(IntEnum):
-    """What a draw is for. Each purpose has its own stream, so that a new draw for one does not shift the others.
+    """Purpose of a draw. Each has its own random stream, so that an added draw does not shift those of the others.
 
-    ORDER belongs to an epoch, MIX to a pair of clips (by the first one's key), the others to a sample. NOISE is
-    what the task takes with each clip.
+    ORDER is keyed by the epoch, MIX by the first clip of a pair, the others by the sample. NOISE is for the task.
     """
 
     ORDER = 0
@@ -32,7 +31,7 @@ class RandomStream(IntEnum):
 
 @dataclass(frozen=True)
 class SampleKey:
-    """Names one clip of a run: which sample, in which epoch, as which repeat."""
+    """Identifies one clip of a run: sample index, epoch and repeat."""
 
     epoch: int
     index: int
@@ -40,7 +39,7 @@ class SampleKey:
 
 
 Draws = Callable[[RandomStream], np.random.Generator]
-"""Gives a sample's generator for a purpose."""
+"""Returns a sample's generator for a purpose."""
 
 
 def keyed_generator(
@@ -48,8 +47,8 @@ def keyed_generator(
 ) -> np.random.Generator:
     """Return the generator of a sample and a purpose.
 
-    Philox is counter-based: key and counter say where in its sequence the draws start, so no two samples share
-    draws and none depends on another.
+    Philox is counter-based: key and counter fix the position in its sequence, so the draws of different samples are
+    independent and never overlap.
     """
     key = np.array([seed, int(stream)], dtype=np.uint64)
     counter = np.array([0, repeat, index, epoch], dtype=np.uint64)
@@ -57,7 +56,7 @@ def keyed_generator(
 
 
 def sample_draws(seed: int, key: SampleKey) -> Draws:
-    """Return the draws of a sample."""
+    """Return a function from a purpose to the sample's generator."""
     return lambda stream: keyed_generator(seed, stream, key.epoch, key.index, key.repeat)
 
 
@@ -69,15 +68,15 @@ def require_frames(num_frames: int) -> None:
 def strided_frames(num_frames: int, clip_length: int, stride: int, generator: np.random.Generator) -> list[int]:
     """Return the frames of one clip: every ``stride``-th from a random start.
 
-    A video shorter than ``clip_length * stride`` frames starts at 0; one that runs out repeats the last frame that
-    its stride reaches.
+    A video shorter than ``clip_length * stride`` frames starts at 0 and repeats the last frame that the stride
+    reaches.
 
     Source: official code, the pre-training loader's indices (golden frame_sampling.json, pretrain_train).
     """
     require_frames(num_frames)
     num_starts = num_frames - clip_length * stride + 1
     start = int(generator.integers(num_starts)) if num_starts > 0 else 0
-    # The official loop advances only while another frame lies beyond the one it would reach.
+    # The official loop advances only while at least one more frame follows the one it would reach.
     last_reachable = max(num_frames - 2 - start, 0) // stride
     return [start + min(step, last_reachable) * stride for step in range(clip_length)]
 
@@ -85,9 +84,9 @@ def strided_frames(num_frames: int, clip_length: int, stride: int, generator: np
 def dense_frames(num_frames: int, clip_length: int, stride: int, generator: np.random.Generator) -> list[int]:
     """Return the frames of one fine-tuning clip: spread over ``clip_length * stride`` frames at a random position.
 
-    From the first of these frames to the last, so they are a little more than ``stride`` apart (4.27 for 16 frames
-    at stride 4); the video's last frame is not reached. A video that is not longer than that gives a frame for each
-    of its whole strides, spread over all of it, and then repeats its last frame.
+    They include both ends of that range, so they are a little more than ``stride`` apart (4.27 for 16 frames at
+    stride 4). The last frame of the video is never reached. A video not longer than the range gives one frame for
+    each whole stride, spread over all of it, and then repeats its last frame.
 
     Source: official code, the fine-tuning loader's training indices (golden frame_sampling.json,
     finetune_dense_train_and_val).
@@ -106,9 +105,9 @@ def dense_frames(num_frames: int, clip_length: int, stride: int, generator: np.r
 
 
 def segment_frames(num_frames: int, num_segments: int, generator: np.random.Generator) -> list[int]:
-    """Return one random frame of each of ``num_segments`` equal parts; the remainder at the end is not reached.
+    """Return one random frame from each of ``num_segments`` equal parts; remaining frames at the end are not used.
 
-    A video with fewer frames than that gives its first frame every time.
+    A video with fewer frames than segments repeats its first frame.
 
     Source: official code, the training indices of Something-Something (golden frame_sampling.json, ssv2_segment).
     """
@@ -127,15 +126,15 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(kw_only=True, eq=False)
 class GlobalBatchSampler(Sampler[list[SampleKey]]):
-    """Yields this rank's micro-batches of the run, epoch after epoch, from any step on.
+    """Yields this rank's micro-batches of the run, epoch after epoch, starting at any step.
 
-    Micro-step a of rank r takes the slice ``(a * world_size + r) * micro_size`` of each global batch, so the global
-    batch does not depend on the number of ranks. The rest of an epoch that makes no whole batch is left out;
-    another order leaves out others.
+    Micro-step a of rank r takes ``micro_size`` clips from position ``(a * world_size + r) * micro_size`` of each
+    global batch, so the global batch does not depend on the number of ranks. Samples left at the end of an epoch
+    that do not fill a batch are not used; they differ from epoch to epoch.
 
-    With repeated sampling a global batch holds ``global_size / repeats`` videos, two by two: repeat 0 of both,
-    repeat 1 of both and so on. So neighbours are different videos (except for the last of an odd number), and the
-    clips of a video are close together, where one worker makes them from one decoding.
+    With repeated sampling a global batch has ``global_size / repeats`` videos, in pairs: repeat 0 of both, repeat 1
+    of both and so on. So neighbours are different videos (except for the last of an odd number), and the clips of a
+    video are close together, so that one worker decodes it once.
     """
 
     num_samples: int

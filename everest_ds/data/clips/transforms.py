@@ -1,4 +1,4 @@
-"""From decoded frames to a training clip: one crop and one flip for all frames, uint8 throughout.
+"""Crop, flip and resize of decoded frames: one crop and one flip for all frames of a clip, uint8 throughout.
 
 Place in the flow: frames_THWC uint8 -> crop_THWC uint8 -> clip_CTHW uint8. Axes: T frames, H W pixels, C colour.
 """
@@ -17,14 +17,14 @@ from torch.nn import functional as F
 Crop = tuple[int, int, int, int]
 """Left, top, width and height in pixels."""
 
-# MultiScaleCrop takes a crop edge within this many pixels of the output size as the output size itself.
+# A crop edge less than this many pixels from the output size becomes the output size (MultiScaleCrop).
 _SNAP_PX = 3
 
 
 def multi_scale_crops(width: int, height: int, size: int, scales: Sequence[float]) -> list[tuple[int, int]]:
     """Return the crop sizes (width, height) that MultiScaleCrop draws from.
 
-    All pairs of edges whose scales are at most one apart in the list of scales.
+    These are all pairs of edges whose scales are equal or neighbours in the list of scales.
 
     Source: official code, `GroupMultiScaleCrop` with max_distort 1 (golden multiscale_crop.json).
     Differs from the official code: a frame one or two pixels smaller than the output is not padded with black.
@@ -58,7 +58,7 @@ def draw_crop(width: int, height: int, size: int, scales: Sequence[float], gener
 
 
 def crop_frames(frames_THWC: NDArray[np.uint8], crop: Crop, *, mirror: bool) -> Tensor:
-    """Cut the same crop out of all frames: crop_THWC uint8, contiguous."""
+    """Crop all frames alike, and mirror them left to right on request: crop_THWC uint8, contiguous."""
     left, top, width, height = crop
     crop_THWC = torch.from_numpy(frames_THWC)[:, top : top + height, left : left + width]
     return crop_THWC.flip(2) if mirror else crop_THWC.contiguous()
@@ -68,23 +68,23 @@ def resize_crop(crop_THWC: Tensor, size: int) -> Tensor:
     """Resize to ``size`` x ``size`` with antialiased bilinear weights, on the crop's device.
 
     Returns:
-        clip_CTHW, uint8; in memory channels come last, as in the crop.
+        clip_CTHW, uint8; channels are last in memory, as in the crop.
 
-    Differs from the official code: tensors on uint8 instead of PIL images, at most 2 of 255 apart, and several
-    times as fast.
+    Differs from the official code: uint8 tensors instead of PIL images, several times as fast; pixels differ by at
+    most 2 of 255.
     """
     crop_TCHW = rearrange(crop_THWC, "t h w c -> t c h w")
     return rearrange(resize_frames(crop_TCHW, size, size), "t c h w -> c t h w")
 
 
 def resize_frames(frames_TCHW: Tensor, height: int, width: int) -> Tensor:
-    """Resize uint8 frames with antialiased bilinear weights, on their device, as torchvision's ``resize``.
+    """Resize uint8 frames with antialiased bilinear weights, on their device, like torchvision's ``resize``.
 
-    torchvision itself is not imported: it loads torch's compiler, which takes a second of every process.
+    torchvision itself is not imported: it loads torch's compiler, which takes each process a second.
     """
     if frames_TCHW.shape[-2:] == (height, width):
         return frames_TCHW
-    # torch resizes bytes where it has vector instructions for them, and is slow at it elsewhere.
+    # torch resizes bytes fast only on CPUs with these vector instructions; elsewhere floats are faster.
     on_bytes = frames_TCHW.device.type == "cpu" and (
         torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in ("aarch64", "arm64")
     )
@@ -94,7 +94,7 @@ def resize_frames(frames_TCHW: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_crop_by_pil(crop_THWC: Tensor, size: int) -> Tensor:
-    """Resize as `resize_crop` does, by PIL, whose pixels are those of the official code."""
+    """Resize like `resize_crop`, with PIL: pixels are identical to the official code's."""
     images = [Image.fromarray(frame_HWC) for frame_HWC in crop_THWC.numpy()]
     frames = [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)) for image in images]
     return rearrange(torch.from_numpy(np.stack(frames)), "t h w c -> c t h w")

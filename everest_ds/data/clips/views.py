@@ -1,11 +1,11 @@
-"""The views that score a video: several clips over time, several crops over space, nothing random.
+"""The views that a video is scored on: several clips over time, several crops over space, nothing random.
 
 Place in the flow: row of a list -> video opened once, each frame decoded and resized once -> clips_VCTHW uint8.
 Axes: V views of a video (time first, then space), C colour channels, F decoded frames, T frames of a clip, H W
 pixels.
 
-Source: official code, the test mode of its two fine-tuning datasets (golden frame_sampling.json). Ours also covers
-one view, where that divides by zero, and any number of segment clips, where that has two.
+Source: official code, the test mode of its two fine-tuning datasets (golden frame_sampling.json). Ours also allows
+one view, for which the official code divides by zero, and any number of segment clips instead of two.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,13 +28,13 @@ from everest_ds.data.readers.choice import choose_reader
 from everest_ds.data.readers.timing import clip_room_s, frames_at
 from everest_ds.data.readers.video import Video, VideoReadError
 
-# Frames that are held at their own size at once; all of a long high-definition video would take gibibytes.
+# Frames decoded before they are resized; all frames of a long high-definition video would take gibibytes.
 _FRAMES_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowViews:
-    """All views of one row of a list, or why there are none.
+    """All views of one row of a list, or the reason why it cannot be read.
 
     Attributes:
         index: Row of the list.
@@ -50,7 +50,7 @@ class RowViews:
 
     @property
     def pixels(self) -> Tensor | None:
-        """The clips, for the loader."""
+        """The clips, as the loader's `Sample` calls them."""
         return self.clips_VCTHW
 
     def with_pixels(self, pixels: Tensor | None) -> "RowViews":
@@ -60,10 +60,10 @@ class RowViews:
 def dense_clips(num_frames: int, clip_length: int, stride: int, num_clips: int) -> list[list[int]]:
     """Return the frames of clips spread evenly over a video, each of every ``stride``-th frame.
 
-    The strided frames of the whole video are laid out from frame 0; a video with fewer than ``clip_length`` of them
-    is padded by its last one. Clip k starts at strided frame ``int(k * step)``, the last one ends at the end.
+    Strided frames are counted from frame 0 over the whole video; if there are fewer than ``clip_length``, the last
+    one repeats. Clip k starts at strided frame ``int(k * step)``, and the last clip ends at the last strided frame.
 
-    Source: official code, dense test mode. Differs from the official code: one clip is the one in the middle.
+    Source: official code, dense test mode. Differs from the official code: a single clip is taken from the middle.
     """
     require_frames(num_frames)
     strided = list(range(0, num_frames, stride))
@@ -75,8 +75,9 @@ def dense_clips(num_frames: int, clip_length: int, stride: int, num_clips: int) 
 def timed_clips(times_s: NDArray[np.float64], clip_length: int, seconds: float, num_clips: int) -> list[list[int]]:
     """Return the frames of clips spread evenly over a video in time, each of frames shown ``seconds`` apart.
 
-    The first clip starts with the video, the last one ends at the start of its last frame; one clip is the one in
-    the middle. ``times_s`` says when each frame starts, ascending; see `everest_ds.data.readers.timing.frames_at`.
+    The first clip starts with the video, the last one ends at the start of its last frame; a single clip is taken
+    from the middle. ``times_s`` are the ascending start times of the frames; see
+    `everest_ds.data.readers.timing.frames_at`.
     """
     room_s = clip_room_s(times_s, clip_length, seconds)
     shares = [k / (num_clips - 1) for k in range(num_clips)] if num_clips > 1 else [0.5]
@@ -84,13 +85,13 @@ def timed_clips(times_s: NDArray[np.float64], clip_length: int, seconds: float, 
 
 
 def segment_clips(num_frames: int, clip_length: int, num_clips: int) -> list[list[int]]:
-    """Return the frames of interleaved clips, each with one frame of every one of ``clip_length`` equal parts.
+    """Return the frames of interleaved clips, each with one frame from each of ``clip_length`` equal parts.
 
     With parts of t frames, clip k of K takes frame ``int(t * i + t * k / K)`` of part i. A video with fewer frames
     than parts repeats some.
 
-    Source: official code, segment test mode, which has K = 2. Differs from the official code: any K, and one clip
-    is the one in the middle of each part, ``int(t * i + t / 2)``.
+    Source: official code, segment test mode, which has K = 2. Differs from the official code: any K, and a single
+    clip takes the middle of each part, ``int(t * i + t / 2)``.
     """
     require_frames(num_frames)
     part = num_frames / clip_length
@@ -99,9 +100,9 @@ def segment_clips(num_frames: int, clip_length: int, num_clips: int) -> list[lis
 
 
 def spread(room: int, count: int) -> list[int]:
-    """Return ``count`` positions spread evenly over 0 to ``room``, both ends among them; one is in the middle.
+    """Return ``count`` positions spread evenly from 0 to ``room``, both included; a single one is in the middle.
 
-    Rounded down as the official code does, in floats: ``int(k * (room / (count - 1)))``.
+    They are rounded down in floats, as in the official code: ``int(k * (room / (count - 1)))``.
     """
     if count == 1:
         return [room // 2]
@@ -110,13 +111,13 @@ def spread(room: int, count: int) -> list[int]:
 
 
 def crop_origins(height: int, width: int, size: int, num_crops: int) -> list[tuple[int, int]]:
-    """Return where crops of ``size`` pixels begin, (top, left), along the longer side of a resized frame."""
+    """Return the corners (top, left) of ``size`` x ``size`` crops along the longer side of a resized frame."""
     starts = spread(max(height, width) - size, num_crops)
     return [(start, 0) if height > width else (0, start) for start in starts]
 
 
 def resize_shorter_side(frames_TCHW: Tensor, size: int) -> Tensor:
-    """Resize uint8 frames so that their shorter side has ``size`` pixels; the longer is rounded down.
+    """Resize uint8 frames so that their shorter side has ``size`` pixels; the longer side is rounded down.
 
     Source: official code, ``int(size * longer / shorter)``: 320 x 240 gives 298 x 224 as in the golden cases.
     Differs from the official code: antialiased weights instead of OpenCV's bilinear ones.
@@ -127,7 +128,7 @@ def resize_shorter_side(frames_TCHW: Tensor, size: int) -> Tensor:
 
 
 def view_frames(video: Video, data: FinetuneDataConfig, num_clips: int) -> list[list[int]]:
-    """Return the frames of each clip over time, by number in the video or its window.
+    """Return the frames of each clip over time, as numbers in the video or its window.
 
     Raises:
         VideoReadError: The times of the frames cannot be read.
@@ -161,7 +162,7 @@ def read_views(video: Video, data: FinetuneDataConfig, views: ViewsConfig) -> Te
 
 
 def _read_resized(video: Video, part: Sequence[int], num_frames: int, data: FinetuneDataConfig) -> Tensor:
-    """Read a part of the ``num_frames`` of a video that are wanted, and resize them: frames_FCHW."""
+    """Read and resize some of the ``num_frames`` frames that the views need: frames_FCHW."""
     frames_FCHW = rearrange(torch.from_numpy(video.read(part)), "f h w c -> f c h w")
     height, width = frames_FCHW.shape[2:]
     longer = data.image_size * max(height, width) // min(height, width)
@@ -175,7 +176,7 @@ def _read_resized(video: Video, part: Sequence[int], num_frames: int, data: Fine
 
 
 class ViewDataset(SampleMaker[int, RowViews]):
-    """Makes the views of every row of a list, by row.
+    """Makes the views of a list's rows; the keys are row numbers.
 
     Raises:
         UserError: The reader of ``config`` is not available on this machine.
@@ -194,11 +195,11 @@ class ViewDataset(SampleMaker[int, RowViews]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> RowViews:
-        """Read a row; an unreadable one is reported, never raised."""
+        """Return the views of a row; if it cannot be read, ``bad`` says why and nothing is raised."""
         return self([index], {}, lambda _: None)[0]
 
     def __call__(self, request: Sequence[int], unreadable: Mapping[int, str], mark: Mark) -> list[RowViews]:
-        """Read rows; see `everest_ds.data.loading.loader.SampleMaker`."""
+        """Return the views of rows; see `everest_ds.data.loading.loader.SampleMaker`."""
         results = []
         for number, index in enumerate(request):
             row = self.rows[index]

@@ -1,1 +1,1 @@
-"""Loading: worker processes that make batches and may hang or crash."""
+"""Loading: batches made by worker processes, which may hang or crash without harm."""

@@ -1,10 +1,10 @@
-"""The loader: batches in order, made ahead by workers that may hang, crash or be killed without harm.
+"""The loader: yields batches in order, prefetched by workers that may hang, crash or be killed without harm.
 
 Place in the flow: requests (keys of samples) -> workers (`loading.pool`) -> pixels in shared memory
 (`loading.shared_memory`) -> a batch. Random draws belong to keys, so batches do not depend on the number of
-workers. A worker that hangs on a video is killed, and the video counts as unreadable. A worker that ends is
-replaced; a video counts as unreadable once it has ended two workers. The other requests of a lost worker are queued
-again.
+workers. A worker that hangs on a video is killed and replaced, and the video counts as unreadable. A worker that
+crashes is replaced; a video that has crashed two workers counts as unreadable. The other requests of a lost worker
+are queued again.
 """
 
 import queue
@@ -25,11 +25,11 @@ from everest_ds.data.loading.shared_memory import Layout, Slots
 
 
 class Sample(Protocol):
-    """What workers make: something small, and pixels."""
+    """What a worker returns: a small object whose pixels travel separately, in shared memory."""
 
     @property
     def pixels(self) -> Tensor | None:
-        """uint8; None where nothing could be read."""
+        """uint8; None if nothing could be read."""
 
     def with_pixels(self, pixels: Tensor | None) -> Self: ...
 
@@ -44,7 +44,7 @@ class SampleMaker(ABC, Generic[Key, Made]):
 
     Attributes:
         config: How samples are loaded.
-        sample_bytes: Bytes of a sample's pixels at most.
+        sample_bytes: Largest number of bytes of a sample's pixels.
     """
 
     config: DataConfig
@@ -55,27 +55,27 @@ class SampleMaker(ABC, Generic[Key, Made]):
         """Make a sample of each key of a request.
 
         Args:
-            request: The keys. They alone decide which videos are opened in which order.
-            unreadable: Why videos cannot be opened, by their number in that order, from 0.
+            request: The keys. Which videos are opened, and in which order, depends on nothing else.
+            unreadable: Videos not to open, by their number in that order (from 0), each with the reason.
             mark: Called with the number of a video before it is opened.
         """
 
 
-# Requests that a worker has at a time, so that it need not wait for the next.
+# Requests queued in a worker, so that it never idles between two.
 _DEPTH = 2
 _MAX_DEATHS = 3
-# Seconds until the feeder looks whether it was closed, and until it serves workers while a batch waits to be taken.
+# Seconds between checks for `close`, and between rounds of collecting results while a batch waits to be taken.
 _LOOK_AGAIN_S, _GLANCE_S = 0.1, 0.02
 
 
 @dataclass(frozen=True, eq=False)
 class Loader(Generic[Key, Made, Batch]):
-    """Batches in order, for one pass; `iter` starts the workers.
+    """Iterable over batches in order, for one pass; `iter` starts the workers.
 
     Attributes:
         maker: Makes the samples of requests.
         batches: The requests of each batch.
-        assemble: Makes a batch of its samples, in order; must copy their pixels.
+        assemble: Builds a batch from its samples, which are in order; must copy their pixels.
         batch_samples: Samples of the largest batch.
         request_samples: Samples of the largest request.
     """
@@ -87,7 +87,7 @@ class Loader(Generic[Key, Made, Batch]):
     request_samples: int = 1
 
     def __iter__(self) -> "BatchIterator[Batch] | Generator[Batch]":
-        """Return the batches; close the iterator when done with it early."""
+        """Return an iterator over the batches; close it when stopping early."""
         return BatchIterator(self) if self.maker.config.num_workers else self._make_here()
 
     def _make_here(self) -> Generator[Batch]:
@@ -98,9 +98,9 @@ class Loader(Generic[Key, Made, Batch]):
 
 
 class BatchIterator(Generic[Batch]):
-    """The batches of a `Loader` with workers. A thread feeds the workers.
+    """Iterator over the batches of a `Loader` with workers; a thread feeds the workers.
 
-    `close` ends thread and workers; so does losing the last reference to it.
+    The thread and the workers end with `close`, or when the iterator is garbage-collected.
     """
 
     def __init__(self, loader: Loader[Any, Any, Batch]) -> None:
@@ -115,14 +115,14 @@ class BatchIterator(Generic[Batch]):
 
     @property
     def is_ready(self) -> bool:
-        """Whether `next` would not have to wait."""
+        """Whether a batch is ready, so that `next` does not wait."""
         return not self._feeder.ready.empty()
 
     def __iter__(self) -> "BatchIterator[Batch]":
         return self
 
     def __next__(self) -> Batch:
-        """Return the next batch, or raise what a worker raised."""
+        """Return the next batch, or raise the error of a worker."""
         if self._ended is not None:
             raise self._ended
         batch, error = self._feeder.ready.get()
@@ -145,7 +145,7 @@ class BatchIterator(Generic[Batch]):
 
 @dataclass(eq=False)
 class _Job(Generic[Key]):
-    """A request on its way: a slot for each of its samples, and what has happened to it."""
+    """A submitted request: a slot for each of its samples, its failures, and its samples once they are made."""
 
     request: Sequence[Key]
     slots: list[int]
@@ -155,7 +155,7 @@ class _Job(Generic[Key]):
 
 
 class _Feeder:
-    """Hands requests to the workers, and batches to whoever waits for them, in order."""
+    """Passes requests to the workers, and puts finished batches into `ready`, in order."""
 
     def __init__(self, loader: Loader[Any, Any, Any]) -> None:
         config = loader.maker.config
@@ -178,11 +178,11 @@ class _Feeder:
 
     def run(self) -> None:
         """Make batches until there are none left, the iterator is closed, or something fails."""
-        torch.set_num_threads(1)  # of this thread: copying a batch must not take all cores
+        torch.set_num_threads(1)  # in this thread only: copying a batch must not occupy all cores
         end: BaseException = StopIteration()
         try:
             self._make_all()
-        except BaseException as error:  # raised in the thread that waits for batches
+        except BaseException as error:  # `BatchIterator.__next__` raises it
             end = error
         self._offer(None, end)
 
@@ -229,7 +229,7 @@ class _Feeder:
             ]
 
     def _submit_again(self, job: _Job[Any], outcome: Outcome[Any, Any]) -> None:
-        """Submit a failed job again, without the video that hung, or that has ended a second worker."""
+        """Submit a failed job again, without the video that hung or crashed a second worker."""
         job.deaths += not outcome.hung
         if outcome.mark is not None and (outcome.hung or job.deaths > 1):
             job.unreadable[outcome.mark] = outcome.fault or ""
@@ -251,7 +251,7 @@ class _Feeder:
 
 
 class _MakeInSlots:
-    """The function of the workers: makes the samples of a job, and writes their pixels to their slots."""
+    """Function of a worker: makes the samples of a job and writes their pixels to the job's slots."""
 
     def __init__(self, maker: SampleMaker[Any, Any], slots: Slots) -> None:
         self._maker, self._slots = maker, slots

@@ -1,8 +1,8 @@
 """A pool of worker processes that survives hanging and crashing calls.
 
-A decoder that hangs in C cannot be interrupted from Python, and one that crashes takes its process along. So the
-loader, `everest check-data` and `everest prepare` open videos in workers. A worker that hangs is killed, a worker
-that has ended is replaced, and the other items that it was given are queued again.
+A decoder that hangs in C cannot be interrupted from Python, and one that crashes ends its process. So the loader,
+`everest check-data` and `everest prepare` open videos in workers. A worker that hangs is killed; a worker that has
+ended is replaced, and its other items are queued again.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ from everest_ds.processes import end_with_parent
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Mark = Callable[[int], None]
-"""Reports the step that a call has reached, and restarts its timeout."""
+"""Reports how far a call has got, as a step number, and restarts its timeout."""
 
-# Terminals and launchers signal whole trees of processes. Workers leave the decision to their parent.
+# Terminals and launchers signal whole process trees. Workers ignore these signals and end with their parent.
 _LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _STARTING_S = 120.0
 _MAX_FAILED_STARTS = 3
 _LOOK_AGAIN_S = 60.0
-# Imported once by the fork server, which saves each worker seconds; only those that its parent uses too.
+# Imported once by the fork server, which saves each worker seconds; only those that the parent has imported.
 _PRELOADED = [
     "everest_ds.data.clips.dataset",
     "everest_ds.data.clips.views",
@@ -50,11 +50,11 @@ class Outcome(Generic[Item, Result]):
 
     Attributes:
         item: Argument of the call.
-        result: What it returned; None where it failed.
-        fault: Why it failed, in words; None where it returned.
-        hung: Whether its worker was killed for taking too long.
-        mark: The last step that a failed call has reported; None for none.
-        took_s: Seconds that it ran.
+        result: Return value; None if the call failed.
+        fault: Why the call failed, in words; None if it returned.
+        hung: Whether the worker was killed because the call timed out.
+        mark: Last step that a failed call reported; None if it reported none.
+        took_s: Duration of the call in seconds.
     """
 
     item: Item
@@ -69,10 +69,10 @@ class Pool(Generic[Item, Result]):
     """Workers that call a function with one item after another; see the module.
 
     Args:
-        function: Can be pickled; called with an item and a `Mark`. `wait` raises what it raises.
+        function: Picklable; called with an item and a `Mark`. Its exceptions are raised by `wait`.
         num_workers: Number of processes.
-        timeout_s: Seconds that a call may take, or that may pass between two marks of it.
-        depth: Items that a worker is given at a time, so that it need not wait for the next.
+        timeout_s: Longest duration of a call in seconds, or longest time between two of its marks.
+        depth: Items queued in a worker, so that it never idles between two.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Pool(Generic[Item, Result]):
         self._failed_starts = 0
         start_fork_server()
         self._workers = [self._start_worker() for _ in range(num_workers)]
-        # Runs before multiprocessing's own end, which would wait for workers that ignore its SIGTERM.
+        # Runs before multiprocessing's own cleanup, which would wait for workers that ignore its SIGTERM.
         self._closed = threading.Event()
         self._end = util.Finalize(self, _stop_all, args=(self._workers, self._closed), exitpriority=10)
 
@@ -93,7 +93,7 @@ class Pool(Generic[Item, Result]):
         return [worker.process.pid or 0 for worker in self._workers]
 
     def submit(self, item: Item, *, first: bool = False) -> None:
-        """Queue an item at the end, or before all others."""
+        """Queue an item: at the end, or with ``first`` before all others."""
         if first:
             self._waiting.appendleft(item)
         else:
@@ -101,11 +101,11 @@ class Pool(Generic[Item, Result]):
         self._hand_out()
 
     def wait(self, timeout_s: float) -> list[Outcome[Item, Result]]:
-        """Return the calls that have ended; none if no call ends within ``timeout_s`` seconds.
+        """Return the calls that have ended; an empty list if no call ends within ``timeout_s`` seconds.
 
         Raises:
             UserError: The function raised one.
-            RuntimeError: The function raised anything else, or workers end before they can begin.
+            RuntimeError: The function raised any other exception, or workers repeatedly fail to start.
         """
         until = time.monotonic() + timeout_s
         while not self._closed.is_set():
@@ -120,7 +120,7 @@ class Pool(Generic[Item, Result]):
         return []
 
     def close(self) -> None:
-        """End the workers; their calls are lost."""
+        """Kill the workers; unfinished calls are lost."""
         self._end()
 
     def _hand_out(self) -> None:
@@ -130,9 +130,9 @@ class Pool(Generic[Item, Result]):
                     worker.give(self._waiting.popleft())
 
     def _collect(self, number: int) -> list[Outcome[Item, Result]]:
-        """Return the calls of a worker that have ended; replace the worker if it has ended or hangs."""
+        """Return the calls of a worker that have ended; replace the worker if it has crashed or hangs."""
         worker = self._workers[number]
-        ended = not worker.process.is_alive()  # asked before its last answers are read
+        ended = not worker.process.is_alive()  # checked first: answers sent before the end are still received
         outcomes = worker.receive()
         hung = not ended and worker.seconds_left() <= 0
         if not ended and not hung:
@@ -150,7 +150,7 @@ class Pool(Generic[Item, Result]):
 
 
 class _Worker:
-    """One process, and the items that it was given and has not answered."""
+    """One process, and the items sent to it whose answers are still missing."""
 
     def __init__(self, function: Callable[[Any, Mark], Any], timeout_s: float) -> None:
         context = get_context("forkserver")
@@ -165,17 +165,17 @@ class _Worker:
         self._began = self._since = time.monotonic()
 
     def give(self, item: Any) -> None:
-        """Let it call the function with an item, after those that it has."""
+        """Queue an item in the worker, after those that it has."""
         if not self.items and self.is_ready:
             self._restart_clock()
         self.items.append(item)
-        with contextlib.suppress(BrokenPipeError):  # it has ended; its sentinel tells
+        with contextlib.suppress(BrokenPipeError):  # it has ended; `Pool._collect` notices by its sentinel
             self.pipe.send(item)
 
     def receive(self) -> list[Outcome[Any, Any]]:
-        """Return the calls that have returned."""
+        """Return the finished calls."""
         outcomes = []
-        with contextlib.suppress(EOFError, OSError):  # it has ended; its sentinel tells
+        with contextlib.suppress(EOFError, OSError):  # it has ended; `Pool._collect` notices by its sentinel
             while self.pipe.poll():
                 what, value = self.pipe.recv()
                 pulse.beat()
@@ -191,13 +191,13 @@ class _Worker:
         return outcomes
 
     def seconds_left(self) -> float:
-        """Return the seconds until it counts as hanging."""
+        """Return the seconds until the worker counts as hanging."""
         if not self.is_ready:
             return self._since + _STARTING_S - time.monotonic()
         return self._since + self._timeout_s - time.monotonic() if self.items else float("inf")
 
     def fail(self, *, hung: bool) -> Outcome[Any, Any]:
-        """Return the call that hung or ended the process."""
+        """Return the outcome of the call that hung or ended the process."""
         fault = (
             f"no answer within {self._timeout_s:g} s" if hung else f"it ended its process ({self.how_it_ended()})"
         )
@@ -221,15 +221,15 @@ class _Worker:
 def run_all(
     function: Callable[[Item], Result], items: Sequence[Item], *, num_workers: int, timeout_s: float
 ) -> Generator[Outcome[Item, Result]]:
-    """Call a function once with each item, in workers that may hang or crash; yield outcomes as they come.
+    """Call a function once with each item, in workers that may hang or crash; yield outcomes as calls end.
 
-    Close the generator when done with it early: that ends the workers.
+    Close the generator when stopping early: that ends the workers.
 
     Args:
-        function: Can be pickled, as the items can; must not raise.
-        items: What it is called with.
-        num_workers: Calls at a time.
-        timeout_s: Seconds that a call may take.
+        function: Picklable; must not raise.
+        items: Arguments of the calls, picklable.
+        num_workers: Largest number of processes.
+        timeout_s: Longest duration of a call in seconds.
     """
     if not items:
         return
@@ -250,11 +250,11 @@ def _call_without_mark(function: Callable[[Item], Result], item: Item, mark: Mar
 
 
 def start_fork_server() -> None:
-    """Start the fork server, unless it runs, with the signals blocked; workers inherit that.
+    """Start the fork server, unless it runs, with signals blocked; workers inherit the blocked signals.
 
-    Who knows that workers will be needed may call this early: the server imports while its parent does other work.
+    Callers that will need workers may call this early: the server imports while its parent does other work.
 
-    A worker imports for seconds before it could ignore a signal. A blocked signal waits meanwhile.
+    A worker spends seconds on imports before it can ignore signals. Blocked signals stay pending until then.
     """
     get_context("forkserver").set_forkserver_preload([name for name in _PRELOADED if name in sys.modules])
     resource_tracker.ensure_running()  # it unblocks signals, so it comes first
@@ -272,7 +272,7 @@ def _stop_all(workers: Sequence[_Worker], closed: threading.Event) -> None:
 
 
 def _serve(function: Callable[[Any, Mark], Any], pipe: Connection) -> None:
-    """Answer calls until the other end is gone."""
+    """Answer calls until the parent closes the pipe."""
     _end_with_fork_server()
     for number in _LEFT_TO_PARENT:
         signal.signal(number, signal.SIG_IGN)
@@ -290,15 +290,16 @@ def _serve(function: Callable[[Any, Mark], Any], pipe: Connection) -> None:
                 answer = ("done", function(item, mark))
             except UserError as error:
                 answer = ("raised", UserError(str(error)))
-            except Exception:  # of any kind: the parent raises it, with the traceback as its text
+            except Exception:  # the parent raises it, with the traceback as text
                 answer = ("raised", RuntimeError(f"in a process that reads videos:\n{traceback.format_exc()}"))
             pipe.send(answer)
 
 
 def _end_with_fork_server() -> None:
-    """Let the kernel kill this worker when the fork server ends, and that end with the process of the pool.
+    """Make the kernel kill this worker when the fork server ends, and the fork server end with its parent.
 
-    The fork server ends once nobody holds the other end of a pipe; Python gives that end to every worker, too.
+    The fork server ends when the last copy of a pipe's other end is closed. Python gives a copy to every worker,
+    so workers would keep it alive: close it here.
     """
     server: Any = forkserver._forkserver
     held = getattr(server, "_forkserver_alive_fd", None)
@@ -309,7 +310,7 @@ def _end_with_fork_server() -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process with its parent, also out of a call that hangs."""
+    """End this process when its parent ends, even while a call hangs."""
     parent = parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""Memory that processes share, in slots of one size: pixels written there need not be sent."""
+"""Memory shared by processes, in slots of one size: pixels written there need not be sent through a pipe."""
 
 import mmap
 import os
@@ -19,26 +19,26 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Layout":
-        """Return the layout of a dense copy; the order of the axes in memory stays."""
+        """Return the layout of a dense copy that keeps the order of the axes in memory."""
         copy = torch.empty_like(tensor, device="meta")
         return cls(tuple(copy.shape), copy.stride())
 
 
 class Slots:
-    """Slots in anonymous memory, which processes that are being started can be given.
+    """Slots in anonymous memory, which can be passed to a process when it is started.
 
-    It is not in /dev/shm, whose size containers limit. Only pages that were written to take memory, so a slot may
-    be larger than most of what it will hold.
+    The memory is not in /dev/shm, whose size containers limit. Only pages that were written occupy memory, so slots
+    may be larger than most samples.
 
     Args:
         count: Number of slots.
-        num_bytes: Bytes of each.
-        file: Descriptor of the memory where another process has made it; it is closed with this object.
+        num_bytes: Bytes of each slot.
+        file: Descriptor of memory that another process has created; closed with this object.
     """
 
     def __init__(self, count: int, num_bytes: int, file: int | None = None) -> None:
         self._file = os.memfd_create("everest-clips") if file is None else file
-        weakref.finalize(self, os.close, self._file)  # views keep their memory
+        weakref.finalize(self, os.close, self._file)  # views keep the mapping alive
         self.count, self.num_bytes = count, num_bytes
         os.ftruncate(self._file, count * num_bytes)
         self._bytes = torch.frombuffer(mmap.mmap(self._file, count * num_bytes), dtype=torch.uint8)
@@ -47,7 +47,7 @@ class Slots:
         """Return the beginning of a slot as a uint8 tensor that shares its memory.
 
         Raises:
-            ValueError: It does not fit.
+            ValueError: The layout does not fit into a slot.
         """
         size = torch.Size(layout.shape).numel()
         if size > self.num_bytes:

@@ -142,7 +142,7 @@ def test_videos_that_all_fail_are_an_error_of_the_batch(tmp_path: Path) -> None:
     dataset = ClipDataset([VideoRow(tmp_path / "gone.mp4", 0)], CUT, seed=0, noise_length=5)
     batch = ClipBatch.collate([dataset[SampleKey(0, 0)]])
     assert len(batch.bad) == MAX_REPLACEMENTS + 1
-    with pytest.raises(UserError, match=r"11 videos drawn one after another cannot be read.*no such file"):
+    with pytest.raises(UserError, match=r"11 videos drawn in a row cannot be read.*no such file"):
         batch.require_whole()
 
 

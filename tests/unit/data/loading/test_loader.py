@@ -413,9 +413,7 @@ def test_crop_too_large_for_the_device_is_a_bad_sample_that_names_the_way_out(
     monkeypatch.setattr("everest_ds.data.clips.cuts._LARGEST_CROP_PX", 20)
     clip: Clip = make_dataset(rows, replace(CONFIG, resize="device"))[SampleKey(0, 0)]
     assert clip.pixels is None
-    assert (
-        "pixels are too large for data.resize=device; take fast, or make the videos smaller" in clip.bad[0].reason
-    )
+    assert "pixels are too large for data.resize=device; use fast, or make the videos smaller" in clip.bad[0].reason
 
 
 def test_reader_that_cannot_be_imported_is_refused_before_a_process_begins(
