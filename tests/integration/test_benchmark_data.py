@@ -116,7 +116,7 @@ def test_what_cannot_be_measured_is_refused(
     assert "1 rows are windows" in said(str(tmp_path / "windows.csv"), "--compare")
     for module in ("everest_ds.data.readers.choice", "everest_ds.benchmark.options"):
         monkeypatch.setattr(f"{module}.obstacle", {"decord": "not installed; install it"}.get)
-    assert "data.reader=decord cannot read videos here" in said(demo, "--readers", "decord")
+    assert "data.reader=decord is not available" in said(demo, "--readers", "decord")
     assert "--compare needs decord" in said(demo, "--compare")
 
 

@@ -98,11 +98,11 @@ def test_second_call_goes_on_and_looks_again_at_what_has_changed(
 def test_other_settings_and_foreign_folders_are_refused(mixed_list: Path, tmp_path: Path) -> None:
     options = CheckOptions(processes=1, out=tmp_path / "out")
     check_data(mixed_list, options)
-    with pytest.raises(UserError, match=r"holds a check with .*'min_frames': 1.*name another folder"):
+    with pytest.raises(UserError, match=r"contains a check with .*'min_frames': 1.*name another folder"):
         check_data(mixed_list, replace(options, min_frames=5))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "findings.jsonl").write_text('{"a": 1}\n')
-    with pytest.raises(UserError, match="is no record of a check"):
+    with pytest.raises(UserError, match="is not a check's record"):
         check_data(mixed_list, replace(options, out=tmp_path / "foreign"))
 
 

@@ -46,7 +46,7 @@ ODD = {
     "huge.gif": "too large ones; data.max_pixels",
     "grows.avi": "Invalid data found",  # its header says 64 x 64, its frames but the first are 16000 x 16000
     "a" * 300 + ".mp4": "File name too long",
-    "nu\0l.mp4": "no file can have its name",
+    "nu\0l.mp4": "no file can have this name",
     "good.mp4/in it.mp4": "Not a directory",
     "\udcff\udcfe\x1b[2J.mp4": "no such file",
 }

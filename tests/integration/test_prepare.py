@@ -170,7 +170,7 @@ def test_second_call_does_what_is_missing_or_has_changed(
     at_once.clear()  # what was good enough may no longer be
     assert prepare([source], options(tmp_path, min_psnr=60.0)) == 1
     assert len(at_once) == 7
-    assert all(" dB, at least 60 dB are asked for" in line["fault"] for line in manifest(out)[-7:])
+    assert all(" dB, --min-psnr is 60 dB" in line["fault"] for line in manifest(out)[-7:])
 
 
 def test_originals_may_go_when_their_copies_are_there(source: Path, tmp_path: Path, at_once: list[str]) -> None:
@@ -204,9 +204,9 @@ def test_fewer_frames_say_what_is_lost(
     assert prepare([source], options(tmp_path, keep_every=2)) == 0
     lost = json.loads((tmp_path / "out" / "summary.json").read_text())["lost"]
     assert "data.sampling_stride=4 must read these videos with data.sampling_stride=2" in lost
-    assert "of 4 neighbouring places where its clips could start 2 places are left" in lost
+    assert "of 4 neighbouring starts of a clip 2 starts are left" in lost
     assert lost in capsys.readouterr().out
-    assert reencode.describe_loss(4, 4).endswith("its clips could start 1 place is left")
+    assert reencode.describe_loss(4, 4).endswith("starts of a clip 1 start is left")
     first = Video(read_list(tmp_path / "out" / "train.csv")[0].path)
     assert shown(first.read(range(first.num_frames))) == list(range(0, 20, 2))
 
@@ -305,14 +305,14 @@ def test_other_settings_names_and_classes_are_refused_and_change_nothing(
     shutil.copy(source, tmp_path / "summary.json")
     before = state(tmp_path)
     for sources, changes, message in (
-        ([source], {"quality": 6}, r"holds a preparation with .*'quality': 5.*name another folder"),
+        ([source], {"quality": 6}, r"contains a preparation with .*'quality': 5.*name another folder"),
         ([source], {"keep_every": 2}, "'keep_every': 1"),
         ([source], {"codec": "h264"}, "'codec': 'mjpeg'"),
         ([source, other / "train.csv"], {}, "two lists are called train.csv"),
         ([other / "train.csv"], {}, r"out/train.csv is the list of .*/train.csv; rename"),
         ([other / "more.csv"], {}, "classes.txt and .*classes.txt differ"),
-        ([source], {"out": tmp_path / "foreign"}, r"foreign/train.csv is no list of ours"),
-        ([source], {"out": tmp_path}, r"train.csv is no list of ours|was not written by `everest prepare`"),
+        ([source], {"out": tmp_path / "foreign"}, r"foreign/train.csv was not written by `everest prepare`"),
+        ([source], {"out": tmp_path}, r"was not written by `everest prepare`"),
         ([tmp_path / "summary.json"], {}, "a list cannot be called summary.json"),
         ([tmp_path / "absent.csv"], {}, "absent.csv"),
     ):
@@ -350,7 +350,7 @@ def test_disk_without_room_ends_the_call_and_a_later_one_goes_on(
         (["--keep-every", "3"], "--keep-every 3 does not divide --sampling-stride 4"),
         (["--keep-every", "0"], "--keep-every 0 must be at least 1"),
         (["--short-side", "255"], "--short-side 255 must be even"),
-        (["--gop", "12"], "--gop 12 has no meaning with mjpeg"),
+        (["--gop", "12"], "--gop 12 has no effect with mjpeg"),
         (["--quality", "1"], "--quality 1 must be from 2 to 31 with mjpeg"),
         (["--codec", "h264", "--quality", "52"], "--quality 52 must be from 0 to 51 with h264"),
         (["--codec", "vp9"], "invalid choice 'vp9'"),

@@ -47,7 +47,7 @@ def test_reader_that_is_not_installed_is_refused_before_anything_is_written(
     assert [one.returncode for one in done] == [2] * world_size
     said = [line for one in done for line in one.stderr.splitlines() if line.startswith("everest: error:")]
     assert len(said) == 1
-    assert "data.reader=decord cannot read videos here: not installed" in said[0]
+    assert "data.reader=decord is not available: not installed" in said[0]
     assert all("| torch\n" not in one.stderr for one in done)
     assert not out.exists()
     corrected = compute([*words, "--data.reader", "pyav"], processes=world_size)

@@ -1,4 +1,4 @@
-"""What `everest prepare` is asked for, and its folder: the record, lists, names of the classes, summary. No torch.
+"""Options of `everest prepare`, and the files of its folder: record, lists, class names, summary. Needs no torch.
 
 Place in the flow: lists and options -> `start_preparation` -> Preparation -> `data.curation.reencode`.
 """
@@ -20,10 +20,10 @@ from everest_ds.errors import UserError
 from everest_ds.files import write_atomically
 
 CodecName = Literal["mjpeg", "h264"]
-"""What files are encoded with."""
+"""Codec of prepared videos."""
 
 QUALITIES: dict[CodecName, tuple[int, int, int]] = {"mjpeg": (5, 2, 31), "h264": (20, 0, 51)}
-"""Default, least and greatest quality of a codec in its own terms; less is better.
+"""Default, lowest and highest quality setting of each codec; lower values are better.
 
 Measured on five real clips: 36.7 to 39.4 dB with mjpeg at 5, 35.2 to 36.7 dB with h264 at 20 and every frame a
 keyframe.
@@ -35,9 +35,9 @@ _LONGEST_STEM = 160
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSettings:
-    """Fields of `PrepareOptions` that decide what a prepared file is; files of other settings need another folder.
+    """Fields of `PrepareOptions` that change a prepared file; all files of a folder have the same settings.
 
-    A short side of None keeps all sizes.
+    ``short_side`` None keeps all sizes.
     """
 
     short_side: int | None = 256
@@ -53,29 +53,29 @@ class PrepareOptions:
     """How videos are prepared."""
 
     out: Path
-    """Folder for videos, lists and the record; several calls may share it, for a train and a val list."""
+    """Folder for videos, lists and the record; a train and a val list may be prepared into one folder."""
     short_side: int | None = 256
-    """Pixels of the shorter side, even; smaller videos keep their size, and 0 keeps all."""
+    """Pixels of the shorter side, even. Smaller videos keep their size; 0 keeps all sizes."""
     codec: CodecName = "mjpeg"
-    """mjpeg: every frame by itself, quickest to read, largest; h264: smaller, without B-frames and deblocking."""
+    """mjpeg: independent frames, fastest to read, largest; h264: smaller, without B-frames and deblocking."""
     gop: int = 1
-    """Frames from one keyframe to the next, with h264: 16 halves the files of 1, and doubles the time to read."""
+    """Frames between keyframes, with h264; 16 instead of 1 halves the files and doubles the time to read them."""
     quality: int | None = None
-    """Less is better and larger: 2 to 31 with mjpeg (5 without this), the CRF, 0 to 51, with h264 (20)."""
+    """Lower is better and larger: 2 to 31 with mjpeg (default 5); the CRF, 0 to 51, with h264 (default 20)."""
     keep_every: int = 1
-    """Keep every such frame only; it must divide the sampling stride of the recipe."""
+    """Keep one frame of this many; must divide the sampling stride of the recipe."""
     sampling_stride: int = 4
-    """data.sampling_stride of the recipe that the videos are for; used with keep-every."""
+    """data.sampling_stride of the recipe that will read the videos; used with keep-every."""
     min_psnr: float = 30.0
-    """Decibels that the worst of the frames compared must have."""
+    """Lowest PSNR in decibels of the compared frames; a video below it is left out."""
     reader: ReaderName = "auto"
-    """Library that a file is verified with; the one that the run will have."""
+    """Library that verifies the files; use the one that the run will use."""
     processes: int | None = None
-    """Videos at a time; one a CPU core without this."""
+    """Number of videos prepared at a time; None for one per CPU core."""
     timeout_s: float = 600.0
-    """Seconds that a video may take before its process is killed."""
+    """Seconds after which the process of a video is killed and the video is left out."""
     max_bad_share: float = 0.01
-    """Share of the rows that may fail; more makes the exit code 1."""
+    """Share of the rows that may fail; if more fail, the exit code is 1."""
 
     def __post_init__(self) -> None:
         for name in ("gop", "keep_every", "sampling_stride", "processes"):
@@ -86,7 +86,7 @@ class PrepareOptions:
             raise UserError(f"--short-side {self.short_side} must be even, or 0 to keep all sizes")
         if self.codec == "mjpeg" and self.gop != 1:
             raise UserError(
-                f"--gop {self.gop} has no meaning with mjpeg, which has keyframes only; use --codec h264"
+                f"--gop {self.gop} has no effect with mjpeg, which has keyframes only; use --codec h264"
             )
         _, least, greatest = QUALITIES[self.codec]
         if self.quality is not None and not least <= self.quality <= greatest:
@@ -107,7 +107,7 @@ class PrepareOptions:
 
     @property
     def settings(self) -> PrepareSettings:
-        """What makes a file what it is."""
+        """The settings that change a prepared file, with defaults filled in."""
         return PrepareSettings(
             short_side=self.short_side or None,
             codec=self.codec,
@@ -120,25 +120,25 @@ class PrepareOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Result of a row: frames of the source (or its window) and of the file, whose size is in pixels and bytes."""
+    """Result of a row: frames of the source (or its window), and frames, pixels and bytes of the prepared file."""
 
     fault: str | None = None
-    """Why there is no file; None where there is one."""
+    """Why there is no file; None if there is one."""
     frames_in: int = 0
     frames_out: int = 0
     width: int = 0
     height: int = 0
     bytes_after: int = 0
     psnr_db: float | None = None
-    """Peak signal-to-noise ratio of the worst of a few frames against what went into the encoder."""
+    """Lowest peak signal-to-noise ratio of a few frames, against the frames given to the encoder."""
     is_disk_full: bool = False
-    """Not recorded, as it is not the video's fault."""
+    """Whether writing failed because the disk is full; not recorded, since the video is not at fault."""
 
 
 def target_name(row: VideoRow) -> str:
-    """Return where a row's file stands below the folder of a preparation.
+    """Return the path of a row's file in the folder of a preparation.
 
-    Rows that name the same part of the same file, by whatever path, share it; others never do.
+    Rows with the same window of the same file, under whatever path, share a target; other rows never do.
     """
     source = row.real_path
     part = f"{source}\n{row.start_s}\n{row.end_s}"
@@ -150,17 +150,21 @@ def target_name(row: VideoRow) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """Lists that are to be prepared."""
+    """Lists to prepare."""
 
     lists: Mapping[Path, Sequence[tuple[str, VideoRow]]]
     """The rows of each list, each with its `target_name`."""
     options: PrepareOptions
     earlier: dict[str, Any]
-    """What the summary of earlier calls says of their lists, by name."""
+    """The lists of earlier calls as summary.json describes them, by name."""
 
 
 def start_preparation(sources: Sequence[Path], options: PrepareOptions) -> Preparation:
-    """Read the lists, and check readers and folder; nothing is written."""
+    """Read the lists, and check readers and folder; writes nothing.
+
+    Raises:
+        UserError: A list or a reader is at fault, or a file in the folder would be overwritten.
+    """
     lists = {source: [(target_name(row), row) for row in read_list(source)] for source in sources}
     choose_reader(options.reader)
     choose_reader("pyav")
@@ -170,8 +174,8 @@ def start_preparation(sources: Sequence[Path], options: PrepareOptions) -> Prepa
 def open_record(options: PrepareOptions) -> Record[str, Prepared]:
     """Return the record of a folder's files, by target.
 
-    A file holds as long as it is as large as it was, its source, where that is still there, is unchanged, and its
-    worst frame is good enough. A row that failed is tried again.
+    An entry is valid if the file has its recorded size, its source is unchanged or gone, and its worst frame is
+    good enough. Rows that failed are tried again.
     """
 
     def parse(line: dict[str, Any]) -> tuple[str, Prepared]:
@@ -204,7 +208,7 @@ def record_line(row: VideoRow, prepared: Prepared) -> dict[str, Any]:
 
 
 def _earlier_lists(sources: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Check that no file of something else would be replaced; return what earlier calls' summary says of lists."""
+    """Check that no foreign file would be replaced; return the lists of earlier calls from summary.json."""
     for source in sources:
         if [other.name for other in sources].count(source.name) > 1:
             raise UserError(f"two lists are called {source.name}; rename one, or use another --out for it")
@@ -221,31 +225,31 @@ def _earlier_lists(sources: Sequence[Path], out: Path) -> dict[str, Any]:
     for source in sources:
         known = earlier.get(source.name, {}).get("source")
         if (out / source.name).exists() and known != str(source.resolve()):
-            whose = f"the list of {known}" if known else "no list of ours"
-            raise UserError(f"{out / source.name} is {whose}; rename {source}, or name another folder with --out")
+            whose = f"belongs to {known}" if known else "was not written by `everest prepare`"
+            raise UserError(f"{out / source.name} {whose}; rename {source}, or name another folder with --out")
     _class_names(sources, out)
     return earlier
 
 
 def _class_names(sources: Sequence[Path], out: Path) -> bytes | None:
-    """Return the one file of class names beside the lists and in the folder; None without any."""
+    """Return the content of classes.txt beside the lists and in the folder; None if there is no such file."""
     files = [folder / NAMES_FILE for folder in (out, *(source.parent for source in sources))]
     texts = {path.read_bytes(): path for path in files if path.is_file()}
     if len(texts) > 1:
         one, other, *_ = texts.values()
-        raise UserError(f"{one} and {other} differ; lists of other classes need another --out")
+        raise UserError(f"{one} and {other} differ; lists with different classes need different --out folders")
     return next(iter(texts), None)
 
 
 def write_lists(job: Preparation, done: Mapping[str, Prepared], lost: str) -> dict[str, dict[str, Any]]:
-    """Write summary, lists and class names; return the summary's account of each list, by name.
+    """Write summary, lists and class names; return the summary's entry of each list, by name.
 
-    ``done`` has the result of each target; ``lost`` says in words what prepared videos no longer have.
+    ``done`` has the result of each target; ``lost`` is the text of `describe_loss`.
     """
     out = job.options.out
     accounts = {source.name: _account(source, rows, done) for source, rows in job.lists.items()}
     summary = {"settings": asdict(job.options.settings), "lost": lost, "lists": job.earlier | accounts}
-    # First, since by it a later call knows the lists as ours.
+    # The summary first: by it, a later call recognises the lists as ours.
     write_atomically(out / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     for source, rows in job.lists.items():
         kept = [VideoRow(out / target, row.label) for target, row in rows if done[target].fault is None]

@@ -1,6 +1,6 @@
-"""What is wrong with a video: opened, sampled and held against what its container says.
+"""Check of one video: opens it, decodes some frames, and compares them with the container's header.
 
-Place in the flow: a row of a list -> Finding. Runs in a process that can be killed (`data.loading.pool`).
+Place in the flow: row of a list -> Finding. Runs in a process that can be killed (`data.loading.pool`).
 """
 
 from dataclasses import asdict, dataclass
@@ -17,12 +17,12 @@ from everest_ds.data.lists.video_list import VideoPart, VideoRow
 from everest_ds.data.readers.container import describe_missing, read_container
 from everest_ds.data.readers.video import Video, VideoReadError, fault_of_the_video
 
-# Frames at the end that are compared with each other: decoders fill what they cannot decode with copies.
+# Frames at the end that are compared with each other: some decoders replace missing frames by copies.
 _TAIL = 8
 
 
 class Kind(StrEnum):
-    """What a video is, or what is wrong with it."""
+    """Verdict on a video: good, or the kind of fault."""
 
     GOOD = "good"
     MISSING = "missing"
@@ -40,30 +40,30 @@ FaultName = Literal[
     "missing", "unreadable", "hanging", "crashing", "truncated", "too_short", "duplicate_frames", "edit_list",
     "starts_late",
 ]  # fmt: skip
-"""The kinds but good, for the command line."""
+"""All kinds of faults, for the command line."""
 
 DEFAULT_BAD: tuple[FaultName, ...] = ("missing", "unreadable", "hanging", "crashing", "truncated")
-"""What keeps a video out of training; the others are read as well as may be, and named."""
+"""Faults that keep a video out of training; videos with other faults are reported and read as far as possible."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSettings:
-    """How closely a video is looked at."""
+    """How thoroughly a video is checked."""
 
     samples: int = 8
-    """Frames that are decoded, spread over the video, its first and last among them."""
+    """Frames to decode, spread over the video from its first to its last."""
     min_frames: int = 1
-    """A video with fewer is too short."""
+    """A video with fewer frames is too short."""
     reader: ReaderName = "auto"
     max_pixels: int = MAX_PIXELS
-    """Pixels (frames x height x width) that are decoded of a video at a time, at most."""
+    """Largest number of pixels (frames x height x width) of a video that are decoded at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What was found: the gravest kind, in words (empty for a good video), and the video's size.
+    """Result of a check: the gravest fault, its description (empty for a good video), and the video's size.
 
-    Frames, and width and height in pixels, are 0 where the video cannot be opened.
+    Frames, and width and height in pixels, are 0 if the video cannot be opened.
     """
 
     kind: Kind
@@ -74,7 +74,7 @@ class Finding:
 
 
 def probe_video(row: VideoRow, settings: ProbeSettings) -> Finding:
-    """Look at one video; whatever is wrong with it is returned, not raised."""
+    """Check one video; a fault of the video is returned, not raised."""
     try:
         video = Video.of_row(row, settings.reader, settings.max_pixels)
         wanted = np.linspace(0, video.num_frames - 1, settings.samples).round().astype(int).tolist()
@@ -92,27 +92,27 @@ def probe_video(row: VideoRow, settings: ProbeSettings) -> Finding:
 def _judge(
     row: VideoRow, settings: ProbeSettings, num_frames: int, tail_THWC: NDArray[np.uint8]
 ) -> tuple[Kind, str]:
-    """Return the gravest thing about a video that can be read."""
+    """Return the gravest fault of a readable video, and its description."""
     container = read_container(row.path)
     if container is not None and (cut := describe_missing(container)):
         return Kind.TRUNCATED, cut
     if num_frames < settings.min_frames:
         return Kind.TOO_SHORT, f"{num_frames} frames, a clip needs {settings.min_frames}"
     if len(tail_THWC) > 1 and (tail_THWC == tail_THWC[0]).all():
-        fault = f"its last {len(tail_THWC)} frames are all alike: it stands still, or is broken"
+        fault = f"its last {len(tail_THWC)} frames are identical: a still scene, or a broken file"
         return Kind.DUPLICATE_FRAMES, fault
     if container is not None and not container.starts_with_key:
-        return Kind.STARTS_LATE, "its first frame is no key frame: frames before the next one are wrong or copies"
+        return Kind.STARTS_LATE, "its first frame is not a keyframe: frames before the next one are wrong or copies"
     if container is not None and container.hidden:
         return Kind.EDIT_LIST, f"an edit list hides {container.hidden} frames at its start; they are left out"
     return Kind.GOOD, ""
 
 
 def open_record(path: Path, settings: ProbeSettings) -> Record[VideoPart, Finding]:
-    """Return a record of findings, by the part of a video that they are about.
+    """Return the record of findings, by video and window.
 
-    A finding holds as long as its file is as large and as old as it was. What was missing or cut off is looked at
-    again: older versions took a file with longer sound for one that was cut off.
+    A finding is valid while its file has the same size and time of change. Videos that were missing or cut off are
+    checked again: older versions took a file with longer sound for a cut off one.
     """
 
     def parse(line: dict[str, Any]) -> tuple[VideoPart, Finding]:

@@ -1,4 +1,4 @@
-"""Results of a list's videos on disk, one JSON line each, so that a later call continues where one stopped."""
+"""A file of results, one JSON line for each video, so that a stopped command resumes where it was."""
 
 import json
 from collections.abc import Callable
@@ -13,14 +13,14 @@ Result = TypeVar("Result")
 
 
 class Record(Generic[Key, Result]):
-    """A file of results, after a line with the settings that they depend on. Of one key the last line counts.
+    """A file of results that begins with the settings they depend on. The last line of a key counts.
 
     Args:
         path: The file.
         settings: JSON values.
-        of: What the file is a record of, for messages: ``check``.
-        parse: Makes key and result of a line; may raise ValueError, KeyError and TypeError.
-        holds: Whether a line's result still holds.
+        of: What was recorded, for messages: ``check`` or ``preparation``.
+        parse: Returns key and result of a line; may raise ValueError, KeyError and TypeError.
+        holds: Returns whether the result of a line is still valid.
     """
 
     def __init__(
@@ -39,9 +39,10 @@ class Record(Generic[Key, Result]):
         self._can_append = False
 
     def read(self) -> dict[Key, Result]:
-        """Return the results that still hold; a last line that was cut short is left out.
+        """Return the results that are still valid; an incomplete last line is ignored.
 
-        A file of other settings, or that is not such a record, is a UserError.
+        Raises:
+            UserError: The file has other settings, or is not such a record.
         """
         try:
             header, *lines = read_json_lines(self.path) or [{"settings": self._settings}]
@@ -53,11 +54,11 @@ class Record(Generic[Key, Result]):
                     latest[key] = (result, line)
             found = {key: result for key, (result, line) in latest.items() if self._holds(line)}
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path} is no record of a {self._of}; name another folder with --out") from error
+            raise UserError(f"{self.path} is not a {self._of}'s record; name another folder with --out") from error
         if settings != self._settings:
             raise UserError(
-                f"{self.path.parent} holds a {self._of} with {settings}, now {self._settings}; name another folder "
-                "with --out, or remove it"
+                f"{self.path.parent} contains a {self._of} with {settings}, now {self._settings}; name another "
+                "folder with --out, or remove it"
             )
         return found
 
@@ -72,7 +73,7 @@ class Record(Generic[Key, Result]):
 
 
 def identity(path: Path) -> list[int] | None:
-    """Return a file's size in bytes and time of change in nanoseconds, by which it is known; None without one."""
+    """Return a file's size in bytes and time of change in nanoseconds, which identify it; None if it is missing."""
     try:
         status = path.stat()
     except (OSError, ValueError):  # a zero byte in its name

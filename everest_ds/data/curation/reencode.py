@@ -1,7 +1,8 @@
-"""Videos of lists, or windows of them, re-encoded for training.
+"""Re-encoding of videos, or windows of them, for training.
 
-Place in the flow: Preparation -> each row in a worker that can be killed -> a smaller file of the same frames ->
-record, lists, summary. Frames keep their times, counted from the first; a display matrix is applied; no sound.
+Place in the flow: Preparation -> each row in a worker that can be killed -> a file with the same frames that is
+faster to read -> record, lists, summary. Frames keep their times, counted from the first; the display matrix is
+applied; sound is dropped.
 """
 
 import contextlib
@@ -46,15 +47,15 @@ from everest_ds.progress import with_progress
 
 _TICKS_PER_S = 90_000
 _TIME_TOLERANCE_S = 1e-3
-# Frames whose pixels are held against what went in.
+# Frames whose pixels are compared with the source.
 _SAMPLES = 8
 
-# Files after which it is known how much room the others will take.
+# Number of files after which the size of the others is estimated.
 _FILES_TO_ESTIMATE_BY = 32
 
 
 def run(job: Preparation, world: World) -> int:
-    """Prepare the videos of lists, or what is left of them; return the exit code: 1 where more fail than may."""
+    """Prepare the videos that are not in the record yet; return the exit code: 1 if too many rows fail."""
     options = job.options
     options.out.mkdir(parents=True, exist_ok=True)
     record = open_record(options)
@@ -94,11 +95,9 @@ def _prepare_all(
                 if len(sizes) == _FILES_TO_ESTIMATE_BY:
                     _require_room(out, sum(sizes) / len(sizes) * (len(todo) - len(done)))
         return done
-    except (
-        BaseException
-    ):  # remove what processes had begun to write when something, Ctrl-C for instance, ended them
+    except BaseException:  # Ctrl-C, for instance: remove the files that killed workers have left unfinished
         left = (target for row in todo if (target := target_name(row)) not in done)
-        for target in islice(left, 2 * num_workers):  # begun in order, one in each worker
+        for target in islice(left, 2 * num_workers):  # they were begun in order, one in each worker
             partial_path(out / target).unlink(missing_ok=True)
         raise
 
@@ -107,13 +106,13 @@ def _require_room(out: Path, needed: float) -> None:
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(
-            f"the other videos will take about {_size(needed)}, {out} has {_size(free)} left; make room and call "
-            "again, or take another folder with --codec h264, a greater --quality or --keep-every"
+            f"the remaining videos need about {_size(needed)}, {out} has {_size(free)} free; free some space and "
+            "repeat the command, or use another folder with --codec h264, a higher --quality or --keep-every"
         )
 
 
 def _conclude(job: Preparation, done: Mapping[str, Prepared]) -> int:
-    """Write summary and lists, say what was made, and return the exit code."""
+    """Write summary and lists, print an account of each list, and return the exit code."""
     options = job.options
     lost = describe_loss(options.keep_every, options.sampling_stride)
     accounts = write_lists(job, done, lost)
@@ -133,16 +132,16 @@ def _conclude(job: Preparation, done: Mapping[str, Prepared]) -> int:
 
 
 def describe_loss(keep_every: int, stride: int) -> str:
-    """Return in words what a preparation cannot give back."""
-    lost = "sound, and what the new encoding and size do not keep"
+    """Return in words what prepared videos no longer contain."""
+    lost = "sound, and details lost by the new encoding and size"
     if keep_every == 1:
         return lost
     left = stride // keep_every
-    places = "1 place is" if left == 1 else f"{left} places are"
+    places = "1 start is" if left == 1 else f"{left} starts are"
     return (
-        f"{lost}; all but every {keep_every}th frame: a recipe with data.sampling_stride={stride} must read these "
+        f"{lost}; all but one of {keep_every} frames: a recipe with data.sampling_stride={stride} must read these "
         f"videos with data.sampling_stride={left} (data.sampling_seconds stays: frames keep their times), and of "
-        f"{stride} neighbouring places where its clips could start {places} left"
+        f"{stride} neighbouring starts of a clip {places} left"
     )
 
 
@@ -151,7 +150,7 @@ def _size(num_bytes: float) -> str:
 
 
 def prepare_video(row: VideoRow, settings: PrepareSettings, folder: Path, min_psnr_db: float) -> Prepared:
-    """Make the file of a row below a folder, and verify it; where it cannot be made, there is none."""
+    """Re-encode a row's video into a folder, and verify the file; if anything fails, no file remains."""
     torch.set_num_threads(1)
     target = folder / target_name(row)
     unfinished = partial_path(target)
@@ -163,11 +162,11 @@ def prepare_video(row: VideoRow, settings: PrepareSettings, folder: Path, min_ps
         return prepared
     except VideoReadError as error:
         return Prepared(fault=error.reason)
-    except FAULTS as error:  # in writing; what reading raises is a VideoReadError
+    except FAULTS as error:  # from writing: reading raises VideoReadError
         is_disk_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         return Prepared(fault=f"cannot be written: {reason_of(error)}", is_disk_full=is_disk_full)
     finally:
-        with contextlib.suppress(OSError):  # none, or no folder for it
+        with contextlib.suppress(OSError):  # there is no file, or no folder
             unfinished.unlink()
 
 
@@ -185,7 +184,7 @@ def _make(row: VideoRow, settings: PrepareSettings, path: Path, min_psnr_db: flo
     height, width = samples_THWC.shape[1:3]
     fault, psnr_db = _verify(path, samples_THWC, kept_s, settings.reader)
     if fault is None and psnr_db < min_psnr_db:
-        fault = f"its worst frame came out at {psnr_db:.1f} dB, at least {min_psnr_db:g} dB are asked for"
+        fault = f"its worst frame has a PSNR of {psnr_db:.1f} dB, --min-psnr is {min_psnr_db:g} dB"
     return Prepared(
         fault=fault,
         frames_in=len(window),
@@ -198,7 +197,7 @@ def _make(row: VideoRow, settings: PrepareSettings, path: Path, min_psnr_db: flo
 
 
 def target_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
-    """Return the width and height of a prepared frame: even, the shorter one ``short_side`` or as it was."""
+    """Return the width and height of a prepared frame, both even; only larger frames shrink to ``short_side``."""
     shorter = min(width, height)
     if short_side is None or shorter <= short_side:
         return width // 2 * 2, height // 2 * 2
@@ -206,7 +205,7 @@ def target_size(width: int, height: int, short_side: int | None) -> tuple[int, i
 
 
 def _resized(frame_HWC: NDArray[np.uint8], short_side: int | None, path: Path) -> NDArray[np.uint8]:
-    """Shrink a frame; one that keeps its size loses an odd last row and column."""
+    """Shrink a frame; a frame that keeps its size loses its last row or column where their number is odd."""
     height, width = frame_HWC.shape[:2]
     new_width, new_height = target_size(width, height, short_side)
     if min(new_width, new_height) < 2:
@@ -225,7 +224,7 @@ def _sample_places(num_frames: int) -> list[int]:
 def _encode(
     path: Path, frames: Iterator[NDArray[np.uint8]], times_s: NDArray[np.float64], settings: PrepareSettings
 ) -> NDArray[np.uint8]:
-    """Encode frames that start at the given times; return those that are to be compared, as they went in."""
+    """Encode frames that start at the given times; return the unencoded frames at `_sample_places`."""
     ticks = np.rint(times_s * _TICKS_PER_S).astype(int).tolist()
     places = set(_sample_places(len(ticks)))
     samples = []
@@ -255,8 +254,8 @@ def _add_stream(
     if is_mjpeg:
         stream.options = {"qmin": str(settings.quality), "qmax": str(settings.quality)}
     else:
-        # No B-frames, no deblocking, no arithmetic coding: quick to decode. No keyframes at cuts. Without the
-        # macroblock tree the same frames give the same bytes.
+        # No B-frames, no deblocking, no arithmetic coding: fast to decode. No extra keyframes at cuts. Without the
+        # macroblock tree, equal frames give equal bytes.
         stream.options = {
             "g": str(settings.gop), "bf": "0", "crf": str(settings.quality), "tune": "fastdecode",
             "x264-params": "mbtree=0:scenecut=0",
@@ -270,21 +269,21 @@ def _add_stream(
 def _verify(
     path: Path, samples_THWC: NDArray[np.uint8], times_s: NDArray[np.float64], reader: ReaderName
 ) -> tuple[str | None, float]:
-    """Hold a file against what went into it; return what is wrong with it, and its worst frame's PSNR in dB."""
+    """Compare a file with its source; return its fault (None for a good file), and its lowest PSNR in dB."""
     video = Video(path, reader=reader)
     if video.num_frames != len(times_s):
-        return f"{len(times_s)} frames went in, {video.num_frames} came out", 0.0
+        return f"{len(times_s)} frames were encoded, the file has {video.num_frames}", 0.0
     found_s = scan_packets(path).times_s(video.num_frames)
     late_s = float(np.abs(found_s - times_s).max())
     if late_s > _TIME_TOLERANCE_S:
-        return f"a frame came out {late_s:.3f} s away from its time", 0.0
+        return f"the time of a frame is off by {late_s:.3f} s", 0.0
     decoded_THWC = video.read(_sample_places(len(times_s)))
     if decoded_THWC.shape != samples_THWC.shape:
-        return f"frames of {samples_THWC.shape[1:3]} came out as {decoded_THWC.shape[1:3]}", 0.0
+        return f"frames of size {samples_THWC.shape[1:3]} were encoded, the file has {decoded_THWC.shape[1:3]}", 0.0
     return None, min(psnr_db(a, b) for a, b in zip(samples_THWC, decoded_THWC, strict=True))
 
 
 def psnr_db(frame_HWC: NDArray[np.uint8], other_HWC: NDArray[np.uint8]) -> float:
-    """Return the peak signal-to-noise ratio of two frames in decibels; 100 where they are alike."""
+    """Return the peak signal-to-noise ratio of two frames in decibels; at most 100, for identical frames."""
     error = np.square(frame_HWC.astype(np.float32) - other_HWC.astype(np.float32)).mean()
     return min(100.0, float(10 * np.log10(255**2 / max(error, 1e-12))))

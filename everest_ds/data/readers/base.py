@@ -1,7 +1,7 @@
-"""What a reader of videos is, and what all of them have in common.
+"""The interface of video readers, and what all readers share.
 
-Place in the flow: `readers.video` opens a reader and asks it for frames. Axes: T frames asked for, H W
-pixels, C colour.
+Place in the flow: `readers.video` opens a reader and asks it for frames. Axes: T requested frames, H W pixels,
+C colour.
 """
 
 import re
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from everest_ds.config.sections import MAX_PIXELS
 
-# Where a C++ library says at what time and on which line of its own it stands: "function, /source/file.cpp:41, " of
-# torchcodec, "[12:34:56] /source/file.cc:41: " of decord.
+# The source line with which C++ libraries begin a message: "function, /source/file.cpp:41, " of torchcodec,
+# "[12:34:56] /source/file.cc:41: " of decord.
 _SOURCE_LINE = re.compile(r"^(?:(?:\[[\d:]+\] |\w+, )\S+\.(?:cpp|cc|h):\d+[:,] )+")
 
 
@@ -33,8 +33,8 @@ class VideoReadError(Exception):
     """A video that cannot be read.
 
     Attributes:
-        path: Where it is.
-        reason: Why, in one line.
+        path: The video.
+        reason: Why it cannot be read, in one line.
     """
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -43,12 +43,12 @@ class VideoReadError(Exception):
         self.reason = reason
 
     def __reduce__(self) -> tuple[type["VideoReadError"], tuple[Path, str]]:
-        """Let it pass from process to process."""
+        """Make the error picklable: its constructor takes two arguments, the default would pass one."""
         return type(self), (self.path, self.reason)
 
 
 class PixelLimit(NamedTuple):
-    """How many pixels may be decoded of a video at a time, and so how much memory it may take.
+    """Limit on the pixels of a video that are decoded at a time, and so on its memory.
 
     Attributes:
         pixels: Frames x height x width.
@@ -58,14 +58,14 @@ class PixelLimit(NamedTuple):
 
     @property
     def of_frame(self) -> int:
-        """Pixels of one frame, at most: decoders keep up to sixteen."""
+        """Largest number of pixels of one frame: decoders keep up to sixteen frames."""
         return self.pixels // _KEPT_FRAMES
 
     def require(self, path: Path, num_frames: int, width: int, height: int) -> None:
-        """Check what is about to be decoded.
+        """Check frames before they are decoded.
 
         Raises:
-            VideoReadError: It is too much.
+            VideoReadError: They have more pixels than the limit allows.
         """
         if width * height > self.of_frame:
             self.refuse_frame(path, width, height)
@@ -77,27 +77,27 @@ class PixelLimit(NamedTuple):
             )
 
     def refuse_frame(self, path: Path, width: int, height: int) -> NoReturn:
-        """Refuse a frame of so many pixels; 0 where the file says none that FFmpeg takes."""
+        """Raise VideoReadError for a frame of this size; 0 x 0 if the file names no size that FFmpeg accepts."""
         size = f"of {width}x{height} pixels" if width and height else "without a size, or too large ones"
         raise VideoReadError(
             path,
-            f"it has frames {size}; {_SETTING} allows {self.of_frame} pixels a frame, a sixteenth of its number",
+            f"it has frames {size}; {_SETTING} allows {self.of_frame} pixels a frame, a sixteenth of its value",
         )
 
 
 class Reader(Protocol):
-    """An open video, as one library reads it. Opened where it is used, for one clip, and dropped.
+    """A video opened by one library; it is opened for one clip, in the process that uses it, and then closed.
 
-    Frames that are not to be shown (before the start of an edit list) do not count. Pictures are turned and
-    mirrored as the file's display matrix asks for.
+    Hidden frames (before the start of an edit list) are not counted. Frames are rotated and mirrored as the file's
+    display matrix says.
     """
 
     @property
     def num_frames(self) -> int:
-        """Frames that can be shown, at least 1."""
+        """Number of shown frames, at least 1."""
 
     def times_s(self) -> NDArray[np.float64]:
-        """Return when each of these frames starts, float64 seconds from the first one, ascending."""
+        """Return the start time of each frame, float64 seconds from the first one, ascending."""
 
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Return the frames at the given indices of 0 to ``num_frames - 1``, in that order; repeats are allowed.
@@ -111,11 +111,11 @@ class Reader(Protocol):
 
 
 def require_file(path: Path) -> None:
-    """Check what needs no library.
+    """Check that a video is a regular file, without any library.
 
     Raises:
-        VideoReadError: The file is missing, empty or no file (a folder, a pipe, a device), or the file system
-            refuses it.
+        VideoReadError: The file is missing, empty or not a regular file (a folder, a pipe, a device), or the file
+            system refuses it.
     """
     try:
         status = path.stat()
@@ -124,9 +124,9 @@ def require_file(path: Path) -> None:
     except OSError as error:
         raise VideoReadError(path, error.strerror or first_line(error)) from error
     except ValueError as error:  # a zero byte in its name
-        raise VideoReadError(path, f"no file can have its name: {error}") from error
+        raise VideoReadError(path, f"no file can have this name: {error}") from error
     if stat.S_ISDIR(status.st_mode):
-        raise VideoReadError(path, "it is a folder, of frames perhaps; only video files are read")
+        raise VideoReadError(path, "it is a folder, perhaps of frames; only video files are read")
     if not stat.S_ISREG(status.st_mode):  # reading it might never end
         raise VideoReadError(path, "it is a device, a pipe or a socket; only video files are read")
     if status.st_size == 0:
@@ -134,16 +134,16 @@ def require_file(path: Path) -> None:
 
 
 def is_lack_of_memory(error: Exception) -> bool:
-    """Say whether memory ran out: torch raises a RuntimeError for that."""
+    """Return whether memory ran out; torch raises a RuntimeError for that."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
 def even_times_s(num_frames: int, frames_per_s: float) -> NDArray[np.float64]:
-    """Return the times in seconds of frames that the container gives no true times for: one after another."""
+    """Return evenly spaced start times in seconds, for containers without usable times."""
     return np.arange(num_frames) / frames_per_s
 
 
 def first_line(error: Exception) -> str:
-    """Return what a library's message begins with, in one line; the error's class where there is none."""
+    """Return the first line of a library's message without its source line; the error's class if it is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return _SOURCE_LINE.sub("", lines[0]) if lines else type(error).__name__

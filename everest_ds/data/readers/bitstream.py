@@ -1,7 +1,7 @@
-"""What the first bytes of a packet say about its frame, without decoding it.
+"""Inspection of the first bytes of packets: facts about their frames without decoding them.
 
-Place in the flow: `packets.scan` shows an `Inspector` the packets of a stream, in the order of decoding. A
-container marks keyframes, but not whether decoding can start at one. It counts packets, and some show no frame.
+Place in the flow: `packets.scan` passes the packets of a stream to an `Inspector`, in decoding order. A container
+marks keyframes, but does not say whether decoding can start there; and some packets show no frame.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -9,24 +9,24 @@ from typing import Any
 
 from everest_ds.data.readers.quirks import Quirk
 
-# Numbers of units in H.264 and HEVC.
+# Types of NAL units in H.264 and HEVC.
 _H264_SLICE, _H264_IDR, _H264_SEI, _H264_SPS, _H264_B_TYPE = 1, 5, 6, 7, 1
 _HEVC_IRAP, _HEVC_BLA, _HEVC_NO_SLICE, _HEVC_SPS, _HEVC_SEI = range(16, 24), range(16, 19), 32, 33, 39
 _RECOVERY_POINT, _DISPLAY_ORIENTATION = 6, 47
-# As much of a unit is looked at.
+# Bytes of a unit that are inspected.
 _HEAD_BYTES = 4096
-# MPEG-4 frames of no content are 6 or 7 bytes long; a coded one of the smallest picture, longer.
+# MPEG-4 packets without a coded frame are 6 or 7 bytes long; coded frames are longer.
 _MPEG4_EMPTY_BYTES = 8
 _MPEG4_VOP = b"\0\0\1\xb6"
 _MPEG4_B_TYPE = 2
 
 
 class Inspector:
-    """Collects the quirks of one stream's packets, given FFmpeg's name of its codec and the decoder's extra data.
+    """Collects the quirks of one stream's packets, given FFmpeg's codec name and the decoder's extra data.
 
     Attributes:
-        quirks: What was found so far.
-        looks_at_all: Whether `look` wants each packet; otherwise it need not be called.
+        quirks: The quirks found so far.
+        looks_at_all: Whether `look` must be called for each packet; otherwise it does nothing.
     """
 
     def __init__(self, codec: str, extradata: bytes | None) -> None:
@@ -44,12 +44,12 @@ class Inspector:
         self.looks_at_all = self._look is not None
 
     def look(self, packet: Any) -> None:
-        """Look at any packet."""
+        """Inspect a packet for quirks."""
         if self._look is not None:
             self._look(packet)
 
     def refers_ahead(self, packets: Iterable[Any]) -> bool:
-        """Return whether some of these packets of H.264 hold B-frames; True for other codecs: unknown."""
+        """Return whether any of these H.264 packets contains a B-frame; True (unknown) for other codecs."""
         if self._codec != "h264":
             return True
         for packet in packets:
@@ -61,7 +61,7 @@ class Inspector:
         return False
 
     def starts_clean(self, packet: Any) -> bool:
-        """Return whether decoding can start at a packet that its container calls a keyframe."""
+        """Return whether decoding can start at a packet that its container marks as a keyframe."""
         if self._starts is None or self._starts(packet):
             return True
         self.quirks.add(Quirk.UNCLEAN_KEYS)
@@ -73,7 +73,7 @@ class Inspector:
             self.quirks.add(Quirk.CHANGING)
 
     def _look_vp8(self, packet: Any) -> None:
-        """A frame's first byte: not a keyframe (1), version (3), is shown (1); a keyframe's size is in 6 to 9."""
+        """First byte, from its lowest bit: not a keyframe (1), version (3), is shown (1); bytes 6 to 9: size."""
         head = bytes(memoryview(packet)[:10])
         if not head[0] >> 4 & 1:
             self.quirks.add(Quirk.INVISIBLE)
@@ -86,27 +86,27 @@ class Inspector:
         if len(shown) != 1:
             self.quirks.add(Quirk.INVISIBLE)
         for head in frames:
-            # Profile 0: a keyframe's first byte, three that are always alike, then its size; others only differ
-            # in how they write the same.
+            # A keyframe of profile 0: one byte, the fixed sync code, then the size. Other profiles store the size
+            # differently, but equal sizes still have equal bytes.
             if head[1:4] == b"\x49\x83\x42":
                 self._note_size(head[4:9])
 
     def _look_mpeg4(self, packet: Any) -> None:
         data = bytes(packet)
         frames = data.count(_MPEG4_VOP)
-        if frames != 1 or len(data) <= _MPEG4_EMPTY_BYTES:  # packed B-frames, and what fills their places
+        if frames != 1 or len(data) <= _MPEG4_EMPTY_BYTES:  # packed B-frames, and the empty packets after them
             self.quirks.add(Quirk.INVISIBLE)
         place = data.find(_MPEG4_VOP) + len(_MPEG4_VOP)
         if frames > 1 or (frames and place < len(data) and data[place] >> 6 == _MPEG4_B_TYPE):
             self.quirks.add(Quirk.REFERS_AHEAD)
-            # Shown before the frame that was decoded before it: a later time cannot be that of showing.
+            # A B-frame is shown before the reference frame decoded before it, so a later time is a decoding time.
             if None not in (packet.pts, self._reference_pts) and packet.pts > self._reference_pts:
                 self.quirks.add(Quirk.DECODING_TIMES)
         else:
             self._reference_pts = packet.pts
 
     def _starts_h264(self, packet: Any) -> bool:
-        """An IDR frame, or one from which on everything can be decoded at once."""
+        """Return whether the packet is an IDR frame, or a recovery point with no frames to wait for."""
         recovers = False
         for unit in self._units(packet):
             number = unit[0] & 31
@@ -116,12 +116,12 @@ class Inspector:
                 self._note_size(unit)
             elif number == _H264_SEI:
                 for kind, content in self._messages(unit[1:]):
-                    # How many frames it takes, as an exponential Golomb number: 0 is a single bit 1.
+                    # The number of frames until recovery, an exponential Golomb number: 0 is a single bit 1.
                     recovers |= kind == _RECOVERY_POINT and content[:1] >= b"\x80"
         return False
 
     def _starts_hevc(self, packet: Any) -> bool:
-        """A frame of random access. Some frames after a broken link are never shown."""
+        """Return whether the packet is a random access frame; after a broken link, some frames are never shown."""
         for unit in self._units(packet):
             number = unit[0] >> 1 & 63
             if number < _HEVC_NO_SLICE:
@@ -135,11 +135,11 @@ class Inspector:
         return False
 
     def _messages(self, unit: bytes) -> Iterator[tuple[int, bytes]]:
-        """Yield the kind and the content of the messages in a unit; note one that turns the picture."""
+        """Yield type and content of the SEI messages of a unit; note a message that rotates the picture."""
         rest = unit.replace(b"\0\0\3", b"\0\0")
         while len(rest) > 2:
             header = []
-            for _ in range(2):  # a number is the sum of its bytes, up to the first that is not 255
+            for _ in range(2):  # a number is a run of bytes 255 and one other byte, added up
                 size = len(rest) - len(rest.lstrip(b"\xff")) + 1
                 header.append(sum(rest[:size]))
                 rest = rest[size:]
@@ -150,18 +150,18 @@ class Inspector:
             rest = rest[length:]
 
     def _units(self, packet: Any) -> Iterator[bytes]:
-        """Yield the units of a packet of H.264 or HEVC, their first bytes each."""
+        """Yield the first bytes of each NAL unit of an H.264 or HEVC packet."""
         view = memoryview(packet)
         extra = self._extradata
-        if extra and extra[0] == 1:  # each unit after its length
+        if extra and extra[0] == 1:  # each unit follows its length
             width = (extra[4 if self._codec == "h264" else 21] & 3) + 1
             yield from _units_by_length(view, width)
-        else:  # each unit after 0, 0, 1
+        else:  # each unit follows the bytes 0, 0, 1
             yield from _units_by_mark(view)
 
 
 def _h264_slice_type(header: bytes) -> int:
-    """Return 0 for P, 1 for B, 2 for I: the second of the exponential Golomb numbers that a slice begins with."""
+    """Return 0 for P, 1 for B, 2 for I: the second exponential Golomb number of a slice; -1 if it is cut off."""
     bits = "".join(f"{byte:08b}" for byte in header[:8])
     start = number = 0
     for _ in range(2):
@@ -195,7 +195,7 @@ def _units_by_mark(view: memoryview) -> Iterator[bytes]:
 
 
 def _vp9_frames(packet: Any) -> Iterator[bytes]:
-    """Yield the first bytes of each frame in a packet of VP9; an index at its end says how many there are."""
+    """Yield the first bytes of each frame in a VP9 packet; several frames are listed in an index at its end."""
     data = memoryview(packet)
     last = data[-1]
     number, width = (last & 7) + 1, (last >> 3 & 3) + 1
@@ -211,7 +211,7 @@ def _vp9_frames(packet: Any) -> Iterator[bytes]:
 
 
 def _vp9_is_shown(head: bytes) -> bool:
-    """Marker (2), profile (2, a reserved bit after 3), shows an earlier frame (1), kind (1), is shown (1)."""
+    """Bits: marker (2), profile (2; for 3 a reserved bit), shows an earlier frame (1), type (1), is shown (1)."""
     if not head:
         return False
     bits = head[0] << (1 if head[0] >> 4 & 3 == 3 else 0)

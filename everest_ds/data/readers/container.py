@@ -1,10 +1,10 @@
-"""What the header of a video file announces, and what the file holds: read without decoding.
+"""Comparison of a video file's header with its packets, without decoding: was the file cut off?
 
-Place in the flow: path -> `read_container` -> Container -> `describe_missing`: was the file cut off?
+Place in the flow: path -> `read_container` -> Container -> `describe_missing`.
 
 A header gives the length of the whole file, which is that of its longest stream: sound, subtitles, a timecode track
-or a second picture may be longer than the picture that is read. So like is compared with like. Where the picture
-stream announces its own length, its packets must reach that; else the packets of some stream must reach the file's.
+or a second video stream may be longer than the video stream that is read. If the header gives the length of the
+video stream, its packets must reach that length; otherwise the packets of any stream must reach the file's length.
 """
 
 import contextlib
@@ -14,27 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# A header that announces more than this beyond the last packet is that of a file that was cut off: a share of its
-# length, and seconds.
+# A file counts as cut off if its header announces more than this beyond the last packet: the larger of a share of
+# the length and a number of seconds.
 _MISSING_SHARE, _MISSING_S = 0.1, 0.5
-# Containers without any length in the header: FFmpeg estimates it from the file's last packets.
+# Containers without a length in the header: FFmpeg estimates it from the file's last packets.
 _NO_LENGTHS = {"mpegts", "mpeg"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Container:
-    """What a file says of itself, and what is in it.
+    """What a file's header announces, and what its packets contain.
 
     Attributes:
-        packets: Packets of the picture stream, the one that is read.
-        declared: Its frames that the header announces; 0 where it does not say.
-        declared_s: Its length in seconds that the header announces; None where it does not say.
-        end_s: Where its last packet ends, in seconds from its first one's start.
-        starts_with_key: Whether its first packet is a key frame.
-        hidden: Its packets that an edit list hides, those that start before zero.
-        file_s: Length in seconds that the header announces for the longest stream; None where it does not say.
-        file_end_s: Where the last packet of any stream ends, in seconds. Other streams than the picture are read
-            only where ``declared_s`` is None and the picture is shorter than ``file_s``.
+        packets: Packets of the video stream that is read.
+        declared: Its number of frames by the header; 0 if the header has none.
+        declared_s: Its length in seconds by the header; None if the header has none.
+        end_s: End of its last packet, in seconds from the start of its first one.
+        starts_with_key: Whether its first packet is a keyframe.
+        hidden: Its packets that an edit list hides: those that start before zero.
+        file_s: Length in seconds of the longest stream by the header; None if the header has none.
+        file_end_s: End of the last packet of any stream, in seconds. Other streams than the video are read only if
+            ``declared_s`` is None and the video is shorter than ``file_s``.
     """
 
     packets: int
@@ -48,16 +48,16 @@ class Container:
 
 
 def describe_missing(container: Container) -> str | None:
-    """Return in words what a file announces and does not hold; None where it holds all of it."""
+    """Return in words what the header announces and the file lacks; None if nothing is missing."""
     if container.declared_s is not None:
         if _is_short(container.declared_s, container.end_s):
             return (
-                f"its header announces {container.declared_s:.1f} s of picture, its last frame ends at "
+                f"its header announces {container.declared_s:.1f} s of video, its last frame ends at "
                 f"{container.end_s:.1f} s"
             )
         return None
     if container.declared - container.packets > _MISSING_SHARE * container.declared:
-        return f"its header announces {container.declared} frames, it holds {container.packets}"
+        return f"its header announces {container.declared} frames, it contains {container.packets}"
     if container.file_s is not None and _is_short(container.file_s, container.file_end_s):
         return (
             f"its header announces {container.file_s:.1f} s, the last packet of any stream ends at "
@@ -67,7 +67,7 @@ def describe_missing(container: Container) -> str | None:
 
 
 def read_container(path: Path) -> Container | None:
-    """Read a file's headers and packets with PyAV, decoding nothing; None where it cannot."""
+    """Read a file's header and packets with PyAV, without decoding; None if they cannot be read."""
     import av
 
     from everest_ds.data.readers.packets import FAULTS, open_container
@@ -89,7 +89,7 @@ def read_container(path: Path) -> Container | None:
         return None
     first_s, last_s = min(packet.start_s for packet in timed), max(packet.end_s for packet in timed)
     end_s = last_s - max(first_s, 0.0)
-    if "matroska" in kinds:  # lengths count from zero there, wherever a stream starts
+    if "matroska" in kinds:  # its lengths count from zero, even if a stream starts later
         end_s = max(end_s, last_s)
     file_end_s = max(end_s, last_s)
     if declared_s is None and file_s is not None and _is_short(file_s, file_end_s):
@@ -112,7 +112,7 @@ def _is_short(announced_s: float, found_s: float) -> bool:
 
 @dataclass(frozen=True)
 class _Packet:
-    """Where a packet starts and ends, in seconds; NaN where it has no time."""
+    """Start and end of a packet in seconds; NaN if it has no time."""
 
     start_s: float
     end_s: float
@@ -120,7 +120,7 @@ class _Packet:
 
     @classmethod
     def of(cls, packet: Any) -> "_Packet":
-        """Read the times of PyAV's packet; the decoding time where it has no other."""
+        """Read the times of a PyAV packet; the decoding time is used if there is no presentation time."""
         time = packet.dts if packet.pts is None else packet.pts
         if time is None or packet.time_base is None:
             return cls(math.nan, math.nan, packet.is_keyframe)
@@ -129,28 +129,28 @@ class _Packet:
 
 
 def _filled(packets: Iterable[Any]) -> Iterator[Any]:
-    """Leave out the empty packets that end a stream."""
+    """Yield the packets without the empty ones that end a stream."""
     return (packet for packet in packets if packet.size)
 
 
 def _picture_length_s(stream: Any, kinds: set[str], file_s: float | None) -> float | None:
-    """Return the length that the header announces for the picture stream alone; None where it announces none."""
+    """Return the length in seconds of the video stream by the header; None if the header has none."""
     if "mov" in kinds and stream.duration and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
     if "avi" in kinds and stream.frames and stream.average_rate:
-        # FFmpeg shortens the length of a file without its index to what is there; the number of frames stays.
+        # For a file without its index, FFmpeg shortens the length to the packets present; the frame count stays.
         return float(stream.frames / stream.average_rate)
     if "matroska" in kinds:
         for name, value in stream.metadata.items():
             if name.upper().split("-")[0] == "DURATION":
                 length_s = _parse_length_s(value)
-                if length_s is not None:  # a tag may be left over from a longer file
+                if length_s is not None:  # the tag may be a leftover of a longer file
                     return length_s if file_s is None else min(length_s, file_s)
     return None
 
 
 def _parse_length_s(text: str) -> float | None:
-    """Return the seconds of a Matroska tag, ``HH:MM:SS.NANOSECONDS``; None where it is something else."""
+    """Return the seconds of a Matroska tag, ``HH:MM:SS.NANOSECONDS``; None if it has another form."""
     try:
         hours, minutes, seconds = text.strip().split(":")
         length_s = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
@@ -160,13 +160,13 @@ def _parse_length_s(text: str) -> float | None:
 
 
 def _last_end_s(path: Path) -> float:
-    """Return where the last packet of any stream ends, in seconds; what follows a fault is not looked at."""
+    """Return the end of the last packet of any stream, in seconds; reading stops at the first fault."""
     from everest_ds.data.readers.packets import FAULTS, open_container
 
     last_s = 0.0
     with contextlib.suppress(*FAULTS), open_container(path) as file:
         for packet in _filled(file.demux()):
             end_s = _Packet.of(packet).end_s
-            if end_s > last_s:  # never of NaN
+            if end_s > last_s:  # False for NaN
                 last_s = end_s
     return last_s

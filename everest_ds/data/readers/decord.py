@@ -1,9 +1,9 @@
 """Reading videos with decord 0.6.
 
-decord seeks to a keyframe and counts frames from there. In many kinds of files it so returns another frame, without
-an error: `supported` lists the kinds that it reads correctly, and all others are refused. It applies the angle of a
-display matrix in MP4 and MOV alone; the rest is done here. It returns no frames that are 1, 16, 24, 48 or 72 pixels
-wide (tried: 1 and the even widths from 16 to 400), and does not know AV1.
+decord seeks to a keyframe and counts frames from there. In many kinds of files this returns a wrong frame without
+an error: `supported` lists the kinds that it reads correctly, and all others are refused. It applies the rotation
+of a display matrix in MP4 and MOV only; the rest is done here. It cannot return frames that are 1, 16, 24, 48 or 72
+pixels wide (tested: 1 and the even widths from 16 to 400), and cannot decode AV1.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from everest_ds.data.readers.supported import SupportedFile
 
 # decord's times are float32 seconds; frames are further apart.
 _TIME_TOLERANCE_S = 2e-3
-# Seconds beyond which a time is FFmpeg's "unknown" (Matroska of a few frames: their start is unknown to decord).
+# Larger times are FFmpeg's "unknown": decord does not know the times of very short Matroska files.
 _UNKNOWN_TIME_S = 1e9
 
 
@@ -40,7 +40,7 @@ class DecordReader(SupportedFile):
         self._require_same_times(start_s.astype(np.float64))
 
     def _require_same_times(self, start_s: NDArray[np.float64]) -> None:
-        """Refuse a file in which decord finds other frames than its packets announce."""
+        """Raise VideoReadError if decord's frames differ from those of the packets in number or time."""
         expected_s = self.times_s() if self._packets.pts else np.zeros(0)
         if len(start_s) != len(expected_s):
             raise VideoReadError(
@@ -52,7 +52,7 @@ class DecordReader(SupportedFile):
         late_s = float(np.abs(start_s - start_s[0] - expected_s).max())
         if late_s > _TIME_TOLERANCE_S:
             raise VideoReadError(
-                self._path, f"decord's times are up to {late_s:.3f} s off those of its packets; {WAY_OUT}"
+                self._path, f"decord's times differ by up to {late_s:.3f} s from those of its packets; {WAY_OUT}"
             )
 
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
@@ -62,18 +62,18 @@ class DecordReader(SupportedFile):
             batch = self._reader.get_batch(list(indices))
         except (RuntimeError, decord.DECORDError) as error:
             raise VideoReadError(self._path, _reason(error)) from error
-        # Handed over, where asnumpy would copy it all.
+        # No copy, unlike asnumpy.
         frames: NDArray[np.uint8] = torch.utils.dlpack.from_dlpack(batch.to_dlpack()).numpy()
         return self._upright(frames)
 
 
 def _reason(error: Exception) -> str:
-    """Return decord's own reason, and what it means where it is known."""
+    """Return decord's own reason; known reasons get an explanation and a way out."""
     text = first_line(error)
     if "cannot find video stream" in text:
-        return f"{text} (no video that decord knows); {WAY_OUT}"
+        return f"{text} (no video that decord can decode); {WAY_OUT}"
     if "Failed to measure duration" in text:
         return f"decord finds no duration in the file; {WAY_OUT}"
     if "size must exactly match" in str(error):
-        return f"decord cannot hand out frames of this width; {WAY_OUT} ({text})"
+        return f"decord cannot return frames of this width; {WAY_OUT} ({text})"
     return text

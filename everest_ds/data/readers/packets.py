@@ -1,6 +1,6 @@
-"""What the packets of a video say without being decoded, and which of them have to be.
+"""Facts about a video from its packets, without decoding them, and which packets must be decoded for a frame.
 
-Place in the flow: file -> packets -> times of its frames, and the spans of packets that `with_pyav` decodes.
+Place in the flow: file -> packets -> times of its frames, and the spans of packets that `readers.pyav` decodes.
 """
 
 import sys
@@ -19,26 +19,26 @@ from everest_ds.data.readers.bitstream import Inspector
 from everest_ds.data.readers.quirks import Quirk, field_quirks, has_trusted_times, order_quirks, time_quirks
 
 FAULTS = (av.FFmpegError, OSError, ValueError, MemoryError)
-"""What PyAV raises for a file that it cannot read."""
+"""Exceptions that PyAV raises for a file that it cannot read."""
 
-# PyAV before 19 raises on metadata that are not UTF-8 unless told otherwise. PyAV 19 never does, and has no option.
+# PyAV before 19 needs this option for metadata that is not UTF-8. PyAV 19 does not, and lacks the option.
 _OPEN_OPTIONS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
-# Packets of a file up to this size are kept from the scan, so that nothing is read twice and nothing sought.
+# Packets of files up to this size are kept from the scan, so that reading frames needs no second read and no seek.
 _HELD_BYTES = 32 << 20
 _LIMIT = PixelLimit()
-# Packets of a video, at most: 37 hours at 30 frames a second. What is kept of each takes up to 400 bytes.
+# Largest number of packets: 37 hours at 30 frames a second. The facts kept of each take up to 400 bytes.
 _MOST_PACKETS = 4_000_000
-# As many are looked at in any case.
+# Packets kept for inspection in any case.
 _HEAD_PACKETS = 64
-# FFmpeg's number of the order of fields that there are none: 0 is unknown, more are interlaced.
+# FFmpeg's field order of progressive video; 0 is unknown, larger values are interlaced.
 _PROGRESSIVE = 1
 
 
 class Key(NamedTuple):
-    """A keyframe: when it is shown and where to seek to, in ticks; its packet's number in decoding order.
+    """A keyframe: its presentation time and seek target in ticks, and its packet's number in decoding order.
 
-    Not a dataclass: making three hundred of those took a fifth of opening a file of keyframes.
+    Not a dataclass: building three hundred of those took a fifth of the time to open a file of keyframes.
     """
 
     pts: int
@@ -48,7 +48,7 @@ class Key(NamedTuple):
 
 @dataclass
 class Span:
-    """Packets decoded in one go, from a keyframe to before number ``stop``; frames wanted of them: pts -> index."""
+    """Packets decoded in one go, from a keyframe up to number ``stop``; ``targets`` maps pts to wanted index."""
 
     key: Key
     stop: int
@@ -57,16 +57,18 @@ class Span:
 
 @dataclass(frozen=True)
 class Packets:
-    """What the packets of a video stream say.
+    """Facts about a video stream, from its packets.
 
     Attributes:
-        pts: Times of the frames that can be shown, ascending, in ticks; None where they cannot be trusted.
+        pts: Times of the shown frames, ascending, in ticks; None if they cannot be trusted.
         keys: Keyframes at which decoding can start, ascending by time.
-        positions: Time of a frame -> its packet's number, in the order of decoding.
-        held: The packets themselves, by number; None where they are too many bytes.
-        frames_per_s: The stream's average rate.
-        container: FFmpeg's first name of the format.
+        positions: Time of a frame -> number of its packet in decoding order.
+        held: The packets by number; None if they are too large to keep.
+        ticks_per_s: Ticks of the stream's clock in a second.
+        frames_per_s: Average frame rate of the stream.
+        container: First of FFmpeg's names of the format.
         codec: FFmpeg's name of the codec.
+        quirks: What makes frames hard to find by number.
     """
 
     pts: list[int] | None
@@ -80,17 +82,17 @@ class Packets:
     quirks: frozenset[Quirk] = frozenset()
 
     def times_s(self, num_frames: int) -> NDArray[np.float64]:
-        """Return when each frame starts, seconds from the first one; evenly spaced without trusted times."""
+        """Return the start of each frame in seconds from the first one; evenly spaced without trusted times."""
         if self.pts is None:
             return even_times_s(num_frames, self.frames_per_s)
         return (np.array(self.pts, dtype=np.float64) - self.pts[0]) / self.ticks_per_s
 
     def spans(self, indices: Sequence[int]) -> list[Span]:
-        """Return what has to be decoded for the frames at these indices, ascending; needs trusted times.
+        """Return the packets to decode for the frames at these indices, as ascending spans; needs trusted times.
 
-        A frame's span begins at the last keyframe that is shown no later than it. Frames share one where a later
-        keyframe follows without a gap; a gap of a single packet is worth a new start (measured, 340x256: 0.1 ms
-        against 0.45 ms for decoding it).
+        The span of a frame begins at the last keyframe shown no later than it. Spans without a gap between them are
+        merged; even for a gap of a single packet a new start is faster (measured, 340x256: 0.1 ms against 0.45 ms
+        for decoding it).
         """
         assert self.pts is not None
         key_pts = [key.pts for key in self.keys]
@@ -110,22 +112,23 @@ class Packets:
 
 
 def open_container(path: Path, limit: PixelLimit = _LIMIT) -> Any:
-    """Open a file for reading, whatever its name looks like and however its metadata are encoded.
+    """Open a file for reading, whatever characters its name has and however its metadata is encoded.
 
-    FFmpeg decodes frames here where the header does not say all, but none that are larger than ``limit``.
+    FFmpeg decodes some frames here if the header is incomplete, but none that are larger than ``limit``.
 
     Raises:
-        One of `FAULTS`, where it cannot be opened.
+        One of `FAULTS`: The file cannot be opened.
     """
     return av.open(f"file:{path}", options={"max_pixels": str(limit.of_frame)}, **_OPEN_OPTIONS)
 
 
 def open_stream(path: Path, limit: PixelLimit = _LIMIT) -> tuple[Any, Any]:
-    """Open a file and its best video stream, to be decoded by one thread.
+    """Open a file and its best video stream, for decoding with one thread.
 
     Raises:
         VideoReadError: Its frames are larger than ``limit`` allows.
-        ValueError: It has no video; others of `FAULTS` where it cannot be opened.
+        ValueError: It has no video.
+        One of `FAULTS`: The file cannot be opened.
     """
     container = open_container(path, limit)
     stream = container.streams.best("video")
@@ -140,28 +143,28 @@ def open_stream(path: Path, limit: PixelLimit = _LIMIT) -> tuple[Any, Any]:
         container.close()
         limit.refuse_frame(path, context.width, context.height)
     context.thread_count = 1
-    # The frames themselves may have another size than the header says.
+    # Frames may be larger than the header says.
     context.options = {"max_pixels": str(limit.of_frame)}
     return container, stream
 
 
 def read_packets(container: Any, stream: Any, *, hold: bool = False) -> Packets:
-    """Read what the packets of an open stream say; ``hold`` them where they are not too many bytes."""
+    """Read the facts about an open stream from its packets; ``hold`` keeps the packets if they are small enough."""
     return packets_from_header(container, stream) or scan(container, stream, hold=hold)
 
 
 def packets_from_header(container: Any, stream: Any) -> Packets | None:
-    """Return what `scan` would, from the table in a file's header, without reading the rest of the file.
+    """Return the result of `scan` from the index in a file's header, without reading the rest of the file.
 
-    Only for MP4 and MOV whose codec has keyframes alone (the table has the order of decoding only), whose table is
-    whole and of which nothing is hidden. None for all others.
+    Only for MP4 and MOV with a codec of keyframes only (the index has decoding times, not presentation times), a
+    complete index and no hidden frames. None for all others.
     """
     if "mov" not in container.format.name.split(",") or not stream.codec_context.codec.intra_only:
         return None
     if not 0 < len(stream.index_entries) <= _MOST_PACKETS:
         return None
     entries = list(stream.index_entries)
-    if len(entries) != stream.frames:  # fragments are indexed one by one
+    if len(entries) != stream.frames:  # a fragmented file: the index covers only some fragments
         return None
     pts = [entry.timestamp for entry in entries]
     is_whole = max(entry.pos + entry.size for entry in entries) <= container.size
@@ -170,7 +173,7 @@ def packets_from_header(container: Any, stream: Any) -> Packets | None:
         return None
     first = next(container.demux(stream))
     container.seek(pts[0], stream=stream)
-    if first.pts != pts[0]:  # shown at other times than decoded
+    if first.pts != pts[0]:  # presentation times differ from decoding times
         return None
     return Packets(
         pts=pts,
@@ -183,7 +186,7 @@ def packets_from_header(container: Any, stream: Any) -> Packets | None:
 
 def scan(container: Any, stream: Any, *, hold: bool) -> Packets:
     """Read all packets of an open stream, and inspect them."""
-    # FFmpeg seeks in mp4 and mov by the time of decoding, elsewhere by that of showing.
+    # FFmpeg seeks by decoding time in mp4 and mov, by presentation time elsewhere.
     by_dts = "mov" in container.format.name.split(",")
     inspector = Inspector(stream.codec_context.codec.canonical_name, stream.codec_context.extradata)
     quirks = inspector.quirks
@@ -241,7 +244,7 @@ def _stream_facts(container: Any, stream: Any) -> dict[str, Any]:
 
 
 def scan_packets(path: Path, limit: PixelLimit = _LIMIT) -> Packets:
-    """Read what the packets of a file say.
+    """Read the facts about a file's video from its packets.
 
     Raises:
         VideoReadError: The file cannot be opened, or has no video.
@@ -255,7 +258,7 @@ def scan_packets(path: Path, limit: PixelLimit = _LIMIT) -> Packets:
 
 
 def reason_of(error: Exception) -> str:
-    """Return FFmpeg's own words, without its number and without the path."""
+    """Return FFmpeg's own message, without its error number and the path."""
     if isinstance(error, MemoryError):
         return NO_MEMORY
     if isinstance(error, av.FFmpegError) and error.strerror:

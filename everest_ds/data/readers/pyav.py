@@ -1,11 +1,11 @@
-"""Reading videos with PyAV, that is with the FFmpeg in its wheel.
+"""Reading videos with PyAV, which brings its own FFmpeg.
 
-Opening reads all packets, without decoding them, to learn the times of the frames that can be shown; of MP4 files
-that hold keyframes alone (Motion JPEG) it reads the index. Of the packets only those are decoded that a wanted
-frame depends on: from the keyframe before it to its own, without those of unwanted frames that no other frame
-refers to. Where packets do not tell which frames there are (`packets.Packets.pts` is None: AVI with B-frames,
-streams that begin between keyframes, packets without a frame, containers and codecs that no test covers), frames
-are counted instead: the video is decoded once at opening and again, from its beginning, in reading.
+Opening reads all packets, without decoding them, to learn the times of the shown frames; for MP4 files with
+keyframes only (Motion JPEG) it reads just the index. Reading decodes only the packets that a wanted frame depends
+on: from the keyframe before it to its own, without unwanted frames that no other frame refers to. If packets do not
+say which frames there are (`packets.Packets.pts` is None: AVI with B-frames, streams that begin between keyframes,
+packets without a frame, containers and codecs that no test covers), frames are counted instead: the video is
+decoded once when it is opened, and again from its beginning when frames are read.
 """
 
 import contextlib
@@ -23,27 +23,24 @@ from everest_ds.data.readers.orientation import orientation_of
 from everest_ds.data.readers.packets import FAULTS, Span, open_stream, read_packets, reason_of
 from everest_ds.data.readers.quirks import Quirk
 
-# Codecs whose unreferenced frames can be left out. H.264 marks them in each packet and nothing depends on them
-# (in a damaged file, what conceals the damage may); HEVC marks them for one temporal layer only, and others seldom
-# have any.
+# Codecs whose unreferenced frames can be skipped. H.264 marks them in each packet, and no other frame depends on
+# them (except the concealment of damage); HEVC marks them for one temporal layer only, others rarely have any.
 _SKIPPING_CODECS = ("h264",)
 
 
 class PyavReader:
-    """An open video; see `everest_ds.data.readers.base.Reader`.
-
-    Frames that change their size on the way are an error.
-    """
+    """An open video; see `everest_ds.data.readers.base.Reader`. Frames of different sizes are an error."""
 
     def __init__(self, path: Path, limit: PixelLimit | None = None) -> None:
         self._path = path
         self._limit = limit or PixelLimit()
         self._size: tuple[int, int] | None = None
-        # One for all frames: each makes a conversion of its own, which takes longer than a frame.
+        # One for all frames: setting up a conversion takes longer than converting a frame.
         self._reformatter = VideoReformatter()
         try:
             self._container, self._stream = open_stream(path, self._limit)
-            # A decoder that conceals damage does it with frames that it has; see `_decode_for`.
+            # Damage must raise here: concealing it would use other frames than decoding from the start does; see
+            # `_decode_for`.
             self._stream.codec_context.options |= {"err_detect": "explode"}
             self._packets = read_packets(self._container, self._stream, hold=True)
             self._counted_pts: list[int | None] = []
@@ -56,7 +53,7 @@ class PyavReader:
             raise VideoReadError(path, "none of its frames can be shown")
 
     def times_s(self) -> NDArray[np.float64]:
-        """Return when each frame starts; evenly spaced where the file does not say."""
+        """Return the start of each frame in seconds; evenly spaced if the file has no times."""
         pts = [time for time in self._counted_pts if time is not None]
         ascends = all(earlier < later for earlier, later in pairwise(pts))
         if len(pts) == self.num_frames and ascends and Quirk.DECODING_TIMES not in self._packets.quirks:
@@ -80,7 +77,7 @@ class PyavReader:
         return frames
 
     def stream(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
-        """Yield the frames at the given indices, distinct and ascending, one by one: not all are in memory.
+        """Yield the frames at the given indices, distinct and ascending, one at a time to save memory.
 
         Yields:
             frame_HWC, uint8, RGB.
@@ -94,7 +91,7 @@ class PyavReader:
             yield pixels.copy()
 
     def _found(self, wanted: Sequence[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Yield each of the frames wanted, ascending, and its index; pixels are valid until the next one."""
+        """Yield (index, pixels) of the wanted frames, ascending; pixels are valid until the next frame."""
         find = self._count_to if self._packets.pts is None else self._decode_for
         missing = set(wanted)
         try:
@@ -107,7 +104,7 @@ class PyavReader:
             raise VideoReadError(self._path, f"frame {min(missing)} of {self.num_frames} cannot be decoded")
 
     def _count_to(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """Decode from the beginning, and yield the frames wanted."""
+        """Decode from the beginning, and yield the wanted frames."""
         remaining = set(wanted)
         for index, frame in enumerate(self._all_frames()):
             if index in remaining:
@@ -116,10 +113,10 @@ class PyavReader:
                 return
 
     def _decode_for(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """Decode what the frames wanted depend on, and yield them.
+        """Decode the packets that the wanted frames depend on, and yield the frames.
 
-        At the first fault, or where a frame does not come, the rest is decoded from the beginning: what conceals a
-        fault may be any frame before it, and no seek can end too late then.
+        After a fault, or if a frame is missing, the rest of the span is taken from decoding the whole file: a fault
+        may be concealed with any earlier frame, and a seek may have ended too late.
         """
         for span in self._packets.spans(wanted):
             missing = dict(span.targets)
@@ -135,7 +132,7 @@ class PyavReader:
                         break
 
     def _packets_of(self, span: Span) -> Iterator[Any]:
-        """Yield the packets of a span; none where the container cannot seek to its beginning."""
+        """Yield the packets of a span; none if the container cannot seek to its beginning."""
         if self._packets.held is not None:
             yield from self._packets.held[span.key.position : span.stop]
             return
@@ -148,16 +145,16 @@ class PyavReader:
                 return
 
     def _filled_packets(self) -> Iterator[Any]:
-        """Yield packets from where the container is; the scan counted no empty ones either."""
+        """Yield packets from the container's position, without empty ones: the scan did not count them either."""
         return (packet for packet in self._container.demux(self._stream) if packet.size)
 
     def _decode(self, span: Span, packets: Iterator[Any]) -> Iterator[Any]:
-        """Decode packets from a fresh start to the last frame that is in them."""
+        """Reset the decoder, and yield all frames of the packets."""
         decoder = self._stream.codec_context
         decoder.flush_buffers()
         skips = decoder.name in _SKIPPING_CODECS
         for packet in packets:
-            if packet.pts < span.key.pts:  # refers to frames before the keyframe; no later frame refers to it
+            if packet.pts < span.key.pts:  # may refer to frames before the keyframe; no later frame refers to it
                 continue
             if skips:
                 decoder.skip_frame = "DEFAULT" if packet.pts in span.targets else "NONREF"
@@ -165,13 +162,13 @@ class PyavReader:
         yield from self._same_size(decoder.decode(None))
 
     def _all_frames(self) -> Iterator[Any]:
-        """Decode all from the beginning, concealing damage; opens the file again, since not all can seek there."""
+        """Decode all frames, concealing damage; opens the file again, since some cannot seek to their start."""
         container, stream = open_stream(self._path, self._limit)
         with container:
             yield from self._same_size(container.decode(stream))
 
     def _same_size(self, frames: Any) -> Iterator[Any]:
-        """Pass frames on as long as their size stays."""
+        """Yield the frames; raise ValueError when their size changes."""
         for frame in frames:
             size = (frame.width, frame.height)
             self._size = self._size or size
@@ -181,7 +178,7 @@ class PyavReader:
             yield frame
 
     def _pixels(self, frame: Any) -> NDArray[np.uint8]:
-        """Return a decoded frame as RGB, turned and mirrored as the file asks for; valid as long as the frame."""
+        """Return a frame as RGB, rotated and mirrored as the file says; a view that the next frame may overwrite."""
         plane = self._reformatter.reformat(frame, format="rgb24", threads=1).planes[0]
         pixels: NDArray[np.uint8] = np.ndarray(
             (plane.height, plane.width, 3), np.uint8, buffer=memoryview(plane), strides=(plane.line_size, 3, 1)

@@ -1,8 +1,8 @@
-"""Which files decord and torchcodec are known to read correctly; they are asked for the frames of no others.
+"""Which files decord and torchcodec are known to read correctly; other files are refused.
 
-Both find a frame by seeking, and what they then give may be another frame, without an error. Whether it is depends
-on the container, the codec, and how frames refer to each other. tests/unit/test_reader_oracle.py tries each kind
-that is listed in `SUPPORTED` against decoding in one go, and that all others are refused.
+Both find a frame by seeking, and may return a wrong frame without an error. Whether they do depends on the
+container, the codec, and how frames refer to each other. The reader oracle in tests/unit/data/readers compares each
+kind in `SUPPORTED` with decoding the whole file, and checks that all others are refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,10 +24,10 @@ class Supported:
     """Kinds of files that a reader reads correctly.
 
     Attributes:
-        codecs: FFmpeg's names of the codecs, by the first name of the container's format.
-        quirks: What is allowed besides in files of H.264, HEVC, VP9 and AV1, by container.
-        rotates_in: Containers in which the reader turns pictures by the angle of their display matrix; mirrored
-            pictures are turned by `everest_ds.data.readers.orientation` in any case.
+        codecs: FFmpeg's names of the codecs, by the first of its names of the container's format.
+        quirks: Quirks that are allowed in H.264, HEVC, VP9 and AV1 files, by container.
+        rotates_in: Containers in which the reader applies the rotation of a display matrix; mirroring is always
+            done by `everest_ds.data.readers.orientation`.
     """
 
     codecs: Mapping[str, frozenset[str]]
@@ -61,19 +61,19 @@ SUPPORTED = {
         rotates_in=frozenset({"mov", "matroska"}),
     ),
 }
-"""What each reader is known to read correctly, by the reader's name. PyAV reads all files."""
+"""Files that each reader is known to read correctly, by the reader's name. PyAV reads all files."""
 
 
 class SupportedFile:
-    """What is known of a file before decord or torchcodec opens it; the readers' common part.
+    """Base class of the decord and torchcodec readers: inspects a file before they open it.
 
     Args:
-        path: Where it is.
-        reader: Its reader's name.
-        limit: How much may be decoded at a time.
+        path: The video.
+        reader: Name of the reader.
+        limit: Limit on the pixels decoded at a time.
 
     Raises:
-        VideoReadError: It cannot be opened, or the reader is not known to read such files correctly.
+        VideoReadError: The file cannot be opened, or the reader is not known to read such files correctly.
     """
 
     num_frames: int
@@ -85,23 +85,23 @@ class SupportedFile:
         self._rotation = self._orientation.rotation if rotates else 0
 
     def times_s(self) -> NDArray[np.float64]:
-        """Return when each frame starts, from the file's packets."""
+        """Return the start of each frame in seconds from the first one, from the file's packets."""
         return self._packets.times_s(self.num_frames)
 
     def _require_few(self, indices: Sequence[int]) -> None:
-        """Refuse more frames at a time than the limit allows."""
+        """Raise VideoReadError if these frames have more pixels than the limit allows."""
         self._limit.require(self._path, len(indices), *self._size)
 
     def _upright(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Turn and mirror frames as far as the reader has not."""
+        """Rotate and mirror frames as far as the reader has not done it."""
         return self._orientation.complete(frames, self._rotation)
 
 
 def _examine(path: Path, reader: str, limit: PixelLimit) -> tuple[Packets, Orientation, tuple[int, int]]:
-    """Return what a file's packets say, how its pictures are to be turned, and their width and height.
+    """Return the facts from a file's packets, the orientation of its frames, and their width and height.
 
     Raises:
-        VideoReadError: It cannot be opened, or the reader is not known to read such files correctly.
+        VideoReadError: The file cannot be opened, or the reader is not known to read such files correctly.
     """
     try:
         container, stream = open_stream(path, limit)
@@ -109,7 +109,7 @@ def _examine(path: Path, reader: str, limit: PixelLimit) -> tuple[Packets, Orien
             packets = read_packets(container, stream)
             fault = _fault_of(packets, SUPPORTED[reader])
             if fault is not None:
-                raise VideoReadError(path, f"{reader} may give wrong frames of it: {fault}; {WAY_OUT}")
+                raise VideoReadError(path, f"{reader} may return wrong frames: {fault}; {WAY_OUT}")
             container.seek(packets.keys[0].seek_to, stream=stream)
             frame: Any = next(container.decode(stream))
             orientation = orientation_of(frame)
@@ -119,16 +119,16 @@ def _examine(path: Path, reader: str, limit: PixelLimit) -> tuple[Packets, Orien
     except FAULTS as error:
         raise VideoReadError(path, reason_of(error)) from error
     if is_interlaced:
-        raise VideoReadError(path, f"{reader} may give wrong colours of it: {Quirk.INTERLACED}; {WAY_OUT}")
+        raise VideoReadError(path, f"{reader} may return wrong colours: {Quirk.INTERLACED}; {WAY_OUT}")
     return packets, orientation, (frame.width, frame.height)
 
 
 def _fault_of(packets: Packets, supported: Supported) -> str | None:
-    """Return why a reader is not known to read such packets correctly; None where it is."""
+    """Return why a reader is not known to read such packets correctly; None if it is."""
     allowed = supported.quirks.get(packets.container, frozenset()) if packets.codec in _MANY_FRAMES else frozenset()
     odd = sorted(packets.quirks - allowed, key=list(Quirk).index)
     if odd:
         return str(odd[0])
     if packets.codec not in supported.codecs.get(packets.container, ()):
-        return f"{packets.codec} in {packets.container} did not pass the tests, or is not in them"
+        return f"{packets.codec} in {packets.container} failed the tests, or is not tested"
     return None if packets.pts is not None else str(Quirk.NO_TIMES)

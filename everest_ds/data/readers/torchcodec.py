@@ -1,9 +1,9 @@
-"""Reading videos with torchcodec, that is with the FFmpeg libraries of the machine.
+"""Reading videos with torchcodec, which uses the FFmpeg libraries of the machine.
 
-torchcodec leaves hidden frames out and turns pictures by the angle of their display matrix; mirroring is done here.
-It gives no times without decoding, so times come from the packets, as PyAV reads them. Where packets have decoding
-times only, or seeks are inexact (transport streams), it returns other frames without an error. `supported` lists
-the kinds of files that it reads correctly, and all others are refused.
+torchcodec leaves out hidden frames and applies the rotation of a display matrix; mirroring is done here. It returns
+times only with decoded frames, so times are read from the packets with PyAV. If packets have decoding times only,
+or seeks are inexact (transport streams), it returns wrong frames without an error: `supported` lists the kinds of
+files that it reads correctly, and all others are refused.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Reading frames of a video, or of a window of it, by index.
 
-Place in the flow: path -> frames_THWC uint8. Whichever library decodes, every failure is a `VideoReadError` with
-the path and the reason.
+Place in the flow: path -> frames_THWC uint8. With every library, a failure is a `VideoReadError` with the path and
+the reason.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ __all__ = ["DecodedVideo", "Video", "VideoReadError", "fault_of_the_video", "fra
 
 
 class Video:
-    """An open video. Opened in a worker, used for one clip, then dropped.
+    """An open video, or a window of it: opened in a worker, used for the clips of one request, then dropped.
 
     Args:
-        path: Where it is.
+        path: The video.
         reader: The library that reads it.
         max_pixels: Pixels that may be decoded at a time; see `everest_ds.data.readers.base.PixelLimit`.
         start_s: Only frames that start at this time or later, in seconds from the first frame; None for all.
         end_s: Only frames that start before this time, in seconds from the first frame; None for all.
 
     Attributes:
-        num_frames: Frames of the window that can be shown.
+        num_frames: Shown frames of the window.
 
     Raises:
-        VideoReadError: The file is missing, is no video, or has no frame to show, in its window or at all.
+        VideoReadError: The file is missing, is not a video, or shows no frame, in its window or at all.
         UserError: The reader is not available on this machine.
     """
 
@@ -63,11 +63,11 @@ class Video:
 
     @staticmethod
     def of_row(row: VideoRow, reader: ReaderName, max_pixels: int = MAX_PIXELS) -> "Video":
-        """Open the video of a list's row, or the window of it that the row names."""
+        """Open the video of a list's row, or its window if the row has one."""
         return Video(row.path, reader=reader, max_pixels=max_pixels, start_s=row.start_s, end_s=row.end_s)
 
     def times_s(self) -> NDArray[np.float64]:
-        """Return when each frame of the window starts, float64 seconds from its first one, ascending."""
+        """Return the start of each frame of the window, float64 seconds from its first frame, ascending."""
         with fault_of_the_video(self.path):
             times_s = self._reader.times_s()[self._first : self._first + self.num_frames]
             return times_s - times_s[0]
@@ -93,7 +93,7 @@ class Video:
 
 @contextlib.contextmanager
 def fault_of_the_video(path: Path) -> Iterator[None]:
-    """Turn what libraries raise for odd files, of any kind and no memory among it, into a `VideoReadError`."""
+    """Turn any exception of a library, also lack of memory, into a `VideoReadError`."""
     try:
         yield
     except (VideoReadError, UserError, UnicodeEncodeError):
@@ -105,10 +105,10 @@ def fault_of_the_video(path: Path) -> Iterator[None]:
 
 
 def frames_of_window(path: Path, times_s: NDArray[np.float64], start_s: float | None, end_s: float | None) -> range:
-    """Return which frames of a video are in a window of seconds, from the times at which all its frames start.
+    """Return the frames that start in a window of seconds; ``times_s`` are the starts of all frames.
 
     Raises:
-        VideoReadError: None is.
+        VideoReadError: No frame starts in the window.
     """
     window_s = (0.0 if start_s is None else start_s, float("inf") if end_s is None else end_s)
     first, stop = (int(place) for place in np.searchsorted(times_s, np.array(window_s) - TIME_TOLERANCE_S))
@@ -122,7 +122,7 @@ def frames_of_window(path: Path, times_s: NDArray[np.float64], start_s: float | 
 
 
 class DecodedVideo(Video):
-    """A video whose window is decoded into memory, as bytes; the times of its frames are kept on request.
+    """A video whose window is decoded into memory, as uint8; frame times are kept only ``with_times``.
 
     Raises:
         VideoReadError: A frame cannot be decoded.

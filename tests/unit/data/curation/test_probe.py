@@ -73,7 +73,7 @@ def test_missing_empty_and_odd_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.mp4")
     assert probe(tmp_path / "pipe.mp4").kind is Kind.UNREADABLE
     (tmp_path / "folder.mp4").mkdir()
-    assert probe(tmp_path / "folder.mp4").detail == "it is a folder, of frames perhaps; only video files are read"
+    assert probe(tmp_path / "folder.mp4").detail == "it is a folder, perhaps of frames; only video files are read"
     assert probe(tmp_path / ("a" * 300)).kind is Kind.UNREADABLE
 
 

@@ -40,9 +40,9 @@ def test_line_that_was_cut_short_is_left_out_and_removed(tmp_path: Path) -> None
 def test_other_settings_and_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "findings.jsonl"
     open_record(path).append({"name": "a", "frames": 1})
-    with pytest.raises(UserError, match=r"holds a check with .*'samples': 8.*now .*'samples': 9"):
+    with pytest.raises(UserError, match=r"contains a check with .*'samples': 8.*now .*'samples': 9"):
         open_record(path, samples=9).read()
     for text in ("a video list\n", "[1]\n", '{"settings": {"samples": 8}}\n{"name": "a"}\n'):
         path.write_text(text)
-        with pytest.raises(UserError, match="is no record of a check"):
+        with pytest.raises(UserError, match="is not a check's record"):
             open_record(path).read()

@@ -155,8 +155,8 @@ def test_poor_copy_is_refused_and_leaves_nothing_behind(tmp_path: Path, out: Pat
         container.mux(stream.encode())
     found, target = made(VideoRow(tmp_path / "noise.mkv", 0), out)
     assert found.fault is not None
-    assert found.fault.startswith("its worst frame came out at ")
-    assert "at least 40 dB are asked for" in found.fault
+    assert found.fault.startswith("its worst frame has a PSNR of ")
+    assert "--min-psnr is 40 dB" in found.fault
     assert list(target.parent.iterdir()) == []
 
 
@@ -171,7 +171,7 @@ def test_frame_that_is_lost_or_late_is_found(tmp_path: Path, out: Path, monkeypa
     def delay(path, frames, times, settings):  # type: ignore[no-untyped-def]
         return encode(path, frames, times + 0.02 * (times > 1), settings)
 
-    for broken, fault in ((lose_the_last, "40 frames went in, 39 came out"), (delay, "0.020 s away from its time")):
+    for broken, fault in ((lose_the_last, "40 frames were encoded, the file has 39"), (delay, "is off by 0.020 s")):
         monkeypatch.setattr(prepare, "_encode", broken)
         found, target = made(row, out)
         assert fault in (found.fault or "")

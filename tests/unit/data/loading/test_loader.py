@@ -420,5 +420,5 @@ def test_reader_that_cannot_be_imported_is_refused_before_a_process_begins(
     rows: list[VideoRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("everest_ds.data.readers.choice.obstacle", {"torchcodec": "not installed; install it"}.get)
-    with pytest.raises(UserError, match=r"data\.reader=torchcodec cannot read videos here: not installed"):
+    with pytest.raises(UserError, match=r"data\.reader=torchcodec is not available: not installed"):
         make_dataset(rows, replace(CONFIG, reader="torchcodec", num_workers=2))

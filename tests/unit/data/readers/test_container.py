@@ -98,8 +98,8 @@ def test_container_is_read_without_decoding(tmp_path: Path) -> None:
         (100, 100, 10.0, 10.0, 10.0, 10.0, None),
         (0, 100, None, 10.0, None, 10.0, None),
         (100, 91, None, 9.1, None, 9.1, None),  # a tenth may be missing
-        (100, 89, None, 8.9, None, 8.9, "announces 100 frames, it holds 89"),
-        (0, 50, 10.0, 5.0, 10.0, 10.0, "announces 10.0 s of picture, its last frame ends at 5.0 s"),
+        (100, 89, None, 8.9, None, 8.9, "announces 100 frames, it contains 89"),
+        (0, 50, 10.0, 5.0, 10.0, 10.0, "announces 10.0 s of video, its last frame ends at 5.0 s"),
         (0, 10, 1.0, 0.6, 1.0, 0.6, None),  # less than half a second
         (100, 50, 10.0, 9.9, 10.0, 9.9, None),  # frames that an edit list leaves out
         (0, 30, 3.0, 3.0, 8.0, 3.0, None),  # longer sound of which the rest may be missing

@@ -68,7 +68,7 @@ REFUSED = {
 def test_frames_come_by_number_in_any_order_or_are_refused(name: str, reader: str, ramps: Path) -> None:
     if (reader, name) in REFUSED:
         with pytest.raises(
-            VideoReadError, match=rf"^.*{reader} may give wrong frames of it: .*use --data\.reader pyav "
+            VideoReadError, match=rf"^.*{reader} may return wrong frames: .*use --data\.reader pyav "
         ):
             Video(ramps / name, reader=reader)  # type: ignore[arg-type]
         return
@@ -185,12 +185,12 @@ def test_auto_takes_pyav_then_decord_then_torchcodec(
     monkeypatch.setitem(sys.modules, "av", None)
     assert choose_reader("auto") == "decord"
     (tmp_path / "some.mp4").write_bytes(b"some bytes of it")
-    with pytest.raises(VideoReadError, match="decord needs PyAV to look at the file first"):
+    with pytest.raises(VideoReadError, match="decord needs PyAV to inspect the file first"):
         open_reader(tmp_path / "some.mp4", "auto")
     obstacle.cache_clear()
     monkeypatch.setitem(sys.modules, "decord", None)
     assert choose_reader("auto") == "torchcodec"
-    with pytest.raises(UserError, match=r"data\.reader=decord cannot read videos here: .*everest doctor"):
+    with pytest.raises(UserError, match=r"data\.reader=decord is not available: .*everest doctor"):
         choose_reader("decord")
     obstacle.cache_clear()
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)

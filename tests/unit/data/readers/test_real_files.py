@@ -23,7 +23,7 @@ from tests.conftest import REPOSITORY
 # converted differently: measured mean 0.68 of 255.
 PIXEL_MEAN_ERROR = {"derived__odd_341x255_mpeg4.avi": 1.0}
 # Good clips that decord and torchcodec refuse, and what the reason begins with.
-AVI_B_FRAMES = "its times may be those of decoding"
+AVI_B_FRAMES = "its times may be decoding times"
 OPEN_GOP = "its frames refer to frames beyond a keyframe"
 REFUSED_BY_BOTH = {
     "HMDB51__6arrowswithin30seconds_shoot_bow_f_nm_np1_fr_med_3.avi",

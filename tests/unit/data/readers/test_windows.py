@@ -58,9 +58,9 @@ def test_window_without_a_frame_is_a_bad_sample(tmp_path: Path) -> None:
 
 def test_reader_that_cannot_serve_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("everest_ds.data.readers.choice.obstacle", lambda reader: "not installed; install it")
-    with pytest.raises(UserError, match=r"data\.reader=torchcodec cannot read videos here: not installed"):
+    with pytest.raises(UserError, match=r"data\.reader=torchcodec is not available: not installed"):
         ClipDataset([], PretrainCut(replace(CONFIG, reader="torchcodec")), seed=0, noise_length=1)
-    with pytest.raises(UserError, match=r"data\.reader=pyav cannot read videos here: not installed"):
+    with pytest.raises(UserError, match=r"data\.reader=pyav is not available: not installed"):
         ViewDataset([], replace(VIEW_DATA, reader="pyav"), ViewsConfig())
 
 
