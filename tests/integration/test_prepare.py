@@ -331,7 +331,7 @@ def test_disk_without_room_ends_the_call_and_a_later_one_goes_on(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(reencode, "_FILES_TO_ESTIMATE_BY", 2)
     monkeypatch.setattr(reencode.shutil, "disk_usage", lambda path: usage._replace(free=100))
-    with pytest.raises(UserError, match=r"the other videos will take about .*make room and call again"):
+    with pytest.raises(UserError, match=r"the remaining videos need about .*free some space and repeat"):
         prepare([source], options(tmp_path))
     assert len(at_once) == 2
     monkeypatch.setattr(reencode.shutil, "disk_usage", lambda path: usage)

@@ -1,4 +1,4 @@
-"""What an importer finds: rows by split, and an account of everything that is no row.
+"""Result of an importer: rows by split, and a report of everything that did not become a row.
 
 Place in the flow: `SourceTree` and a dataset's annotations -> `Collector` -> `Import` -> the writer.
 """
@@ -16,7 +16,7 @@ from everest_ds.errors import UserError
 SPLITS = ("train", "val", "test")
 UNLABELLED = -1
 
-# Why something is left out, as the summary says it.
+# Reasons for leaving something out, in the words of the summary.
 REPEATED = "named again in the same split"
 CONTRADICTED = "named again in the same split with another label"
 UNLISTABLE = "a path with a line break, or that is not UTF-8"
@@ -34,18 +34,18 @@ class Import:
     """A dataset as lists."""
 
     rows: dict[str, list[VideoRow]]
-    """Rows of each split that has any, train before val before test; paths are absolute."""
+    """Rows of each split that has any, in the order train, val, test; paths are absolute."""
     class_names: tuple[str, ...]
-    """By label; empty where the dataset has none."""
+    """By label; empty if the dataset has no classes."""
     missing: list[tuple[str, str]]
     """Videos that the annotations name and the folder lacks, as (split, name)."""
     left_out: dict[str, list[str]]
-    """What else became no row, by reason."""
+    """Names of other things that did not become rows, by reason."""
     notes: list[str]
 
 
 class Collector:
-    """Collects the rows of an import, and accounts for what is none."""
+    """Collects the rows of an import, and records what is missing or left out."""
 
     def __init__(self, source: SourceTree) -> None:
         self._source = source
@@ -60,7 +60,7 @@ class Collector:
         self, split: str, name: str, path: Path | None, label: int,
         window: tuple[float | None, float | None] = (None, None),
     ) -> None:  # fmt: skip
-        """Take a video, or a window of it in seconds; without a path it is missing, label -1 is none."""
+        """Add a video, or a window of it in seconds; with ``path`` None it is missing, label -1 is unlabelled."""
         if path is None:
             self._missing[split, _printable(name)] = None
             return
@@ -77,7 +77,7 @@ class Collector:
             self._rows[split].append(VideoRow(path, label, start_s=window[0], end_s=window[1]))
 
     def leave_out(self, reason: str, name: str, path: Path | None = None) -> None:
-        """Account for something that becomes no row, and for its file where it is one."""
+        """Record something that does not become a row, and mark its file, if it has one, as handled."""
         self._left_out[reason].append(_printable(name))
         if path is not None:
             self._handled.add(path)
@@ -88,23 +88,30 @@ class Collector:
     def find_split_files(self, annotations: SourceTree, names: Mapping[str, tuple[str, str]]) -> dict[str, Path]:
         """Return the annotation file of each split that has one; a note names the other splits.
 
-        ``names`` has the pattern and the name of each split's file. Without any file a UserError is raised.
+        ``names`` maps a split to the pattern and the name of its file.
+
+        Raises:
+            UserError: No split has a file.
         """
         found = {}
         for split, (pattern, name) in names.items():
             if annotations.find_files(pattern):
                 found[split] = one_file(annotations, pattern, name)
             else:
-                self.note(f"there is no {name}, so no list for {split}")
+                self.note(f"{name} is missing, so there is no list for {split}")
         if not found:
             every = ", ".join(name for _, name in names.values())
             raise UserError(
-                f"{annotations.root} holds no {every}; download them, or name their folder by --annotations"
+                f"{annotations.root} contains no {every}; download them, or name their folder by --annotations"
             )
         return found
 
     def finish(self, class_names: tuple[str, ...]) -> Import:
-        """Return the import, with unnamed videos and notes on oddities; raise UserError where there is no row."""
+        """Return the import, with unnamed videos and notes on oddities.
+
+        Raises:
+            UserError: There is no row.
+        """
         source = self._source
         for path in source.videos:
             if path not in self._handled:
@@ -113,14 +120,14 @@ class Collector:
         if not rows and not self._missing and self._left_out:
             reason, names = next(iter(self._left_out.items()))
             raise UserError(
-                f"{source.root} gives no row: {len(names)} of its {len(source.videos)} videos are left out, "
-                f"{reason}, e.g. {names[0]}"
+                f"no video of {source.root} can be listed: {len(names)} of {len(source.videos)} are left out "
+                f"({reason}), e.g. {names[0]}"
             )
         if not rows:
             first = f"the first is {next(iter(self._missing))[1]}" if self._missing else "the annotations name none"
             raise UserError(
-                f"{source.root} holds none of the {len(self._missing)} videos that the annotations name ({first}), "
-                f"and {len(source.videos)} others; point SRC at the folder that holds the videos"
+                f"{source.root} contains none of the {len(self._missing)} videos that the annotations name "
+                f"({first}), and {len(source.videos)} others; set SRC to the folder with the videos"
             )
         return Import(
             rows=rows,
@@ -132,20 +139,24 @@ class Collector:
 
 
 def split_of(word: str) -> str | None:
-    """Return the split that a word means; None for no split."""
+    """Return the split that a word names, in any case; None if it names no split."""
     return _SPLIT_WORDS.get(word.strip().casefold())
 
 
 def resolve_names(found: Collection[str], names_file: Path | None) -> tuple[str, ...]:
-    """Return the class names by label: those found, sorted, or those of a file, which must name them all."""
+    """Return the class names by label: the found ones, sorted, or those of a file.
+
+    Raises:
+        UserError: The file lacks a class that was found.
+    """
     if names_file is None:
         return tuple(sorted(found))
     names = read_class_names(names_file)
     unknown = sorted(set(found) - set(names))
     if unknown:
         raise UserError(
-            f"{names_file} does not name {len(unknown)} classes that the dataset has, the first is {unknown[0]!r}; "
-            "add them, or leave out --class-names"
+            f"{names_file} lacks {len(unknown)} classes of the dataset, the first is {unknown[0]!r}; add them, or "
+            "leave out --class-names"
         )
     return names
 
@@ -167,7 +178,7 @@ def _describe_oddities(
         scored = set().union(*labels.values()) - set(trained) - {UNLABELLED}
         if scored:
             names = ", ".join(class_names[label] for label in sorted(scored)[:5])
-            notes.append(f"{len(scored)} classes are scored and have no training video, e.g. {names}")
+            notes.append(f"{len(scored)} classes of val or test have no training video, e.g. {names}")
     splits_of = Counter(cut for listed in rows.values() for cut in {row.part for row in listed})
     shared = sorted(str(cut[0]) for cut, count in splits_of.items() if count > 1)
     if shared:

@@ -1,14 +1,13 @@
 """Folders of classes: SRC/CLASS/video, or SRC/{train,val,test}/CLASS/video; videos may be at any depth in a class.
 
-Without folders of splits each video is dealt to one by a draw from the seed and its own path below SRC, class by
-class. A draw below the test share is test, the next ones up to the test and val shares are val, the others train.
-So shares are met on average, and a video stays in its split when others are added or removed. Where that would
-leave a split without a video of a class, the video with the nearest draw is moved there: a class with at least as
-many videos as there are splits is in all of them. In such small classes a moved video may move back when others are
-added. The video with the highest draw of a class always trains.
+Without folders of splits, each video gets a random number from the seed and its path below SRC. A number below the
+test share means test, one below the sum of the test and val shares val, any other train. So shares are met on
+average, and a video stays in its split when others are added or removed. If a split would get no video of a class
+that has at least as many videos as there are splits, the video with the nearest number is moved there; it may move
+back when videos are added. The video of a class with the highest number is always in train.
 
 Videos without folders of classes (SRC/video, or SRC/{train,val,test}/video) become lists for pre-training, without
-labels. Classes are numbered by name; where all names are whole numbers, by these numbers.
+labels. Classes are numbered in the order of their names; if all names are whole numbers, in numeric order.
 """
 
 import hashlib
@@ -31,17 +30,17 @@ _NUM_SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class FolderOptions:
-    """Options of `everest index folder`; shares and seed are for folders without train, val and test."""
+    """Options of `everest index folder`; shares and seed have no effect if SRC has folders train, val or test."""
 
     val_share: float = 0.1
-    """Share of each class's videos for val.csv, 0 for none."""
+    """Share of each class's videos for val.csv; 0 for no val.csv."""
     test_share: float = 0.1
-    """Share of each class's videos for test.csv, 0 for none."""
+    """Share of each class's videos for test.csv; 0 for no test.csv."""
     seed: int = 0
     """Seed of the split."""
     class_names: Path | None = None
-    """File with one class name a line, in the order of the labels; by name without one, by number where all class
-    folders are numbers."""
+    """File with one class name a line, in the order of the labels; without it, labels follow the order of the names
+    (numeric order if all are whole numbers)."""
 
     def __post_init__(self) -> None:
         for name in ("val_share", "test_share"):
@@ -49,18 +48,18 @@ class FolderOptions:
                 raise UserError(f"{name}={getattr(self, name)} must be from 0 to below 1")
         if self.val_share + self.test_share >= 1:
             raise UserError(
-                f"val_share={self.val_share} and test_share={self.test_share} leave nothing for training; together "
-                "they must be below 1"
+                f"val_share={self.val_share} and test_share={self.test_share} leave no video for training; their "
+                "sum must be below 1"
             )
 
 
 def collect(source: SourceTree, options: FolderOptions) -> Import:
-    """Return the videos below folders of classes, dealt to splits; without such folders, without labels."""
+    """Return the videos below folders of classes, assigned to splits; without such folders, without labels."""
     collector = Collector(source)
     if not source.videos:
         raise UserError(
-            f"{source.root} holds no video: no file in it or below it ends in one of {', '.join(VIDEO_SUFFIXES)}; "
-            "expected CLASS/video, or videos alone for pre-training"
+            f"{source.root} contains no video: no file in it or below it ends in one of "
+            f"{', '.join(VIDEO_SUFFIXES)}; expected CLASS/video, or videos without class folders for pre-training"
         )
     every = [names for path in source.videos if (names := source.folders_of(path))]
     if all(len(names) == 1 and split_of(names[0]) for names in every):  # or all videos are in SRC itself
@@ -94,7 +93,7 @@ def collect(source: SourceTree, options: FolderOptions) -> Import:
     collector.note("splits are the dataset's own folders" if given else drawn)
     if are_numbers:
         collector.note(
-            f"class folders are numbers and have labels in numeric order: {class_names[0]} has label 0, "
+            f"class folders are numbers, so labels follow the numeric order: {class_names[0]} has label 0, "
             f"{class_names[-1]} has label {len(class_names) - 1}"
         )
     for note in _describe_absent(splits, by_class, () if given else _drawn_splits(options)):
@@ -103,7 +102,7 @@ def collect(source: SourceTree, options: FolderOptions) -> Import:
 
 
 def _collect_unlabelled(collector: Collector, source: SourceTree, options: FolderOptions) -> Import:
-    """Return videos that are in no class: train alone, or the splits whose folders they are in."""
+    """Return videos without classes: all in train, or in the splits whose folders contain them."""
     if options.class_names is not None:
         raise UserError(
             f"--class-names {options.class_names} has no effect: {source.root} has no folders of classes; remove it"
@@ -123,17 +122,17 @@ def _collect_unlabelled(collector: Collector, source: SourceTree, options: Folde
 
 
 def _has_splits(folders: list[tuple[str, ...]]) -> bool:
-    """Say whether the first folders are splits.
+    """Return whether the first folders are splits; ``folders`` are the folders of each video, from SRC down.
 
-    They are where one is called so and holds folders of classes; all that are called so must hold nothing else,
-    unless there are no other folders.
+    They are if one has a split's name and contains folders of classes. If there are other first folders too, all
+    with a split's name must contain only folders of classes.
     """
     depths = [len(names) for names in folders if split_of(names[0])]
     return bool(depths) and (min(depths) > 1 or (max(depths) > 1 and len(depths) == len(folders)))
 
 
 def _order_classes(found: Mapping[str, object], options: FolderOptions) -> tuple[tuple[str, ...], bool]:
-    """Return the names of the classes by label, and whether they are numbers in numeric order."""
+    """Return the class names by label, and whether they are whole numbers in numeric order."""
     are_numbers = options.class_names is None and all(re.fullmatch("[0-9]+", name) for name in found)
     if are_numbers:
         return tuple(sorted(found, key=lambda name: (int(name), name))), True
@@ -146,7 +145,7 @@ def _drawn_splits(options: FolderOptions) -> tuple[str, ...]:
 
 
 def _deal(source: SourceTree, paths: list[Path], options: FolderOptions) -> dict[Path, str]:
-    """Return the split of each video of a class; see the top of this module."""
+    """Return the split of each video of a class; see the module."""
     draws = {path: _draw(options.seed, path.relative_to(source.root)) for path in paths}
     ordered = sorted(paths, key=lambda path: (draws[path], path))
     num_test = sum(draw < options.test_share for draw in draws.values())
@@ -164,7 +163,7 @@ def _deal(source: SourceTree, paths: list[Path], options: FolderOptions) -> dict
 def _describe_absent(
     splits: Mapping[str, Collection[str]], by_class: Mapping[str, object], wanted: Collection[str]
 ) -> Iterator[str]:
-    """Say which splits have no video of which classes; a class without training videos is reported elsewhere."""
+    """Describe classes without a video in val or test; those without training videos are reported elsewhere."""
     for split in SPLITS[1:]:
         absent = [name for name in by_class if name not in splits.get(split, ())]
         if absent and (split in splits or split in wanted):
@@ -174,6 +173,6 @@ def _describe_absent(
 
 
 def _draw(seed: int, path: Path) -> float:
-    """Return a number from 0 to below 1 that belongs to a seed and a path."""
+    """Return a number in [0, 1) that depends on the seed and the path only."""
     digest = hashlib.sha256(b"%d\0" % seed + os.fsencode(path.as_posix())).digest()
     return int.from_bytes(digest[:6]) / 2**48

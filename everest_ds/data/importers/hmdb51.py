@@ -1,7 +1,7 @@
 """HMDB51: videos by class, and the official testTrainMulti_7030_splits.
 
-Files: CLASS_test_splitN.txt, a line ``VIDEO.avi TAG`` for every video of the class; 1 is for training, 2 for the
-test, 0 is not used in this split. Labels count the classes in the order of their names.
+Files: CLASS_test_splitN.txt with a line ``VIDEO.avi TAG`` for every video of the class; tag 1 is train, 2 is test,
+0 is not used in this split. Labels follow the order of the class names.
 """
 
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ class Hmdb51Options:
     split: Literal[1, 2, 3] = 1
     """Which official split."""
     annotations: Path | None = None
-    """Folder of the files CLASS_test_splitN.txt, where that is not below SRC."""
+    """Folder of the files CLASS_test_splitN.txt, if it is not below SRC."""
     class_names: Path | None = None
-    """File with one class name a line, in the order of the labels; by name without one."""
+    """File with one class name a line, in the order of the labels; without it, labels follow the order of names."""
 
 
 def collect(source: SourceTree, options: Hmdb51Options) -> Import:
@@ -54,13 +54,13 @@ def _files_by_class(annotations: SourceTree, split: int) -> dict[str, Path]:
         class_name = path.name.removesuffix(f"_test_split{split}.txt")
         if class_name in paths:
             raise UserError(
-                f"{annotations.root} holds {path.name} twice, as {paths[class_name]} and {path}; name the folder "
-                "of the right ones by --annotations"
+                f"{annotations.root} contains {path.name} twice, as {paths[class_name]} and {path}; name the "
+                "folder of the right ones by --annotations"
             )
         paths[class_name] = path
     if not paths:
         raise UserError(
-            f"{annotations.root} holds no CLASS_test_split{split}.txt; unpack testTrainMulti_7030_splits, or name "
-            "its folder by --annotations"
+            f"{annotations.root} contains no CLASS_test_split{split}.txt; unpack testTrainMulti_7030_splits, or "
+            "name its folder by --annotations"
         )
     return paths

@@ -1,10 +1,10 @@
 """Kinetics-400, -600 and -700: clips as downloaded, and the CSV files of the annotations.
 
-Files: any .csv whose header has ``youtube_id``, ``time_start`` and ``time_end``; ``label`` and ``split`` where
-there are such columns. Without a column ``split`` the file's name tells it (train.csv, kinetics-400_val.csv).
-Videos are named ``ID_000001_000011.mp4`` or ``ID.mp4``, in folders of classes or not; one named ``ID.mp4`` is
-taken to be the clip itself. Many videos are no longer to be had: the missing ones are counted and listed. Labels
-count the classes in the order of their names, as most published weights do.
+Files: every .csv whose header has ``youtube_id``, ``time_start`` and ``time_end``; the columns ``label`` and
+``split`` are optional. Without ``split``, the name of the file says the split (train.csv, kinetics-400_val.csv).
+Videos are named ``ID_000001_000011.mp4`` or ``ID.mp4``, in folders of classes or not; ``ID.mp4`` must be the clip,
+not the whole video. Many videos are no longer online: missing ones are counted and listed. Labels follow the order
+of the class names, as for most published weights.
 """
 
 import csv
@@ -25,9 +25,9 @@ class KineticsOptions:
     """Options of `everest index kinetics`."""
 
     annotations: Path | None = None
-    """Folder of the CSV files, where that is not below SRC."""
+    """Folder of the CSV files, if it is not below SRC."""
     class_names: Path | None = None
-    """File with one class name a line, in the order of the labels; by name without one."""
+    """File with one class name a line, in the order of the labels; without it, labels follow the order of names."""
 
 
 def collect(source: SourceTree, options: KineticsOptions) -> Import:
@@ -36,8 +36,8 @@ def collect(source: SourceTree, options: KineticsOptions) -> Import:
     tables = [path for path in annotations.find_files(r".+\.csv") if _has_columns(path)]
     if not tables:
         raise UserError(
-            f"{annotations.root} holds no .csv with the columns {', '.join(_COLUMNS)}; download the annotations of "
-            "Kinetics, or name their folder by --annotations"
+            f"{annotations.root} contains no .csv with the columns {', '.join(_COLUMNS)}; download the annotations "
+            "of Kinetics, or name their folder by --annotations"
         )
     clips = [clip for path in tables for clip in _read_clips(path)]
     class_names = resolve_names({class_name for _, class_name, *_ in clips} - {""}, options.class_names)
@@ -51,7 +51,7 @@ def collect(source: SourceTree, options: KineticsOptions) -> Import:
 
 
 def _has_columns(path: Path) -> bool:
-    """Say whether a file's first line names the columns; other CSV files may lie there, in any encoding."""
+    """Return whether a file's first line names the columns; it may be any CSV file, in any encoding."""
     try:
         with path.open("rb") as file:
             header = file.readline(4096).decode("utf-8-sig", errors="replace")
@@ -69,7 +69,7 @@ def _read_clips(path: Path) -> Iterator[tuple[str, str, str, str]]:
         split = split_of(row["split"]) if row.get("split") else named
         if split is None:
             raise UserError(
-                f"{place} says of no split; expected train, val or test in the column split, or in the file's name"
+                f"{place} has no split; expected train, val or test in the column split, or in the file's name"
             )
         youtube_id = row["youtube_id"].strip()
         try:

@@ -1,13 +1,12 @@
-"""Ego4D object state change classification (OSCC): clips of 8 s, cut by seconds and not re-encoded.
+"""Ego4D object state change classification (OSCC): clips of 8 s as windows of videos, which are not re-encoded.
 
-Files: fho_oscc-pnr_train.json, fho_oscc-pnr_val.json and fho_oscc-pnr_test_unannotated.json: an object with the
-list ``clips`` (or the list alone), whose objects have ``unique_id``, ``video_uid``, ``parent_start_sec`` and
-``parent_end_sec``, in seconds of the canonical video; ``state_change``, true or false, except in the test file;
-and where the clip's own file may be used, ``clip_uid``, ``clip_start_sec`` and ``clip_end_sec``, in seconds of
-that clip.
+Files: fho_oscc-pnr_train.json, fho_oscc-pnr_val.json and fho_oscc-pnr_test_unannotated.json. Each is an object with
+the list ``clips`` (or the list itself), whose objects have ``unique_id``, ``video_uid``, and ``parent_start_sec``
+and ``parent_end_sec`` in seconds of the canonical video; except in the test file, ``state_change``, true or false;
+and optionally ``clip_uid``, and ``clip_start_sec`` and ``clip_end_sec`` in seconds of that clip.
 
-A row is what there is of, in this order: UNIQUE_ID.mp4, cut already; VIDEO_UID.mp4 (full_scale) with a window;
-CLIP_UID.mp4 (clips) with a window. Class 0 is no change of state, 1 a change; -1 where the file does not say.
+A row is the first of these files that exists: UNIQUE_ID.mp4, already cut; VIDEO_UID.mp4 (full_scale) with a window;
+CLIP_UID.mp4 (clips) with a window. Class 0 is no change of state, 1 a change; -1 if the file does not say.
 """
 
 from collections import Counter
@@ -34,7 +33,7 @@ class OsccOptions:
     """Options of `everest index oscc`."""
 
     annotations: Path | None = None
-    """Folder of the files fho_oscc-pnr_*.json, where that is not below SRC."""
+    """Folder of the files fho_oscc-pnr_*.json, if it is not below SRC."""
 
 
 def collect(source: SourceTree, options: OsccOptions) -> Import:
@@ -56,7 +55,7 @@ def collect(source: SourceTree, options: OsccOptions) -> Import:
 def _find(
     source: SourceTree, clip: dict[str, Any], place: str
 ) -> tuple[str, Path | None, tuple[float | None, float | None]]:
-    """Return how a clip was found, its video, and its window there."""
+    """Return how a clip was found, its video (None if missing), and its window in seconds."""
     cut = source.find_video(str(clip["unique_id"]))
     if cut is not None:
         return "cut already", cut, (None, None)

@@ -1,4 +1,4 @@
-"""The datasets that `everest index` knows, by the word that names them."""
+"""The datasets that `everest index` can import, by name."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,13 +9,13 @@ from everest_ds.data.importers.source_tree import SourceTree
 
 
 class Importer(NamedTuple):
-    """How a dataset becomes lists."""
+    """Importer of one dataset."""
 
     options: type[Any]
     collect: Callable[[SourceTree, Any], Import]
-    """Raises UserError where annotations are missing or at fault, or there is no video."""
+    """Raises UserError if annotations are missing or wrong, or there is no video."""
     layout: str
-    """What it expects, in a line."""
+    """The expected layout, in one line."""
 
 
 IMPORTERS = {

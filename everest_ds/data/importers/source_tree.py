@@ -1,6 +1,6 @@
-"""The files below a folder, and text, JSON and videos among them by name.
+"""The files below a folder: finding videos by name, and reading annotation files.
 
-Place in the flow: folder as downloaded -> `SourceTree` -> the importer of a dataset.
+Place in the flow: downloaded folder -> `SourceTree` -> the importer of a dataset.
 """
 
 import json
@@ -19,8 +19,8 @@ from everest_ds.errors import UserError
 class SourceTree:
     """All files below a folder, at any depth, in the order of their paths.
 
-    Hidden files and folders are skipped. Links to folders are followed, a folder that is met again is not.
-    ``num_ambiguous`` counts how often `find_video` had several files to choose from.
+    Hidden files and folders are skipped. Links to folders are followed, but no folder is visited twice.
+    ``num_ambiguous`` counts how often `find_video` had to choose between equally good files.
     """
 
     def __init__(self, root: Path) -> None:
@@ -29,9 +29,9 @@ class SourceTree:
 
     @cached_property
     def files(self) -> list[Path]:
-        """All files, read when they are first asked for; a UserError where a folder cannot be read."""
+        """All files, found on first use; UserError if a folder cannot be read."""
         if not self.root.is_dir():
-            raise UserError(f"{self.root} is no folder; expected the folder of the dataset")
+            raise UserError(f"{self.root} is not a folder; expected the folder of the dataset")
         return sorted(_walk(self.root))
 
     @cached_property
@@ -45,10 +45,10 @@ class SourceTree:
         return path.relative_to(self.root).parts[:-1]
 
     def find_video(self, stem: str, *folders: str, others: Collection[str] = ()) -> Path | None:
-        """Return the video of a name without its suffix, so that re-encoded copies are found too; None without one.
+        """Return the video with a name; suffixes are ignored, to find re-encoded copies. None if there is none.
 
         Of several, the one below most of ``folders`` wins, then the first by path. Videos below a folder of
-        ``others`` do not count: other classes may have a video of the same name. Names are compared in any case.
+        ``others`` are excluded: other classes may have a video of the same name. Case of folders is ignored.
         """
         wanted = {name.casefold() for name in folders}
         barred = {name.casefold() for name in others} - wanted
@@ -73,7 +73,7 @@ class SourceTree:
 
 
 def annotations_of(source: SourceTree, elsewhere: Path | None) -> SourceTree:
-    """Return where the annotations are looked for: the dataset's folder, or the one that the user names."""
+    """Return the tree with the annotations: the folder that the user named, or the dataset's."""
     return source if elsewhere is None else SourceTree(elsewhere)
 
 
@@ -81,28 +81,28 @@ def one_file(tree: SourceTree, pattern: str, what: str) -> Path:
     """Return the one file whose name matches a pattern, or raise UserError."""
     found = tree.find_files(pattern)
     if not found:
-        raise UserError(f"{tree.root} holds no {what}; download it, or name its folder by --annotations")
+        raise UserError(f"{tree.root} contains no {what}; download it, or name its folder by --annotations")
     if len(found) > 1:
         raise UserError(
-            f"{tree.root} holds {len(found)} files that may be {what}: {found[0]} and {found[1]}; name the folder "
+            f"{tree.root} has {len(found)} files that may be {what}: {found[0]} and {found[1]}; name the folder "
             "of the right one by --annotations"
         )
     return found[0]
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """Return the lines of a text file that are not blank, stripped, with their numbers from 1."""
+    """Return (number, text) of the non-blank lines of a text file, numbered from 1 and stripped."""
     lines = enumerate(read_text(path).splitlines(), start=1)
     return [(number, line.strip()) for number, line in lines if line.strip()]
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds, or raise UserError."""
+    """Return the content of a JSON file, or raise UserError."""
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path} is no JSON: {error.msg} in line {error.lineno}; download it again, it may be cut short"
+            f"{path} is not JSON: {error.msg} in line {error.lineno}; download it again, it may be incomplete"
         ) from error
 
 
@@ -117,9 +117,10 @@ def read_text(path: Path) -> str:
 
 
 def read_entries(path: Path, what: str, *keys: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield place and content of each object of a JSON file: a list of ``what``, or an object with that key.
+    """Yield (place for messages, entry) for each entry of a JSON file: a list, or an object with the list ``what``.
 
-    A file without such a list, or an entry without one of the keys, is a UserError.
+    Raises:
+        UserError: The file has no such list, or an entry lacks one of the keys.
     """
     entries = read_json(path)
     if isinstance(entries, dict) and what in entries:

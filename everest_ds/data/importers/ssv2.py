@@ -1,9 +1,9 @@
-"""Something-Something v2: webm files by number, and the JSON files of the annotations.
+"""Something-Something v2: numbered webm files, and the JSON files of the annotations.
 
-Files, with or without ``something-something-v2-`` before their names: train.json and validation.json, lists of
-objects with ``id`` and ``template`` (``Holding [something] next to [something]``; the brackets are not part of
-the class's name), test.json with ``id`` alone, and labels.json, an object of names and labels as text. Where
-there is the later test-answers.csv (``id;template``), the test videos have labels, otherwise -1.
+Files, with or without the prefix ``something-something-v2-``: train.json and validation.json, lists of objects with
+``id`` and ``template`` (``Holding [something] next to [something]``; class names have no brackets); test.json, the
+same with ``id`` only; and labels.json, an object from class names to labels as text. Test videos get labels from
+the later test-answers.csv (``id;template``) if it is there, otherwise -1.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Ssv2Options:
     """Options of `everest index ssv2`."""
 
     annotations: Path | None = None
-    """Folder of labels.json, train.json, validation.json and test.json, where that is not below SRC."""
+    """Folder of labels.json, train.json, validation.json and test.json, if it is not below SRC."""
 
 
 def collect(source: SourceTree, options: Ssv2Options) -> Import:
@@ -53,7 +53,7 @@ def collect(source: SourceTree, options: Ssv2Options) -> Import:
 
 
 def _read_labels(path: Path) -> dict[str, int]:
-    """Return labels by class name, in their order."""
+    """Return labels by class name, ordered by label."""
     given = read_json(path)
     try:
         labels = {str(name): int(label) for name, label in given.items()}
@@ -81,5 +81,5 @@ def _read_answers(annotations: SourceTree, labels: dict[str, int]) -> dict[str, 
 def _label_of(template: str, labels: dict[str, int], place: str) -> int:
     name = str(template).replace("[", "").replace("]", "")
     if name not in labels:
-        raise UserError(f"{place}: {template!r} is no class of labels.json; the files do not belong together")
+        raise UserError(f"{place}: {template!r} is not in labels.json; use annotation files of one release")
     return labels[name]

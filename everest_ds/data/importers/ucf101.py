@@ -1,8 +1,8 @@
 """UCF101: videos by class, and the official ucfTrainTestlist.
 
 Files: classInd.txt (``1 ApplyEyeMakeup``), trainlist01.txt (``ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1``),
-testlist01.txt (the same without the number); 02 and 03 for the other splits. Labels are those of classInd.txt,
-from 0.
+testlist01.txt (the same without the number); 02 and 03 for the other splits. Labels are the numbers of classInd.txt
+less 1.
 """
 
 import re
@@ -22,7 +22,7 @@ class Ucf101Options:
     split: Literal[1, 2, 3] = 1
     """Which official split."""
     annotations: Path | None = None
-    """Folder of classInd.txt, trainlist0N.txt and testlist0N.txt, where that is not below SRC."""
+    """Folder of classInd.txt, trainlist0N.txt and testlist0N.txt, if it is not below SRC."""
 
 
 def collect(source: SourceTree, options: Ucf101Options) -> Import:
@@ -42,13 +42,13 @@ def collect(source: SourceTree, options: Ucf101Options) -> Import:
             class_name = PurePosixPath(name).parent.name
             if class_name not in labels:
                 raise UserError(
-                    f"{path}, line {number}: {name!r} is of no class of classInd.txt; expected CLASS/VIDEO.avi"
+                    f"{path}, line {number}: the class of {name!r} is not in classInd.txt; expected CLASS/VIDEO.avi"
                 )
             label = labels[class_name]
             if given and int(given) != label + 1:
                 raise UserError(
-                    f"{path}, line {number}: {name} is of class {int(given)}, but {class_name} is number "
-                    f"{label + 1} of classInd.txt; the files do not belong together"
+                    f"{path}, line {number}: {name} has class {int(given)}, but {class_name} is number "
+                    f"{label + 1} in classInd.txt; use annotation files of one release"
                 )
             found = source.find_video(PurePosixPath(name).stem, class_name, others=class_names)
             collector.add(split, name, found, label)

@@ -1,8 +1,8 @@
-"""Lists, names of the classes and the account of an import, written to a folder of their own.
+"""Writing an import to a folder: lists, class names and summary.
 
 Files: train.csv, val.csv, test.csv (those that have videos), classes.txt, missing.txt (``split TAB name``),
-left_out.txt (``reason TAB name``), and summary.json last, with the checksums of the others. By these a later
-import knows which files it may replace: those of an earlier one that nobody has changed.
+left_out.txt (``reason TAB name``), and summary.json last, with the checksums of the others. By the checksums, a
+later import recognises the files that it may replace: those of an earlier import that were not changed since.
 """
 
 import hashlib
@@ -23,21 +23,21 @@ _NUM_EXAMPLES = 5
 
 
 def require_apart(source: Path, out: Path) -> None:
-    """Check that the folder for the lists is no file, and not in the dataset's folder."""
+    """Check that the folder for the lists is not a file, and not inside the dataset's folder."""
     if out.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"--out {out} lies in {source}, which is left as it is; name a folder outside of it")
+        raise UserError(f"--out {out} is inside {source}, where nothing is written; name a folder outside of it")
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is no folder; name one, it is made where there is none")
+        raise UserError(f"--out {out} is not a folder; name a folder, existing or new")
 
 
 def write_import(found: Import, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Write an import to a folder, replacing an earlier one's files; return what summary.json holds.
+    """Write an import to a folder, replacing the files of an earlier one; return the content of summary.json.
 
     ``settings`` are dataset, source and options.
 
     Raises:
-        UserError: A file is in the way that no import wrote or that was changed since, the folder cannot be made,
-            or a class name cannot be written in one line.
+        UserError: A file of the same name was not written by an import or was changed since, the folder cannot be
+            created, or a class name does not fit in one line.
     """
     out = out.resolve() if ".." in out.parts else out.absolute()
     texts = _texts(found, out)
@@ -54,7 +54,7 @@ def write_import(found: Import, out: Path, settings: dict[str, Any]) -> dict[str
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {out}: {error.strerror}; name another by --out") from error
+        raise UserError(f"cannot create the folder {out}: {error.strerror}; name another by --out") from error
     for name in stale:
         (out / name).unlink(missing_ok=True)
     texts[SUMMARY_FILE] = _encode(json.dumps(summary, indent=2, ensure_ascii=False, default=str) + "\n")
@@ -68,7 +68,7 @@ def _texts(found: Import, out: Path) -> dict[str, bytes]:
     if found.class_names:
         for name in found.class_names:
             if name.splitlines() != [name.strip()]:
-                raise UserError(f"the class name {name!r} cannot stand in a line of {NAMES_FILE}; rename the class")
+                raise UserError(f"the class name {name!r} does not fit in a line of {NAMES_FILE}; rename the class")
         texts[NAMES_FILE] = "".join(f"{name}\n" for name in found.class_names)
     if found.missing:
         texts[MISSING_FILE] = "".join(f"{split}\t{name}\n" for split, name in found.missing)
@@ -104,7 +104,7 @@ def _account(found: Import) -> dict[str, Any]:
 
 
 def _written_before(out: Path) -> dict[str, str]:
-    """Return the checksums of an earlier import's files by name, none where there was no import."""
+    """Return the checksums of an earlier import's files by name; empty if there was no import."""
     path = out / SUMMARY_FILE
     if not path.exists():
         return {}
@@ -115,25 +115,25 @@ def _written_before(out: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
-        raise UserError(f"{path} is there and was not written by {_WRITTEN_BY}; name another folder by --out")
+        raise UserError(f"{path} was not written by {_WRITTEN_BY}; name another folder by --out")
     return files
 
 
 def _require_ours(path: Path, written: str | None, wanted: bytes | None) -> None:
-    """Check that a file may be replaced or removed: an import wrote it, or would write it just so."""
+    """Check that a file may be replaced or removed: an import wrote it, or would write the same content."""
     if not path.exists() and not path.is_symlink():
         return
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} is in the way: {error.strerror}; name another folder by --out") from error
+        raise UserError(f"{path} cannot be replaced: {error.strerror}; name another folder by --out") from error
     if data != wanted and _checksum(data) != written:
         fault = f"was not written by {_WRITTEN_BY}" if written is None else "was changed since it was written"
-        raise UserError(f"{path} is there and {fault}; move it away, or name another folder by --out")
+        raise UserError(f"{path} {fault}; move it away, or name another folder by --out")
 
 
 def _encode(text: str) -> bytes:
-    """Return text as UTF-8; what JSON can escape and UTF-8 cannot hold, in missing videos' names, stays escaped."""
+    """Return text as UTF-8; surrogates, which JSON names of missing videos may contain, are escaped."""
     return text.encode("utf-8", errors="backslashreplace")
 
 

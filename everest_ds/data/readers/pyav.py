@@ -178,7 +178,7 @@ class PyavReader:
             yield frame
 
     def _pixels(self, frame: Any) -> NDArray[np.uint8]:
-        """Return a frame as RGB, rotated and mirrored as the file says; a view that the next frame may overwrite."""
+        """Return a frame as RGB, rotated and mirrored as the file says; a view, valid until the next frame."""
         plane = self._reformatter.reformat(frame, format="rgb24", threads=1).planes[0]
         pixels: NDArray[np.uint8] = np.ndarray(
             (plane.height, plane.width, 3), np.uint8, buffer=memoryview(plane), strides=(plane.line_size, 3, 1)

@@ -66,9 +66,7 @@ def test_kinetics_orders_classes_by_a_file_that_must_name_them_all(k400: Path, t
     assert found.class_names == ("zumba", "yoga", "riding a bike")
     assert [label for _, label in rows_of(found, k400)["train"]] == [0, 2]
     write(tmp_path / "names.txt", "zumba\nyoga\n")
-    with pytest.raises(
-        UserError, match="does not name 1 classes that the dataset has, the first is 'riding a bike'"
-    ):
+    with pytest.raises(UserError, match="lacks 1 classes of the dataset, the first is 'riding a bike'"):
         kinetics.collect(SourceTree(k400), options)
 
 
@@ -82,8 +80,8 @@ def test_kinetics_orders_classes_by_a_file_that_must_name_them_all(k400: Path, t
         ),
         ("train.csv", "label,youtube_id,time_start,time_end\na,x,1\n", "line 2: expected time_start and time_end"),
         ("train.csv", "label,youtube_id,time_start,time_end\na,,1,2\n", "line 2 has no youtube_id"),
-        ("all.csv", "label,youtube_id,time_start,time_end\na,x,1,2\n", "line 2 says of no split"),
-        ("train.csv", "label,youtube_id,time_start,time_end,split\na,x,1,2,dev\n", "line 2 says of no split"),
+        ("all.csv", "label,youtube_id,time_start,time_end\na,x,1,2\n", "line 2 has no split"),
+        ("train.csv", "label,youtube_id,time_start,time_end,split\na,x,1,2,dev\n", "line 2 has no split"),
     ],
 )
 def test_kinetics_rows_that_cannot_be_understood_are_refused(
@@ -104,7 +102,7 @@ def test_kinetics_needs_annotations_and_rows_named_twice_are_listed_once(k400: P
     assert len(found.rows["train"]) == 2
     assert len(found.missing) == 1
     (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match=r"holds no .csv with the columns youtube_id, time_start, time_end"):
+    with pytest.raises(UserError, match=r"contains no .csv with the columns youtube_id, time_start, time_end"):
         kinetics.collect(SourceTree(k400), kinetics.KineticsOptions(annotations=tmp_path / "none"))
 
 
@@ -143,7 +141,7 @@ def test_ssv2_takes_the_older_names_and_the_answers_of_the_test(something: Path)
     write(something / "labels" / "test-answers.csv", "9;Approaching something with your camera\n")
     found = ssv2.collect(SourceTree(something), ssv2.Ssv2Options())
     assert rows_of(found, something / "20bn-something-something-v2")["test"] == [("9.webm", 0)]
-    assert found.notes == ["there is no validation.json, so no list for val"]
+    assert found.notes == ["validation.json is missing, so there is no list for val"]
     assert found.left_out == {UNNAMED: ["20bn-something-something-v2/8.webm"]}
 
 
@@ -152,10 +150,10 @@ def test_ssv2_takes_the_older_names_and_the_answers_of_the_test(something: Path)
     [
         ("train.json", [{"id": "7"}], r"entry 1 has no 'template'; expected id, template, got id"),
         ("train.json", [{"template": "Pouring [something]"}], "entry 1 has no 'id'"),
-        ("train.json", [{"id": "7", "template": "Eating [something]"}], r"entry 1: .* is no class of labels.json"),
+        ("train.json", [{"id": "7", "template": "Eating [something]"}], r"entry 1: .* is not in labels.json"),
         ("train.json", {"id": "7"}, "expected a list of videos, got dict"),
         ("train.json", ["7"], "entry 1: expected an object with id, template, got '7'"),
-        ("train.json", '[{"id": ', "is no JSON: .* in line 1"),
+        ("train.json", '[{"id": ', "is not JSON: .* in line 1"),
         ("labels.json", {"a": "0", "b": "2"}, "expected the labels 0 to 1"),
         ("labels.json", ["a"], "expected an object like"),
     ],
@@ -207,7 +205,7 @@ def test_oscc_cuts_clips_by_seconds(ego: Path) -> None:
     }
     assert found.missing == [("train", "u5")]
     assert found.left_out == {NO_WINDOW: ["u6 -0.25 7.75"], UNNAMED: ["full_scale/v4.mp4"]}
-    assert found.notes[0] == "there is no fho_oscc-pnr_val.json, so no list for val"
+    assert found.notes[0] == "fho_oscc-pnr_val.json is missing, so there is no list for val"
     assert found.notes[1] == ("clips found: 4 in whole videos by seconds, 1 in clips by seconds, 1 cut already")
 
 
@@ -235,5 +233,5 @@ def test_oscc_values_that_cannot_be_understood_are_refused(ego: Path, content: A
 
 
 def test_oscc_needs_annotations(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no fho_oscc-pnr_train\.json"):
+    with pytest.raises(UserError, match=r"contains no fho_oscc-pnr_train\.json"):
         oscc.collect(SourceTree(tmp_path), oscc.OsccOptions())

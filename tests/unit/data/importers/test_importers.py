@@ -45,14 +45,14 @@ def test_ucf101_official_split(ucf: Path) -> None:
     }
     assert found.missing == [("train", "Archery/v_Archery_g09_c01.avi")]
     assert found.left_out == {UNNAMED: ["UCF-101/Biking/v_Biking_g25_c09.avi"]}
-    assert found.notes == ["1 classes are scored and have no training video, e.g. HandstandPushups"]
+    assert found.notes == ["1 classes of val or test have no training video, e.g. HandstandPushups"]
 
 
 def test_ucf101_other_split_elsewhere_and_reencoded_videos(ucf: Path, tmp_path: Path) -> None:
     lists = (ucf / "ucfTrainTestlist").rename(tmp_path / "lists")
     for path in (ucf / "UCF-101").glob("*/v_*.avi"):
         path.rename(path.with_suffix(".MP4"))
-    with pytest.raises(UserError, match=r"holds no classInd.txt; .* --annotations"):
+    with pytest.raises(UserError, match=r"contains no classInd.txt; .* --annotations"):
         ucf101.collect(SourceTree(ucf), ucf101.Ucf101Options(split=2))
     found = ucf101.collect(SourceTree(ucf), ucf101.Ucf101Options(split=2, annotations=lists))
     assert rows_of(found, ucf / "UCF-101") == {
@@ -69,10 +69,10 @@ def test_ucf101_other_split_elsewhere_and_reencoded_videos(ucf: Path, tmp_path: 
         (
             "trainlist01.txt",
             "Archery/v_Archery_g08_c01.avi 2\n",
-            r"line 1: .* is of class 2, but Archery is number 1",
+            r"line 1: .* has class 2, but Archery is number 1",
         ),
-        ("testlist01.txt", "\nSwimming/v_x.avi\n", "line 2: 'Swimming/v_x.avi' is of no class"),
-        ("trainlist01.txt", "v_Archery_g08_c01.avi\n", "line 1: 'v_Archery_g08_c01.avi' is of no class"),
+        ("testlist01.txt", "\nSwimming/v_x.avi\n", "line 2: the class of 'Swimming/v_x.avi' is not in"),
+        ("trainlist01.txt", "v_Archery_g08_c01.avi\n", "line 1: the class of 'v_Archery_g08_c01.avi' is not in"),
     ],
 )
 def test_ucf101_annotations_that_do_not_fit_are_refused(ucf: Path, file: str, text: str, message: str) -> None:
@@ -83,7 +83,7 @@ def test_ucf101_annotations_that_do_not_fit_are_refused(ucf: Path, file: str, te
 
 def test_annotations_twice_or_not_text_are_refused(ucf: Path) -> None:
     write(ucf / "copy" / "testlist01.txt", "")
-    with pytest.raises(UserError, match=r"holds 2 files that may be testlist01.txt"):
+    with pytest.raises(UserError, match=r"has 2 files that may be testlist01.txt"):
         ucf101.collect(SourceTree(ucf), ucf101.Ucf101Options())
     (ucf / "copy" / "testlist01.txt").unlink()
     (ucf / "ucfTrainTestlist" / "classInd.txt").write_bytes(b"1 \xff\n")
@@ -94,10 +94,10 @@ def test_annotations_twice_or_not_text_are_refused(ucf: Path) -> None:
 def test_folder_without_any_of_the_videos_is_refused(ucf: Path) -> None:
     (ucf / "UCF-101").rename(ucf.parent / "elsewhere")
     with pytest.raises(
-        UserError, match=r"holds none of the 6 videos that the annotations name \(the first is Archery"
+        UserError, match=r"contains none of the 6 videos that the annotations name \(the first is Archery"
     ):
         ucf101.collect(SourceTree(ucf), ucf101.Ucf101Options())
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         ucf101.collect(SourceTree(ucf / "absent"), ucf101.Ucf101Options())
 
 
@@ -126,7 +126,7 @@ def test_hmdb51_official_split_tells_classes_with_equal_names_apart(hmdb: Path) 
 
 
 def test_hmdb51_refuses_other_tags_and_missing_splits(hmdb: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no CLASS_test_split3\.txt"):
+    with pytest.raises(UserError, match=r"contains no CLASS_test_split3\.txt"):
         hmdb51.collect(SourceTree(hmdb), hmdb51.Hmdb51Options(split=3))
     write(hmdb / "testTrainMulti_7030_splits" / "clap_test_split1.txt", "a.avi 1\nb.avi 3\n")
     with pytest.raises(UserError, match=r"clap_test_split1.txt, line 2: 'b.avi 3'; expected"):
@@ -263,9 +263,9 @@ def test_video_in_no_class_of_a_split_is_left_out(tmp_path: Path) -> None:
 
 def test_folder_without_videos_and_shares_that_leave_nothing_are_refused(tmp_path: Path) -> None:
     touch(tmp_path, "1.jpg")
-    with pytest.raises(UserError, match=r"holds no video: no file .* ends in one of .*\.mp4"):
+    with pytest.raises(UserError, match=r"contains no video: no file .* ends in one of .*\.mp4"):
         folder.collect(SourceTree(tmp_path), folder.FolderOptions())
-    with pytest.raises(UserError, match="leave nothing for training"):
+    with pytest.raises(UserError, match="leave no video for training"):
         folder.FolderOptions(val_share=0.5, test_share=0.5)
     for share in (-0.1, 1.0, float("nan")):
         with pytest.raises(UserError, match="must be from 0 to below 1"):

@@ -91,7 +91,7 @@ def test_import_replaces_and_removes_its_own_files_only(
     (out / "classes.txt").write_text("edited\n")
     edited = snapshot(out)
     assert index(source, out) == 2
-    assert "classes.txt is there and was changed since it was written" in capsys.readouterr().err
+    assert "classes.txt was changed since it was written" in capsys.readouterr().err
     assert snapshot(out) == edited
 
 
@@ -126,7 +126,7 @@ def test_nothing_is_written_into_the_dataset(
     (tmp_path / "link").symlink_to(source)
     for root in (source, tmp_path / "link"):
         assert index(source, root / inside) == 2
-        assert "which is left as it is" in capsys.readouterr().err
+        assert "where nothing is written" in capsys.readouterr().err
     assert snapshot(source) == before
 
 
@@ -139,7 +139,7 @@ def test_class_that_no_line_can_name_is_refused(tmp_path: Path, capsys: pytest.C
     (tmp_path / "data" / " a").mkdir(parents=True)
     (tmp_path / "data" / " a" / "1.mp4").touch()
     assert index(tmp_path / "data", tmp_path / "out") == 2
-    assert "the class name ' a' cannot stand in a line of classes.txt" in capsys.readouterr().err
+    assert "the class name ' a' does not fit in a line of classes.txt" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -183,5 +183,5 @@ def test_source_that_is_no_folder_and_out_that_is_a_file_are_refused(source: Pat
 
     assert index(tmp_path / "absent", tmp_path / "out") == 2
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is no folder; name one"):
+    with pytest.raises(UserError, match="is not a folder; name a folder"):
         require_apart(source, tmp_path / "file")

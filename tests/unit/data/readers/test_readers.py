@@ -194,7 +194,7 @@ def test_auto_takes_pyav_then_decord_then_torchcodec(
         choose_reader("decord")
     obstacle.cache_clear()
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
-    with pytest.raises(UserError, match=r"no reader of videos: pyav .*, decord .*, torchcodec "):
+    with pytest.raises(UserError, match=r"no library that reads videos: pyav .*, decord .*, torchcodec "):
         choose_reader("auto")
 
 
