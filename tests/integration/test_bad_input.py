@@ -73,7 +73,7 @@ def test_bad_fine_tuning_is_refused_before_it_starts(
         ("a.mp4 0\nb.mp4 -1\n", None, ["train.csv, line 2", "label -1", "0 to 0"]),
         ("a.mp4 0\nb.mp4 1\n", "a.mp4 2\n", ["val.csv, line 1", "label 2", "0 to 1"]),
         ("a.mp4 0\nb.mp4 2\n", "a.mp4 0\nb.mp4 1\n", ["val.csv, line 2", "class 1", "no video of class 1"]),
-        ("a.mp4 0\nb.mp4 0\n", None, ["one class only"]),
+        ("a.mp4 0\nb.mp4 0\n", None, ["only one class"]),
     ],
 )
 def test_labels_that_do_not_fit_are_named(

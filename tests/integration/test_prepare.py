@@ -309,7 +309,7 @@ def test_other_settings_names_and_classes_are_refused_and_change_nothing(
         ([source], {"keep_every": 2}, "'keep_every': 1"),
         ([source], {"codec": "h264"}, "'codec': 'mjpeg'"),
         ([source, other / "train.csv"], {}, "two lists are called train.csv"),
-        ([other / "train.csv"], {}, r"out/train.csv is the list of .*/train.csv; rename"),
+        ([other / "train.csv"], {}, r"out/train.csv belongs to .*/train.csv; rename"),
         ([other / "more.csv"], {}, "classes.txt and .*classes.txt differ"),
         ([source], {"out": tmp_path / "foreign"}, r"foreign/train.csv was not written by `everest prepare`"),
         ([source], {"out": tmp_path}, r"was not written by `everest prepare`"),

@@ -1,1 +1,1 @@
-"""Lists of videos: what a run trains on and is scored on."""
+"""Lists of videos for training and scoring: reading, checking and sharing them."""

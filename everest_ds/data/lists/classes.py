@@ -1,4 +1,4 @@
-"""Classes: how many there are, what they are called, and whether the lists agree.
+"""Classes: their number and names, and checks of the lists' labels against them.
 
 Place in the flow: rows of the lists and a file of names -> `Classes`. Needs no torch.
 """
@@ -15,7 +15,7 @@ from everest_ds.errors import UserError
 
 NAMES_FILE = "classes.txt"
 _NUM_SHOWN = 5
-# More classes than any data set has; a label beyond is a slip.
+# More classes than any dataset has; a larger label must be a mistake.
 _MOST_COUNTED = 1_000_000
 
 
@@ -24,19 +24,19 @@ class Classes:
     """The classes of a run: 0 to ``num - 1``.
 
     Attributes:
-        num: How many there are.
-        names: One a class, None where nobody named them.
+        num: Number of classes.
+        names: Names by label; None if there are none.
     """
 
     num: int
     names: tuple[str, ...] | None = None
 
     def describe(self, label: int) -> str:
-        """Return a class in words, with its name where it has one."""
+        """Return a class in words, with its name if it has one."""
         return f"class {label}" if self.names is None else f"class {label} ({self.names[label]})"
 
     def describe_all(self, labels: Sequence[int]) -> str:
-        """Return several classes in words; of many the first few, and how many more there are."""
+        """Return classes in words; at most the first five, and the number of the others."""
         shown = ", ".join(self.describe(label) for label in labels[:_NUM_SHOWN])
         rest = len(labels) - _NUM_SHOWN
         return f"{shown} and {rest} more" if rest > 0 else shown
@@ -50,7 +50,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     """Read the names of the classes, one a line, in the order of the labels.
 
     Raises:
-        UserError: The file is missing or empty, or a line is blank or names a class again.
+        UserError: The file is missing or empty, a line is blank, or a name repeats.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -64,7 +64,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         if not name:
             raise UserError(f"{path}, line {number} is blank; expected one class name a line, in the labels' order")
         if name in lines:
-            raise UserError(f"{path}, line {number}: {name!r} is the name of line {lines[name]} already")
+            raise UserError(f"{path}, line {number}: {name!r} is already in line {lines[name]}; make names unique")
         lines[name] = number
     if not lines:
         raise UserError(f"the class names {path} are empty; expected one name a line")
@@ -72,7 +72,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
 
 def find_class_names(folder: Path) -> tuple[str, ...] | None:
-    """Return the names in a folder's classes.txt; None where there is none."""
+    """Return the names in a folder's classes.txt; None if there is no such file."""
     path = folder / NAMES_FILE
     return read_class_names(path) if path.is_file() else None
 
@@ -82,12 +82,12 @@ def resolve_classes(
 ) -> Classes:
     """Return the classes of a training list.
 
-    As many as ``num_classes`` says, else as there are names, else one more than the largest label. The names are
-    those of the file ``class_names``, else of classes.txt beside the list where there is one.
+    Their number is ``num_classes`` if given, else the number of names, else the largest label plus 1. The names
+    come from the file ``class_names`` if given, else from classes.txt beside the list if there is one.
 
     Raises:
-        UserError: The file of names is at fault, ``num_classes`` contradicts it, a label lies outside the range, or
-            there is one class only.
+        UserError: The file of names is wrong, ``num_classes`` contradicts it, a label is out of range, or there is
+            only one class.
     """
     beside = train_list.parent / NAMES_FILE
     source = Path(class_names) if class_names is not None else beside if beside.is_file() else None
@@ -104,17 +104,17 @@ def resolve_classes(
         num, origin = len(names), f"{source} names {len(names)}"
     else:
         largest = rows[int(packed(rows).labels.argmax())]
-        num, origin = largest.label + 1, "the largest label says so"
+        num, origin = largest.label + 1, f"the largest label is {largest.label}"
         if num > _MOST_COUNTED:
             raise UserError(
-                f"{_place(largest, train_list)}: label {largest.label} makes {num} classes; mend it, or say how "
-                "many there are by data.num_classes"
+                f"{_place(largest, train_list)}: label {largest.label} would mean {num} classes; correct it, or "
+                "set data.num_classes"
             )
     classes = Classes(num, names)
     _require_range(rows, train_list, classes, origin)
     if num < 2:
         raise UserError(
-            f"{train_list} has one class only ({origin}); classification needs two: label the list, or set "
+            f"{train_list} has only one class ({origin}), classification needs two; label the list, or set "
             "data.num_classes"
         )
     return classes
@@ -123,10 +123,10 @@ def resolve_classes(
 def require_known_labels(
     rows: Sequence[VideoRow], source: Path, classes: Classes, trained_labels: Collection[int]
 ) -> None:
-    """Check the labels of a list that is scored, against the run's classes and the labels of its training list.
+    """Check the labels of a list for scoring against the run's classes and the labels of its training list.
 
     Raises:
-        UserError: A label lies outside the range, or a class has no training video.
+        UserError: A label is out of range, or its class has no training video.
     """
     _require_range(rows, source, classes, f"the run has {classes.num} classes")
     labels = packed(rows).labels
@@ -134,8 +134,8 @@ def require_known_labels(
     if len(untrained):
         first = rows[int(np.argmax(np.isin(labels, untrained)))]
         raise UserError(
-            f"{_place(first, source)}: {first.path} is of {classes.describe(first.label)}; the training list has "
-            f"no video of {classes.describe_all(untrained.tolist())}: add some to it, or take their rows out"
+            f"{_place(first, source)}: {first.path} has {classes.describe(first.label)}, but the training list has "
+            f"no video of {classes.describe_all(untrained.tolist())}; add some to it, or remove their rows"
         )
 
 
@@ -146,7 +146,7 @@ def _require_range(rows: Sequence[VideoRow], source: Path, classes: Classes, ori
     if outside.any():
         row = rows[int(np.argmax(outside))]
         raise UserError(
-            f"{_place(row, source)}: label {row.label} of {row.path} is not in the range {allowed}; mend the "
+            f"{_place(row, source)}: label {row.label} of {row.path} is not in the range {allowed}; correct the "
             "list, or data.num_classes and data.class_names"
         )
 

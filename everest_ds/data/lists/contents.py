@@ -1,4 +1,4 @@
-"""Whether videos of a list still hold what they held: sizes and checksums of a small sample of them."""
+"""Detection of changed videos in a list, by sizes and checksums of a small sample of them."""
 
 import hashlib
 import os
@@ -11,30 +11,30 @@ from everest_ds.data.lists.video_row import VideoRow
 from everest_ds.errors import escaped
 
 _NUM_SAMPLED = 16
-# A video is known by its size, its first and its last bytes.
+# A video is identified by its size and this many of its first and last bytes.
 _END_BYTES = 1 << 16
 _UNKNOWN = "?"
 
 
 def sample_contents(rows: Sequence[VideoRow]) -> str:
-    """Return what some videos of a list hold, a line each; always the same ones of lists of one length.
+    """Return a fingerprint of some videos of a list, one line each; the sample depends on the list's length only.
 
-    A file that cannot be read is no fault here.
+    Unreadable files are not an error; their lines say "?".
     """
     places = random.Random(len(rows)).sample(range(len(rows)), min(_NUM_SAMPLED, len(rows)))
     return "\n".join(f"{_identify(rows[place].path)} {rows[place].path.name}" for place in places)
 
 
 def describe_change(was: str, now: str) -> str | None:
-    """Compare two samples of one list; return what changed, or None. Files that one of them lacks do not count."""
+    """Compare two samples of a list; return what changed, or None. Files unreadable in one of them do not count."""
     lines = zip(was.split("\n"), now.split("\n"), strict=False)
     pairs = [(old.split(" ", 1), new.split(" ", 1)) for old, new in lines]
     known = [(old[0], new) for old, new in pairs if _UNKNOWN not in (old[0], new[0])]
     changed = [new[-1] for old, new in known if old != new[0]]
     if not changed:
         return None
-    counts = f"{len(changed)} of {len(known)} videos that were looked at"
-    return f"{counts} hold something else now, {escaped(changed[0])} for instance"
+    counts = f"{len(changed)} of {len(known)} sampled videos"
+    return f"{counts} have other content now, e.g. {escaped(changed[0])}"
 
 
 def _identify(path: Path) -> str:

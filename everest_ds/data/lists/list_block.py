@@ -1,8 +1,8 @@
-"""Plain lines of a list, thousands at a time: numpy finds path, label and window of each by its bytes.
+"""Fast parsing of plain lines of a list, thousands at a time: numpy finds path, label and window in the bytes.
 
-Place in the flow: lines as bytes -> `scan_block` -> LineBlock, with the lines that `list_line.parse_line` has to
-read, as it would read all. A line is plain where that is certain to say the same: a path, in double quotes or
-without, then one separator and a label, and perhaps a window, all in digits.
+Place in the flow: lines as bytes -> `scan_block` -> LineBlock. A line is plain if `list_line.parse_line` is certain
+to return the same: a path, with or without double quotes, one separator, a label, and perhaps a window, all in
+digits. The other lines are left to `parse_line`.
 """
 
 import re
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 _PLAIN, _SEPARATOR, _LINE_END, _QUOTE, _ODD = range(5)
 _DOT, _SLASH, _MINUS, _ZERO, _DOUBLE_QUOTE = b'./-0"'
-# Control characters, and what other formats separate fields by.
+# Control characters, and the field separators of other formats.
 _ODD_BYTES = bytes({*range(32), 127, *b";|"} - {*b"\t\n"})
 _KINDS = np.full(256, _PLAIN, np.uint8)
 for _bytes, _kind in ((b" ,\t", _SEPARATOR), (b"\n", _LINE_END), (b'"', _QUOTE), (_ODD_BYTES, _ODD)):
@@ -22,9 +22,9 @@ _DIGIT = np.isin(np.arange(256), list(b"0123456789"))
 _BEGINS_NUMBER = np.isin(np.arange(256), list(b"+-.0123456789"))
 _ENDS_NO_TIME = np.isin(np.arange(256), list(b"nfyNFY"))  # "nan", "inf" and "infinity"
 _ENDS_NUMBER = np.isin(np.arange(256), list(b".0123456789"))
-# Comments, JSON, and a path whose folder has no name begin with these.
+# Comments, JSON and empty first fields begin with these.
 _ODD_START = np.isin(np.arange(256), list(b"#[{ ,\t"))
-# What str.splitlines takes for the end of a line, and str.strip for a space, besides those of ASCII.
+# Line ends of str.splitlines besides the newline, and spaces of str.strip outside ASCII.
 _OTHER_ENDS = (b"\r", b"\x0b", b"\x0c", b"\x1c", b"\x1d", b"\x1e", b"\xc2\x85", b"\xe2\x80\xa8", b"\xe2\x80\xa9")
 _OTHER_SPACES = re.compile(rb"\xc2\xa0|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xaf]|\xe2\x81\x9f|\xe3\x80\x80")
 _MOST_LABEL_DIGITS, _MOST_TIME_DIGITS = 9, 15
@@ -38,13 +38,13 @@ class LineBlock:
     """The lines of a block.
 
     Attributes:
-        content: Its bytes.
-        starts: Where each line begins.
-        ends: Where it ends, without the end of the line.
-        is_plain: Lines of which the following is known; the others may be blank, rows of a list, or faults.
-        path_starts: Where the path begins.
-        path_ends: Where it ends.
-        labels: The class.
+        content: Bytes of the block.
+        starts: Offset of each line's first byte.
+        ends: Offset of each line's newline.
+        is_plain: Whether the following fields are valid for a line; other lines may be blank, rows, or faults.
+        path_starts: Offset of the path's first byte.
+        path_ends: Offset after the path's last byte.
+        labels: Class of each line.
         times_s: Start and end of the window, of shape (lines, 2); NaN for the whole video.
     """
 
@@ -58,7 +58,7 @@ class LineBlock:
     times_s: NDArray[np.float64]
 
     def plain_paths(self, chosen: _Bools) -> bytes:
-        """Return the paths of some of the plain lines, one after another."""
+        """Return the concatenated paths of the ``chosen`` lines, which must be plain."""
         steps = np.zeros(len(self.content) + 1, np.int8)
         steps[self.path_starts[chosen]] = 1
         steps[self.path_ends[chosen]] = -1
@@ -66,7 +66,7 @@ class LineBlock:
 
 
 def has_other_line_ends(content: bytes) -> bool:
-    """Say whether lines may end in anything but a newline."""
+    """Return whether the content may have line ends other than a newline."""
     return any(end in content for end in _OTHER_ENDS)  # a search for each is ten times as fast as a pattern
 
 
@@ -74,7 +74,7 @@ def scan_block(content: bytes) -> LineBlock:
     """Find the plain lines of a block.
 
     Args:
-        content: Whole lines, each with a newline at its end, and no other ends of lines.
+        content: Whole lines, each ending in a newline, without other line ends.
     """
     codes = np.frombuffer(content, np.uint8)
     kinds = _KINDS[codes]
@@ -87,7 +87,7 @@ def scan_block(content: bytes) -> LineBlock:
 
 
 class _Lines:
-    """The work of `scan_block`. Fields are counted from the end of a line: number 1 is the last."""
+    """Implementation of `scan_block`. Fields are numbered from the end of a line: number 1 is the last."""
 
     def __init__(self, codes: NDArray[np.uint8], kinds: NDArray[np.uint8], starts: _Ints, ends: _Ints) -> None:
         self.codes, self.kinds, self.starts, self.ends = codes, kinds, starts, ends
@@ -97,7 +97,7 @@ class _Lines:
         self.counts = self.stops - np.searchsorted(self.separators, starts)
 
     def are_simple(self) -> _Bools:
-        """Say which lines have no odd byte, begin like a path, and whose path is written as `Path` would."""
+        """Return which lines have no odd byte, begin like a path, and have a path spelled as `Path` spells it."""
         codes, kinds = self.codes, self.kinds
         simple = (self.counts > 0) & ~_ODD_START[self.first]
         slashes = np.flatnonzero(codes == _SLASH)
@@ -118,8 +118,8 @@ class _Lines:
         third, is_third = self._integers(3)
         start_s, is_start = self._times(2)
         end_s, is_end = self._times(1)
-        # Behind quotes nothing else can stand; without, the path's last word must not look like a number, nor the
-        # path begin like a row with an index.
+        # A quoted path is unambiguous. Otherwise the path's last word must not look like a number, and the path
+        # must not begin like a row with an index.
         numbered = _DIGIT[self.first]
         whole = np.where(quoted, counts == 1, (counts == 1) | ~(self._may_be_number(2) | numbered))
         cut = np.where(quoted, counts == 3, (counts == 3) | ~(self._may_be_number(4) | numbered))
@@ -137,9 +137,9 @@ class _Lines:
         return LineBlock(content, self.starts, self.ends, is_plain, path_starts, path_ends, labels, times_s)
 
     def _quotes(self) -> tuple[_Bools, _Ints, _Ints]:
-        """Return which lines begin with a path in two quotes, where it ends, and the separators that follow.
+        """Return which lines begin with a quoted path, the offset of its closing quote, and the separators after.
 
-        The end is -1 for a line without quotes, and of no meaning for a line with others.
+        The offset is -1 for a line without quotes, and meaningless for a line with quotes elsewhere.
         """
         quotes = np.flatnonzero(self.kinds == _QUOTE)
         if not len(quotes):
@@ -152,11 +152,11 @@ class _Lines:
         return quoted, np.where(stop > first, closes, -1), np.where(quoted, after, self.counts)
 
     def _begins_here(self) -> _Bools:
-        """Say which lines begin with ``./``, which a path does not keep."""
+        """Return which lines begin with ``./``, which `Path` drops."""
         return (self.first == _DOT) & (self.second == _SLASH)
 
     def _separator(self, number: int) -> _Ints:
-        """Return where the separator before a field is; the line's beginning less one where it has none."""
+        """Return the offset of the separator before a field; one before the line's start if there is none."""
         if not len(self.separators):
             return self.starts - 1
         found = self.separators[np.maximum(self.stops - number, 0)]
@@ -171,13 +171,13 @@ class _Lines:
         return starts < stops
 
     def _may_be_number(self, number: int) -> _Bools:
-        """Say which lines may have a number in a field, or what is none and stands for a time."""
+        """Return which lines may have a number in a field, or a word such as nan or inf in place of a time."""
         starts, stops = self._field(number)
         last = self.codes[np.maximum(stops - 1, 0)]
         return (_BEGINS_NUMBER[self.codes[starts]] & _ENDS_NUMBER[last]) | _ENDS_NO_TIME[last]
 
     def _integers(self, number: int) -> tuple[_Ints, _Bools]:
-        """Return the integers of up to nine digits in a field, perhaps below 0, and where there is one."""
+        """Return the integers of up to nine digits in a field, perhaps negative, and which lines have one."""
         starts, stops = self._field(number)
         negative = self.codes[starts] == _MINUS
         starts = starts + negative
@@ -192,7 +192,7 @@ class _Lines:
         return np.where(negative, -values, values), valid
 
     def _times(self, number: int) -> tuple[NDArray[np.float64], _Bools]:
-        """Return the decimal numbers of up to 15 digits in a field, as float() reads them, and where one is."""
+        """Return the decimals of up to 15 digits in a field, as float() reads them, and which lines have one."""
         starts, stops = self._field(number)
         lengths = stops - starts
         valid = (lengths > 0) & (lengths <= _MOST_TIME_DIGITS + 1)
@@ -208,5 +208,5 @@ class _Lines:
             decimals += is_digit & (points > 0)
             points += is_point
         valid &= (points <= 1) & (seen > 0) & (seen <= _MOST_TIME_DIGITS)
-        # Both are exact as floats, so their quotient is the nearest to the decimal number.
+        # Both are exact as floats, so their quotient is the float nearest to the decimal number, as in float().
         return values / 10.0 ** np.minimum(decimals, _MOST_TIME_DIGITS), valid

@@ -1,7 +1,7 @@
-"""One line of a list of videos: path, label, and a window of seconds where there is one.
+"""Parsing one line of a list of videos: path, label, and perhaps a window in seconds.
 
-Place in the flow: a line of text -> `parse_line` -> ListLine -> a row (`lists.video_list`). Other lines are
-refused with a name for what they look like: a header row, a frame folder, a comment, swapped columns.
+Place in the flow: line of text -> `parse_line` -> ListLine -> row (`lists.video_list`). Any other line is refused
+with a guess what it is: a header row, a frame folder, a comment, swapped columns.
 """
 
 import re
@@ -19,9 +19,9 @@ EXPECTED = (
 
 _NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 _FIELD = rf'(?:{_NUMBER}|"{_NUMBER}")'
-# The last field of a line, where it is a number.
+# The last field of a line, if it is a number.
 _LAST = re.compile(rf"^(?P<rest>.*[^\s,])(?P<separator>[\s,]+)(?P<field>{_FIELD})$")
-# A path in double quotes, in which a quote is doubled, as in CSV files. Older versions did not double it.
+# A path in double quotes; quotes in it are doubled, as in CSV files. Older versions did not double them.
 _QUOTED = re.compile(rf'^"(?P<path>(?:[^"]|"")+)"(?P<fields>(?:[\s,]+{_FIELD})*)$')
 _QUOTED_LOOSELY = re.compile(rf'^"(?P<path>.+)"(?P<fields>(?:[\s,]+{_FIELD})*)$')
 _LABEL = re.compile(r"^[-+]?[0-9]+(?:\.0*)?$")
@@ -37,17 +37,17 @@ _WORD = (
     "begin|category|class|clip|duration|end|file|filename|filepath|frames|gt|id|idx|index|label|labels|name|num|path|"
     "paths|sec|split|start|stop|subset|target|time|total|uid|url|video|videos|youtube"
 )
-# Longer ones are no names of columns, and could be taken apart in too many ways.
+# Longer fields are not column names, and would make the pattern backtrack for too long.
 _MOST_COLUMN = 40
 _COLUMN = re.compile(rf"(?:n_|x_)?(?:{_WORD})(?:_?(?:{_WORD})|_s)*|x|y", re.IGNORECASE)
 
 
 class LineError(ValueError):
-    """A line that is no row of a list; the message says what it looks like and what to do."""
+    """The line is not a row of a list; the message says what it looks like and what to do."""
 
 
 class ListLine(NamedTuple):
-    """What a line says: a path without its quotes, a class, and an unchecked window in seconds or Nones."""
+    """Content of a line: path without quotes, class, and an unchecked window in seconds (None for no window)."""
 
     path: str
     label: int
@@ -65,23 +65,23 @@ class _Split(NamedTuple):
 
 
 def parse_line(line: str, number: int) -> ListLine:
-    """Return what a line says.
+    """Return the content of a line.
 
     Spaces, tabs or a comma separate fields. A line ends in one number (label) or in three (label, start and end);
-    the path before them may hold spaces and commas. A path whose last word is a number must be in double quotes.
-    Without quotes more numbers are accepted only where the last two have a decimal point: these are the window, the
-    number before them is the label, and the others belong to the path.
+    the path before them may contain spaces and commas. A path whose last word is a number must be in double quotes.
+    Without quotes, more than three numbers are accepted only if the last two have a decimal point: these are the
+    window, the number before them is the label, and the others belong to the path.
 
     Args:
         line: The line, not blank.
         number: Its number, from 1.
 
     Raises:
-        LineError: It is no row of a list.
+        LineError: The line is not a row of a list.
     """
     line = line.strip()
     if re.match(r"#\s", line):
-        raise LineError("looks like a comment, and lists have none; remove it, or put the path in double quotes")
+        raise LineError("looks like a comment; remove it, or put the path in double quotes")
     if _JSON.match(line):
         raise LineError(f"looks like JSON; {EXPECTED}, a line for each video")
     split = _split(line.rstrip(" \t,"))
@@ -97,8 +97,8 @@ def parse_line(line: str, number: int) -> ListLine:
         raise LineError(_explain_two(numbers))
     if len(numbers) > 3:
         raise LineError(
-            f"has {len(numbers)} numbers after {path!r}; {EXPECTED}. A path that ends in a number must be in "
-            "double quotes"
+            f"has {len(numbers)} numbers after {path!r}; {EXPECTED}. Put a path that ends in a number in double "
+            "quotes"
         )
     label = _parse_label(numbers)
     if len(numbers) == 1:
@@ -107,7 +107,7 @@ def parse_line(line: str, number: int) -> ListLine:
 
 
 def needs_quotes(path: str) -> bool:
-    """Say whether a path is read as another, or refused, when a list has it without quotes."""
+    """Return whether a path must be in quotes in a list to be read as itself."""
     try:
         return parse_line(f"{path} 0", 1).path != path
     except LineError:
@@ -138,20 +138,16 @@ def _split(line: str) -> _Split:
 
 
 def _require_plain(split: _Split, number: int) -> None:
-    """Refuse a path without quotes that is made of other things than a path.
-
-    Raises:
-        LineError: It is.
-    """
+    """Raise LineError if an unquoted path contains other things than a path, such as fields or numbers."""
     other = _OTHER_SEPARATOR.search(split.path)
     if other is not None:
-        raise LineError(f"separates its fields by {other['mark']!r}; expected a space, a tab or a comma")
+        raise LineError(f"separates its fields by {other['mark']!r}; use a space, a tab or a comma")
     if not split.numbers:
         return
     no_time = _NO_TIME.search(split.path)
     if no_time is not None:
         raise LineError(
-            f"has {no_time['word']!r} for a time; {EXPECTED}. A path that ends so must be in double quotes"
+            f"has {no_time['word']!r} for a time; {EXPECTED}. Put a path that ends in this word in double quotes"
         )
     if number == 1 and re.fullmatch("[0-9]+", split.path):
         raise LineError(
@@ -160,8 +156,8 @@ def _require_plain(split: _Split, number: int) -> None:
     numbered = _NUMBERED.match(split.path)
     if numbered is not None and int(numbered["number"]) in (number - 2, number - 1, number):
         raise LineError(
-            f"begins with its own number, as rows with an index do; {EXPECTED}. A path that begins so must be in "
-            "double quotes"
+            f"begins with its own number, like a row with an index; {EXPECTED}. Put a path that begins with this "
+            "number in double quotes"
         )
 
 
@@ -184,18 +180,18 @@ def _explain_two(numbers: list[str]) -> str:
         return f"has two numbers after the path; a window needs both times: {EXPECTED}"
     return (
         "looks like a row of a list of frame folders (path, number of frames, label); only video files are read. "
-        "For a window write `path label start end`; a path that ends in a number must be in double quotes"
+        "For a window write `path label start end`; put a path that ends in a number in double quotes"
     )
 
 
 def _explain_no_label(line: str, number: int) -> str:
-    """Return what a line that does not end in a number looks like."""
+    """Return a guess what a line is that does not end in a number."""
     fields = [field.strip("\"'").strip() for field in re.split(r"[\s,;|]+", line)]
     named = [field for field in fields if field]
     if len(named) > 1 and all(_COLUMN.fullmatch(field.lstrip("#")[:_MOST_COLUMN]) for field in named):
-        return f"looks like a header row (columns {', '.join(named)}), and lists have none; remove it"
+        return f"looks like a header row (columns {', '.join(named)}); remove it"
     if len(named) > 1 and re.fullmatch("-?[0-9]+", named[0]):
-        return f"begins with a number and ends in none, as if label and path were swapped; {EXPECTED}"
+        return f"begins with a number and does not end in one, as if label and path were swapped; {EXPECTED}"
     last = named[-1] if len(named) > 1 else ""
     if re.search("[0-9]:[0-9]", last):
         return f"ends in {last!r}, which is not a number of seconds; {EXPECTED}"
@@ -203,8 +199,8 @@ def _explain_no_label(line: str, number: int) -> str:
         return f"has no label; {EXPECTED}"
     hint = ". If the line names the columns, remove it" if number == 1 else ""
     return (
-        f"has no label: its last field {last!r} is not a number; {EXPECTED}. Names of classes belong in "
-        f"classes.txt, one a line in the order of the labels{hint}"
+        f"has no label: its last field {last!r} is not a number; {EXPECTED}. Put class names into classes.txt, one "
+        f"a line in the order of the labels{hint}"
     )
 
 

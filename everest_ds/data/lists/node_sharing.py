@@ -1,7 +1,7 @@
-"""One reading of a long list for all ranks of a machine: the first one reads, the others map its memory.
+"""Sharing a long list between the ranks of a machine: the first rank reads it, the others map its memory.
 
-The rows' memory has no name in any file system. Its descriptor goes through a socket with an abstract name, made of
-the launch and the list, so that nothing is left behind by a rank that dies. A rank that gets nothing reads the list
+The memory has no name in any file system. Its descriptor is sent through a socket with an abstract name, made from
+the launch and the list, so a rank that dies leaves nothing behind. A rank that receives nothing reads the list
 itself.
 """
 
@@ -18,17 +18,17 @@ from pathlib import Path
 from everest_ds.data.lists.packed_rows import PackedRows
 from everest_ds.distributed import World
 
-# Shorter lists are read sooner than asked for.
+# Reading shorter lists is faster than asking for them.
 _LEAST_BYTES = 16 << 20
 _WAIT_S, _READING_S, _GLANCE_S = 30.0, 600.0, 0.05
 
 
 def read_on_node(files: list[Path], read: Callable[[], PackedRows], world: World) -> PackedRows:
-    """Return what ``read`` returns: called by one rank of a machine, or by each where that fails.
+    """Return the rows of ``read``, which one rank of each machine calls; if sharing fails, every rank calls it.
 
     Args:
-        files: What is read: the list first. They have to be the same for all ranks.
-        read: Reads.
+        files: Files that ``read`` reads, the list first; the same on all ranks.
+        read: Reads the rows.
         world: This rank's place on its machine.
     """
     known = [_identity(file) for file in files]
@@ -76,7 +76,7 @@ def _hand_out(door: socket.socket, rows: PackedRows, num_others: int) -> None:
                 with door.accept()[0] as other:
                     if _is_ours(other):
                         socket.send_fds(other, [message], [file])
-        except OSError:  # nobody came in time: they read it themselves
+        except OSError:  # a rank did not ask in time: it reads the list itself
             return
 
 
@@ -103,7 +103,7 @@ def _receive(address: str) -> PackedRows | None:
 
 
 def _is_ours(other: socket.socket) -> bool:
-    """Say whether a process of the same user is at the other end."""
+    """Return whether the process at the other end belongs to the same user."""
     size = struct.calcsize("3i")
     _, user, _ = struct.unpack("3i", other.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
     return bool(user == os.getuid())

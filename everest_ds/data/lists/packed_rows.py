@@ -1,7 +1,7 @@
-"""The rows of a list in little memory, which loader processes share; a `VideoRow` is made when it is taken.
+"""Compact storage of a list's rows in memory that workers share; a `VideoRow` is built when it is accessed.
 
-Five million rows as objects are gigabytes in every process. Here a row is the bytes of its path and 16 bytes more,
-32 where the list has windows, in memory that the workers of a rank map and do not copy.
+Five million rows as objects would take gigabytes in every process. Here a row takes the bytes of its path and 16
+more, 32 if the list has windows, in memory that the workers of a rank map without a copy.
 """
 
 import mmap
@@ -24,14 +24,14 @@ _NO_LINE = 0
 
 
 class RowChunk(NamedTuple):
-    """Some rows, as they are packed.
+    """Some rows in packed form.
 
     Attributes:
-        paths: Bytes of their paths, one after another.
-        lengths: Bytes of each.
-        labels: Classes, in 32 bits.
-        lines: Lines of the list, from 1; 0 where there is no list.
-        times_s: Start and end of each window, of shape (rows, 2), NaN without one; None where no row has one.
+        paths: Concatenated bytes of their paths.
+        lengths: Bytes of each path.
+        labels: Classes; each fits in 32 bits.
+        lines: Line numbers in the list, from 1; 0 without a list.
+        times_s: Start and end of each window, of shape (rows, 2), NaN for a row without one; None if none has one.
     """
 
     paths: bytes
@@ -42,14 +42,14 @@ class RowChunk(NamedTuple):
 
 
 class PackedRows(Sequence[VideoRow]):
-    """Rows of a list; of rows that are given as objects, `packed` makes one.
+    """The rows of a list; `packed` builds one from `VideoRow` objects.
 
     Args:
         chunks: The rows, in order; each chunk is dropped before the next is taken.
-        folder: What relative paths start from.
+        folder: Folder that relative paths start from.
 
     Attributes:
-        labels: int32, of all rows.
+        labels: int32, the class of each row.
     """
 
     labels: NDArray[np.int32]
@@ -63,7 +63,7 @@ class PackedRows(Sequence[VideoRow]):
             raise
 
     def _map(self, file: int, folder: Path, num_bytes: int, num_rows: int, has_times: bool) -> None:
-        """Lay arrays over the memory of a file, which is closed with this object."""
+        """Map the memory of a file as arrays; the file is closed with this object."""
         weakref.finalize(self, os.close, file)
         self._file, self._folder, self._shape = file, folder, (num_bytes, num_rows, has_times)
         start = _aligned(num_bytes)
@@ -84,18 +84,18 @@ class PackedRows(Sequence[VideoRow]):
 
     @property
     def memory(self) -> tuple[int, str, tuple[int, int, bool]]:
-        """The descriptor of the rows' memory, and what `of_memory` needs besides."""
+        """Arguments of `of_memory`: the descriptor of the rows' memory, the folder, and sizes."""
         return self._file, str(self._folder), self._shape
 
     @classmethod
     def of_memory(cls, file: int, folder: str, num_bytes: int, num_rows: int, has_times: bool) -> "PackedRows":
-        """Return the rows in the memory of another process; its descriptor is closed with them."""
+        """Return the rows in memory that another process created; the descriptor is closed with them."""
         rows = cls.__new__(cls)
         rows._map(file, Path(folder), num_bytes, num_rows, has_times)
         return rows
 
     def __reduce__(self) -> tuple[Callable[..., "PackedRows"], tuple[Any, ...]]:
-        """Go to a process that is being started as the memory itself, elsewhere as a copy of it."""
+        """Share the memory with a process that is being started; pickle a copy in all other cases."""
         if context.get_spawning_popen() is not None:
             return _reopen, (reduction.DupFd(self._file), str(self._folder), *self._shape)
         return _copy, (bytes(self._paths), str(self._folder), *self._shape)
@@ -124,7 +124,7 @@ class PackedRows(Sequence[VideoRow]):
         return (self[row] for row in range(len(self)))
 
     def __eq__(self, other: object) -> bool:
-        """Compare row by row, with rows of any kind of sequence."""
+        """Compare row by row, with any sequence of rows."""
         if not isinstance(other, Sequence):
             return NotImplemented
         return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
@@ -132,7 +132,7 @@ class PackedRows(Sequence[VideoRow]):
     __hash__ = None  # type: ignore[assignment]
 
     def chunks(self) -> Iterator[tuple[list[bytes], NDArray[np.int32], NDArray[np.float64] | None]]:
-        """Yield paths as the list has them, labels and windows, of many rows at a time."""
+        """Yield the paths as in the list, labels and windows of 100,000 rows at a time."""
         for start in range(0, len(self), _CHUNK_ROWS):
             part = slice(start, start + _CHUNK_ROWS)
             first = int(self._stops[start - 1]) if start else 0
@@ -145,7 +145,7 @@ class PackedRows(Sequence[VideoRow]):
         """Return the rows for which ``keep`` is true."""
 
         def chosen_chunks() -> Iterator[RowChunk]:
-            """Yield each chunk without the rows that are left out."""
+            """Yield the kept rows of each chunk."""
             for number, (paths, labels, times_s) in enumerate(self.chunks()):
                 part = slice(number * _CHUNK_ROWS, number * _CHUNK_ROWS + len(paths))
                 chosen = np.flatnonzero(keep[part])
@@ -162,7 +162,7 @@ class PackedRows(Sequence[VideoRow]):
 
 
 def packed(rows: Iterable[VideoRow]) -> PackedRows:
-    """Return rows packed, the same where they are."""
+    """Return rows in packed form; packed rows are returned as they are."""
     if isinstance(rows, PackedRows):
         return rows
     rows = list(rows)
@@ -180,7 +180,7 @@ def packed(rows: Iterable[VideoRow]) -> PackedRows:
 
 
 def _write(file: int, chunks: Iterable[RowChunk]) -> tuple[int, int, bool]:
-    """Write rows to a file; return the bytes of their paths, how many they are, and whether any has a window."""
+    """Write rows to a file; return the bytes of all paths, the number of rows, and whether any has a window."""
     num_bytes = 0
     stops, labels, lines, times_s = [], [], [], []
     for chunk in chunks:
@@ -201,7 +201,7 @@ def _write(file: int, chunks: Iterable[RowChunk]) -> tuple[int, int, bool]:
 
 
 def _write_all(file: int, content: Any) -> None:
-    view = memoryview(content).cast("B") if len(content) else memoryview(b"")  # no cast of an empty array
+    view = memoryview(content).cast("B") if len(content) else memoryview(b"")  # empty arrays cannot be cast
     while len(view):
         view = view[os.write(file, view) :]
 

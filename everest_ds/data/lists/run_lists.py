@@ -1,4 +1,4 @@
-"""The lists of a run, read and checked before anything heavy is imported."""
+"""Reading and checking the lists of a run, before anything heavy is imported."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,14 +26,14 @@ ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
 
 @dataclass(frozen=True, kw_only=True)
 class Lists:
-    """What the lists of a run hold.
+    """The lists of a run.
 
     Attributes:
-        config: The run, its classes counted.
+        config: Configuration of the run, with data.num_classes filled in.
         train: Training videos.
-        val: Videos that score the model during training, if there are any.
+        val: Videos that score the model during training; None without a list.
         classes: The classes; None in pre-training.
-        note: What people should know of the lists; None when there is nothing.
+        note: Oddities of the lists to print, such as duplicate rows; None if there are none.
     """
 
     config: Config
@@ -47,12 +47,12 @@ def read_lists(config: Config, world: World = ALONE) -> Lists:
     """Read the lists that a configuration names; long ones once for all ranks of a machine.
 
     Raises:
-        UserError: A list is missing, empty or leads to no files, or a label does not fit the classes.
+        UserError: A list is missing, empty or names no existing files, or a label does not fit the classes.
     """
     train_list = config.data.train_list
     if train_list is None:
         raise UserError(
-            "data.train_list is not set; give --data.train-list FILE (`everest demo-data DIR` makes one to try)"
+            "data.train_list is not set; add --data.train-list FILE (`everest demo-data DIR` makes one to try)"
         )
     read = partial(_read, quarantine=config.data.quarantine, world=world)
     train = read(train_list)
@@ -79,7 +79,7 @@ def read_lists(config: Config, world: World = ALONE) -> Lists:
 
 
 def _read_quarantine(name: str | None) -> set[VideoPart]:
-    """Read which videos to leave out; the file may be empty, as `everest check-data` leaves it for a sound list."""
+    """Return the videos to leave out; the file may be empty, as `everest check-data` writes it for a good list."""
     if name is None or (Path(name).is_file() and Path(name).stat().st_size == 0):
         return set()
     return {_resolved(row) for row in read_list(Path(name))}
@@ -90,13 +90,13 @@ def _read(name: str, *, quarantine: str | None, world: World) -> PackedRows:
     files = [path] if quarantine is None else [path, Path(quarantine)]
     rows = read_on_node(files, lambda: _read_kept(path, quarantine), world)
     if not rows:
-        raise UserError(f"data.quarantine leaves no video of {path}; check that it is the right list")
+        raise UserError(f"data.quarantine leaves no video of {path}; check that it is the right quarantine")
     require_reachable(rows, path)
     return rows
 
 
 def _read_kept(path: Path, quarantine: str | None) -> PackedRows:
-    """Read a list without what is to be left out; only where there is such, each row is looked up on the disk."""
+    """Read a list without the quarantined videos; real paths are looked up only if there is a quarantine."""
     rows, left_out = read_list(path), _read_quarantine(quarantine)
     if not left_out:
         return rows
@@ -104,7 +104,7 @@ def _read_kept(path: Path, quarantine: str | None) -> PackedRows:
 
 
 def _resolved(row: VideoRow) -> VideoPart:
-    """Return a row's part of a video, the same wherever the lists lie that name it."""
+    """Return a row's video and window with its real path, which is independent of the list's folder."""
     return row.real_path, row.start_s, row.end_s
 
 

@@ -1,10 +1,9 @@
-"""Lists of videos, as VideoMAE users have them: one ``path label`` a line, read and written.
+"""Reading and writing lists of videos in VideoMAE's format, one ``path label`` a line; finding videos in folders.
 
-The separator is a space, a tab or a comma; the label is the integer at the end, so paths may hold spaces and
-commas. Paths are absolute, or relative to the folder of the list. A path in double quotes loses them. Blank
-lines are skipped. After the label there may be a window, ``start end`` in seconds (``videos/a b.mp4 3 12 20.5``):
-then the row is that part of the video. `lists.list_line` has the rules in full. For `everest predict`,
-videos are also found by folder.
+The separator is a space, a tab or a comma; the label is the integer at the end, so paths may contain spaces and
+commas. Paths are absolute, or relative to the folder of the list, and may be in double quotes. Blank lines are
+skipped. After the label there may be a window, ``start end`` in seconds (``videos/a b.mp4 3 12 20.5``): then the
+row is that part of the video. The full rules are in `lists.list_line`.
 """
 
 import hashlib
@@ -36,20 +35,20 @@ _BYTE_ORDER_MARK = "\ufeff"
 _NUM_PROBED = 64
 _SHOWN_CHARACTERS = 120
 _BLOCK_BYTES = 1 << 20
-# No path is longer than 4096 bytes, or twice as many in quotes.
+# Paths have at most 4096 bytes, twice as many with doubled quotes; this leaves ample room.
 _MOST_LINE_BYTES = 16_384
-# Zero bytes as a share of a text in UTF-16, at least.
+# A text with a larger share of zero bytes counts as UTF-16.
 _ZERO_SHARE = 0.25
 
 
 def read_list(path: Path) -> PackedRows:
-    """Read a list of videos, block by block; plain lines are found by numpy (`lists.list_block`).
+    """Read a list of videos, block by block; plain lines are parsed with numpy (`lists.list_block`).
 
-    Names need not be UTF-8: a byte that is not stays what it is (surrogateescape).
+    Paths need not be UTF-8: other bytes are kept (surrogateescape).
 
     Raises:
-        UserError: The list is missing, is empty or is no text, or a line is no row of a list or has times that make
-            no window (with its number, and what it looks like).
+        UserError: The list is missing, empty or not text, or a line is not a row or has an invalid window (the
+            message has its number, and what it looks like).
     """
     try:
         with _open(path) as file:
@@ -65,7 +64,7 @@ def write_list(path: Path, rows: Sequence[VideoRow]) -> None:
     """Write a list that `read_list` reads as the same rows.
 
     Raises:
-        UserError: There is no row, or a path cannot stand in a list.
+        UserError: There is no row, or a path has a line break.
     """
     write_atomically(path, format_list(path, rows))
 
@@ -73,11 +72,11 @@ def write_list(path: Path, rows: Sequence[VideoRow]) -> None:
 def format_list(path: Path, rows: Sequence[VideoRow]) -> str:
     """Return the text of a list that will be at ``path``.
 
-    Videos below the list's folder are named relative to it, so that they can move together; others by their
-    absolute path. A path with spaces, commas or a quote at an end is put in double quotes.
+    Videos below the list's folder get relative paths, so that both can be moved together; others get absolute
+    paths. A path with spaces, commas or a quote at an end is put in double quotes.
 
     Raises:
-        UserError: There is no row, or a path cannot stand in a list.
+        UserError: There is no row, or a path has a line break.
     """
     if not rows:
         raise UserError(f"no video for the list {path}; expected at least one")
@@ -85,7 +84,7 @@ def format_list(path: Path, rows: Sequence[VideoRow]) -> str:
 
 
 def can_be_listed(path: Path) -> bool:
-    """Say whether a new list may name a path: it has no line break of any kind, and is UTF-8."""
+    """Return whether a new list may contain a path: it has no line break of any kind, and is UTF-8."""
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError:
@@ -98,9 +97,9 @@ def _is_one_line(path: Path) -> bool:
 
 
 def describe_repeats(rows: Sequence[VideoRow]) -> str | None:
-    """Return what people should know of rows that repeat an earlier one's video and window; None without any.
+    """Return a note on rows with the video and window of an earlier row; None if there are none.
 
-    They are kept: a video that is listed twice is seen, or scored, twice, which some want and most do not.
+    They are kept: a video that is listed twice is trained on, or scored, twice, which may be intended.
     """
     rows = packed(rows)
     hashes = _hash_parts(rows)
@@ -108,7 +107,7 @@ def describe_repeats(rows: Sequence[VideoRow]) -> str | None:
     repeats = hashes[order[1:]] == hashes[order[:-1]]
     if not repeats.any():
         return None
-    # Of rows with equal hashes, which stand together in their order, the first is what the others repeat.
+    # Rows with equal hashes are now neighbours, in their order in the list; the first of them is repeated.
     starts = np.maximum.accumulate(np.where(np.concatenate([[False], repeats]), 0, np.arange(len(order))))
     places, first = order[1:][repeats], order[starts[1:][repeats]]
     others = int((rows.labels[places] != rows.labels[first]).sum())
@@ -121,7 +120,7 @@ def describe_repeats(rows: Sequence[VideoRow]) -> str | None:
 
 
 def _hash_parts(rows: PackedRows) -> NDArray[np.int64]:
-    """Return 64 bits of each row, from its path and window; different rows have different ones."""
+    """Return a 64-bit hash of each row's path and window; collisions are negligible."""
     hashes = np.empty(len(rows), np.int64)
     done = 0
     for paths, _, times_s in rows.chunks():
@@ -135,7 +134,7 @@ def _hash_parts(rows: PackedRows) -> NDArray[np.int64]:
 
 
 def fingerprint(rows: Sequence[VideoRow]) -> str:
-    """Return how many videos a list has, and a digest of names, labels and windows in order, without folders."""
+    """Return the number of rows, and a digest of file names (without folders), labels and windows in order."""
     digest = hashlib.sha256()
     separator = b""
     for paths, labels, times_s in packed(rows).chunks():
@@ -151,7 +150,7 @@ def fingerprint(rows: Sequence[VideoRow]) -> str:
 
 
 def _format_ends(labels: NDArray[np.int32], times_s: NDArray[np.float64]) -> list[bytes]:
-    """Return labels and windows as lines have them; quick where no time has an exponent, and every row a window."""
+    """Return labels and windows as in a list's lines; fast if all rows have windows, without exponents."""
     times = [repr(time) for time in times_s.ravel().tolist()]
     pairs = zip(labels.tolist(), times[::2], times[1::2], strict=True)
     text = "\n".join([f"{label} {start} {end}" for label, start, end in pairs])
@@ -164,9 +163,9 @@ def _format_ends(labels: NDArray[np.int32], times_s: NDArray[np.float64]) -> lis
 
 
 def require_reachable(rows: Sequence[VideoRow], source: Path) -> None:
-    """Check that the list points at files, by looking at a few rows spread over it.
+    """Check that the list names existing files, on a few rows spread over it.
 
-    Single missing files are found when they are read; a list whose paths start in the wrong folder is found here.
+    This finds a list whose paths start from the wrong folder. Single missing files are found when they are read.
 
     Raises:
         UserError: None of the probed files exists, or all that exist are folders.
@@ -177,8 +176,8 @@ def require_reachable(rows: Sequence[VideoRow], source: Path) -> None:
     folder = next((row.path for row in probed if os.path.isdir(row.path)), None)
     if folder is not None:
         raise UserError(
-            f"{source} names folders, {folder} for instance; only video files are read. Make a video of each "
-            "folder of frames, or list the videos in it (`everest index folder`)"
+            f"{source} names folders, e.g. {folder}; only video files are read. Make a video from each folder of "
+            "frames, or list the videos in it (`everest index folder`)"
         )
     raise UserError(
         f"none of {len(probed)} files probed from {source} exists, the first is {probed[0].path}; "
@@ -189,18 +188,18 @@ def require_reachable(rows: Sequence[VideoRow], source: Path) -> None:
 def find_videos(paths: Sequence[Path]) -> list[Path]:
     """Return the videos of files and folders, in the order given, those of a folder sorted by path.
 
-    A file counts whatever its name, and what is there and is none (a pipe, a link in a circle) as one. Folders are
-    searched to any depth for files with a video's suffix; hidden files and folders are passed over, links to
-    folders not followed. A video that is met twice is returned once.
+    A path that is not a folder counts as a video, whatever its name, even a pipe or a circular link; reading it may
+    fail later. Folders are searched to any depth for files with a video's suffix; hidden files and folders are
+    skipped, links to folders are not followed. A video that is found twice is returned once.
 
     Raises:
-        UserError: A path does not exist, a folder cannot be read, or holds no video.
+        UserError: A path does not exist, or a folder cannot be read or contains no video.
     """
     found: list[Path] = []
     for path in paths:
-        if os.path.isdir(path):  # False, too, where the file system refuses the path
+        if os.path.isdir(path):  # also False if the file system refuses the path
             found += _videos_below(path)
-        elif _is_there(path):  # what is no file is a video that cannot be read
+        elif _is_there(path):
             found.append(path)
         else:
             raise UserError(f"{path} is neither a file nor a folder; expected a video or a folder of videos")
@@ -218,14 +217,14 @@ def _videos_below(folder: Path) -> list[Path]:
         videos += [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
     if not videos:
         raise UserError(
-            f"{folder} holds no video: no file in it or below it ends in one of "
+            f"{folder} contains no video: no file in it or below it ends in one of "
             f"{', '.join(VIDEO_SUFFIXES)}; name another folder, or the files themselves"
         )
     return sorted(videos)
 
 
 def _is_there(path: Path) -> bool:
-    """Say whether something has this name, or nothing can be told of it."""
+    """Return whether the path exists, or its existence cannot be determined."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -238,16 +237,16 @@ def _is_there(path: Path) -> bool:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # no permission, a name that none can have, storage gone
+    except (OSError, ValueError):  # no permission, an impossible name, storage gone
         return False
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open a list; a pipe or a device, which might never end, is refused and not waited for."""
+    """Open a list without blocking; a pipe or a device is refused, since it might never end."""
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise UserError(f"cannot read the list of videos {path}: it is no file; write the lines into one")
+        raise UserError(f"cannot read the list of videos {path}: it is not a file; write the lines into a file")
     return os.fdopen(file, "rb")
 
 
@@ -263,12 +262,12 @@ def _read_chunks(file: BinaryIO, source: Path) -> Iterator[RowChunk]:
 
 
 def _read_blocks(file: BinaryIO, source: Path) -> Iterator[bytes]:
-    """Yield a list's bytes, cut at ends of lines, with one at its end; a line without an end ends the reading."""
+    """Yield a list's bytes in blocks of whole lines; reading ends at a line that is far too long."""
     content = file.read(_BLOCK_BYTES)
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"the list of videos {source} is not UTF-8 text but UTF-16; save it as UTF-8")
+        raise UserError(f"the list of videos {source} is UTF-16 text, not UTF-8; save it as UTF-8")
     if content.count(0) > _ZERO_SHARE * len(content):
-        raise UserError(f"the list of videos {source} holds zero bytes, as UTF-16 text does; save it as UTF-8")
+        raise UserError(f"the list of videos {source} contains zero bytes, like UTF-16 text; save it as UTF-8")
     content = content.removeprefix(_BYTE_ORDER_MARK.encode())
     while more := file.read(_BLOCK_BYTES):
         stop = max(content.rfind(b"\n"), content.rfind(b"\r", 0, -1)) + 1
@@ -284,7 +283,7 @@ def _read_blocks(file: BinaryIO, source: Path) -> Iterator[bytes]:
 def _pack(block: LineBlock, source: Path, first: int) -> RowChunk:
     """Return the rows of a block whose first line has the number ``first``."""
     plain = block.is_plain & (block.ends - block.starts <= _MOST_LINE_BYTES)
-    plain[0] &= first > 1  # of a list's first line it matters that it is
+    plain[0] &= first > 1  # only `parse_line` recognises a header row, in the list's first line
     numbers = np.arange(len(plain)) + first
     has_times = not np.isnan(block.times_s[plain, 0]).all()
     if plain.all():
@@ -329,7 +328,7 @@ def _parse_line(line: str, source: Path, number: int) -> ListLine:
 
 def _format_row(row: VideoRow, target: Path) -> str:
     if not _is_one_line(row.path):
-        raise UserError(f"{str(row.path)!r} cannot stand in the list {target}: it holds a line break; rename it")
+        raise UserError(f"{str(row.path)!r} cannot be in the list {target}: it has a line break; rename it")
     name = str(
         row.path.relative_to(target.parent) if row.path.is_relative_to(target.parent) else row.path.absolute()
     )
@@ -346,7 +345,7 @@ def _format_window(start_s: float, end_s: float) -> str:
 
 
 def _format_time(time_s: float) -> str:
-    """Return a time with a point, without an exponent, in as many digits as it takes to read the same again."""
+    """Return a time with a decimal point, no exponent, and enough digits to be read as the same float."""
     text = repr(float(time_s))
     if "e" in text:
         text = format(Decimal(text), "f")

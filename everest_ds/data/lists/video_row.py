@@ -1,4 +1,4 @@
-"""One row of a list: a video, its class, and a window of it where there is one."""
+"""One row of a list: a video, its class, and perhaps a window of it."""
 
 import math
 import os
@@ -8,23 +8,23 @@ from pathlib import Path
 from everest_ds.errors import UserError
 
 VideoPart = tuple[Path, float | None, float | None]
-"""A video, and start and end of a window of it in seconds; Nones for all of it."""
+"""A video, and start and end of a window in seconds; both None for the whole video."""
 
 
 @dataclass(frozen=True)
 class VideoRow:
-    """One row of a list: where a video is, and its class (-1 where the list says so, for unlabelled video).
+    """One row of a list.
 
     Attributes:
-        path: Absolute, or relative to where the program runs.
-        label: Class.
-        line: Line of the list, from 1; None where there is no list.
-        start_s: Where the row's part of the video starts, in seconds from its first frame; None, as ``end_s``,
-            for all of it.
-        end_s: Where it ends, in seconds, after the start.
+        path: The video; absolute, or relative to the working directory.
+        label: Class; by convention -1 for unlabelled videos.
+        line: Line of the list, from 1; None without a list.
+        start_s: Start of the window in seconds from the video's first frame; None (with ``end_s``) for the whole
+            video.
+        end_s: End of the window in seconds, above ``start_s``.
 
     Raises:
-        UserError: Only one of the two times is given, one is not finite, or they make no window.
+        UserError: Only one of the two times is given, a time is negative or not finite, or the window is empty.
     """
 
     path: Path
@@ -41,35 +41,35 @@ class VideoRow:
 
     @property
     def part(self) -> VideoPart:
-        """The video and the window of it: what tells a row's frames from all others'."""
+        """The video and its window, which together identify the row's frames."""
         return self.path, self.start_s, self.end_s
 
     @property
     def real_path(self) -> Path:
-        """The file itself, past all links as far as they lead anywhere; looks at the disk."""
+        """The path with all links resolved as far as possible; reads the disk."""
         try:
-            return Path(os.path.realpath(self.path))  # Path.resolve raises for links in a circle
+            return Path(os.path.realpath(self.path))  # Path.resolve raises for circular links
         except ValueError:  # a zero byte in the name
             return self.path
 
     @property
     def name(self) -> str:
-        """The path, and the window in seconds where there is one, for people."""
+        """The path, and the window in seconds if there is one, for messages."""
         if self.start_s is None or self.end_s is None:
             return str(self.path)
         return f"{self.path} [{self.start_s:.15g}, {self.end_s:.15g}) s"
 
 
 def window_fault(start_s: float | None, end_s: float | None) -> str | None:
-    """Return what is wrong with a window of seconds, None for nothing and where there is no window."""
+    """Return what is wrong with a window of seconds; None for a valid window and for no window."""
     if start_s is None and end_s is None:
         return None
     if start_s is None or end_s is None:
-        return f"a window has a start and an end, got start {start_s} and end {end_s}; give both or neither"
+        return f"a window needs a start and an end, got start {start_s} and end {end_s}; give both or neither"
     if not (math.isfinite(start_s) and math.isfinite(end_s)):
         return f"the window from {start_s} s to {end_s} s is not finite; expected two numbers of seconds"
     if start_s < 0:
         return f"the window starts at {start_s} s; expected 0 or later"
     if end_s <= start_s:
-        return f"the window from {start_s} s to {end_s} s ends before it has begun; expected an end after the start"
+        return f"the window from {start_s} s to {end_s} s is empty; expected an end after the start"
     return None

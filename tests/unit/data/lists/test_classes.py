@@ -26,7 +26,7 @@ def test_names_are_read_in_the_order_of_the_labels(tmp_path: Path) -> None:
     [
         (b"a\n\nb\n", "names.txt, line 2 is blank"),
         (b"\na\n", "line 1 is blank"),
-        (b"a\nb\na\n", "line 3: 'a' is the name of line 1 already"),
+        (b"a\nb\na\n", "line 3: 'a' is already in line 1; make names unique"),
         (b"", "are empty"),
         (b" \n", "are empty"),
         (b"\xff\xfe\x00\x81", "are not UTF-8 text"),
@@ -83,9 +83,13 @@ def test_given_number_counts_and_must_agree_with_the_names(tmp_path: Path) -> No
             r"train\.csv, line 2: label 3 of .*v1\.mp4 is not in the range 0 to 2 \(data.num_classes=3\)",
         ),
         ((0, 1, -1), None, r"train\.csv, line 3: label -1 of .*v2\.mp4 is not in the range 0 to 1"),
-        ((-1, -1), None, r"label -1 of .*v0\.mp4 is not in the range 0 and above; mend"),
-        ((0, 2**31 - 1, 1), None, r"train\.csv, line 2: label 2147483647 makes 2147483648 classes; mend it"),
-        ((0, 0), None, r"train\.csv has one class only \(the largest label says so\)"),
+        ((-1, -1), None, r"label -1 of .*v0\.mp4 is not in the range 0 and above; correct"),
+        (
+            (0, 2**31 - 1, 1),
+            None,
+            r"train\.csv, line 2: label 2147483647 would mean 2147483648 classes; correct it",
+        ),
+        ((0, 0), None, r"train\.csv has only one class \(the largest label is 0\)"),
     ],
 )
 def test_labels_out_of_range_are_refused(
@@ -108,9 +112,9 @@ def test_scored_list_must_keep_to_the_range_and_to_trained_classes(tmp_path: Pat
     rows, source = write_list(tmp_path, 0, 1, 1, name="val.csv")
     require_known_labels(rows, source, classes, {0, 1})
     rows, source = write_list(tmp_path, 0, 3, 1, 3, name="val.csv")
-    with pytest.raises(UserError, match=r"val\.csv, line 2: .*v1\.mp4 is of class 3 \(d\);") as caught:
+    with pytest.raises(UserError, match=r"val\.csv, line 2: .*v1\.mp4 has class 3 \(d\), but") as caught:
         require_known_labels(rows, source, classes, {0, 2})
-    assert "the training list has no video of class 1 (b), class 3 (d): add" in str(caught.value)
+    assert "the training list has no video of class 1 (b), class 3 (d); add" in str(caught.value)
     rows, source = write_list(tmp_path, 0, 4, name="val.csv")
     with pytest.raises(UserError, match=r"line 2: label 4 .* 0 to 3 \(the run has 4 classes\)"):
         require_known_labels(rows, source, classes, {0, 1, 2, 3})

@@ -35,7 +35,7 @@ def test_size_and_both_ends_are_compared(place: int, tmp_path: Path) -> None:
         data = bytearray(row.path.read_bytes())
         data[place] ^= 1
         row.path.write_bytes(data)
-    assert "16 of 16 videos that were looked at" in str(describe_change(was, sample_contents(rows)))
+    assert "16 of 16 sampled videos" in str(describe_change(was, sample_contents(rows)))
 
 
 def test_files_that_cannot_be_read_do_not_count(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_files_that_cannot_be_read_do_not_count(tmp_path: Path) -> None:
     assert describe_change(sample_contents(rows), was) is None
     rows[4].path.write_bytes(b"short")
     changed = describe_change(was, sample_contents(rows))
-    assert changed == "1 of 1 videos that were looked at hold something else now, 4 ü.mp4 for instance"
+    assert changed == "1 of 1 sampled videos have other content now, e.g. 4 ü.mp4"
 
 
 def test_names_are_printed_escaped(tmp_path: Path) -> None:

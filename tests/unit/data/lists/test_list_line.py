@@ -122,7 +122,7 @@ def test_list_of_another_encoding_is_named(tmp_path: Path) -> None:
 def test_list_of_folders_is_named(tmp_path: Path) -> None:
     (tmp_path / "clip_a").mkdir()
     (tmp_path / "a.csv").write_text("clip_a 3\n")
-    with pytest.raises(UserError, match=r"names folders, .*clip_a for instance; only video files are read"):
+    with pytest.raises(UserError, match=r"names folders, e.g. .*clip_a; only video files are read"):
         require_reachable(read_list(tmp_path / "a.csv"), tmp_path / "a.csv")
 
 

@@ -47,7 +47,7 @@ def test_labels_that_skip_a_number_are_classes_without_a_training_video(tmp_path
     assert lists.classes.num == 4
     assert lists.note == "no training video for class 1, class 2"
     with pytest.raises(
-        UserError, match=r"test_list\.csv, line 2: .* is of class 2; the training list has no video"
+        UserError, match=r"test_list\.csv, line 2: .* has class 2, but the training list has no video"
     ):
         read(tmp_path, train_list="a.mp4 0\nb.mp4 3\n", test_list="a.mp4 0\na.mp4 2\n")
 

@@ -75,9 +75,9 @@ def test_byte_order_mark_crlf_and_blank_lines_are_no_part_of_a_row(tmp_path: Pat
         ("a.mp4 zero\n", "line 1: 'a.mp4 zero' has no label: its last field 'zero' is not a number"),
         ("a.mp4 1.5\n", "has the label 1.5, which is not a whole number"),
         ("a.mp4 3 1.5\n", "a window needs both times"),
-        ("a.mp4 3 2 1.5\n", "line 1: 'a.mp4 3 2 1.5': the window from 2.0 s to 1.5 s ends before"),
+        ("a.mp4 3 2 1.5\n", "line 1: 'a.mp4 3 2 1.5': the window from 2.0 s to 1.5 s is empty"),
         ("a.mp4 0\na.mp4 3 -1.0 2.0\n", "line 2: 'a.mp4 3 -1.0 2.0': the window starts at -1.0 s"),
-        ("a.mp4 3 2.0 2.0\n", "line 1: 'a.mp4 3 2.0 2.0': the window from 2.0 s to 2.0 s ends before"),
+        ("a.mp4 3 2.0 2.0\n", "line 1: 'a.mp4 3 2.0 2.0': the window from 2.0 s to 2.0 s is empty"),
         ("a.mp4 3 -2.0 -1.0\n", "starts at -2.0 s"),
         (f"a.mp4 3 1.0 {'9' * 400}.0\n", "is not finite"),
     ],
@@ -97,7 +97,7 @@ def test_missing_list_and_a_list_that_is_no_text_are_refused(tmp_path: Path) -> 
     with pytest.raises(UserError, match="not UTF-8"):
         read_list(tmp_path / "video.csv")
     os.mkfifo(tmp_path / "pipe.csv")  # nobody writes to it
-    with pytest.raises(UserError, match="it is no file"):
+    with pytest.raises(UserError, match="it is not a file"):
         read_list(tmp_path / "pipe.csv")
 
 
@@ -153,7 +153,7 @@ def test_find_videos_refuses_a_missing_path_and_a_folder_without_videos(tmp_path
     touch(tmp_path, "empty/notes.txt", "good/1.mp4")
     with pytest.raises(UserError, match=r"absent is neither a file nor a folder"):
         find_videos([tmp_path / "good", tmp_path / "absent"])
-    with pytest.raises(UserError, match=r"empty holds no video: no file .* ends in one of .*\.mp4"):
+    with pytest.raises(UserError, match=r"empty contains no video: no file .* ends in one of .*\.mp4"):
         find_videos([tmp_path / "good", tmp_path / "empty"])
 
 
@@ -185,7 +185,7 @@ def test_window_follows_the_label(
     ("start", "end", "message"),
     [
         (-0.5, 2.0, "starts at"),
-        (2.0, 1.0, "ends before"),
+        (2.0, 1.0, "is empty"),
         (math.nan, 1.0, "not finite"),
         (0.0, math.inf, "not finite"),
         (1.0, None, "give both or neither"),
@@ -260,7 +260,7 @@ def test_written_list_is_read_as_the_same_rows(
     root = folder if below else Path("/elsewhere")
     rows = [VideoRow(root / name, label, start_s=start, end_s=end) for name in names]
     if any(len(name.splitlines()) != 1 or name.splitlines()[0] != name for name in names):
-        with pytest.raises(UserError, match="cannot stand in the list"):
+        with pytest.raises(UserError, match="cannot be in the list"):
             write_list(folder / "list.csv", rows)
         return
     write_list(folder / "list.csv", rows)
@@ -409,6 +409,6 @@ def test_nothing_to_write_and_names_with_line_breaks_are_refused(tmp_path: Path)
         write_list(tmp_path / "list.csv", [])
     assert not can_be_listed(Path("a\u2028.mp4"))
     assert not can_be_listed(Path(os.fsdecode(b"\xfc.mp4")))
-    with pytest.raises(UserError, match="holds a line break; rename it"):
+    with pytest.raises(UserError, match="has a line break; rename it"):
         write_list(tmp_path / "list.csv", [VideoRow(Path("a\n.mp4"), 0)])
     assert not (tmp_path / "list.csv").exists()
