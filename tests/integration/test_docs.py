@@ -196,7 +196,7 @@ def test_strategy_of_the_page_is_added_by_its_patch(copy: Path) -> None:
         "grid = TokenGrid(time=4, rows=2, cols=3)\n"
         "rule = SelectionRule(strategy='frame', selected_ratio=0.5, visible_ratio=0.25)\n"
         "kept = rule.select(grid, torch.tensor([[0.3, 0.1, 0.9, 0.2]]))\n"
-        "print(sorted(kept.visible.positions.tolist()), sorted(kept.target.positions.tolist()))"
+        "print(sorted(kept.visible.position_M.tolist()), sorted(kept.target.position_M.tolist()))"
     )
     shown = subprocess.run(
         [sys.executable, "-c", whole_steps], cwd=copy, env=environment, capture_output=True, text=True, check=True
