@@ -10,11 +10,12 @@ from everest_ds.commands.parsing import parse
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.study.conditions import StudyJob, StudyOptions
+from everest_ds.study.worlds.drawing import require_drawing
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Compare selections, ratios, distances and budgets on demo data, over seeds; resume where it stopped."""
+    """Compare selections, ratios, distances and budgets on small videos, over seeds; resume where it stopped."""
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """Where videos, runs and results go."""
@@ -22,8 +23,10 @@ class Arguments:
 
 
 def main(words: list[str], world: World) -> StudyJob:
-    """Parse."""
+    """Parse, and refuse a world that cannot be drawn here."""
     if world.size > 1:
         raise UserError("everest study starts its runs itself; start it without a launcher")
     arguments = parse(Arguments, words, "everest study", world)
+    if arguments.options.world == "physics":
+        require_drawing()
     return StudyJob(folder=arguments.folder, options=arguments.options)

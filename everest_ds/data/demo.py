@@ -10,10 +10,11 @@ identical byte by byte. The order of the draws is part of the format.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import av
 import numpy as np
@@ -280,11 +281,32 @@ def _disc_mask(radius: int) -> NDArray[np.bool_]:
     return (rows**2 + cols**2 <= radius**2)[:, :, None]
 
 
+class VideoSet(Protocol):
+    """Labelled videos that can be drawn: what `DemoConfig` says of its own."""
+
+    @property
+    def gop(self) -> int: ...
+
+    @property
+    def class_names(self) -> list[str]: ...
+
+    @property
+    def stamp(self) -> str: ...
+
+    def count(self, split: str) -> int: ...
+
+
 def write_demo_data(folder: Path, config: DemoConfig) -> list[Path]:
+    """Write a demo dataset as `write_videos` does; return its lists."""
+    return write_videos(folder, config, lambda split, number: render_video(config, split, number))
+
+
+def write_videos(folder: Path, config: VideoSet, render_one: Callable[[str, int], NDArray[np.uint8]]) -> list[Path]:
     """Write videos, classes.txt, one list for each split and a stamp with the settings; return the lists.
 
-    A folder with the complete dataset is left as it is; an incomplete one is completed. Lists are written after all
-    videos.
+    ``render_one`` returns the frames_THWC of a video by split and number; its class is the number modulo the number
+    of classes. A folder with the complete dataset is left as it is; an incomplete one is completed. Lists are
+    written after all videos.
 
     Raises:
         UserError: The folder contains something else, or a dataset with other settings.
@@ -313,7 +335,7 @@ def write_demo_data(folder: Path, config: DemoConfig) -> list[Path]:
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
             with atomic_path(path) as partial:
-                encode_h264(partial, render_video(config, split, number), gop=config.gop)
+                encode_h264(partial, render_one(split, number), gop=config.gop)
     for path in lists:
         rows = (f"{_video_name(path.stem, i)} {i % len(names)}\n" for i in range(config.count(path.stem)))
         write_atomically(path, "".join(rows))

@@ -6,9 +6,10 @@ batches and number of visible tokens. Conditions that differ in fine-tuning alon
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from everest_ds.errors import UserError, nearest_hint
+from everest_ds.study.paired import MAX_SEEDS
 
 BASELINE = "baseline"
 NO_PRETRAINING = "none"
@@ -45,6 +46,8 @@ class Condition:
     is_main: bool = False
 
 
+# What the physics world is studied under, unless --only names others: the question of the paper's Tables 2 and 17.
+_OF_PHYSICS = (BASELINE, "random", "tube", NO_PRETRAINING)
 _MAIN = (BASELINE, "random", "tube", "running-cell", "ascending", NO_PRETRAINING)
 _ASCENDING = ("--selection.order", "ascending")
 
@@ -128,22 +131,34 @@ GROUPS = (
 class StudyOptions:
     """How much to study, and how many runs at a time."""
 
+    world: Literal["discs", "physics"] = "discs"
+    """discs: which of four textured discs drifts; physics: whether a block falls, a ball rolls, a pendulum swings
+    or a rotor spins, simulated and drawn by MuJoCo (the extra `physics`), under four conditions."""
     quick: bool = False
     """The main conditions alone, half the steps, one seed unless --seeds names others."""
     seeds: tuple[int, ...] | None = None
-    """Seeds of weights, order, selection and labelled videos; 0 1 2 without this, 0 in a quick study."""
+    """Seeds of weights, order, selection and labelled videos; without this 0 1 2, in the physics world 0 to 5, and
+    0 in a quick study."""
     jobs: int | None = None
     """Runs at a time; without this, one a CPU core, or four a GPU."""
     only: tuple[str, ...] = ()
-    """Conditions to run, by name; all without this."""
+    """Conditions to run, by name; all of the world without this."""
     shake: int = 0
-    """Pixels by which the camera shakes."""
+    """Pixels by which the camera shakes, among discs."""
+    data_seed: int = 0
+    """Seed of the videos."""
 
     def __post_init__(self) -> None:
         if self.jobs is not None and self.jobs < 1:
             raise UserError(f"--jobs {self.jobs} must be at least 1")
         if self.seeds is not None and len(set(self.seeds)) < max(len(self.seeds), 1):
             raise UserError(f"--seeds {self.seeds} must be one or more different numbers")
+        if self.seeds is not None and len(self.seeds) > MAX_SEEDS:
+            raise UserError(f"--seeds names {len(self.seeds)} seeds, expected at most {MAX_SEEDS}")
+        if self.shake and self.world != "discs":
+            raise UserError(f"--shake {self.shake} has no effect with --world {self.world}; leave it out")
+        if self.data_seed < 0:
+            raise UserError(f"--data-seed {self.data_seed} must be at least 0")
         known = [condition.name for condition in CONDITIONS]
         for name in self.only:
             if name not in known:
@@ -153,7 +168,14 @@ class StudyOptions:
     def conditions(self) -> list[Condition]:
         if self.only:
             return [condition for condition in CONDITIONS if condition.name in self.only]
+        if self.world == "physics":
+            return [condition for condition in CONDITIONS if condition.name in _OF_PHYSICS]
         return [condition for condition in CONDITIONS if condition.is_main or not self.quick]
+
+    @property
+    def seeds_to_run(self) -> tuple[int, ...]:
+        """The seeds, or those of the world."""
+        return self.seeds or ((0,) if self.quick else tuple(range(6 if self.world == "physics" else 3)))
 
 
 @dataclass(frozen=True, kw_only=True)

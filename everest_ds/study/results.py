@@ -16,6 +16,7 @@ from everest_ds.files import write_atomically
 from everest_ds.inference.results import SUMMARY
 from everest_ds.study.conditions import BASELINE, GROUPS, Condition, Group, Row
 from everest_ds.study.jobs import Job, read_metrics
+from everest_ds.study.paired import PairedTest, compare_pairs
 from everest_ds.train.tasks import make_task
 
 _HEADER = (
@@ -24,8 +25,14 @@ _HEADER = (
 )
 _NOTES = (
     "Mean and standard deviation over seeds. GMACs of one clip, forward and backward. Seconds of the steps alone, "
-    "with other runs beside them. The paper's figures are of its own data and models: compare orders, not values."
+    "with other runs beside them. The paper's figures are of its own data and models: compare orders, not values. "
+    "Differences are paired by seed; p is that of all choices of signs, not corrected for several tests."
 )
+_PAIRED_HEADER = (
+    "| the baseline minus | score | mean difference, points | interval (coverage) | p, two-sided | seeds ahead |\n"
+    "|---|---|---|---|---|---|"
+)
+_SCORES = {"finetune_top1": "fine-tuned", "probe_top1": "linear probe"}
 # Layout of a plot, in pixels.
 _ROW, _LEFT, _WIDTH, _TOP, _BOTTOM, _RIGHT = 34, 330, 420, 58, 34, 24
 _STYLE = """
@@ -120,6 +127,12 @@ def write_report(folder: Path, results: Sequence[Result], *, chance: float) -> s
     write_atomically(folder / "results.jsonl", "".join(json.dumps(asdict(result)) + "\n" for result in results))
     text = make_table(results, chance=chance)
     write_atomically(folder / "table.md", text + "\n")
+    lines = [
+        json.dumps({"group": group.name, "condition": row.condition, "score": score} | asdict(test)) + "\n"
+        for group in GROUPS
+        for row, score, test in _compare(_rows_of(group, results))
+    ]
+    write_atomically(folder / "paired.jsonl", "".join(lines))
     for group in GROUPS:
         if _rows_of(group, results):
             write_atomically(folder / f"{group.name}.svg", draw_group(group, results, chance=chance))
@@ -133,6 +146,8 @@ def make_table(results: Sequence[Result], *, chance: float) -> str:
         if rows := _rows_of(group, results):
             lines = [_table_row(row, own) for row, own in rows]
             parts.append("\n".join([f"**{group.title}**\n", _HEADER, *lines]))
+            if tests := _compare(rows):
+                parts.append("\n".join([_PAIRED_HEADER, *(_paired_row(*test) for test in tests)]))
     return "\n\n".join(parts)
 
 
@@ -144,12 +159,33 @@ def _rows_of(group: Group, results: Sequence[Result]) -> list[tuple[Row, list[Re
 
 
 def _table_row(row: Row, own: Sequence[Result]) -> str:
-    tuned, probe = (_percent([getattr(r, name) for r in own]) for name in ("finetune_top1", "probe_top1"))
+    tuned, probe = (_percent([getattr(r, name) for r in own]) for name in _SCORES)
     seconds = [statistics.fmean(getattr(r, name) for r in own) for name in ("pretrain_s", "finetune_s")]
     paper = "-" if row.paper is None else f"{row.paper:.2f}"
     return (
         f"| {row.label} | {tuned} | {probe} | {len(own)} | {own[0].pretrain_gmacs:.4f} / "
         f"{own[0].finetune_gmacs:.4f} | {seconds[0]:.0f} / {seconds[1]:.0f} | {paper} |"
+    )
+
+
+def _compare(rows: Sequence[tuple[Row, list[Result]]]) -> list[tuple[Row, str, PairedTest]]:
+    """Return a test of the baseline against each other row, by score, over the two or more seeds that both have."""
+    base = {result.seed: result for row, own in rows if row.condition == BASELINE for result in own}
+    tests = []
+    for row, own in rows:
+        pairs = [(base[result.seed], result) for result in own if result.seed in base]
+        if row.condition != BASELINE and len(pairs) > 1:
+            for score in _SCORES:
+                differences = [getattr(ours, score) - getattr(theirs, score) for ours, theirs in pairs]
+                tests.append((row, score, compare_pairs(differences)))
+    return tests
+
+
+def _paired_row(row: Row, score: str, test: PairedTest) -> str:
+    mean, low, high = (f"{100 * share:+.1f}" for share in (test.mean, test.low, test.high))
+    return (
+        f"| {row.label} | {_SCORES[score]} | {mean} | {low} to {high} ({test.coverage:.1%}) | "
+        f"{test.p:.3f} | {test.ahead} of {test.n} |"
     )
 
 

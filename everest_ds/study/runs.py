@@ -1,11 +1,12 @@
 """What `everest study` does: which runs there are, in which order, and what is written.
 
-DIR/data/             the videos: the class is what moves, on a cluttered background
+DIR/data/             the videos: the class is what moves, before what stands still
     labelled-0.csv    the few labelled videos of a seed
     study.json        the settings; another study needs another folder
     commands.sh       every command, to run one by hand
     runs/NAME-SEED/   pretrain, probe, finetune: run directories, with their commands and logs
     results.jsonl     one line a condition and seed
+    paired.jsonl      the baseline against each other condition over the seeds, one line a score
     table.md, *.svg   results, by table of the paper
 """
 
@@ -20,7 +21,7 @@ from types import FrameType
 
 import torch
 
-from everest_ds.data.demo import TEXTURES, DemoConfig, write_demo_data
+from everest_ds.data.demo import DemoConfig, write_demo_data
 from everest_ds.data.lists.video_list import read_list
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
@@ -28,10 +29,12 @@ from everest_ds.files import write_atomically
 from everest_ds.study.conditions import NO_PRETRAINING, PRETRAININGS, Condition, StudyJob, StudyOptions
 from everest_ds.study.jobs import Job, JobKind, Runner
 from everest_ds.study.results import outcome_text, read_result, write_report
+from everest_ds.study.worlds.physics import PhysicsConfig, write_physics_data
 from everest_ds.train.checkpoints.owner import OWNER, owning
 from everest_ds.train.engine import shipped_files
 from everest_ds.train.signals import EXIT_STOPPED
 
+_CLASSES = 4  # of every world
 # A run takes less than a gibibyte of a GPU and is mostly waiting for Python.
 _RUNS_A_GPU = 4
 
@@ -66,8 +69,8 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
         KeyboardInterrupt: Ctrl-C; its runs are stopped by then, and have saved.
     """
     scale = scale or (QUICK if options.quick else Scale())
-    seeds = options.seeds or ((0,) if options.quick else (0, 1, 2))
-    _prepare(folder, seeds, scale, options.shake)
+    seeds = options.seeds_to_run
+    _prepare(folder, options, scale)
     jobs = make_jobs(folder, options.conditions, seeds, scale)
     lines = ["# The runs of this study, in an order in which they can be run by hand; one thread each on a CPU."]
     write_atomically(folder / "commands.sh", "\n".join([*lines, *(job.command for job in jobs), ""]))
@@ -89,7 +92,7 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
         signal.signal(signal.SIGTERM, before)
     found = [read_result(condition, seed, jobs) for condition in options.conditions for seed in seeds]
     results = [result for result in found if result is not None]
-    print(f"\n{write_report(folder, results, chance=1 / len(TEXTURES))}\n{folder}", flush=True)
+    print(f"\n{write_report(folder, results, chance=1 / _CLASSES)}\n{folder}", flush=True)
     for job in runner.failed:
         print(f"failed or not run: {job.kind} {job.name}, see {job.log}", flush=True)
     if is_stopped:
@@ -131,10 +134,10 @@ def make_jobs(folder: Path, conditions: Sequence[Condition], seeds: Sequence[int
     return jobs
 
 
-def _prepare(folder: Path, seeds: Sequence[int], scale: Scale, shake: int) -> None:
+def _prepare(folder: Path, options: StudyOptions, scale: Scale) -> None:
     """Write settings, videos and each seed's labelled list; refuse a folder that holds something else."""
     settings = folder / "study.json"
-    wanted = json.dumps(asdict(scale) | {"shake": shake}, indent=2) + "\n"
+    wanted = json.dumps(asdict(scale) | _settings_of_data(options), indent=2) + "\n"
     if settings.is_file():
         if settings.read_text() != wanted:
             raise UserError(f"{folder} holds a study of other settings ({settings}); name another folder")
@@ -143,21 +146,34 @@ def _prepare(folder: Path, seeds: Sequence[int], scale: Scale, shake: int) -> No
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(settings, wanted)
-    demo = DemoConfig(
-        train=scale.train, val=0, test=scale.test, num_frames=24, movers=1, distractors=0, radius=10,
-        classes="mover", clutter=30, shake=shake,
-    )  # fmt: skip
-    write_demo_data(folder / "data", demo)
+    _write_data(folder / "data", options, scale)
     rows = read_list(folder / "data" / "train.csv")
-    for seed in seeds:
+    for seed in options.seeds_to_run:
         shuffled = list(rows)
         random.Random(seed).shuffle(shuffled)
         lines = [
             f"{row.path.relative_to(folder)} {label}\n"
-            for label in range(len(TEXTURES))
+            for label in range(_CLASSES)
             for row in [row for row in shuffled if row.label == label][: scale.labelled]
         ]
         write_atomically(folder / f"labelled-{seed}.csv", "".join(lines))
+
+
+def _settings_of_data(options: StudyOptions) -> dict[str, str | int]:
+    """Return the options that the videos depend on; newer ones only where they differ from their default."""
+    names = [name for name in ("world", "data_seed") if getattr(options, name) != getattr(StudyOptions, name)]
+    return {name: getattr(options, name) for name in ("shake", *names)}
+
+
+def _write_data(data: Path, options: StudyOptions, scale: Scale) -> None:
+    if options.world == "physics":
+        write_physics_data(data, PhysicsConfig(train=scale.train, test=scale.test, seed=options.data_seed))
+        return
+    demo = DemoConfig(
+        train=scale.train, val=0, test=scale.test, seed=options.data_seed, num_frames=24, movers=1, distractors=0,
+        radius=10, classes="mover", clutter=30, shake=options.shake,
+    )  # fmt: skip
+    write_demo_data(data, demo)
 
 
 class _Terminated(KeyboardInterrupt):

@@ -78,8 +78,8 @@ def test_modules_of_the_project_are_imported_at_the_top() -> None:
 # Packages that are imported in functions: they may be missing, or must wait until the accelerator is chosen, or are
 # heavy and belong to modules that commands need before torch.
 IMPORTED_LATE = {
-    "av", "decord", "deepspeed", "flash_attn", "matplotlib", "mlflow", "pydantic", "timm", "torch", "torchcodec",
-    "trackio", "transformers", "wandb",
+    "av", "decord", "deepspeed", "flash_attn", "matplotlib", "mlflow", "mujoco", "pydantic", "timm", "torch",
+    "torchcodec", "trackio", "transformers", "wandb",
 }  # fmt: skip
 
 

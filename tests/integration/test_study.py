@@ -12,6 +12,7 @@ from everest_ds.errors import UserError
 from everest_ds.study import conditions
 from everest_ds.study.conditions import StudyOptions
 from everest_ds.study.runs import Scale, study
+from everest_ds.study.worlds.drawing import load_mujoco
 
 MICRO = Scale(train=16, labelled=4, test=4, pretrain_epochs=2, finetune_epochs=3)
 
@@ -57,6 +58,34 @@ def test_study_runs_reports_a_failure_and_goes_on(
     assert sorted(line.rsplit(" ", 1)[1] for line in labelled) == sorted("0123" * 4)
     with pytest.raises(UserError, match="holds a study of other settings"):
         study(folder, options, replace(MICRO, test=8))
+
+
+@pytest.mark.slow
+def test_study_of_the_physics_world_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        load_mujoco()
+    except UserError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    options = StudyOptions(world="physics", seeds=(0, 1), jobs=2, data_seed=3)
+    assert study(tmp_path / "s", options, MICRO) == 0
+    rows = [json.loads(line) for line in (tmp_path / "s" / "results.jsonl").read_text().splitlines()]
+    assert [(row["condition"], row["seed"], row["visible_tokens"]) for row in rows] == [
+        (name, seed, 32) for name in ("baseline", "random", "tube", "none") for seed in (0, 1)
+    ]
+    pairs = [json.loads(line) for line in (tmp_path / "s" / "paired.jsonl").read_text().splitlines()]
+    assert [pair["condition"] for pair in pairs] == ["random", "random", "tube", "tube", "none", "none"]
+    assert {pair["n"] for pair in pairs} == {2}
+    assert (tmp_path / "s" / "data" / "classes.txt").read_text().split() == ["falls", "rolls", "swings", "spins"]
+    settings = json.loads((tmp_path / "s" / "study.json").read_text())
+    assert (settings["world"], settings["data_seed"]) == ("physics", 3)
+    capsys.readouterr()
+    assert study(tmp_path / "s", options, MICRO) == 0
+    assert "24 of 24 runs are done already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds a study of other settings"):
+        study(tmp_path / "s", StudyOptions(seeds=(0, 1)), MICRO)
 
 
 def test_folder_with_other_things_is_refused(tmp_path: Path) -> None:

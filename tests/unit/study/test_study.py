@@ -110,10 +110,23 @@ def test_scale_of_a_quick_study_has_fewer_steps_and_the_main_conditions() -> Non
     assert [condition.name for condition in StudyOptions(only=("tube",)).conditions] == ["tube"]
 
 
+def test_physics_world_has_its_own_conditions_and_seeds() -> None:
+    options = StudyOptions(world="physics")
+    assert [condition.name for condition in options.conditions] == ["baseline", "random", "tube", "none"]
+    assert options.seeds_to_run == (0, 1, 2, 3, 4, 5)
+    assert StudyOptions(world="physics", quick=True).seeds_to_run == StudyOptions(quick=True).seeds_to_run == (0,)
+    assert StudyOptions().seeds_to_run == (0, 1, 2)
+    assert StudyOptions(world="physics", seeds=(7, 3)).seeds_to_run == (7, 3)
+    assert [c.name for c in StudyOptions(world="physics", only=("l1",)).conditions] == ["l1"]
+
+
 def test_options_that_make_no_sense_are_refused() -> None:
     with pytest.raises(UserError, match=r"tubee: no such condition; did you mean 'tube'"):
         StudyOptions(only=("tubee",))
-    for changes in ({"jobs": 0}, {"seeds": ()}, {"seeds": (1, 1)}):
+    for changes in (
+        {"jobs": 0}, {"seeds": ()}, {"seeds": (1, 1)}, {"seeds": tuple(range(17))}, {"data_seed": -1},
+        {"shake": 2, "world": "physics"},
+    ):  # fmt: skip
         with pytest.raises(UserError):
             StudyOptions(**changes)
 
@@ -140,6 +153,23 @@ def test_table_has_mean_deviation_count_and_the_papers_value_beside() -> None:
     assert "Chance is 25%" in text
     assert text.count("Tables 2 and 17") == 1
     assert "Table 9" not in text  # the baseline alone compares nothing
+
+
+def test_table_pairs_the_baseline_with_each_condition_by_seed(tmp_path: Path) -> None:
+    """Seeds 0 and 1 are common: fine-tuned 70 and 80 against 50 and 50, the probe 60 and 60 against 40 and 50."""
+    text = make_table(RESULTS, chance=0.25)
+    rows = [line for line in text.splitlines() if "linear probe |" in line or "| fine-tuned |" in line]
+    assert rows == [
+        "| tube, all predicted | fine-tuned | +25.0 | +20.0 to +30.0 (50.0%) | 0.500 | 2 of 2 |",
+        "| tube, all predicted | linear probe | +15.0 | +10.0 to +20.0 (50.0%) | 0.500 | 2 of 2 |",
+    ]
+    write_report(tmp_path, RESULTS, chance=0.25)
+    lines = [json.loads(line) for line in (tmp_path / "paired.jsonl").read_text().splitlines()]
+    assert [(line["group"], line["condition"], line["score"]) for line in lines] == [
+        ("selection", "tube", "finetune_top1"), ("selection", "tube", "probe_top1"),
+    ]  # fmt: skip
+    assert [line["mean"] for line in lines] == pytest.approx([0.25, 0.15])
+    assert "seeds ahead" not in make_table([RESULTS[0], RESULTS[3]], chance=0.25)  # one seed
 
 
 def test_mean_and_deviation_are_plain_arithmetic() -> None:

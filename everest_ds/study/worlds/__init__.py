@@ -1,0 +1,1 @@
+"""Worlds that a study can be made in, besides the drawn discs of `everest_ds.data.demo`."""

@@ -1,0 +1,207 @@
+"""Videos of bodies that fall, roll, swing and spin by MuJoCo's rules; the class is which of them does.
+
+All four bodies are simulated, each for itself. In the video one moves; each of the others is held in the state that
+it had at a random time of its own motion. So a frame at a random time has the same distribution under every label:
+each body is at a random time of its motion, whether it moves or is held. One frame does not tell which moves. The
+label is checked against the simulator's states, not against pixels.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from everest_ds.data.demo import SPLITS, write_videos
+from everest_ds.study.worlds.drawing import Canvas, load_mujoco
+from everest_ds.study.worlds.scenes import BODIES, CELL_M, TEXTURES_WITH_NOISE, Scene, draw_scene
+
+SIZE_PX = 64
+FRAME_S = 0.05
+"""Seconds of the world from one frame to the next."""
+
+_STEPS_A_FRAME = 20
+# Frames that pass before a video begins, at least and at most: bodies are then in the middle of their motion.
+_LEAD = (6, 30)
+# A body moves when its edge travels this far in the frames of a clip of the study. Scenes in which one does not are
+# drawn again, whichever body the label names.
+_CLIP, _LEAST_PATH_M = 8, 0.15
+_MOST_TRIES = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhysicsConfig:
+    """How many videos, and their seed."""
+
+    train: int
+    test: int
+    seed: int = 0
+    num_frames: int = 16
+    gop: int = 12
+
+    def count(self, split: str) -> int:
+        """Return the number of videos of a split."""
+        return {"train": self.train, "test": self.test}.get(split, 0)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, by label."""
+        return list(BODIES)
+
+    @property
+    def stamp(self) -> str:
+        """Everything that the videos depend on, but for the library that draws."""
+        settings = {name: getattr(self, name) for name in ("train", "test", "seed", "num_frames", "gop")}
+        return json.dumps({"world": "physics", "mujoco": version("mujoco"), **settings}, indent=2) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Motion:
+    """A scene in which all bodies move.
+
+    Attributes:
+        model, data: MuJoCo's model and state.
+        states_TS: Positions and orientations of all joints in each frame (`qpos`).
+        held_at: The frame in which each body is held when it is not the one that moves, in the order of `BODIES`.
+        noise: What the ground and the still things look like, by the name of a texture, 0 to 255.
+    """
+
+    scene: Scene
+    model: Any
+    data: Any
+    states_TS: NDArray[np.float64]
+    held_at: tuple[int, ...]
+    noise: dict[str, NDArray[np.uint8]]
+
+    def states_of_video(self, label: int) -> NDArray[np.float64]:
+        """Return the states_TS of the video in which one body moves and the others are held."""
+        states_TS = self.states_TS.copy()
+        for body, (name, time) in enumerate(zip(BODIES, self.held_at, strict=True)):
+            if body != label:
+                own = _coordinates(self.model, name)
+                states_TS[:, own] = self.states_TS[time, own]
+        return states_TS
+
+    def moving_bodies(self, states_TS: NDArray[np.float64]) -> list[int]:
+        """Return the bodies whose state changes, and check that they do so all the time.
+
+        Raises:
+            AssertionError: One moves for a part of the video.
+        """
+        paths_FB = _paths(self._edges(states_TS))
+        moves_B = (paths_FB > 0).any(axis=0)
+        if (paths_FB[:, moves_B] < _LEAST_PATH_M).any():
+            raise AssertionError(f"a body stands still in between: {paths_FB}")
+        return np.flatnonzero(moves_B).tolist()
+
+    def is_lively(self) -> bool:
+        """Return whether all bodies move all the time, and none leaves its cell."""
+        edges_TB3 = self._edges(self.states_TS)
+        strays = np.abs(edges_TB3[:, :, :2] - np.array(self.scene.centres_m)) > 1.5 * CELL_M
+        return not strays.any() and bool((_paths(edges_TB3) >= _LEAST_PATH_M).all())
+
+    def _edges(self, states_TS: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return where a point at each body's edge is in each frame, (T, body, xyz) in metres."""
+        sites = [[data.site(name).xpos.copy() for name in BODIES] for data in self._placed(states_TS)]
+        return np.array(sites)
+
+    def render(self, states_TS: NDArray[np.float64], canvas: Canvas) -> NDArray[np.uint8]:
+        """Return frames_THWC of these states, uint8."""
+        mujoco = load_mujoco()
+        for name, noise in self.noise.items():
+            begin = int(self.model.texture(name).adr[0])
+            self.model.tex_data[begin : begin + noise.size] = noise.ravel()
+        camera = mujoco.MjvCamera()
+        camera.lookat[:] = self.scene.look_at_m
+        camera.azimuth, camera.elevation = self.scene.azimuth_deg, self.scene.elevation_deg
+        camera.distance = self.scene.distance_m
+        return canvas.draw(self.model, self._placed(states_TS), camera)
+
+    def _placed(self, states_TS: NDArray[np.float64]) -> Iterator[Any]:
+        """Yield MuJoCo's data in each state, with all that follows from it."""
+        mujoco = load_mujoco()
+        for state in states_TS:
+            self.data.qpos[:] = state
+            mujoco.mj_forward(self.model, self.data)
+            yield self.data
+
+
+def write_physics_data(folder: Path, config: PhysicsConfig) -> None:
+    """Write videos and lists as `write_videos` does, which resumes in a folder that holds a part of them."""
+    with Canvas(SIZE_PX) as canvas:
+        write_videos(folder, config, lambda split, number: draw_video(config, split, number, canvas))
+
+
+def draw_video(config: PhysicsConfig, split: str, number: int, canvas: Canvas) -> NDArray[np.uint8]:
+    """Return the frames_THWC of a video; its class is ``number`` modulo the number of classes."""
+    label = number % len(BODIES)
+    motion = simulate(config, split, number)
+    states_TS = motion.states_of_video(label)
+    if motion.moving_bodies(states_TS) != [label]:
+        raise AssertionError(f"{split} {number}: the states contradict the label {label}")
+    return motion.render(states_TS, canvas)
+
+
+def simulate(config: PhysicsConfig, split: str, number: int) -> Motion:
+    """Return the motion of a video, by its seed, split and number alone; scenes are drawn until one is lively.
+
+    Raises:
+        AssertionError: None was; about two of five are.
+    """
+    generator = np.random.Generator(
+        np.random.Philox(
+            key=np.array([config.seed, SPLITS.index(split)], dtype=np.uint64),
+            counter=np.array([0, number, 0, 0], dtype=np.uint64),
+        )
+    )
+    for _ in range(_MOST_TRIES):
+        motion = _simulate(generator, config.num_frames)
+        if motion.is_lively():
+            return motion
+    raise AssertionError(f"{split} {number}: no scene of {_MOST_TRIES} in which all bodies move")
+
+
+def _simulate(generator: np.random.Generator, num_frames: int) -> Motion:
+    mujoco = load_mujoco()
+    scene = draw_scene(generator)
+    noise = {name: _noise(generator) for name in TEXTURES_WITH_NOISE}
+    held_at = tuple(generator.integers(num_frames, size=len(BODIES)).tolist())
+    lead = int(generator.integers(*_LEAD, endpoint=True))
+    model = mujoco.MjModel.from_xml_string(scene.xml)
+    data = mujoco.MjData(model)
+    data.joint("swings").qpos[:] = scene.angle_rad
+    for name, velocity in scene.velocities.items():
+        data.joint(name).qvel[:] = velocity
+    states = []
+    for frame in range(lead + num_frames):
+        if frame >= lead:
+            states.append(data.qpos.copy())
+        mujoco.mj_step(model, data, nstep=_STEPS_A_FRAME)
+    return Motion(scene=scene, model=model, data=data, states_TS=np.stack(states), held_at=held_at, noise=noise)
+
+
+def _coordinates(model: Any, name: str) -> slice:
+    """Return where the state of a body's joint is in `qpos`."""
+    begin = int(model.joint(name).qposadr[0])
+    return slice(begin, begin + (1 if name in ("swings", "spins") else 7))
+
+
+def _paths(edges_TB3: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the metres that each edge travels in each window of a clip's length, (window, body)."""
+    steps_TB = np.linalg.norm(np.diff(edges_TB3, axis=0), axis=2)
+    windows = max(len(steps_TB) - _CLIP + 2, 1)
+    return np.stack([steps_TB[begin : begin + _CLIP - 1].sum(axis=0) for begin in range(windows)])
+
+
+def _noise(generator: np.random.Generator) -> NDArray[np.uint8]:
+    """Return a texture of 64 x 64 pixels, RGB: cells of two sizes in shades of one colour."""
+    colour = generator.uniform(60, 200, size=3)
+    shades = sum(
+        np.kron(generator.uniform(-1, 1, size=(cells, cells)), np.ones((64 // cells, 64 // cells)))
+        for cells in (8, 32)
+    )
+    return np.clip(colour + 35 * np.asarray(shades)[:, :, None], 0, 255).astype(np.uint8)
