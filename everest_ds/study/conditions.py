@@ -173,6 +173,14 @@ class StudyOptions:
         return [condition for condition in CONDITIONS if condition.is_main or not self.quick]
 
     @property
+    def keep_ratio(self) -> float | None:
+        """Share of the tokens that probes and fine-tunings keep, where it is not the recipe's 0.3.
+
+        In the physics world about a tenth of the tokens changes.
+        """
+        return 0.15 if self.world == "physics" else None
+
+    @property
     def seeds_to_run(self) -> tuple[int, ...]:
         """The seeds, or those of the world."""
         return self.seeds or ((0,) if self.quick else tuple(range(6 if self.world == "physics" else 3)))

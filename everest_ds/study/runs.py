@@ -71,7 +71,7 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
     scale = scale or (QUICK if options.quick else Scale())
     seeds = options.seeds_to_run
     _prepare(folder, options, scale)
-    jobs = make_jobs(folder, options.conditions, seeds, scale)
+    jobs = make_jobs(folder, options.conditions, seeds, scale, keep_ratio=options.keep_ratio)
     lines = ["# The runs of this study, in an order in which they can be run by hand; one thread each on a CPU."]
     write_atomically(folder / "commands.sh", "\n".join([*lines, *(job.command for job in jobs), ""]))
     num_gpus = torch.cuda.device_count()
@@ -101,8 +101,17 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
     return 1 if runner.failed else 0
 
 
-def make_jobs(folder: Path, conditions: Sequence[Condition], seeds: Sequence[int], scale: Scale) -> list[Job]:
-    """Return the runs of some conditions, seed after seed; a pre-training comes before what needs it, and once."""
+def make_jobs(
+    folder: Path,
+    conditions: Sequence[Condition],
+    seeds: Sequence[int],
+    scale: Scale,
+    keep_ratio: float | None = None,
+) -> list[Job]:
+    """Return the runs of some conditions, seed after seed; a pre-training comes before what needs it, and once.
+
+    ``keep_ratio`` is that of probes, and of fine-tunings that name none; without it the recipe's.
+    """
     data, systems = folder / "data", shipped_files()["zero0"]
     train, test = data / "train.csv", data / "test.csv"
     jobs: list[Job] = []
@@ -124,10 +133,14 @@ def make_jobs(folder: Path, conditions: Sequence[Condition], seeds: Sequence[int
                 run = pretrained[weights] = add("pretrain", f"{weights}-{seed}", words)
                 words = ["evaluate", run.out, "--recipe", "study_ft", "--protocol", "linear", "--precision", "fp32"]
                 words += ["--train-list", train, "--list", test, "--batch-rows", 32]
+                words += [] if keep_ratio is None else ["--keep-ratio", keep_ratio]
                 add("probe", f"{weights}-{seed}", words, needs=run)
             words = ["finetune", "study_ft", "--data.train-list", folder / f"labelled-{seed}.csv"]
             words += ["--data.val-list", test, "--data.class-names", data / "classes.txt"]
-            words += [*common, "--optim.epochs", scale.finetune_epochs, *condition.finetune]
+            words += [*common, "--optim.epochs", scale.finetune_epochs]
+            if keep_ratio is not None and "--selection.keep-ratio" not in condition.finetune:
+                words += ["--selection.keep-ratio", keep_ratio]
+            words += condition.finetune
             needs = None if weights == NO_PRETRAINING else pretrained[weights]
             words += ["--init-from", needs.out] if needs else []
             add("finetune", f"{condition.name}-{seed}", words, needs=needs)

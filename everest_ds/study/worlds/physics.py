@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from everest_ds.data.demo import SPLITS, write_videos
 from everest_ds.study.worlds.drawing import Canvas, load_mujoco
-from everest_ds.study.worlds.scenes import BODIES, CELL_M, TEXTURES_WITH_NOISE, Scene, draw_scene
+from everest_ds.study.worlds.scenes import BODIES, CELL_M, Scene, draw_scene
 
 SIZE_PX = 64
 FRAME_S = 0.05
@@ -67,7 +67,6 @@ class Motion:
         model, data: MuJoCo's model and state.
         states_TS: Positions and orientations of all joints in each frame (`qpos`).
         held_at: The frame in which each body is held when it is not the one that moves, in the order of `BODIES`.
-        noise: What the ground and the still things look like, by the name of a texture, 0 to 255.
     """
 
     scene: Scene
@@ -75,7 +74,6 @@ class Motion:
     data: Any
     states_TS: NDArray[np.float64]
     held_at: tuple[int, ...]
-    noise: dict[str, NDArray[np.uint8]]
 
     def states_of_video(self, label: int) -> NDArray[np.float64]:
         """Return the states_TS of the video in which one body moves and the others are held."""
@@ -112,9 +110,9 @@ class Motion:
     def render(self, states_TS: NDArray[np.float64], canvas: Canvas) -> NDArray[np.uint8]:
         """Return frames_THWC of these states, uint8."""
         mujoco = load_mujoco()
-        for name, noise in self.noise.items():
+        for name, texture in self.scene.textures.items():
             begin = int(self.model.texture(name).adr[0])
-            self.model.tex_data[begin : begin + noise.size] = noise.ravel()
+            self.model.tex_data[begin : begin + texture.size] = texture.ravel()
         camera = mujoco.MjvCamera()
         camera.lookat[:] = self.scene.look_at_m
         camera.azimuth, camera.elevation = self.scene.azimuth_deg, self.scene.elevation_deg
@@ -168,7 +166,6 @@ def simulate(config: PhysicsConfig, split: str, number: int) -> Motion:
 def _simulate(generator: np.random.Generator, num_frames: int) -> Motion:
     mujoco = load_mujoco()
     scene = draw_scene(generator)
-    noise = {name: _noise(generator) for name in TEXTURES_WITH_NOISE}
     held_at = tuple(generator.integers(num_frames, size=len(BODIES)).tolist())
     lead = int(generator.integers(*_LEAD, endpoint=True))
     model = mujoco.MjModel.from_xml_string(scene.xml)
@@ -181,7 +178,7 @@ def _simulate(generator: np.random.Generator, num_frames: int) -> Motion:
         if frame >= lead:
             states.append(data.qpos.copy())
         mujoco.mj_step(model, data, nstep=_STEPS_A_FRAME)
-    return Motion(scene=scene, model=model, data=data, states_TS=np.stack(states), held_at=held_at, noise=noise)
+    return Motion(scene=scene, model=model, data=data, states_TS=np.stack(states), held_at=held_at)
 
 
 def _coordinates(model: Any, name: str) -> slice:
@@ -195,13 +192,3 @@ def _paths(edges_TB3: NDArray[np.float64]) -> NDArray[np.float64]:
     steps_TB = np.linalg.norm(np.diff(edges_TB3, axis=0), axis=2)
     windows = max(len(steps_TB) - _CLIP + 2, 1)
     return np.stack([steps_TB[begin : begin + _CLIP - 1].sum(axis=0) for begin in range(windows)])
-
-
-def _noise(generator: np.random.Generator) -> NDArray[np.uint8]:
-    """Return a texture of 64 x 64 pixels, RGB: cells of two sizes in shades of one colour."""
-    colour = generator.uniform(60, 200, size=3)
-    shades = sum(
-        np.kron(generator.uniform(-1, 1, size=(cells, cells)), np.ones((64 // cells, 64 // cells)))
-        for cells in (8, 32)
-    )
-    return np.clip(colour + 35 * np.asarray(shades)[:, :, None], 0, 255).astype(np.uint8)

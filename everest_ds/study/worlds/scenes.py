@@ -1,15 +1,17 @@
 """What stands in a video of the physics world: a random scene, as a text in MuJoCo's format.
 
-Four cells between low walls hold one body each, in any order: a pendulum, a rotor, a ball and a block. Sizes,
-shapes, colours, textures, places, camera, light, and clutter that never moves are drawn anew for each video.
-Nothing here depends on the label.
+Four cells between low walls hold one body each, in any order: a pendulum, a rotor, a ball and a block. Each kind of
+body has a hue and a pattern of its own, as all four are always there. Sizes, shapes, shades, places, camera, light,
+and clutter of all colours that never moves are drawn anew for each video. Nothing here depends on the label.
 """
 
 import math
 from collections.abc import Sequence
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 BODIES = ("falls", "rolls", "swings", "spins")
 """Names of the classes, and of the bodies that do so: block, ball, pendulum, rotor."""
@@ -17,8 +19,10 @@ BODIES = ("falls", "rolls", "swings", "spins")
 CELL_M = 0.5
 """Half the edge of a cell in metres."""
 
-TEXTURES_WITH_NOISE = ("ground", "stone")
-
+_STILL_TEXTURES = ("ground", "stone")
+_FACE = 32  # texels of an edge of a body's texture, which has six faces
+_HUES = {"falls": 0.0, "rolls": 0.33, "swings": 0.62, "spins": 0.15}  # of 1: red, green, blue, yellow
+_BRIGHT, _DARK = (0.85, 1.0), (0.15, 0.35)
 _CENTRES_M = tuple((x * CELL_M, y * CELL_M) for x in (-1, 1) for y in (-1, 1))
 _CLUTTER = 8
 # Bodies collide with what stands still, but not with each other: each moves as if it were alone.
@@ -38,6 +42,7 @@ class Scene:
         centres_m: Where the cell of each body is, (x, y) in metres, in the order of `BODIES`.
         angle_rad: The pendulum's first angle.
         velocities: First velocities of each body's joint: metres and radians a second.
+        textures: Texels, RGB, by the name of a texture in ``xml``, 0 to 255: what it shows in place of nothing.
         azimuth_deg, elevation_deg, distance_m, look_at_m: The camera.
     """
 
@@ -45,6 +50,7 @@ class Scene:
     centres_m: tuple[tuple[float, float], ...]
     angle_rad: float
     velocities: dict[str, tuple[float, ...]]
+    textures: dict[str, NDArray[np.uint8]]
     azimuth_deg: float
     elevation_deg: float
     distance_m: float
@@ -73,9 +79,11 @@ def draw_scene(generator: np.random.Generator) -> Scene:
             "swings": (0.0,),
             "spins": (spin,),
         },
+        textures={name: _noise(generator) for name in _STILL_TEXTURES}
+        | {name: _pattern(generator, name) for name in BODIES},
         azimuth_deg=generator.uniform(0, 360),
-        elevation_deg=generator.uniform(-45, -30),
-        distance_m=generator.uniform(2.7, 3.0),
+        elevation_deg=generator.uniform(-45, -35),
+        distance_m=generator.uniform(2.4, 2.6),
         look_at_m=(*generator.uniform(-0.1, 0.1, size=2), generator.uniform(0.2, 0.35)),
     )
 
@@ -86,11 +94,11 @@ def _document(generator: np.random.Generator, things: str) -> str:
     textures = [
         f'<texture name="{name}" type="2d" builtin="flat" width="64" height="64"/>'
         f'<material name="{name}" texture="{name}" texrepeat="2 2" specular="0.1"/>'
-        for name in TEXTURES_WITH_NOISE
+        for name in _STILL_TEXTURES
     ]
     textures += [
-        f'<texture name="{name}" type="cube" builtin="checker" width="16" height="16" '
-        f'rgb1="{_colour(generator)}" rgb2="{_colour(generator)}"/><material name="{name}" texture="{name}"/>'
+        f'<texture name="{name}" type="cube" builtin="flat" width="{_FACE}" height="{_FACE}"/>'
+        f'<material name="{name}" texture="{name}"/>'
         for name in BODIES
     ]
     # Contacts give back most of what they take, so that bodies stay in motion.
@@ -119,7 +127,7 @@ def _document(generator: np.random.Generator, things: str) -> str:
 def _block(generator: np.random.Generator, centre_m: tuple[float, float]) -> str:
     """Return a block of any shape above the floor, turned in any way."""
     shape = generator.choice(("box", "cylinder", "capsule", "ellipsoid"))
-    size_m = generator.uniform(0.12, 0.2, size=3)
+    size_m = generator.uniform(0.16, 0.22, size=3)
     turn = _numbers(generator.normal(size=4))
     return f"""<body name="falls" pos="{_numbers(centre_m)} {generator.uniform(0.6, 1.0)}" quat="{turn}">
   <freejoint name="falls"/><geom type="{shape}" size="{_numbers(size_m)}" material="falls" {_MOBILE}/>
@@ -128,7 +136,7 @@ def _block(generator: np.random.Generator, centre_m: tuple[float, float]) -> str
 
 def _ball(generator: np.random.Generator, centre_m: tuple[float, float]) -> str:
     """Return a ball on the floor."""
-    radius_m = generator.uniform(0.17, 0.23)
+    radius_m = generator.uniform(0.2, 0.26)
     return f"""<body name="rolls" pos="{_numbers(centre_m)} {radius_m}">
   <freejoint name="rolls"/><geom type="sphere" size="{radius_m}" material="rolls" {_MOBILE}/>
   <site name="rolls" pos="0 0 {radius_m}" rgba="0 0 0 0"/></body>"""
@@ -139,7 +147,7 @@ def _pendulum(generator: np.random.Generator, centre_m: tuple[float, float]) -> 
     way = generator.uniform(0, math.tau)
     east, north = math.cos(way), math.sin(way)
     x, y = centre_m
-    height_m, rod_m, weight_m = generator.uniform((0.7, 0.4, 0.12), (0.85, 0.5, 0.17))
+    height_m, rod_m, weight_m = generator.uniform((0.75, 0.4, 0.16), (0.9, 0.5, 0.2))
     shape = generator.choice(("sphere", "box", "cylinder"))
     foot, top = f"{x + 0.35 * east} {y + 0.35 * north}", f"{x} {y} {height_m}"
     return f"""<geom type="capsule" fromto="{foot} 0 {foot} {height_m}" size="0.03" material="stone" {_GHOST}/>
@@ -152,7 +160,7 @@ def _pendulum(generator: np.random.Generator, centre_m: tuple[float, float]) -> 
 
 def _rotor(generator: np.random.Generator, centre_m: tuple[float, float]) -> str:
     """Return two to four blades on a post, which turn about a tilted axis."""
-    height_m, length_m, width_m = generator.uniform((0.45, 0.32, 0.05), (0.7, 0.42, 0.09))
+    height_m, length_m, width_m = generator.uniform((0.45, 0.36, 0.08), (0.7, 0.46, 0.12))
     tilt, way = generator.uniform(0, 1.0), generator.uniform(0, math.tau)
     axis = (math.sin(tilt) * math.cos(way), math.sin(tilt) * math.sin(way), math.cos(tilt))
     count = int(generator.integers(2, 4, endpoint=True))
@@ -192,6 +200,29 @@ def _stone(generator: np.random.Generator, at_m: tuple[float, float]) -> str:
         f'<geom type="{shape}" pos="{_numbers(at_m)} {size[2]}" size="{_numbers(size)}" material="stone" '
         f'rgba="{_colour(generator)} 1" euler="0 0 {generator.uniform(0, 3)}" {_STILL}/>'
     )
+
+
+def _pattern(generator: np.random.Generator, body: str) -> NDArray[np.uint8]:
+    """Return a body's own pattern in a bright and a dark shade of its hue, six faces below each other."""
+    rows, cols = np.ogrid[:_FACE, :_FACE]
+    is_dark = {
+        "falls": np.broadcast_to(rows // 5 % 2 == 1, (_FACE, _FACE)),  # stripes
+        "rolls": (rows // 6 + cols // 6) % 2 == 1,  # checks
+        "swings": (rows % 12 - 6) ** 2 + (cols % 12 - 6) ** 2 < 16,  # dots
+        "spins": np.zeros((_FACE, _FACE), dtype=bool),  # plain
+    }
+    hue = (_HUES[body] + generator.uniform(-0.05, 0.05)) % 1
+    shades = [hsv_to_rgb(hue, generator.uniform(0.6, 1), generator.uniform(*value)) for value in (_BRIGHT, _DARK)]
+    texels = 255 * np.array(shades)[is_dark[body].astype(int)]
+    return np.tile(texels.astype(np.uint8), (6, 1, 1))
+
+
+def _noise(generator: np.random.Generator) -> NDArray[np.uint8]:
+    """Return 64 x 64 texels in shades of one colour: cells of two sizes."""
+    colour, shades = generator.uniform(60, 200, size=3), np.zeros((64, 64))
+    for cells in (2, 8):
+        shades += np.kron(generator.uniform(-1, 1, size=(cells, cells)), np.ones((64 // cells, 64 // cells)))
+    return np.clip(colour + 30 * shades[:, :, None], 0, 255).astype(np.uint8)
 
 
 def _colour(generator: np.random.Generator) -> str:
