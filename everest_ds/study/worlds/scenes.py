@@ -42,7 +42,7 @@ class Scene:
         centres_m: Where the cell of each body is, (x, y) in metres, in the order of `BODIES`.
         angle_rad: The pendulum's first angle.
         velocities: First velocities of each body's joint: metres and radians a second.
-        textures: Texels, RGB, by the name of a texture in ``xml``, 0 to 255: what it shows in place of nothing.
+        textures: Texels by the name of a texture in ``xml``, RGB, uint8; `xml` leaves them white.
         azimuth_deg, elevation_deg, distance_m, look_at_m: The camera.
     """
 

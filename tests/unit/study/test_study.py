@@ -120,6 +120,18 @@ def test_physics_world_has_its_own_conditions_and_seeds() -> None:
     assert [c.name for c in StudyOptions(world="physics", only=("l1",)).conditions] == ["l1"]
 
 
+def test_physics_world_keeps_its_own_share_of_the_tokens_unless_a_condition_names_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ratio = StudyOptions(world="physics").keep_ratio
+    jobs = make_jobs(Path("s"), CONDITIONS, [0], Scale(), ratio)
+    kept = {job.name: parsed(job, monkeypatch).num_kept for job in jobs if job.kind == "finetune"}
+    assert (kept["baseline-0"], kept["none-0"], kept["ft-rho-0.6-0"], kept["ft-all-0"]) == (38, 38, 153, 256)
+    probes = [job.words for job in jobs if job.kind == "probe"]
+    assert {words[words.index("--keep-ratio") + 1] for words in probes} == {"0.15"}
+    assert StudyOptions().keep_ratio is None
+
+
 def test_options_that_make_no_sense_are_refused() -> None:
     with pytest.raises(UserError, match=r"tubee: no such condition; did you mean 'tube'"):
         StudyOptions(only=("tubee",))
