@@ -29,7 +29,7 @@ from everest_ds.files import write_atomically
 from everest_ds.study.conditions import NO_PRETRAINING, PRETRAININGS, Condition, StudyJob, StudyOptions
 from everest_ds.study.jobs import Job, JobKind, Runner
 from everest_ds.study.results import outcome_text, read_result, write_report
-from everest_ds.study.worlds.physics import PhysicsConfig, write_physics_data
+from everest_ds.study.worlds.physics import PhysicsConfig, try_drawing, write_physics_data
 from everest_ds.train.checkpoints.owner import OWNER, owning
 from everest_ds.train.engine import shipped_files
 from everest_ds.train.signals import EXIT_STOPPED
@@ -157,6 +157,8 @@ def _prepare(folder: Path, options: StudyOptions, scale: Scale) -> None:
     elif folder.is_dir() and any(path.name != OWNER for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no study; name another folder")
     else:
+        if options.world == "physics":
+            try_drawing()
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(settings, wanted)
     _write_data(folder / "data", options, scale)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from everest_ds.errors import UserError
-from everest_ds.study import conditions
+from everest_ds.study import conditions, runs
 from everest_ds.study.conditions import StudyOptions
 from everest_ds.study.runs import Scale, study
 from everest_ds.study.worlds.drawing import load_mujoco
@@ -86,6 +86,18 @@ def test_study_of_the_physics_world_from_end_to_end(
     assert "24 of 24 runs are done already" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds a study of other settings"):
         study(tmp_path / "s", StudyOptions(seeds=(0, 1)), MICRO)
+
+
+def test_physics_world_that_cannot_be_drawn_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise UserError("MuJoCo cannot draw")
+
+    monkeypatch.setattr(runs, "try_drawing", fail)
+    with pytest.raises(UserError, match="cannot draw"):
+        study(tmp_path / "s", StudyOptions(world="physics"), MICRO)
+    assert not (tmp_path / "s").exists()
 
 
 def test_folder_with_other_things_is_refused(tmp_path: Path) -> None:

@@ -128,6 +128,17 @@ class Motion:
             yield self.data
 
 
+def try_drawing() -> None:
+    """Draw one frame, so that a machine that cannot is refused before anything is written.
+
+    Raises:
+        UserError: It cannot, and why.
+    """
+    motion = simulate(PhysicsConfig(train=1, test=0), "train", 0)
+    with Canvas(SIZE_PX) as canvas:
+        motion.render(motion.states_TS[:1], canvas)
+
+
 def write_physics_data(folder: Path, config: PhysicsConfig) -> None:
     """Write videos and lists as `write_videos` does, which resumes in a folder that holds a part of them."""
     with Canvas(SIZE_PX) as canvas:
