@@ -1,8 +1,8 @@
-"""The configuration of a run: frozen dataclasses that are checked when they are built.
+"""The configuration of a run: frozen dataclasses that check their fields when they are built.
 
-Every field is a command-line flag (``--optim.base-lr 1e-3``). A leaf without torch, so that a wrong setting is
-refused before anything heavy is imported. Learning rate, batch and the like live here; how they are sharded
-lives in ds_configs/. `everest_ds.config.file` writes and reads them.
+Every field is a command-line flag (``--optim.base-lr 1e-3``). The package does not import torch, so that a wrong
+setting is refused before anything heavy is imported. Learning rate, batch size and the like are set here, sharding
+in ds_configs/. `everest_ds.config.file` writes and reads configurations.
 """
 
 from everest_ds.config.base import Config

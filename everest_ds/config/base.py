@@ -1,4 +1,4 @@
-"""What every run's configuration has, whatever its task."""
+"""The part of a run's configuration that both tasks share."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -12,12 +12,12 @@ from everest_ds.tokens import TokenGrid
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run of either task, resolved; `PretrainConfig` and `FinetuneConfig` add their own."""
+    """Complete configuration of one run; `PretrainConfig` and `FinetuneConfig` add the fields of their task."""
 
     recipe: Annotated[str, tyro.conf.Suppress]
-    """Name of the recipe that this started from."""
+    """Name of the recipe that the configuration started from."""
     task: Annotated[TaskName, tyro.conf.Suppress]
-    """What is trained."""
+    """Task of the run."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -29,7 +29,7 @@ class Config:
         if self.batch.global_size % self.data.repeats:
             raise UserError(
                 f"batch.global_size={self.batch.global_size} must be a multiple of data.repeats="
-                f"{self.data.repeats}: a step takes all clips of its videos"
+                f"{self.data.repeats}: a step uses all clips of its videos"
             )
 
     @property
@@ -39,13 +39,13 @@ class Config:
 
     @property
     def position_grid(self) -> TokenGrid:
-        """The token grid that positions are laid out for."""
+        """The token grid of the position embeddings, before they are interpolated to `grid`."""
         frames, edge = self.model.position_frames, self.model.position_size
         return self._grid(frames or self.data.num_frames, edge or self.data.image_size)
 
     @property
     def tokens(self) -> str:
-        """Counts of a clip's tokens, for people."""
+        """Token counts of a clip, in words."""
         return f"{self.grid.num_tokens} tokens a clip"
 
     def _grid(self, num_frames: int, edge: int) -> TokenGrid:
@@ -58,6 +58,6 @@ class Config:
         if self.grid.time < 2:
             raise UserError(
                 f"data.num_frames={self.data.num_frames} is one time step of model.tubelet_size="
-                f"{self.model.tubelet_size}; importance compares a step with the one before: use at least "
+                f"{self.model.tubelet_size}, but importance compares a step with the one before; use at least "
                 f"{2 * self.model.tubelet_size} frames"
             )

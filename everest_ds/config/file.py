@@ -1,8 +1,8 @@
-"""RUN/config.json: a configuration written out in full, and read back strictly.
+"""RUN/config.json: writes a configuration in full, and reads it strictly.
 
-Unknown keys are refused with the nearest name, absent ones are named, and a value must have its field's type:
-what a run reports about itself is what it did. Fields that older versions did not write take their default, with
-which runs compute what they did.
+Unknown keys are refused with the nearest name, missing keys are named, and a value must have its field's type, so
+that the file states exactly what a run did. Fields that older versions did not write get their default, with which
+old runs compute the same as before.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ _ADDED_LATER = frozenset(
         "run.save_async",
     }
 )
-"""Fields that stored configurations of older versions lack; with the default of each a run computes what it did."""
+"""Fields that older versions did not store; with their defaults, old runs compute the same as before."""
 
 CONFIGS: dict[str, type[Config]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 
@@ -44,8 +44,8 @@ def load_config(path: Path) -> Config:
     """Read a configuration that `dump_config` wrote.
 
     Raises:
-        UserError: The file is missing or no JSON, a key is unknown (the nearest is named) or absent, or a
-            value has another type than its field.
+        UserError: The file is missing or not JSON, a key is unknown (the nearest is named) or missing, or the type
+            of a value is wrong.
     """
     return config_from_dict(read_json_object(path), source=str(path))
 

@@ -1,4 +1,4 @@
-"""The configuration of a fine-tuning run (paper Table 8), and of how its classifier is evaluated."""
+"""The configuration of a fine-tuning run (paper Table 8) and of the evaluation of its classifier."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -16,31 +16,32 @@ SamplingName = Literal["dense", "segment"]
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneDataConfig(DataConfig):
-    """Which videos, and how a clip is cut from one and augmented."""
+    """Which videos are read, and how clips are cut and augmented."""
 
     val_list: str | None = None
-    """List of the videos that score the model during training; without one nothing is scored."""
+    """List of videos for validation during training; without it, nothing is scored."""
     test_list: str | None = None
-    """List of the videos that `everest evaluate` scores."""
+    """List of videos that `everest evaluate` scores."""
     class_names: str | None = None
-    """File with one class name a line; without one, classes.txt beside the training list where there is one."""
+    """File with one class name a line; without it, classes.txt beside the training list if there is one."""
     num_classes: int | None = None
-    """Classes; without it, those of the names, or one more than the largest label of the training list."""
+    """Number of classes; without it, the number of class names, else the largest training label plus 1."""
     sampling: SamplingName = "dense"
-    """dense: frames at a stride, or sampling_seconds apart, from one random place; segment: one frame of each of
-    num_frames equal parts."""
+    """dense: frames at a stride, or sampling_seconds apart, from one random start; segment: one random frame from
+    each of num_frames equal parts."""
     crop_area: tuple[float, float] = (0.08, 1.0)
-    """Area of a random crop as a share of the frame, from and to."""
+    """Area of a random crop as a share of the frame: smallest and largest."""
     crop_aspect: tuple[float, float] = (0.75, 4 / 3)
-    """Width of a random crop over its height, from and to."""
+    """Width of a random crop over its height: smallest and largest."""
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     """RandAugment in timm's notation; the official code has rand-m7-n4-mstd0.5-inc1."""
     erase_prob: float = 0.0
-    """Share of clips of which a box of random size is erased in all frames (the official code has 0.25)."""
+    """Probability that a box of random size is erased in all frames of a clip (the official code has 0.25)."""
     mixup_alpha: float = 0.0
-    """Mixup's beta distribution; 0 mixes nothing (the official code has 0.8)."""
+    """Parameter of mixup's beta distribution; 0 turns mixup off (the official code has 0.8)."""
     cutmix_alpha: float = 0.0
-    """CutMix's beta distribution; 0 mixes nothing (the official code has 1.0). With mixup, either at even odds."""
+    """Parameter of CutMix's beta distribution; 0 turns CutMix off (the official code has 1.0). If mixup is on too,
+    each pair draws one of them at even odds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +58,7 @@ class FinetuneDataConfig(DataConfig):
         if self.sampling == "segment" and self.sampling_seconds is not None:
             raise UserError(
                 f"data.sampling_seconds={self.sampling_seconds} has no effect with data.sampling=segment, which "
-                "takes frames from all of a video; use data.sampling=dense, or leave data.sampling_seconds out"
+                "takes frames from the whole video; use data.sampling=dense, or remove data.sampling_seconds"
             )
 
     @property
@@ -71,11 +72,11 @@ class FinetuneModelConfig(ModelConfig):
     """The encoder and its head."""
 
     drop_path: float = 0.1
-    """Share of clips that skip a branch of the last block; falls linearly to 0 at the first (stochastic depth)."""
+    """Stochastic depth: share of clips that skip a branch of the last block, linearly less to 0 in the first."""
     head_init_scale: float = 0.001
     """Factor on the head's initial weights (official `init_scale`)."""
     freeze_encoder: bool = False
-    """Train the last norm and the head alone (linear probe)."""
+    """Train only the last norm and the head (linear probe)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,7 +94,7 @@ class FinetuneOptimConfig(OptimConfig):
     """AdamW with layer decay, warm-up and cosine decay."""
 
     base_lr: float = 1e-3
-    """Peak learning rate of the head for 256 clips a step; the peak is base_lr * global_batch_size / 256."""
+    """Peak learning rate of the head for 256 clips a step; it is scaled by batch.global_size / 256."""
     min_lr: float = 1e-6
     """Learning rate at the end of the cosine, for 256 clips a step (the official default)."""
     warmup_epochs: float = 5
@@ -103,11 +104,11 @@ class FinetuneOptimConfig(OptimConfig):
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's momentum terms."""
     layer_decay: float = 0.75
-    """Learning rate of each layer as a share of the next one's; 1 gives all the same."""
+    """Learning rate of a layer over that of the next layer; 1 gives all layers the same."""
     label_smoothing: float = 0.1
     """Share of the target that is spread over all classes."""
     ema_decay: float | None = None
-    """Also keep an exponential moving average of the weights, with this decay a step; validation scores it."""
+    """Also keep an exponential moving average of the weights with this decay per step; validation scores it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,12 +120,12 @@ class FinetuneOptimConfig(OptimConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneRunConfig(RunConfig):
-    """What the run writes, when it is scored, and when it ends."""
+    """What the run writes, when it is validated, and when it ends."""
 
     save_every_epochs: int = 5
-    """Epochs from one checkpoint to the next; the last step always saves."""
+    """Epochs between checkpoints; the last step is always saved."""
     validate_every_epochs: int = 1
-    """Epochs from one scoring of data.val_list to the next; the last step always scores. The best one is saved."""
+    """Epochs between validations on data.val_list; the last step is always scored. The best one is also saved."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,12 +134,12 @@ class FinetuneRunConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ViewsConfig:
-    """The views of a test video whose softmax is averaged: every temporal one with every spatial one."""
+    """The views of a test video, num_temporal x num_spatial; their softmax outputs are averaged."""
 
     num_temporal: int = 5
-    """Clips spread evenly over the video; 1 is the one in the middle."""
+    """Clips spread evenly over the video; a single one is in the middle."""
     num_spatial: int = 3
-    """Crops spread evenly over the longer side; 1 is the one in the middle."""
+    """Crops spread evenly over the longer side; a single one is in the middle."""
 
     def __post_init__(self) -> None:
         require_counts("views", self, "num_temporal", "num_spatial")
@@ -146,10 +147,10 @@ class ViewsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(Config):
-    """One fine-tuning run, resolved: what RUN/config.json holds."""
+    """Complete configuration of one fine-tuning run: the content of RUN/config.json."""
 
     task: Annotated[Literal["finetune"], tyro.conf.Suppress] = "finetune"
-    """What is trained."""
+    """Task of the run."""
     data: FinetuneDataConfig = field(default_factory=FinetuneDataConfig)
     model: FinetuneModelConfig = field(default_factory=FinetuneModelConfig)
     selection: FinetuneSelectionConfig = field(default_factory=FinetuneSelectionConfig)
@@ -179,5 +180,5 @@ class FinetuneConfig(Config):
 
     @property
     def tokens(self) -> str:
-        """Counts of a clip's tokens, for people."""
+        """Token counts of a clip, in words."""
         return f"{super().tokens}, {self.num_kept} kept"

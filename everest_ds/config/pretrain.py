@@ -21,13 +21,13 @@ from everest_ds.tokens import (
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainDataConfig(DataConfig):
-    """Which videos, and how a clip is cut from one."""
+    """Which videos are read, and how clips are cut."""
 
     crop_scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
     """MultiScaleCrop: crop edges as shares of the shorter side."""
     resize: Literal["fast", "compat", "device"] = "fast"
-    """How a crop is resized. fast: torchvision, on bytes; compat: PIL, the official code's pixels; device: as fast,
-    on the device that trains, which takes the work from the loader processes."""
+    """How crops are resized. fast: torch, on bytes; compat: PIL, with the official code's pixels; device: like
+    fast, but on the training device, which relieves the loader workers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,7 +40,7 @@ class PretrainModelConfig(ModelConfig):
     """The encoder-decoder."""
 
     decoder_depth: int = 4
-    """Decoder blocks; the paper's costs are those of 4, VideoMAE's own large and huge models have 12."""
+    """Decoder blocks; the paper's costs are for 4, VideoMAE's own large and huge models have 12."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,10 +49,10 @@ class PretrainModelConfig(ModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(Config):
-    """One pre-training run, resolved: what RUN/config.json holds."""
+    """Complete configuration of one pre-training run: the content of RUN/config.json."""
 
     task: Annotated[Literal["pretrain"], tyro.conf.Suppress] = "pretrain"
-    """What is trained."""
+    """Task of the run."""
     data: PretrainDataConfig = field(default_factory=PretrainDataConfig)
     model: PretrainModelConfig = field(default_factory=PretrainModelConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
@@ -64,8 +64,8 @@ class PretrainConfig(Config):
         selection, num_tokens = self.selection, self.grid.num_tokens
         if selection.alpha > 1 and self.candidate_steps == self.grid.time:
             raise UserError(
-                f"selection.alpha={selection.alpha} of {self.grid.time} time steps adds none to choose from; use "
-                f"at least {1 + 1 / self.grid.time:.4g}, or 1 to choose no frames"
+                f"selection.alpha={selection.alpha} x {self.grid.time} time steps adds no candidates; use at least "
+                f"{1 + 1 / self.grid.time:.4g}, or 1 to turn frame selection off"
             )
         if self.num_visible < 1:
             raise UserError(
@@ -81,27 +81,27 @@ class PretrainConfig(Config):
         if least.visible < 1 or least.targets < 1:
             raise UserError(
                 f"selection.floor={selection.least_ratio} keeps {least.selected} of {num_tokens} tokens, too few "
-                "for one that the encoder sees and one to reconstruct; raise it"
+                "for one visible and one target token; raise it"
             )
 
     @property
     def candidate_steps(self) -> int:
-        """Time steps that frames are chosen from; those of the clip where none are chosen."""
+        """Time steps of the candidate frames; the clip's own without frame selection."""
         return count_candidate_steps(self.grid.time, self.selection.alpha)
 
     @property
     def candidate_frames(self) -> int:
-        """Frames that are read of a video."""
+        """Number of frames read from a video: the candidates of frame selection."""
         return self.candidate_steps * self.model.tubelet_size
 
     @property
     def candidate_grid(self) -> TokenGrid:
-        """The token grid of the frames that are read."""
+        """The token grid of the candidate frames."""
         return TokenGrid(time=self.candidate_steps, rows=self.grid.rows, cols=self.grid.cols)
 
     @property
     def counts(self) -> ClipCounts:
-        """Tokens of a clip; of the average clip where clips may differ (`SelectionConfig.budget`)."""
+        """Token counts of a clip; of the average clip if clips may differ (`SelectionConfig.budget`)."""
         selection = self.selection
         return count_selection(
             selection.strategy, self.grid, selection.selected_ratio, selection.visible_ratio, selection.targets
@@ -109,12 +109,12 @@ class PretrainConfig(Config):
 
     @property
     def most(self) -> ClipCounts:
-        """Tokens of a clip at most."""
+        """Largest token counts of a clip."""
         return self._bound(self.selection.most_ratio, upper=True)
 
     @property
     def least_selected(self) -> int:
-        """Tokens of a clip that are selected at least."""
+        """Smallest number of selected tokens of a clip."""
         return self._bound(self.selection.least_ratio, upper=False).selected
 
     @property
@@ -134,7 +134,7 @@ class PretrainConfig(Config):
 
     @property
     def tokens(self) -> str:
-        """Counts of a clip's tokens, for people."""
+        """Token counts of a clip, in words."""
         chosen = f" of {self.candidate_frames} candidate frames" if self.candidate_steps > self.grid.time else ""
         counts = (
             f"{super().tokens}{chosen}, {self.num_selected} selected, {self.num_visible} visible, "

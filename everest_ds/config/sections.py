@@ -1,4 +1,4 @@
-"""Sections that pre-training and fine-tuning share; each checks its fields when it is built."""
+"""Sections of the configuration that both tasks share; each checks its fields when it is built."""
 
 import math
 from dataclasses import dataclass
@@ -14,50 +14,51 @@ ReaderName = Literal["auto", "decord", "pyav", "torchcodec"]
 SizeName = Literal["nano", "thin", "tiny", "small", "base", "large", "huge"]
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 MAX_PIXELS = 2**29
-"""Pixels that are decoded of a video at a time, at most, where nothing else is said: 64 frames of 4K."""
+"""Default limit on the pixels of a video that are decoded at a time: 64 frames of 4K."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which videos, and how a clip is cut from one."""
+    """Which videos are read, and how clips are cut."""
 
     train_list: str | None = None
-    """List of training videos: one `path label` a line, space or comma, relative to the list or absolute."""
+    """List of training videos: one `path label` a line, separated by a space, tab or comma; paths are absolute or
+    relative to the list's folder."""
     num_frames: int = 16
     """Frames of a clip."""
     sampling_stride: int = 4
-    """Source frames from one clip frame to the next (paper Table 7: sampling stride). A clip of a video at 60
-    frames a second then covers half the time of one at 30."""
+    """Video frames from one clip frame to the next (paper Table 7). At 60 frames a second, a clip covers half the
+    time of one at 30."""
     sampling_seconds: float | None = None
-    """Seconds from one clip frame to the next, by the video's own times, whatever its frame rate; sampling_stride
-    is not used then. Stride 4 is 0.16 s at 25 frames a second, 0.1333 s at 30. Without it, frames are counted."""
+    """Seconds from one clip frame to the next, by the times of the video's frames, for any frame rate; replaces
+    sampling_stride. Stride 4 is 0.16 s at 25 frames a second and 0.1333 s at 30."""
     image_size: int = 224
     """Height and width of a clip in pixels."""
     flip: bool = True
     """Mirror half of the clips left to right."""
     repeats: int = 1
-    """Clips that an epoch draws of each video, from one decoding of it (repeated sampling); they count as clips of
-    the global batch."""
+    """Repeated sampling: clips cut from each video in an epoch, decoded once; all count in the global batch."""
     repeat_frames: Literal["shared", "own"] = "shared"
-    """shared: the clips of a video differ in crop, flip and augmentation alone; own: each draws its own frames."""
+    """shared: the clips of a video differ only in crop, flip and augmentation; own: each draws its own frames."""
     reader: ReaderName = "auto"
-    """Library that reads videos; auto takes the first of PyAV, decord and torchcodec that works here."""
+    """Library that reads videos; auto takes the first of PyAV, decord and torchcodec that works on this machine."""
     num_workers: int = 8
-    """Loader processes of each training process; 0 decodes in the training process itself."""
+    """Loader workers of each training process; 0 reads videos in the training process itself."""
     prefetch_batches: int = 2
-    """Micro-batches that loader processes make ahead, in shared memory."""
+    """Micro-batches that loader workers make ahead, in shared memory."""
     timeout_s: float = 120.0
-    """Seconds until a loader process that hangs on a video is replaced, and the video counts as unreadable. Has no
-    effect without loader processes."""
+    """Seconds after which a loader worker that hangs on a video is replaced, and the video counts as unreadable. No
+    effect with num_workers 0."""
     keep_decoded: bool = False
-    """Keep the decoded frames of every video in memory, in each loader process: for small datasets."""
+    """Keep the decoded frames of all videos in the memory of each loader worker; for small datasets."""
     max_pixels: int = MAX_PIXELS
-    """Pixels (frames x height x width) that are decoded of a video at a time, at most, and 16 times those of one
-    frame. A video that takes more counts as unreadable, before its memory is taken; three bytes a pixel."""
+    """Largest number of pixels (frames x height x width) of a video that are decoded at a time; a frame may have a
+    sixteenth of it. A larger video counts as unreadable. A pixel takes three bytes of memory."""
     quarantine: str | None = None
-    """List of videos to leave out of training and of scoring on the way, as `everest check-data` writes one."""
+    """List of videos to leave out of training and validation, as written by `everest check-data`."""
     max_bad_share: float = 0.01
-    """Unreadable draws as a share of the list (or of all draws so far, if more) above which the run stops."""
+    """Largest share of unreadable draws, relative to the list or to all draws so far if those are more; above it,
+    the run stops."""
 
     def __post_init__(self) -> None:
         require_counts(
@@ -76,7 +77,7 @@ class ModelConfig:
     """The encoder-decoder."""
 
     size: SizeName = "base"
-    """Encoder and decoder widths, depth and heads (everest_ds/model/sizes.py)."""
+    """Widths, depth and heads of encoder and decoder (everest_ds/model/sizes.py)."""
     patch_size: int = 16
     """Height and width of a tubelet in pixels."""
     tubelet_size: int = 2
@@ -84,30 +85,31 @@ class ModelConfig:
     embedding_layers: Literal[1, 2, 3] = 1
     """Conv3d layers of the tubelet embedding (paper Table 15)."""
     attention: AttentionName = "auto"
-    """Attention backend (everest_ds/model/attention.py); auto is sdpa where all clips keep equally many tokens, and
-    the first of varlen, flash and sdpa that is available where they do not."""
+    """Attention backend (everest_ds/model/attention.py). auto: sdpa if all clips keep the same number of tokens,
+    otherwise the first of varlen, flash and sdpa that is available."""
     activation_checkpointing: bool = False
-    """Recompute each block in backward instead of storing its activations."""
+    """Recompute each block in the backward pass instead of storing its activations."""
     recompute_attention: bool = True
     """With activation_checkpointing: recompute attention too; false keeps its output, one more tensor of the size
     of a block's input."""
     compile_blocks: bool = False
-    """Compile each block's layers around attention with torch.compile, for any number of tokens. Alone it
-    was slower at 32 clips and 6 % quicker at 128 (ViT-L, H200). Not with ZeRO-3; needs a compiler."""
+    """Compile each block's layers around attention with torch.compile, for any number of tokens. On its own it was
+    slower at 32 clips and 6 % faster at 128 (ViT-L, H200). Not available with ZeRO-3; needs a compiler."""
     cuda_graph: CudaGraphName = "auto"
-    """Capture forward and backward pass of a micro-batch as one CUDA graph and replay it: auto where that is
-    possible, off never; on refuses to start where it is not possible."""
+    """Capture the forward and backward pass of a micro-batch as one CUDA graph and replay it. auto: if possible;
+    on: refuse to start if it is not possible; off: never."""
     position_frames: int | None = None
-    """Frames of the clips that positions are laid out for (those of --init-from), when not this run's."""
+    """Frames of the clips that the position embeddings are for (those of --init-from), if they differ from
+    num_frames."""
     position_size: int | None = None
-    """Height and width of those clips; this run's clips get their positions interpolated."""
+    """Height and width of those clips; positions are interpolated to this run's clips."""
 
     def __post_init__(self) -> None:
         require_counts("model", self, "patch_size", "tubelet_size", "position_frames", "position_size")
         if not (self.activation_checkpointing or self.recompute_attention):
             raise UserError(
-                "model.recompute_attention=False has no effect with model.activation_checkpointing=False: nothing "
-                "is recomputed then; set that to true, or leave this out"
+                "model.recompute_attention=False has no effect with model.activation_checkpointing=False; remove "
+                "it, or set model.activation_checkpointing=True"
             )
         shrunk = {1: 1, 2: 4, 3: 8}.get(self.embedding_layers)
         require(shrunk is not None, "model.embedding_layers", self.embedding_layers, "1, 2 or 3")
@@ -123,7 +125,7 @@ class OptimConfig:
     """AdamW, warm-up and cosine decay."""
 
     base_lr: float = 1.5e-4
-    """Peak learning rate for 256 clips a step; the peak is base_lr * global_batch_size / 256."""
+    """Peak learning rate for 256 clips a step; it is scaled by batch.global_size / 256."""
     min_lr: float = 1e-5
     """Learning rate at the end of the cosine, for 256 clips a step (the official default)."""
     warmup_lr: float = 0.0
@@ -133,16 +135,16 @@ class OptimConfig:
     epochs: int = 200
     """Epochs of the schedule and of the run."""
     weight_decay: float = 0.05
-    """Decoupled weight decay of matrices; biases, norms and the mask token have none."""
+    """Decoupled weight decay of matrices; biases, norms and the mask token are not decayed."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's momentum terms."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     max_grad_norm: float = 0.0
-    """Clip the global gradient norm at this; 0 clips nothing (the paper does not clip)."""
+    """Clip the global gradient norm at this value; 0 turns clipping off (the paper does not clip)."""
     gradients: GradientsName = "auto"
-    """flat: gradients lie in one row per parameter group, and a step does no work by parameter; deepspeed: the
-    path of DeepSpeed itself; auto: flat at ZeRO-0, 1 and 2 without offloading, else deepspeed."""
+    """flat: gradients of a parameter group are in one flat buffer, and a step has no work for single parameters;
+    deepspeed: DeepSpeed's own path; auto: flat with ZeRO-0, 1 and 2 without offloading, otherwise deepspeed."""
 
     def __post_init__(self) -> None:
         for name in ("base_lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "max_grad_norm"):
@@ -164,7 +166,7 @@ class BatchConfig:
     global_size: int = 1024
     """Clips of one optimiser step over all processes."""
     micro_size: int = 32
-    """Clips of one forward and backward pass of a process; accumulation steps are computed from the two sizes."""
+    """Clips of one forward and backward pass of a process. Accumulation steps are computed from both sizes."""
 
     def __post_init__(self) -> None:
         require_counts("batch", self, "global_size", "micro_size")
@@ -173,7 +175,7 @@ class BatchConfig:
         """Return the micro-steps of one optimiser step on ``world_size`` processes.
 
         Raises:
-            UserError: micro_size x world_size does not divide global_size; names the nearest that do.
+            UserError: micro_size x world_size does not divide global_size; the message names the nearest sizes.
         """
         steps, rest = divmod(self.global_size, self.micro_size * world_size)
         if steps and not rest:
@@ -187,7 +189,7 @@ class BatchConfig:
         )
 
     def _fitting_micro(self, share: int) -> int:
-        """Return the largest micro-batch that divides a process's share and is no larger than the one given."""
+        """Return the largest size up to ``micro_size`` that divides a process's share of the global batch."""
         return max(size for size in range(1, min(share, self.micro_size) + 1) if share % size == 0)
 
 
@@ -198,37 +200,37 @@ class RunConfig:
     seed: int = 0
     """Seed of weights, order, augmentation and selection."""
     max_steps: int | None = None
-    """Stop after this many optimiser steps; the schedule stays that of optim.epochs."""
+    """Stop after this many optimiser steps; the schedule is still that of optim.epochs."""
     log_every_steps: int = 20
-    """Steps from one line of metrics to the next."""
+    """Steps between lines of metrics."""
     save_every_epochs: int = 20
-    """Epochs from one checkpoint to the next; the last step always saves."""
+    """Epochs between checkpoints; the last step is always saved."""
     save_every_steps: int | None = None
     """Also save at every multiple of this many steps."""
     save_async: bool = True
-    """Write checkpoints by a process of each rank while the training continues; takes host memory for copies."""
+    """Write checkpoints in a process of each rank while training continues; takes host memory for copies."""
     keep_checkpoints: int = 3
-    """Complete checkpoints to keep, the newest ones."""
+    """Number of complete checkpoints to keep; older ones are removed."""
     keep_every_epochs: int | None = None
-    """Also keep for good the checkpoints of every multiple of this many epochs."""
+    """Never remove the checkpoints of every multiple of this many epochs."""
     max_skipped_steps: int = 0
     """Steps that a run may skip because of a non-finite gradient; one more stops the run."""
     pictures_every_steps: int = 1000
-    """Steps from one picture of what is kept of a few clips to the next, in RUN/media; also at the first line of
-    metrics and after the last step. More where drawing would take above 1 % of the time; 0 draws none."""
+    """Steps between pictures of the kept tokens of a few clips, in RUN/media; also drawn at the first line of
+    metrics and after the last step. Drawn less often if it would take over 1 % of the time; 0 draws none."""
     hang_after_s: float = 60.0
-    """Seconds without progress, or five median steps if that is longer, after which the run counts as hanging:
-    every rank writes its stacks, the one that is behind is named, and the run ends with exit code 62; the same
-    command resumes it. data.timeout_s comes on top where there are loader processes. The first steps, saving and
-    scoring may take ten times as long. 0 watches nothing."""
+    """Seconds without progress (or five median steps, if longer) after which the run counts as hanging: every rank
+    writes its stacks, the rank that is behind is named, and the run ends with exit code 62; the same command
+    resumes it. With loader workers, data.timeout_s is added. The first steps, saving and validation may take ten
+    times as long. 0 turns the watchdog off."""
     check_weights_every: int = 100
-    """Steps from one comparison of the weights over the ranks to the next, by a checksum of every step; also before
-    each checkpoint. A difference, which only broken hardware makes, ends the run. 0 compares nothing."""
+    """Steps between comparisons of the weights across ranks, by checksums of every step; also before each
+    checkpoint. A difference, which only broken hardware causes, ends the run. 0 turns the comparison off."""
     log_to: tuple[TrackerName, ...] = ("tensorboard",)
-    """Where the run is shown besides metrics.jsonl; all but tensorboard are packages to install. A resumed run is
-    continued there. Without a name after the flag, nowhere."""
+    """Trackers that show the run besides metrics.jsonl; all but tensorboard need an extra package. A resumed run is
+    continued there. The flag without a name turns all off."""
     profile: bool = False
-    """Write a trace of three early steps of rank zero into RUN/profile, by torch's profiler."""
+    """Write a torch profiler trace of three early steps of rank zero into RUN/profile."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "run.seed", self.seed, "in [0, 2**63)")
@@ -245,13 +247,13 @@ class RunConfig:
 
 
 def require_counts(section: str, config: object, *names: str) -> None:
-    """Refuse fields of a section that are set and below 1."""
+    """Raise UserError for a field of a section that is below 1; None is allowed."""
     for name in names:
         value = getattr(config, name)
         require(value is None or value >= 1, f"{section}.{name}", value, "at least 1")
 
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
-    """Refuse the value of a field by its name."""
+    """Raise UserError, naming the field and the expected value, if the condition is false."""
     if not condition:
         raise UserError(f"{name}={value} must be {expected}")

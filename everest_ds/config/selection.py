@@ -1,4 +1,4 @@
-"""Which tokens are kept, in pre-training and in fine-tuning; checked when it is built."""
+"""Configuration of the token selection, in pre-training and in fine-tuning."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,12 +17,13 @@ class TokenChoiceConfig:
     """How tokens are chosen."""
 
     strategy: StrategyName = "rero"
-    """rero: by change; random: ST-MAE; tube: VideoMAE, the same positions in all steps; running_cell: VideoMAE V2,
-    a tube for the encoder and running cells for the decoder; all: every token (with a ratio of 1)."""
+    """rero: by change over time (EVEREST); random: ST-MAE; tube: VideoMAE, the same positions in all time steps;
+    running_cell: VideoMAE V2, a tube for the encoder and running cells for the decoder; all: every token (needs a
+    ratio of 1)."""
     order: OrderName = "descending"
-    """With rero: the most changing tokens first, or the least changing ones (Table 16)."""
+    """With rero: keep the tokens that change most (descending) or least (ascending, Table 16)."""
     distance: DistanceName = "l2"
-    """Distance between a token and the one before it at the same position (Table 9)."""
+    """Distance between a token and the previous token at the same position (Table 9)."""
 
     def __post_init__(self) -> None:
         if self.strategy != "rero" and self.order != "descending":
@@ -38,16 +39,16 @@ class TokenChoiceConfig:
 
     @property
     def measures_change(self) -> bool:
-        """Whether tokens are compared with those before them."""
+        """Whether tokens are compared with those of the time step before."""
         return self.strategy == "rero"
 
     def _require_ratio(self, name: str) -> None:
-        """Refuse a ratio that the strategy cannot keep whatever the clip."""
+        """Raise UserError for a ratio that the strategy cannot keep in any clip."""
         ratio = getattr(self, name)
         require(0 < ratio <= 1, f"selection.{name}", ratio, "a share of the clip's tokens in (0, 1]")
         if self.strategy == "all" and ratio != 1:
             raise UserError(
-                f"selection.strategy=all keeps every token, and selection.{name}={ratio}; set it to 1, or use "
+                f"selection.{name}={ratio} must be 1 with selection.strategy=all, which keeps every token; or use "
                 "selection.strategy=random"
             )
         if self.strategy == "running_cell" and ratio not in (0.25, 0.5, 0.75):
@@ -59,26 +60,28 @@ class TokenChoiceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionConfig(TokenChoiceConfig):
-    """Which tokens are kept in pre-training (paper Sec. 4.1), and of which frames (Sec. 4.2)."""
+    """Which tokens (paper Sec. 4.1) of which frames (Sec. 4.2) are kept in pre-training."""
 
     selected_ratio: float = 0.3
-    """rho_pre: share of a clip's tokens that is selected; the decoder sees these."""
+    """rho_pre: share of a clip's tokens that is selected; the decoder sees the selected tokens."""
     visible_ratio: float = 0.1
     """rho_pre * rho_post: share of a clip's tokens that the encoder sees, drawn from the selected ones."""
     targets: TargetName = "masked"
-    """Reconstruct the selected tokens that are not visible (official code) or all selected ones (Eq. 3)."""
+    """masked: reconstruct the selected tokens that are not visible (official code); selected: reconstruct all
+    selected tokens (Eq. 3)."""
     budget: BudgetName = "clip"
-    """clip: every clip keeps selected_ratio; batch: all clips of a micro-step, on all processes, share one budget
-    and the most changing tokens win; threshold: tokens above a running quantile of importance, so that cost follows
-    content."""
+    """clip: every clip keeps selected_ratio; batch: the clips of a micro-step, on all processes, share one budget,
+    which goes to the most changing tokens; threshold: a clip keeps the tokens above a running quantile of
+    importance, so the cost depends on the content."""
     floor: float | None = None
-    """With budget batch or threshold: share that a clip keeps at least; half of selected_ratio without one."""
+    """With budget batch or threshold: smallest share that a clip keeps; None for half of selected_ratio."""
     ceiling: float | None = None
-    """With budget batch or threshold: share that a clip keeps at most; twice selected_ratio without one."""
+    """With budget batch or threshold: largest share that a clip keeps; None for twice selected_ratio."""
     quantile_decay: float = QUANTILE_DECAY
-    """With budget threshold: how much of the running quantile stays from one micro-step to the next."""
+    """With budget threshold: decay of the running quantile per micro-step."""
     alpha: float = 1.0
-    """Choose each clip's frames from alpha times as many candidates, by change (Sec. 4.2); 1 chooses none."""
+    """Frame selection: choose a clip's frames from alpha times as many candidates, by change (Sec. 4.2); 1 turns it
+    off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,7 +93,7 @@ class SelectionConfig(TokenChoiceConfig):
         if self.visible_ratio > self.selected_ratio:
             raise UserError(
                 f"selection.visible_ratio={self.visible_ratio} is above selection.selected_ratio="
-                f"{self.selected_ratio}; the visible tokens are drawn from the selected ones: lower it"
+                f"{self.selected_ratio}, but visible tokens are drawn from the selected ones; lower it"
             )
         require(self.alpha >= 1, "selection.alpha", self.alpha, "at least 1 (1 chooses no frames)")
         self._check_budget()
@@ -102,25 +105,25 @@ class SelectionConfig(TokenChoiceConfig):
 
     @property
     def least_ratio(self) -> float:
-        """Share of its tokens that a clip keeps at least."""
+        """Smallest share of its tokens that a clip keeps."""
         if not self.varies:
             return self.selected_ratio
         return self.selected_ratio / 2 if self.floor is None else self.floor
 
     @property
     def most_ratio(self) -> float:
-        """Share of its tokens that a clip keeps at most."""
+        """Largest share of its tokens that a clip keeps."""
         if not self.varies:
             return self.selected_ratio
         return min(1.0, 2 * self.selected_ratio) if self.ceiling is None else self.ceiling
 
     @property
     def measures_change(self) -> bool:
-        """Whether tokens are compared with those before them, to choose tokens or frames."""
+        """Whether tokens are compared with those of the time step before, to choose tokens or frames."""
         return self.strategy == "rero" or self.alpha > 1
 
     def _check_budget(self) -> None:
-        """Check what clips may differ in."""
+        """Check the budget and the fields that depend on it."""
         for name in ("floor", "ceiling"):
             value = getattr(self, name)
             if value is None:
@@ -139,8 +142,8 @@ class SelectionConfig(TokenChoiceConfig):
             )
         if self.varies and self.strategy != "rero":
             raise UserError(
-                f"selection.budget={self.budget} compares the change of tokens, which selection.strategy="
-                f"{self.strategy} does not go by; use selection.strategy=rero or selection.budget=clip"
+                f"selection.budget={self.budget} needs the importance of tokens, which selection.strategy="
+                f"{self.strategy} does not use; use selection.strategy=rero or selection.budget=clip"
             )
         if not self.least_ratio <= self.selected_ratio <= self.most_ratio:
             raise UserError(
@@ -154,7 +157,7 @@ class FinetuneSelectionConfig(TokenChoiceConfig):
     """Which tokens are kept in fine-tuning (paper Sec. 4.1)."""
 
     keep_ratio: float = 0.6
-    """rho_pre of fine-tuning: share of a clip's tokens that is kept; 1 keeps all, as plain VideoMAE does."""
+    """Share of a clip's tokens that is kept (the paper's rho); 1 keeps all tokens, like VideoMAE."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,8 +1,8 @@
 """Fine-tuning: the settings of Table 8.
 
-A recipe's docstring is its document: the paper's row, the command, the result. Every result below is the paper's
-value, not rerun. RandAugment is the paper's (9, 0.5) in timm's notation. `micro_size` is what eight processes need
-for one micro-step; on fewer, accumulation makes up the global batch.
+The docstring of a recipe documents it: the paper's row, the command, the result. Every result below is the paper's
+value, not rerun. RandAugment is the paper's (9, 0.5) in timm's notation. `micro_size` gives one micro-step per step
+on eight processes; fewer processes accumulate.
 """
 
 from dataclasses import replace

@@ -1,8 +1,7 @@
 """Pre-training: the settings of Table 7.
 
-A recipe's docstring is its document: the paper's row, the command, the result. Every result below is the paper's
-value, not rerun. `micro_size` is what eight processes need for one micro-step; on fewer, accumulation makes up the
-global batch.
+The docstring of a recipe documents it: the paper's row, the command, the result. Every result below is the paper's
+value, not rerun. `micro_size` gives one micro-step per step on eight processes; fewer processes accumulate.
 """
 
 from dataclasses import replace
@@ -114,7 +113,7 @@ def ucf101_vit_b_24f() -> PretrainConfig:
 
     deepspeed --no_local_rank --module everest_ds pretrain ucf101_vit_b_24f --data.train-list ucf101/train.csv \
         --ds-config ds_configs/zero1.json --out runs/ucf101_b_24f
-    Paper value, not rerun. The paper names the frames alone; that they lie 4 apart too is taken from Table 7.
+    Paper value, not rerun. The paper gives only the number of frames; the stride of 4 is taken from Table 7.
     """
     config = ucf101_vit_b()
     return replace(config, recipe="ucf101_vit_b_24f", data=replace(config.data, num_frames=24))

@@ -1,4 +1,4 @@
-"""Recipes by name. The names of both tasks are apart, so that one name says what is trained."""
+"""Recipes by name. Names are unique over both tasks, so a name also identifies the task."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ R = TypeVar("R", bound=Recipe)
 
 
 def register(recipe: R) -> R:
-    """Make a function a recipe under its own name."""
+    """Register a function as a recipe under its own name; for use as a decorator."""
     RECIPES[recipe.__name__] = recipe
     return recipe
 
@@ -24,7 +24,7 @@ def get_recipe(name: str) -> Config:
     """Return the configuration of a named recipe.
 
     Raises:
-        UserError: There is no such recipe; the nearest name is given.
+        UserError: There is no such recipe; the message gives the nearest name.
     """
     if name not in RECIPES:
         raise UserError(f"unknown recipe {name!r}{nearest_hint(name, RECIPES)}")

@@ -1,7 +1,7 @@
-"""The study in miniature: what `everest study` varies, on the demo data's harder variant, in seconds a run.
+"""The miniature study: base settings of `everest study`, on the harder variant of the demo data.
 
-A nano model, clips of 4 x 8 x 8 tokens, frames as they are in the file: nothing is resized, and decoded frames are
-kept. Rates are for 256 clips, a batch has 16. The commands are in the output of `everest study`.
+A nano model on clips of 4 x 8 x 8 tokens. Frames are not resized, and decoded frames are kept in memory. Learning
+rates are for 256 clips, as always; a batch has 16. `everest study` writes its commands to commands.sh.
 """
 
 from everest_ds.config import (
@@ -22,7 +22,7 @@ from everest_ds.config import (
 )
 from everest_ds.recipes.registry import register
 
-# Nothing is saved before the end: a run takes a minute.
+# Only the last step is saved: a run takes a minute.
 _NEVER = 10_000
 
 

@@ -53,7 +53,7 @@ FINETUNE = get_recipe("k400_vit_b_ft")
             {"strategy": "random", "distance": "cka"},
             ["selection.distance=cka", "selection.strategy=random"],
         ),
-        (PRETRAIN, {"strategy": "all"}, ["selection.strategy=all", "selection.selected_ratio=0.3", "set it to 1"]),
+        (PRETRAIN, {"strategy": "all"}, ["selection.strategy=all", "selection.selected_ratio=0.3", "must be 1"]),
         (PRETRAIN, {"strategy": "running_cell"}, ["selection.selected_ratio=0.3", "0.25, 0.5 or 0.75"]),
         (
             PRETRAIN,
