@@ -83,7 +83,7 @@ def test_settings_that_cannot_be_name_their_fields(
 
 
 def test_alpha_that_adds_no_candidate_is_refused() -> None:
-    with pytest.raises(UserError, match=r"selection.alpha=1.1 x 8 time steps adds no candidates.*at least 1.125, or 1"):
+    with pytest.raises(UserError, match=r"alpha=1.1 x 8 time steps adds no candidates.*at least 1.125, or 1"):
         replace(PRETRAIN, selection=SelectionConfig(alpha=1.1))
     assert replace(PRETRAIN, selection=SelectionConfig(alpha=1.125)).candidate_steps == 9
 
