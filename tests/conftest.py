@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from everest_ds.model.selection import SelectionRule
 from everest_ds.model.sizes import ModelSize
 from everest_ds.tokens import TokenGrid
 from everest_ds.train.signals import STOP_SIGNALS
+from tests import messages
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -38,6 +41,27 @@ hypothesis.settings.load_profile("everest")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests that take more than a minute")
+    parser.addoption("--messages", type=Path, metavar="FILE", help="write the texts of all UserErrors to FILE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--messages") and not hasattr(config, "workerinput"):  # workers inherit the variable
+        os.environ[messages.VARIABLE] = tempfile.mkdtemp(prefix="everest-messages-")
+    messages.record_if_asked()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    target = session.config.getoption("--messages")
+    if not target or hasattr(session.config, "workerinput"):
+        return
+    folder = Path(os.environ.pop(messages.VARIABLE))
+    too_long = messages.write_report(folder, target)
+    shutil.rmtree(folder)
+    print(f"\n{target}: {len(target.read_text().splitlines())} texts of UserErrors, {len(too_long)} too long")
+    print("".join(f"too long: {text}\n" for text in too_long))
+    if too_long and not session.exitstatus:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: Sequence[pytest.Item]) -> None:

@@ -31,6 +31,7 @@ import torch
 
 import everest_ds
 from tests.conftest import REPOSITORY
+from tests.messages import record_if_asked
 
 # What runs import besides the modules of the project (the compiler, too: DeepSpeed decorates functions with
 # torch.compile). Of the libraries that read videos the one that starts no threads, which a fork would lose.
@@ -112,6 +113,7 @@ def serve() -> None:
         if not module.name.startswith(NOT_PRELOADED):
             importlib.import_module(module.name)
     torch.compile(len)  # makes tables that all compilation needs
+    record_if_asked()
     gc.freeze()  # collections in forks need not walk over all that
     assert len(os.listdir("/proc/self/task")) == 1
     answers = os.fdopen(os.dup(1), "w")
