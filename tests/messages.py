@@ -49,7 +49,7 @@ def record_if_asked() -> None:
 
 def normalise(text: str) -> str:
     """Return a text with every absolute folder as /data and every number as N: equal in all runs."""
-    return re.sub(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?", "N", re.sub(r"(?:/[^/\s'\"]+)+/", "/data/", text))
+    return re.sub(r"(?<!\w)\d+(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)", "N", re.sub(r"(?:/[^/\s'\"]+)+/", "/data/", text))
 
 
 def count_sentences(text: str) -> int:

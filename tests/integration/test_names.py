@@ -127,7 +127,7 @@ def test_predict_without_videos_and_with_lists_that_are_none_is_refused(
     assert "needs a video, a folder of videos, or --list FILE" in refused(words, capsys)
     (tmp_path / "frames.csv").write_text("frames/clip_a 120 3\n")
     said = refused([*words, "--list", str(tmp_path / "frames.csv")], capsys)
-    assert "line 1: 'frames/clip_a 120 3' looks like a row of a list of frame folders" in said
+    assert "line 1: 'frames/clip_a 120 3' looks like a row of frame folders" in said
     (tmp_path / "gone.csv").write_text("gone.mp4 0 0 3\n")
     assert "none of 1 files probed" in refused([*words, "--list", str(tmp_path / "gone.csv")], capsys)
 

@@ -179,8 +179,8 @@ def _explain_two(numbers: list[str]) -> str:
     if any("." in text for text in numbers):
         return f"has two numbers after the path; a window needs both times: {EXPECTED}"
     return (
-        "looks like a row of a list of frame folders (path, number of frames, label); only video files are read. "
-        "For a window write `path label start end`; put a path that ends in a number in double quotes"
+        "looks like a row of frame folders (path, number of frames, label); use `path label` or `path label start "
+        "end`, with a path that ends in a number in double quotes"
     )
 
 
