@@ -1,4 +1,4 @@
-"""A small labelled video dataset whose classes can only be told apart by motion: `everest demo-data`.
+"""A small labelled video dataset whose classes differ only in motion: `everest demo-data`.
 
 Each video shows discs on a smooth background. Some drift and wrap around the frame's edges, the others stand still.
 The class is either how they drift (four directions, two speeds; all discs have smooth textures) or which of four
