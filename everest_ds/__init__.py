@@ -1,4 +1,4 @@
-"""everest_ds: DeepSpeed trainer for EVEREST, masked video autoencoders over the tokens whose content changes."""
+"""everest_ds: a DeepSpeed trainer for EVEREST, masked video autoencoders that keep the tokens that change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __version__ = "0.2.0"
 
 
 def load(source: str | Path, *, recipe: str | None = None) -> LoadedModel:
-    """Load a trained model and how clips are cut for it.
+    """Load a trained model, with the settings that clips are made with for it.
 
     >>> import everest_ds
     >>> loaded = everest_ds.load("weights.safetensors")
@@ -24,15 +24,15 @@ def load(source: str | Path, *, recipe: str | None = None) -> LoadedModel:
     'EverestAutoencoder'
 
     Args:
-        source: A run directory (its best checkpoint where it has one, else its newest), a checkpoint, or a file or
+        source: A run directory (its best checkpoint if it has one, else its newest), a checkpoint, or a file or
             folder of weights in any layout that `everest convert` reads.
-        recipe: Recipe, or path of a config.json, that says how clips are cut, for weights that do not say.
+        recipe: Name of a recipe, or path of a config.json, for weights that come without these settings.
 
     Returns:
         The model in evaluation mode on the CPU, with `read`, `examine` and `draw` for videos.
 
     Raises:
-        UserError: Nothing is there, or the weights are damaged or of an unknown layout.
+        UserError: The source does not exist, or its weights are damaged or of an unknown layout.
     """
     from everest_ds.inference.loaded import load_model
     from everest_ds.recipes import find_config

@@ -1,4 +1,4 @@
-"""``python -m everest_ds``: what ``deepspeed --module everest_ds`` and ``torchrun -m everest_ds`` start."""
+"""Entry point of ``python -m everest_ds``, ``deepspeed --module everest_ds`` and ``torchrun -m everest_ds``."""
 
 import sys
 

@@ -1,6 +1,7 @@
-"""Processes of a launch: who am I, set up, reduce, speak once, tear down. A leaf; torch is imported when needed.
+"""The processes of a launch: ranks, process group, collectives, one message for all. A leaf.
 
-Works under ``deepspeed``, ``torchrun``, or with neither (then the launch has one process).
+Works under ``deepspeed``, ``torchrun``, Slurm and MPI, or without any (then the launch has one process). torch is
+imported when needed.
 """
 
 import datetime
@@ -23,27 +24,27 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Waits for the end of the launcher, at most a minute: by then it has ended all that might say the same.
+# Waits for the end of the launcher, at most a minute. By then it has ended all ranks that might print the same.
 _OUTLIVE_US = (
     "import os, select, sys; launcher = select.poll(); launcher.register(os.pidfd_open(int(sys.argv[1]))); "
     "launcher.poll(60_000)"
 )
 
-# A launcher looks every second whether a rank has ended.
+# Launchers check once a second whether a rank has ended.
 _RANK_ZERO_SPEAKS_WITHIN_S = 5.0
 
-# What torch 2.11 and newer ones say at a barrier of NCCL that was given no device.
+# Warnings of torch 2.11 and newer at a barrier of NCCL without a device.
 _NO_DEVICE = (
     r"barrier\(\): using the device under current context|No device id is provided via `init_process_group`"
 )
 
-# Processes of a GPU launch talk about files, signals and numbers through this group: it never waits for the device.
+# On GPUs, files, signals and numbers are exchanged through this gloo group, which never waits for the device.
 _host_group: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process's place among all processes of the launch."""
+    """Rank of this process, and the number of processes, on this machine and in the launch."""
 
     rank: int
     local_rank: int
@@ -52,12 +53,12 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank zero, the one that logs and writes."""
+        """Whether this is rank 0, which logs and writes."""
         return self.rank == 0
 
     @classmethod
     def from_environment(cls) -> "World":
-        """Read what the launcher put into the environment; one process when there was no launcher."""
+        """Read the launcher's environment variables; one process if there is no launcher."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         return cls(
             rank=int(os.environ.get("RANK", "0")),
@@ -68,12 +69,12 @@ class World:
 
 
 def speaks_first(message: str, world: World) -> bool:
-    """Return whether this process is the first of its launch on this machine to say a message.
+    """Return whether this process is the first of its launch on this machine to print a message.
 
-    All processes meet the same fault at nearly the same time, and the launcher kills the others once one has ended:
-    whoever comes first has to speak, not whoever has rank zero. The first one takes the abstract name of a socket,
-    made of the launcher (the parent process and when it started) and the message. A small process keeps the name
-    taken until the launcher has ended. No file is left behind.
+    All processes find the same fault at nearly the same time, and the launcher kills the others once one has ended.
+    So the first process must print, not rank 0. It binds an abstract socket whose name is a hash of the launcher
+    (the parent process and its start) and the message. A small process keeps the socket bound until the launcher
+    has ended. No file is left behind.
     """
     if world.size == 1:
         return True
@@ -99,12 +100,12 @@ def speaks_first(message: str, world: World) -> bool:
         if error.errno == errno.EADDRINUSE:
             claim.close()
             return False
-    claim.detach()  # taken until this process ends, too
+    claim.detach()  # stays bound until this process ends
     return True
 
 
 def select_accelerator() -> bool:
-    """Tell DeepSpeed, before it is imported, to use the CPU where there is no GPU; return whether there is one."""
+    """Let DeepSpeed use the CPU if there is no GPU, and return whether there is one; before DeepSpeed's import."""
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -114,12 +115,12 @@ def select_accelerator() -> bool:
 
 
 def start(world: World) -> "torch.device":
-    """Join the process group and return this process's device: its GPU where there is one, else the CPU.
+    """Join the process group and return this process's device: its GPU if there is one, else the CPU.
 
-    On a CPU the machine's cores are shared out among its processes, unless OMP_NUM_THREADS says otherwise.
+    On a CPU, the cores are divided among the machine's processes unless OMP_NUM_THREADS is set.
 
     Raises:
-        UserError: The processes do not know where to meet, or cannot.
+        UserError: The address or port of the process group is missing or wrong, or joining fails.
     """
     _require_meeting_place(world)
     import torch
@@ -131,11 +132,11 @@ def start(world: World) -> "torch.device":
         import deepspeed
         import deepspeed.ops
 
-    # Not needed for gloo, and building it costs a compiler and most of a minute.
+    # gloo does not need this operator, and building it takes a compiler and most of a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if on_gpu and world.size == 1:
-        # DeepSpeed gives NCCL its device where there are peers. It leaves one process without, as NCCL failed at
-        # its start with one on some machines; there the current device is the right one.
+        # DeepSpeed tells NCCL its device only if there are several processes, because NCCL failed to start on some
+        # machines otherwise. For a single process the current device is right, so the warning is not useful.
         warnings.filterwarnings("ignore", _NO_DEVICE, UserWarning)
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, str(value))
@@ -144,14 +145,14 @@ def start(world: World) -> "torch.device":
     if on_gpu:
         index = device_index(world, torch.cuda.device_count())
         torch.cuda.set_device(index)
-        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes it for the device, here and in its engine
-    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # an older name
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives to remember, for a run that hangs
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed uses it as the device index, here and in its engine
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # the older name
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # recorded collectives, for reports of hangs
     try:
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     except torch.distributed.DistError as error:
         if not world.is_main:
-            time.sleep(_RANK_ZERO_SPEAKS_WITHIN_S)  # it knows better, and the launcher then ends this rank
+            time.sleep(_RANK_ZERO_SPEAKS_WITHIN_S)  # rank 0 knows the cause; the launcher then ends this rank
         raise UserError(_no_meeting(str(error))) from error
     global _host_group
     _host_group = torch.distributed.new_group(backend="gloo") if on_gpu else None
@@ -159,7 +160,7 @@ def start(world: World) -> "torch.device":
 
 
 def device_index(world: World, num_visible: int) -> int:
-    """Return which of the GPUs that a rank sees is its own: the only one where a scheduler shows it no other."""
+    """Return the index of a rank's GPU among the visible ones: 0 if the scheduler shows each rank only its own."""
     return 0 if num_visible == 1 else world.local_rank
 
 
@@ -170,31 +171,30 @@ def _require_meeting_place(world: World) -> None:
     missing = [name for name, value in given.items() if not value and world.size > 1]
     if missing:
         raise UserError(
-            f"{world.size} processes were started, but not told where to meet: {' and '.join(missing)} not set. "
-            "Start with deepspeed or torchrun, or set both: rank 0's machine and a free port there "
-            "(mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500 ...)"
+            f"{world.size} processes were started without {' and '.join(missing)}. Start with deepspeed or "
+            "torchrun, or set the host of rank 0 and a free port: mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500"
         )
     port = given["MASTER_PORT"]
     if not (port.isdigit() and 0 < int(port) < 2**16):
-        raise UserError(f"MASTER_PORT={port} is no port; give --master_port a number from 1024 to 65535")
+        raise UserError(f"MASTER_PORT={port} is not a port; set --master_port to a number from 1024 to 65535")
 
 
 def _no_meeting(fault: str) -> str:
-    """Return the message for processes that cannot meet."""
+    """Return the message for a process group that could not be formed."""
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if "EADDRINUSE" in fault:
         return (
-            f"port {port} of {address} is taken by another process, another training perhaps; give the launcher a "
-            "free one: --master_port 29501, for instance"
+            f"port {port} of {address} is used by another process, perhaps another training; choose a free port, "
+            "for example --master_port 29501"
         )
     return (
-        f"the processes could not meet at port {port} of {address}: {fault.splitlines()[0]}; give the launcher "
-        "another --master_port, or the --master_addr of rank 0's machine"
+        f"the processes could not connect at port {port} of {address}: {fault.splitlines()[0]}; try another "
+        "--master_port, or set --master_addr to the host of rank 0"
     )
 
 
 def finish() -> None:
-    """Leave the process group; gloo aborts now and then when a process exits without."""
+    """Leave the process group. Without this, gloo sometimes aborts at the exit of a process."""
     if dist := _initialized():
         barrier()
         dist.destroy_process_group()
@@ -203,7 +203,7 @@ def finish() -> None:
 
 
 def set_timeout(seconds: float) -> None:
-    """Let every later collective fail after some seconds, in every group of this process."""
+    """Set the timeout of later collectives in all groups of this process."""
     if dist := _initialized():
         limit = datetime.timedelta(seconds=seconds)
         core = dist.distributed_c10d
@@ -219,7 +219,7 @@ def barrier() -> None:
 
 
 def largest(value: int) -> int:
-    """Return the largest of one integer of every process; cheap enough for every step."""
+    """Return the maximum of an integer over all processes; cheap enough for every step."""
     import torch
 
     dist = _initialized()
@@ -231,19 +231,19 @@ def largest(value: int) -> int:
 
 
 def rank() -> int:
-    """Return this process's rank in the process group; 0 where there is none."""
+    """Return this process's rank in the process group; 0 without one."""
     dist = _initialized()
     return dist.get_rank() if dist else 0
 
 
 def world_size() -> int:
-    """Return the processes of the process group; 1 where there is none."""
+    """Return the number of processes in the process group; 1 without one."""
     dist = _initialized()
     return dist.get_world_size() if dist else 1
 
 
 def gather_rows(rows: "torch.Tensor") -> "torch.Tensor":
-    """Return the rows of all processes, in rank order, on the device; all have equally many. No gradient."""
+    """Return the rows of all processes, in rank order, on the device, without gradient. All have as many rows."""
     import torch
 
     if world_size() == 1:
@@ -254,7 +254,7 @@ def gather_rows(rows: "torch.Tensor") -> "torch.Tensor":
 
 
 def sum_of(value: "torch.Tensor") -> "torch.Tensor":
-    """Return the sum of a tensor over all processes, on the device; the tensor itself stays."""
+    """Return the sum of a tensor over all processes, on the device; the tensor itself is unchanged."""
     if world_size() == 1:
         return value
     total = value.clone()
@@ -263,25 +263,25 @@ def sum_of(value: "torch.Tensor") -> "torch.Tensor":
 
 
 def are_same(numbers: "torch.Tensor") -> "torch.Tensor":
-    """Return which of some integers are the same on all processes; on the device, and on all processes alike."""
+    """Return, for each integer, whether it is the same on all processes: bool, on the device, on all processes."""
     import torch
 
     if world_size() == 1:
         return torch.ones_like(numbers, dtype=torch.bool)
-    both = torch.cat([numbers, ~numbers])  # the largest complement is that of the smallest number
+    both = torch.cat([numbers, ~numbers])  # the maximum of the complements is the complement of the minimum
     _initialized().all_reduce(both, op=_initialized().ReduceOp.MAX)
     return both[: len(numbers)] == ~both[len(numbers) :]
 
 
 def reduce_scatter_single(part: "torch.Tensor", whole: "torch.Tensor", group: Any) -> None:
-    """Add up a tensor over the processes of a group, and keep this process's part of the sum."""
+    """Sum a tensor over the processes of a group, and write this process's part of the sum to ``part``."""
     dist = _initialized()
     newest = getattr(dist, "reduce_scatter_single", None)  # the name since torch 2.13; the older one warns there
     (newest or dist.reduce_scatter_tensor)(part, whole, group=group)
 
 
 def all_gather_single(whole: "torch.Tensor", part: "torch.Tensor", group: Any) -> None:
-    """Put the parts of all processes of a group together, in rank order; a part may lie in the whole."""
+    """Gather the parts of all processes of a group, in rank order; ``part`` may be a view of ``whole``."""
     dist = _initialized()
     newest = getattr(dist, "all_gather_single", None)
     (newest or dist.all_gather_into_tensor)(whole, part, group=group)
@@ -298,12 +298,12 @@ def gather_objects(value: T) -> list[T]:
 
 
 def agree(fault: str | None) -> str | None:
-    """Return the first fault that any process met, so that all of them stop alike; None when none did."""
+    """Return the first fault of any process, so that all processes stop with it; None if there is none."""
     return next((text for text in gather_objects(fault) if text), None)
 
 
 def _initialized() -> Any:
-    """Return torch.distributed where this process is in a process group, else None."""
+    """Return torch.distributed if this process is in a process group, else None."""
     import torch.distributed
 
     return torch.distributed if torch.distributed.is_initialized() else None

@@ -1,14 +1,14 @@
-"""The error for faults that the user can mend. A leaf: imports nothing of the project."""
+"""The error for faults that the user can fix. A leaf: imports nothing of the project."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A fault in what the user gave: the message says what, got, expected, and the way out.
+    """A fault in the user's input: the message says what is wrong, what was expected, and what to do.
 
-    The command line prints the message without a traceback and exits with code 2; anything else that
-    escapes is a defect of ours and keeps its traceback.
+    The command line prints the message without a traceback and exits with code 2. Any other exception is a
+    bug and keeps its traceback.
     """
 
 
@@ -20,5 +20,5 @@ def nearest_hint(name: str, choices: Iterable[str]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return a name out of a foreign file as it can be printed: control characters and the like are escaped."""
+    """Return a name from an untrusted file with its unprintable characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

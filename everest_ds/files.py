@@ -1,8 +1,8 @@
 """Files: atomic replacement, lines of JSON, checksums. A leaf.
 
-A file is written beside its target under a hidden name, flushed to disk, and then renamed: the target is there
-whole or not at all, also after a power cut. An error or Ctrl-C removes the hidden file; a process that is killed
-leaves it behind and nothing else.
+A file is written under a hidden name in the folder of its target, flushed to disk, and renamed. So the target is
+complete or absent, even after a power cut. An error or Ctrl-C removes the hidden file; a killed process leaves only
+the hidden file behind.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ MAX_JSON_BYTES = 64 * 2**20
 
 
 def partial_path(path: Path) -> Path:
-    """Return where a file is written before it gets its name."""
+    """Return the hidden path under which a file is written before it is renamed."""
     return path.with_name(f".{path.name}.partial")
 
 
@@ -34,12 +34,12 @@ def is_partial(path: Path) -> bool:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Provide a path to write a file or folder to; it replaces ``path`` when the block ends without an error.
+    """Yield a path for a file or folder; it replaces ``path`` when the block ends without an error.
 
-    A file and its name are then on disk. What a folder holds may still be on its way there.
+    A file's content and name are then on disk. The contents of a folder are not flushed.
 
     Raises:
-        OSError: It cannot be written or renamed.
+        OSError: The path cannot be written or renamed.
     """
     partial = partial_path(path)
     _remove(partial)
@@ -56,12 +56,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file; text is written in UTF-8, its line ends and the bytes of odd names unchanged.
+    """Replace a file. Text is written in UTF-8; line ends, and bytes of names that are not UTF-8, are unchanged.
 
-    A file that holds the same bytes already is left alone.
+    A file that already contains the same bytes is not written again.
 
     Raises:
-        OSError: It cannot be written or renamed.
+        OSError: The file cannot be written or renamed.
     """
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     if _holds(path, data):
@@ -72,17 +72,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace a file by indented JSON; see `write_atomically`."""
+    """Replace a file with indented JSON; see `write_atomically`."""
     write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def parse_json(text: Any) -> Any:
-    """Parse JSON that may be a stranger's.
+    """Parse JSON from an untrusted source.
 
     Raises:
-        ValueError: It is no JSON, is nested too deeply, or holds NaN, an infinite number, or an integer of more
-            than 64 bits.
-        TypeError: It is no text.
+        ValueError: The text is not JSON, is nested too deeply, or contains NaN, an infinite number, or an integer
+            of more than 64 bits.
+        TypeError: The argument is not text.
     """
     try:
         return json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_short)
@@ -104,14 +104,14 @@ def _short(text: str) -> int:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object; see `parse_json`.
+    """Read a file that contains one JSON object; see `parse_json`.
 
     Raises:
-        UserError: The file is missing, is no JSON of a sane size, or holds something else.
+        UserError: The file is missing, larger than `MAX_JSON_BYTES`, not JSON, or not an object.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path} has more than {MAX_JSON_BYTES // 2**20} MiB; expected one object of JSON")
+            raise UserError(f"{path} has more than {MAX_JSON_BYTES // 2**20} MiB; expected one JSON object")
         raw = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
@@ -120,12 +120,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold an object, got {type(raw).__name__}")
+        raise UserError(f"{path} must contain a JSON object, got {type(raw).__name__}")
     return raw
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Replace a file by a table; see `write_atomically`."""
+    """Replace a file with a CSV table; see `write_atomically`."""
     with (
         atomic_path(path) as partial,
         partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
@@ -137,7 +137,7 @@ def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on disk.
 
     Raises:
-        OSError: It cannot be written. A file system that cannot flush a folder's names is no error.
+        OSError: Writing failed. A file system that cannot flush a folder's names is not an error.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -151,13 +151,13 @@ def sync(path: Path) -> None:
 
 
 def move_aside(path: Path, name: str) -> Path:
-    """Rename a file or folder within its folder, to ``name`` or the first of ``name.2``, ... that is free.
+    """Rename a file or folder within its folder, to ``name`` or the first free one of ``name.2``, ``name.3``, ...
 
     Returns:
-        Its new path.
+        The new path.
 
     Raises:
-        OSError: It cannot be renamed.
+        OSError: The path cannot be renamed.
     """
     target, number = path.with_name(name), 1
     while os.path.lexists(target):
@@ -167,7 +167,7 @@ def move_aside(path: Path, name: str) -> Path:
 
 
 def append_json_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Append objects to a file, one a line; a last line that was cut short is not continued."""
+    """Append objects to a file, one a line. After a last line that was cut short, a new line is started."""
     with path.open("ab+") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
@@ -179,15 +179,15 @@ def append_json_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 def sort_json_lines(
     path: Path, is_record: Callable[[dict[str, Any]], bool]
 ) -> tuple[list[tuple[bytes, dict[str, Any]]], list[bytes]]:
-    """Read a file of objects, one a line, as far as it is one; empty without a file.
+    """Sort the lines of a file of JSON objects into valid and invalid ones; both are empty without a file.
 
     Args:
         path: The file.
-        is_record: Says whether an object is what the file should hold.
+        is_record: Returns whether an object is of the expected kind.
 
     Returns:
-        The lines that are, each as it is in the file and as an object; and all others, blank ones left out. All end
-        in a line break.
+        The valid lines, each as bytes and as an object; and the other lines as bytes, without blank ones. All
+        bytes end in a line break.
     """
     lines, odd = [], []
     for text in path.read_bytes().split(b"\n") if path.is_file() else ():
@@ -204,10 +204,10 @@ def sort_json_lines(
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file, one a line, without a last line that was cut short; none without a file.
+    """Return the objects of a file, one a line, without a last line that was cut short; empty without a file.
 
     Raises:
-        ValueError: A whole line is not JSON.
+        ValueError: A complete line is not JSON.
     """
     if not path.is_file():
         return []
@@ -216,7 +216,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Remove a last line that was cut short; nothing without a file."""
+    """Remove a last line that was cut short. Without a file, do nothing."""
     if path.is_file():
         with path.open("rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
@@ -233,7 +233,7 @@ def sha256(path: Path) -> str:
 
 
 def _holds(path: Path, data: bytes) -> bool:
-    """Return whether a path is a regular file, no link, with these bytes."""
+    """Return whether a path is a regular file (not a link) with these bytes."""
     try:
         return not path.is_symlink() and path.stat().st_size == len(data) and path.read_bytes() == data
     except OSError:

@@ -1,13 +1,13 @@
-"""Ctrl-C: how a command ends when somebody presses it. A leaf.
+"""How a command ends at Ctrl-C. A leaf.
 
-At the first SIGINT a command does one of three things, its `Mode`:
+A command's `Mode` says what happens at the first SIGINT:
 
-* it leaves at once with one line: while modules are imported, and in a launch of several processes;
-* it raises KeyboardInterrupt, so that files and processes are cleaned up: a command of one process;
-* it notes the request and saves at the next step boundary: a training run (`everest_ds.train.signals`).
+* the process prints one line and ends at once: while modules are imported, and in a launch of several processes;
+* KeyboardInterrupt is raised, so that files and processes are cleaned up: a command of one process;
+* the request is noted, and the run saves at the next step boundary: training (`everest_ds.train.signals`).
 
-A second SIGINT ends the process at once in every mode. Python runs signal handlers in the main thread, between two
-of its instructions: in a stuck collective never. So another thread reads every signal from a pipe.
+A second SIGINT ends the process at once in every mode. Python runs signal handlers only in the main thread, between
+two instructions, so never inside a collective that hangs. Therefore another thread reads signals from a pipe.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from subprocess import Popen
 
 _EXIT_INTERRUPTED = 128 + signal.SIGINT
-# One request may arrive twice: a launcher passes on a signal, a moment later, that its process group received too;
-# `timeout` sends one to its child and to its group.
+# One request may arrive twice: a launcher passes on, a moment later, a signal that its process group received too;
+# `timeout` sends a signal to its child and to its group.
 SAME_REQUEST_S = 2.0 if "LOCAL_RANK" in os.environ else 0.5
 
-# Not a signal's number: asks the thread to send SIGINT to the main thread again.
+# Not the number of a signal: it asks the thread to send SIGINT to the main thread again.
 _AGAIN = 0
 _SEND_AGAIN_AFTER_S = 0.02
 _WAIT_FOR_THREAD_S = 5.0
@@ -40,16 +40,17 @@ _WAIT_FOR_THREAD_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Mode:
-    """What a signal does."""
+    """How a process reacts to a signal."""
 
     in_main: Callable[[int, FrameType | None], None]
     """Called in the main thread, as soon as it runs Python, with the signal's number and the frame."""
     in_thread: Callable[[int, float | None], None]
-    """Called at once in the listening thread, with the signal's number and the seconds since the first (None)."""
+    """Called at once in the listening thread, with the signal's number and the seconds since the first signal
+    (None for the first)."""
 
 
 class _State:
-    """What this process does at the next signal, and what it has received so far."""
+    """How this process reacts to the next signal, and the signals that it has received."""
 
     def __init__(self) -> None:
         self.mode = Mode(in_main=_ignore, in_thread=_ignore)
@@ -63,9 +64,9 @@ class _State:
 
 
 def begin(say: Callable[[], object]) -> None:
-    """Leave at once at SIGINT from now on; called once, as the process begins, by its main thread.
+    """From now on, end the process at SIGINT; called once, at the process's start, in its main thread.
 
-    ``say`` says that the command was interrupted. It is called in any thread, and must not import anything.
+    ``say`` prints that the command was interrupted. It may be called in any thread and must not import anything.
     """
     _state.say, _state.mode, _state.is_ours = say, LEAVE, True
     _watch((signal.SIGINT,))
@@ -74,38 +75,38 @@ def begin(say: Callable[[], object]) -> None:
 
 
 def unwind() -> None:
-    """Raise KeyboardInterrupt at SIGINT from now on, in a process that has begun so."""
+    """From now on, raise KeyboardInterrupt at SIGINT, if `begin` was called before."""
     if _state.mode == LEAVE:
         _state.mode = UNWIND
 
 
 def finish() -> None:
-    """Ignore SIGINT from now on, but for a second one: everything is written, and the process is about to end."""
+    """From now on, ignore the first SIGINT: everything is written, and the process is about to end."""
     if _state.mode in (LEAVE, UNWIND):
         _state.mode = FINISH
 
 
 def was_raised() -> bool:
-    """Return whether SIGINT has raised KeyboardInterrupt: whatever fails after that fails because of it."""
+    """Return whether SIGINT has raised KeyboardInterrupt. Later errors are consequences of it."""
     return _state.was_raised
 
 
 def is_requested() -> bool:
-    """Return whether a signal that this process answers has come, and is not done with."""
+    """Return whether a signal that this process handles has arrived and is still being handled."""
     return _state.first_at is not None or _state.was_raised
 
 
 def write_past_buffers(text: str) -> None:
-    """Write to stderr from any thread, past Python's own buffers, which may be in use; nowhere if nobody reads."""
+    """Write to stderr from any thread, without Python's buffers, which may be locked. A closed pipe is ignored."""
     with contextlib.suppress(OSError):
         os.write(streams.stderr_fd, text.encode())
 
 
 @contextlib.contextmanager
 def handling(numbers: Sequence[signal.Signals], mode: Mode, *, ignore_after: Callable[[], bool]) -> Iterator[None]:
-    """Handle signals in another mode inside this block, and only finish after it; main thread only.
+    """Handle signals in another mode inside this block, and as after `finish` behind it; main thread only.
 
-    ``ignore_after`` says, at the block's end, whether they are ignored from then on.
+    ``ignore_after`` is called at the block's end and returns whether the signals are ignored from then on.
     """
     _watch(numbers)
     known = _state.numbers
@@ -121,7 +122,7 @@ def handling(numbers: Sequence[signal.Signals], mode: Mode, *, ignore_after: Cal
 
 @contextlib.contextmanager
 def ending_with_us(process: "Popen[Any]") -> Iterator[None]:
-    """Kill a process and all that it has started if this one is interrupted, or fails, inside this block."""
+    """Kill a process and its descendants if this process is interrupted, or fails, inside this block."""
     _state.children.add(process)
     try:
         yield
@@ -134,7 +135,7 @@ def ending_with_us(process: "Popen[Any]") -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Raise KeyboardInterrupt after this block instead of inside it, where something would be lost."""
+    """Raise KeyboardInterrupt after this block instead of inside it, so that nothing is lost."""
     _state.is_deferred = True
     try:
         yield
@@ -146,13 +147,13 @@ def deferred() -> Iterator[None]:
 
 
 def allow_lost_reader() -> None:
-    """Let prints go nowhere once nobody reads them: in `everest ... | tee log`, Ctrl-C ends tee as well."""
+    """Drop output once its reader has ended: in `everest ... | tee log`, Ctrl-C ends tee as well."""
     if _state.is_ours:
         sys.stdout, sys.stderr = _ForgivingStream(sys.stdout), _ForgivingStream(sys.stderr)
 
 
 class _ForgivingStream:
-    """A stream to the outside whose reader may go."""
+    """An output stream that drops its text once the reader has ended."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -180,13 +181,13 @@ class _ForgivingStream:
 
 
 def leave_at_second(signum: int, since_first_s: float | None) -> None:
-    """End the process at a second signal that is no echo of the first; for `Mode.in_thread`."""
+    """End the process at a second signal that is not a repetition of the first; for `Mode.in_thread`."""
     if since_first_s is not None and since_first_s > SAME_REQUEST_S:
         os._exit(128 + signum)
 
 
 def _watch(numbers: Sequence[signal.Signals]) -> None:
-    """Start the thread that listens for signals, unless it runs."""
+    """Start the thread that listens for signals, unless it is running."""
     _state.numbers |= set(numbers)
     if _state.pipe is not None:
         return
@@ -201,7 +202,7 @@ def _listen(pipe: int) -> None:
         for number in os.read(pipe, 1):
             if number == _AGAIN:
                 time.sleep(_SEND_AGAIN_AFTER_S)
-                _state.first_at = None  # the signal that is sent now is the first one again
+                _state.first_at = None  # the signal that is sent now counts as the first one
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             elif number in _state.numbers:
                 now, first_at = time.monotonic(), _state.first_at
@@ -214,27 +215,27 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 
 def _leave(*_: object) -> None:
-    """Say so and end the process; what it has started ends with it."""
+    """Print the message and end the process with its children."""
     for process in list(_state.children):
         _kill(process)
-    with contextlib.suppress(OSError):  # nobody reads what is said
+    with contextlib.suppress(OSError):  # the reader has ended
         _state.say()
     os._exit(_EXIT_INTERRUPTED)
 
 
 def _wait_for_thread(*_: object) -> None:
-    """Do nothing more in the main thread: the other one ends the process."""
+    """Wait in the main thread until the listening thread ends the process."""
     time.sleep(_WAIT_FOR_THREAD_S)
     os._exit(_EXIT_INTERRUPTED)
 
 
 def _raise_once(signum: int, frame: FrameType | None) -> None:
-    if _state.was_raised:  # cleaning up is not interrupted again
+    if _state.was_raised:  # clean-up is not interrupted again
         return
     if _state.is_deferred:
         _state.is_due = True
         return
-    if _is_importing(frame):  # cleaning up would fail on a module that is half imported
+    if _is_importing(frame):  # clean-up would fail on a partly imported module
         _leave()
     _state.was_raised = True
     allow_lost_reader()
@@ -248,7 +249,7 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def _raise_again(problem: Any) -> None:
-    """Interrupt again a little later where Python dropped a KeyboardInterrupt, in a `__del__` for instance."""
+    """Interrupt again a little later if Python has dropped a KeyboardInterrupt, for example in a `__del__`."""
     if problem.exc_type is KeyboardInterrupt and _state.pipe is not None:
         _state.was_raised = False
         os.write(_state.pipe[1], bytes([_AGAIN]))
@@ -257,7 +258,7 @@ def _raise_again(problem: Any) -> None:
 
 
 def _kill(process: "Popen[Any]") -> None:
-    if process.returncode is None:  # or its number may be another process's by now
+    if process.returncode is None:  # otherwise its number may belong to another process by now
         kill_tree(process.pid)
 
 

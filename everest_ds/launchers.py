@@ -1,7 +1,7 @@
-"""The launchers above this process: a rank ends when one of them does. A leaf.
+"""Ends a rank when a launcher above it ends. A leaf.
 
-`deepspeed` has two processes above a rank, torchrun and mpirun one or two; `everest study` and `everest benchmark`
-start runs of their own. Without them ranks would train on unseen, and hold port and run directory.
+`deepspeed` has two processes above a rank, torchrun and mpirun one or two. `everest study` and `everest benchmark`
+start runs too. A rank that outlived its launcher would continue unseen and keep the port and the run directory.
 """
 
 import os
@@ -20,24 +20,24 @@ _PROGRAMS = {
 }  # fmt: skip
 _OURS = {"everest", "everest_ds"}
 _COMMANDS_THAT_LAUNCH = {"study", "benchmark"}
-# What launchers leave in the environment of a rank.
+# Variables that launchers set in the environment of a rank.
 _MARKS = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID")
 
 EXIT_ABANDONED = 129
-"""128 and the number of SIGHUP: what a process was started by is gone."""
+"""128 plus the number of SIGHUP: the launcher has ended."""
 _LOOK_EVERY_S = 0.5
-# Ctrl-C in a terminal ends the launcher at once, and reaches the ranks in the same moment: they may save.
+# Ctrl-C in a terminal ends the launcher and reaches the ranks at the same moment: give them time to save.
 _SIGNAL_ARRIVES_WITHIN_S = 1.5
 _SAVES_WITHIN_S = 60.0
 
 
 def end_with_launchers(is_first: bool) -> None:
-    """End this process, and all that it has started, as soon as a launcher above it has ended.
+    """End this process and all its descendants when a launcher above it ends.
 
-    A run that was asked to stop before may save. A process that nobody launched goes on without its shell.
+    A run that was asked to stop may save first. A process without a launcher is not affected.
 
     Args:
-        is_first: Whether this rank is the one of its machine that says so.
+        is_first: Whether this rank prints the message for its machine.
     """
     watched = find_launchers(os.getpid())
     if watched:
@@ -46,9 +46,9 @@ def end_with_launchers(is_first: bool) -> None:
 
 
 def find_launchers(pid: int) -> list[int]:
-    """Return the processes above a rank up to its topmost launcher, nearest first; none where none is known.
+    """Return the processes above a rank up to its topmost launcher, nearest first; empty without a launcher.
 
-    The number 0 stands for one that has ended already.
+    A launcher that has already ended has the number 0.
     """
     above, current = [], pid
     while current := parent_of(current):
@@ -73,9 +73,9 @@ def _is_launcher(words: Sequence[str]) -> bool:
 
 
 def _was_left(pid: int) -> bool:
-    """Return whether a process was handed over to a process of another session because its parent has ended.
+    """Return whether a process has lost its parent: its new parent is in another session.
 
-    torchrun's ranks lead sessions of their own: they were left where the first process, no Python, is above them.
+    torchrun's ranks lead sessions of their own. They have lost their parent if process 1, not a Python, is above.
     """
     try:
         session, above = os.getsid(pid), parent_of(pid)
@@ -93,7 +93,7 @@ def _watch(launchers: dict[int, str | None], is_first: bool) -> None:
     if interrupts.is_requested():
         time.sleep(_SAVES_WITHIN_S)
     elif is_first:
-        line = "everest: the launcher has ended, and this command with it; a run resumes by the same command"
+        line = "everest: the launcher has ended, so this process ends too; the same command resumes the run"
         interrupts.write_past_buffers(f"{line} (exit code {EXIT_ABANDONED})\n")
     for child in children_of(os.getpid()):
         kill_tree(child)

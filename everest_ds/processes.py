@@ -1,7 +1,7 @@
-"""Processes of this machine: when they began, whether they still run, and how they end with the one above. A leaf.
+"""Processes of this machine: find, kill, and end them with their parent. A leaf.
 
-As a program, `python -m everest_ds.processes MODULE ARGUMENTS` runs a module that ends with the process that
-started it, whatever ends that one, and so do the processes that the module forks.
+`python -m everest_ds.processes MODULE ARGUMENTS` runs a module in a process that the kernel kills when its parent
+ends, for whatever reason. The same holds for processes that the module forks.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
 def started_at(pid: int) -> str | None:
-    """Return when a process began, in ticks since the machine's start; None where it does not run (any more).
+    """Return when a process began, in ticks since the machine's start; None if it does not run.
 
-    Number and start together name a process: numbers are used again.
+    Number and start together identify a process, because the system reuses numbers.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
@@ -29,7 +29,7 @@ def started_at(pid: int) -> str | None:
 
 
 def seconds_since_start() -> float:
-    """Return how long this process has run, to a hundredth of a second; 0 where the machine does not say."""
+    """Return how long this process has run, to a hundredth of a second; 0 if the system does not tell."""
     try:
         ticks = int(started_at(os.getpid()) or "")
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -38,7 +38,7 @@ def seconds_since_start() -> float:
 
 
 def parent_of(pid: int) -> int:
-    """Return the number of the process above; 0 where there is none."""
+    """Return the number of the parent process; 0 if there is none."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()[1])
     except (OSError, IndexError, ValueError):
@@ -46,7 +46,7 @@ def parent_of(pid: int) -> int:
 
 
 def words_of(pid: int) -> list[str]:
-    """Return the command line of a process; empty where it does not run, or has none."""
+    """Return the command line of a process; empty if it does not run or has none."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").rstrip("\0").split("\0")
     except OSError:
@@ -54,7 +54,7 @@ def words_of(pid: int) -> list[str]:
 
 
 def kill_tree(pid: int) -> None:
-    """Kill a process and its descendants; it is halted before, so that it starts no more."""
+    """Kill a process and its descendants. Each is stopped first, so that it cannot start new ones."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGSTOP)
     for child in children_of(pid):
@@ -64,7 +64,7 @@ def kill_tree(pid: int) -> None:
 
 
 def children_of(pid: int) -> list[int]:
-    """Return the numbers of the processes that a process has started and that still run."""
+    """Return the numbers of a process's running children."""
     children: list[int] = []
     for listed in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -73,12 +73,12 @@ def children_of(pid: int) -> list[int]:
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process when the thread that started it ends; also out of a call that hangs in C."""
+    """Let the kernel kill this process when the thread that started it ends, even inside a hanging C call."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def free_memory() -> int | None:
-    """Return about how many bytes of memory may still be taken here, by machine and container; None if unknown."""
+    """Return about how many bytes of memory are free on this machine and in this container; None if unknown."""
     with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 1024
@@ -92,7 +92,7 @@ def free_memory() -> int | None:
 
 
 def name_this(name: str) -> None:
-    """Let ps and top show the calling thread, of a process with one the process, under a name of 15 letters."""
+    """Set the name that ps and top show for the calling thread, at most 15 letters."""
     ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
@@ -100,7 +100,7 @@ def _run_module(name: str) -> None:
     parent = os.getppid()
     end_with_parent()
     os.register_at_fork(after_in_child=end_with_parent)
-    if os.getppid() != parent:  # it ended before the kernel knew
+    if os.getppid() != parent:  # it ended before the kernel was asked
         sys.exit(1)
     sys.argv = sys.argv[1:]
     runpy.run_module(name, run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""How far a long command is, printed now and then. A leaf."""
+"""Progress lines of long commands. A leaf."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -9,15 +9,15 @@ from everest_ds.console.messages import say
 Item = TypeVar("Item")
 
 EVERY_S = 10.0
-"""Seconds from one line to the next; what ends sooner prints nothing."""
+"""Seconds between two lines. Work that ends sooner prints nothing."""
 
 
 class Progress:
     """Prints lines like ``scored 120/400 videos  3.1 videos/s  ETA 1m30s``.
 
     Args:
-        total: Videos in all.
-        what: What is being done, before the numbers.
+        total: Number of videos.
+        what: Words before the numbers, for example "scored".
     """
 
     def __init__(self, total: int, what: str = "") -> None:
@@ -26,7 +26,7 @@ class Progress:
         self._started = self._printed = time.monotonic()
 
     def show(self, done: int) -> None:
-        """Print how many videos are done, if it is time to; the end is printed if anything was."""
+        """Print how many videos are done, if `EVERY_S` have passed; the last line only if there was one before."""
         now = time.monotonic()
         is_end = done >= self._total and self._printed > self._started
         if not done or (now - self._printed < EVERY_S and not is_end):
@@ -38,7 +38,7 @@ class Progress:
 
 
 def with_progress(videos: Iterable[Item], total: int) -> Iterator[Item]:
-    """Pass on ``total`` items, one a video, and print how far that is."""
+    """Yield ``total`` items, one for each video, and print the progress."""
     progress = Progress(total)
     for done, video in enumerate(videos, start=1):
         yield video
@@ -46,7 +46,7 @@ def with_progress(videos: Iterable[Item], total: int) -> Iterator[Item]:
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration as people read it: ``2d03h``, ``4h05m``, ``12m30s``, ``9s``."""
+    """Return a duration as text: ``2d03h``, ``4h05m``, ``12m30s``, ``9s``."""
     minutes, secs = divmod(max(round(seconds), 0), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

@@ -1,6 +1,6 @@
-"""What this process is doing, and when it last got further: signs that `everest_ds.train.watch` looks at. A leaf.
+"""What this process is doing, and when it last made progress. `everest_ds.train.watch` reads it. A leaf.
 
-The loop enters its phases; whatever works on inside one, as the loader does, beats.
+The training loop enters phases. Code that makes progress inside a phase, for example the loader, calls `beat`.
 """
 
 import time
@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Pulse:
-    """Of a process.
+    """The progress of a process.
 
     Attributes:
-        phase: What it is doing, in words.
-        position: Phases entered so far; the ranks of a training enter the same ones.
-        spent_s: Seconds spent in each phase so far, without the present one.
-        began: When the present one began, by the clock of time.monotonic.
-        at: When the process last got further, by the same clock.
+        phase: What the process is doing, in words.
+        position: Number of phases entered so far. All ranks of a run enter the same phases.
+        spent_s: Seconds spent in each phase so far, without the current one.
+        began: Start of the current phase, in seconds of time.monotonic.
+        at: Time of the last progress, by the same clock.
     """
 
     phase: str = "starting"
@@ -38,5 +38,5 @@ def enter(phase: str) -> None:
 
 
 def beat() -> None:
-    """Get further within a phase; from any thread."""
+    """Record progress within a phase; may be called from any thread."""
     PULSE.at = time.monotonic()

@@ -1,12 +1,12 @@
-"""Processes that Slurm or MPI has started together, without a launcher in between. A leaf.
+"""Rank and world size of processes that Slurm or MPI starts directly, without a launcher. A leaf.
 
-`srun -n 8 everest pretrain ...` is one training of eight ranks, not eight trainings: what Slurm tells each task is
-put where a launcher would put it. The variables of a launcher come first.
+`srun -n 8 everest pretrain ...` is one training of eight ranks, not eight trainings: Slurm's variables are copied
+to the ones that a launcher sets. If a launcher has set them, they are kept.
 """
 
 from collections.abc import Mapping, MutableMapping
 
-# Steps with these numbers and above are no srun: the batch script, an interactive shell.
+# Step numbers from here on are not from srun: the batch script, an interactive shell.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _FIRST_PORT, _NUM_PORTS = 20000, 20000
 _MPI = (
@@ -17,7 +17,7 @@ _MPI = (
 
 
 def adopt(environment: MutableMapping[str, str]) -> None:
-    """Add what a launcher would have added, where Slurm or MPI itself has started several processes."""
+    """Set a launcher's variables if Slurm or MPI has started several processes without one."""
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return
     for name, value in (of_slurm(environment) or of_mpi(environment)).items():
@@ -25,9 +25,9 @@ def adopt(environment: MutableMapping[str, str]) -> None:
 
 
 def of_slurm(given: Mapping[str, str]) -> dict[str, str]:
-    """Return a launcher's variables for a task of `srun`; none elsewhere, and for a single task.
+    """Return a launcher's variables for a task of `srun`; empty for a single task and outside srun.
 
-    A batch script and an interactive shell know the job's number of tasks, but are none of them.
+    A batch script and an interactive shell also see the job's number of tasks, but are not tasks themselves.
     """
     step = _number(given, "SLURM_STEP_ID", "SLURM_STEPID")
     size = _number(given, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
@@ -53,7 +53,7 @@ def of_slurm(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def of_mpi(given: Mapping[str, str]) -> dict[str, str]:
-    """Return a launcher's variables for a process of `mpirun`, but for the address, which MPI keeps to itself."""
+    """Return a launcher's variables for a process of `mpirun`, without the address, which MPI does not give."""
     for size, rank, local_size, local_rank in _MPI:
         if (_number(given, size) or 1) > 1 and rank in given:
             names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_size}
@@ -86,5 +86,5 @@ def _expand(text: str) -> list[int]:
 
 
 def _number(given: Mapping[str, str], *names: str) -> int | None:
-    """Return the first of some variables that is a number."""
+    """Return the value of the first of these variables that is a number."""
     return next((int(given[name]) for name in names if given.get(name, "").isdigit()), None)

@@ -1,9 +1,9 @@
-"""Stacks of a process that hangs, by a signal that is answered without Python: no lock of it is needed. A leaf.
+"""Stacks of hanging processes. The signal's handler is written in C and needs no lock of Python's. A leaf.
 
-A rank that receives `HANG_SIGNAL` writes the stacks of all its threads to a file and ends; so does one that holds
-Python's lock in C, and one that was stopped, once it is continued. A process that reads videos writes them to
-memory, and runs on. The signal's number is also the exit code of a run that hung, because a handler in C that ends
-a process can pass on nothing else.
+A rank that receives `HANG_SIGNAL` writes the stacks of all its threads to a file and ends, even if a C call holds
+Python's lock, or if it was stopped and is continued. A process that reads videos writes its stacks to memory and
+continues. The signal's number is also the exit code of a run that hung: a handler in C that ends the process
+receives no other number.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ HANG_SIGNAL = EXIT_HUNG
 _MEMORY = "everest-stacks"
 _ANSWERS_WITHIN_S = 0.5
 _STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk", "R": "running", "S": "sleeping"}
-# Where a thread waits for other ranks: the innermost frame is in one of these, or is a `wait` of one of those.
+# A thread waits for other ranks if its innermost frame is in `_COLLECTIVES`, or is one of `_WAITS` in `_LIBRARIES`.
 _COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
 _LIBRARIES = ("/torch/", "/deepspeed/")
 _WAITS = ("wait", "synchronize", "barrier")
 
 
 def end_with_stacks(file: TextIO) -> None:
-    """Let this process answer the signal: it writes its stacks to an open file, and ends."""
+    """At the signal, write the stacks of this process to an open file and end it."""
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     libc.signal(HANG_SIGNAL, ctypes.cast(libc._exit, ctypes.c_void_p))
@@ -40,17 +40,17 @@ def end_with_stacks(file: TextIO) -> None:
 
 
 def forget() -> None:
-    """Let this process end without stacks at the signal."""
+    """At the signal, end this process without writing stacks."""
     faulthandler.unregister(HANG_SIGNAL)
 
 
 def keep_stacks_ready() -> None:
-    """Let this process answer the signal: it writes its stacks to memory that others can read, and runs on."""
+    """At the signal, write the stacks of this process to memory that other processes can read, and continue."""
     faulthandler.register(HANG_SIGNAL, file=os.memfd_create(_MEMORY), all_threads=True)
 
 
 def of_children(pid: int) -> str:
-    """Return what the processes below one are: number, state, command line, and stacks where they answer."""
+    """Return a text about a process's descendants: number, state, command line, and stacks if they answer."""
     parts = []
     for child in children_of(pid):
         parts.append(f"--- process {child}, {state_of(child)}: {' '.join(words_of(child))[:200]}\n{_ask(child)}")
@@ -59,7 +59,7 @@ def of_children(pid: int) -> str:
 
 
 def state_of(pid: int) -> str:
-    """Return the state of a process of this machine in a word."""
+    """Return the state of a process of this machine, in words."""
     try:
         letter = Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()[0]
     except (OSError, IndexError):
@@ -81,9 +81,9 @@ def _ask(pid: int) -> str:
 
 
 def describe_call() -> tuple[str, bool]:
-    """Return where this process is, by its stacks of Python, and whether it waits for other ranks there.
+    """Return where this process is, by its Python stacks, and whether it waits for other ranks there.
 
-    Where no thread waits, the place is that of the main thread.
+    If no thread waits, the place is that of the main thread.
     """
     frames = sys._current_frames()
     main = threading.main_thread().ident
@@ -94,7 +94,7 @@ def describe_call() -> tuple[str, bool]:
 
 
 def _find_wait(frame: FrameType) -> str | None:
-    """Return in which collective of which caller a thread waits; None where it does not."""
+    """Return the collective in which a thread waits, and its caller; None if it does not wait."""
     current: FrameType | None = frame
     name = ""
     while current is not None:

@@ -1,7 +1,7 @@
-"""Token arithmetic in exact integers. A leaf without torch; nothing else in the project multiplies token counts.
+"""Token counts in exact integers. All token counts of the project are computed here. A leaf without torch.
 
 Place in the flow: a clip of T frames of H x W pixels -> a grid of tubelet tokens, time-major and then row-major ->
-how many of them are selected, visible, and targets.
+numbers of selected, visible and target tokens.
 """
 
 from dataclasses import dataclass
@@ -64,9 +64,9 @@ class ClipCounts:
     """Tokens of one clip.
 
     Attributes:
-        selected: What the strategy selects.
-        visible: What the encoder sees.
-        targets: What the decoder predicts.
+        selected: Tokens that the strategy selects.
+        visible: Tokens that the encoder sees.
+        targets: Tokens that the decoder predicts.
     """
 
     selected: int
@@ -75,11 +75,11 @@ class ClipCounts:
 
 
 def ratio_to_count(num_tokens: int, ratio: float) -> int:
-    """Return ``floor(num_tokens * ratio)`` with the ratio taken as the decimal that was written.
+    """Return ``floor(num_tokens * ratio)`` for the ratio as a decimal.
 
     0.3 is three tenths, not the nearest binary number: 1568 tokens give 470 at 0.3, 156 at 0.1 and 940 at 0.6.
 
-    Differs from the official code: that computes ``int((1 - masked) * num_tokens)`` in floats, which loses a
+    Differs from the official code: it computes ``int((1 - masked) * num_tokens)`` in floats, which loses a
     token at some sizes (``(1 - 0.7) * 10`` is 2.99...).
 
     Raises:
@@ -95,21 +95,21 @@ def count_kept(strategy: StrategyName, grid: TokenGrid, ratio: float) -> int:
     every token.
 
     Raises:
-        UserError: The ratio is outside (0, 1], or the strategy cannot keep it.
+        UserError: The ratio is outside (0, 1], or not possible with the strategy.
     """
     if strategy == "tube":
         return grid.time * count_tube_positions(grid, ratio)
     if strategy == "running_cell":
         return grid.num_tokens * count_cell_positions(grid, ratio) // CELL_TOKENS
     if strategy == "all" and ratio != 1:
-        raise UserError(f"strategy=all keeps every token, and its ratio is {ratio}; set it to 1")
+        raise UserError(f"strategy=all keeps every token, but its ratio is {ratio}; set the ratio to 1")
     return ratio_to_count(grid.num_tokens, ratio)
 
 
 def count_tube_positions(grid: TokenGrid, ratio: float) -> int:
     """Return how many positions a tube keeps in every time step: ``ceil(positions * ratio)``.
 
-    That is VideoMAE's count: it masks ``floor(positions * 0.9)``.
+    This is VideoMAE's count: VideoMAE masks ``floor(positions * 0.9)``.
     """
     return grid.tokens_per_step - int(grid.tokens_per_step * (1 - _exact_share(ratio)))
 
@@ -118,17 +118,16 @@ def count_cell_positions(grid: TokenGrid, ratio: float) -> int:
     """Return how many of a running cell's four positions are kept in a time step.
 
     Raises:
-        UserError: The ratio is not 0.25, 0.5 or 0.75, or cells do not fill the grid: it needs even rows and
-            columns, and time steps in fours, so that every position is kept equally often.
+        UserError: The ratio is not 0.25, 0.5 or 0.75, or cells do not fill the grid: rows and columns must be
+            even, and time steps a multiple of four, so that every position is kept equally often.
     """
     kept = ratio * CELL_TOKENS
     if kept not in (1, 2, 3):
-        raise UserError(f"strategy=running_cell keeps 0.25, 0.5 or 0.75 of the tokens, its ratio is {ratio}")
+        raise UserError(f"strategy=running_cell needs a ratio of 0.25, 0.5 or 0.75, got {ratio}")
     if grid.rows % CELL_EDGE or grid.cols % CELL_EDGE or grid.time % CELL_TOKENS:
         raise UserError(
             f"strategy=running_cell needs even token rows and columns and a multiple of {CELL_TOKENS} time steps, "
-            f"the clip has {grid.rows} x {grid.cols} and {grid.time}; choose another data.image_size or "
-            "data.num_frames"
+            f"got {grid.rows} x {grid.cols} and {grid.time}; change data.image_size or data.num_frames"
         )
     return int(kept)
 
@@ -136,10 +135,10 @@ def count_cell_positions(grid: TokenGrid, ratio: float) -> int:
 def count_selection(
     strategy: StrategyName, grid: TokenGrid, selected_ratio: float, visible_ratio: float, targets: TargetName
 ) -> ClipCounts:
-    """Return the counts of a clip in pre-training; raises what `count_kept` raises.
+    """Return the token counts of a clip in pre-training; raises the errors of `count_kept`.
 
-    running_cell chooses for the decoder only: the encoder sees a tube, of which the cells keep their share too.
-    With all, every token is selected, and the visible ones are drawn at random.
+    running_cell chooses for the decoder only. The encoder sees a tube, and the cells keep their share of the tube
+    too. With all, every token is selected, and the visible ones are drawn at random.
     """
     selected = count_kept(strategy, grid, selected_ratio)
     if strategy == "running_cell":
@@ -153,9 +152,9 @@ def count_selection(
 
 
 def bound_counts(average: ClipCounts, selected: int, targets: TargetName, *, upper: bool) -> ClipCounts:
-    """Return the least or the most counts of a clip that keeps another number of tokens than the average clip.
+    """Return the lower or upper bound of the counts of a clip with another number of selected tokens.
 
-    Its visible tokens keep their share of the selected ones, rounded down or up (`model.budgets`).
+    The visible tokens keep their share of the selected ones, rounded down or up (`model.budgets`).
     """
     below, rest = divmod(selected * average.visible, average.selected)
     above = below + (rest > 0)
@@ -164,15 +163,15 @@ def bound_counts(average: ClipCounts, selected: int, targets: TargetName, *, upp
 
 
 def count_candidate_steps(time: int, alpha: float) -> int:
-    """Return how many time steps frames are chosen from: ``floor(alpha * time)``.
+    """Return from how many time steps frames are selected: ``floor(alpha * time)``.
 
-    The paper's ``floor(2 * alpha * tau)`` frames; an odd one out makes no pair.
+    The paper has ``floor(2 * alpha * tau)`` frames; if their number is odd, the last one is not used.
 
     Raises:
         UserError: alpha is below 1.
     """
     if not alpha >= 1:
-        raise UserError(f"alpha={alpha} must be at least 1: so many times a clip's frames are candidates")
+        raise UserError(f"alpha={alpha} must be at least 1; frames are selected from alpha times as many")
     return int(time * Fraction(repr(float(alpha))))
 
 
@@ -180,11 +179,11 @@ def noise_length(strategy: StrategyName, grid: TokenGrid, most_selected: int, ca
     """Return how many uniform values a clip needs for its selection.
 
     Args:
-        strategy: rero draws the visible tokens, one value a rank; random and all draw tokens, tube draws positions,
-            running_cell draws positions and then its phase.
+        strategy: rero draws the visible tokens, one value for each place in the order of importance. random and all
+            draw tokens, tube draws positions, running_cell draws positions and then its phase.
         grid: The clip's tokens.
-        most_selected: Selected tokens of a clip at most.
-        candidate_steps: Time steps that frames are chosen from, whose draws come last; 0 chooses none.
+        most_selected: Largest number of selected tokens of a clip.
+        candidate_steps: Time steps that frames are selected from; their values come last. 0 selects no frames.
     """
     own = {
         "rero": most_selected,
@@ -197,7 +196,7 @@ def noise_length(strategy: StrategyName, grid: TokenGrid, most_selected: int, ca
 
 
 def describe_kept(ratio: float, num_kept: int, num_tokens: int) -> str:
-    """Return how many of a clip's tokens are kept, for people: "keeps 0.6 of the tokens (940 of 1568)"."""
+    """Return how many of a clip's tokens are kept, as text: "keeps 0.6 of the tokens (940 of 1568)"."""
     if num_kept == num_tokens:
         return f"keeps all {num_tokens} tokens"
     return f"keeps {ratio:g} of the tokens ({num_kept} of {num_tokens})"
@@ -205,7 +204,7 @@ def describe_kept(ratio: float, num_kept: int, num_tokens: int) -> str:
 
 def _exact_share(ratio: float) -> Fraction:
     if not 0 < ratio <= 1:
-        raise UserError(f"ratio={ratio} is outside (0, 1]; it is the share of a clip's tokens that is kept")
+        raise UserError(f"ratio={ratio} is outside (0, 1]; it is the share of a clip's tokens to keep")
     return Fraction(repr(float(ratio)))
 
 

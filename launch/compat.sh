@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Does everest_ds work on this machine's Pythons? Makes an environment for each interpreter it finds among 3.11, 3.12
-# and 3.13, with the newest and with the oldest versions that pyproject.toml allows, runs every command small in each
-# of them, and prints a table. The exit code is 1 when a cell failed. An environment takes 6 GB and is removed after
-# its turn; about 6 minutes each on two cores.
+# Tests everest_ds with the Pythons of this machine. For each interpreter among 3.11, 3.12 and 3.13 it makes an
+# environment with the newest and one with the oldest versions that pyproject.toml allows, runs every command on a
+# small scale, and prints a table. The exit code is 1 if a cell failed. An environment takes 6 GB and about 6 minutes
+# on two cores, and is removed afterwards.
 #
 #   bash launch/compat.sh [--python "3.11 3.12 3.13"] [--versions "newest lowest"] [--except 3.11] [--first] [--keep]
 #
 #     --except X    leave out this Python version
 #     --first       stop after the first interpreter that is found
-#     --keep        leave the environments in place, to look at them or to use them again
+#     --keep        do not remove the environments
 #   EVEREST_COMPAT  where environments, logs and results go (default: build/compat)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -31,7 +31,7 @@ results=$folder/results.tsv
 : >"$results"
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-# step NAME COMMAND...: run it, record how it went, and show the end of its log where it failed.
+# step NAME COMMAND...: run it and record the result; if it failed, show the end of its log.
 step() {
   local name=$1 log=$work/$1.log began=$SECONDS verdict=ok
   shift
@@ -57,7 +57,7 @@ install() {
   "$uv" pip list --quiet --python "$environment/bin/python" --format freeze >"$work/versions.txt"
 }
 
-# train TASK RECIPE OUT STEPS FLAGS...: two processes under DeepSpeed's launcher, and as many steps as were asked for.
+# train TASK RECIPE OUT STEPS FLAGS...: train with two processes under DeepSpeed's launcher, and check the step count.
 train() {
   local task=$1 recipe=$2 out=$3 steps=$4
   shift 4
@@ -82,7 +82,7 @@ assert all((ours[name] == back[name]).all() for name in ours)
 PYTHON
 }
 
-# Every command, small; the first that fails ends the cell, since later ones need what it writes.
+# Run every command on a small scale. The first failure ends the cell, because later commands need earlier output.
 smoke() {
   cd "$work"
   step doctor everest doctor || return 1
@@ -107,7 +107,7 @@ smoke() {
   step tensorboard tensorboard --version
 }
 
-# In a shell of its own, so that the environment of one cell is not on the PATH of the next.
+# Runs in a subshell, so that the environment of one cell is not on the PATH of the next.
 run_cell() (
   mkdir -p "$work"
   step install install || exit 1

@@ -1,9 +1,9 @@
-# Sourced by the other scripts: makes or reuses a virtual environment, installs the project once, puts it on PATH.
+# Sourced by the other scripts: makes or reuses a virtual environment, installs the project once, adds it to PATH.
 #
-#   VIRTUAL_ENV        an active environment is used as it is, and a torch that is in it stays
-#   EVEREST_VENV       where to make one otherwise (default: .venv in the project)
-#   EVEREST_NEWEST=1   the newest version of every package, instead of the tested ones of constraints.txt
-#   PYTHON             the interpreter to make it with (default: the first of python3, python3.13 ... that is 3.11 to 3.13)
+#   VIRTUAL_ENV        the active environment; it is used, and its torch is kept
+#   EVEREST_VENV       otherwise, the folder of the environment to make (default: .venv in the project)
+#   EVEREST_NEWEST=1   install the newest versions instead of the tested ones of constraints.txt
+#   PYTHON             the interpreter (default: the first of python3, python3.13 ... that is version 3.11 to 3.13)
 
 # find_python VERSIONS: the first interpreter of one of these versions (3.11 3.12 ...), python3 before the others.
 find_python() {
@@ -23,14 +23,14 @@ find_python() {
   return 1
 }
 
-# stamp_of EXTRAS: the file that says that the environment holds what is to be installed now.
+# stamp_of EXTRAS: the file that marks the current project and versions as installed.
 stamp_of() {
   local wanted
   wanted=$( (pwd; cat pyproject.toml constraints.txt; echo "${EVEREST_NEWEST:-}") | sha256sum | cut -c1-16)
   echo "$environment/.everest_ds-$wanted$1"
 }
 
-# kept_versions ENVIRONMENT: constraints.txt; where the environment has a torch, that one in place of the tested one.
+# kept_versions ENVIRONMENT: constraints.txt, with the environment's own torch if it has one.
 kept_versions() {
   local torch
   if torch=$("$1/bin/python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null); then
@@ -41,7 +41,7 @@ kept_versions() {
   fi
 }
 
-# ensure_environment EXTRAS: EXTRAS is empty or like [dev]. Installs again only when what is to be installed has changed.
+# ensure_environment EXTRAS: EXTRAS is empty or like [dev]. Installs again only if the project or versions have changed.
 ensure_environment() {
   local extras=$1 python
   if [ -n "${VIRTUAL_ENV:-}" ]; then
@@ -76,7 +76,7 @@ install_versions() {
   fi
 }
 
-# from_caller PATH: the path as the shell that started the script has to write it. That shell is in $caller.
+# from_caller PATH: the path relative to $caller, the folder in which the script was started.
 from_caller() {
   local path
   path=$(realpath --canonicalize-missing --no-symlinks --relative-to="$caller" "$1")
@@ -84,7 +84,7 @@ from_caller() {
   printf '%q' "$path"
 }
 
-# program NAME: how that shell starts a program of the environment: by its name where it is on the PATH, else by path.
+# program NAME: how to start a program of the environment from there: its name if it is on the PATH, else its path.
 program() {
   if [ "$(PATH=$caller_path command -v "$1")" = "$environment/bin/$1" ]; then echo "$1"; else from_caller "$environment/bin/$1"; fi
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What pre-training is worth, over several seeds: the quickstart's comparison for each seed (linear probes with all
+# The effect of pre-training over several seeds: the quickstart's comparison for each seed (linear probes with all
 # labels), then linear probes and fine-tuning with few labels, at several learning rates. Prints one table with every
-# seed. Every start gets the same labelled videos, steps and rates. The same command continues.
+# seed. Every start gets the same labelled videos, steps and rates. The same command resumes.
 #
 #   [EVEREST_OUT=FOLDER] [SEEDS="0 1 2 3 4"] [SHOTS=10] [RATES="3.2e-2 6.4e-2 1.28e-1"] [DATA_SEED=0] \
 #     bash launch/few_labels.sh
@@ -17,7 +17,7 @@ precision=fp32
 if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -gt 0 ]; then precision=bf16; fi
 if [ "$precision" = fp32 ]; then export DS_ACCELERATOR=cpu; fi
 
-# choose SEED LIST: so many random training videos of each class
+# choose SEED LIST: write a list of $shots random training videos of each class
 choose() {
   python - "$data/train.csv" "$shots" "$@" <<'PYTHON'
 import pathlib, random, sys

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tune a recipe of the paper on all GPUs of this machine, scoring it on the way.
+# Fine-tune a recipe of the paper on all GPUs of this machine, with scores during training.
 #
 #   bash launch/finetune.sh k400_vit_l_ft k400/train.csv k400/val.csv WEIGHTS runs/k400_l_ft [FLAGS OF everest finetune]
 #

@@ -1,6 +1,6 @@
-"""The result of launch/quickstart.sh, in one sentence and one picture.
+"""Print the result of launch/quickstart.sh as one sentence, and draw it as one picture.
 
-python launch/first_result.py OUT    OUT holds rero/, tube/, random/ and probe-rero/, ...; writes OUT/result.png
+python launch/first_result.py OUT    OUT contains rero/, tube/, random/ and probe-rero/, ...; writes OUT/result.png
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-# Of Okabe and Ito: told apart with every colour vision.
+# Colours of Okabe and Ito, which people with any colour vision can distinguish.
 STARTS = {
     "rero": ("ReRo", "#0072B2"),
     "tube": ("tube masking", "#E69F00"),
@@ -18,14 +18,14 @@ STARTS = {
 
 
 def read_losses(run_dir: Path) -> tuple[list[int], list[float]]:
-    """Return the steps and the losses that a run has recorded."""
+    """Return the recorded steps and losses of a run."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]
     return [line["step"] for line in steps], [line["loss"] for line in steps]
 
 
 def draw(out: Path, top1: dict[str, float], chance: float) -> Figure:
-    """Draw the scores, and the losses on the way to them."""
+    """Draw the top-1 scores in [0, 1] by start, and the losses of pre-training."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     bars, curves = figure.subplots(1, 2)
     names = [STARTS[start][0] for start in top1]
@@ -33,7 +33,7 @@ def draw(out: Path, top1: dict[str, float], chance: float) -> Figure:
     bars.bar_label(drawn, fmt="%.0f %%")
     bars.axhline(100 * chance, color="black", linestyle=":", linewidth=1)
     bars.annotate("chance", (2.45, 100 * chance), ha="right", va="bottom", fontsize=8)
-    bars.set(ylabel="top-1 of a linear probe (%)", ylim=(0, 100), title="What pre-training is for")
+    bars.set(ylabel="top-1 of a linear probe (%)", ylim=(0, 100), title="Effect of pre-training")
     for start in ("rero", "tube"):
         name, colour = STARTS[start]
         curves.plot(*read_losses(out / start), color=colour, label=name)
@@ -43,7 +43,7 @@ def draw(out: Path, top1: dict[str, float], chance: float) -> Figure:
 
 
 def main(out: Path) -> None:
-    """Print and draw."""
+    """Read the runs' scores, draw OUT/result.png and print the sentence."""
     summaries = {start: json.loads((out / f"probe-{start}" / "summary.json").read_text()) for start in STARTS}
     top1 = {start: summary["top1"] for start, summary in summaries.items()}
     num_classes = len(summaries["rero"]["per_class"])

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Measure on one GPU what docs/notes/goals.md lists as not yet measured: bash launch/measure_gpu.sh [MINUTES] [--out FILE.json]
-# The same command continues where the last one stopped. Needs no network, and no installation but the dependencies.
+# Measures on one GPU what docs/notes/goals.md lists as not yet measured. The same command continues.
+# Needs no network and, besides the dependencies, no installation.
+#
+#   bash launch/measure_gpu.sh [MINUTES] [--out FILE.json]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

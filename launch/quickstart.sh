@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# From a clone to a first result in about five minutes on two CPU cores, two of them for the installation: demo videos, a
-# picture of the tokens that are kept, two pre-trainings through DeepSpeed (ZeRO-2), and what a linear probe gets out of
-# them and out of random weights. On all GPUs, or on two CPU processes where there is none. The same command continues.
+# From a clone to a first result in about five minutes on two CPU cores, two of them for the installation: demo videos,
+# a picture of the kept tokens, two pre-trainings with DeepSpeed (ZeRO-2), and linear probes of them and of random
+# weights. Runs on all GPUs, or on two CPU processes if there are none. The same command resumes.
 #
 #   [EVEREST_OUT=FOLDER] [SEED=0] [DATA_SEED=0] bash launch/quickstart.sh
-#   bash launch/quickstart.sh --full           # pre-training and fine-tuning at length, 15 minutes: 8 classes of the demo
-#   EVEREST_TINY=1 bash launch/quickstart.sh   # a few videos and steps: does everything work here?
+#   bash launch/quickstart.sh --full           # longer pre-training and fine-tuning, 15 minutes: 8 classes of the demo
+#   EVEREST_TINY=1 bash launch/quickstart.sh   # a few videos and steps, to test that everything works here
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -32,7 +32,7 @@ else
   processes=2
   precision=fp32
 fi
-share=$((32 / processes)) # a batch is 32 clips, or the multiple of the processes just below
+share=$((32 / processes)) # a batch is 32 clips, or the next lower multiple of the number of processes
 train() {
   run_deepspeed --no_local_rank --num_gpus "$processes" --module everest_ds "$@" \
     --data.train-list "$data/train.csv" --ds-config ds_configs/zero2.json --precision "$precision" --run.seed "$seed" \
@@ -40,7 +40,7 @@ train() {
 }
 everest=$(program everest)
 
-# Which of four textures moves? The rest of the frame is clutter that stands still.
+# The class is the moving texture, one of four. The rest of the frame is still clutter.
 compare() {
   local start sizes=(--train 480 --val 0 --test 240)
   if [ -n "$tiny" ]; then sizes=(--train 32 --val 0 --test 32); fi
@@ -50,7 +50,7 @@ compare() {
   local pretrain=(pretrain study --optim.epochs 19 --optim.base-lr 3.2e-2 --selection.visible-ratio 0.1)
   train "${pretrain[@]}" --selection.selected-ratio 0.15 --out "$out/rero" ${length[@]+"${length[@]}"}
   train "${pretrain[@]}" --selection.strategy tube --selection.selected-ratio 1.0 --out "$out/tube" ${length[@]+"${length[@]}"}
-  # The first step of warm-up has rate zero: these are the weights that both runs started from.
+  # The first warm-up step has learning rate 0, so these are the initial weights of both runs.
   train "${pretrain[@]}" --selection.selected-ratio 0.15 --out "$out/random" --run.max-steps 1
   for start in rero tube random; do
     everest evaluate "$out/$start" --recipe study_ft --protocol linear --keep-ratio 0.15 --precision "$precision" \
@@ -62,13 +62,13 @@ all of it is in $(from_caller "$out"); where to look next:
   $(program tensorboard) --logdir $(from_caller "$out")
       the curves, in a browser
   $everest show $(from_caller "$out/rero") $(from_caller "$data/test/00001.mp4") --out $(from_caller "$out/pictures")
-      what the pre-trained model keeps of a video, and what it reconstructs
+      the tokens that the pre-trained model keeps of a video, and their reconstruction
   cat $(from_caller "$out/probe-rero/summary.json")
-      the scores, by class, and the views and the checkpoint that they belong to
+      the scores by class, with their views and checkpoint
 TEXT
 }
 
-# Where a disc goes: eight classes, pre-trained and fine-tuned until nearly every test video is right.
+# The class is the direction of a disc, one of eight. Trained until nearly every test video is right.
 learn() {
   local sizes=()
   if [ -n "$tiny" ]; then sizes=(--train 32 --val 8 --test 8); fi
@@ -86,7 +86,7 @@ tenth = max(len(losses) // 10, 1)
 first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
 top1 = json.loads((out / "evaluation/summary.json").read_text())["top1"]
 print(f"\npre-training: mean loss of the first tenth {first:.3f}, of the last tenth {last:.3f}")
-print(f"fine-tuning: top-1 {top1:.1%} over 8 classes, on test videos that were never trained on")
+print(f"fine-tuning: top-1 {top1:.1%} over 8 classes, on test videos that were not trained on")
 PYTHON
   cat <<TEXT
 all of it is in $(from_caller "$out"); where to look next:
@@ -95,7 +95,7 @@ all of it is in $(from_caller "$out"); where to look next:
   $everest predict $(from_caller "$out/finetuned") $(from_caller "$data/test/00000.mp4")
       the class of a video
   cat $(from_caller "$out/evaluation/summary.json")
-      the scores, by class, and the views and the checkpoint that they belong to
+      the scores by class, with their views and checkpoint
 TEXT
 }
 
@@ -103,8 +103,8 @@ everest doctor
 if [ -n "$full" ]; then learn; else compare; fi
 cat <<TEXT
   $everest recipes k400_vit_l_ft
-      a recipe of the paper as it would run on 8 GPUs
+      a recipe of the paper, resolved for 8 GPUs
   source $(from_caller "$environment/bin/activate")
-      puts everest, deepspeed and tensorboard on the PATH of this shell
+      adds everest, deepspeed and tensorboard to the PATH of this shell
 For your own videos see "Pre-train on your videos" in $(from_caller README.md).
 TEXT

@@ -1,12 +1,12 @@
-# Sourced by the other scripts: the deepspeed launcher, with signals left to the training processes.
+# Sourced by the other scripts: the deepspeed launcher, with signals sent to the training processes only.
 #
-# The launcher answers Ctrl-C itself: it returns before the run has saved, with a traceback and an exit code of its own.
-# Here it runs in a process group of its own, out of reach of Ctrl-C. This shell passes signals on to the training
-# processes: a run saves at the next step boundary and leaves with exit code 75, which is then the launcher's too.
+# At Ctrl-C, the launcher itself would end before the run has saved, with a traceback and an exit code of its own. Here
+# it runs in its own process group, which Ctrl-C does not reach. This shell passes signals on to the training
+# processes. A run then saves at the next step boundary and ends with exit code 75, and so does the launcher.
 
 children_of() { cat /proc/"$1"/task/*/children 2>/dev/null || true; }
 
-# pass_on SIGNAL LAUNCHER: to the processes that the launcher has started; it has one process in between.
+# pass_on SIGNAL LAUNCHER: send a signal to the ranks. There is one process between the launcher and them.
 pass_on() {
   local node rank found=
   interrupted=yes
@@ -19,7 +19,7 @@ pass_on() {
   if [ -z "$found" ]; then kill -s TERM -- "-$2" 2>/dev/null || true; fi
 }
 
-# run_deepspeed WORDS: as `deepspeed WORDS`
+# run_deepspeed WORDS: like `deepspeed WORDS`
 run_deepspeed() {
   local launcher signal code interrupted=yes
   set -m
@@ -27,7 +27,7 @@ run_deepspeed() {
   launcher=$!
   set +m
   for signal in INT TERM USR1; do trap "pass_on $signal $launcher" "$signal"; done
-  while [ -n "$interrupted" ]; do # a signal ends `wait` before its time
+  while [ -n "$interrupted" ]; do # a signal ends `wait` early
     interrupted=
     code=0
     wait "$launcher" || code=$?

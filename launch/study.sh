@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's comparisons in miniature, on demo data: which tokens, how many, by which distance, over three seeds; a
-# table and plots. Within an hour on two CPU cores, minutes on a GPU or with --quick; goes on where it was.
+# The paper's comparisons in miniature, on demo data: which tokens, how many, by which distance, over three seeds.
+# Writes a table and plots. Takes an hour on two CPU cores, minutes on a GPU or with --quick. The same command resumes.
 #
 # --world physics: ReRo, random, tube and no pre-training on simulated bodies instead, over six seeds.
 #

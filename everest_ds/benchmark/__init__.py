@@ -1,1 +1,1 @@
-"""`everest benchmark`: measurements that are comparable side by side, one module each."""
+"""`everest benchmark`: measurements of data, steps and operations."""

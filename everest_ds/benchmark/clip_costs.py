@@ -1,8 +1,8 @@
-"""What a clip costs by phase: CPU time of all threads of one process, several ways to make it interleaved.
+"""CPU time of a clip by phase, over all threads of one process, for several interleaved ways to make the clip.
 
-Place in the flow: rows of a list -> ways (ours, by a reader; the official one) -> rounds -> `Costs`. Every round
-makes the same clips, of the same frames and crops, so that rounds differ by the machine alone. Axes: B clips,
-T frames, H W pixels, C colour channels.
+Place in the flow: rows of a list -> ways (ours with a reader, or the official one) -> rounds -> `Costs`. Every
+round makes the same clips from the same frames and crops, so only the machine's speed differs between rounds.
+Axes: B clips, T frames, H W pixels, C colour channels.
 """
 
 import statistics
@@ -32,17 +32,17 @@ from everest_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 Phase = Literal["open", "decode", "augment", "collate", "copy"]
 PHASES: tuple[Phase, ...] = ("open", "decode", "augment", "collate", "copy")
-# What one clip takes, whatever batch it goes into; and what a loader process does for it.
+# Phases of a single clip, without its batch; and phases that run in a loader worker.
 CLIP_PHASES, WORKER_PHASES = PHASES[:3], PHASES[:4]
-# Ways are interleaved after so few videos, a second or less, that the machine is the same for all of them.
+# Ways alternate after a second or less of work, so that a change of the machine's speed affects all of them.
 _VIDEOS_A_TURN = 4
 
 
 class PhaseTimer:
-    """Adds up the seconds of each phase in `spent_s`; a phase that never ran is missing.
+    """Sums the seconds of each phase in `spent_s`; phases that did not run are missing.
 
-    The clock is the CPU time of all threads of this process: decoders have threads of their own, and what other
-    processes do does not count.
+    The clock is the CPU time of all threads of this process, because decoders have threads of their own. The load
+    of other processes does not count.
     """
 
     def __init__(self, now: Callable[[], float] = time.process_time) -> None:
@@ -58,11 +58,11 @@ class PhaseTimer:
 
 @dataclass(frozen=True)
 class OurWay:
-    """What a worker of a training run does, phase by phase; batches are copied to the device, if there is one."""
+    """Makes clips phase by phase as a worker of a training run does, and copies batches to the device, if any."""
 
     dataset: ClipDataset
     repeats: int = 1
-    """Clips of one decoded video."""
+    """Number of clips from one decoded video."""
     device: torch.device | None = None
 
     @property
@@ -70,18 +70,18 @@ class OurWay:
         return self.dataset.config.reader
 
     def make_batch(self, rows: Sequence[int], timer: PhaseTimer) -> Tensor:
-        """Make the clips of some rows, as one batch, and count what each phase takes.
+        """Make the clips of these rows as one batch, and time each phase.
 
         Returns:
             clips_BCTHW, uint8, with ``repeats`` clips of every row.
 
         Raises:
-            VideoReadError: A row gives no clip.
+            VideoReadError: A video cannot be read.
         """
         clips = [clip for row in rows for clip in self._clips(row, timer)]
         with timer.phase("collate"):
             mixer = self.dataset.mixer
-            lone = clips[-1:] if mixer and len(clips) % 2 else []  # mixed with itself
+            lone = clips[-1:] if mixer and len(clips) % 2 else []  # without a partner: mixed with itself
             mixed = mix_pairs([*clips, *lone], mixer)[: len(clips)] if mixer else clips
             batch = ClipBatch.collate(mixed, crops=self.dataset.cut.delivers_crops, pin=self.device is not None)
         return time_copy(partial(batch.clips_on, image_size=self.dataset.config.image_size), self.device, timer)
@@ -93,7 +93,7 @@ class OurWay:
             draws = sample_draws(self.dataset.seed, SampleKey(0, index))
             frame_idx = self.dataset.cut.choose_frames(video, draws)
             frames_THWC = video.read(frame_idx)
-            del video  # to close it is part of the cost
+            del video  # closing is part of the cost
         for repeat in range(self.repeats):
             with timer.phase("augment"):
                 clip = self.dataset.make_clip(SampleKey(0, index, repeat), frame_idx, frames_THWC)
@@ -102,10 +102,10 @@ class OurWay:
 
 @dataclass(frozen=True)
 class OfficialWay:
-    """The official loaders' way to a pre-training clip, written from its description.
+    """Makes a pre-training clip as the official loaders do; written from their description.
 
-    decord decodes with one thread; each frame becomes a PIL image, is cropped and resized by itself; their stack
-    becomes a normalised float tensor. Frames and crops are those of our clip. Rows have no window.
+    decord decodes with one thread. Each frame becomes a PIL image and is cropped and resized. The stack of images
+    becomes a normalised float tensor. Frames and crops are the same as in our clip. Rows must not have windows.
     """
 
     rows: Sequence[VideoRow]
@@ -134,7 +134,7 @@ class OfficialWay:
             with timer.phase("decode"):
                 frame_idx = self.cut.frames_by_number(len(reader), draws(RandomStream.FRAMES))
                 frames_THWC: NDArray[np.uint8] = reader.get_batch(frame_idx).asnumpy()
-                del reader  # to close it is part of the cost
+                del reader  # closing is part of the cost
         except (OSError, RuntimeError, ValueError, decord.DECORDError) as error:
             raise VideoReadError(path, first_line(error)) from error
         with timer.phase("augment"):
@@ -169,7 +169,7 @@ def official_clip(frames_THWC: NDArray[np.uint8], crop: tuple[int, int, int, int
 
 
 def time_copy(move: Callable[[torch.device], Tensor], device: torch.device | None, timer: PhaseTimer) -> Tensor:
-    """Move a batch to a GPU, with what data.resize leaves to it, and count that; nothing counts without a GPU."""
+    """Move a batch to a GPU, including a resize on the device, and time this; without a GPU nothing is timed."""
     if device is None:
         return move(torch.device("cpu"))
     with timer.phase("copy"):
@@ -180,17 +180,17 @@ def time_copy(move: Callable[[torch.device], Tensor], device: torch.device | Non
 
 @dataclass
 class Costs:
-    """What a clip costs in one way: CPU milliseconds a clip by phase, one dictionary a round."""
+    """Costs of a clip made in one way: CPU milliseconds a clip by phase, one dictionary a round."""
 
     rounds: list[dict[Phase, float]] = field(default_factory=list)
 
     def phase_ms(self, phase: Phase) -> float | None:
-        """Return the median of a phase over the rounds; None for one that did not run."""
+        """Return the median of a phase over the rounds; None if it did not run."""
         values = [spent[phase] for spent in self.rounds if phase in spent]
         return statistics.median(values) if values else None
 
     def sums_ms(self, phases: Sequence[Phase] = CLIP_PHASES) -> list[float]:
-        """Return the sum of some phases for each round."""
+        """Return the sum of these phases for each round."""
         return [sum(spent.get(phase, 0.0) for phase in phases) for spent in self.rounds]
 
     @property
@@ -203,11 +203,11 @@ class Costs:
 
     @property
     def clips_per_s_core(self) -> float:
-        """Clips that one core makes in a second, collated."""
+        """Collated clips that one core makes in a second."""
         return 1e3 / statistics.median(self.sums_ms(WORKER_PHASES))
 
     def ratio_to(self, other: "Costs") -> float:
-        """Return the median over the rounds of this cost over the other's, `CLIP_PHASES` of both."""
+        """Return this cost divided by the other's, as the median over rounds; `CLIP_PHASES` of both."""
         pairs = zip(self.sums_ms(), other.sums_ms(), strict=True)
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
@@ -215,10 +215,10 @@ class Costs:
 def measure_round(
     ways: Sequence[Way], rows: Sequence[int], *, first: int = 0, now: Callable[[], float] = time.process_time
 ) -> list[dict[Phase, float]]:
-    """Make the clips of all rows in every way, a few rows at a time, interleaved.
+    """Make the clips of all rows in every way; the ways alternate after a few rows.
 
-    The way numbered ``first``, modulo their number, begins: another one each round, so that none is always the
-    first to read a file. Returns CPU milliseconds a clip by phase, for each way.
+    Way number ``first`` (modulo the number of ways) begins. It should differ between rounds, so that no way is
+    always the first to read a file. Returns CPU milliseconds a clip by phase, for each way.
     """
     pairs = [(way, PhaseTimer(now)) for way in ways]
     first %= len(ways)
@@ -232,7 +232,7 @@ def measure_round(
 
 
 class LeftOut(NamedTuple):
-    """A video that is not measured: the first way that cannot make a clip of it, and why."""
+    """A video that is not measured, with the first way that cannot read it and the reason."""
 
     path: Path
     way: str
@@ -240,7 +240,7 @@ class LeftOut(NamedTuple):
 
 
 def warm_up(ways: Sequence[Way], num_rows: int) -> tuple[list[int], list[LeftOut]]:
-    """Make every clip once in every way, which warms caches; return the rows that all can read, and the others."""
+    """Make every clip once in every way, to warm caches; return the rows that all ways can read, and the others."""
     rows, left_out = [], []
     for row in range(num_rows):
         try:
@@ -255,7 +255,7 @@ def warm_up(ways: Sequence[Way], num_rows: int) -> tuple[list[int], list[LeftOut
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch's operations run in one thread inside, as in a loader process."""
+    """Let torch use one thread inside this block, as in a loader worker."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,10 +1,11 @@
-"""`everest benchmark data RECIPE`: what a recipe's clips cost on this machine, and how many GPUs they feed.
+"""`everest benchmark data RECIPE`: the cost of a recipe's clips on this machine, and how many GPUs it can feed.
 
-For each list and each way to read it (a reader; several clips of one decode; with --compare the official loaders')
+Measured for each list and each way to read it (a reader; several clips from one decoded video; with --compare the
+official loaders' way):
 
-    CPU milliseconds a clip by phase, of all threads   `clip_costs`: one process, rounds, interleaved ways
-    clips a second of one core                         from these
-    clips a second of N loader processes               the loader of a run, wall time
+    CPU milliseconds a clip by phase, all threads   `clip_costs`: one process, rounds, interleaved ways
+    clips a second of one core                      computed from these
+    clips a second of N loader workers              the loader of a run, wall time
 """
 
 import json
@@ -41,18 +42,19 @@ from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.train.tasks import Task, make_task
 
-# Batches of each loader process that are timed, after one that is not.
+# Timed batches of each loader worker, after one for warm-up.
 _TIMED_BATCHES = 4
 
 
 @dataclass(frozen=True)
 class MeasuredList:
-    """One list, the run that trains on it, and the ways in which it is read, with the costs of each.
+    """A list, the configuration that trains on it, and the ways to read it with their costs.
 
     Attributes:
-        rows: Videos that are measured, and those that are left out.
-        readable: Indices into ``rows`` of videos that every way can read.
-        videos: What a record says of them; least and most frames, and sizes as WIDTHxHEIGHT in pixels.
+        rows: All chosen videos.
+        readable: Indices into ``rows`` of the videos that every way can read; only these are measured.
+        videos: Fields of a record about them: smallest and largest number of frames, and sizes as WIDTHxHEIGHT in
+            pixels.
     """
 
     path: Path
@@ -92,7 +94,7 @@ def run(job: DataJob, world: World) -> int:
 def _begin(
     path: Path, config: Config, rows: Sequence[VideoRow], job: DataJob, say: Callable[[str], None]
 ) -> MeasuredList:
-    """Choose videos, and make clips of all of them once in every way."""
+    """Choose videos, and make a clip of each once in every way as warm-up."""
     num = min(job.options.clips, len(rows))
     chosen = [rows[number * len(rows) // num] for number in range(num)]
     say(f"warm-up with {num} of {len(rows)} videos of {path}")
@@ -103,8 +105,8 @@ def _begin(
     if not readable:
         fault = left_out[0]
         raise UserError(
-            f"none of {num} videos of {path} can be read in every way, the first is {fault.path}: {fault.reason} "
-            f"({fault.way}); `everest check-data {path}` tells more"
+            f"none of {num} videos of {path} can be read in every way. The first is {fault.path}: {fault.reason} "
+            f"({fault.way}); for details run `everest check-data {path}`"
         )
     videos = (Video.of_row(chosen[idx], job.readers[0]) for idx in readable)
     frames, shapes = zip(*((video.num_frames, video.read([0]).shape) for video in videos), strict=True)
@@ -131,9 +133,9 @@ def _ways(config: Config, rows: Sequence[VideoRow], job: DataJob) -> list[Way]:
 
 
 def _task(config: Config, reader: ReaderName, *, num_workers: int, repeats: int = 1) -> Task:
-    """Return the task of a run, its model on the meta device: only its clips are wanted."""
+    """Return the task of a run with its model on the meta device, because only clips are needed."""
     data: Any = replace(config.data, reader=reader, num_workers=num_workers, repeats=repeats)
-    batch = replace(config.batch, global_size=2 * repeats, micro_size=2 * repeats)  # any that repeats divide
+    batch = replace(config.batch, global_size=2 * repeats, micro_size=2 * repeats)  # any multiple of the repeats
     with torch.device("meta"):
         return make_task(replace(config, data=data, batch=batch))
 
@@ -141,7 +143,7 @@ def _task(config: Config, reader: ReaderName, *, num_workers: int, repeats: int 
 def _loader_rates(
     one: MeasuredList, way: Way, workers: Sequence[int], say: Callable[[str], None]
 ) -> dict[str, float]:
-    """Return the clips a second of the loader by its number of processes; the official way has no loader here."""
+    """Return the loader's clips a second by its number of workers; empty for the official way, without a loader."""
     if not isinstance(way, OurWay):
         return {}
     rows, rates = [one.rows[idx] for idx in one.readable], {}
@@ -156,10 +158,10 @@ def _loader_rates(
 def loader_clips_per_s(
     task: Task, rows: Sequence[VideoRow], *, batch_size: int, now: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Run the loader of a task, with the workers of its configuration, and take batches as fast as they come.
+    """Return the clips a second of a task's loader, with the workers of its configuration and no work in between.
 
-    The clock starts when as many batches as there are workers have come: all of them are at work then. Rows are
-    repeated as needed; the batch size is lowered to one that the repeats, and mixing in pairs, allow.
+    The clock starts after one batch for each worker, when all workers are busy. Rows are repeated as needed. The
+    batch size is lowered to a multiple of the repeats, and to an even number for mixing in pairs.
     """
     workers, repeats = task.config.data.num_workers, task.config.data.repeats
     dataset = task.make_dataset(rows)
@@ -195,7 +197,7 @@ def _record(
     gpu_clips_per_s: float | None,
     environment: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the line about one way in which a list was read."""
+    """Return the record of one list and way."""
     official = next((costs for way, costs in one.ways if way.name == "official"), None)
     data, core, fed = one.config.data, costs.clips_per_s_core, None
     if gpu_clips_per_s is not None:
@@ -226,7 +228,7 @@ def _record(
 
 
 def format_records(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return the records as a table, and in words how many GPUs are fed where that was asked."""
+    """Return the records as a table, with lines about how many GPUs are fed if that was asked."""
     first = records[0]
     machine, versions = first["environment"], first["environment"]["versions"]
     known = ", ".join(f"{name} {versions[name]}" for name in ("torch", "torchvision", "decord", "av", "pillow"))
@@ -236,8 +238,8 @@ def format_records(records: Sequence[Mapping[str, Any]]) -> str:
         f"{first['recipe']}: clips of {first['clip']} {sampling}; "
         f"{first['rounds']} rounds after one of warm-up, medians",
         f"{machine['cpu']}, {machine['cores']} cores; {known}; commit {machine['commit'] or 'unknown'}",
-        "CPU ms a clip of all threads; `clip` is open + decode + augment, `ratio` that over the official way's;",
-        "clips/s of one core (collating too), and of the loader with so many processes by the clock on the wall\n",
+        "CPU ms a clip, all threads; `clip` is open + decode + augment, `ratio` is `clip` over the official way's;",
+        "clips/s of one core (with collate), and of the loader with this number of workers (wall time)\n",
         *dict.fromkeys(f"{record['list']}: {_say_videos(record)}" for record in records),
         "",
     ]

@@ -1,4 +1,4 @@
-"""`everest benchmark flops`: the paper's costs and parameters beside ours, counted over the model itself."""
+"""`everest benchmark flops`: the paper's costs and parameters compared with counts of our models."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -22,13 +22,13 @@ from everest_ds.tokens import TokenGrid, count_candidate_steps, count_selection
 
 @dataclass(frozen=True, kw_only=True)
 class PaperRow:
-    """One cost of the paper; None where it prints none. Rows are equal that have the same model.
+    """One cost in the paper. Rows with the same model are equal.
 
     Attributes:
-        gmacs: The paper calls them GFLOPs.
-        parameters: In millions.
-        ratio: rho_pre; None for VideoMAE's tube masking, or full tokens in fine-tuning.
-        alpha: How many times as many frames are candidates of frame selection.
+        gmacs: 10^9 multiply-accumulates, which the paper calls GFLOPs; None if it does not print them.
+        parameters: Millions of parameters; None if the paper does not print them.
+        ratio: rho_pre; None for VideoMAE's tube masking, or for all tokens in fine-tuning.
+        alpha: Candidate frames of frame selection for each frame of a clip.
         embedding_layers: Conv3d layers of the embedding.
     """
 
@@ -63,7 +63,7 @@ def _fine_tunings(table: str, size: str, full: float, everest: float) -> list[Pa
 def _table_1(size: str, tube: float, pretrain: float, full: float, finetune: float) -> list[PaperRow]:
     return [
         PaperRow(table="1", name=f"PT VideoMAE ViT-{size[0].upper()}, tube 0.9", gmacs=tube, size=size),
-        # The table's number is that of rho_pre 0.4, not the 0.3 of Table 7.
+        # The cost in Table 1 is that of rho_pre 0.4, not of the 0.3 in Table 7.
         _everest("1", "pretrain", size, 0.4, pretrain),
         _everest("-", "pretrain", size, 0.3, None),
         *_fine_tunings("1", size, full, finetune),
@@ -71,7 +71,7 @@ def _table_1(size: str, tube: float, pretrain: float, full: float, finetune: flo
 
 
 def _table_15(layers: Literal[1, 2, 3], pre: float, fine: float, *parameters: float) -> list[PaperRow]:
-    """Layers of the embedding. Accuracies are of HMDB51, and its 51 classes give the printed parameters."""
+    """Return the rows of Table 15, about embedding layers. Its parameters are those of HMDB51's 51 classes."""
     common: dict[str, Any] = {"table": "15", "embedding_layers": layers}
     names = [f"{task} ViT-B, {layers} Conv3d" for task in ("PT", "FT")]
     tuned: dict[str, Any] = {"phase": "finetune", "ratio": 0.6, "num_classes": 51}
@@ -85,7 +85,7 @@ PAPER_ROWS = [
     *_table_1("small", 11.6, 6.3, 57.0, 29.1),
     *_table_1("base", 35.5, 21.5, 180.5, 98.1),
     *_table_1("large", 83.1, 60.8, 597.2, 330.0),
-    # Tables 5 and 11 start from other methods' weights; where they come from costs nothing.
+    # Tables 5 and 11 start from other methods' weights, which does not change the cost.
     *_fine_tunings("5", "base", 180.5, 98.1),
     *_fine_tunings("11", "small", 57.0, 29.1),
     *_fine_tunings("11", "base", 180.5, 98.1),
@@ -99,7 +99,7 @@ PAPER_ROWS = [
     *_table_15(3, 38.3, 116.6, 97.8, 89.9),
     _everest("-", "pretrain", "huge", 0.3, None),
     _everest("-", "finetune", "huge", 0.6, None),
-    # Frame selection (Sec. 4.2), whose cost the paper does not give: the recipe of OSCC has rho 0.5.
+    # Frame selection (Sec. 4.2); the paper does not give its cost. The recipe of OSCC has rho 0.5.
     *(
         PaperRow(table="-", name=f"PT ViT-B, rho {rho}, 16 of 24 frames", gmacs=None, ratio=rho, alpha=1.5)
         for rho in (0.3, 0.5)
@@ -120,7 +120,7 @@ def build_model(row: PaperRow) -> EverestAutoencoder | EverestClassifier:
 
 @lru_cache
 def count_row(row: PaperRow) -> ClipMacs:
-    """Count one clip through the row's model."""
+    """Count the multiply-accumulates of one clip in the row's model."""
     model, grid = build_model(row), row.grid
     if isinstance(model, EverestClassifier):
         return classifier_macs(model, grid)
@@ -129,16 +129,16 @@ def count_row(row: PaperRow) -> ClipMacs:
     macs = autoencoder_macs(model, grid, num_visible=counts.visible, num_targets=counts.targets, ranked=candidates)
     if candidates is None:
         return macs
-    return replace(macs, embedding_all=macs.ranking)  # by the paper's rule too every candidate is embedded
+    return replace(macs, embedding_all=macs.ranking)  # the paper's rule also embeds every candidate
 
 
 def num_parameters(row: PaperRow) -> int:
-    """Return the number of trained parameters of the row's model; positions are fixed."""
+    """Return the number of trained parameters of the row's model; positions are fixed and not counted."""
     return sum(parameter.numel() for parameter in build_model(row).parameters())
 
 
 def run(options: FlopsOptions, world: World) -> int:
-    """Print every row: the paper's numbers, our count by the paper's rule, what we execute, and parameters."""
+    """Print every row: the paper's numbers, our count by the paper's rule, the executed count, and parameters."""
     compared = (("counted", 10, ".3f"), ("differs", 9, "+.2%"))
     table = Table(
         ("table", 6, "<"), ("what", 36, "<"), ("paper", 8, "g"), *compared, ("executed", 10, ".3f"),
@@ -146,8 +146,8 @@ def run(options: FlopsOptions, world: World) -> int:
     )  # fmt: skip
     if not options.json:
         print("GMACs of one clip's forward pass, decoder depth 4; the paper calls them GFLOPs.")
-        print("`executed` adds the second embedding, with gradient, of the chosen tokens.")
-        print("Parameters in millions, where the paper gives them; positions are fixed and none of them.\n")
+        print("`executed` includes the second embedding, with gradient, of the selected tokens.")
+        print("Parameters in millions, for rows where the paper gives them; positions are fixed and not counted.\n")
         print(table.head)
     for row in PAPER_ROWS:
         macs, parameters = count_row(row), num_parameters(row) / 1e6

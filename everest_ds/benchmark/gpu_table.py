@@ -1,10 +1,10 @@
-"""`bash launch/measure_gpu.sh [MINUTES]`: what a GPU can tell in ten minutes, for docs/results.md.
+"""`bash launch/measure_gpu.sh [MINUTES]`: measurements for docs/results.md in ten minutes on a GPU.
 
-Rows in the order of their worth, each in a process of its own with its own time limit: first the tests that need a
-GPU, then steps of the paths before (DeepSpeed's own gradients, nothing captured, varlen attention) beside those of
-now. After each row one JSON file is replaced whole, and beside it the Markdown rows. A row that was measured is not
-repeated by the next call, one that failed or ran out of time is, after all others. No network, and nothing needs to
-be installed but the dependencies: PYTHONPATH is enough.
+The most useful rows come first. Each runs in its own process with a time limit: the tests that need a GPU, then
+steps of the present paths and of the earlier ones (DeepSpeed's own gradients, no CUDA graph, varlen attention).
+After each row a JSON file and a Markdown table are replaced. The next call skips rows that were measured, and
+repeats those that failed or ran out of time last. It needs no network and, besides the dependencies, no
+installation: PYTHONPATH is enough.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 
 from everest_ds.files import read_json_object, write_atomically, write_json
 
-# A process needs about so long to import, build a model and say why it fails.
+# A process needs about this long to import, build a model and report an error.
 LEAST_S = 20.0
 BEFORE = "--optim.gradients deepspeed --model.cuda-graph off --model.attention varlen"
 EAGER = "--model.cuda-graph off"
@@ -34,13 +34,13 @@ SMALL = (
 
 @dataclass(frozen=True)
 class TableRow:
-    """One process.
+    """A measurement in one process.
 
     Attributes:
-        name: Its place in the file; a label for people, too.
-        recipe: What is measured; empty for the tests.
-        words: Further words of `everest benchmark step`, or of pytest.
-        limit_s: After so many seconds it is ended.
+        name: Key in the file, and label in the table.
+        recipe: The recipe to measure; empty for the tests.
+        words: Further arguments of `everest benchmark step`, or of pytest.
+        limit_s: Time limit in seconds.
         sizes: Micro-batches, one line of the table each.
     """
 
@@ -75,49 +75,47 @@ HEAD = (
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measure what is left within the time, and return 0; 1 where a row failed."""
+    """Measure the remaining rows within the time, and return 0; 1 if a row failed."""
     parser = argparse.ArgumentParser(
         prog="measure_gpu.sh", description="Measure the rows of docs/results.md on a GPU."
     )
-    parser.add_argument("minutes", nargs="?", type=float, default=10.0, help="stop after so many minutes")
-    parser.add_argument("--out", type=Path, default=Path("gpu_table.json"), help="where figures go and are kept")
-    parser.add_argument(
-        "--small", action="store_true", help="a model of toy size, also on a CPU: tries the rows out"
-    )
-    parser.add_argument("--only", nargs="*", default=[], help="measure these rows alone, by name")
+    parser.add_argument("minutes", nargs="?", type=float, default=10.0, help="stop after this many minutes")
+    parser.add_argument("--out", type=Path, default=Path("gpu_table.json"), help="file of the measurements")
+    parser.add_argument("--small", action="store_true", help="use a tiny model, also on a CPU, to try the rows out")
+    parser.add_argument("--only", nargs="*", default=[], help="measure only these rows, by name")
     given = parser.parse_args(words)
     done: dict[str, Any] = read_json_object(given.out) if given.out.is_file() else {}
     until = time.monotonic() + 60 * given.minutes
     rows = [row for row in ROWS if not given.only or row.name in given.only]
-    for row in rows:  # what was tried as a toy, or by another command, was not measured
+    for row in rows:  # a record of another command, or of the tiny model, does not count as measured
         if row.name in done and done[row.name]["command"] != shown(command_of(row, small=given.small)):
             del done[row.name]
     for row in (*(r for r in rows if r.name not in done), *(r for r in rows if failed(done.get(r.name)))):
         left_s = until - time.monotonic()
         if left_s < min(LEAST_S, row.limit_s):
-            print(f"time is up before {row.name!r}; the same command goes on there", flush=True)
+            print(f"time is up before {row.name!r}; the same command continues there", flush=True)
             break
         print(f"{row.name} ...", flush=True)
         done[row.name] = measure(row, min(row.limit_s, left_s), small=given.small)
         write_json(given.out, done)
         write_atomically(given.out.with_suffix(".md"), "\n".join([HEAD, *table(done)]) + "\n")
         print(f"  {done[row.name]['says']}", flush=True)
-    print(f"figures: {given.out}; rows for docs/results.md: {given.out.with_suffix('.md')}", flush=True)
+    print(f"measurements: {given.out}; rows for docs/results.md: {given.out.with_suffix('.md')}", flush=True)
     return 1 if any(failed(done.get(row.name)) for row in rows) else 0
 
 
 def shown(command: Sequence[str]) -> str:
-    """Return a command without its interpreter, as it is recorded."""
+    """Return a command as it is recorded, without the interpreter."""
     return " ".join(command[1:])
 
 
 def failed(record: dict[str, Any] | None) -> bool:
-    """Return whether a row was tried and did not come to its end."""
+    """Return whether a row was tried and failed or ran out of time."""
     return record is not None and record["returncode"] != 0
 
 
 def measure(row: TableRow, limit_s: float, *, small: bool) -> dict[str, Any]:
-    """Run one row and return its record: command, exit code (null: out of time), seconds, lines, last words."""
+    """Run a row and return its record: command, exit code (None: out of time), seconds, JSON lines, last output."""
     command = command_of(row, small=small)
     began = time.monotonic()
     process = subprocess.Popen(
@@ -135,7 +133,7 @@ def measure(row: TableRow, limit_s: float, *, small: bool) -> dict[str, Any]:
     lines = list(lines_of(stdout))
     last = [line.strip() for line in (*stderr.splitlines(), *stdout.splitlines()) if line.strip()][-1:]
     plain = [line.strip() for line in stdout.splitlines() if line.strip() and not line.startswith("{")]
-    says = f"ended after its {limit_s:.0f} s" if returncode is None else " ".join((plain or last)[-1:])
+    says = f"stopped after {limit_s:.0f} s" if returncode is None else " ".join((plain or last)[-1:])
     if returncode == 0 and lines:
         says = f"{len(lines)} lines"
     elif returncode:
@@ -150,7 +148,7 @@ def measure(row: TableRow, limit_s: float, *, small: bool) -> dict[str, Any]:
 
 
 def lines_of(stdout: str) -> Iterator[dict[str, Any]]:
-    """Yield the JSON lines of a benchmark; other output, and a line that was cut off, is passed over."""
+    """Yield the JSON lines of a benchmark; other output, and a line that was cut off, is skipped."""
     for text in stdout.splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             line = json.loads(text) if text.startswith("{") else None
@@ -159,7 +157,7 @@ def lines_of(stdout: str) -> Iterator[dict[str, Any]]:
 
 
 def command_of(row: TableRow, *, small: bool) -> list[str]:
-    """Return what a row runs."""
+    """Return the command of a row."""
     if not row.recipe:
         chosen = "tests/unit/train/step/test_device_feed.py" if small else "tests"
         return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", chosen, *row.words.split()]
@@ -169,7 +167,7 @@ def command_of(row: TableRow, *, small: bool) -> list[str]:
 
 
 def table(done: dict[str, Any]) -> Iterator[str]:
-    """Yield the Markdown rows of all lines that have a time."""
+    """Yield the Markdown rows of all measured lines."""
     for name, record in done.items():
         for line in record["lines"]:
             for path, figures in sides(line):
@@ -184,7 +182,7 @@ def table(done: dict[str, Any]) -> Iterator[str]:
 
 
 def sides(line: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return what a line compares, by name; of a line that compares nothing, itself."""
+    """Return the compared measurements of a line by name; for a line without a comparison, the line itself."""
     compared = line.get("paths") or line.get("sides")
     if isinstance(compared, dict):
         return [(f"{line.get('ds_config', '')} {name}".strip(), figures) for name, figures in compared.items()]

@@ -1,4 +1,4 @@
-"""How benchmarks print: one JSON line for programs, or table rows for people; and the machine that was measured."""
+"""Output of benchmarks: JSON lines or table rows, and a description of the machine."""
 
 import json
 import os
@@ -17,11 +17,11 @@ from everest_ds.distributed import World
 from everest_ds.train.checkpoints.run_dir import describe_environment
 
 Rows = Callable[[dict[str, Any]], Iterable[str]]
-"""Turns a line into rows of a table."""
+"""Turns the fields of a line into rows of a table."""
 
 
 class Table:
-    """Columns of a printed table: name, width, and format of values; `<` is text that is aligned left."""
+    """Columns of a printed table: name, width, and format of the values; `<` is for text, aligned left."""
 
     def __init__(self, *columns: tuple[str, int, str]) -> None:
         self._columns = columns
@@ -31,7 +31,7 @@ class Table:
         return self.row(*(name for name, _, _ in self._columns))
 
     def row(self, *values: float | str | None) -> str:
-        """Return a row; None shows as a dash, and columns without a value are left out at the end."""
+        """Return a row. None is printed as a dash; the last columns may have no value."""
         cells = ""
         for value, (_, width, form) in zip(values, self._columns, strict=False):
             text = "-" if value is None else value if isinstance(value, str) else f"{value:{form}}"
@@ -40,9 +40,9 @@ class Table:
 
 
 class StepReport:
-    """Prints measured steps as they come, from rank zero: a JSON object each, or rows of a table under a heading.
+    """Prints measurements as they arrive, on rank 0: JSON lines, or rows of a table under a heading.
 
-    All lines have the common fields, those of `run_fields` and more.
+    All JSON lines have the common fields, `run_fields` among them.
     """
 
     def __init__(self, world: World, common: dict[str, Any], table: Table, rows: Rows, *, as_json: bool) -> None:
@@ -57,7 +57,7 @@ class StepReport:
 
 
 def run_fields(name: str, config: Config, device: torch.device, options: StepOptions) -> dict[str, Any]:
-    """Return what is measured and where, as fields of every line about steps."""
+    """Return the fields of every line about steps: recipe, options, device and environment."""
     on_gpu = device.type == "cuda"
     return {
         "benchmark": name,
@@ -75,7 +75,7 @@ def run_fields(name: str, config: Config, device: torch.device, options: StepOpt
 
 
 def _heading(common: dict[str, Any]) -> str:
-    """Return recipe, settings, hardware, versions and commit, for people."""
+    """Return recipe, settings, hardware, versions and commit as text."""
     environment = common["environment"]
     versions = ", ".join(f"{name} {environment['versions'][name]}" for name in ("torch", "deepspeed", "timm"))
     known = (
@@ -93,7 +93,7 @@ def _heading(common: dict[str, Any]) -> str:
 
 
 def data_environment() -> dict[str, Any]:
-    """Return command, commit, versions and hardware, with the libraries that data passes through and the CPU."""
+    """Return command, commit, versions and hardware, including the libraries of the data path and the CPU."""
     found = describe_environment()
     for package in ("torchvision", "av", "torchcodec", "pillow"):
         try:
@@ -104,7 +104,7 @@ def data_environment() -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    """Return the processor's name as Linux gives it; elsewhere the architecture."""
+    """Return the processor's name on Linux, elsewhere the architecture."""
     path = Path("/proc/cpuinfo")
     name = re.search(r"^model name\s*: *(.*)", path.read_text(encoding="utf-8") if path.is_file() else "", re.M)
     return name[1].strip() if name else platform.machine()
@@ -115,5 +115,5 @@ def gpu_memory_gib(device: torch.device | int) -> float:
 
 
 def rounded(value: float | None, digits: int = 4) -> float | None:
-    """Round a field of a line that may be null."""
+    """Round a field that may be None."""
     return None if value is None else round(value, digits)

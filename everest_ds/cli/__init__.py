@@ -1,6 +1,6 @@
 """The command line: `everest COMMAND ...`.
 
-This module imports next to nothing, so that a process answers Ctrl-C soon after it has begun.
+This module imports very little, so that Ctrl-C works soon after the start of a process.
 """
 
 import os
@@ -18,14 +18,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
     Args:
-        argv: The words; without them those of this process, which then belongs to the command: it answers Ctrl-C
-            from here on, also while modules are imported.
+        argv: The words of the command line. Default: those of this process. Only then are signals handled, from
+            here on and also during imports.
     """
     if argv is None:
         signal.signal(signal.SIGINT, _leave)
         from everest_ds.schedulers import adopt
 
-        adopt(os.environ)  # before anything asks who this process is
+        adopt(os.environ)  # before anything reads the rank
         from everest_ds import interrupts
         from everest_ds.distributed import World, speaks_first
         from everest_ds.launchers import end_with_launchers
@@ -37,18 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     code = dispatch.main(argv)
     if argv is None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python takes its own handlers away while it ends
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python removes its own handlers while it ends
     return code
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:
-    """Leave at once; nothing can be imported here, as an import may be under way."""
+    """End the process at once. Nothing can be imported here, because an import may be in progress."""
     if os.environ.get("RANK", "0") == "0":
         _write(interrupted(sys.argv[1:]))
     os._exit(128 + signum)
 
 
 def _write(line: str) -> None:
-    """Write a line to stderr, past Python's own buffers: they may be in use."""
-    streams = sys.modules.get("everest_ds.console.streams")  # set aside only once that is imported
+    """Write a line to stderr without Python's buffers, which may be locked."""
+    streams = sys.modules.get("everest_ds.console.streams")  # stderr is redirected only after this import
     os.write(getattr(streams, "stderr_fd", 2), f"{line}\n".encode())

@@ -1,6 +1,6 @@
-"""`everest --tyro-print-completion bash`: a script by which a shell completes commands, recipes, flags and choices.
+"""`everest --tyro-print-completion bash`: prints a script that completes commands, recipes, flags and choices.
 
-The parser of each command says what its flags are; the script holds them all, so that a key press starts no Python.
+The flags come from the parser of each command. The script contains all of them, so completion starts no Python.
 """
 
 import ast
@@ -52,13 +52,13 @@ complete -o default -F _everest everest
 
 
 def completion_script(shell: str) -> str:
-    """Return the script.
+    """Return the completion script for a shell.
 
     Raises:
         UserError: The shell is neither bash nor zsh.
     """
     if shell not in ("bash", "zsh"):
-        raise UserError(f"{FLAG} {shell}: expected bash or zsh; for instance `source <(everest {FLAG} bash)`")
+        raise UserError(f"{FLAG} {shell}: expected bash or zsh, for example `source <(everest {FLAG} bash)`")
     groups = {name: list(command.parts) for name, command in COMMANDS.items() if command.parts}
     groups["index"] = list(IMPORTERS)
     flags, choices = [], []

@@ -1,9 +1,8 @@
-"""The words of a command line to the command that they name, and its faults to messages and exit codes.
+"""Calls the command that the words of a command line name, and turns errors into messages and exit codes.
 
-Exit codes: 0 done; 1 a check found a fault (`everest doctor`, `everest plan`) or we failed; 2 a fault of the
-user's, with one message and no traceback; 62 a run hung and ended itself, and the same command resumes it; 75 a
-signal stopped a run, all saved, and the same command resumes it; 130 Ctrl-C ended a command, with one line and no
-traceback.
+Exit codes: 0 done; 1 a check found a fault (`everest doctor`, `everest plan`), or a bug; 2 a fault in the user's
+input, with one message and no traceback; 62 a run hung and ended itself; 75 a signal stopped a run after a save;
+130 Ctrl-C ended a command, with one line and no traceback. After 62 and 75 the same command resumes the run.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from everest_ds.distributed import World
 from everest_ds.errors import UserError, escaped, nearest_hint
 from everest_ds.train.signals import EXIT_STOPPED
 
-# What launchers add to the words of each process unless they are told not to.
+# Flags that launchers add to the words of each process by default.
 LOCAL_RANK_FLAGS = ("--local_rank", "--local-rank")
 _QUIET, _VERBOSE = ("-q", "--quiet"), ("-v", "--verbose")
 LOADING = "loading torch and DeepSpeed (usually 3 to 15 s)"
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     words = _take_verbosity(list(sys.argv[1:] if argv is None else argv))
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be invalid text
     world = World.from_environment()
     try:
         return _run(words, world)
@@ -47,10 +46,10 @@ def _run(words: list[str], world: World) -> int:
     try:
         return _interruptible(words, world)
     except UserError as error:
-        lines = "\n".join(map(escaped, str(error).split("\n")))  # names out of foreign files may be in it
+        lines = "\n".join(map(escaped, str(error).split("\n")))  # it may contain names from untrusted files
         say(f"everest: error: {lines}\n", world)
         return _leave(2)
-    except BrokenPipeError:  # the reader of a listing, `head` for instance, has seen enough
+    except BrokenPipeError:  # the reader has ended, for example `head`
         if words[0] in ("pretrain", "finetune"):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,18 +57,18 @@ def _run(words: list[str], world: World) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        say(f"everest: error: {error.strerror}: {error.filename or 'see the run directory'}; make room\n", world)
+        say(f"everest: error: {error.strerror}: {error.filename or 'see the run directory'}; free space\n", world)
         return _leave(2)
 
 
 def _interruptible(words: list[str], world: World) -> int:
-    """Dispatch, with what Ctrl-C does meanwhile: a launch leaves at once, a process by itself cleans up before."""
+    """Dispatch, and set the effect of Ctrl-C: a launch ends at once, a single process cleans up first."""
     if world.size == 1:
         interrupts.unwind()
     try:
         return _dispatch(words, world)
     except Exception as error:
-        if interrupts.was_raised():  # what fails after Ctrl-C fails because of it
+        if interrupts.was_raised():  # errors after Ctrl-C are consequences of it
             raise KeyboardInterrupt from error
         raise
 
@@ -85,7 +84,7 @@ def _dispatch(words: list[str], world: World) -> int:
         say(completion.completion_script(shell), world, to_stdout=True)
         return 0
     if any(word.partition("=")[0] in LOCAL_RANK_FLAGS for word in words):
-        # The same text on every rank, so that a launch says it once.
+        # The text must be the same on every rank, so that a launch prints it once.
         raise UserError(
             "the launcher passed --local_rank, which everest reads from the environment instead; start with "
             "`deepspeed --no_local_rank --module everest_ds ...` (or torchrun)"
@@ -99,13 +98,13 @@ def _dispatch(words: list[str], world: World) -> int:
         if part in ("-h", "--help"):
             return _show_usage(f"everest {name} NAME", command.parts, world)
         if part not in command.parts:
-            raise UserError(f"{name} what? got {part!r}{nearest_hint(part, command.parts)}")
+            raise UserError(f"unknown {name} {part!r}{nearest_hint(part, command.parts)}")
         command, rest = command.parts[part], rest[1:]
     return _call(command, rest, world)
 
 
 def _call(command: Command, words: list[str], world: World) -> int:
-    """Run a command: its entry, and where that returns a job, its work."""
+    """Run a command's entry, and, if that returns a job, its work."""
     job = command.load_entry()(words, world)
     if isinstance(job, int):
         return job
@@ -118,12 +117,12 @@ def _call(command: Command, words: list[str], world: World) -> int:
             distributed.select_accelerator()  # before DeepSpeed is imported
             work = command.load_work()
         code = work(job, world)
-    # The processes of a launch leave past Python's own end; so does a stopped run, whose end somebody waits for.
+    # The processes of a launch skip Python's clean-up. So does a stopped run: a scheduler waits for its end.
     return _leave(code, at_once=world.size > 1 or code == EXIT_STOPPED)
 
 
 def _take_verbosity(words: list[str]) -> list[str]:
-    """Set how much is said, and return the other words."""
+    """Set the verbosity, and return the other words."""
     louder, quieter = (sum(word in names for word in words) for names in (_VERBOSE, _QUIET))
     messages.set_verbosity(louder - quieter)
     return [word for word in words if word not in (*_VERBOSE, *_QUIET)]
@@ -135,9 +134,9 @@ def _show_usage(prog: str, commands: Mapping[str, Command], world: World) -> int
 
 
 def _leave(code: int, *, at_once: bool = False) -> int:
-    """Return the exit code, or exit at once where a process group would abort on the way out.
+    """Return the exit code, or exit at once if there was a process group.
 
-    gloo does so now and then (exit code -6) even after the group was left: one launch in some hundreds.
+    gloo sometimes aborts at exit (code -6) even after the group was left: in one launch of some hundreds.
     """
     sys.stdout.flush()
     sys.stderr.flush()

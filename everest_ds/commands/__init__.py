@@ -1,1 +1,1 @@
-"""One module for each sub-command; `everest_ds.cli` parses and calls them."""
+"""The commands, one module each. A module parses and checks the command line; `everest_ds.cli` calls it."""

@@ -1,4 +1,4 @@
-"""`everest benchmark NAME`: what clips, steps and models cost."""
+"""`everest benchmark NAME`: costs of clips, steps and models."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -21,14 +21,14 @@ from everest_ds.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class DataArguments(RecipeArguments[C]):
-    """Measure what the clips of a recipe cost on this machine. Defaults shown are the recipe's."""
+    """Measure the cost of a recipe's clips on this machine. Defaults shown are the recipe's."""
 
     options: Annotated[DataBenchmarkOptions, tyro.conf.arg(name="")] = field(default_factory=DataBenchmarkOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepArguments(RecipeArguments[C]):
-    """Measure training steps of a recipe on clips that need no reading. Defaults shown are the recipe's."""
+    """Measure training steps of a recipe on synthetic clips. Defaults shown are the recipe's."""
 
     options: Annotated[StepOptions, tyro.conf.arg(name="")] = field(default_factory=StepOptions)
 
@@ -41,12 +41,12 @@ def flops(words: list[str], world: World) -> FlopsOptions:
 def data(words: list[str], world: World) -> DataJob:
     """Parse `everest benchmark data`, and read the lists."""
     if world.size > 1:
-        raise UserError("everest benchmark data starts loader processes of its own; start it without a launcher")
+        raise UserError("everest benchmark data starts its own loader workers; start it without a launcher")
     arguments = parse_recipe(DataArguments, words, "everest benchmark data", world)
     return check_data(arguments.config, arguments.options)
 
 
 def step(words: list[str], world: World) -> StepJob:
-    """Parse `everest benchmark step`, and refuse options that do not go together."""
+    """Parse `everest benchmark step`, and refuse options that cannot be combined."""
     arguments = parse_recipe(StepArguments, words, "everest benchmark step", world)
     return check_step(arguments.config, arguments.options, world)

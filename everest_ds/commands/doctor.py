@@ -1,7 +1,7 @@
-"""`everest doctor`: what this machine has, and what is missing to train on it.
+"""`everest doctor`: lists what training needs, and what of it is missing on this machine.
 
-Every part is imported and checked in a child process. A part that fails in any way, even one that crashes or hangs
-its process, is a row of the table, and the other parts are checked all the same.
+Every part is imported and checked in a child process. A part that fails, crashes or hangs becomes a row of the
+table, and the other parts are still checked.
 """
 
 import importlib
@@ -23,13 +23,13 @@ from everest_ds.distributed import World
 OK, OPTIONAL, MISSING = "ok", "--", "MISSING"
 REQUIRED = ("torch", "torchvision", "timm", "deepspeed", "av", "einops", "tensorboard", "tqdm", "tyro")
 TIMEOUT_S = 300.0
-"""Seconds that one part may take: the first import of torch and DeepSpeed from a slow disk takes a minute."""
+"""Time limit of one part in seconds. The first import of torch and DeepSpeed from a slow disk takes a minute."""
 
 Row = tuple[str, str, str]
-"""State, part, finding."""
+"""State, part and finding."""
 
 Check = tuple[str, str, Callable[[], list[Row]]]
-"""A part's state where it fails, its name, and what returns its rows."""
+"""State of a part if it fails, its name, and a function that returns its rows."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Arguments:
 
 
 def main(words: list[str], world: World) -> int:
-    """Print one line for each finding; return 1 when something required is missing, else 0."""
+    """Print one line for each finding; return 1 if something required is missing, else 0."""
     parse(Arguments, words, "everest doctor", world)
     missing = []
     for state, what, finding in _survey(_checks()):
@@ -62,7 +62,7 @@ def _checks() -> list[Check]:
 
 
 def _survey(checks: list[Check]) -> Iterator[Row]:
-    """Yield the rows of all checks; a child process that ends in one of them is replaced for those after it."""
+    """Yield the rows of all checks. If a check ends its child process, a new one does the remaining checks."""
     while checks:
         answered = 0
         for rows in _answers(checks):
@@ -98,13 +98,13 @@ def _answers(checks: list[Check]) -> Iterator[list[Row]]:
 
 
 def _run(checks: list[Check], sender: Connection) -> None:
-    """Send the rows of each check; what libraries print goes to stderr, away from the table."""
+    """Send the rows of each check. Output of libraries goes to stderr, not into the table."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.dup2(2, 1)
     for state, what, look in checks:
         try:
             rows = look()
-        except BaseException as error:  # whatever it is, it is the finding
+        except BaseException as error:  # any error is a finding
             rows = [(state, what, _words_of(error))]
         sender.send(rows)
 
@@ -114,7 +114,7 @@ def _words_of(error: BaseException) -> str:
 
 
 def _call(module: str, function: str, *arguments: str) -> Any:
-    """Import a module of checks in this process, and call one."""
+    """Import a module of checks in this process, and call one of its functions."""
     return getattr(importlib.import_module(f"everest_ds.commands.checks.{module}"), function)(*arguments)
 
 
@@ -126,6 +126,6 @@ def _package(name: str) -> list[Row]:
         importlib.import_module(name)
     except PackageNotFoundError:
         return [(MISSING, name, f"not installed; pip install {name}")]
-    except Exception as error:  # a package may fail to import in any way
+    except Exception as error:  # the import of a package may raise anything
         return [(MISSING, name, f"{found} does not import: {_words_of(error)}")]
     return [(OK, name, found)]

@@ -1,4 +1,4 @@
-"""`everest plan RECIPE --gpus N --gpu-memory-gib M`: will it fit, what takes the memory, and how to run it."""
+"""`everest plan RECIPE --gpus N --gpu-memory-gib M`: whether a recipe fits, its memory, and how to run it."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -15,16 +15,16 @@ from everest_ds.recipes import find_config
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(RecipeArguments[C]):
-    """Estimate what a recipe takes on some GPUs. Defaults shown are the recipe's."""
+    """Estimate the memory of a recipe on given GPUs. Defaults shown are the recipe's."""
 
     options: Annotated[PlanOptions, tyro.conf.arg(name="")]
 
 
 def main(words: list[str], world: World) -> PlanJob:
-    """Parse, and refuse what cannot be planned.
+    """Parse and check.
 
     Raises:
-        UserError: No GPUs, no memory, or a global batch that they cannot share.
+        UserError: There are no GPUs or no memory, or the GPUs do not divide the global batch.
     """
     required = PlanOptions(gpus=tyro.MISSING, gpu_memory_gib=tyro.MISSING)
     arguments = parse_recipe(Arguments, words, "everest plan", world, options=required)
@@ -44,6 +44,6 @@ def _require_possible(config: Config, options: PlanOptions) -> None:
         sizes = f"{below} or {above}" if below else str(above)
         fewer = max(count for count in range(1, gpus) if clips % count == 0)
         raise UserError(
-            f"batch.global_size={clips} cannot be shared out evenly among --gpus {gpus}; use "
-            f"batch.global_size={sizes}, or --gpus {fewer}"
+            f"batch.global_size={clips} is not divisible by --gpus {gpus}; use --batch.global-size {sizes}, or "
+            f"--gpus {fewer}"
         )

@@ -1,4 +1,4 @@
-"""`everest recipes [RECIPE]`: lists the recipes, or shows one as it would run."""
+"""`everest recipes [RECIPE]`: lists the recipes, or shows one as resolved."""
 
 import inspect
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ from everest_ds.recipes import RECIPES, recipes_of
 
 @dataclass(frozen=True)
 class NoArguments:
-    """List the recipes; `everest recipes RECIPE --help` has the options for one."""
+    """List the recipes. `everest recipes RECIPE --help` has the options for one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(RecipeArguments[C]):
-    """Show one recipe as it would run."""
+    """Show the resolved configuration of a recipe."""
 
     gpus: int = 8
-    """Processes to do the batch arithmetic for."""
+    """Number of processes for the batch arithmetic."""
     ds_config: Path | None = None
-    """File of ds_configs/; plain ZeRO-2 without one."""
+    """DeepSpeed file. Default: plain ZeRO-2."""
 
 
 def main(words: list[str], world: World) -> int | RecipeJob:
-    """List the recipes, each with the first line of its document; or return the one that is to be shown."""
+    """List the recipes with the first line of their docstrings, or return the job that shows one."""
     if words and not words[0].startswith("-"):
         arguments = parse_recipe(Arguments, words, "everest recipes", world)
         if arguments.gpus < 1:

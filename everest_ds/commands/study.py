@@ -15,17 +15,17 @@ from everest_ds.study.worlds.drawing import require_drawing
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Compare selections, ratios, distances and budgets on small videos, over seeds; resume where it stopped."""
+    """Compare selections, ratios, distances and budgets on small videos, over seeds. The same command resumes."""
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
-    """Where videos, runs and results go."""
+    """Folder for videos, runs and results."""
     options: Annotated[StudyOptions, tyro.conf.arg(name="")] = field(default_factory=StudyOptions)
 
 
 def main(words: list[str], world: World) -> StudyJob:
     """Parse, and refuse a world that cannot be drawn here."""
     if world.size > 1:
-        raise UserError("everest study starts its runs itself; start it without a launcher")
+        raise UserError("everest study starts its own runs; start it without a launcher")
     arguments = parse(Arguments, words, "everest study", world)
     if arguments.options.world == "physics":
         require_drawing()

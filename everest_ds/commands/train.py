@@ -32,11 +32,11 @@ def finetune(words: list[str], world: World) -> TrainingJob:
 
 
 def check(arguments: Arguments[C], world: World) -> TrainingJob:
-    """Refuse a run that cannot start, as far as that needs no torch.
+    """Do all checks of a run that need no torch.
 
     Raises:
-        UserError: A list, the batch, the reader or the run directory is at fault, names classes otherwise, or a
-            tracker is not installed.
+        UserError: A list, the batch, the reader or the run directory is wrong, the run directory has other class
+            names, or a tracker is not installed.
     """
     lists = read_lists(arguments.config, world)
     lists.config.batch.accumulation_steps(world.size)

@@ -1,1 +1,1 @@
-"""What people see of a command while it works, and where everything else goes. Leaves."""
+"""Terminal output of a command, and the destination of all other output. Leaves."""

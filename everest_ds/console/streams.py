@@ -1,7 +1,7 @@
-"""What libraries print goes to a file, what the command says goes to people. A leaf that imports next to nothing.
+"""Separates the output of libraries, which goes to a file, from the command's own. A leaf with few imports.
 
-Launchers, DeepSpeed, gloo, NCCL, FFmpeg and Python's warnings write to file descriptors 1 and 2. While a training
-runs these lead to a file, and `sys.stdout` and `sys.stderr` of rank zero to where people read.
+Launchers, DeepSpeed, gloo, NCCL, FFmpeg and Python's warnings write to file descriptors 1 and 2. During a training
+these lead to a file, and `sys.stdout` and `sys.stderr` of rank 0 lead to the terminal.
 """
 
 import contextlib
@@ -17,17 +17,17 @@ from typing import TextIO
 from everest_ds.errors import UserError
 
 stderr_fd = 2
-"""Where people read errors: for writing past Python's buffers."""
+"""Descriptor of the terminal's stderr, for writing without Python's buffers."""
 _CHUNK = 1 << 20
 
 
 class _Aside:
-    """What is set aside at the moment.
+    """The redirected output.
 
     Attributes:
-        early: The file in memory that holds what was printed before there was a log file; processes that were
-            started before then write there to the end.
-        taken: Bytes of it that are in the log file.
+        early: Descriptor of a file in memory, for output before there is a log file. Processes that were started
+            before then keep writing to it.
+        taken: Bytes of ``early`` that were copied to the log file.
         log: Descriptor of the log file.
     """
 
@@ -38,12 +38,12 @@ class _Aside:
 
 @contextlib.contextmanager
 def set_aside(*, speaks: bool) -> Iterator[None]:
-    """Keep what libraries print from people inside this block; nothing changes where stdout was replaced before.
+    """Redirect the output of libraries inside this block; do nothing if stdout was already replaced.
 
-    What was printed comes out after all when the block fails by a defect of ours before `keep_in` named a file.
+    If a bug ends the block before `keep_in` named a file, the output is printed after all.
 
     Args:
-        speaks: Whether this process says anything on stdout: rank zero.
+        speaks: Whether this process prints to stdout; True on rank 0.
     """
     global stderr_fd
     out, err = sys.stdout, sys.stderr
@@ -64,7 +64,7 @@ def set_aside(*, speaks: bool) -> Iterator[None]:
     try:
         yield
         failed = False
-    except (UserError, KeyboardInterrupt):  # say what is the matter themselves
+    except (UserError, KeyboardInterrupt):  # these have a message of their own
         failed = False
         raise
     finally:
@@ -84,7 +84,7 @@ def set_aside(*, speaks: bool) -> Iterator[None]:
 
 
 def keep_in(path: Path) -> bool:
-    """Append what is set aside, so far and from now on, to a file; return whether anything is.
+    """Append the redirected output, earlier and later, to a file; return whether output is redirected.
 
     Raises:
         OSError: The file cannot be written.
@@ -102,7 +102,7 @@ def keep_in(path: Path) -> bool:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Count what Python code prints in this block among what is set aside: imports that bind `sys.stdout`."""
+    """Redirect the prints of Python code too inside this block, for imports that bind `sys.stdout`."""
     if _Aside.early is None or sys.__stdout__ is None or sys.__stderr__ is None:
         yield
         return
@@ -118,7 +118,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Write a warning of Python's among what is set aside."""
+    """Write a Python warning to the redirected output."""
     stream = file or sys.__stderr__
     if stream is not None:
         stream.write(warnings.formatwarning(message, category, filename, lineno, line))
@@ -126,7 +126,7 @@ def _show_warning(
 
 
 def _take_early() -> None:
-    """Append what is new in memory to the log file."""
+    """Append new output in memory to the log file."""
     if _Aside.early is None or _Aside.log is None:
         return
     while chunk := os.pread(_Aside.early, _CHUNK, _Aside.taken):
@@ -147,7 +147,7 @@ def _lead_to(descriptor: int) -> None:
 
 
 def _text(descriptor: int, like: TextIO | None) -> TextIO:
-    """Return a text stream over a descriptor that stays open after it."""
+    """Return a text stream over a descriptor, which it does not close."""
     raw = io.BufferedWriter(io.FileIO(descriptor, "w", closefd=False))
     return io.TextIOWrapper(
         raw, encoding=like.encoding if like else None, errors="backslashreplace", line_buffering=True

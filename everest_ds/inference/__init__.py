@@ -1,1 +1,1 @@
-"""Trained weights over videos: scores, predictions, features."""
+"""Use of trained weights: scores, predictions, features, pictures, conversion."""

@@ -1,4 +1,4 @@
-"""A confusion matrix as a picture: rows true classes, columns predicted ones, dark where many videos are."""
+"""A picture of a confusion matrix: rows are true classes, columns predicted ones, dark cells have many videos."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 _MAX_EDGE_PX, _MIN_CELL_PX, _MAX_CELL_PX = 1600, 3, 48
 _FONT_PX = 12
-# Cells of at least this many pixels hold a number; of at least that many, rows and columns hold names.
+# Cells of at least `_NUMBER_PX` pixels contain their count; from `_NAME_PX` on, rows and columns have names.
 _NUMBER_PX, _NAME_PX = 28, 13
 _LONGEST_NAME = 28
 _LIGHT, _DARK = (247, 251, 255), (8, 48, 107)
@@ -56,7 +56,7 @@ def _shade(share: float) -> tuple[int, int, int]:
 def _draw_upright(
     image: Image.Image, text: str, foot: tuple[int, int], font: ImageFont.ImageFont | ImageFont.FreeTypeFont
 ) -> None:
-    """Write a text from bottom to top, its foot's middle at a place."""
+    """Write a text from bottom to top; ``foot`` is the middle of its lower end."""
     length = max(1, round(font.getlength(text)))
     strip = Image.new("RGB", (length, _FONT_PX + 4), _PAPER)
     ImageDraw.Draw(strip).text((0, (_FONT_PX + 4) / 2), text, fill=_INK, font=font, anchor="lm")

@@ -1,4 +1,4 @@
-"""What is wanted of trained weights, known before torch is imported."""
+"""Options and jobs of the commands that use trained weights. Needs no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,34 +16,34 @@ Target = Literal["everest", "videomae", "hf", "deepspeed-fp32"]
 
 
 def require_folder(flag: str, path: Path | None) -> None:
-    """Refuse to write into something that is not a folder."""
+    """Refuse a path that exists and is not a folder."""
     if path is not None and path.exists() and not path.is_dir():
-        raise UserError(f"{flag} {path} is no folder; name another one")
+        raise UserError(f"{flag} {path} is not a folder; name another one")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(InferenceOptions):
-    """What is scored, how, and where the results go."""
+    """Options of `everest evaluate`: list, protocol and output."""
 
     list: Path | None = None
-    """List of videos to score; without one, data.test_list of the run or the recipe."""
+    """List of videos to score. Default: data.test_list of the run or the recipe."""
     out: Path | None = None
-    """Folder for the results; without one, evaluation-LIST in the run directory or beside the weights."""
+    """Folder for the results. Default: evaluation-LIST in the run directory or next to the weights."""
     protocol: Literal["head", "knn", "linear"] = "head"
     """head: the classifier itself; knn, linear: nearest neighbours or a linear probe on its frozen features."""
     train_list: Path | None = None
-    """List of videos that knn and linear learn from."""
+    """List of training videos for knn and linear."""
     knn_k: int = 20
-    """Neighbours that vote (knn)."""
+    """Number of neighbours that vote (knn)."""
     knn_temperature: float = 0.07
-    """Temperature of their votes, exp(cosine / temperature) (knn)."""
+    """Temperature of the votes, exp(cosine / temperature) (knn)."""
     linear_l2: float = 1e-3
     """Weight of half the squared norm of the probe's weights in its loss (linear)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.protocol == "head") != (self.train_list is None):
-            given = "needs --train-list" if self.train_list is None else "takes no --train-list"
+            given = "needs --train-list" if self.train_list is None else "does not use --train-list; remove it"
             raise UserError(f"--protocol {self.protocol} {given}")
         if self.knn_k < 1 or self.knn_temperature <= 0 or self.linear_l2 <= 0:
             raise UserError("--knn-k must be at least 1, --knn-temperature and --linear-l2 above 0")
@@ -51,17 +51,17 @@ class EvaluateOptions(InferenceOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationJob:
-    """A list that is to be scored.
+    """A list to score.
 
     Attributes:
         origin: The weights.
-        settings: How they look at videos.
-        options: What is scored, and how.
+        settings: How clips are made from videos.
+        options: The options of the command.
         test_list: The list.
-        rows: Its rows.
-        train_rows: Rows of the list that knn and linear learn from.
+        rows: The rows of the list.
+        train_rows: Rows of the training list of knn and linear.
         out: Folder for the results.
-        identity: What tells these results from others: protocol, checkpoint and list.
+        identity: Fields that identify the results: protocol, checkpoint and list.
     """
 
     origin: Origin
@@ -76,20 +76,19 @@ class EvaluationJob:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(InferenceOptions):
-    """What is said of each video."""
+    """Options of `everest predict`: videos and output."""
 
     list: Path | None = None
-    """List of videos, after those that are named: each row, or the window of it. Labels are not used."""
+    """List of further videos, or of windows of videos. Labels are not used."""
     top: int = 5
-    """Classes to name for each video."""
+    """Number of classes to print for each video."""
     json: bool = False
     """One JSON line a video instead of a table."""
     show: Path | None = None
-    """Folder for a picture of each video, NAME.png: the tokens that the classifier looked at, in the view in the
-    middle."""
+    """Folder for a picture of each video, NAME.png: the tokens that the classifier kept, in the middle view."""
     features: Path | None = None
-    """Write features instead of labels: a .safetensors file with a float32 row a video, the mean of the kept
-    tokens before the last norm, averaged over the views. The weights need no head."""
+    """Write features instead of labels: a .safetensors file with one float32 row for each video, the mean of the
+    kept tokens before the last norm, averaged over the views. The weights need no head."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,12 +109,12 @@ class PredictOptions(InferenceOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionJob:
-    """Videos that are to be labelled, or whose features are wanted.
+    """Videos to classify, or to compute features of.
 
     Attributes:
         origin: The weights.
-        settings: How they look at videos.
-        options: What is said of them.
+        settings: How clips are made from videos.
+        options: The options of the command.
         rows: The videos, without labels.
     """
 
@@ -127,31 +126,31 @@ class PredictionJob:
 
 @dataclass(frozen=True, kw_only=True)
 class ShowOptions:
-    """What is drawn of each video, and where."""
+    """Options of `everest show`: videos, pictures and output."""
 
     out: Path
     """Folder for the pictures, NAME.png for each video."""
     recipe: str | None = None
-    """Recipe, or config.json, that says how clips are cut and which tokens are kept, for weights without a run."""
+    """Recipe, or config.json, with the settings for clips and kept tokens, for weights without a run."""
     list: Path | None = None
-    """List of videos, after those that are named: each row, or the window of it."""
+    """List of further videos, or of windows of videos."""
     ratios: tuple[float, ...] = ()
-    """Shares of the tokens to keep, each drawn, instead of the configuration's."""
+    """Shares of the tokens to keep, instead of the configuration's; each is drawn."""
     compare: bool = False
-    """Draw the strategies rero, random, tube and running_cell below each other, each with as many tokens."""
+    """Draw the strategies rero, random, tube and running_cell below each other, with the same number of tokens."""
     frames: bool = False
-    """Also draw the frame selection, NAME-frames.png: candidates, probabilities and drawn frames (1.5 times a
-    clip's frames are candidates where the configuration selects none)."""
+    """Also draw the frame selection, NAME-frames.png: candidate frames, probabilities and selected frames. If the
+    configuration selects no frames, there are 1.5 times as many candidates as frames of a clip."""
     gif: bool = False
-    """Also write the picture as it moves, NAME.gif."""
+    """Also write an animation, NAME.gif."""
     mp4: bool = False
-    """The same as H.264, NAME.mp4."""
+    """Also write an animation in H.264, NAME.mp4."""
     weights: WeightsName = "auto"
-    """ema: a checkpoint's moving average; model: the weights themselves; auto: the average where there is one."""
+    """ema: a checkpoint's moving average; model: the weights themselves; auto: the average if there is one."""
     reader: ReaderName | None = None
     """Library that reads videos, instead of data.reader."""
     allow_unreadable: bool = False
-    """Exit with 0 although videos could not be read, unless none could."""
+    """Exit with 0 although some videos could not be read. If none could, the exit code is still 2."""
 
     def __post_init__(self) -> None:
         for ratio in self.ratios:
@@ -162,12 +161,12 @@ class ShowOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ShowJob:
-    """Videos of which pictures are wanted.
+    """Videos to draw pictures of.
 
     Attributes:
         origin: The weights; None draws with a fresh embedding.
-        recipe: The configuration that was named, of the source or by `ShowOptions.recipe`.
-        options: What is drawn.
+        recipe: The configuration that was named as the source or by `ShowOptions.recipe`.
+        options: The options of the command.
         rows: The videos.
     """
 
@@ -179,18 +178,19 @@ class ShowJob:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """What is written, and what of the source."""
+    """Options of `everest convert`: layout and weights."""
 
     to: Target
     """everest: a float32 .safetensors file; videomae: a .pth file in the official layout; hf: a Hugging Face
     folder; deepspeed-fp32: everest with a run's step and configuration."""
     allow: tuple[str, ...] = ()
-    """Tensors or modules that may be in SRC and are left out."""
+    """Tensors or modules of SRC to leave out."""
     weights: Literal["model", "ema"] = "model"
-    """ema: the moving average that a run keeps (optim.ema_decay), which `everest evaluate` scores."""
+    """model: the weights themselves; ema: the run's moving average (optim.ema_decay), which `everest evaluate`
+    scores."""
     recipe: str | None = None
-    """With --to hf: recipe, or config.json, that says how clips are cut and which tokens a classifier keeps, for
-    weights that come without a run."""
+    """With --to hf: recipe, or config.json, with the settings for clips and for the tokens that a classifier keeps,
+    for weights without a run."""
 
     def __post_init__(self) -> None:
         """Refuse options that have no effect."""
@@ -206,13 +206,13 @@ class ConvertOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionJob:
-    """Weights that are to be written.
+    """Weights to convert.
 
     Attributes:
-        source: A run or checkpoint; for all but deepspeed-fp32 also any file or folder of weights.
-        target: What to write.
-        options: The layout, and what of the source.
-        recipe: What `options.recipe` names.
+        source: A run or checkpoint; except for deepspeed-fp32 also any file or folder of weights.
+        target: The file or folder to write.
+        options: The options of the command.
+        recipe: The configuration that `options.recipe` names.
     """
 
     source: Path

@@ -1,4 +1,4 @@
-"""A model of any origin, how clips are cut for it, and which tokens it keeps: what `everest_ds.load` returns.
+"""A loaded model with its clip settings and its selection rule; `everest_ds.load` returns one.
 
 Place in the flow: Origin, or a configuration alone -> LoadedModel -> VideoClip -> PicturedClip -> a picture.
 Axes: C T H W of a clip.
@@ -59,10 +59,10 @@ class VideoClip:
     Attributes:
         row: The video.
         clip_CTHW: uint8, cropped in the middle.
-        numbers_T: The frame of the video, or of its window, that each frame is.
-        times_s: When each frame is shown, in seconds from the video's first frame.
-        num_frames: Frames of the video or its window.
-        end_s: When the last of these is shown.
+        numbers_T: Number of each frame in the video or its window.
+        times_s: Time of each frame, in seconds from the video's first frame.
+        num_frames: Number of frames of the video or its window.
+        end_s: Time of the last frame of the video or its window.
     """
 
     row: VideoRow
@@ -73,7 +73,7 @@ class VideoClip:
     end_s: float
 
     def describe(self) -> str:
-        """Return which frames of the video these are, for people."""
+        """Return a text that says which frames of the video these are."""
         first, last = self.numbers_T[0], self.numbers_T[-1]
         num, edge = self.clip_CTHW.shape[1], self.clip_CTHW.shape[2]
         repeats = num - len(np.unique(self.numbers_T))
@@ -86,17 +86,17 @@ class VideoClip:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedModel:
-    """A model in evaluation mode, and how it looks at videos.
+    """A model in evaluation mode, with the settings of its clips and tokens.
 
     Attributes:
-        model: `EverestAutoencoder` of pre-training, `EverestClassifier`, or, without weights, the bare embedding.
-        settings: How clips are cut.
-        rule: Which tokens are kept of a clip.
-        report: What was loaded, for people.
-        predicts: Whether some of these are visible and others predicted; else all are visible.
+        model: `EverestAutoencoder` of pre-training, `EverestClassifier`, or, without weights, the embedding alone.
+        settings: How clips are made from videos.
+        rule: Which tokens of a clip are kept.
+        report: A text about what was loaded.
+        predicts: Whether some kept tokens are visible and others predicted; otherwise all are visible.
         is_fresh: Whether there are no weights.
-        candidate_steps: Time steps that a clip's are chosen from; 0 where none are chosen.
-        class_names: Of a classifier with a head.
+        candidate_steps: Number of time steps from which a clip's steps are selected; 0 without frame selection.
+        class_names: Names of the classes, for a classifier with a head.
     """
 
     model: EverestAutoencoder | TokenEncoder
@@ -110,7 +110,7 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(self.model.parameters()).device
 
     @property
@@ -135,7 +135,7 @@ class LoadedModel:
 
         Args:
             video: A file, or a row of a list for a window.
-            num_frames: Frames of the clip, where not those of the settings.
+            num_frames: Frames of the clip. Default: those of the settings.
 
         Raises:
             VideoReadError: The video cannot be read.
@@ -146,7 +146,7 @@ class LoadedModel:
         return self.clip_of(row, read_views(opened, data, MIDDLE)[0], opened)
 
     def clip_of(self, row: VideoRow, clip_CTHW: Tensor, video: Video | None = None) -> VideoClip:
-        """Return a clip that was read of a row already, as its middle view, with its times."""
+        """Return a clip that was already read, the middle view of its row, with frame numbers and times."""
         data = self.data(clip_CTHW.shape[1])
         video = video or Video.of_row(row, data.reader, data.max_pixels)
         numbers, start_s = np.array(view_frames(video, data, 1)[0]), row.start_s or 0.0
@@ -161,16 +161,16 @@ class LoadedModel:
         )
 
     def data(self, num_frames: int | None = None) -> FinetuneDataConfig:
-        """Return how clips are cut, with another number of frames where one is given."""
+        """Return the settings of clips, with another number of frames if one is given."""
         steps = self.candidate_steps * self.options.tubelet_size
         return replace(self.settings.data, num_frames=num_frames or steps or self.settings.data.num_frames)
 
     def examine(self, clip: VideoClip, rules: Sequence[tuple[str, SelectionRule]] | None = None) -> PicturedClip:
-        """Return what the model does with a clip, as arrays.
+        """Return which tokens the model keeps of a clip, and what it reconstructs, as arrays.
 
         Args:
-            clip: The clip; of candidate frames where the configuration selects frames.
-            rules: Ways to keep tokens, each with a label; the model's own without.
+            clip: The clip; with all candidate frames if the configuration selects frames.
+            rules: Selection rules to compare, each with a label. Default: the model's own.
         """
         pixels, numbers, times_s = clip.clip_CTHW.to(self.device), clip.numbers_T, clip.times_s
         if self.candidate_steps:
@@ -190,13 +190,13 @@ class LoadedModel:
         )
 
     def describe_rule(self, rule: SelectionRule) -> str:
-        """Return which tokens a rule keeps, for people."""
+        """Return a text that says which tokens a rule keeps."""
         order = ", least changing first" if rule.order == "ascending" else ""
         distance = f", by {rule.distance}" if rule.strategy == "rero" and rule.distance != "l2" else ""
         return f"{rule.strategy} {rule.selected_ratio:g}{order}{distance}"
 
     def draw(self, video: VideoRow | Path | str) -> Image.Image:
-        """Return the picture of the clip in the middle of a video: what is kept of it, and what is made of that.
+        """Return a picture of the clip in the middle of a video: its kept tokens, and their reconstruction.
 
         Raises:
             VideoReadError: The video cannot be read.
@@ -205,8 +205,8 @@ class LoadedModel:
         return draw_clip(self.examine(clip), title=clip.row.path.name, lines=self.captions(clip))
 
     def captions(self, clip: VideoClip) -> list[str]:
-        """Return which frames a picture of a clip is of, and which weights, for people."""
-        chosen = f"; {self.grid.time} of their {self.candidate_steps} time steps are drawn by change"
+        """Return the caption of a clip's picture: its frames and the weights."""
+        chosen = f"; {self.grid.time} of their {self.candidate_steps} time steps are selected by change"
         return [f"{clip.describe()}{chosen if self.candidate_steps else ''}", self.report.split("\n")[0]]
 
 
@@ -215,13 +215,13 @@ def load_model(
 ) -> LoadedModel:
     """Load the model of a run, a checkpoint, or weights in any layout, on the CPU.
 
-    Weights that do not say how clips are cut are given clips of the length and size of their positions, at a stride
-    of 4 frames; the report says so.
+    If neither the weights nor a recipe has settings for clips, clips have the length and size of the weights'
+    positions and a stride of 4 frames; the report says so.
 
     Args:
         origin: From `locate`.
-        recipe: Says how clips are cut, for weights that do not.
-        weights: Which of a checkpoint's weights.
+        recipe: The configuration, for weights without one.
+        weights: Which weights of a checkpoint.
         reader: Library that reads videos, instead of data.reader.
 
     Raises:
@@ -231,7 +231,7 @@ def load_model(
     config, note = _config_of(origin, recipe, read[1])
     options = InferenceOptions(num_temporal=1, num_spatial=1, weights=weights, reader=reader, precision="fp32")
     settings = clip_settings(origin, None if config is origin.config else config, options)
-    settings = replace(settings, attention="auto")  # that of training may need a GPU
+    settings = replace(settings, attention="auto")  # the backend of training may need a GPU
     device = torch.device("cpu")
     class_names: tuple[str, ...] = ()
     model: EverestAutoencoder | TokenEncoder
@@ -254,7 +254,7 @@ def load_model(
 
 
 def fresh_model(config: Config, *, reader: ReaderName | None = None) -> LoadedModel:
-    """Return the embedding that a run of a configuration starts from, which ranks tokens but predicts nothing."""
+    """Return the embedding that a run with this configuration starts from. It ranks tokens but predicts nothing."""
     options = InferenceOptions(num_temporal=1, num_spatial=1, reader=reader)
     origin = Origin(given=Path(config.recipe), weights=Path(config.recipe))
     settings = clip_settings(origin, config, options)
@@ -270,8 +270,8 @@ def fresh_model(config: Config, *, reader: ReaderName | None = None) -> LoadedMo
         predicts=predicts,
         is_fresh=True,
         candidate_steps=_candidates_of(config),
-        report=f"recipe {config.recipe}, ViT-{config.model.size}: fresh embedding of seed {config.run.seed}, no "
-        "weights were given; it ranks tokens as the first step of training does",
+        report=f"recipe {config.recipe}, ViT-{config.model.size}: no weights were given, so tokens are ranked "
+        f"as in the first step of training, by a fresh embedding of seed {config.run.seed}",
     )
 
 
@@ -288,7 +288,7 @@ def _candidates_of(config: Config) -> int:
 
 
 def _config_of(origin: Origin, recipe: Config | None, weights: Weights) -> tuple[Config, str]:
-    """Return the configuration that says how clips are cut, and a note where it was made up."""
+    """Return the configuration for clips, and a note if it was made from the weights' shapes."""
     if recipe is not None:
         return recipe, ""
     if origin.config is not None:
@@ -299,13 +299,13 @@ def _config_of(origin: Origin, recipe: Config | None, weights: Weights) -> tuple
     tubelet, patch, grid = shape.options.tubelet_size, shape.options.patch_size, shape.grid
     if grid.rows != grid.cols:
         raise UserError(
-            f"{weights.source} is of clips of {grid.cols * patch} x {grid.rows * patch} pixels and does not say "
-            "how they are cut; give --recipe"
+            f"{weights.source} has no settings for clips of {grid.cols * patch} x {grid.rows * patch} pixels; "
+            "give --recipe"
         )
     frames, edge = grid.time * tubelet, grid.rows * patch
     note = (
-        f"\n  note          it does not say how clips are cut; here {frames} frames of {edge} pixels at stride 4 "
-        "(--recipe says otherwise)"
+        f"\n  note          the weights have no settings for clips; used are {frames} frames of {edge} pixels at "
+        "stride 4 (change with --recipe)"
     )
     if shape.kind == "autoencoder":
         data = PretrainDataConfig(num_frames=frames, image_size=edge)
@@ -326,4 +326,4 @@ def _parsed(weights: Weights) -> object:
     try:
         return parse_json(weights.config)
     except (ValueError, TypeError) as error:
-        raise UserError(f"the configuration in {weights.source} is no JSON ({error}); give --recipe") from error
+        raise UserError(f"the configuration in {weights.source} is not JSON ({error}); give --recipe") from error

@@ -1,8 +1,8 @@
-"""Forward passes over every row of a list, once, whatever the number of processes.
+"""Forward passes over a list: each row once, on any number of processes.
 
 Place in the flow: rows -> `ViewDataset` -> groups of rows -> one forward pass a group -> one result a row. Groups
-do not depend on the number of processes, so every pass has the same clips in the same order, and results repeat
-bit for bit. Axes: B clips of a pass, V views of a row, C T H W of a clip, X values that are computed of a clip.
+do not depend on the number of processes: every pass has the same clips in the same order, so results are bitwise
+identical. Axes: B clips of a pass, V views of a row, C T H W of a clip, X values that are computed from a clip.
 """
 
 import contextlib
@@ -34,11 +34,11 @@ class UnreadableRow:
 
 @dataclass(frozen=True, kw_only=True)
 class RowResults(Generic[T]):
-    """What was computed of a list.
+    """The results of a list.
 
     Attributes:
-        results: By row, in row order; unreadable rows are not in it.
-        unreadable: The others, in row order.
+        results: Results of the readable rows by row number, in row order.
+        unreadable: The unreadable rows, in row order.
     """
 
     results: dict[int, T]
@@ -47,15 +47,15 @@ class RowResults(Generic[T]):
 
 @dataclass(frozen=True, kw_only=True)
 class Passes:
-    """How forward passes over a list run.
+    """Settings of forward passes over a list.
 
     Attributes:
-        group_size: Rows of one forward pass. Results depend on it in their last bits, and on nothing else here.
-        world: This rank and how many there are.
-        device: Where passes run.
-        allow_unreadable: List unreadable rows instead of raising.
-        same_rounds: Let every rank do the same number of passes, as ZeRO-3 needs, where all ranks gather each
-            layer's weights together: a rank without a readable row runs a blank clip and drops the result.
+        group_size: Rows of one forward pass. It changes the last bits of results; the other fields do not.
+        world: The ranks.
+        device: Device of the passes.
+        allow_unreadable: List unreadable rows instead of raising an error.
+        same_rounds: Let every rank do the same number of passes. ZeRO-3 needs this, because all ranks gather each
+            layer's weights together. A rank without a readable row runs a blank clip and drops the result.
     """
 
     group_size: int
@@ -72,17 +72,17 @@ class Passes:
         *,
         progress: str | None = None,
     ) -> RowResults[T]:
-        """Compute something of every row; all ranks take part and all get the results of all rows.
+        """Compute a result for every row. All ranks must call it, and all get the results of all rows.
 
         Args:
             compute: clips_BCTHW uint8 on the device -> (B, X); called without gradient. The caller puts its model
                 into evaluation mode.
-            reduce: A row and its values (V, X), on the CPU in the dtype they came in -> what is kept of it.
+            reduce: A row and its values (V, X), on the CPU in the dtype of ``compute`` -> the row's result.
             dataset: The rows and their views.
-            progress: What is being done, for a line of progress now and then; None prints nothing.
+            progress: Words for progress lines; None prints nothing.
 
         Raises:
-            UserError: A video cannot be read; on the rank that met it.
+            UserError: A video cannot be read; raised on the rank that reads it.
         """
         starts = range(0, len(dataset), self.group_size)
         groups = [range(start, min(start + self.group_size, len(dataset))) for start in starts]
@@ -113,8 +113,8 @@ class Passes:
         bad = UnreadableRow(row=row.index, path=str(dataset.rows[row.index].path), reason=row.bad or "")
         if not self.allow_unreadable:
             raise UserError(
-                f"{bad.path} (row {bad.row}) cannot be read: {bad.reason}; none is replaced here. Mend it, take it "
-                "off the list, or leave unreadable videos out with --allow-unreadable; they are counted and listed"
+                f"{bad.path} (row {bad.row}) cannot be read: {bad.reason}. Repair it, remove it from the list, or "
+                "give --allow-unreadable: unreadable videos are then left out and counted"
             )
         return bad
 

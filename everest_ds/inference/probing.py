@@ -1,7 +1,7 @@
-"""How good frozen features are: weighted nearest neighbours, and a linear probe.
+"""Scores of frozen features: weighted nearest neighbours, and a linear probe.
 
-Place in the flow: features of a training and of a test list -> probabilities of the classes -> Scores. In float64
-on the CPU, all at once, without a random draw. Axes: N training videos, M test videos, D width, K classes.
+Place in the flow: features of a training and of a test list -> probabilities of the classes -> Scores. Computed in
+float64 on the CPU, without random numbers. Axes: N training videos, M test videos, D width, K classes.
 """
 
 import math
@@ -15,9 +15,9 @@ from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.inference.passes import RowResults
 from everest_ds.inference.scores import DEFAULT_TOP, Ranking, Scores, rank_classes, summarise
 
-# Similarities that are held at once (128 MiB).
+# Number of similarities in memory at the same time (128 MiB).
 _PAIRS_AT_ONCE = 2**24
-# Deviation over mean below which a feature is constant: float32 holds no smaller differences.
+# A feature is constant if its deviation over its mean is below this: float32 has no smaller differences.
 _SAME = 1e-7
 _MAX_ITERATIONS = 2000
 _GRADIENT_TOLERANCE = 1e-9
@@ -28,8 +28,8 @@ def knn_probabilities(
 ) -> Tensor:
     """Return each class's share of the votes of the k nearest training videos, (M, K) float64.
 
-    A neighbour votes with exp(cosine / temperature); of equally near ones the earlier in the list counts. A list of
-    fewer than k videos votes as a whole.
+    A neighbour's vote is exp(cosine / temperature). Ties are broken by the order of the list. If the list has fewer
+    than k videos, all of them vote.
 
     Source: weighted k-NN of Wu et al. 2018 (arXiv 1805.01978), as DINO evaluates with k = 20 and temperature 0.07.
     """
@@ -54,10 +54,10 @@ class LinearProbe:
     problem is convex: the solution does not depend on a start or an order.
 
     Args:
-        train_ND: Features; one that does not vary has no say.
+        train_ND: Features; constant ones have no influence.
         label_N: Classes.
         num_classes: K.
-        l2: Above 0, or separable features would have no solution.
+        l2: Above 0; with 0, separable features would have no solution.
     """
 
     def __init__(self, train_ND: Tensor, label_N: Tensor, num_classes: int, *, l2: float) -> None:
@@ -73,11 +73,11 @@ class LinearProbe:
         self._fit(self.standardise(features_ND), label_N)
 
     def standardise(self, features_MD: Tensor) -> Tensor:
-        """Return features with the training features' mean and deviation taken out."""
+        """Return features minus the training features' mean, divided by their standard deviation."""
         return (features_MD.double() - self.mean_D) / self.deviation_D
 
     def loss(self, standard_ND: Tensor, label_N: Tensor) -> Tensor:
-        """Return what is minimised."""
+        """Return the loss that the fit minimises."""
         cross_entropy = F.cross_entropy(standard_ND @ self.weight_DK + self.bias_K, label_N)
         return cross_entropy + self.l2 / 2 * self.weight_DK.square().sum()
 
@@ -119,7 +119,7 @@ def score_knn(
 ) -> Scores:
     """Score the features of a test list by their neighbours in a training list.
 
-    The loss is infinite where no neighbour has the label.
+    The loss is infinite if a video has no neighbour with its label.
     """
     train_ND, label_N = _stack(train, train_rows)
     test_MD, label_M = _stack(test, test_rows)

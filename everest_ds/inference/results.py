@@ -1,4 +1,4 @@
-"""What an evaluation writes and prints, and the scores that are recorded of a checkpoint.
+"""Output of an evaluation, and the recorded scores of a checkpoint.
 
 Place in the flow: Scores -> summary.json, predictions.csv and a table; a checkpoint -> lines of the model card
 (`everest convert --to hf`).
@@ -30,10 +30,10 @@ _NUM_LISTED = 5
 
 
 def view_recipe(settings: ClipSettings, num_kept: int) -> dict[str, Any]:
-    """Return everything that says which pixels the model saw."""
+    """Return all settings that determine which pixels the model sees."""
     data, views = settings.data, settings.views
     counts_frames = data.sampling == "dense" and data.sampling_seconds is None
-    # Named only where it is used, so that evaluations of older versions are those of the same views.
+    # Named only if it is used, so that evaluations of older versions compare equal.
     in_time = {} if data.sampling_seconds is None else {"sampling_seconds": data.sampling_seconds}
     return {
         "num_frames": data.num_frames,
@@ -49,10 +49,10 @@ def view_recipe(settings: ClipSettings, num_kept: int) -> dict[str, Any]:
 
 
 def require_own(out: Path, summary: dict[str, Any]) -> None:
-    """Refuse a folder that holds the evaluation of something else; the same one may be done again.
+    """Refuse a folder with another evaluation; the same evaluation may be repeated.
 
     Raises:
-        UserError: It does, or its summary is not one of `everest evaluate`.
+        UserError: The folder has another evaluation, or its summary was not written by `everest evaluate`.
     """
     path = out / SUMMARY
     if not path.is_file():
@@ -60,18 +60,18 @@ def require_own(out: Path, summary: dict[str, Any]) -> None:
     try:
         earlier = _identity(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not of an evaluation; name another folder with --out") from error
+        raise UserError(f"{path} was not written by `everest evaluate`; name another folder with --out") from error
     now = _identity(summary)
     for key, value in now.items():
         if earlier[key] != value:
             raise UserError(
-                f"{out} holds an evaluation of another {key} ({json.dumps(earlier[key])}, now "
-                f"{json.dumps(value)}); name another folder with --out, or remove it"
+                f"{out} contains an evaluation with another {key} ({json.dumps(earlier[key])}, now "
+                f"{json.dumps(value)}); name another folder with --out, or remove this one"
             )
 
 
 def _identity(summary: dict[str, Any]) -> dict[str, Any]:
-    """Return what must be alike for an evaluation to take the place of an earlier one, wherever files lie."""
+    """Return the fields that must be equal for an evaluation to replace an earlier one; they contain no paths."""
     return {
         "protocol": summary["protocol"],
         "checkpoint": {key: summary["checkpoint"][key] for key in ("name", "weights", "sha256")},
@@ -81,9 +81,9 @@ def _identity(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def score_summary(scores: Scores, class_names: Sequence[str], num_rows: int) -> dict[str, Any]:
-    """Return the scores as the summary has them; shares in [0, 1], null for what is not defined.
+    """Return the scores as fields of the summary; shares are in [0, 1], undefined values are null.
 
-    The loss has six digits: how many threads a process has may change bits behind them.
+    The loss has six digits: the number of threads may change later ones.
     """
     return {
         "top1": scores.top1,
@@ -103,9 +103,9 @@ def score_summary(scores: Scores, class_names: Sequence[str], num_rows: int) -> 
 
 
 def write_predictions(scores: Scores, rows: Sequence[VideoRow], class_names: Sequence[str], path: Path) -> None:
-    """Write one line a row of the list, unreadable ones among them.
+    """Write one line for each row of the list, also for unreadable ones.
 
-    Probabilities have six digits: how many threads a process has may change bits behind them.
+    Probabilities have six digits: the number of threads may change later ones.
     """
     by_row = {prediction.row: prediction for prediction in scores.predictions}
     lines: list[list[object]] = []
@@ -124,12 +124,12 @@ def write_predictions(scores: Scores, rows: Sequence[VideoRow], class_names: Seq
 
 
 def table(scores: Scores, class_names: Sequence[str], kept: str | None = None) -> str:
-    """Return the scores for people: in percent, with the classes that are recognised worst.
+    """Return the scores as text: in percent, with the worst classes.
 
     Args:
-        scores: What was scored.
+        scores: The scores.
         class_names: A name for each class.
-        kept: How many tokens of a clip the model keeps, in words, where that is to be said.
+        kept: A text about how many tokens of a clip the model keeps, or None.
     """
     lines = [f"top-1  {scores.top1:7.2%}"]
     if scores.top5 is not None:
@@ -158,17 +158,16 @@ WeightsKind = Literal["model", "ema"]
 
 
 def recorded_scores(checkpoint: Path, kind: WeightsKind) -> tuple[str, ...]:
-    """Return the scores of a checkpoint's weights, or of their moving average, a line each.
+    """Return the scores of a checkpoint's weights, or of their moving average, as lines; empty without scores.
 
-    None where nothing was scored. Evaluations of other weights are left out, and so are files that are not an
-    evaluation's summary.
+    Evaluations of other weights, and files that are not an evaluation's summary, are left out.
     """
     run_dir, state = checkpoint.parent.parent, read_state(checkpoint)
     config = read_config(run_dir, [checkpoint])
     lines = []
     if not isinstance(config, FinetuneConfig):
         return ()
-    # Training scores the average where one is kept.
+    # Training scores the average if there is one.
     is_scored = kind == ("ema" if (checkpoint / AVERAGE).is_file() else "model")
     if is_scored and state.best_score is not None and state.best_step == state.step:
         videos = Path(config.data.val_list or "").name
@@ -184,7 +183,7 @@ def recorded_scores(checkpoint: Path, kind: WeightsKind) -> tuple[str, ...]:
 
 
 def _line_of(summary: dict[str, Any], wanted: tuple[str, str], config: FinetuneConfig) -> str | None:
-    """Return a summary's scores in words; None where it is of other weights or of frozen features."""
+    """Return a summary's scores as text; None if it is of other weights or of frozen features."""
     of, views = summary["checkpoint"], summary["views"]
     if (of["name"], of["weights"]) != wanted or summary["protocol"]["name"] != "head":
         return None

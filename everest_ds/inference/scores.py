@@ -1,4 +1,4 @@
-"""Scores of a classifier over a list: each row once, softmax averaged over its views.
+"""Scores of a classifier over a list. Each row counts once; its softmax is averaged over its views.
 
 Place in the flow: clips -> `predict` -> logits of each view -> log of the mean probability -> Scores. Axes: V views
 of a row, K classes.
@@ -23,13 +23,13 @@ DEFAULT_TOP = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """What is kept of a row's logits.
+    """The likeliest classes of a row.
 
     Attributes:
-        classes: The likeliest classes, the likeliest first; of equally likely ones the lower first.
-        probabilities: Theirs, averaged over the views.
+        classes: The likeliest classes, the likeliest first. Ties are in the order of the class numbers.
+        probabilities: The probabilities of these classes, averaged over the views.
         log_probability: Log of the label's averaged probability; None for a row without a label.
-        num_views: Views that were averaged.
+        num_views: Number of views.
     """
 
     classes: tuple[int, ...]
@@ -54,35 +54,35 @@ class RowPrediction:
 
     @property
     def is_correct(self) -> bool:
-        """Whether that is the label."""
+        """Whether the likeliest class is the label."""
         return self.predicted == self.label
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassScore:
-    """How many rows of a class there were, and how many of them were recognised."""
+    """Number of scored rows of a class, and how many of them were classified correctly."""
 
     count: int
     correct: int
 
     @property
     def accuracy(self) -> float | None:
-        """Share that was recognised; None where the class has no rows."""
+        """Share of correct rows; None if the class has no rows."""
         return self.correct / self.count if self.count else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Scores of a list; shares are in [0, 1], over the rows that could be read.
+    """Scores of a list. Shares are in [0, 1], over the readable rows.
 
     Attributes:
-        top1: Share whose likeliest class is the label.
-        top5: Share whose label is among the five likeliest; None when there are no more than five classes.
+        top1: Share of rows whose likeliest class is the label.
+        top5: Share of rows whose label is among the five likeliest; None for five classes or fewer.
         loss: Mean negative log of the label's averaged probability.
         mean_class_accuracy: Mean accuracy of the classes that are in the list.
-        per_class: By class.
+        per_class: Counts of each class.
         confusion: Counts; rows are true classes, columns predicted ones.
-        predictions: The rows, in order.
+        predictions: The scored rows, in order.
         unreadable: The rows that are not scored.
     """
 
@@ -109,17 +109,17 @@ def score(
     *,
     progress: str | None = None,
 ) -> Scores:
-    """Score a classifier over a list; all ranks take part and all return the same.
+    """Score a classifier over a list. All ranks must call it, and all return the same.
 
     Args:
         predict: clips_BCTHW uint8 on the device -> logits (B, K), from a model in evaluation mode.
         dataset: The rows and their views; labels in [0, num_classes).
         num_classes: K.
-        passes: How forward passes run.
-        progress: What is being done, for lines of progress.
+        passes: Settings of the forward passes.
+        progress: Words for progress lines; None prints nothing.
 
     Raises:
-        UserError: A video cannot be read, none can, or logits are not finite.
+        UserError: A video cannot be read and that is not allowed, no video can be read, or logits are not finite.
     """
     return summarise(rank_rows(predict, dataset, passes, progress=progress), dataset.rows, num_classes)
 
@@ -143,14 +143,14 @@ def rank_rows(
 
 
 def rank_classes(logits_VK: Tensor, label: int, top: int, source: str) -> Ranking:
-    """Average a row's softmax over its views and rank the classes, in float64 and in logarithms.
+    """Average a row's softmax over its views and rank the classes, computed in float64 from logarithms.
 
     Raises:
         UserError: The logits are not finite.
     """
     if not logits_VK.isfinite().all():
         raise UserError(
-            f"{source}: the model's outputs are not finite; its weights have diverged or are damaged, or they need "
+            f"{source}: the model's outputs are not finite. Its weights have diverged or are damaged, or need "
             "--precision fp32"
         )
     num_views, num_classes = logits_VK.shape
@@ -166,7 +166,7 @@ def rank_classes(logits_VK: Tensor, label: int, top: int, source: str) -> Rankin
 
 
 def summarise(outputs: RowResults[Ranking], rows: Sequence[VideoRow], num_classes: int) -> Scores:
-    """Count rankings of a list into scores, in the list's order.
+    """Compute the scores of a list from the rankings of its rows.
 
     Raises:
         UserError: No row was scored.

@@ -1,7 +1,7 @@
-"""How a trained model looks at videos: as its run, a recipe and the options say.
+"""How clips are made from videos for a trained model, from its run, a recipe and the options.
 
 Place in the flow: PATH -> `locate` -> Origin -> `clip_settings` -> ClipSettings -> `inference.trained`.
-Needs no torch, so that what is wrong is refused before it is imported.
+Needs no torch, so that wrong input is refused before torch is imported.
 """
 
 from dataclasses import dataclass, replace
@@ -22,29 +22,29 @@ Section = TypeVar("Section", FinetuneDataConfig, ViewsConfig, FinetuneSelectionC
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceOptions:
-    """How a trained model looks at videos."""
+    """Options of all commands that run a trained model on videos."""
 
     recipe: str | None = None
-    """Recipe, or config.json, that says how clips are cut; for weights that come without a run."""
+    """Recipe, or config.json, with the settings for clips, for weights without a run."""
     num_temporal: int | None = None
-    """Clips over time of each video, instead of the run's or the recipe's views.num_temporal."""
+    """Number of clips over time of each video, instead of views.num_temporal."""
     num_spatial: int | None = None
-    """Crops over space of each clip, instead of views.num_spatial."""
+    """Number of crops over space of each clip, instead of views.num_spatial."""
     keep_ratio: float | None = None
-    """Share of a clip's tokens that is kept, instead of selection.keep_ratio; 1 keeps all."""
+    """Share of a clip's tokens to keep, instead of selection.keep_ratio; 1 keeps all."""
     weights: WeightsName = "auto"
-    """ema: a checkpoint's moving average; model: the weights themselves; auto: the average where there is one."""
+    """ema: a checkpoint's moving average; model: the weights themselves; auto: the average if there is one."""
     precision: PrecisionName = "auto"
-    """auto: bf16 on a GPU and fp32 on a CPU. Weights are float32 in any case: bf16 and autocast are the same here,
+    """auto: bf16 on a GPU and fp32 on a CPU. Weights are always float32, so bf16 and autocast are the same here:
     matmuls in bfloat16."""
     batch_rows: int = 4
-    """Videos of one forward pass, with all their views. Results depend on it in their last bits."""
+    """Videos in one forward pass, with all their views. It changes the last bits of results."""
     num_workers: int | None = None
-    """Loader processes of each process, instead of data.num_workers; 0 decodes in the process itself."""
+    """Loader workers of each process, instead of data.num_workers; 0 decodes in the process itself."""
     reader: ReaderName | None = None
     """Library that reads videos, instead of data.reader."""
     allow_unreadable: bool = False
-    """Leave videos out that cannot be read, and list them, instead of stopping."""
+    """Leave out and list unreadable videos instead of stopping."""
 
     def __post_init__(self) -> None:
         """Check the numbers that no configuration checks."""
@@ -54,15 +54,15 @@ class InferenceOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSettings:
-    """How a model looks at videos.
+    """How clips are made from videos, and which tokens are kept.
 
     Attributes:
         data: Length, stride, size and sampling of clips, and the loader's settings.
-        views: How many clips of a video.
+        views: Number of clips of a video.
         selection: Which tokens are kept.
         attention: Attention backend.
-        position_frames: Frames of the clips that positions are laid out for, where the weights do not say.
-        position_size: Height and width of those clips.
+        position_frames: Number of frames that positions were made for, if the weights do not say.
+        position_size: Height and width that positions were made for, in pixels.
     """
 
     data: FinetuneDataConfig
@@ -79,24 +79,24 @@ class ClipSettings:
 
 
 def clip_settings(origin: Origin, recipe: Config | None, options: InferenceOptions) -> ClipSettings:
-    """Return how videos are cut: as the run or the recipe says, where the options do not say otherwise.
+    """Return the settings of the run or the recipe, changed by the options.
 
-    A configuration of pre-training gives length, stride and size of clips; views are one, and the keep ratio is
-    fine-tuning's default.
+    From a pre-training configuration come length, stride and size of clips. There is then one view, and the keep
+    ratio is the default of fine-tuning.
 
     Raises:
-        UserError: Neither says it, both do, or a setting is wrong.
+        UserError: There is no configuration, or both a run's and a recipe, or a setting is wrong.
     """
     config = origin.config if recipe is None else recipe
     if config is None:
         raise UserError(
-            f"{origin.given} does not say how clips are cut; give --recipe, the name of a recipe (`everest "
-            "recipes` lists them) or a config.json"
+            f"{origin.given} has no settings for clips; give --recipe, the name of a recipe (`everest recipes` "
+            "lists them) or a config.json"
         )
     if recipe is not None and isinstance(origin.config, FinetuneConfig):
         raise UserError(
-            f"--recipe {options.recipe} has no effect: {origin.given} is of a run that says how clips are cut; "
-            "remove it"
+            f"--recipe {options.recipe} has no effect: {origin.given} belongs to a run with its own settings for "
+            "clips; remove --recipe"
         )
     if isinstance(config, FinetuneConfig):
         data, views, selection = config.data, config.views, config.selection
@@ -124,7 +124,7 @@ def _with_given(section: Section, **values: Any) -> Section:
 
 
 def identify(origin: Origin, kind: str) -> dict[str, Any]:
-    """Return what tells weights from all others: names, step, and a checksum that covers every file."""
+    """Return fields that identify weights: names, step, and a checksum that covers every file."""
     path = origin.weights
     in_run = origin.run_dir is not None
     return {
@@ -137,10 +137,10 @@ def identify(origin: Origin, kind: str) -> dict[str, Any]:
 
 
 def weights_kind(origin: Origin, wanted: WeightsName) -> Literal["model", "ema"]:
-    """Return which of a checkpoint's weights to take.
+    """Return which weights of a checkpoint to use.
 
     Raises:
-        UserError: The average is wanted, and there is none.
+        UserError: The average was asked for, and there is none.
     """
     there = origin.run_dir is not None and (origin.weights / AVERAGE).is_file()
     if wanted == "ema" and not there:

@@ -1,4 +1,4 @@
-"""A trained model, ready to look at videos.
+"""A trained model, ready for inference.
 
 Place in the flow: Origin and ClipSettings -> `load_trained` -> a model in evaluation mode, in the chosen precision.
 Axes: B clips, C T H W of a clip, V views of a video, D width.
@@ -39,15 +39,15 @@ class Trained:
 
     Attributes:
         model: The classifier; its head is fresh where the weights have none.
-        settings: How it looks at videos.
+        settings: How clips are made from videos.
         has_head: Whether the weights have a head.
-        class_names: Of each class; empty without a head.
+        class_names: A name for each class; empty without a head.
         kind: Which weights these are: model or ema.
-        precision: What it computes in, as asked for; its weights are float32.
+        precision: Precision of the matmuls; the weights are float32.
         attention: The attention backend.
         num_kept: Tokens of a clip that go through the encoder.
-        kept: The same in words.
-        report: What was loaded, for people.
+        kept: The same as text.
+        report: A text about what was loaded.
     """
 
     model: EverestClassifier
@@ -62,7 +62,7 @@ class Trained:
     report: str
 
     def start(self, options: InferenceOptions, world: World) -> Passes:
-        """Let all ranks meet, move the model to this rank's device, and return how passes run there."""
+        """Join the process group, move the model to this rank's device, and return the settings of passes."""
         device = distributed.start(world)
         self.model.to(device)
         return Passes(
@@ -70,7 +70,7 @@ class Trained:
         )
 
     def dataset(self, rows: Sequence[VideoRow]) -> ViewDataset:
-        """Return the views of some videos."""
+        """Return the views of these videos."""
         return ViewDataset(rows, self.settings.data, self.settings.views)
 
     def wrap(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -85,7 +85,7 @@ class Trained:
         return run
 
     def features(self, rows: Sequence[VideoRow], passes: Passes, *, progress: str) -> RowResults[Tensor]:
-        """Return each video's features, averaged over its views, (D,) float32; all ranks take part and get all.
+        """Return each video's features, averaged over its views, (D,) float32. All ranks must call it; all get all.
 
         Raises:
             UserError: A video cannot be read, and the passes do not allow that.
@@ -99,10 +99,10 @@ class Trained:
 
 
 def read_trained(origin: Origin, wanted: WeightsName) -> tuple[Literal["model", "ema"], Weights]:
-    """Read weights, checked against their seal, or a checkpoint's average of them; returns which they are.
+    """Read weights, or a checkpoint's moving average; checked against their seal. Return which they are, and them.
 
     Raises:
-        UserError: They are damaged or incomplete, or there is no average.
+        UserError: The weights are damaged or incomplete, or there is no average.
     """
     kind, weights = weights_kind(origin, wanted), read_any_weights(origin.weights)
     return kind, averaged(weights, origin.weights) if kind == "ema" else weights
@@ -117,15 +117,15 @@ def load_trained(
 ) -> Trained:
     """Read weights, checked against their seal, and build their model, on the CPU.
 
-    The model is that of the weights, with their norms, heads and positions; where they do not say what positions
-    are laid out for, the settings do.
+    The model has the norms, heads and positions of the weights. If the weights do not say which clips positions
+    were made for, the settings do.
 
     Args:
-        origin: Where they are.
-        settings: What the model looks at.
-        options: Which of a checkpoint's weights, and the precision.
-        device: Where it will run.
-        read: What `read_trained` returned, where that was called before.
+        origin: Path of the weights.
+        settings: How clips are made from videos.
+        options: Which weights of a checkpoint, and the precision.
+        device: Device on which the model will run.
+        read: The result of `read_trained`, if it was called before.
 
     Raises:
         UserError: Weights are damaged or incomplete, clips do not fit their tubelets, or a backend is unavailable.
@@ -145,9 +145,7 @@ def load_trained(
     assert isinstance(model, EverestClassifier)
     ratio = settings.selection.keep_ratio
     if weights.keep_ratio not in (None, ratio):
-        note = (
-            f"trained with keep_ratio={weights.keep_ratio:g} and used with {ratio:g} here, which changes the scores"
-        )
+        note = f"trained with keep_ratio={weights.keep_ratio:g} but used with {ratio:g}, which changes the scores"
         weights = replace(weights, notes=(*weights.notes, note))
     report = load_weights(model, weights, clip_grid=grid)
     precision = choose_precision({}, options.precision, device.type)
@@ -169,10 +167,10 @@ def load_trained(
 
 
 def load_autoencoder(weights: Weights, settings: ClipSettings) -> tuple[EverestAutoencoder, str]:
-    """Build the pre-training model of weights, in evaluation mode on the CPU; returns what was loaded, for people.
+    """Build the pre-training model of weights, in evaluation mode on the CPU; return it with a report.
 
     Raises:
-        UserError: They are of another model, incomplete, or clips do not fit their tubelets.
+        UserError: Weights are of another model or incomplete, or clips do not fit their tubelets.
     """
     weights, grid = _laid_out(weights, settings)
     shape = weights.architecture
@@ -185,7 +183,7 @@ def load_autoencoder(weights: Weights, settings: ClipSettings) -> tuple[EverestA
 
 
 def _laid_out(weights: Weights, settings: ClipSettings) -> tuple[Weights, TokenGrid]:
-    """Return weights whose positions are known, by the settings where they do not say, and the clips' grid."""
+    """Return weights with the grid of their positions, from the settings if unknown, and the clips' grid."""
     shape, data = weights.architecture, settings.data
     grid = _grid(shape, data.num_frames, data.image_size)
     if not shape.grid_is_known:
@@ -195,17 +193,17 @@ def _laid_out(weights: Weights, settings: ClipSettings) -> tuple[Weights, TokenG
 
 
 def _require_backed(shape: Architecture, weights: Weights) -> None:
-    """Refuse weights that are a small part of the model that they claim, before it takes its memory."""
+    """Refuse weights that are a small part of the model that they describe, before it allocates memory."""
     claimed = sum(size.numel() for size in shape.expected_shapes.values())
     given = sum(tensor.numel() for tensor in weights.tensors.values())
     if claimed > 2 * given:
         raise UserError(
-            f"{weights.source} holds {given} of the {claimed} values of its model; expected all of them"
+            f"{weights.source} contains only {given} of the {claimed} values of its model; use a complete file"
         )
 
 
 def _grid(shape: Architecture, num_frames: int, edge: int) -> TokenGrid:
-    """Return the tokens of clips of this length and size in a model."""
+    """Return the token grid of clips of this length and size."""
     options = shape.options
     grid = TokenGrid.of_clip(
         num_frames=num_frames,
@@ -218,11 +216,11 @@ def _grid(shape: Architecture, num_frames: int, edge: int) -> TokenGrid:
 
 
 def _class_names(origin: Origin, weights: Weights, num_classes: int) -> tuple[str, ...]:
-    """Return a name for each class: the run's or the weights' own, else numbers."""
+    """Return a name for each class, from the run or the weights; numbers if there are no names."""
     names = weights.architecture.labels
     if names is None:
         return tuple(str(k) for k in range(num_classes))
     if len(names) != num_classes:
         source = weights.source if origin.run_dir is None else origin.run_dir / NAMES_FILE
-        raise UserError(f"{source} names {len(names)} classes, the head has {num_classes}; mend the names")
+        raise UserError(f"{source} names {len(names)} classes, but the head has {num_classes}; correct the names")
     return names

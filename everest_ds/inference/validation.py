@@ -1,4 +1,4 @@
-"""Scoring a classifier during training: the view in the middle of each video, on all processes."""
+"""Scores a classifier during training, on the middle view of each video, with all processes."""
 
 import contextlib
 import time
@@ -28,19 +28,19 @@ MIDDLE = ViewsConfig(num_temporal=1, num_spatial=1)
 
 
 class Validation(Callback):
-    """Scores the list of validation videos every few epochs, and asks for a checkpoint of each best score.
+    """Scores the validation list every few epochs, and requests a checkpoint for each new best score.
 
     Args:
         engine: The DeepSpeed engine around the task.
-        rows: The list.
-        config: The run, its classes counted.
+        rows: The rows of the list.
+        config: The configuration, with the number of classes.
         schedule: The steps of the run.
-        world: This rank and how many there are.
-        device: This rank's.
+        world: The ranks.
+        device: This rank's device.
         log: The record.
-        average: The moving average of the weights; scored in place of the model where it is kept.
-        start: Where the run stands: its best score so far, and the step.
-        class_names: In the order of the labels; numbers where there are none.
+        average: The moving average of the weights; if there is one, it is scored instead of the model.
+        start: The state at the start of the run, with the best score so far and its step.
+        class_names: Names in the order of the labels; without names, numbers are shown.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Validation(Callback):
         return self._schedule.validates_after(step, self._config.run.validate_every_epochs)
 
     def on_log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Score the model where it is due, and record the scores."""
+        """Score the model if it is due, and record the scores."""
         if not self.wants_log(step):
             return
         started = time.perf_counter()
@@ -106,12 +106,12 @@ class Validation(Callback):
         return replace(state, best_step=self._best_step, best_score=self._best_score)
 
     def run(self) -> Scores:
-        """Score the engine's model as it stands; all ranks take part and get the same scores.
+        """Score the engine's current model. All ranks must call it, and all get the same scores.
 
-        Unreadable videos are left out and counted: a night's training should not end for one of them.
+        Unreadable videos are left out and counted: one of them should not end a long run.
 
         Raises:
-            UserError: More of the videos are unreadable than data.max_bad_share allows.
+            UserError: More videos are unreadable than data.max_bad_share allows.
         """
         pulse.enter("scoring")
         data, engine = self._config.data, self._engine

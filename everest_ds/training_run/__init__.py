@@ -1,5 +1,5 @@
-"""From a job to a trained run directory: the work of `everest pretrain` and `everest finetune`.
+"""The work of `everest pretrain` and `everest finetune`: from a job to a trained run directory.
 
-The order matters. Everything that can be refused is refused first, as far as possible before any process joins the
-others: a wrong setting costs seconds, ends all ranks alike, and leaves nothing behind.
+The order matters. All checks come first, if possible before the process group is formed. So a wrong setting costs
+seconds, ends all ranks with the same error, and leaves no files behind.
 """

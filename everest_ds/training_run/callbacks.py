@@ -1,4 +1,4 @@
-"""What a run does besides its steps."""
+"""The callbacks of a run."""
 
 from everest_ds.config import FinetuneConfig
 from everest_ds.inference.validation import Validation
@@ -23,7 +23,7 @@ from everest_ds.training_run.ready import ReadyRun
 def make_callbacks(
     ready: ReadyRun, updater: Updater, state: TrainState, log: MetricsLog, estimate: MemoryEstimate
 ) -> list[Callback]:
-    """Return what a run does besides its steps: a new concern is one more line here."""
+    """Return the callbacks of a run, in the order in which they are called. A new concern is one more line here."""
     lists, config, world, run_dir = ready.lists, ready.config, ready.world, ready.start.run_dir
     callbacks: list[Callback] = [
         SkippedSteps(lists.train, log, allowed=config.run.max_skipped_steps, count=state.num_skipped),
@@ -91,7 +91,7 @@ def _compare_ranks(ready: ReadyRun, updater: Updater, state: TrainState, log: Me
 
 
 def make_watchdog(ready: ReadyRun) -> Watchdog:
-    """Return what ends a run that hangs; it waits longer than the loader does for a clip."""
+    """Return the watchdog, which ends a run that hangs; it waits longer than the loader waits for a clip."""
     data = ready.config.data
     return Watchdog(
         ready.start.run_dir,

@@ -1,4 +1,4 @@
-"""A run made ready: refusals first, then the model, the engine and the weights. Nothing is written here."""
+"""Preparation of a run: checks first, then model, engine and weights. Writes no files."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -37,22 +37,22 @@ from everest_ds.train.tasks import Task, make_task
 
 @dataclass(frozen=True, kw_only=True)
 class ReadyRun:
-    """A run whose start nothing refuses any more. Nothing is written yet.
+    """A run that has passed all checks. No files are written yet.
 
     Attributes:
-        lists: Its lists, with the configuration.
+        lists: The lists of the run, with its configuration.
         ds_config: The resolved DeepSpeed configuration.
-        start: Where it starts.
-        schedule: Its steps.
+        start: Where the run starts: fresh, from weights, or from a checkpoint.
+        schedule: The steps of the run.
         task: The task, with the weights that the run starts from.
-        engine: The DeepSpeed engine around it.
-        average: The moving average of the weights, where one is kept.
+        engine: The DeepSpeed engine around the task.
+        average: The moving average of the weights, if there is one.
         groups: The optimiser's groups, for the record.
         attention: The attention backend.
-        gradients: How gradients are kept, flat or deepspeed.
-        eager: Why steps are not captured as a CUDA graph; None where they are.
-        world: This rank and how many there are.
-        device: This rank's.
+        gradients: How gradients are stored, flat or deepspeed.
+        eager: Why steps are not captured as a CUDA graph; None if they are.
+        world: The ranks.
+        device: This rank's device.
     """
 
     lists: Lists
@@ -71,12 +71,12 @@ class ReadyRun:
 
     @property
     def config(self) -> Config:
-        """The run, its classes counted."""
+        """The configuration, with the number of classes."""
         return self.lists.config
 
 
 def check_alone(job: TrainingJob) -> tuple[str, Precision]:
-    """Refuse what can be refused without the other processes; return attention backend and precision."""
+    """Do all checks that need no other process; return attention backend and precision."""
     config = job.lists.config
     if isinstance(config, FinetuneConfig) and config.data.rand_augment is not None:
         check_rand_augment(config.data.rand_augment)
@@ -100,14 +100,14 @@ def check_alone(job: TrainingJob) -> tuple[str, Precision]:
 def make_ready(
     job: TrainingJob, world: World, device: torch.device, attention: str, precision: Precision, times: StartTimes
 ) -> ReadyRun:
-    """Build model and engine and bring them to where the run starts; all ranks take part."""
+    """Build model and engine and load the state that the run starts from. All ranks must call it."""
     options, config = job.options, job.lists.config
     systems = load_systems(options.ds_config)
     ds_config = resolve_ds_config(
         systems, config, world_size=world.size, precision=options.precision, device_type=device.type
     )
     train, val = job.lists.train, job.lists.val
-    # Rank zero looks for all: they must not differ on what changed.
+    # Rank 0 samples for all ranks, so that they agree on which videos have changed.
     contents = [sample_contents(rows) if world.is_main and rows is not None else None for rows in (train, val)]
     contents = distributed.gather_objects(contents)[0]
     now = TrainState(

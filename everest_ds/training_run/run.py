@@ -1,4 +1,4 @@
-"""From a job to a trained run directory: the work of `everest pretrain` and `everest finetune`."""
+"""Runs or resumes a training: process group, owner of the directory, loop, record."""
 
 import contextlib
 import time
@@ -40,10 +40,10 @@ def run(job: TrainingJob, world: World) -> int:
     """Run or resume a training of either task.
 
     Returns:
-        The exit code: 0, or `EXIT_STOPPED` when a signal stopped the run before its end, all saved.
+        The exit code: 0, or `EXIT_STOPPED` if a signal stopped the run early and everything is saved.
 
     Raises:
-        UserError: Anything the user can mend: DeepSpeed file, weights, too many bad videos.
+        UserError: A fault that the user can fix: DeepSpeed file, weights, too many bad videos.
     """
     times = StartTimes()
     attention, precision = check_alone(job)
@@ -51,7 +51,7 @@ def run(job: TrainingJob, world: World) -> int:
     if job.lists.config.data.num_workers:
         start_fork_server()
     with writing(behind=job.lists.config.run.save_async) as writer:
-        device = distributed.start(world)  # from here on all processes go together
+        device = distributed.start(world)  # from here on errors must be agreed on by all ranks
         with owning(job.resume.run_dir, world) as holding:
             job = replace(job, resume=look_again(job, world))
             times.end("meeting the other ranks")
@@ -61,9 +61,9 @@ def run(job: TrainingJob, world: World) -> int:
 
 
 def look_again(job: TrainingJob, world: World) -> Resume:
-    """Return where the run resumes, now that nobody else writes to it; as rank zero sees it, on all ranks.
+    """Return where the run resumes, as rank 0 sees it, on all ranks; called once this launch owns the directory.
 
-    The launch that owned it before may have saved since the command line was read.
+    The previous owner may have saved after the command line was read.
     """
     resume, fault = None, None
     if world.is_main:
@@ -87,7 +87,7 @@ def _train(
     writer: Writer | None,
     times: StartTimes,
 ) -> tuple[int, int]:
-    """Train in a directory that this launch owns; return the steps taken, and those there are."""
+    """Train in a directory that this launch owns; return the steps taken and the steps of the whole run."""
     began = time.perf_counter()
     ready = make_ready(job, world, device, attention, precision, times)
     start, schedule = ready.start, ready.schedule
@@ -132,13 +132,13 @@ def _train(
 
 
 def _with_best(start: Start, world: World) -> TrainState:
-    """Return where the run stands, without a best score when its checkpoint is gone; all ranks agree."""
+    """Return the state at the start, without the best score if its checkpoint is missing. All ranks agree."""
     step = start.state.best_step
     found = distributed.gather_objects(point_to_best(start.run_dir, step) if world.is_main else False)
     if step is None or found[0]:
         return start.state
     if world.is_main:
-        say(f"warning: the best checkpoint, of step {step}, is gone; the next score counts")
+        say(f"warning: the best checkpoint, of step {step}, is missing; the next score counts as the best")
     return replace(start.state, best_step=None, best_score=None)
 
 

@@ -200,7 +200,7 @@ def test_bad_list_is_refused(text: str, message: str, tmp_path: Path, capsys: py
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "must hold an object"),
+        ("[]", "must contain a JSON object"),
         (json.dumps({"gradient_clipping": 1.0}), "it is optim.max_grad_norm"),
         (json.dumps({"train_batch_size": 8}), "it is batch.global_size"),
         (json.dumps({"optimizer": {"type": "Adam"}}), "it is in optim.*"),

@@ -272,7 +272,7 @@ def test_disk_without_room_is_a_message_and_other_faults_of_ours_are_not(
 
     monkeypatch.setattr("everest_ds.commands.train.check", lambda *given: fail(errno.ENOSPC))
     assert cli.main(["pretrain", "demo"]) == 2
-    assert "error: No space left on device: runs/x/metrics.jsonl; make room" in capsys.readouterr().err
+    assert "error: No space left on device: runs/x/metrics.jsonl; free space" in capsys.readouterr().err
     monkeypatch.setattr("everest_ds.commands.train.check", lambda *given: fail(errno.EIO))
     with pytest.raises(OSError, match="Input/output"):
         cli.main(["pretrain", "demo"])

@@ -159,7 +159,7 @@ def test_official_layout_scores_alike_and_leaves_an_allowed_unreadable_video_out
 @pytest.mark.parametrize(
     ("change", "messages"),
     [
-        (lambda w: w.remove("demo_ft") or w.remove("--recipe"), ["does not say how clips are cut", "--recipe"]),
+        (lambda w: w.remove("demo_ft") or w.remove("--recipe"), ["has no settings for clips", "--recipe"]),
         (lambda w: w.extend(["--weights", "ema"]), ["has no ema.safetensors", "--weights model"]),
         (lambda w: w.extend(["--protocol", "knn"]), ["--protocol knn needs --train-list"]),
         (lambda w: w.extend(["--keep-ratio", "1.5"]), ["keep_ratio=1.5", "(0, 1]"]),
@@ -208,11 +208,11 @@ def test_another_evaluation_is_not_overwritten(
     out = tmp_path / "out"
     shutil.copytree(outs[1], out)
     said = refused(words(weights, eleven, "--out", out, "--num-spatial", "3"), capsys)
-    assert "holds an evaluation of another view recipe" in said
+    assert "contains an evaluation with another view recipe" in said
     summary = json.loads((out / "summary.json").read_text())
     require_own(out, summary)  # the same again is welcome
     (out / "summary.json").write_text("{}")
-    assert "is not of an evaluation" in refused(words(weights, eleven, "--out", out), capsys)
+    assert "was not written by `everest evaluate`" in refused(words(weights, eleven, "--out", out), capsys)
 
 
 def test_predict_says_of_files_and_folders_what_evaluate_says(

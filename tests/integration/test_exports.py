@@ -169,7 +169,7 @@ def test_use_on_another_share_of_the_tokens_than_in_training_is_noted(
         assert main(given) == 0
         assert "trained with" not in capsys.readouterr().out
         assert main([*given, "--keep-ratio", "0.6"]) == 0
-        assert "trained with keep_ratio=0.3 and used with 0.6 here" in capsys.readouterr().out
+        assert "trained with keep_ratio=0.3 but used with 0.6, " in capsys.readouterr().out
 
 
 def test_weights_without_a_run_take_the_selection_of_a_recipe(

@@ -62,7 +62,7 @@ def test_taken_port_is_one_sentence_and_nothing_is_written(demo_folder: Path, tm
         done = compute(words, processes=2, environment={"MASTER_PORT": str(port)})
     assert done.returncode == 2, done.stderr
     (said,) = (line for line in done.stderr.splitlines() if line.startswith("everest: error:"))
-    assert f"port {port} of 127.0.0.1 is taken by another process" in said
+    assert f"port {port} of 127.0.0.1 is used by another process" in said
     assert "--master_port" in said
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
@@ -71,10 +71,10 @@ def test_taken_port_is_one_sentence_and_nothing_is_written(demo_folder: Path, tm
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"MASTER_PORT": ""}, "not told where to meet: MASTER_PORT not set"),
-        ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "MASTER_ADDR and MASTER_PORT not set"),
-        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is no port"),
-        ({"MASTER_PORT": "free"}, "MASTER_PORT=free is no port"),
+        ({"MASTER_PORT": ""}, "2 processes were started without MASTER_PORT."),
+        ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "without MASTER_ADDR and MASTER_PORT."),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is not a port"),
+        ({"MASTER_PORT": "free"}, "MASTER_PORT=free is not a port"),
     ],
 )
 def test_place_to_meet_that_is_none_is_refused(

@@ -163,10 +163,9 @@ def test_flags_turn_one_configuration_into_another(monkeypatch: pytest.MonkeyPat
         ("--gpus 8 --gpu-memory-gib nan", "--gpu-memory-gib nan must be a number of GiB above 0"),
         (
             "--gpus 7 --gpu-memory-gib 80",
-            "batch.global_size=512 cannot be shared out evenly among --gpus 7; use batch.global_size=511 or 518, "
-            "or --gpus 4",
+            "batch.global_size=512 is not divisible by --gpus 7; use --batch.global-size 511 or 518, or --gpus 4",
         ),
-        ("--gpus 1024 --gpu-memory-gib 80", "use batch.global_size=1024, or --gpus 512"),
+        ("--gpus 1024 --gpu-memory-gib 80", "use --batch.global-size 1024, or --gpus 512"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_with_the_way_out(

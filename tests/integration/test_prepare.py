@@ -374,4 +374,4 @@ def test_wrong_options_are_refused(
 
 def test_command_wants_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["prepare", "--out", str(tmp_path)]) == 2
-    assert "prepare which lists?" in capsys.readouterr().err
+    assert "there is no list to prepare; expected `everest prepare LIST" in capsys.readouterr().err

@@ -170,7 +170,7 @@ def test_loading_takes_files_and_folders(
 ) -> None:
     """Clips are those of the run that a file knows, else those of the positions; a bare file knows neither."""
     loaded = everest_ds.load(weights / name)
-    assert ("does not say how clips are cut" in loaded.report) != is_told
+    assert ("the weights have no settings for clips" in loaded.report) != is_told
     assert loaded.read(videos[0]).clip_CTHW.shape == (3, 16, edge, edge)
     assert loaded.draw(videos[0]).width > 0
 

@@ -50,7 +50,7 @@ def test_rank_and_what_it_has_started_end_with_the_launcher(
     members = members_of(launcher)
     launcher.kill()
     _, stderr = launcher.communicate(timeout=GONE_WITHIN_S)
-    assert stderr.startswith("everest: the launcher has ended, and this command with it")
+    assert stderr.startswith("everest: the launcher has ended, so this process ends too")
     assert stderr.count("\n") == 1
     until = time.monotonic() + GONE_WITHIN_S
     while alive(members):

@@ -1,1 +1,1 @@
-"""`everest benchmark step`: training steps of a recipe, measured in six ways."""
+"""`everest benchmark step`: six measurements of a recipe's training steps."""

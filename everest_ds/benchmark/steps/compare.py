@@ -1,10 +1,10 @@
 """`everest benchmark step RECIPE --compare everest videomae`: our step and the official ones, interleaved.
 
-Both sides have the same weights and clips, and do forward and backward pass, targets and loss included, with fresh
-gradients and no optimiser step. Ours standardises uint8 clips; theirs gets standardised ones, as from their loader.
-VideoMAE sees a tenth of the tokens in tubes and predicts all others. In bf16 our weights are bf16, as under
-DeepSpeed, and theirs float32 under autocast, as in their loop; with --precision autocast both are alike. Official
-code is imported from the user's folder and runs as it is; what it does not find here is replaced.
+Both sides have the same weights and clips. They do a forward and a backward pass, with targets and loss, from fresh
+gradients and without an optimiser step. Ours standardises uint8 clips; the official code gets standardised ones, as
+from its loader. VideoMAE sees a tenth of the tokens in tubes and predicts all others. In bf16 our weights are bf16,
+as under DeepSpeed, and theirs are float32 under autocast, as in their loop. With --precision autocast both are the
+same. Official code is imported unchanged from the user's folder; modules that it does not find here are replaced.
 """
 
 import contextlib
@@ -40,9 +40,9 @@ from everest_ds.train.tasks import Task, make_task
 OURS = "ours"
 # VideoMAE shows a tenth of the tokens to its encoder (its recipes for Kinetics and SSv2).
 TUBE_VISIBLE = 0.1
-# What is imported of the folder, in this order; all are plain names that two folders share.
+# Modules to import from the folder, in this order. Both repositories use these top-level names.
 MODULES = ("modeling_finetune", "modeling_pretrain", "engine_for_pretraining")
-# The only clips that the official models take.
+# The only clips that the official models accept.
 FRAMES, IMAGE_SIZE, TUBELET, PATCH = 16, 224, 2, 16
 TABLE = Table(
     ("micro", 6, "d"), ("  side", 11, "<"), ("clips/s", 10, ".2f"), ("ms", 11, ".1f"), ("p90", 11, ".1f"),
@@ -51,7 +51,7 @@ TABLE = Table(
 
 
 class Source(NamedTuple):
-    """Where official code comes from, and how its models' names begin."""
+    """Environment variable and repository of official code, and the prefix of its models' names."""
 
     variable: str
     repository: str
@@ -65,7 +65,7 @@ SOURCES: dict[ReferenceName, Source] = {
 
 
 class OfficialCode(NamedTuple):
-    """What is used of a folder: a function that makes the model, and the training loop over batches."""
+    """Official functions: one makes the model, the other is the training loop."""
 
     name: ReferenceName
     make_model: Callable[..., nn.Module]
@@ -73,7 +73,7 @@ class OfficialCode(NamedTuple):
 
 
 def benchmark_compare(config: PretrainConfig, options: StepOptions, sizes: Iterable[int], world: World) -> int:
-    """Print a line for each micro-batch, and below a table each side's best one; return the exit code."""
+    """Print a line for each micro-batch, and below the table each side's best rate; return 0."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_precision({}, options.precision, device.type)
     limit_memory(options.memory_gib, world)
@@ -116,7 +116,7 @@ def compare_steps(
     rounds: int,
     warmup: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a line for each micro-batch, until ours does not fit; larger ones leave out who did not fit."""
+    """Yield a line for each micro-batch until ours runs out of memory; a reference that does is left out then."""
     require_comparable(config, names)
     official = {name: load_official(name, config.model.size) for name in names}
     torch.manual_seed(config.run.seed)
@@ -124,7 +124,7 @@ def compare_steps(
     references = {}
     for name, code in official.items():
         model = make_official_model(code, config).to(device)
-        model.load_state_dict(task.model.state_dict())  # their names are ours: the same weights, or an error
+        model.load_state_dict(task.model.state_dict())  # both have the same names; a difference raises an error
         references[name] = OfficialStep(code, model, precision.matmul_dtype)
     task.to(precision.weights_dtype)
     for micro_size in micro_sizes:
@@ -137,7 +137,7 @@ def compare_steps(
 
 
 def side_fields(times: dict[str, SideTimes], micro_size: int) -> dict[str, Any]:
-    """Return the sides as fields of a line: times, clips/s, loss, memory, and ours to theirs."""
+    """Return the fields of a line by side: times, clips/s, loss, memory, and the ratio of ours to theirs."""
     ours = times[OURS]
     fields: dict[str, Any] = {}
     for name, side in times.items():
@@ -159,7 +159,7 @@ def side_fields(times: dict[str, SideTimes], micro_size: int) -> dict[str, Any]:
 def _sides(
     task: Task, references: "References", micro_size: int, device: torch.device, *, autocasts: bool
 ) -> list[Side]:
-    """Return ours and theirs on the same clips."""
+    """Return our step and the official ones, on the same clips."""
     config = task.config
     assert isinstance(config, PretrainConfig)
     batch = synthetic_batch(task, micro_size, device, config.run.seed)
@@ -182,7 +182,7 @@ def _sides(
 
 
 def tube_mask(config: PretrainConfig, micro_size: int, device: torch.device) -> Tensor:
-    """Return what VideoMAE hides, (B, N) bool: all but as many tubes as make a tenth of the tokens."""
+    """Return the mask of the tokens that VideoMAE hides, (B, N) bool; a tenth is visible, in tubes."""
     grid = config.grid
     num_tubes = count_tube_positions(grid, TUBE_VISIBLE)
     generator = torch.Generator(device).manual_seed(config.run.seed)
@@ -194,26 +194,25 @@ def tube_mask(config: PretrainConfig, micro_size: int, device: torch.device) -> 
 
 
 def require_comparable(config: PretrainConfig, names: Iterable[ReferenceName]) -> None:
-    """Refuse a run that the official code cannot do."""
+    """Refuse a configuration that the official code does not support."""
     found = (config.data.num_frames, config.data.image_size, config.model.tubelet_size, config.model.patch_size)
     if found != (FRAMES, IMAGE_SIZE, TUBELET, PATCH):
         raise UserError(
             f"--compare: the official code takes {FRAMES} frames of {IMAGE_SIZE} pixels in tubelets of {TUBELET} x "
             f"{PATCH} x {PATCH}, got {found[0]} of {found[1]} in tubelets of {found[2]} x {found[3]} x {found[3]}; "
-            "use such a recipe, k400_vit_b for instance"
+            "use a recipe like k400_vit_b"
         )
     if config.model.size not in ("small", "base", "large", "huge") or config.model.embedding_layers != 1:
         raise UserError(
-            f"--compare: the official models are small, base, large and huge with one embedding layer, got "
+            f"--compare: official models are small, base, large or huge, with one embedding layer; got "
             f"model.size={config.model.size}, model.embedding_layers={config.model.embedding_layers}"
         )
     selection = config.selection
     ours = (selection.strategy, selection.order, selection.distance, selection.targets, selection.budget)
     if "everest" in names and (ours != ("rero", "descending", "l2", "masked", "clip") or selection.alpha > 1):
         raise UserError(
-            "--compare everest: the official code selects by rero, the most changing tokens by l2, the same share "
-            f"of every clip, and predicts the masked ones, from the clip's own frames; got {', '.join(ours)}, "
-            f"alpha {selection.alpha}"
+            "--compare everest: the official code has only the selection rero, descending, l2, masked, clip, "
+            f"alpha 1; got {', '.join(ours)}, alpha {selection.alpha}"
         )
 
 
@@ -251,7 +250,7 @@ def load_official(name: ReferenceName, size: str) -> OfficialCode:
 def make_official_model(official: OfficialCode, config: PretrainConfig) -> nn.Module:
     """Return their model of a configuration's size, decoder and ratios, freshly initialised."""
     model, selection = config.model, config.selection
-    # Ratios are given as what is left out, and truncated there: 1 - 0.3 and 1 - 0.1 give 470 and 156 of 1568.
+    # The official code takes masked shares and truncates: 1 - 0.3 and 1 - 0.1 give 470 and 156 of 1568 tokens.
     masking = {
         "motion_centric_masking": True,
         "motion_centric_masking_ratio": 1 - selection.selected_ratio,
@@ -262,9 +261,9 @@ def make_official_model(official: OfficialCode, config: PretrainConfig) -> nn.Mo
 
 
 class OfficialStep:
-    """Forward and backward pass as the official training loop does them; no optimiser step.
+    """Forward and backward pass of the official training loop, without an optimiser step.
 
-    Autocast computes in the dtype; float32 means no autocast.
+    Autocast uses ``dtype``; float32 means no autocast.
     """
 
     def __init__(self, official: OfficialCode, model: nn.Module, dtype: torch.dtype) -> None:
@@ -274,9 +273,9 @@ class OfficialStep:
         self._scaler = _BackwardOnly()
 
     def __call__(self, videos_BCTHW: Tensor, mask_BN: Tensor) -> float:
-        """Take a step on standardised clips, float32, and return its loss.
+        """Run a step on standardised float32 clips and return its loss.
 
-        mask_BN is True where the encoder does not see a token; EVEREST makes its own and ignores it.
+        mask_BN is True for tokens that the encoder does not see. EVEREST ignores it and makes its own mask.
         """
         with _measured_autocast(self._device, self._dtype), contextlib.redirect_stdout(io.StringIO()):
             self._official.train_one_epoch(
@@ -290,7 +289,7 @@ References = dict[ReferenceName, OfficialStep]
 
 
 class _BackwardOnly:
-    """Replaces the official gradient scaler: backward, and nothing after it."""
+    """Replaces the official gradient scaler: only runs the backward pass."""
 
     loss = float("nan")
 
@@ -303,7 +302,7 @@ class _BackwardOnly:
 
 
 def _no_metrics(**options: Any) -> SimpleNamespace:
-    """Replace the official metrics: hand the batches over and keep nothing."""
+    """Replace the official metrics: pass batches through and record nothing."""
 
     ignored = dict.fromkeys(("add_meter", "update", "synchronize_between_processes"), lambda *_, **__: None)
     return SimpleNamespace(meters={}, log_every=lambda batches, *_: iter(batches), **ignored)
@@ -311,13 +310,13 @@ def _no_metrics(**options: Any) -> SimpleNamespace:
 
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Make a folder's modules importable, with what they expect; leave no trace in sys or in the folder.
+    """Make a folder's modules importable, and restore sys afterwards; nothing is written to the folder.
 
-    The original utils needs a module that torch no longer has; ours logs nothing, which makes their step cheaper,
-    never dearer. Models are called by name, and not registered with timm.
+    The original utils needs a module that newer versions of torch do not have. Our replacement logs nothing, which
+    can only make their step faster. Models are called by name and not registered with timm.
     """
     ours: dict[str, Any] = {
-        "timm.models.layers": timm.layers,  # today's name
+        "timm.models.layers": timm.layers,  # the current name
         "timm.models.registry": SimpleNamespace(register_model=lambda make: make),
         "utils": SimpleNamespace(MetricLogger=_no_metrics, SmoothedValue=lambda **options: None),
     }
@@ -336,7 +335,7 @@ def _importable(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _measured_autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Give the official loop the autocast and the device that are measured; a CPU needs no synchronisation."""
+    """Let the official loop use the measured precision and device; on a CPU, synchronising does nothing."""
     half = dtype != torch.float32
     autocast = partial(torch.autocast, device.type, dtype=dtype if half else torch.bfloat16, enabled=half)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda device=None: None

@@ -1,8 +1,8 @@
-"""`everest benchmark step RECIPE --compare-gradients zero2`: flat gradients beside DeepSpeed's own path.
+"""`everest benchmark step RECIPE --compare-gradients zero2`: flat gradients compared with DeepSpeed's own path.
 
-Both paths take the same steps: same first weights, same clips, each with an engine of its own in one process. Their
-steps are interleaved. What differs is what the host does between the model's own operators, so a model of many
-layers and negligible width (`--model.size thin`) shows it best.
+Both paths start from the same weights and use the same clips, each with its own engine in the same process. Their
+steps are interleaved. Only the host's work between the model's operators differs, so a model with many layers and
+negligible width (`--model.size thin`) shows the difference best.
 """
 
 import gc
@@ -43,8 +43,8 @@ def compare_gradients(config: Config, options: StepOptions, sizes: Sequence[int]
     files = named_files("--compare-gradients", options.compare_gradients)
     if sizes is None or len(sizes) > 1:
         raise UserError(
-            f"--compare-gradients with --micro-batch {' '.join(options.micro_batch)}: both paths take steps of one "
-            "micro-batch; name one number"
+            f"--compare-gradients needs one micro-batch, got --micro-batch {' '.join(options.micro_batch)}; "
+            "name one number"
         )
     limit_memory(options.memory_gib, world)
     report: StepReport | None = None
@@ -77,7 +77,7 @@ def _build(
 
 
 def _measure(benches: dict[GradientsName, Workbench], micro_size: int, options: StepOptions) -> dict[str, Any]:
-    """Return times, calls and launches of a step by path; ratio: a path's median time by that of the first."""
+    """Return times, calls and launches of a step by path; ``ratio`` is the median time over the first path's."""
     sides: dict[GradientsName, Side] = {}
     for name in PATHS:
         bench = benches[name]

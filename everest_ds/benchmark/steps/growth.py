@@ -1,9 +1,9 @@
-"""`everest benchmark step RECIPE --sweep-ratio ...` or `--sweep-frames ...`: what a step costs as its work grows.
+"""`everest benchmark step RECIPE --sweep-ratio ...` or `--sweep-frames ...`: step time over the number of tokens.
 
-Each point has its own task, engine and clips, and the same first weights; steps are interleaved, so memory holds
-all points. A straight line through their times separates a step's fixed cost (the optimiser, and the ranking of all
-tokens where the ratio grows) from that of each further token. Attention alone grows with the square of a clip's
-tokens: points whose time is mostly attention are shown, but are left out of the fit.
+Each point has its own task, engine and clips, and the same initial weights. Steps are interleaved, so all points
+are in memory at once. A straight line through the times separates the fixed cost of a step (the optimiser, and in
+sweeps of the ratio the ranking of all tokens) from the cost of each token. Only attention grows with the square of
+a clip's tokens: points whose time is mostly attention are printed but not fitted.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,17 +32,17 @@ from everest_ds.distributed import World
 from everest_ds.errors import UserError
 
 LEAST_POINTS = 3
-# Share of a step's time from which attention counts as most of it.
+# Points with a larger share of attention in the time of their step are not fitted.
 DOMINATES = 0.5
 
 
 def sweep_growth(config: Config, options: StepOptions, sizes: Sequence[int] | None, world: World) -> int:
-    """Measure a sweep over ratios or frames, print its one line, or its table, and return 0."""
+    """Measure a sweep over ratios or frames, print its JSON line or its table, and return 0."""
     grows = "ratio" if options.sweep_ratio else "frames"
     if sizes is None or len(sizes) > 1:
         raise UserError(
-            f"--sweep-{grows} with --micro-batch {' '.join(options.micro_batch)}: all points of a sweep have one "
-            "micro-batch; name one number"
+            f"--sweep-{grows} needs one micro-batch, got --micro-batch {' '.join(options.micro_batch)}; "
+            "name one number"
         )
     config = with_classes(config)
     points = ratio_points(config, options.sweep_ratio) or frame_points(config, options.sweep_frames)
@@ -53,7 +53,7 @@ def sweep_growth(config: Config, options: StepOptions, sizes: Sequence[int] | No
             for value, point in points.items()
         }
     except torch.OutOfMemoryError as error:
-        raise UserError(f"the engines of {len(points)} points do not fit into the memory; name fewer") from error
+        raise UserError(f"the engines of {len(points)} points do not fit into memory; name fewer points") from error
     first = next(iter(benches.values()))
     common = {
         **run_fields("step-growth", config, first.device, options),
@@ -69,12 +69,12 @@ def sweep_growth(config: Config, options: StepOptions, sizes: Sequence[int] | No
 
 
 def ratio_points(config: Config, ratios: Sequence[float]) -> dict[float, Config]:
-    """Return a recipe at several ratios, with the same share of the selected tokens visible; none without."""
+    """Return the recipe at each ratio, with the same share of the selected tokens visible; empty without ratios."""
     _require_points("--sweep-ratio", ratios)
     if isinstance(config, FinetuneConfig):
         return {ratio: replace(config, selection=replace(config.selection, keep_ratio=ratio)) for ratio in ratios}
     assert isinstance(config, PretrainConfig)
-    # Exact, of the decimals that were written: the recipe's own ratio gives its own configuration.
+    # Exact decimal arithmetic: the recipe's own ratio then gives the recipe's own configuration.
     share = Fraction(repr(config.selection.visible_ratio)) / Fraction(repr(config.selection.selected_ratio))
     points: dict[float, Config] = {}
     for ratio in ratios:
@@ -85,9 +85,9 @@ def ratio_points(config: Config, ratios: Sequence[float]) -> dict[float, Config]
 
 
 def frame_points(config: Config, frames: Sequence[int]) -> dict[float, Config]:
-    """Return a recipe with clips of several lengths; none without any.
+    """Return the recipe with clips of each length; empty without lengths.
 
-    Positions are laid out for the recipe's own length and resampled for the others.
+    Positions are made for the recipe's own length and resampled for the others.
     """
     _require_points("--sweep-frames", frames)
     model = replace(config.model, position_frames=config.model.position_frames or config.data.num_frames)
@@ -95,7 +95,7 @@ def frame_points(config: Config, frames: Sequence[int]) -> dict[float, Config]:
 
 
 def selected_tokens(config: Config) -> int:
-    """Return the selected tokens of a clip, of the average one where clips may differ."""
+    """Return the number of selected tokens of a clip; of the average clip if clips differ."""
     if isinstance(config, FinetuneConfig):
         return config.num_kept
     assert isinstance(config, PretrainConfig)
@@ -103,7 +103,7 @@ def selected_tokens(config: Config) -> int:
 
 
 def measure_growth(benches: dict[float, Workbench], micro_size: int, *, rounds: int, warmup: int) -> dict[str, Any]:
-    """Measure the points of a sweep, by their ratio or number of frames; return the fields of its line."""
+    """Measure the points of a sweep, keyed by ratio or number of frames; return the fields of its line."""
     device = next(iter(benches.values())).device
     sides = [Side(str(value), _make_step(bench, micro_size)) for value, bench in benches.items()]
     times = interleave(sides, device, rounds=rounds, warmup=warmup)
@@ -119,7 +119,7 @@ def measure_growth(benches: dict[float, Workbench], micro_size: int, *, rounds: 
 
 
 def _make_step(bench: Workbench, micro_size: int) -> Callable[[], float]:
-    """Return a step of a point, whose clips are on the device."""
+    """Return a function that takes a step of a point; its clips are on the device."""
     config = bench.task.config
     inputs = bench.task.inputs(synthetic_batch(bench.task, micro_size, bench.device, config.run.seed), bench.device)
 
@@ -129,18 +129,17 @@ def _make_step(bench: Workbench, micro_size: int) -> Callable[[], float]:
             return float(take_step(bench, inputs))
         except torch.OutOfMemoryError as error:
             what = f"{micro_size} clips of {config.tokens}"
-            raise UserError(f"{what} do not fit into the memory; name a smaller --micro-batch") from error
+            raise UserError(f"{what} do not fit into memory; name a smaller --micro-batch") from error
 
     return step
 
 
 def fit_line(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Fit a straight line to times over tokens, and say of each point how far it lies off.
+    """Fit a straight line to times over tokens by least squares of the relative distances.
 
-    The squares of relative distances are least: short steps count as much as long ones. Each row gets is_fitted,
-    line_ms and off_line, as a share of the line. The result has the rows as points; fixed_ms and ms_per_1000_tokens
-    of the line; worst_off_line, the largest distance of fitted points, without its sign. All of the line is None
-    where too few points are left for one.
+    Each row gets the fields is_fitted, line_ms, and off_line, its relative distance from the line. The result has
+    the rows as ``points``, the line's fixed_ms and ms_per_1000_tokens, and worst_off_line, the largest absolute
+    distance of a fitted point. The line's fields are None if too few points are left.
     """
     for row in rows:
         row["is_fitted"] = (row["attention_share"] or 0.0) <= DOMINATES
@@ -169,7 +168,7 @@ def growth_table(grows: str) -> Table:
 
 
 def growth_rows(line: dict[str, Any], table: Table) -> Iterator[str]:
-    """Yield the points of a sweep as rows, and the line through them in words."""
+    """Yield the points of a sweep as rows, and a sentence about the line through them."""
     names = (
         "value", "tokens", "visible_tokens", "step_ms_median", "step_ms_p90", "ms_per_1000_tokens", "line_ms",
         "off_line", "attention_share",
@@ -189,6 +188,6 @@ def growth_rows(line: dict[str, Any], table: Table) -> Iterator[str]:
 def _require_points(option: str, values: Sequence[float]) -> None:
     if values and len(set(values)) < max(LEAST_POINTS, len(values)):
         raise UserError(
-            f"{option} {' '.join(map(str, values))} must name at least {LEAST_POINTS} different values, each once: "
-            "a line goes through any two points"
+            f"{option} {' '.join(map(str, values))} must name at least {LEAST_POINTS} different values, each once; "
+            "two points do not test a line"
         )

@@ -1,4 +1,4 @@
-"""What a step is made of, by a profile: shares of its time, calls of operators, launches, the longest kernels."""
+"""Profile of a step: shares of its time, operator calls, kernel launches, the longest kernels."""
 
 import re
 from collections import Counter
@@ -13,10 +13,10 @@ PROFILED_STEPS = 2
 
 Part = Literal["attention", "linear", "other", "optimiser", "communication"]
 PARTS: tuple[Part, ...] = ("attention", "linear", "other", "optimiser", "communication")
-# The name under which the optimiser's step is put into the profile; `classify` knows it.
+# Name of the optimiser's step in the profile, for `classify`.
 OPTIMISER_REGION = "everest.optimiser"
 
-# The first match counts: what is sent during the optimiser's step is communication.
+# The first match counts, so communication during the optimiser's step is communication.
 _RULES: dict[Part, str] = {
     "communication": r"(?i)nccl|^gloo:|c10d::|record_param_comms",
     "optimiser": rf"{re.escape(OPTIMISER_REGION)}|_fused_adam|FusedAdam",
@@ -29,20 +29,20 @@ _RULES: dict[Part, str] = {
 
 Phase = Literal["forward", "backward", "update"]
 PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
-# What the host asks of a GPU, by the names of CUDA's and HIP's calls: kernels, copies, fills, graphs.
+# Names of the calls of CUDA and HIP by which the host launches work: kernels, copies, fills, graphs.
 _LAUNCH = re.compile(r"^(cuda|cu|hip)\w*(Launch|Memcpy|Memset)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepProfile:
-    """What one process does in a step, on average over `PROFILED_STEPS`.
+    """The profile of a step of one process, averaged over `PROFILED_STEPS`.
 
     Attributes:
-        shares: Share of each part in the time of the step; None where no time was seen.
-        aten_calls: Calls of torch's operators by phase, those that operators make of others included.
-        kernel_launches: Launches by phase that the host makes: of kernels, copies, fills and captured graphs. What
-            runs inside a graph is not launched by the host. None on a CPU.
-        kernels: What took longest; see `longest_kernels`.
+        shares: Share of each part in the time of the step; None if the profile has no times.
+        aten_calls: Calls of torch's operators by phase, including calls from other operators.
+        kernel_launches: Launches by the host, by phase: kernels, copies, fills and captured graphs. A graph counts
+            as one launch, whatever runs inside. None on a CPU.
+        kernels: The longest kernels; see `longest_kernels`.
     """
 
     shares: dict[Part, float] | None
@@ -64,7 +64,7 @@ class StepProfile:
 
 
 def profile_step(device: torch.device, step: Callable[[], object], *, num_kernels: int = 0) -> StepProfile:
-    """Profile `PROFILED_STEPS` steps, and return what one is made of, with so many of its longest kernels."""
+    """Profile `PROFILED_STEPS` steps, and return the average of one, with its ``num_kernels`` longest kernels."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -86,10 +86,10 @@ def profile_step(device: torch.device, step: Callable[[], object], *, num_kernel
 
 
 def count_by_phase(events: Sequence[Any], counts: Callable[[Any], bool]) -> dict[Phase, int]:
-    """Return how many of the host's events count, in a step, by the phase that they begin in.
+    """Return how many of the host's events count in a step, by the phase in which they begin.
 
-    A step goes backward from the first event of autograd's engine on, and updates inside the region of that name.
-    A replayed graph is one launch in the forward phase, wherever its kernels belong.
+    The backward phase begins at the first event of autograd's engine. The update is the region `OPTIMISER_REGION`.
+    A replayed graph is one launch in the forward phase, although it contains kernels of other phases.
     """
     seen: Counter[Phase] = Counter()
     phase: Phase = "forward"
@@ -107,15 +107,15 @@ def count_by_phase(events: Sequence[Any], counts: Callable[[Any], bool]) -> dict
 
 
 def _is_launch(event: Any) -> bool:
-    """Return whether an event asks the GPU for work; a driver call inside a runtime call is the same launch."""
+    """Return whether an event launches work on a GPU. A driver call inside a runtime call is the same launch."""
     parent = event.cpu_parent
     return bool(_LAUNCH.search(event.name)) and not (parent is not None and _LAUNCH.search(parent.name))
 
 
 def longest_kernels(events: Sequence[Any], device_type: str, limit: int) -> list[dict[str, Any]]:
-    """Return the kernels that take the most time of a step, with the share of each and how often it runs.
+    """Return the kernels that take most of a step's time, with their share and number of calls.
 
-    On a CPU operators, by the time that they took themselves.
+    On a CPU: operators, by their self time.
     """
     micros: Counter[str] = Counter()
     times: Counter[str] = Counter()
@@ -138,15 +138,15 @@ def longest_kernels(events: Sequence[Any], device_type: str, limit: int) -> list
 
 
 def classify(names: Iterable[str]) -> Part:
-    """Return the part of a kernel by its name and those of the operators above it, in any order."""
+    """Return the part that a kernel belongs to, by its name and the names of the operators that called it."""
     names = list(names)
     return next((part for part, rule in _RULES.items() if any(re.search(rule, name) for name in names)), "other")
 
 
 def time_shares(events: Sequence[Any], device_type: str) -> dict[Part, float] | None:
-    """Return the share of each part in the time of a profile; they sum to 1. None where no time was seen.
+    """Return the share of each part in the time of a profile; shares sum to 1. None if there are no times.
 
-    On cuda kernels count, each in full where several run at the same time; on a CPU what operators took themselves.
+    On CUDA, times of kernels are counted, each in full even if several overlap. On a CPU, self times of operators.
     """
     times = dict.fromkeys(PARTS, 0.0)
     on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
@@ -158,7 +158,7 @@ def time_shares(events: Sequence[Any], device_type: str) -> dict[Part, float] | 
 
 
 def _kernel_times(events: Sequence[Any]) -> Iterator[tuple[list[str], float]]:
-    """Yield kernels with the operators above them, then those that no operator launched (Triton's may be)."""
+    """Yield kernels with the operators that called them, then kernels without an operator (some of Triton's)."""
     seen: Counter[str] = Counter()
     for event in events:
         if event.device_type != DeviceType.CPU:

@@ -1,8 +1,8 @@
-"""`everest benchmark step RECIPE --compare-saves`: how long a save stops the training, in both ways of saving.
+"""`everest benchmark step RECIPE --compare-saves`: how long blocking and background saves stop the training.
 
-One engine; saves at a standstill and saves behind the training are interleaved, each after a step. While a save is
-under way further steps are taken, as in training, so that its cost to them shows as well. Checkpoints are written
-below the current folder, and removed.
+Blocking saves and background saves of one engine are interleaved, each after a step. During a background save,
+further steps are taken, as in training, so that its cost to them is measured too. Checkpoints are written below the
+current folder and removed.
 """
 
 import statistics
@@ -66,11 +66,11 @@ def compare_saves(config: Config, options: StepOptions, sizes: Sequence[int] | N
 def _measure(
     bench: Workbench, writer: Writer | None, folder: Path, micro_size: int, options: StepOptions
 ) -> dict[str, Any]:
-    """Return figures by way; a stall is that of the slowest rank."""
+    """Return the measurements by way of saving. A stall is that of the slowest rank."""
     inputs = bench.task.inputs(
         synthetic_batch(bench.task, micro_size, bench.device, bench.world.rank), bench.device
     )
-    for _ in range(max(options.warmup, 1)):  # states of the optimiser may be made by the first
+    for _ in range(max(options.warmup, 1)):  # the first step may create the optimiser's states
         _timed_step(bench, inputs)
     saved: dict[str, list[Saved]] = {STANDING: [], BEHIND: []}
     steps_ms: dict[str, list[float]] = {STANDING: [], BEHIND: []}

@@ -1,8 +1,8 @@
-"""`everest benchmark step RECIPE --sweep-stages`: every way of sharding measured, and the fastest written down.
+"""`everest benchmark step RECIPE --sweep-stages`: measures several ZeRO stages and writes the fastest to a file.
 
-Each way is measured by the same command in processes of its own, so that no measurement changes the next one, and
-one that fails leaves the others alone. On several GPUs they are started by `torch.distributed.run --standalone`,
-which finds a free port and ends all processes when one has failed.
+Each stage is measured by the same command in processes of its own, so that measurements and failures do not affect
+each other. On several GPUs, processes are started by `torch.distributed.run --standalone`, which finds a free port
+and ends all processes if one fails.
 """
 
 import json
@@ -29,7 +29,7 @@ FORMAT = "everest-stages-2"
 
 
 def sweep_stages(config: Config, options: StepOptions) -> int:
-    """Measure every stage, write the recommendation, print both, and return 0; or 1 where a stage failed."""
+    """Measure every stage, print and write the results and a recommendation, and return 0; 1 if a stage failed."""
     files = named_files("--stages", options.stages)
     gpus = options.gpus or max(torch.cuda.device_count(), 1)
     out = options.out or Path("runs") / f"{config.recipe}-stages.json"
@@ -52,14 +52,14 @@ def sweep_stages(config: Config, options: StepOptions) -> int:
     best = fastest(rows, config.batch.global_size)
     document = {
         "format": FORMAT,
-        "config": asdict(config),  # as RUN/config.json has it
+        "config": asdict(config),  # as in RUN/config.json
         "gpus": gpus,
         "device": rows[0]["device"],
         "device_memory_gib": rows[0]["memory_gib"] or rows[0]["device_memory_gib"],  # null on a CPU
         "environment": rows[0]["environment"],
-        "rows": rows,  # the lines of `everest benchmark step`, their ds_config by name
+        "rows": rows,  # the lines of `everest benchmark step`, with the name of the file as ds_config
         "faults": faults,  # why stages could not be measured, by name
-        "recommended": best,  # the fastest row that makes up the recipe's global batch, or null
+        "recommended": best,  # the fastest row whose micro-batches divide the recipe's global batch, or null
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, document)
@@ -72,20 +72,20 @@ def sweep_stages(config: Config, options: StepOptions) -> int:
 
 
 def named_files(option: str, names: Sequence[str]) -> dict[str, Path]:
-    """Return files of ds_configs/ by the names that an option gives.
+    """Return the paths of files of ds_configs/ by name.
 
     Raises:
-        UserError: There is no such file.
+        UserError: There is no file of this name.
     """
     files = shipped_files()
     for name in names:
         if name not in files:
-            raise UserError(f"{option} {name}: there is no such file in ds_configs{nearest_hint(name, files)}")
+            raise UserError(f"{option} {name}: ds_configs has no such file{nearest_hint(name, files)}")
     return {name: files[name] for name in names}
 
 
 def fastest(rows: Sequence[dict[str, Any]], global_size: int) -> dict[str, Any] | None:
-    """Return the row of the most clips a second whose micro-batches make up a global batch, or None."""
+    """Return the fastest row whose micro-batches divide the global batch; None if there is no such row."""
     fitting = [row for row in rows if not row["out_of_memory"]]
     usable = [row for row in fitting if global_size % (row["micro_batch"] * row["gpus"]) == 0]
     return max(usable, key=lambda row: float(row["clips_per_s"]), default=None)
@@ -117,7 +117,7 @@ def _run(command: Sequence[str], gpus: int) -> subprocess.CompletedProcess[str]:
 
 
 def _last_line(stderr: str) -> str:
-    """Return the message of a process that failed: our own, or else its last line."""
+    """Return the message of a failed process: our error line, else its last line."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     own = [line for line in lines if line.startswith("everest: error: ")]
     return (own or lines or ["it printed nothing"])[-1].removeprefix("everest: error: ")

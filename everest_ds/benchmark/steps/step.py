@@ -1,8 +1,8 @@
-"""`everest benchmark step RECIPE`: clips a second, memory, utilisation, and where the time of a step goes.
+"""`everest benchmark step RECIPE`: clips a second, memory, utilisation, and the parts of a step's time.
 
-Six measurements share the recipe and the flags: steps over micro-batches (here), ours beside the official code
-(`compare`), flat gradients beside DeepSpeed's own path (`gradient_paths`), saves at a standstill and behind the
-training (`saves`), the ways of sharding (`sharding_sweep`), and steps whose work grows (`growth`).
+Six measurements share the recipe and the flags: steps over micro-batches (here), our step and the official code's
+(`compare`), flat gradients and DeepSpeed's own path (`gradient_paths`), blocking and background saves (`saves`),
+ZeRO stages (`sharding_sweep`), and steps with more and more tokens (`growth`).
 """
 
 import itertools
@@ -26,7 +26,7 @@ from everest_ds.config import Config, PretrainConfig
 from everest_ds.distributed import World, speaks_first
 from everest_ds.errors import UserError
 
-# Where `--micro-batch auto` begins on a GPU.
+# First micro-batch of `--micro-batch auto`.
 FIRST_OF_SWEEP = 8
 EXIT_OUT_OF_MEMORY = 1
 TABLE = Table(
@@ -39,17 +39,17 @@ KERNELS = Table(("ms", 16, ".3f"), ("share", 7, ".1%"), ("times", 9, ".1f"), (" 
 
 
 def run(job: StepJob, world: World) -> int:
-    """Measure, print, and return the exit code: 0, or 1 where a stage failed, or memory ran out on several GPUs."""
+    """Measure, print, and return the exit code: 1 if a stage failed or several GPUs ran out of memory, else 0."""
     config, options, sizes = job.config, job.options, job.sizes
     if options.sweep_stages:
         return sweep_stages(config, options)
     on_gpu = distributed.select_accelerator()
     if not on_gpu and sizes is None:
         raise UserError(
-            "--micro-batch auto fills a GPU's memory, and there is none; name sizes: --micro-batch 1 2 4"
+            "--micro-batch auto needs a GPU, and there is none; name sizes, for example --micro-batch 1 2 4"
         )
     if not on_gpu and options.memory_gib is not None:
-        raise UserError(f"--memory-gib {options.memory_gib} limits a GPU's memory, and there is none; leave it out")
+        raise UserError(f"--memory-gib {options.memory_gib} needs a GPU, and there is none; remove it")
     if options.compare_gradients:
         return compare_gradients(config, options, sizes, world)
     if options.compare_saves:
@@ -64,7 +64,7 @@ def run(job: StepJob, world: World) -> int:
 
 
 def _measure(config: Config, options: StepOptions, sizes: Iterable[int], first: int, world: World) -> int:
-    """Print a line for each micro-batch, until one does not fit."""
+    """Print a line for each micro-batch until memory runs out."""
     limit_memory(options.memory_gib, world)
     bench = build_workbench(config, options.ds_config, options.precision, world, micro_size=first)
     ceiling = measure_ceiling(bench.device)
@@ -76,7 +76,7 @@ def _measure(config: Config, options: StepOptions, sizes: Iterable[int], first: 
     report = StepReport(world, common, TABLE, _rows, as_json=options.json)
     before: dict[str, Any] | None = None
     for size in sizes:
-        distributed.barrier()  # a process that fails must not end the others before they have said what they know
+        distributed.barrier()  # a failing process must not end the others before they have printed
         try:
             steps, warmup = options.steps, options.warmup
             measured = measure_steps(
@@ -87,7 +87,7 @@ def _measure(config: Config, options: StepOptions, sizes: Iterable[int], first: 
             if world.size == 1:
                 report.print(line)
                 break
-            # The others wait for this process, whichever it is; it speaks, and its exit ends them.
+            # The other ranks wait for this one, whichever it is. It prints, and its exit ends them.
             if speaks_first(f"out of memory {size}", world):
                 report.print(line, from_any_rank=True)
             return EXIT_OUT_OF_MEMORY
@@ -100,7 +100,7 @@ def _measure(config: Config, options: StepOptions, sizes: Iterable[int], first: 
 
 
 def _added_per_clip(before: dict[str, Any] | None, line: dict[str, Any]) -> float | None:
-    """Return the MB that each further clip took, from one micro-batch to a larger one; None on a CPU."""
+    """Return the MB of each additional clip, from the previous micro-batch to a larger one; None on a CPU."""
     if before is None or line["micro_batch"] <= before["micro_batch"] or line["peak_reserved_gib"] is None:
         return None
     gib = line["peak_allocated_gib"] - before["peak_allocated_gib"]

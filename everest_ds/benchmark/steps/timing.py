@@ -1,4 +1,4 @@
-"""Interleaved steps, marks in a device's stream, and the best matmul rate."""
+"""Timing: marks in a device's stream, interleaved steps, and the best matmul rate."""
 
 import itertools
 import statistics
@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 
-# Edges of the square matrices that are tried on a GPU: large enough to fill one, small beside its memory.
+# Edges of the square matrices to try on a GPU: large enough to keep it busy, small compared with its memory.
 EDGES = (4096, 8192, 16384)
 MATMULS, MATMUL_WARMUP = 20, 5
 
 
 class Marks:
-    """Points in time between pieces of work: events in a GPU's stream, which do not wait; wall time on a CPU."""
+    """Points in time between pieces of work: events in a GPU's stream without waiting, or wall time on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._marks: list[Any] = []
 
     def mark(self) -> None:
-        """Add the point where the work stands now."""
+        """Add a point after the work that was issued so far."""
         if self._device.type != "cuda":
             self._marks.append(time.perf_counter())
         else:
@@ -31,7 +31,7 @@ class Marks:
             self._marks[-1].record()
 
     def seconds(self) -> list[float]:
-        """Return the times from each mark to the next, once the device has come to the last one."""
+        """Wait until the device has reached the last mark, and return the times from each mark to the next."""
         pairs = itertools.pairwise(self._marks)
         if self._device.type != "cuda":
             return [end - start for start, end in pairs]
@@ -40,9 +40,9 @@ class Marks:
 
 
 def work_seconds(device: torch.device) -> float:
-    """Return a clock: CPU time of all threads, or wall time once the GPU is done.
+    """Return a clock in seconds: CPU time of all threads, or, after waiting for the GPU, wall time.
 
-    CPU time leaves out what other programs take of a shared machine; on a GPU there is nobody else.
+    CPU time excludes the load of other programs on a shared machine. A GPU is expected to be ours alone.
     """
     if device.type != "cuda":
         return time.process_time()
@@ -51,16 +51,16 @@ def work_seconds(device: torch.device) -> float:
 
 
 def step_times(seconds: Sequence[float]) -> dict[str, float]:
-    """Return median and p90, the smallest time that nine tenths do not exceed, as fields of a line."""
+    """Return median and p90 (the smallest time that nine tenths do not exceed) as fields of a line."""
     median, p90 = statistics.median(seconds), float(np.percentile(seconds, 90, method="inverted_cdf"))
     return {"step_ms_median": round(median * 1e3, 3), "step_ms_p90": round(p90 * 1e3, 3)}
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of several pieces of work that are measured interleaved.
+    """One side of an interleaved measurement.
 
-    Its step returns its loss; ``clear`` frees what the step leaves behind before another side's step.
+    ``step`` takes a step and returns its loss. ``clear`` then frees memory before the step of another side.
     """
 
     name: str
@@ -70,14 +70,14 @@ class Side:
 
 @dataclass(kw_only=True)
 class SideTimes:
-    """Result of a side: seconds of each timed round, loss of the last step."""
+    """Result of a side: seconds of each timed round, and loss of the last step."""
 
     seconds: list[float] = field(default_factory=list)
     loss: float = float("nan")
     peak_gib: float | None = None
-    """What the last step allocated at most beyond what was allocated before it; None on a CPU."""
+    """Peak of the last step's allocations, without memory that was allocated before it; None on a CPU."""
     out_of_memory: bool = False
-    """It is then left out of the rounds that follow."""
+    """Whether the side ran out of memory; it is then left out of later rounds."""
 
 
 def interleave(
@@ -88,7 +88,7 @@ def interleave(
     warmup: int,
     clock: Callable[[torch.device], float] = work_seconds,
 ) -> dict[str, SideTimes]:
-    """Take a step of every side each round, so that a machine whose speed drifts favours none of them.
+    """Take a step of every side in each round, so that a drift of the machine's speed affects all sides equally.
 
     Each round begins with the next side. A side that runs out of memory takes no further steps.
     """
@@ -121,9 +121,9 @@ def interleave(
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype, edge: int, rounds: int = MATMULS) -> float:
-    """Return the median rate of square matmuls, in 10^12 operations a second; two for a multiply-accumulate.
+    """Return the median rate of square matmuls in TFLOP/s; a multiply-accumulate counts as two operations.
 
-    Both factors are random: a GPU multiplies zeros faster, because they cost less power.
+    Both factors are random: a GPU multiplies zeros faster, because they need less power.
     """
     generator = torch.Generator(device).manual_seed(0)
     first, second = (torch.randn(edge, edge, device=device, generator=generator).to(dtype) for _ in range(2))

@@ -1,7 +1,7 @@
-"""The real task in the real DeepSpeed engine, on clips that are made on the device: speed and memory of its steps.
+"""Speed and memory of steps of the real task in the real DeepSpeed engine, on synthetic clips on the device.
 
-All micro-batches of a measurement share one engine: only its input knows how many clips a batch has. Each begins
-with an empty cache and a new peak.
+All micro-batches of a measurement share one engine, which does not depend on the number of clips. Each micro-batch
+begins with an empty cache and a reset peak.
 """
 
 from dataclasses import dataclass, replace
@@ -34,15 +34,15 @@ from everest_ds.train.step.graph import why_eager
 from everest_ds.train.step.updater import Updater, make_updater
 from everest_ds.train.tasks import Task, make_task
 
-# How far the square of `moving_clips` moves from one frame to the next.
+# Movement of the square of `moving_clips` from one frame to the next, in pixels.
 PIXELS_A_FRAME = 3
 
 
 def moving_clips(count: int, num_frames: int, image_size: int, generator: torch.Generator) -> Tensor:
-    """Return clips in which a textured square moves over a textured ground that stands still.
+    """Return clips of a textured square that moves over a still, textured background.
 
-    Some tokens change and others do not, as in video, so that selection and its budgets have work to do. The clips
-    are clips_BCTHW, uint8, on the generator's device.
+    Some tokens change and others do not, as in real video, so selection and its budgets do realistic work. Returns
+    clips_BCTHW, uint8, on the generator's device.
     """
 
     def texture(edge: int) -> Tensor:
@@ -59,7 +59,7 @@ def moving_clips(count: int, num_frames: int, image_size: int, generator: torch.
 
 
 def synthetic_batch(task: Task, count: int, device: torch.device, seed: int) -> ClipBatch:
-    """Return a micro-batch of so many clips, as a loader would hand it over, on the device; a seed repeats it."""
+    """Return a micro-batch of ``count`` clips on the device, as from a loader; the seed determines it."""
     config, index_B, target_BK = task.config, torch.arange(count, device=device), None
     generator = torch.Generator(device).manual_seed(seed)
     if isinstance(config, PretrainConfig):
@@ -83,9 +83,9 @@ def synthetic_batch(task: Task, count: int, device: torch.device, seed: int) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Workbench:
-    """What steps are measured on: the task in its engine, the updater that takes its steps, and the settings.
+    """A task in its engine with the updater that takes its steps.
 
-    All lines of a measurement have the settings, besides the machine.
+    ``settings`` are fields of every line of a measurement.
     """
 
     task: Task
@@ -99,9 +99,9 @@ class Workbench:
 def build_workbench(
     config: Config, ds_config_file: Path | None, precision: PrecisionName, world: World, *, micro_size: int
 ) -> Workbench:
-    """Join the processes and build task and engine, weights drawn from the run's seed.
+    """Join the process group and build task and engine, with weights drawn from the run's seed.
 
-    The recipe's batch does not count: each process takes one micro-batch a step, and every step updates.
+    The recipe's batch size is ignored: a step is one micro-batch of each process and an update.
     """
     config = with_classes(config)
     config = replace(config, batch=BatchConfig(global_size=micro_size * world.size, micro_size=micro_size))
@@ -137,14 +137,14 @@ def build_workbench(
 
 
 def with_classes(config: Config) -> Config:
-    """Return the run with a number of classes, an assumed one where its lists are to say it."""
+    """Return the configuration with a number of classes, an assumed one if it comes from lists."""
     if isinstance(config, FinetuneConfig):
         return replace(config, data=replace(config.data, num_classes=num_classes(config)))
     return config
 
 
 def take_step(bench: Workbench, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Take an optimiser step on one micro-batch and return its loss, on the device."""
+    """Take an optimiser step on one micro-batch and return its loss as a tensor on the device."""
     loss = bench.updater.forward_backward(inputs)
     with torch.profiler.record_function(OPTIMISER_REGION):
         bench.updater.step()
@@ -160,11 +160,11 @@ def measure_steps(
     ceiling_tflops: float | None,
     num_kernels: int = 0,
 ) -> dict[str, Any]:
-    """Measure steps of one micro-batch and return the fields of its line; all processes call it.
+    """Measure steps of one micro-batch and return the fields of its line. All ranks must call it.
 
-    A step lasts as long as that of the slowest process. MFU counts the operations that the kept tokens need,
-    forward and backward, and the ranking of all tokens; no recomputation. The ceiling is None on a CPU. Calls,
-    launches and the longest kernels are this process's.
+    The time of a step is that of the slowest process. MFU counts the forward and backward operations of the kept
+    tokens and the ranking of all tokens, but no recomputation. ``ceiling_tflops`` is None on a CPU. Calls, launches
+    and the longest kernels are those of this process.
     """
     device, task = bench.device, bench.task
     if device.type == "cuda":
@@ -207,10 +207,10 @@ def measure_steps(
 
 
 def limit_memory(memory_gib: float | None, world: World) -> None:
-    """Let the allocator of this process's GPU take no more than so much; refuse more than the GPU has."""
+    """Limit the memory that this process may allocate on its GPU; refuse more than the GPU has."""
     if memory_gib is None:
         return
     whole = gpu_memory_gib(world.local_rank)
     if memory_gib > whole:
-        raise UserError(f"--memory-gib {memory_gib:g} is more than this GPU has, {whole:.2f}")
+        raise UserError(f"--memory-gib {memory_gib:g} is more than the {whole:.2f} GiB of this GPU; give less")
     torch.cuda.set_per_process_memory_fraction(memory_gib / whole, world.local_rank)

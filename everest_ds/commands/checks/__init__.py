@@ -1,1 +1,1 @@
-"""What `everest doctor` checks with libraries that may be broken; each module is imported in a child process."""
+"""Checks of `everest doctor`. They are imported in a child process, because a library may be broken."""

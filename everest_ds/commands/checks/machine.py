@@ -1,4 +1,4 @@
-"""GPUs, attention backends and launchers of this machine."""
+"""Checks of GPUs, attention backends and launchers."""
 
 import shutil
 
@@ -10,7 +10,7 @@ from everest_ds.model.attention import BACKENDS, choose_backend, dense_kernels
 
 
 def devices() -> list[Row]:
-    """Return a row for each GPU, or one that says that there is none."""
+    """Return a row for each GPU, or a row that says there is none."""
     if not torch.cuda.is_available():
         return [(OPTIONAL, "GPU", "none; training runs on the CPU with gloo")]
     rows = []
@@ -21,7 +21,7 @@ def devices() -> list[Row]:
 
 
 def attention() -> list[Row]:
-    """Return a row for what auto takes, and one for each attention backend."""
+    """Return a row for the backend that auto chooses, and one for each attention backend."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -37,7 +37,7 @@ def attention() -> list[Row]:
 
 
 def launcher() -> list[Row]:
-    """Return rows for the deepspeed launcher and for what processes communicate by."""
+    """Return rows for the deepspeed launcher and for the communication backend."""
     found = shutil.which("deepspeed")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     available = dist.is_backend_available(backend)

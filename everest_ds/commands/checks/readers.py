@@ -1,4 +1,4 @@
-"""Readers of videos, each by a clip that is encoded here."""
+"""Checks of the video readers, with a clip that is encoded here."""
 
 import tempfile
 from pathlib import Path
@@ -11,7 +11,7 @@ from everest_ds.data.readers.video import Video, VideoReadError
 
 
 def reader(name: ReaderName, broken: str) -> list[Row]:
-    """Encode a clip, decode it again with the reader, and compare the frames; `broken` is the state otherwise."""
+    """Encode a clip, decode it with the reader and compare the frames; ``broken`` is the state if that fails."""
     what = f"reader {name}"
     fault = obstacle(name)
     if fault:

@@ -1,11 +1,12 @@
-"""`everest prepare LIST... --out DIR`: videos re-encoded for training, and the lists of them.
+"""`everest prepare LIST... --out DIR`: re-encodes videos for training, and writes lists of them.
 
-Every video is read, encoded and verified in a process that can be killed. Originals are only read. DIR holds
+Every video is read, encoded and verified in a worker process, which is killed if it hangs. Originals are only read.
+DIR contains
 
-    videos/FOLDER/STEM-HASH.mp4   a file for each video, or window of it, that the lists name
-    manifest.jsonl                one line a file, as they come: a later call continues from them
-    summary.json                  how it was made, what is lost, bytes and faults of each list
-    LIST, classes.txt             a list for each list, in its order, and the names of the classes
+    videos/FOLDER/STEM-HASH.mp4   a file for each video, or window of a video, that the lists name
+    manifest.jsonl                one line for each file, in order of completion: a later call continues from them
+    summary.json                  settings, losses, bytes and faults of each list
+    LIST, classes.txt             a new list for each list, in the same order, and the names of the classes
 """
 
 from dataclasses import dataclass
@@ -22,21 +23,21 @@ from everest_ds.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Re-encode videos so that they are quick to read, each in a process that can be killed; continue where it was.
+    """Re-encode videos so that they are quick to read. The same command continues after an interruption.
 
-    Writes videos, a list for each list, manifest.jsonl and summary.json. Originals are only read.
+    Writes videos, a new list for each list, manifest.jsonl and summary.json. Originals are only read.
     """
 
     sources: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="LIST...")]
-    """Lists of videos, each of another name."""
+    """Lists of videos with different names."""
     options: Annotated[PrepareOptions, tyro.conf.arg(name="")]
 
 
 def main(words: list[str], world: World) -> Preparation:
     """Parse, and read the lists."""
     if world.size > 1:
-        raise UserError("everest prepare runs in one process and starts its own; start it without a launcher")
+        raise UserError("everest prepare starts its own workers; start it without a launcher")
     arguments = parse(Arguments, words, "everest prepare", world)
     if not arguments.sources:
-        raise UserError("prepare which lists? expected `everest prepare LIST... --out DIR`")
+        raise UserError("there is no list to prepare; expected `everest prepare LIST... --out DIR`")
     return start_preparation(arguments.sources, arguments.options)

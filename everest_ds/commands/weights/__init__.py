@@ -1,1 +1,1 @@
-"""Commands that use trained weights: scores, labels, pictures, other layouts."""
+"""Commands that use trained weights: evaluate, predict, show and convert."""

@@ -1,4 +1,4 @@
-"""`everest convert`: weights of a run or of another project, in another project's layout."""
+"""`everest convert`: writes weights of a run or of another project in another layout."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,13 @@ from everest_ds.recipes import find_config
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Write weights in another layout, and say what was read and which name became which."""
+    """Write weights in another layout, and print what was read and which name became which."""
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
-    """A run directory, for its best checkpoint or else its newest; a checkpoint; an official .pth file; a
-    Hugging Face folder; a file of this command."""
+    """A run directory (its best checkpoint, or its newest if none was scored), a checkpoint, an official .pth file,
+    a Hugging Face folder, or a file of this command."""
     target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
-    """What to write; it must not exist."""
+    """File or folder to write; it must not exist."""
     options: Annotated[ConvertOptions, tyro.conf.arg(name="")]
 
 

@@ -1,4 +1,4 @@
-"""`everest evaluate`: a trained model over a list of videos, several views each, into scores and files."""
+"""`everest evaluate`: scores a trained model on a list of videos, with several views of each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,14 +20,14 @@ from everest_ds.train.checkpoints.origin import Origin, locate
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Score a trained model over a list of videos, softmax averaged over several views of each.
+    """Score a trained model on a list of videos, with softmax averaged over several views of each.
 
     Writes summary.json, predictions.csv and confusion.png.
     """
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """A run directory, for its best checkpoint where it has one, else its newest; a checkpoint; or weights with
-    a classification head in any layout, which need --recipe."""
+    """A run directory (its best checkpoint, or its newest if none was scored), a checkpoint, or weights with a
+    classification head in any layout; weights need --recipe."""
     options: Annotated[EvaluateOptions, tyro.conf.arg(name="")] = field(default_factory=EvaluateOptions)
 
 
@@ -38,10 +38,10 @@ def main(words: list[str], world: World) -> EvaluationJob:
 
 
 def check(source: Path, options: EvaluateOptions) -> EvaluationJob:
-    """Find weights and lists, and refuse what does not go together.
+    """Find weights and lists, and check that they fit together.
 
     Raises:
-        UserError: A path or a label is at fault, or no list is given.
+        UserError: A path or a label is wrong, or no list is given.
     """
     origin, recipe = locate(source), find_config(options.recipe) if options.recipe else None
     settings = clip_settings(origin, recipe, options)
@@ -69,7 +69,7 @@ def _test_list(origin: Origin, recipe: Config | None, options: EvaluateOptions) 
     config = origin.config if isinstance(origin.config, FinetuneConfig) else recipe
     if isinstance(config, FinetuneConfig) and config.data.test_list is not None:
         return Path(config.data.test_list)
-    raise UserError("which videos? give --list FILE; the run's data.test_list is not set")
+    raise UserError("there is no list to score, as the run's data.test_list is not set; give --list FILE")
 
 
 def _rows_of(path: Path | None) -> Sequence[VideoRow]:
@@ -81,7 +81,7 @@ def _rows_of(path: Path | None) -> Sequence[VideoRow]:
 
 
 def _protocol(options: EvaluateOptions, train_rows: Sequence[VideoRow]) -> dict[str, Any]:
-    """Return the protocol and what it depends on."""
+    """Return the protocol and its settings."""
     if options.protocol == "head":
         return {"name": "head"}
     own = {"k": options.knn_k, "temperature": options.knn_temperature}

@@ -1,4 +1,4 @@
-"""`everest predict`: labels of new videos, or their features, from any trained weights."""
+"""`everest predict`: prints the classes of new videos, or writes their features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,9 +24,9 @@ class Arguments:
     """Print the likeliest classes of new videos, or write their features."""
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
-    """A run directory, a checkpoint, or weights in any layout, which need --recipe."""
+    """A run directory, a checkpoint, or weights in any layout; weights need --recipe."""
     videos: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="VIDEO...")]
-    """Video files, and folders that are searched for them; none are needed with --list."""
+    """Video files, or folders to search for them; optional with --list."""
     options: Annotated[PredictOptions, tyro.conf.arg(name="")] = field(default_factory=PredictOptions)
 
 
@@ -49,10 +49,10 @@ def check(source: Path, videos: Sequence[Path], options: PredictOptions) -> Pred
 
 
 def rows_of(videos: Sequence[Path], source: Path | None, command: str) -> list[VideoRow]:
-    """Return the videos, without labels, then the rows of the list.
+    """Return the videos, then the rows of the list, all without labels.
 
     Raises:
-        UserError: There are none.
+        UserError: No videos and no list are given.
     """
     if not videos and source is None:
         raise UserError(f"{command} needs a video, a folder of videos, or --list FILE")
@@ -60,6 +60,6 @@ def rows_of(videos: Sequence[Path], source: Path | None, command: str) -> list[V
     if source is not None:
         listed = read_list(source)
         require_reachable(listed, source)
-        # Labels may be of other classes than the head's.
+        # The list's labels may belong to other classes than the head's.
         rows += [replace(row, label=_UNLABELLED) for row in listed]
     return rows

@@ -1,1 +1,1 @@
-"""Services that show a run while it trains. metrics.jsonl stays the record; trackers hold views of it."""
+"""Services that show a run during training. metrics.jsonl is the record; trackers show copies of it."""

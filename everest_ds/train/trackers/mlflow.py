@@ -1,4 +1,4 @@
-"""MLflow. Server and experiment come from its own environment (MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME)."""
+"""The MLflow tracker. Server and experiment: MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME of the environment."""
 
 import os
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from everest_ds.train.trackers.base import TrackedRun, Tracker
 
 
 class MLflow(Tracker):
-    """One run there; a resumed run continues it. Steps that are taken again are shown twice."""
+    """A run in MLflow; a resumed run continues it. Repeated steps are shown twice."""
 
     def __init__(self, run: TrackedRun) -> None:
         import mlflow
@@ -19,7 +19,7 @@ class MLflow(Tracker):
         if run.known_as is None:
             mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "everest"))
             begun = mlflow.start_run(run_name=run.run_dir.resolve().name)
-            mlflow.log_params(dict(run.settings))  # of the first start: they cannot be changed
+            mlflow.log_params(dict(run.settings))  # only at the first start: MLflow cannot change them
         else:
             begun = mlflow.start_run(run_id=run.known_as)
         self.known_as = begun.info.run_id
@@ -41,5 +41,5 @@ class MLflow(Tracker):
         self._status = "FINISHED"
 
     def close(self) -> None:
-        """See the base class; a run that stopped before its end is marked as such."""
+        """See the base class; a run that stopped early gets the status KILLED."""
         self._mlflow.end_run(self._status)

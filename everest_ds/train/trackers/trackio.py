@@ -1,4 +1,4 @@
-"""trackio: a dashboard on this machine (`trackio show`), or in a Space by its own environment."""
+"""The trackio tracker: a dashboard on this machine (`trackio show`), or in a Space set in the environment."""
 
 import os
 import uuid
@@ -10,7 +10,7 @@ from everest_ds.train.trackers.base import TrackedRun, Tracker
 
 
 class Trackio(Tracker):
-    """One run there, named by the folder and a random word; a resumed run continues it."""
+    """A run in trackio, named by its folder and random characters; a resumed run continues it."""
 
     def __init__(self, run: TrackedRun) -> None:
         import trackio

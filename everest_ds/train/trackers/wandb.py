@@ -1,4 +1,4 @@
-"""Weights & Biases. Project, account and offline mode come from its own environment (WANDB_PROJECT, WANDB_MODE)."""
+"""The Weights & Biases tracker. Project and offline mode: WANDB_PROJECT and WANDB_MODE of the environment."""
 
 import html
 import os
@@ -11,7 +11,7 @@ from everest_ds.train.trackers.base import TrackedRun, Tracker
 
 
 class WeightsAndBiases(Tracker):
-    """One run there; a resumed run continues it. Steps that are taken again are shown twice."""
+    """A run in Weights & Biases; a resumed run continues it. Repeated steps are shown twice."""
 
     def __init__(self, run: TrackedRun) -> None:
         import wandb
@@ -27,7 +27,7 @@ class WeightsAndBiases(Tracker):
             resume="allow",
             settings=wandb.Settings(console="off"),
         )
-        # Its own step may not go back, which a resumed run's does.
+        # wandb's own step must not decrease, but that of a resumed run does.
         self._run.define_metric("*", step_metric="step")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:

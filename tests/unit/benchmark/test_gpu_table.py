@@ -64,7 +64,7 @@ def test_a_row_ends_at_its_limit_with_all_that_it_started_and_the_time_as_a_whol
     child += f"open('{pid_file}', 'w').write(str(child.pid)); child.wait()"
     ran = programs(monkeypatch, {"slow": child, "next": "print('{}')"})
     record = measure(TableRow("slow", "recipe", "", 2), 2.0, small=False)
-    assert (record["returncode"], record["says"]) == (None, "ended after its 2 s")
+    assert (record["returncode"], record["says"]) == (None, "stopped after 2 s")
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(int(pid_file.read_text())).wait(timeout=10)
     ran.clear()

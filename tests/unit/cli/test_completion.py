@@ -65,7 +65,7 @@ def test_every_command_is_in_the_script_and_other_shells_are_refused(
     text = script.read_text()
     assert all(f"'{name}" in text or f" {name} " in text for name in cli.COMMANDS)
     assert cli.main(["--tyro-print-completion", "fish"]) == 2
-    assert "expected bash or zsh; for instance `source <(everest --tyro-print-completion bash)`" in (
+    assert "expected bash or zsh, for example `source <(everest --tyro-print-completion bash)`" in (
         capsys.readouterr().err
     )
     assert cli.main(["--tyro-print-completion", "zsh"]) == 0

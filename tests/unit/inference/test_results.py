@@ -85,7 +85,7 @@ def summary_of(**changes: Any) -> dict[str, Any]:
 )
 def test_folder_of_another_evaluation_is_refused(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(summary_of()))
-    with pytest.raises(UserError, match=f"holds an evaluation of another {named} .*name another folder"):
+    with pytest.raises(UserError, match=f"contains an evaluation with another {named} .*name another folder"):
         require_own(tmp_path, summary_of(**changes))
 
 

@@ -67,7 +67,7 @@ def test_weights_need_a_recipe_and_runs_refuse_one(tmp_path: Path) -> None:
     run = locate(make_run(tmp_path / "run"))
     (tmp_path / "w.pth").touch()
     file = locate(tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"w\.pth does not say how clips are cut; give --recipe"):
+    with pytest.raises(UserError, match=r"w\.pth has no settings for clips; give --recipe"):
         clip_settings(file, None, OPTIONS)
     with pytest.raises(UserError, match="--recipe demo_ft has no effect"):
         clip_settings(run, demo_ft(), replace(OPTIONS, recipe="demo_ft"))
@@ -154,7 +154,7 @@ def test_run_gives_its_model_and_its_names(run_of: tuple[Any, EverestClassifier]
     (origin.run_dir / "classes.txt").write_text("a b\nc\nd\ne\nf\ng\nh\ni\n")
     assert load_trained(origin, settings, OPTIONS, CPU).class_names == ("a b", *"cdefghi")
     (origin.run_dir / "classes.txt").write_text("a\nb\n")
-    with pytest.raises(UserError, match=r"classes\.txt names 2 classes, the head has 8"):
+    with pytest.raises(UserError, match=r"classes\.txt names 2 classes, but the head has 8"):
         load_trained(origin, settings, OPTIONS, CPU)
 
 

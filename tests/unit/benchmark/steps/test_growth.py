@@ -159,5 +159,5 @@ def test_point_that_does_not_fit_is_named_with_the_way_out(monkeypatch: pytest.M
 
     monkeypatch.setattr(growth, "take_step", step)
     points = ratio_points(config, [0.3, 0.5, 0.8])
-    with pytest.raises(UserError, match=r"4 clips of .* do not fit into the memory; name a smaller --micro-batch"):
+    with pytest.raises(UserError, match=r"4 clips of .* do not fit into memory; name a smaller --micro-batch"):
         measure_growth(benches(points), 4, rounds=1, warmup=0)

@@ -74,32 +74,41 @@ def test_auto_doubles_until_memory_is_full(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("demo --micro-batch 0", "--micro-batch 0 must be auto, or numbers of clips of at least 1"),
+        ("demo --micro-batch 0", "--micro-batch 0 must be auto, or whole numbers of at least 1"),
         ("demo --micro-batch 4 many", "--micro-batch 4 many must be auto"),
-        ("demo --micro-batch auto", "there is none; name sizes: --micro-batch 1 2 4"),
-        ("demo --memory-gib 8", "limits a GPU's memory, and there is none"),
+        ("demo --micro-batch auto", "there is none; name sizes, for example --micro-batch 1 2 4"),
+        ("demo --memory-gib 8", "--memory-gib 8.0 needs a GPU, and there is none"),
         ("demo --memory-gib nan", "--memory-gib nan must be a number of GiB above 0"),
         ("demo --steps 0", "--steps 0 must be at least 1"),
         ("demo --warmup -1", "--warmup -1 must be at least 0"),
         ("demo --kernels -1", "--kernels -1 must be at least 0"),
-        ("demo --compare-gradients zero2 --micro-batch 1 2", "both paths take steps of one micro-batch"),
-        ("demo --compare-gradients zero4", "--compare-gradients zero4: there is no such file in ds_configs"),
-        ("demo --compare-gradients zero2 --compare everest", "--compare and --compare-gradients are measurements"),
+        (
+            "demo --compare-gradients zero2 --micro-batch 1 2",
+            "--compare-gradients needs one micro-batch, got --micro-batch 1 2",
+        ),
+        ("demo --compare-gradients zero4", "--compare-gradients zero4: ds_configs has no such file"),
+        (
+            "demo --compare-gradients zero2 --compare everest",
+            "--compare and --compare-gradients cannot be combined",
+        ),
         ("demo --compare-gradients zero2 --ds-config x.json", "--compare-gradients takes no DeepSpeed file"),
-        ("demo --gpus 2", "--gpus 2 belongs to --sweep-stages"),
-        ("demo --out x.json", "--out x.json belongs to --sweep-stages"),
+        ("demo --gpus 2", "--gpus 2 has an effect only with --sweep-stages"),
+        ("demo --out x.json", "--out x.json has an effect only with --sweep-stages"),
         ("demo --sweep-stages --gpus 0", "--gpus 0 must be at least 1"),
-        ("demo --sweep-stages --stages zero4", "--stages zero4: there is no such file in ds_configs"),
-        ("demo --sweep-stages --compare everest", "--compare and --sweep-stages are measurements of their own"),
-        ("demo --sweep-ratio 0.2 0.3 --sweep-frames 8 16", "--sweep-ratio and --sweep-frames are measurements"),
+        ("demo --sweep-stages --stages zero4", "--stages zero4: ds_configs has no such file"),
+        ("demo --sweep-stages --compare everest", "--compare and --sweep-stages cannot be combined"),
+        ("demo --sweep-ratio 0.2 0.3 --sweep-frames 8 16", "--sweep-ratio and --sweep-frames cannot be combined"),
         ("demo --sweep-ratio 0.2 0.3", "--sweep-ratio 0.2 0.3 must name at least 3 different values"),
         ("demo --sweep-frames 8 16 8", "--sweep-frames 8 16 8 must name at least 3 different values"),
         ("demo --sweep-ratio 0.5 1.0 1.5", "selection.selected_ratio=1.5"),
         ("demo --sweep-frames 8 15 16", "num_frames=15 is not a positive multiple"),
-        ("demo --sweep-ratio 0.2 0.3 0.4 --micro-batch 1 2", "all points of a sweep have one micro-batch"),
+        (
+            "demo --sweep-ratio 0.2 0.3 0.4 --micro-batch 1 2",
+            "--sweep-ratio needs one micro-batch, got --micro-batch 1 2",
+        ),
         ("demo --sweep-stages --ds-config ds_configs/zero1.json", "takes no DeepSpeed file"),
         ("demo --ds-config absent.json", "absent.json"),
-        ("demo_ft --compare everest", "demo_ft is a fine-tuning"),
+        ("demo_ft --compare everest", "demo_ft is one of fine-tuning"),
         ("demo --compare everest", "16 frames of 224 pixels in tubelets of 2 x 16 x 16"),
     ],
 )
@@ -116,6 +125,6 @@ def test_modes_without_a_launcher_refuse_one(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["benchmark", "step", "demo", "--sweep-stages"]) == 2
-    assert "--sweep-stages is started without a launcher, got 2 processes" in capsys.readouterr().err
+    assert "--sweep-stages got 2 processes; start it without a launcher" in capsys.readouterr().err
     assert cli.main(["benchmark", "step", "demo", "--sweep-frames", "8", "16", "24"]) == 2
-    assert "--sweep-frames is started without a launcher, got 2 processes" in capsys.readouterr().err
+    assert "--sweep-frames got 2 processes; start it without a launcher" in capsys.readouterr().err
