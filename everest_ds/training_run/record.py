@@ -10,6 +10,7 @@ from everest_ds.data.readers.choice import choose_reader
 from everest_ds.errors import UserError
 from everest_ds.files import write_atomically
 from everest_ds.planning.memory import MemoryEstimate, describe_estimate
+from everest_ds.recipes import RECIPES
 from everest_ds.train.checkpoints.listing import describe_strangers, unfinished_saves
 from everest_ds.train.checkpoints.run_dir import find_pointer_fault, require_shared, write_run_files
 from everest_ds.train.checkpoints.save import point_to_latest, set_aside
@@ -72,7 +73,16 @@ def _begin_record(
         if note:
             log.say(f"warning: {note}")
     write_run_files(run_dir, config, ready.ds_config)
-    show_run(trackers, run_dir, config, ready.ds_config, schedule.start_step)
+    recipe = RECIPES.get(config.recipe)
+    show_run(
+        trackers,
+        run_dir,
+        config,
+        ready.ds_config,
+        start_step=schedule.start_step,
+        recipe=recipe and recipe(),
+        precision=state.computes_in,
+    )
     _describe_classes(ready.lists, run_dir, log)
     if ready.lists.note:
         log.say(f"warning: {ready.lists.note}")

@@ -31,7 +31,7 @@ ALLOWED = {
     "planning": {"train"} | BELOW_TRAINING,
     "train": {"pictures"} | BELOW_TRAINING,
     "pictures": {"model"} | LEAVES,
-    "training_run": {"train", "inference", "planning"} | BELOW_TRAINING,
+    "training_run": {"train", "inference", "planning", "recipes"} | BELOW_TRAINING,
     "model": {"config"} | LEAVES,
     "data": {"config"} | LEAVES,
     "recipes": {"config"} | LEAVES,

@@ -9,18 +9,39 @@ from typing import Any
 from everest_ds.config import Config
 from everest_ds.config.file import dump_config
 from everest_ds.console.messages import say
-from everest_ds.train.trackers.base import TrackedRun, flat_settings
+from everest_ds.train.trackers.base import TrackedRun, compared_settings, flat_settings
 from everest_ds.train.trackers.group import Trackers
 from everest_ds.train.trackers.tensorboard import viewing_command
 
 
-def show_run(trackers: Trackers, run_dir: Path, config: Config, ds_config: dict[str, Any], start_step: int) -> None:
-    """Open a run's trackers with its recipe and DeepSpeed file, and say how the run is looked at.
+def show_run(
+    trackers: Trackers,
+    run_dir: Path,
+    config: Config,
+    ds_config: dict[str, Any],
+    *,
+    start_step: int,
+    recipe: Config | None,
+    precision: str,
+) -> None:
+    """Open a run's trackers with its settings and DeepSpeed file, and say how the run is looked at.
+
+    Args:
+        trackers: Opened here.
+        run_dir: The run directory.
+        config: The run's settings.
+        ds_config: The resolved DeepSpeed configuration.
+        start_step: Steps taken before.
+        recipe: The recipe without changes; None where this version has none of that name.
+        precision: What the run computes in.
 
     Raises:
         UserError: One cannot be opened.
     """
-    run = TrackedRun(run_dir=run_dir, settings=flat_settings(asdict(config)), start_step=start_step)
+    settings = flat_settings(asdict(config))
+    of_recipe = None if recipe is None else flat_settings(asdict(recipe))
+    compared = compared_settings(settings, of_recipe, precision)
+    run = TrackedRun(run_dir=run_dir, settings=settings, compared=compared, start_step=start_step)
     trackers.open(run, {"recipe": dump_config(config), "ds_config": json.dumps(ds_config, indent=2)})
     if "tensorboard" in config.run.log_to:
         say(f"watch it: {shlex.join(viewing_command(run_dir))}")

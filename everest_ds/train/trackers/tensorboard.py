@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from everest_ds.train.trackers.base import SCORES, TrackedRun, Tracker
+from everest_ds.train.trackers.base import SCORES, TUNED, TrackedRun, Tracker
 
 EVENT_FILES = "events.out.tfevents.*"
 
@@ -21,9 +21,11 @@ class TensorBoard(Tracker):
         run.run_dir.mkdir(parents=True, exist_ok=True)
         _move_older_files(run.run_dir)
         writer: Any = SummaryWriter(str(run.run_dir), purge_step=run.start_step + 1)
-        columns, begin, self._end = hparams(dict(run.settings), dict.fromkeys(SCORES))
+        columns, _, _ = hparams(dict(TUNED), dict.fromkeys(SCORES))
+        _, begin, self._end = hparams(dict(run.compared), {})
         writer.file_writer.add_summary(columns)
         writer.file_writer.add_summary(begin)
+        writer.add_custom_scalars({"overview": _overview(is_scored=run.settings.get("task") == "finetune")})
         writer.flush()
         self._writer = writer
 
@@ -48,6 +50,17 @@ class TensorBoard(Tracker):
     def close(self) -> None:
         """See the base class."""
         self._writer.close()
+
+
+def _overview(*, is_scored: bool) -> dict[str, list[Any]]:
+    """Return the charts of the tab Custom Scalars, which shows four at a time: the first tab has room for two."""
+    scores = {"top-1": ["val/top1", "test/top1"]} if is_scored else {}
+    charts = {"loss": ["train/loss", "val/loss"]} | scores | {
+        "clips per second": ["train/speed_clips_per_s"],
+        "share of peak speed (MFU), share of time stalled": ["train/mfu", "train/stalled"],
+        "learning rate": ["train/lr"],
+    }  # fmt: skip
+    return {title: ["Multiline", tags] for title, tags in charts.items()}
 
 
 def _move_older_files(run_dir: Path) -> None:

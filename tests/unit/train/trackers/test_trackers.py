@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,8 +16,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from everest_ds.config import TrackerName
 from everest_ds.errors import UserError
+from everest_ds.recipes import find_config
 from everest_ds.train.record.metrics import MetricsLog
-from everest_ds.train.trackers.base import TrackedRun, flat_settings, shown_scalars
+from everest_ds.train.trackers.base import (
+    TUNED,
+    TrackedRun,
+    compared_settings,
+    flat_settings,
+    shown_scalars,
+)
 from everest_ds.train.trackers.group import SERVICES, Trackers, require_trackers
 from everest_ds.train.trackers.tensorboard import viewing_command
 from tests.conftest import REPOSITORY
@@ -34,14 +42,21 @@ VAL_LINE = {
     "took_s": 1.5,
     "weights": "ema",
 }
-SETTINGS: dict[str, str | int | float | bool] = {"optim.base_lr": 1e-3, "recipe": "demo"}
+SETTINGS: dict[str, str | int | float | bool] = {
+    "optim.base_lr": 1e-3, "recipe": "demo_ft", "task": "finetune", "data.flip": True,
+}  # fmt: skip
 PICTURE = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
 
 
 def opened(run_dir: Path, *names: TrackerName, start_step: int = 0) -> Trackers:
     run_dir.mkdir(exist_ok=True)
     trackers = Trackers(names)
-    run = TrackedRun(run_dir=run_dir, settings=SETTINGS, start_step=start_step)
+    run = TrackedRun(
+        run_dir=run_dir,
+        settings=SETTINGS,
+        compared=compared_settings(SETTINGS, {}, "float32"),
+        start_step=start_step,
+    )
     trackers.open(run, {"recipe": '{"task": "pretrain"}'})
     return trackers
 
@@ -107,6 +122,20 @@ def test_settings_are_flat_and_of_kinds_that_every_service_takes() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["demo", "demo_ft"])
+def test_runs_are_compared_by_few_columns_and_what_was_changed(name: str) -> None:
+    recipe = flat_settings(asdict(find_config(name)))
+    assert len(TUNED) <= 15
+    of_run = recipe | {"optim.base_lr": 0.5, "data.flip": not recipe["data.flip"], "optim.betas": "(0.9, 0.9)"}
+    of_run |= {"run.save_async": False, "data.train_list": "/somewhere/train.csv", "data.num_workers": 7}
+    compared = compared_settings(of_run, recipe, "bfloat16")
+    assert compared["changed"] == f"data.flip={of_run['data.flip']} optim.betas=(0.9, 0.9)"
+    assert compared["optim.base_lr"] == 0.5 and compared["precision"] == "bfloat16"
+    assert all(isinstance(value, str) is isinstance(TUNED[key], str) for key, value in compared.items())
+    assert compared_settings(recipe, recipe, "float32")["changed"] == ""
+    assert "changed" not in compared_settings(recipe, None, "float32")  # a recipe of another version
+
+
 def test_tensorboard_has_curves_texts_settings_and_pictures_under_the_name_of_the_folder(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     older = run_dir / "tensorboard"
@@ -129,8 +158,14 @@ def test_tensorboard_has_curves_texts_settings_and_pictures_under_the_name_of_th
     assert (board.Images("visual/confusion")[0].width, board.Images("visual/confusion")[0].height) == (5, 4)
     assert board.SummaryMetadata("recipe/text_summary").plugin_data.plugin_name == "text"
     columns = board.PluginTagToContent("hparams")
-    assert b"optim.base_lr" in columns["_hparams_/session_start_info"]
-    assert b"val/top1" in columns["_hparams_/experiment"]
+    for part in (b"optim.base_lr", b"changed", b"data.flip=True"):
+        assert part in columns["_hparams_/session_start_info"]
+    for part in (b"val/top1", b"test/top1", b"selection.visible_ratio"):  # of any run, for they share the columns
+        assert part in columns["_hparams_/experiment"]
+    assert b"data.flip" not in columns["_hparams_/experiment"]
+    layout = board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    for part in (b"train/loss", b"val/top1", b"train/mfu", b"train/stalled", b"train/lr"):
+        assert part in layout
 
 
 def test_every_service_gets_numbers_texts_and_pictures_and_resumes_under_the_same_id(
