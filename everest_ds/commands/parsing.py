@@ -1,6 +1,7 @@
 """Words of a command line -> the `Arguments` of a command; texts that a launch says once."""
 
 import contextlib
+import inspect
 import io
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 
 from everest_ds.config import Config, TaskName
+from everest_ds.console.messages import VERBOSITY
 from everest_ds.distributed import World, speaks_first
 from everest_ds.errors import UserError
 from everest_ds.recipes import RECIPES, find_config, recipes_of
@@ -44,7 +46,9 @@ def parse(cls: type[T], words: list[str], prog: str, world: World, *, default: A
         quiet.enter_context(contextlib.redirect_stderr(captured))
     try:
         with quiet:
-            return tyro.cli(cls, args=words, prog=prog, **({} if default is None else {"default": default}))
+            about = f"{inspect.cleandoc(getattr(cls, '__origin__', cls).__doc__ or '')}\n\n{VERBOSITY}"
+            given = {} if default is None else {"default": default}
+            return tyro.cli(cls, args=words, prog=prog, description=about, **given)
     except SystemExit:
         say(captured.getvalue(), world)
         raise
@@ -91,7 +95,7 @@ def usage(prog: str, rest: str, choices: Mapping[str, str]) -> str:
     """Return the help of a program whose last word is one of several: its line, and what each choice is for."""
     width = max(len(name) for name in choices)
     rows = "\n".join(f"  {name:<{width}} {text}" for name, text in choices.items())
-    return f"usage: {prog} {rest}\n\n{rows}\n\n`{prog} --help` shows its options.\n"
+    return f"usage: {prog} {rest}\n\n{rows}\n\n`{prog} --help` shows its options. {VERBOSITY}\n"
 
 
 def say(text: str, world: World, *, to_stdout: bool = False) -> None:

@@ -1,7 +1,7 @@
 """What a command says to people while it works: lines with a level, through `logging`. A leaf.
 
-`say` is for words; results of a command are printed. Levels: `-q` leaves warnings, `-v` adds details and what
-libraries print.
+`say` is for news: progress, what was loaded, where files are. Results that a command was asked for (labels, scores,
+tables) are printed. `VERBOSITY` has the levels.
 """
 
 import logging
@@ -10,6 +10,8 @@ from typing import TextIO
 
 from everest_ds.errors import escaped
 
+VERBOSITY = "-q: only results, warnings and errors, no progress and no file names; -v: details, too."
+"""For the help of commands."""
 LOGGER = logging.getLogger("everest_ds")
 _WARNING = "warning: "
 

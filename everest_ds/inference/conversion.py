@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from everest_ds.console.messages import say
 from everest_ds.distributed import World
-from everest_ds.errors import UserError, escaped
+from everest_ds.errors import UserError
 from everest_ds.inference.job import ConversionJob
 from everest_ds.inference.results import recorded_scores
 from everest_ds.model.weights.export import require_target, write_weights
@@ -14,7 +15,7 @@ from everest_ds.train.ema import averaged
 
 
 def run(job: ConversionJob, world: World) -> int:
-    """Write weights in a layout; print what was read, the key map, and where it went. Returns 0.
+    """Write weights in a layout; say what was read, the key map, and where it went. Returns 0.
 
     Raises:
         UserError: The source holds no sound and complete weights, the target cannot be written, or an option has no
@@ -23,7 +24,7 @@ def run(job: ConversionJob, world: World) -> int:
     source, target, options = job.source, job.target, job.options
     if options.to == "deepspeed-fp32":
         read = export_fp32(source, target)
-        print(f"float32 weights of {read} -> {target} ({_mebibytes(target):.1f} MiB)")
+        say(f"float32 weights of {read} -> {target} ({_mebibytes(target):.1f} MiB)")
         return 0
     require_target(target, options.to)
     weights = read_any_weights(source)
@@ -35,15 +36,15 @@ def run(job: ConversionJob, world: World) -> int:
     weights, report = require_complete(weights, options.allow)
     scores = recorded_scores(checkpoint, options.weights) if checkpoint else ()
     written = write_weights(weights, target, options.to, recipe=job.recipe, scores=scores)
-    print(report.describe())
+    say(report.describe())
     if options.weights == "model" and checkpoint is not None and (checkpoint / AVERAGE).is_file():
-        print("  note          `everest evaluate` scores the run's moving average; --weights ema writes that one")
+        say("  note          `everest evaluate` scores the run's moving average; --weights ema writes that one")
     for note in written.notes:
-        print(f"  note          {escaped(note)}")
+        say(f"  note          {note}")
     width = max(len(there) for there, _ in written.key_map)
     for there, name in written.key_map:
-        print(escaped(f"    {there:<{width}}  {'as it was' if there == name else name}"))
-    print(f"{options.to} layout -> {target} ({_mebibytes(target):.1f} MiB)")
+        say(f"    {there:<{width}}  {'as it was' if there == name else name}")
+    say(f"{options.to} layout -> {target} ({_mebibytes(target):.1f} MiB)")
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from everest_ds import __version__, distributed
+from everest_ds.console.messages import say
 from everest_ds.data.lists.classes import Classes, require_known_labels, resolve_classes
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
@@ -42,12 +43,11 @@ def run(job: EvaluationJob, world: World) -> int:
 
     passes = trained.start(options, world)
     if world.is_main:
-        print(trained.report)
-        print(
+        say(trained.report)
+        say(
             f"{job.origin.choice}: {job.origin.weights}, weights {trained.kind}, {trained.precision.name}, "
             f"attention {trained.attention}, {trained.kept}\n"
-            f"{len(job.rows)} videos x {job.settings.num_views} views on {world.size} x {passes.device.type}",
-            flush=True,
+            f"{len(job.rows)} videos x {job.settings.num_views} views on {world.size} x {passes.device.type}"
         )
     scores, of_training = _score(job, trained, len(names), passes)
     if world.is_main:
@@ -57,7 +57,8 @@ def run(job: EvaluationJob, world: World) -> int:
         summary |= {"batch_rows": options.batch_rows, "versions": versions}
         _write(job, summary, scores, names, began)
         _record(job.origin, summary)
-        print(f"{results.table(scores, names, trained.kept)}\n{job.out}", flush=True)
+        print(results.table(scores, names, trained.kept), flush=True)
+        say(str(job.out))
     distributed.finish()
     return 0
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from everest_ds import distributed
+from everest_ds.console.messages import say
 from everest_ds.distributed import World
 from everest_ds.errors import UserError, escaped
 from everest_ds.inference.job import PredictionJob
@@ -42,7 +43,7 @@ def run(job: PredictionJob, world: World) -> int:
         )
     passes = replace(trained.start(options, world), allow_unreadable=True)
     if world.is_main and not options.json:
-        print(f"{trained.report}\nthe model {trained.kept}", flush=True)
+        say(f"{trained.report}\nthe model {trained.kept}")
     unreadable = _labels(job, trained, passes) if options.features is None else _features(job, trained, passes)
     if world.is_main and not options.json:
         for bad in unreadable:
@@ -86,7 +87,7 @@ def _labels(job: PredictionJob, trained: Trained, passes: Passes) -> tuple[Unrea
                 label = names[k] if names[k] == str(k) else f"{names[k]} ({k})"
                 print(escaped(f"  {probability:7.2%}  {label}"))
             if i in pictures:
-                print(escaped(f"  picture  {pictures[i]}"))
+                say(f"  picture  {pictures[i]}")
     return outputs.unreadable
 
 
@@ -117,5 +118,5 @@ def _features(job: PredictionJob, trained: Trained, passes: Passes) -> tuple[Unr
             "views": json.dumps(view_recipe(job.settings, trained.num_kept)),
         }
         write_whole(target, lambda path: save_safetensors({"features": features_ND}, path, metadata))
-        print(f"{len(features_ND)} videos x {features_ND.shape[1]} features -> {target}", flush=True)
+        say(f"{len(features_ND)} videos x {features_ND.shape[1]} features -> {target}")
     return outputs.unreadable

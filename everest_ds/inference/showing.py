@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from everest_ds import distributed
+from everest_ds.console.messages import say
 from everest_ds.data.clips.views import ViewDataset, make_view_loader
 from everest_ds.data.lists.video_list import VideoRow
 from everest_ds.data.readers.video import VideoReadError
@@ -60,7 +61,7 @@ def run(job: ShowJob, world: World) -> int:
     rules = rules_to_show(loaded, options)
     options.out.mkdir(parents=True, exist_ok=True)
     if world.is_main:
-        print(escaped_lines(loaded.report), flush=True)
+        say(loaded.report)
     names = picture_names(job.rows)[world.rank :: world.size]
     num_bad = 0
     for i, done in draw_rows(loaded, rows, lambda i, clip: _draw_all(loaded, clip, rules, options, names[i])):
@@ -68,13 +69,8 @@ def run(job: ShowJob, world: World) -> int:
             num_bad += 1
             print(escaped(f"cannot read {rows[i].name}: {done}"), file=sys.stderr, flush=True)
         else:
-            print(escaped(f"{rows[i].name} -> {', '.join(map(str, done))}"), flush=True)
+            say(f"{rows[i].name} -> {', '.join(map(str, done))}")
     return EXIT_UNREADABLE if num_bad > (len(rows) - 1 if options.allow_unreadable else 0) else 0
-
-
-def escaped_lines(text: str) -> str:
-    """Return lines as they can be printed."""
-    return "\n".join(map(escaped, text.split("\n")))
 
 
 def draw_rows(
@@ -178,7 +174,7 @@ def rules_to_show(loaded: LoadedModel, options: ShowOptions) -> list[tuple[str, 
         for strategy in _COMPARED if options.compare else (own.strategy,):
             rule = _with_ratio(own, strategy, ratio, grid, is_own=not options.ratios and strategy == own.strategy)
             if rule is None:
-                print(f"{strategy} is left out: it cannot keep a share of {grid}", flush=True)
+                say(f"warning: {strategy} is left out: it cannot keep a share of {grid}")
                 continue
             _require_tokens(rule, grid, predicts=loaded.predicts)
             rules.append((loaded.describe_rule(rule), rule))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from everest_ds.console.messages import say
 from everest_ds.files import write_atomically
 from everest_ds.inference.results import SUMMARY
 from everest_ds.interrupts import deferred
@@ -93,7 +94,7 @@ class Runner:
         self._done = {job for job in self._jobs if job.is_done()}
         self._waiting = [job for job in self._jobs if job not in self._done]
         if self._done:
-            print(f"{len(self._done)} of {len(self._jobs)} runs are done already", flush=True)
+            say(f"{len(self._done)} of {len(self._jobs)} runs are done already")
         try:
             while self._waiting or self._running:
                 self._drop_hopeless()
@@ -158,10 +159,9 @@ class Runner:
             self._done.add(job)
             took_s = time.perf_counter() - began
             self._took_s[job.kind].append(took_s)
-            print(
+            say(
                 f"[{len(self._done)}/{len(self._jobs)}] {job.kind} {job.name}: {self._on_done(job)}, "
-                f"{took_s:.0f} s; {format_duration(self._left_s())} left",
-                flush=True,
+                f"{took_s:.0f} s; {format_duration(self._left_s())} left"
             )
 
     def _left_s(self) -> float:

@@ -21,6 +21,7 @@ from types import FrameType
 
 import torch
 
+from everest_ds.console.messages import say
 from everest_ds.data.demo import DemoConfig, write_demo_data
 from everest_ds.data.lists.video_list import read_list
 from everest_ds.distributed import World
@@ -76,10 +77,9 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
     write_atomically(folder / "commands.sh", "\n".join([*lines, *(job.command for job in jobs), ""]))
     num_gpus = torch.cuda.device_count()
     slots = options.jobs or (_RUNS_A_GPU * num_gpus if num_gpus else len(os.sched_getaffinity(0)))
-    print(
+    say(
         f"{len(options.conditions)} conditions, seeds {' '.join(map(str, seeds))}: {len(jobs)} runs, {slots} at a "
-        f"time on {f'{num_gpus} GPUs' if num_gpus else 'the CPU'}",
-        flush=True,
+        f"time on {f'{num_gpus} GPUs' if num_gpus else 'the CPU'}"
     )
     runner = Runner(jobs=jobs, slots=slots, num_gpus=num_gpus, on_done=outcome_text)
     is_stopped = False
@@ -92,7 +92,8 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
         signal.signal(signal.SIGTERM, before)
     found = [read_result(condition, seed, jobs) for condition in options.conditions for seed in seeds]
     results = [result for result in found if result is not None]
-    print(f"\n{write_report(folder, results, chance=1 / _CLASSES)}\n{folder}", flush=True)
+    print(f"\n{write_report(folder, results, chance=1 / _CLASSES)}", flush=True)
+    say(str(folder))
     for job in runner.failed:
         print(f"failed or not run: {job.kind} {job.name}, see {job.log}", flush=True)
     if is_stopped:

@@ -22,6 +22,7 @@ import tyro
 
 from everest_ds.commands.parsing import parse
 from everest_ds.config.sections import MAX_PIXELS, ReaderName
+from everest_ds.console.messages import say
 from everest_ds.data.curation.probe import (
     DEFAULT_BAD,
     FaultName,
@@ -36,7 +37,7 @@ from everest_ds.data.lists.video_list import VideoRow, format_list, read_list
 from everest_ds.data.loading.pool import run_all
 from everest_ds.data.readers.choice import choose_reader
 from everest_ds.distributed import World
-from everest_ds.errors import UserError, escaped
+from everest_ds.errors import UserError
 from everest_ds.files import write_atomically, write_csv, write_json
 from everest_ds.progress import with_progress
 
@@ -117,7 +118,7 @@ def check_data(source: Path, options: CheckOptions) -> int:
     todo = list({row.part: row for row in rows if row.part not in findings}.values())
     known = sum(row.part in findings for row in rows)
     if known:
-        print(f"{known} of {len(rows)} rows are known already", flush=True)
+        say(f"{known} of {len(rows)} rows are known already")
     outcomes = run_all(
         partial(probe_video, settings=options.settings),
         todo,
@@ -131,7 +132,7 @@ def check_data(source: Path, options: CheckOptions) -> int:
             findings[outcome.item.part] = finding
             record.append(record_line(outcome.item, finding))
             if finding.kind in options.bad:
-                print(escaped(f"{finding.kind}: {outcome.item.path}: {finding.detail}"), flush=True)
+                say(f"warning: {finding.kind}: {outcome.item.path}: {finding.detail}")
     return _conclude(source, out, rows, [findings[row.part] for row in rows], options)
 
 
@@ -163,13 +164,13 @@ def _conclude(
     write_json(out / SUMMARY, summary)
     for kind in Kind:
         if counts[kind]:
-            print(f"{counts[kind]:8} {kind}{' (bad)' if kind in options.bad else ''}")
+            say(f"{counts[kind]:8} {kind}{' (bad)' if kind in options.bad else ''}")
     if summary["duplicate_rows"]:
-        print(f"{summary['duplicate_rows']:8} rows name a video that an earlier row names")
-    print(f"{sum(is_bad)} of {len(rows)} rows are bad ({share:.2%}); {out / REPORT}")
+        say(f"{summary['duplicate_rows']:8} rows name a video that an earlier row names")
+    say(f"{sum(is_bad)} of {len(rows)} rows are bad ({share:.2%}); {out / REPORT}")
     if any(is_bad):
-        print(f"leave them out of a run with --data.quarantine {out / QUARANTINE}, or train on {out / CLEAN}")
+        say(f"leave them out of a run with --data.quarantine {out / QUARANTINE}, or train on {out / CLEAN}")
     if share > options.max_bad_share:
-        print(f"more than --max-bad-share {options.max_bad_share:.2%} are bad")
+        say(f"warning: more than --max-bad-share {options.max_bad_share:.2%} are bad")
         return 1
     return 0

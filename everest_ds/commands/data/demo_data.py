@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from everest_ds.commands.parsing import parse
+from everest_ds.console.messages import say
 from everest_ds.data.demo import DemoConfig, write_demo_data
 from everest_ds.distributed import World
 
@@ -25,5 +26,5 @@ def main(words: list[str], world: World) -> int:
     arguments = parse(Arguments, words, "everest demo-data", world)
     lists = write_demo_data(arguments.folder, arguments.demo)
     names = ", ".join(str(path) for path in lists)
-    print(f"{len(arguments.demo.class_names)} classes in {arguments.folder}: {names}")
+    say(f"{len(arguments.demo.class_names)} classes in {arguments.folder}: {names}")
     return 0

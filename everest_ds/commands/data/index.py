@@ -7,6 +7,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 
 from everest_ds.commands.parsing import parse, say, usage
+from everest_ds.console import messages
 from everest_ds.data.importers.registry import IMPORTERS
 from everest_ds.data.importers.source_tree import SourceTree
 from everest_ds.data.importers.writer import LEFT_OUT_FILE, MISSING_FILE, SUMMARY_FILE, require_apart, write_import
@@ -53,7 +54,10 @@ def index(dataset: str, source: Path, out: Path, options: Any) -> None:
     tree = SourceTree(source)
     found = IMPORTERS[dataset].collect(tree, options)
     settings = {"dataset": dataset, "source": str(tree.root), "options": asdict(options)}
-    print(_describe(write_import(found, out, settings), out))
+    summary = write_import(found, out, settings)
+    messages.say(_describe(summary, out))
+    if summary["missing"]["count"] and messages.is_quiet():
+        messages.say(f"warning: {summary['missing']['count']} videos are missing: {out / MISSING_FILE}")
 
 
 def _describe(summary: dict[str, Any], out: Path) -> str:

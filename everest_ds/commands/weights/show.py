@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from everest_ds.commands.parsing import parse, say
+from everest_ds.commands.parsing import parse
 from everest_ds.commands.weights.predict import rows_of
 from everest_ds.config import FinetuneConfig
 from everest_ds.distributed import World
@@ -31,9 +31,7 @@ class Arguments:
 
 def main(words: list[str], world: World) -> ShowJob:
     """Parse and check."""
-    job = check(parse(Arguments, words, "everest show", world))
-    say("loading torch and the model: some seconds\n", world, to_stdout=True)
-    return job
+    return check(parse(Arguments, words, "everest show", world))
 
 
 def check(arguments: Arguments) -> ShowJob:

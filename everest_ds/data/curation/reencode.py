@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from everest_ds.config.sections import ReaderName
+from everest_ds.console.messages import say
 from everest_ds.data.curation.preparation import (
     Preparation,
     Prepared,
@@ -41,7 +42,7 @@ from everest_ds.data.readers.packets import FAULTS, reason_of, scan_packets
 from everest_ds.data.readers.pyav import PyavReader
 from everest_ds.data.readers.video import Video, VideoReadError, frames_of_window
 from everest_ds.distributed import World
-from everest_ds.errors import UserError, escaped
+from everest_ds.errors import UserError
 from everest_ds.files import partial_path
 from everest_ds.progress import with_progress
 
@@ -63,7 +64,7 @@ def run(job: Preparation, world: World) -> int:
     wanted = {target: row for rows in job.lists.values() for target, row in rows}
     todo = [row for target, row in wanted.items() if target not in done]
     if len(todo) < len(wanted):
-        print(f"{len(wanted) - len(todo)} of {len(wanted)} videos are prepared already", flush=True)
+        say(f"{len(wanted) - len(todo)} of {len(wanted)} videos are prepared already")
     return _conclude(job, done | _prepare_all(todo, record, options))
 
 
@@ -89,7 +90,7 @@ def _prepare_all(
                 record.append(record_line(outcome.item, prepared))
                 done[target] = prepared
                 if prepared.fault is not None:
-                    print(escaped(f"left out: {outcome.item.path}: {prepared.fault}"), flush=True)
+                    say(f"warning: left out: {outcome.item.path}: {prepared.fault}")
                     continue
                 sizes.append(prepared.bytes_after)
                 if len(sizes) == _FILES_TO_ESTIMATE_BY:
@@ -117,16 +118,16 @@ def _conclude(job: Preparation, done: Mapping[str, Prepared]) -> int:
     lost = describe_loss(options.keep_every, options.sampling_stride)
     accounts = write_lists(job, done, lost)
     for name, account in accounts.items():
-        print(
+        say(
             f"{options.out / name}: {account['videos']} videos, {account['frames']} frames, "
             f"{_size(account['bytes_before'])} before, {_size(account['bytes_after'])} now "
             f"(x{account['growth']:.2f}); {account['left_out']} of {account['rows']} rows left out"
         )
-    print(f"lost: {lost}")
+    say(f"lost: {lost}")
     rows = sum(account["rows"] for account in accounts.values())
     share = sum(account["left_out"] for account in accounts.values()) / rows
     if share > options.max_bad_share:
-        print(f"{share:.2%} of the rows are left out, more than --max-bad-share {options.max_bad_share:.2%}")
+        say(f"warning: {share:.2%} of the rows are left out, more than --max-bad-share {options.max_bad_share:.2%}")
         return 1
     return 0
 

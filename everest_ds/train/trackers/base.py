@@ -30,7 +30,8 @@ recipe. All runs have the same columns: TensorBoard takes those of its table fro
 """
 _NOT_COMPARED = (
     "run.", "data.train_list", "data.val_list", "data.test_list", "data.class_names", "data.num_classes",
-    "data.reader", "data.num_workers", "data.prefetch_batches", "data.timeout_s", "data.keep_decoded",
+    "batch.micro_size", "data.reader", "data.num_workers", "data.prefetch_batches", "data.timeout_s",
+    "data.keep_decoded",
 )  # fmt: skip
 
 
