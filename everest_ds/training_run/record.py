@@ -14,6 +14,7 @@ from everest_ds.recipes import RECIPES
 from everest_ds.train.checkpoints.listing import describe_strangers, unfinished_saves
 from everest_ds.train.checkpoints.run_dir import find_pointer_fault, require_shared, write_run_files
 from everest_ds.train.checkpoints.save import point_to_latest, set_aside
+from everest_ds.train.checkpoints.start import Start
 from everest_ds.train.record.metrics import MetricsLog
 from everest_ds.train.trackers.group import Trackers
 from everest_ds.train.trackers.opening import show_run
@@ -61,17 +62,7 @@ def _begin_record(
         f"{schedule.end_step} steps of {schedule.steps_per_epoch} an epoch"
     )
     log.say(describe_estimate(estimate))
-    set_aside(start.damaged)
-    pointer_fault = find_pointer_fault(run_dir)
-    if pointer_fault:
-        log.say(f"warning: {pointer_fault}; the newest complete checkpoint counts")
-    if start.checkpoint is not None:
-        point_to_latest(run_dir, start.checkpoint)
-    for folder in unfinished_saves(run_dir):
-        log.say(f"warning: {folder} is a save that did not come to its end; passing it over")
-    for note in (describe_strangers(run_dir), *start.notes):
-        if note:
-            log.say(f"warning: {note}")
+    _describe_checkpoints(start, log)
     write_run_files(run_dir, config, ready.ds_config)
     recipe = RECIPES.get(config.recipe)
     show_run(
@@ -107,6 +98,22 @@ def _begin_record(
         init_from=None if start.init_from is None else str(start.init_from),
         groups=ready.groups,
     )
+
+
+def _describe_checkpoints(start: Start, log: MetricsLog) -> None:
+    """Set damaged checkpoints aside, repair the pointer to the newest one, and warn of what is odd."""
+    run_dir = start.run_dir
+    set_aside(start.damaged)
+    pointer_fault = find_pointer_fault(run_dir)
+    if pointer_fault:
+        log.say(f"warning: {pointer_fault}; the newest complete checkpoint counts")
+    if start.checkpoint is not None:
+        point_to_latest(run_dir, start.checkpoint)
+    for folder in unfinished_saves(run_dir):
+        log.say(f"warning: {folder} is a save that did not come to its end; passing it over")
+    for note in (describe_strangers(run_dir), *start.notes):
+        if note:
+            log.say(f"warning: {note}")
 
 
 def _describe_classes(lists: Lists, run_dir: Path, log: MetricsLog) -> None:
