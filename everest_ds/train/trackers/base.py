@@ -108,7 +108,7 @@ def compared_settings(
         of_recipe: The recipe's own; None where this version has no such recipe, and `changed` is then left out.
         precision: What the run computes in.
     """
-    known = settings | {"precision": precision}
+    known = {**settings, "precision": precision}
     if of_recipe is not None:
         known["changed"] = " ".join(
             f"{name}={value}"
