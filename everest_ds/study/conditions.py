@@ -176,7 +176,7 @@ class StudyOptions:
     def keep_ratio(self) -> float | None:
         """Share of the tokens that probes and fine-tunings keep, where it is not the recipe's 0.3.
 
-        In the physics world about a tenth of the tokens changes.
+        In the physics world about 15 % of the tokens change.
         """
         return 0.15 if self.world == "physics" else None
 
