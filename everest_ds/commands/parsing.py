@@ -1,4 +1,4 @@
-"""Words of a command line -> the `Arguments` of a command; texts that a launch says once."""
+"""Parses the words of a command line into the `Arguments` of a command, and prints texts once for a launch."""
 
 import contextlib
 import inspect
@@ -22,10 +22,10 @@ C = TypeVar("C", bound=Config)
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeArguments(Generic[C]):
-    """A recipe whose every field is a flag; commands add their options."""
+    """A recipe with a flag for every field; commands add their options."""
 
     recipe: Annotated[str, tyro.conf.Suppress]
-    """Its name, or the path of a run's config.json, as given."""
+    """Name of the recipe, or path of a run's config.json, as given."""
     config: Annotated[C, tyro.conf.arg(name="")]
     """The configuration, with the flags of the command line."""
 
@@ -34,10 +34,10 @@ R = TypeVar("R", bound=RecipeArguments[Any])
 
 
 def parse(cls: type[T], words: list[str], prog: str, world: World, *, default: Any = None) -> T:
-    """Parse flags into a dataclass; a parser's complaint of many processes is said once.
+    """Parse flags into a dataclass. The parser's message is printed once for all processes.
 
     Raises:
-        SystemExit: The flags are wrong, or help was asked for; the parser has said so.
+        SystemExit: The flags are wrong, or help was asked for; the message was printed.
     """
     captured = io.StringIO()
     quiet = contextlib.ExitStack()
@@ -57,18 +57,18 @@ def parse(cls: type[T], words: list[str], prog: str, world: World, *, default: A
 def parse_recipe(
     cls: type[R], words: list[str], prog: str, world: World, *, task: TaskName | None = None, **defaults: Any
 ) -> R:
-    """Take the recipe off the words and parse the rest as its fields and the command's options.
+    """Parse the first word as the recipe, and the others as its fields and the command's options.
 
     Args:
         cls: The command's arguments.
         words: RECIPE and flags. Help without a recipe is shown with the demo's defaults.
-        prog: The command, in help and messages.
-        world: This process's place.
-        task: The recipe's, where the command is for one task.
+        prog: Name of the command, in help and messages.
+        world: The ranks.
+        task: Task of the recipe, if the command needs a certain one.
         defaults: Values of the command's options; `tyro.MISSING` makes a flag required.
 
     Raises:
-        UserError: There is no recipe, or one of another task than the command's.
+        UserError: There is no recipe, or it is of another task.
     """
     if words and words[0] in ("-h", "--help", "--tyro-print-completion"):
         recipe, flags = "demo_ft" if task == "finetune" else "demo", words
@@ -92,13 +92,13 @@ def known_recipes(task: TaskName | None) -> list[str]:
 
 
 def usage(prog: str, rest: str, choices: Mapping[str, str]) -> str:
-    """Return the help of a program whose last word is one of several: its line, and what each choice is for."""
+    """Return the help of a command with several choices: its usage line, and the purpose of each choice."""
     width = max(len(name) for name in choices)
     rows = "\n".join(f"  {name:<{width}} {text}" for name, text in choices.items())
     return f"usage: {prog} {rest}\n\n{rows}\n\n`{prog} --help` shows its options. {VERBOSITY}\n"
 
 
 def say(text: str, world: World, *, to_stdout: bool = False) -> None:
-    """Write a text once for all processes of a launch."""
+    """Print a text once for all processes of a launch."""
     if text and speaks_first(text, world):
         (sys.stdout if to_stdout else sys.stderr).write(text)

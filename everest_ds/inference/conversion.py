@@ -1,4 +1,4 @@
-"""The work of `everest convert`: weights in another layout, and what was read and written."""
+"""The work of `everest convert`: writes weights in another layout and reports what was read and written."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from everest_ds.train.ema import averaged
 
 
 def run(job: ConversionJob, world: World) -> int:
-    """Write weights in a layout; say what was read, the key map, and where it went. Returns 0.
+    """Write weights in a layout, print what was read and which key became which, and return 0.
 
     Raises:
-        UserError: The source holds no sound and complete weights, the target cannot be written, or an option has no
-            effect.
+        UserError: The source's weights are damaged or incomplete, the target cannot be written, or an option has
+            no effect.
     """
     source, target, options = job.source, job.target, job.options
     if options.to == "deepspeed-fp32":
@@ -31,7 +31,7 @@ def run(job: ConversionJob, world: World) -> int:
     checkpoint = weights.checkpoint
     if options.weights == "ema":
         if checkpoint is None:
-            raise UserError(f"--weights ema: {source} is neither a run nor a checkpoint, which keep an average")
+            raise UserError(f"--weights ema: only runs and checkpoints have an average; {source} is neither")
         weights = averaged(weights, checkpoint)
     weights, report = require_complete(weights, options.allow)
     scores = recorded_scores(checkpoint, options.weights) if checkpoint else ()

@@ -1,6 +1,6 @@
-"""The work of `everest evaluate`: scores of a list, into files and the run's record.
+"""The work of `everest evaluate`: scores a list, and writes files and a line in the run's record.
 
-Works alone and under any launcher; each process reads the weights itself and scores its share of the list.
+Works with and without a launcher. Each process reads the weights itself and scores its share of the list.
 """
 
 import time
@@ -30,11 +30,11 @@ def run(job: EvaluationJob, world: World) -> int:
     """Score a model over a list and write the results; return the exit code, 0.
 
     Raises:
-        UserError: Labels or weights are at fault, or a video cannot be read.
+        UserError: Labels or weights are wrong, or a video cannot be read.
     """
     began = time.perf_counter()
     options = job.options
-    # Whatever can be refused is refused before the processes meet, so that all of them end alike.
+    # All checks that need no process group come first, so that all ranks end with the same error.
     on_gpu = distributed.select_accelerator()
     trained = load_trained(job.origin, job.settings, options, torch.device("cuda" if on_gpu else "cpu"))
     names = _class_names(trained, job)
@@ -64,7 +64,7 @@ def run(job: EvaluationJob, world: World) -> int:
 
 
 def _score(job: EvaluationJob, trained: Trained, num_classes: int, passes: Passes) -> tuple[Scores, dict[str, Any]]:
-    """Return the scores by the chosen protocol, and what the summary says of training videos."""
+    """Return the scores by the chosen protocol, and the summary's fields about training videos."""
     options = job.options
     if options.protocol == "head":
         dataset = trained.dataset(job.rows)
@@ -79,7 +79,7 @@ def _score(job: EvaluationJob, trained: Trained, num_classes: int, passes: Passe
 
 
 def _class_names(trained: Trained, job: EvaluationJob) -> tuple[str, ...]:
-    """Return a name for each class, the head's or those of the training list; refuses other labels."""
+    """Return a name for each class, of the training list or the head; refuse labels outside of them."""
     train_list = job.options.train_list
     if train_list is not None:
         classes = resolve_classes(job.train_rows, train_list, None, None)

@@ -1,4 +1,4 @@
-"""The work of `everest predict`: the likeliest classes of videos, or a file of their features."""
+"""The work of `everest predict`: prints the likeliest classes of videos, or writes their features."""
 
 import json
 import sys
@@ -29,7 +29,8 @@ def run(job: PredictionJob, world: World) -> int:
     """Print the likeliest classes of videos, or write their features.
 
     Returns:
-        The exit code: 0, or 2 when none could be read, or one and that is not allowed; the others are done then.
+        The exit code: 2 if no video could be read, or if one could not and this is not allowed; otherwise 0. The
+        readable videos are done in any case.
 
     Raises:
         UserError: The weights cannot be used.
@@ -39,7 +40,7 @@ def run(job: PredictionJob, world: World) -> int:
     trained = load_trained(job.origin, job.settings, options, torch.device("cuda" if on_gpu else "cpu"))
     if options.features is None and not trained.has_head:
         raise UserError(
-            "these weights have no classification head; --features FILE writes what they make of the videos"
+            "these weights have no classification head; fine-tune them, or write features with --features FILE"
         )
     passes = replace(trained.start(options, world), allow_unreadable=True)
     if world.is_main and not options.json:
@@ -94,18 +95,18 @@ def _labels(job: PredictionJob, trained: Trained, passes: Passes) -> tuple[Unrea
 def _draw(
     job: PredictionJob, trained: Trained, ranked: Mapping[int, Sequence[tuple[int, float]]]
 ) -> dict[int, Path]:
-    """Draw what the classifier looked at, where that is wanted; returns the pictures by row."""
+    """Draw the tokens that the classifier kept, if asked for; return the pictures' paths by row."""
     if job.options.show is None or not ranked:
         return {}
     names, views = trained.class_names, job.settings.num_views
-    over = "" if views == 1 else f" (mean of {views} views; the picture is the one in the middle)"
+    over = "" if views == 1 else f" (mean of {views} views; the picture shows the middle one)"
     said = [", ".join(f"{p:.1%} {names[k]}" for k, p in best) + over for best in ranked.values()]
     drawn = draw_seen(trained, [job.rows[i] for i in ranked], said, job.options.show)
     return {i: path for i, path in zip(ranked, drawn, strict=True) if path is not None}
 
 
 def _features(job: PredictionJob, trained: Trained, passes: Passes) -> tuple[UnreadableRow, ...]:
-    """Write one row a readable video; metadata name the videos, their windows, the weights and the views."""
+    """Write a row for each readable video. The metadata name videos, windows, weights and views."""
     outputs = trained.features(job.rows, passes, progress="features of")
     target = job.options.features
     if passes.world.is_main and outputs.results and target is not None:

@@ -1,4 +1,4 @@
-"""The work of `everest show`: pictures of what is kept of videos, and of what a model makes of them."""
+"""The work of `everest show`: pictures of the tokens that are kept of videos, and of reconstructions."""
 
 import contextlib
 import sys
@@ -34,20 +34,21 @@ Drawn = TypeVar("Drawn")
 
 EXIT_UNREADABLE = 2
 ALPHA = 1.5
-"""Candidates of `--frames` for each frame of a clip, where the configuration has none: the paper's."""
+"""Candidate frames of `--frames` for each frame of a clip, if the configuration has none; the paper's value."""
 _COMPARED: tuple[StrategyName, ...] = ("rero", "random", "tube", "running_cell")
 _LONGEST_NAME = 180
-"""Bytes of a picture's name; file systems allow 255, and some come before and after it."""
+"""Bytes of a video's name in a picture's name. File systems allow 255, and prefix and suffix need some."""
 
 
 def run(job: ShowJob, world: World) -> int:
-    """Draw pictures; processes of a launch share the videos out.
+    """Draw pictures; the processes of a launch divide the videos among themselves.
 
     Returns:
-        The exit code: 0, or 2 when none could be drawn, or one and that is not allowed; the others are drawn then.
+        The exit code: 2 if no video could be drawn, or if one could not and this is not allowed; otherwise 0. The
+        readable videos are drawn in any case.
 
     Raises:
-        UserError: The weights cannot be used, or a ratio does not go with a strategy.
+        UserError: The weights cannot be used, or a ratio is not possible with a strategy.
     """
     options, rows = job.options, job.rows[world.rank :: world.size]
     if job.origin is None:
@@ -76,9 +77,10 @@ def run(job: ShowJob, world: World) -> int:
 def draw_rows(
     loaded: LoadedModel, rows: Sequence[VideoRow], draw: Callable[[int, VideoClip], Drawn]
 ) -> Iterator[tuple[int, Drawn | str]]:
-    """Read the middle clip of each row and draw it; yields the row's number with what ``draw`` returned.
+    """Read the middle clip of each row and draw it; yield the row's number with the result of ``draw``.
 
-    For a row that cannot be read, that is the reason. Several videos are read in a process that may hang.
+    For an unreadable row, the reason is yielded instead. Several videos are read in a worker, which is replaced if
+    it hangs.
     """
     data = replace(loaded.data(), num_workers=1 if len(rows) > 1 else 0)
     loader = make_view_loader(ViewDataset(rows, data, MIDDLE), [[i] for i in range(len(rows))], pin_memory=False)
@@ -93,7 +95,7 @@ def draw_rows(
 
 
 def draw_seen(trained: Trained, rows: Sequence[VideoRow], said: Sequence[str], out: Path) -> list[Path | None]:
-    """Draw what a classifier looked at in each row, with a line of what it said; None where that failed."""
+    """Draw the tokens that a classifier kept of each row, with a line from ``said``; return paths, or None."""
     out.mkdir(parents=True, exist_ok=True)
     loaded = LoadedModel(
         model=trained.model, settings=trained.settings, rule=trained.model.rule, report=trained.report
@@ -121,7 +123,7 @@ def _draw_all(
     options: ShowOptions,
     name: str,
 ) -> list[Path]:
-    """Write all pictures that are wanted of a clip; returns their paths."""
+    """Write all requested pictures of a clip and return their paths."""
     picture, title = loaded.examine(clip, rules), clip.row.path.name
     sheet = draw_clip(picture, title=title, lines=loaded.captions(clip))
     paths = [_save(sheet, options.out / f"{name}.png")]
@@ -161,12 +163,12 @@ def _draw_frames(loaded: LoadedModel, row: VideoRow, path: Path) -> Path:
 
 
 def rules_to_show(loaded: LoadedModel, options: ShowOptions) -> list[tuple[str, SelectionRule]]:
-    """Return the ways of keeping tokens that are drawn: by ratio, and by strategy where these are compared.
+    """Return the selection rules to draw, with labels: one for each ratio, and with --compare for each strategy.
 
-    The share of the kept tokens that is visible is the model's own.
+    The visible share of the kept tokens is the model's own.
 
     Raises:
-        UserError: A strategy cannot keep a ratio that was asked for.
+        UserError: A ratio is not possible with a strategy.
     """
     own, grid = loaded.rule, loaded.grid
     rules = []
@@ -174,7 +176,7 @@ def rules_to_show(loaded: LoadedModel, options: ShowOptions) -> list[tuple[str, 
         for strategy in _COMPARED if options.compare else (own.strategy,):
             rule = _with_ratio(own, strategy, ratio, grid, is_own=not options.ratios and strategy == own.strategy)
             if rule is None:
-                say(f"warning: {strategy} is left out: it cannot keep a share of {grid}")
+                say(f"warning: {strategy} is left out: it does not fit {grid}")
                 continue
             _require_tokens(rule, grid, predicts=loaded.predicts)
             rules.append((loaded.describe_rule(rule), rule))
@@ -182,23 +184,23 @@ def rules_to_show(loaded: LoadedModel, options: ShowOptions) -> list[tuple[str, 
 
 
 def _require_tokens(rule: SelectionRule, grid: TokenGrid, *, predicts: bool) -> None:
-    """Refuse a rule that keeps no token for one of its purposes."""
+    """Refuse a rule that leaves no visible or no predicted token."""
     try:
         counts = rule.counts(grid) if predicts else None
         fewest = min(counts.visible, counts.targets) if counts else rule.num_kept(grid)
     except UserError as error:
         raise UserError(f"--ratios {rule.selected_ratio:g} with {rule.strategy}: {error}") from error
     if fewest < 1:
-        purposes = "one token that is visible and one that is predicted" if predicts else "one token"
+        purposes = "one visible and one predicted token" if predicts else "one token"
         raise UserError(
-            f"--ratios {rule.selected_ratio:g} of {grid.num_tokens} tokens is too little for {purposes}; raise it"
+            f"--ratios {rule.selected_ratio:g} of {grid.num_tokens} tokens is less than {purposes}; give more"
         )
 
 
 def _with_ratio(
     own: SelectionRule, strategy: StrategyName, ratio: float, grid: TokenGrid, *, is_own: bool
 ) -> SelectionRule | None:
-    """Return a rule that keeps about a ratio of the tokens; None where the strategy does not fit the clip."""
+    """Return a rule that keeps about this ratio of the tokens; None if the strategy does not fit the clip."""
     if is_own:
         return own
     visible = own.visible_ratio / own.selected_ratio
@@ -213,7 +215,7 @@ def _with_ratio(
 
 
 def picture_names(rows: Sequence[VideoRow]) -> list[str]:
-    """Return a file name for each row, without suffix: the video's, numbered where several have the same."""
+    """Return a file name for each row, without suffix: the video's name, numbered if several have the same."""
     names: list[str] = []
     taken: set[str] = set()
     for row in rows:

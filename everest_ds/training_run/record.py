@@ -1,4 +1,4 @@
-"""The files of a run, and what is said before its first step."""
+"""The files that a run writes, and the lines that it prints, before its first step."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from everest_ds.training_run.ready import ReadyRun
 def open_record(
     ready: ReadyRun, log: MetricsLog, trackers: Trackers, estimate: MemoryEstimate, *, ready_s: float
 ) -> None:
-    """Write the run's files, say what is about to run, and begin the record; all ranks take part.
+    """Write the run's files, print a summary of the run, and begin the record. All ranks must call it.
 
     Raises:
         UserError: A tracker does not open, or a rank does not see the run directory.
@@ -40,13 +40,13 @@ def open_record(
     require_shared(run_dir)
     logs = run_dir / "logs"
     if streams.keep_in(logs / f"rank-{ready.world.rank:05d}.log"):
-        log.say(f"what libraries say: {logs}")
+        log.say(f"output of libraries: {logs}")
 
 
 def _begin_record(
     ready: ReadyRun, log: MetricsLog, trackers: Trackers, estimate: MemoryEstimate, *, ready_s: float
 ) -> None:
-    """Write the files of rank zero."""
+    """Write the files of rank 0, and print the summary."""
     config, world, start, schedule = ready.config, ready.world, ready.start, ready.schedule
     run_dir, state = start.run_dir, start.state
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in ready.task.parameters())
@@ -106,18 +106,18 @@ def _describe_checkpoints(start: Start, log: MetricsLog) -> None:
     set_aside(start.damaged)
     pointer_fault = find_pointer_fault(run_dir)
     if pointer_fault:
-        log.say(f"warning: {pointer_fault}; the newest complete checkpoint counts")
+        log.say(f"warning: {pointer_fault}; the newest complete checkpoint is used instead")
     if start.checkpoint is not None:
         point_to_latest(run_dir, start.checkpoint)
     for folder in unfinished_saves(run_dir):
-        log.say(f"warning: {folder} is a save that did not come to its end; passing it over")
+        log.say(f"warning: {folder} is an unfinished save; it is ignored")
     for note in (describe_strangers(run_dir), *start.notes):
         if note:
             log.say(f"warning: {note}")
 
 
 def _describe_classes(lists: Lists, run_dir: Path, log: MetricsLog) -> None:
-    """Write the names of the classes, and say what they are scored on."""
+    """Write the names of the classes, and print how the run is scored."""
     classes, config = lists.classes, lists.config
     if classes is None or not isinstance(config, FinetuneConfig):
         return

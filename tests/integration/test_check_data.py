@@ -89,7 +89,7 @@ def test_second_call_goes_on_and_looks_again_at_what_has_changed(
     mixed_list.with_name("no video.mp4").write_bytes(good.read_bytes())  # mended
     capsys.readouterr()
     assert check_data(mixed_list, options) == 0
-    assert "6 of 15 rows are known already" in capsys.readouterr().out  # five findings, one of them of two rows
+    assert "6 of 15 rows are already checked" in capsys.readouterr().out  # five findings, one of them of two rows
     assert [line["kind"] for line in report(out)] == [
         "good" if line["path"].endswith("no video.mp4") else line["kind"] for line in before
     ]

@@ -93,7 +93,7 @@ def test_pointer_that_is_empty_or_names_nothing_is_named_and_survived(
     assert contents(run_dir) == before
     auto = launch(recovery_command(demo_folder, run_dir), processes=2)
     assert auto.returncode == 0, auto.stderr
-    assert f"warning: {pointer} {what}; the newest complete checkpoint counts" in auto.stdout
+    assert f"warning: {pointer} {what}; the newest complete checkpoint is used instead" in auto.stdout
     assert f"resumed from {newest(run_dir)}" in auto.stdout
 
 

@@ -204,7 +204,7 @@ def test_average_of_what_keeps_none_is_refused(
     (average.parent / SEAL).unlink()
     seal(average.parent, ALONE)
     cases = [
-        (file, "everest", "neither a run nor a checkpoint, which keep an average"),
+        (file, "everest", "only runs and checkpoints have an average"),
         (copy, "everest", f"has no {AVERAGE}: the run was trained without optim.ema_decay"),
         (run, "deepspeed-fp32", "--weights ema cannot be written with --to deepspeed-fp32; use --to everest"),
     ]

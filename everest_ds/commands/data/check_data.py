@@ -1,12 +1,12 @@
-"""`everest check-data LIST`: which videos of a list can be trained on, before a run finds out.
+"""`everest check-data LIST`: finds bad videos of a list before a run does.
 
-Every video is opened and sampled in a process that can be killed. OUT/ holds
+Every video is opened and sampled in a worker process, which is killed if it hangs. OUT/ contains
 
-    findings.jsonl     one line a video, as they come: a second call continues from them
-    report.csv         one line a row of the list
-    clean.csv          the list without what is bad
-    quarantine.csv     what is bad, as a list, empty where nothing is: --data.quarantine of a run leaves it out
-    summary.json       how many of each kind
+    findings.jsonl     one line for each video, in order of completion: a second call continues from them
+    report.csv         one line for each row of the list
+    clean.csv          the list without bad rows
+    quarantine.csv     the bad rows as a list (empty if there are none), for --data.quarantine of a run
+    summary.json       the number of rows of each kind
 """
 
 import contextlib
@@ -49,27 +49,27 @@ _COLUMNS = ("row", "path", "start_s", "end_s", "label", "kind", "bad", "detail",
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions:
-    """How a list is checked."""
+    """Options of `everest check-data`."""
 
     out: Path | None = None
-    """Where to write; LIST without its suffix and with `-check` without this."""
+    """Folder for the results. Default: LIST without its suffix, with `-check`."""
     processes: int | None = None
-    """Videos at a time; one a CPU core without this."""
+    """Number of videos to check at the same time. Default: one for each CPU core."""
     timeout_s: float = 60.0
     """Seconds that a video may take before its process is killed."""
     samples: int = 8
-    """Frames that are decoded of each video, spread over it; the last eight are, besides."""
+    """Frames to decode of each video, spread over it, in addition to the last eight."""
     min_frames: int = 1
     """Frames that a clip needs: num_frames times sampling_stride of a recipe."""
     reader: ReaderName = "auto"
-    """Library that reads the videos; the one that the run will have."""
+    """Library that reads the videos; use that of the run."""
     max_pixels: int = MAX_PIXELS
-    """Pixels (frames x height x width) that are decoded of a video at a time, at most, and 16 times those of one
-    frame; data.max_pixels of the run. A video that takes more is unreadable."""
+    """Most pixels (frames x height x width) to decode of a video at a time, and 16 times the most of one frame;
+    data.max_pixels of the run. A larger video is unreadable."""
     bad: tuple[FaultName, ...] = DEFAULT_BAD
-    """What goes into quarantine; the other kinds are named in the report alone."""
+    """Kinds of faults that go into quarantine; the others are only in the report."""
     max_bad_share: float = 0.01
-    """Share of the list that may be bad; more makes the exit code 1."""
+    """Share of the list that may be bad; with more, the exit code is 1."""
 
     def __post_init__(self) -> None:
         for name in ("processes", "samples", "min_frames", "max_pixels"):
@@ -83,7 +83,7 @@ class CheckOptions:
 
     @property
     def settings(self) -> ProbeSettings:
-        """How closely each video is looked at."""
+        """The settings of the checks of each video."""
         return ProbeSettings(
             samples=self.samples, min_frames=self.min_frames, reader=self.reader, max_pixels=self.max_pixels
         )
@@ -91,9 +91,9 @@ class CheckOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Open and sample every video of a list, each in a process that can be killed; continue where it was.
+    """Open and sample every video of a list. The same command continues after an interruption.
 
-    Writes report.csv, clean.csv and quarantine.csv.
+    Writes report.csv, clean.csv and quarantine.csv. A video that hangs or crashes its process is named.
     """
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="LIST")]
@@ -108,7 +108,7 @@ def main(words: list[str], world: World) -> int:
 
 
 def check_data(source: Path, options: CheckOptions) -> int:
-    """Check a list, or what is left of it; return the exit code: 1 where more is bad than may be."""
+    """Check the rows of a list that have no finding yet; return 1 if too many rows are bad, else 0."""
     rows = read_list(source)
     choose_reader(options.reader)
     out = options.out or source.with_name(f"{source.stem}-check")
@@ -118,7 +118,7 @@ def check_data(source: Path, options: CheckOptions) -> int:
     todo = list({row.part: row for row in rows if row.part not in findings}.values())
     known = sum(row.part in findings for row in rows)
     if known:
-        say(f"{known} of {len(rows)} rows are known already")
+        say(f"{known} of {len(rows)} rows are already checked")
     outcomes = run_all(
         partial(probe_video, settings=options.settings),
         todo,
@@ -139,7 +139,7 @@ def check_data(source: Path, options: CheckOptions) -> int:
 def _conclude(
     source: Path, out: Path, rows: Sequence[VideoRow], findings: Sequence[Finding], options: CheckOptions
 ) -> int:
-    """Write report, lists and summary, say what was found, and return the exit code."""
+    """Write report, lists and summary, print the counts, and return the exit code."""
     is_bad = [finding.kind in options.bad for finding in findings]
     lines = [
         [number, row.path, row.start_s, row.end_s, row.label, found.kind, str(bad).lower(), found.detail,
@@ -149,7 +149,7 @@ def _conclude(
     write_csv(out / REPORT, _COLUMNS, lines)
     for name, wanted in ((CLEAN, False), (QUARANTINE, True)):
         chosen = [row for row, bad in zip(rows, is_bad, strict=True) if bad is wanted]
-        # An empty one too, so that a script can name it in any case.
+        # Written even if it is empty, so that scripts can always name it.
         write_atomically(out / name, format_list(out / name, chosen) if chosen else "")
     counts = Counter(finding.kind for finding in findings)
     share = sum(is_bad) / len(rows)
@@ -166,10 +166,10 @@ def _conclude(
         if counts[kind]:
             say(f"{counts[kind]:8} {kind}{' (bad)' if kind in options.bad else ''}")
     if summary["duplicate_rows"]:
-        say(f"{summary['duplicate_rows']:8} rows name a video that an earlier row names")
+        say(f"{summary['duplicate_rows']:8} rows repeat the video of an earlier row")
     say(f"{sum(is_bad)} of {len(rows)} rows are bad ({share:.2%}); {out / REPORT}")
     if any(is_bad):
-        say(f"leave them out of a run with --data.quarantine {out / QUARANTINE}, or train on {out / CLEAN}")
+        say(f"to leave them out, give --data.quarantine {out / QUARANTINE}, or train on {out / CLEAN}")
     if share > options.max_bad_share:
         say(f"warning: more than --max-bad-share {options.max_bad_share:.2%} are bad")
         return 1

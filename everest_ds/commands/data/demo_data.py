@@ -1,4 +1,4 @@
-"""`everest demo-data DIR`: make the demo dataset, with progress."""
+"""`everest demo-data DIR`: makes the demo dataset."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +17,12 @@ class Arguments:
     """Make the demo dataset."""
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
-    """Where to write it."""
+    """Folder for the dataset."""
     demo: Annotated[DemoConfig, tyro.conf.arg(name="")] = field(default_factory=DemoConfig)
 
 
 def main(words: list[str], world: World) -> int:
-    """Parse, write the dataset, and say what is there."""
+    """Parse, write the dataset, and print its lists."""
     arguments = parse(Arguments, words, "everest demo-data", world)
     lists = write_demo_data(arguments.folder, arguments.demo)
     names = ", ".join(str(path) for path in lists)

@@ -1,4 +1,4 @@
-"""`everest index DATASET SRC --out DIR`: a dataset's own layout and split files -> lists, classes, a summary."""
+"""`everest index DATASET SRC --out DIR`: makes lists, classes and a summary from a dataset's own split files."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,24 +19,24 @@ Options = TypeVar("Options")
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(Generic[Options]):
-    """Write train.csv, val.csv, test.csv (what the dataset has), classes.txt and summary.json."""
+    """Write the lists that the dataset has (train.csv, val.csv, test.csv), classes.txt and summary.json."""
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
     """Folder of the dataset as downloaded; nothing is written there."""
     out: Path
-    """Folder for the lists, made where there is none; only files of an earlier index are replaced."""
+    """Folder for the lists, made if missing; only files of an earlier index are replaced."""
     options: Annotated[Options, tyro.conf.arg(name="")]
 
 
 def main(words: list[str], world: World) -> int:
-    """Parse with the options of the dataset that the first word names, and write its lists."""
+    """Parse the options of the dataset that the first word names, and write its lists."""
     dataset = words[0] if words else ""
     if dataset in ("-h", "--help"):
         layouts = {name: importer.layout for name, importer in IMPORTERS.items()}
         say(usage("everest index DATASET", "SRC --out DIR", layouts), world, to_stdout=True)
         return 0
     if dataset not in IMPORTERS:
-        raise UserError(f"index which dataset? got {dataset!r}{nearest_hint(dataset, IMPORTERS)}")
+        raise UserError(f"unknown dataset {dataset!r}{nearest_hint(dataset, IMPORTERS)}")
     if world.size > 1:
         raise UserError("everest index runs in one process; start it without a launcher")
     options = IMPORTERS[dataset].options
@@ -46,9 +46,9 @@ def main(words: list[str], world: World) -> int:
 
 
 def index(dataset: str, source: Path, out: Path, options: Any) -> None:
-    """Write the lists of a dataset, and say what is in them, what is missing, and what was left out and why.
+    """Write the lists of a dataset, and print their counts, missing videos, and rows left out with reasons.
 
-    ``options`` are of the importer's dataclass.
+    ``options`` is an instance of the importer's dataclass.
     """
     require_apart(source, out)
     tree = SourceTree(source)

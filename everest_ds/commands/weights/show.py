@@ -1,4 +1,4 @@
-"""`everest show`: pictures of what is kept of videos."""
+"""`everest show`: draws the kept tokens of videos."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,14 @@ from everest_ds.train.checkpoints.origin import Origin, locate
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Draw what is kept of videos: the clip in the middle of each, the importance of its tokens, the kept tokens,
-    and, with the weights of pre-training, the reconstruction.
+    """Draw the clip in the middle of each video, the importance of its tokens, the kept tokens, and, with weights
+    of pre-training, the reconstruction.
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|WEIGHTS|RECIPE")]
-    """A run directory, a checkpoint, weights in any layout; or, for a fresh embedding, a recipe or config.json."""
+    """A run directory, a checkpoint, or weights in any layout; for a fresh embedding, a recipe or config.json."""
     videos: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="VIDEO...")]
-    """Video files, and folders that are searched for them; none are needed with --list."""
+    """Video files, or folders to search for them; optional with --list."""
     options: Annotated[ShowOptions, tyro.conf.arg(name="")]
 
 
@@ -38,7 +38,7 @@ def check(arguments: Arguments) -> ShowJob:
     """Find videos and weights.
 
     Raises:
-        UserError: There are no videos, or the source is none.
+        UserError: There are no videos, or the source is unknown.
     """
     options = arguments.options
     rows = rows_of(arguments.videos, options.list, "show")
@@ -48,9 +48,9 @@ def check(arguments: Arguments) -> ShowJob:
     if Path(source).exists() and not source.endswith(".json"):
         origin = locate(Path(source))
         if recipe is not None and isinstance(origin.config, FinetuneConfig):
-            raise UserError(f"--recipe {options.recipe} has no effect: {source} says how clips are cut; remove it")
+            raise UserError(f"--recipe {options.recipe} has no effect: {source} has its own settings; remove it")
     elif recipe is not None:
-        raise UserError(f"--recipe {options.recipe} has no effect: {source} names no weights; remove it")
+        raise UserError(f"--recipe {options.recipe} has no effect: {source} is not a file of weights; remove it")
     elif source in RECIPES or source.endswith(".json"):
         recipe = find_config(source)
     else:

@@ -1,7 +1,7 @@
 """The interface of a tracker, and the names under which it shows the numbers of metrics.jsonl. Needs no torch.
 
-TensorBoard shows groups, and names in a group, in the order of the alphabet: `train` with the loss first, `val`,
-then pictures (`visual`), and `vitals` for the rest.
+TensorBoard sorts groups, and names in a group, by the alphabet. Hence the groups `train` (with the loss first),
+`val`, `visual` for pictures, and `vitals` for the rest.
 """
 
 import math
@@ -18,15 +18,15 @@ _FIRST = {
     "val": {"loss": "loss", "top1": "top1", "best_top1": "top1_best", "top5": "top5"},
 }
 SCORES = ("train/loss", "val/top1", "val/top1_best", "test/top1")
-"""Numbers that runs are compared by."""
+"""Numbers by which runs are compared."""
 TUNED: Mapping[str, str | int | float] = {
     "recipe": "", "precision": "", "model.size": "", "data.num_frames": 0, "batch.global_size": 0,
     "optim.base_lr": 0.0, "optim.epochs": 0, "optim.layer_decay": 0.0, "selection.strategy": "",
     "selection.selected_ratio": 0.0, "selection.visible_ratio": 0.0, "selection.keep_ratio": 0.0, "run.seed": 0,
     "changed": "",
 }  # fmt: skip
-"""Columns in which runs are compared, each with a value of its type. `changed` holds what else differs from the
-recipe. All runs have the same columns: TensorBoard takes those of its table from any one of the runs.
+"""Columns in which runs are compared, each with a value of its type. `changed` has the other differences from the
+recipe. All runs must have the same columns, because TensorBoard takes the columns of its table from one run.
 """
 _NOT_COMPARED = (
     "run.", "data.train_list", "data.val_list", "data.test_list", "data.class_names", "data.num_classes",
@@ -37,14 +37,15 @@ _NOT_COMPARED = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """What a tracker gets to know of a run when it is opened.
+    """A run, as described to a tracker that opens it.
 
     Attributes:
         run_dir: The run directory; its name is the run's name.
-        settings: Of the configuration, by dotted name.
-        compared: Those by which runs are compared: names of `TUNED`, as far as the run has them.
-        start_step: Steps taken before; what an interrupted run showed of later ones is taken back where possible.
-        known_as: What this tracker called the run when it first opened it; None for a new run.
+        settings: Fields of the configuration by dotted name.
+        compared: The fields by which runs are compared: those names of `TUNED` that the run has.
+        start_step: Number of steps before this start. Values of later steps, shown before an interruption, are
+            removed if the service allows it.
+        known_as: The service's name of the run from its first start; None for a new run.
     """
 
     run_dir: Path
@@ -55,10 +56,10 @@ class TrackedRun:
 
 
 class Tracker(ABC):
-    """Shows one run; complete and connected when constructed. Rank zero only.
+    """Shows one run; connected when constructed. Rank 0 only.
 
     Attributes:
-        known_as: What the service calls the run, to find it again when it resumes; None where it needs no name.
+        known_as: The service's name of the run, to find it again after a resume; None if it needs no name.
     """
 
     known_as: str | None = None
@@ -76,17 +77,17 @@ class Tracker(ABC):
         """Show a picture, uint8 RGB, by name."""
 
     def finish(self) -> None:  # noqa: B027  most services need nothing
-        """Say that the run came to its end."""
+        """Mark the run as finished."""
 
     @abstractmethod
     def close(self) -> None:
-        """Send what is not sent yet, and let go of the run."""
+        """Send the remaining data and close the run."""
 
 
 def shown_scalars(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a line of metrics by the names that trackers show; none of an event.
+    """Return the numbers of a line of metrics by the names that trackers show; empty for an event.
 
-    Texts, truth values, missing and infinite numbers are left out.
+    Texts, booleans, and missing or infinite numbers are left out.
     """
     if kind == "event":
         return {}
@@ -101,12 +102,12 @@ def shown_scalars(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
 def compared_settings(
     settings: Mapping[str, Any], of_recipe: Mapping[str, Any] | None, precision: str
 ) -> dict[str, str | int | float | bool]:
-    """Return what runs are compared over.
+    """Return the settings by which runs are compared.
 
     Args:
-        settings: Of the run, flat.
-        of_recipe: The recipe's own; None where this version has no such recipe, and `changed` is then left out.
-        precision: What the run computes in.
+        settings: The run's settings by dotted name.
+        of_recipe: The recipe's settings; None if this version has no such recipe. `changed` is then left out.
+        precision: Name of the run's precision.
     """
     known = {**settings, "precision": precision}
     if of_recipe is not None:
@@ -119,7 +120,7 @@ def compared_settings(
 
 
 def flat_settings(config: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
-    """Return nested settings by dotted names; what is no number, truth value or text becomes a text."""
+    """Return nested settings by dotted names; values other than numbers, booleans and texts become texts."""
     flat: dict[str, str | int | float | bool] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):

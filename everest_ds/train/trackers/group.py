@@ -1,6 +1,6 @@
-"""The trackers of a run: refused while that costs nothing, opened together, and never the end of a training.
+"""The trackers of a run: checked early, opened together; a failing one never ends a training.
 
-RUN/trackers.json   what each service calls the run, so that it is found again
+RUN/trackers.json   each service's name of the run, to find it again after a resume
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ KNOWN_AS = "trackers.json"
 
 
 class _Service(NamedTuple):
-    """How a tracker is made, and what pip installs it by."""
+    """Constructor of a tracker, and its requirement for pip."""
 
     make: Callable[[TrackedRun], Tracker]
     requirement: str
@@ -42,7 +42,7 @@ def require_trackers(names: Sequence[TrackerName]) -> None:
     """Refuse trackers that are not installed.
 
     Raises:
-        UserError: A package is missing; names the line that installs it.
+        UserError: A package is missing; the message has the command that installs it.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
@@ -53,9 +53,9 @@ def require_trackers(names: Sequence[TrackerName]) -> None:
 
 
 class Trackers:
-    """What shows a run; without names, nothing does.
+    """The open trackers of a run; there may be none.
 
-    A tracker that fails while training is reported once and left out from then on.
+    A tracker that fails during training is reported once and not called again.
     """
 
     def __init__(self, names: Sequence[TrackerName] = ()) -> None:
@@ -63,10 +63,10 @@ class Trackers:
         self._open: dict[TrackerName, Tracker] = {}
 
     def open(self, run: TrackedRun, texts: Mapping[str, str]) -> None:
-        """Open all, each under the name that RUN/trackers.json has for it, and show texts.
+        """Open all trackers, each with the run's name from RUN/trackers.json, and show texts.
 
         Raises:
-            UserError: One cannot be opened, for want of an account or a server for instance.
+            UserError: A tracker cannot be opened, for example because there is no account or server.
         """
         path = run.run_dir / KNOWN_AS
         known_as = read_json_object(path) if path.is_file() else {}
@@ -75,9 +75,9 @@ class Trackers:
             try:
                 tracker = SERVICES[name].make(replace(run, known_as=named))
             except Exception as error:
-                lost = f", remove {name} from {path} if the run is gone there" if named else ""
+                lost = f", remove {name} from {path} if the run was deleted there" if named else ""
                 raise UserError(
-                    f"run.log_to={name} does not open: {_first_line(error)}; mend that{lost}, "
+                    f"run.log_to={name} cannot be opened: {_first_line(error)}; fix that{lost}, "
                     f"or leave {name} out of --run.log-to"
                 ) from error
             self._open[name] = tracker
@@ -97,7 +97,7 @@ class Trackers:
         self._each(lambda tracker: tracker.image(f"visual/{name}", pixels_HWC, step))
 
     def finish(self) -> None:
-        """Say that the run came to its end."""
+        """Mark the run as finished."""
         self._each(lambda tracker: tracker.finish())
 
     def close(self) -> None:
@@ -109,9 +109,9 @@ class Trackers:
         for name, tracker in list(self._open.items()):
             try:
                 call(tracker)
-            except Exception as error:  # metrics.jsonl has it all; a service that fails must not end a training
+            except Exception as error:  # a failing service must not end a training; metrics.jsonl is complete
                 del self._open[name]
-                say(f"warning: run.log_to={name} failed and is off from here on: {_first_line(error)}")
+                say(f"warning: run.log_to={name} failed and is off from now on: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""From a run to its trackers: what they show of it at its start."""
+"""Opens the trackers of a run."""
 
 import json
 import shlex
@@ -24,16 +24,16 @@ def show_run(
     recipe: Config | None,
     precision: str,
 ) -> None:
-    """Open a run's trackers with its settings and DeepSpeed file, and say how the run is looked at.
+    """Open a run's trackers, show its settings and DeepSpeed file there, and print how to watch the run.
 
     Args:
-        trackers: Opened here.
+        trackers: The trackers to open.
         run_dir: The run directory.
-        config: The run's settings.
+        config: The run's configuration.
         ds_config: The resolved DeepSpeed configuration.
-        start_step: Steps taken before.
-        recipe: The recipe without changes; None where this version has none of that name.
-        precision: What the run computes in.
+        start_step: Number of steps before this start.
+        recipe: The unchanged recipe; None if this version has no recipe of that name.
+        precision: Name of the run's precision.
 
     Raises:
         UserError: One cannot be opened.

@@ -1,4 +1,4 @@
-"""TensorBoard: event files in the run directory itself, so that a run is called by its folder's name."""
+"""The TensorBoard tracker: event files in the run directory itself, so that a run has its folder's name."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ EVENT_FILES = "events.out.tfevents.*"
 
 
 class TensorBoard(Tracker):
-    """Writes RUN/events.out.tfevents.*; a resumed run adds a file, which replaces steps that are taken again."""
+    """Writes RUN/events.out.tfevents.*. A resumed run adds a file, which replaces repeated steps."""
 
     def __init__(self, run: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -44,7 +44,7 @@ class TensorBoard(Tracker):
         self._writer.add_image(name, pixels_HWC, step, dataformats="HWC")
 
     def finish(self) -> None:
-        """Mark the run's row among the hyperparameters as ended."""
+        """Mark the run as finished in the table of hyperparameters."""
         self._writer.file_writer.add_summary(self._end)
 
     def close(self) -> None:
@@ -53,7 +53,7 @@ class TensorBoard(Tracker):
 
 
 def _overview(*, is_scored: bool) -> dict[str, list[Any]]:
-    """Return the charts of the tab Custom Scalars, which shows four at a time: the first tab has room for two."""
+    """Return the charts of TensorBoard's tab Custom Scalars."""
     scores = {"top-1": ["val/top1", "test/top1"]} if is_scored else {}
     charts = {"loss": ["train/loss", "val/loss"]} | scores | {
         "clips per second": ["train/speed_clips_per_s"],
@@ -64,7 +64,7 @@ def _overview(*, is_scored: bool) -> dict[str, list[Any]]:
 
 
 def _move_older_files(run_dir: Path) -> None:
-    """Move the files of a run of an earlier version out of RUN/tensorboard."""
+    """Move the event files of an earlier version from RUN/tensorboard to RUN."""
     older = run_dir / "tensorboard"
     for path in sorted(older.glob(EVENT_FILES)):
         path.rename(run_dir / path.name)
@@ -73,9 +73,9 @@ def _move_older_files(run_dir: Path) -> None:
 
 
 def viewing_command(run_dir: Path) -> list[str]:
-    """Return the words that open TensorBoard: on the folder of this run and its neighbours, where that is small.
+    """Return the command that opens TensorBoard on the folder that contains this run and others.
 
-    The working directory and those above it may hold anything; there the run is opened alone.
+    If that folder contains the working directory or the home folder, it may be large; then the run is opened alone.
     """
     parent = run_dir.resolve().parent
     is_wide = Path.cwd().is_relative_to(parent) or Path.home().is_relative_to(parent)

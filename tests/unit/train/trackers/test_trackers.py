@@ -215,7 +215,7 @@ def test_tracker_that_fails_while_training_is_reported_once_and_left_out(
     trackers.close()
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1
-    assert said[0].startswith(f"warning: run.log_to={name} failed and is off from here on: ConnectionError: no log")
+    assert said[0].startswith(f"warning: run.log_to={name} failed and is off from now on: ConnectionError: no log")
     board = EventAccumulator(str(tmp_path)).Reload()
     assert [event.value for event in board.Scalars("train/loss")] == [1.0, 2.0]
 
@@ -224,7 +224,7 @@ def test_tracker_that_does_not_open_is_the_users_fault_with_a_way_out(service: S
     name: Any = service.__name__
     service.broken = {"init", "start_run"}
     with pytest.raises(
-        UserError, match=rf"run.log_to={name} does not open: ConnectionError: no .* leave {name} out"
+        UserError, match=rf"run.log_to={name} cannot be opened: ConnectionError: no .* leave {name} out"
     ):
         opened(tmp_path, name)
 
