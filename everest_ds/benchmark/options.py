@@ -180,7 +180,7 @@ def check_data(config: Config, options: DataBenchmarkOptions) -> DataJob:
     default = () if config.data.train_list is None else (Path(config.data.train_list),)
     lists = options.lists or default
     if not lists:
-        raise UserError("there is no list to measure; give --data.train-list FILE or --lists FILE...")
+        raise UserError("there is no list to measure; give --data.train-list FILE, or --lists FILE...")
     unscored: Any = {"val_list": None, "test_list": None} if isinstance(config, FinetuneConfig) else {}
     runs = []
     for path in dict.fromkeys(lists):
