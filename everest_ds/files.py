@@ -190,17 +190,32 @@ def sort_json_lines(
         bytes end in a line break.
     """
     lines, odd = [], []
-    for text in path.read_bytes().split(b"\n") if path.is_file() else ():
-        try:
-            line = json.loads(text.decode())
-            fits = isinstance(line, dict) and is_record(line)
-        except (ValueError, RecursionError):
-            fits = False
-        if fits:
-            lines.append((text + b"\n", line))
-        elif text.strip():
-            odd.append(text + b"\n")
+    for text, line in scan_json_lines(path, is_record) if path.is_file() else ():
+        whole = text if text.endswith(b"\n") else text + b"\n"
+        if line is None:
+            odd.append(whole)
+        else:
+            lines.append((whole, line))
     return lines, odd
+
+
+def scan_json_lines(
+    path: Path, is_record: Callable[[dict[str, Any]], bool]
+) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Yield each line of a file that is not blank, as it is and as an object; None for an object that is no record.
+
+    One line is in memory at a time; see `sort_json_lines`.
+    """
+    with path.open("rb") as file:
+        for text in file:
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text.decode())
+                fits = isinstance(line, dict) and is_record(line)
+            except (ValueError, RecursionError):
+                fits = False
+            yield text, line if fits else None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

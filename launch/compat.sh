@@ -100,6 +100,7 @@ smoke() {
   step finetune train finetune demo_ft finetuned 3 --data.val-list data/val.csv --init-from pretrained || return 1
   step evaluate everest evaluate finetuned --list data/test.csv --out scores || return 1
   step predict everest predict finetuned data/test --top 3 || return 1
+  step report everest report pretrained finetuned --out report.html || return 1
   step to-hugging-face everest convert finetuned hf --to hf || return 1
   step from-hugging-face everest convert hf back.safetensors --to everest || return 1
   step weights-as-before everest convert finetuned ours.safetensors --to everest || return 1

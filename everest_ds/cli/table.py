@@ -133,6 +133,10 @@ COMMANDS = {
         entry="weights.show:main",
         work="inference.showing:run",
     ),
+    "report": Command(
+        purpose="one page about runs: curves, settings, pictures, speed, scores, what went wrong",
+        entry="report:main",
+    ),
     "convert": Command(
         purpose="convert weights: runs, official .pth files, Hugging Face folders, safetensors",
         entry="weights.convert:main",

@@ -21,6 +21,7 @@ from everest_ds.inference.job import EvaluationJob
 from everest_ds.inference.passes import Passes
 from everest_ds.inference.probing import score_knn, score_linear
 from everest_ds.inference.scores import Scores, score
+from everest_ds.inference.summaries import SUMMARY
 from everest_ds.inference.trained import Trained, load_trained
 from everest_ds.train.checkpoints.origin import Origin
 from everest_ds.train.checkpoints.run_dir import describe_environment
@@ -104,7 +105,7 @@ def _write(
         save_confusion(scores.confusion, names, partial)
     environment = describe_environment() | {"seconds": round(time.perf_counter() - began, 1)}
     write_json(out / "environment.json", environment)
-    write_json(out / results.SUMMARY, summary)
+    write_json(out / SUMMARY, summary)
 
 
 def _record(origin: Origin, summary: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from everest_ds.train.job import LaunchOptions
 # Scripts, notebooks and habits rely on these; changing one is a decision, not an accident.
 COMMANDS = [
     "doctor", "demo-data", "index", "check-data", "prepare", "recipes", "plan", "pretrain", "finetune", "evaluate",
-    "predict", "show", "convert", "study", "benchmark",
+    "predict", "show", "report", "convert", "study", "benchmark",
 ]  # fmt: skip
 SHOW_OPTIONS = [
     "out", "recipe", "list", "ratios", "compare", "frames", "gif", "mp4", "weights", "reader", "allow_unreadable",

@@ -100,6 +100,17 @@ def refuse_if_trained(run_dir: Path) -> None:
             raise UserError(owner.refusal(run_dir))
 
 
+def find_owner(run_dir: Path) -> Owner | None:
+    """Return who trains a run, as far as this machine can see: a process that runs, or elsewhere a fresh beat."""
+    path = run_dir / OWNER
+    with contextlib.suppress(OSError, RecursionError):
+        owner = _parse(path.read_bytes())
+        if owner is not None and owner.is_neighbour(Owner.of_this_process()):
+            return owner if owner.runs_here() else None
+        return owner if time.time() - path.stat().st_mtime < GONE_AFTER_S else None
+    return None
+
+
 @contextlib.contextmanager
 def owning(run_dir: Path, world: World) -> Iterator["Holding"]:
     """Own a run directory inside this block; all ranks take part, and are refused alike.

@@ -31,6 +31,7 @@ REFUSED = {
     "evaluate": "evaluate /no/such/run",
     "predict": "predict /no/such/run /no/such/video.mp4",
     "show": "show /no/such/run /no/such/video.mp4 --out /tmp/x",
+    "report": "report /no/such/run",
     "convert": "convert a.pth b --to everest --recipe demo",
     "study": "study /no/such/folder --only no-such-condition",
     "benchmark flops": "benchmark flops --no-such-flag",

@@ -1,0 +1,62 @@
+"""Which classes are taken for which: the pairs that are confused most, and a matrix of few classes."""
+
+from collections.abc import Sequence
+
+from everest_ds.pictures.report.markup import Markup, element
+from everest_ds.pictures.report.tables import plain_table
+
+MOST_PAIRS, MOST_CLASSES = 20, 24
+"""Pairs that are listed, and classes of which the whole matrix is shown."""
+
+Counts = Sequence[Sequence[int]]
+
+
+def worst_pairs(confusion: Counts) -> list[tuple[int, int, int]]:
+    """Return true class, predicted class and count of the pairs that are confused most, the most frequent first."""
+    mistakes = (
+        (-count, true, predicted)
+        for true, counts in enumerate(confusion)
+        for predicted, count in enumerate(counts)
+        if count and true != predicted
+    )
+    return [(true, predicted, -count) for count, true, predicted in sorted(mistakes)[:MOST_PAIRS]]
+
+
+def draw_confusion_tables(confusion: Counts, names: Sequence[str]) -> Markup:
+    """Return the pairs that are confused most, and the matrix where it is readable."""
+    pairs = worst_pairs(confusion)
+    rows = []
+    for true, predicted, count in pairs:
+        videos = sum(confusion[true])
+        rows.append([names[true], names[predicted], f"{count} of {videos}", f"{count / videos:.1%}"])
+    num_wrong = sum(sum(counts) - counts[true] for true, counts in enumerate(confusion))
+    if not rows:
+        return element("p", "No video was taken for another class.")
+    listed = plain_table(["class", "taken for", "videos", "share of the class"], rows, numeric=(2, 3))
+    text = f"Most confused of {len(confusion)} classes ({num_wrong} videos in all):"
+    parts = [element("p", text), listed]
+    if len(confusion) <= MOST_CLASSES:
+        parts.append(_draw_matrix(confusion, names))
+    return element("div", *parts)
+
+
+def _draw_matrix(confusion: Counts, names: Sequence[str]) -> Markup:
+    """Return the counts, each row shaded by its share of the true class."""
+    numbers = [str(label + 1) for label in range(len(names))]
+    heads = [element("th", number, title=name) for number, name in zip(numbers, names, strict=True)]
+    rows = []
+    for true, counts in enumerate(confusion):
+        total = sum(counts) or 1
+        cells = [
+            element("td", str(count) if count else "", style=f"--share:{count / total * 100:.0f}%", class_="cell")
+            for count in counts
+        ]
+        rows.append(element("tr", element("th", f"{numbers[true]} {names[true]}", scope="row"), *cells))
+    table = element(
+        "table",
+        element("caption", "rows: true classes, columns: predicted ones, shaded by the share of the row"),
+        element("thead", element("tr", element("td"), *heads)),
+        element("tbody", *rows),
+        class_="matrix",
+    )
+    return element("div", table, class_="scroll", tabindex="0")
