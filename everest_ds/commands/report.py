@@ -13,10 +13,10 @@ from everest_ds.commands.parsing import parse, say
 from everest_ds.distributed import World
 from everest_ds.errors import UserError
 from everest_ds.files import write_atomically
-from everest_ds.inference.summaries import SUMMARY, read_evaluation, read_evaluations
 from everest_ds.pictures.report.contents import ReportedRun
 from everest_ds.pictures.report.page import PROLOGUE, draw_page
 from everest_ds.train.checkpoints.listing import folder_of
+from everest_ds.train.record.stored.evaluations import SUMMARY, read_evaluation, read_evaluations
 from everest_ds.train.record.stored.run import is_run, read_run
 
 _MOST_NAMED = 3

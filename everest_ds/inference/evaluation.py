@@ -21,10 +21,10 @@ from everest_ds.inference.job import EvaluationJob
 from everest_ds.inference.passes import Passes
 from everest_ds.inference.probing import score_knn, score_linear
 from everest_ds.inference.scores import Scores, score
-from everest_ds.inference.summaries import SUMMARY
 from everest_ds.inference.trained import Trained, load_trained
 from everest_ds.train.checkpoints.origin import Origin
 from everest_ds.train.checkpoints.run_dir import describe_environment
+from everest_ds.train.record.stored.evaluations import SUMMARY
 
 
 def run(job: EvaluationJob, world: World) -> int:

@@ -17,10 +17,10 @@ from everest_ds.errors import UserError, escaped
 from everest_ds.files import read_json_object, write_csv
 from everest_ds.inference.scores import Scores
 from everest_ds.inference.source import ClipSettings
-from everest_ds.inference.summaries import SUMMARY
 from everest_ds.tokens import TokenGrid, describe_kept
 from everest_ds.train.checkpoints.run_config import read_config
 from everest_ds.train.checkpoints.save import AVERAGE, read_state
+from everest_ds.train.record.stored.evaluations import SUMMARY
 
 COLUMNS = (
     "row", "path", "label", "label_name", "predicted", "predicted_name", "probability", "top5",

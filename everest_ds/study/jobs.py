@@ -18,10 +18,10 @@ from typing import Any, Literal, TextIO
 
 from everest_ds.console.messages import say
 from everest_ds.files import write_atomically
-from everest_ds.inference.summaries import SUMMARY
 from everest_ds.interrupts import deferred
 from everest_ds.progress import format_duration
 from everest_ds.train.record.lines import read_measurements
+from everest_ds.train.record.stored.evaluations import SUMMARY
 
 JobKind = Literal["pretrain", "finetune", "probe"]
 

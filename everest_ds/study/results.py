@@ -13,10 +13,10 @@ from xml.sax.saxutils import escape
 from everest_ds.config import PretrainConfig
 from everest_ds.config.file import load_config
 from everest_ds.files import write_atomically
-from everest_ds.inference.summaries import SUMMARY
 from everest_ds.study.conditions import BASELINE, GROUPS, Condition, Group, Row
 from everest_ds.study.jobs import Job, read_metrics
 from everest_ds.study.paired import PairedTest, compare_pairs
+from everest_ds.train.record.stored.evaluations import SUMMARY
 from everest_ds.train.tasks import make_task
 
 _HEADER = (

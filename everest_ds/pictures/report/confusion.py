@@ -1,5 +1,6 @@
 """Which classes are taken for which: the pairs that are confused most, and a matrix of few classes."""
 
+import heapq
 from collections.abc import Sequence
 
 from everest_ds.pictures.report.markup import Markup, element
@@ -19,7 +20,7 @@ def worst_pairs(confusion: Counts) -> list[tuple[int, int, int]]:
         for predicted, count in enumerate(counts)
         if count and true != predicted
     )
-    return [(true, predicted, -count) for count, true, predicted in sorted(mistakes)[:MOST_PAIRS]]
+    return [(true, predicted, -count) for count, true, predicted in heapq.nsmallest(MOST_PAIRS, mistakes)]
 
 
 def draw_confusion_tables(confusion: Counts, names: Sequence[str]) -> Markup:

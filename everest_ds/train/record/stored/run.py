@@ -23,7 +23,7 @@ from everest_ds.train.record.stored.texts import flat_texts, moment_of, number_o
 ENVIRONMENT = "environment.json"
 _STEP = re.compile(r"step-(\d{1,12})\.png", re.ASCII)
 _MOST_PICTURES, _MOST_HANGS, _MOST_HANG_BYTES = 8, 3, 6000
-_MOST_REASONS, _FIRST_BAD, _LONGEST_REASON = 8, 5, 160
+_MOST_REASONS, _FIRST_BAD, _LONGEST_REASON, _MOST_KNOWN = 8, 5, 160, 10_000
 # Facts of the start that the environment does not hold.
 _OF_START = (
     "world_size", "zero_stage", "dtype", "autocast", "attention", "gradients", "compile_blocks", "cuda_graph",
@@ -95,6 +95,8 @@ def _read_config(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _read_object(path: Path) -> tuple[dict[str, Any], str | None]:
+    if not path.is_file():  # a pipe of that name would never end
+        return {}, f"there is no file {path}"
     try:
         return read_json_object(path), None
     except UserError as error:
@@ -147,7 +149,7 @@ def _describe(config: Mapping[str, Any], record: Measurements, num_bad: int) -> 
     if record.first_s == record.first_s:
         facts["began"] = moment_of(record.first_s)
     if record.last_s > record.first_s:
-        facts["to the last line"] = format_duration(record.last_s - record.first_s)
+        facts["time to the last line"] = format_duration(record.last_s - record.first_s)
     loss = record.curve("loss")
     if loss is not None:
         first, last, least = loss.values_P[0], record.last("loss"), loss.values_P.min()
@@ -201,7 +203,8 @@ def _find_pictures(media: Path) -> list[StoredPicture]:
     found = []
     try:
         for folder in sorted(path for path in media.iterdir() if path.is_dir()):
-            steps = {int(match[1]): path for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))}
+            files = [path for path in folder.iterdir() if path.is_file()]
+            steps = {int(match[1]): path for path in files if (match := _STEP.fullmatch(path.name))}
             if steps:
                 what = "tokens kept by time step" if folder.name == "kept-by-step" else folder.name
                 found.append(StoredPicture(path=steps[max(steps)], caption=f"{what}, step {max(steps)}"))
@@ -217,7 +220,8 @@ def _read_bad(path: Path) -> BadDraws:
     for _, line in scan_json_lines(path, lambda line: "path" in line) if path.is_file() else ():
         if line is None:
             continue
-        reasons[text_of(line.get("reason"))[:_LONGEST_REASON]] += 1
+        reason = text_of(line.get("reason"))[:_LONGEST_REASON]
+        reasons[reason if reason in reasons or len(reasons) < _MOST_KNOWN else "other reasons"] += 1
         if len(first) < _FIRST_BAD:
             first.append({name: text_of(line.get(name)) for name in ("path", "reason", "epoch", "index")})
     return BadDraws(count=reasons.total(), reasons=reasons.most_common(_MOST_REASONS), first=first)
@@ -226,7 +230,8 @@ def _read_bad(path: Path) -> BadDraws:
 def _read_hangs(folder: Path) -> list[tuple[str, str]]:
     """Return the reports of a run's last hangs, the newest first."""
     reports = []
-    for path in sorted(folder.glob("*/report.txt"), reverse=True)[:_MOST_HANGS]:
+    found = [path for path in folder.glob("*/report.txt") if path.is_file()]
+    for path in sorted(found, reverse=True)[:_MOST_HANGS]:
         try:
             with path.open("rb") as file:
                 text = file.read(_MOST_HANG_BYTES).decode("utf-8", "backslashreplace")

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from everest_ds.errors import UserError
-from everest_ds.inference.summaries import read_evaluations
 from everest_ds.pictures.report.page import draw_page
 from everest_ds.recipes import find_config
 from everest_ds.train.checkpoints.owner import OWNER, Owner
+from everest_ds.train.record.stored.evaluations import read_evaluations
 from everest_ds.train.record.stored.measurements import Measurements
 from everest_ds.train.record.stored.run import is_run, read_run
 from tests.conftest import GOLDEN
@@ -202,12 +202,32 @@ def test_run_of_an_older_version_is_read() -> None:
 )
 def test_evaluations_with_odd_counts_have_scores_alone(confusion: Any, tmp_path: Path) -> None:
     parts: dict[str, Any] = {name: {} for name in ("protocol", "checkpoint", "list", "views")}
-    for name, top1 in ("good", 0.5), ("bad", "high"), ("worse", None):
+    shared = {"confusion": confusion, "classes": "abc", "unreadable": [1]}
+    for name, top1 in ("good", 0.5), ("bad", "high"), ("worse", None), ("bare", ...):
         (tmp_path / f"evaluation-{name}").mkdir()
         (tmp_path / f"evaluation-{name}" / "summary.json").write_text(
-            json.dumps(parts | {"top1": top1, "confusion": confusion, "classes": "abc", "unreadable": [1]})
+            json.dumps(parts | ({} if top1 is ... else {"top1": top1}) | shared)
         )
     scores, faults = read_evaluations(tmp_path)
     assert [one.facts["top-1"] for one in scores] == ["50.00%"]
     assert scores[0].confusion is None
-    assert len(faults) == 2
+    assert len(faults) == 3
+
+
+def test_pipes_and_folders_in_place_of_files_hold_nothing_up(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", train(8))
+    (path / "config.json").unlink()
+    (path / "bad_samples.jsonl").mkdir()
+    for name in (
+        "config.json",
+        "environment.json",
+        "media/clip-1/step-1.png",
+        "hangs/x/report.txt",
+        "evaluation-a/summary.json",
+    ):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(path / name)
+    run = read_run(path, read_evaluations(path)[0])
+    assert (run.settings, run.environment, run.pictures, run.hangs, run.scores) == ({}, {}, [], [], [])
+    assert run.bad.count == 0
+    draw_page([run], written="now")

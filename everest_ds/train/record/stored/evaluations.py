@@ -3,6 +3,7 @@
 EVALUATION/summary.json, of `everest evaluate`
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ _MOST_CLASSES = 4096
 def read_evaluations(run_dir: Path) -> tuple[list[ScoredList], list[str]]:
     """Return the evaluations in a run's directory, and what is wrong with those that cannot be read."""
     scores, faults = [], []
-    for path in sorted(run_dir.glob(f"evaluation-*/{SUMMARY}")):
+    for path in sorted(path for path in run_dir.glob(f"evaluation-*/{SUMMARY}") if path.is_file()):
         try:
             scores.append(read_scores(path.parent))
         except UserError as error:
@@ -36,10 +37,7 @@ def read_scores(folder: Path) -> ScoredList:
     path = folder / SUMMARY
     summary = read_json_object(path)
     parts = {name: summary.get(name) for name in ("protocol", "checkpoint", "list", "views")}
-    if (
-        not all(isinstance(part, dict) for part in parts.values())
-        or number_of(summary.get("top1")) != summary["top1"]
-    ):
+    if not all(isinstance(part, dict) for part in parts.values()) or math.isnan(number_of(summary.get("top1"))):
         raise UserError(f"{path} is not of an evaluation")
     protocol, checkpoint, videos, views = (part or {} for part in parts.values())
     kept = views.get("selection")
@@ -78,7 +76,7 @@ def read_evaluation(folder: Path) -> ReportedRun:
     described = ("protocol", "checkpoint", "list", "views", "precision", "attention", "batch_rows")
     environment: Mapping[str, Any] = {}
     notes = []
-    if (folder / ENVIRONMENT).exists():
+    if (folder / ENVIRONMENT).is_file():
         try:
             environment = read_json_object(folder / ENVIRONMENT)
         except UserError as error:
