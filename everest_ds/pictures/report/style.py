@@ -44,7 +44,8 @@ label{{margin:0 1rem 0 .3rem}}
 .scroll{{overflow-x:auto;margin:.5rem 0}}
 table{{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}}
 th,td{{padding:.25rem .7rem .25rem 0;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top;
-overflow-wrap:anywhere;min-width:3rem;max-width:26rem}}
+overflow-wrap:anywhere;min-width:5rem;max-width:26rem}}
+thead th{{white-space:nowrap}}.runs thead th{{white-space:normal}}.number{{min-width:3rem}}
 .runs td,.runs thead th{{min-width:8rem}}.number{{text-align:right}}
 tbody th{{font-weight:500;color:var(--faint);min-width:9rem}}
 .differs{{background:var(--marked)}}.differs th{{color:var(--ink)}}

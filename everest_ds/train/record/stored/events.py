@@ -8,6 +8,8 @@ from everest_ds.train.record.stored.texts import moment_of, text_of
 
 _MOST = 40
 _SHOWN_VIDEOS = 3
+_ELSEWHERE = ("slow_rank", "memory", "checkpoint")
+"""Events that are counted and described apart."""
 
 Event = Mapping[str, Any]
 
@@ -23,9 +25,7 @@ def describe_events(record: Measurements) -> list[tuple[str, int, str]]:
         rows.append(
             ("", record.last_step, f"rank {rank} was slow {count} times, at worst {worst:.2f} times its peers")
         )
-    counted = {
-        name: count for name, count in record.num_events.items() if name not in _TEXTS and name != "slow_rank"
-    }
+    counted = {name: count for name, count in record.num_events.items() if name not in (*_TEXTS, *_ELSEWHERE)}
     hidden = sum(record.num_events[name] for name in _TEXTS) - len(known) + max(0, num_left_out)
     if hidden > 0:
         rows.append(("", record.last_step, f"{hidden} more events of these kinds"))
