@@ -39,7 +39,8 @@ def _begin(line: Event) -> str:
     what = "resumed" if line["event"] == "resume" else "started"
     start_of = line.get("init_from")
     source = "" if start_of is None else f", from the weights of {text_of(start_of)}"
-    return f"{what} on {text_of(line.get('world_size'))} processes, ZeRO-{text_of(line.get('zero_stage'))}{source}"
+    processes = "1 process" if line.get("world_size") == 1 else f"{text_of(line.get('world_size'))} processes"
+    return f"{what} on {processes}, ZeRO-{text_of(line.get('zero_stage'))}{source}"
 
 
 def _skipped(line: Event) -> str:

@@ -177,7 +177,7 @@ def _describe_speed(record: Measurements) -> dict[str, str]:
         ("step, median", "step_ms", ".4g", 1),
         ("waiting for clips, median share", "stalled", ".1f", 100),
         ("MFU, median", "mfu", ".1f", 100),
-        ("visible tokens/s of a rank, median", "tokens_per_s", ".4g", 1),
+        ("visible tokens/s, median", "tokens_per_s", ".4g", 1),
     )
     units = {"step_ms": " ms", "stalled": " %", "mfu": " %"}
     for title, name, form, factor in rows:
