@@ -1,18 +1,18 @@
-"""Attention over packed tokens: one function, a ladder of backends.
+"""Attention over packed tokens: one function, several backends.
 
 Place in the flow: called by every block of the transformer. Axes: M tokens of all clips in one row, A heads,
 K channels of a head, B clips, S tokens of each clip where all are equally long; 3 for query, key and value.
 
-    sdpa     scaled_dot_product_attention: one dense call where all clips are equally long, else one a length;
+    sdpa     scaled_dot_product_attention: one dense call if all clips are equally long, else one call per length;
              any device and dtype; the reference that the others are tested against
     varlen   torch's own variable-length FlashAttention     CUDA, float16 or bfloat16
     flash    the flash-attn package                         CUDA, float16 or bfloat16
     fa3      varlen with FlashAttention-3's kernels         CUDA, compute capability 9.0, and its package
     fa4      varlen with FlashAttention-4's kernels         CUDA, compute capability 9.0 or 10.0, and its package
 
-`auto` is sdpa where all clips are equally long, and else the first of varlen, flash and sdpa that is available. On
-one H200 the dense call took 0.5 to 0.7 of varlen's time (docs/results.md); fa3 and fa4 are unmeasured, so they
-are taken by name alone. A backend that is asked for by name and is not available says why.
+`auto` uses sdpa where all clips are equally long, and otherwise the first of varlen, flash and sdpa that is
+available. On one H200 the dense call took 0.5 to 0.7 of varlen's time (docs/results.md). fa3 and fa4 have not been
+measured, so `auto` never picks them. Naming a backend that is not available is an error that gives the reason.
 """
 
 import functools
@@ -43,9 +43,9 @@ class Backend:
     """One way to compute attention.
 
     Attributes:
-        name: As in the configuration; of auto also where it takes which.
-        obstacle: Says why (device, dtype, channels of a head) is not supported, or returns None.
-        run: Computes (qkv, packing), (M, 3, A, K), -> (M, A, K).
+        name: As in the configuration; for auto, which backend is used when.
+        obstacle: Takes (device, dtype, channels of a head) and returns why they are not supported, or None.
+        run: Takes qkv (M, 3, A, K) and the packing, returns (M, A, K).
     """
 
     name: str
@@ -65,17 +65,17 @@ def attention(qkv_M3AK: Tensor, packing: Packing, *, backend: str = "auto") -> T
         (M, A, K) in the dtype of the inputs.
 
     Raises:
-        UserError: The backend does not exist or is not available for these tensors, with the reason.
+        UserError: The backend does not exist, or is not available for these tensors; the message gives the reason.
     """
     if qkv_M3AK.shape[0] != packing.total:
-        raise ValueError(f"packing is of {packing.total} tokens, got {qkv_M3AK.shape[0]}")
+        raise ValueError(f"packing has {packing.total} tokens, got {qkv_M3AK.shape[0]}")
     chosen = choose_backend(backend, qkv_M3AK.device, qkv_M3AK.dtype, qkv_M3AK.shape[-1])
     return chosen.run(qkv_M3AK, packing)
 
 
 @functools.lru_cache(maxsize=64)
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    """Return the backend of that name; of auto, one that takes another where lengths differ."""
+    """Return the named backend; for auto, one that switches to another where lengths differ."""
     if name == "auto":
         ladder = (BACKENDS[other] for other in _DIFFERENT_LENGTHS)
         return _by_lengths(next(one for one in ladder if one.obstacle(device, dtype, head_dim) is None))
@@ -90,10 +90,10 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
 
 
 def dense_kernels(device: torch.device) -> list[SDPBackend]:
-    """Return the kernels that a dense call on a GPU may take, the fastest first.
+    """Return the kernels that a dense call on a GPU may use, the fastest first.
 
-    cuDNN's is the fastest on Hopper (measured on an H200), FlashAttention-2 on Ampere. Each is passed over where it
-    does not serve the tensors.
+    cuDNN's is the fastest on Hopper (measured on an H200), FlashAttention-2 on Ampere. torch skips a kernel that
+    does not support the tensors.
     """
     fastest = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
     if _capability(device) < _HOPPER:
@@ -102,7 +102,7 @@ def dense_kernels(device: torch.device) -> list[SDPBackend]:
 
 
 def _by_lengths(different: Backend) -> Backend:
-    """Return sdpa where all clips are equally long, and another backend where they are not."""
+    """Return a backend that uses sdpa for clips of equal length and ``different`` for others."""
     dense = BACKENDS["sdpa"]
     if different is dense:
         return dense
@@ -115,7 +115,7 @@ def _by_lengths(different: Backend) -> Backend:
 
 @functools.cache
 def _capability(device: torch.device) -> Capability:
-    """Return a GPU's compute capability; Ampere's where there is none."""
+    """Return a GPU's compute capability; Ampere's if there is no GPU."""
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else _AMPERE
 
 
@@ -125,9 +125,9 @@ def _kernel_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     if _capability(device) < _AMPERE:
         return f"it needs compute capability 8.0, this GPU has {_capability(device)}"
     if dtype not in _KERNEL_DTYPES:
-        return f"it computes in float16 or bfloat16 only, got {str(dtype).removeprefix('torch.')}"
+        return f"it supports float16 and bfloat16 only, got {str(dtype).removeprefix('torch.')}"
     if head_dim > _MAX_KERNEL_HEAD or head_dim % 8:
-        return f"a head must have a multiple of 8 and at most {_MAX_KERNEL_HEAD} channels, got {head_dim}"
+        return f"the channels of a head must be a multiple of 8 and at most {_MAX_KERNEL_HEAD}, got {head_dim}"
     return None
 
 
@@ -153,10 +153,10 @@ def _newer_obstacle(
 ) -> str | None:
     try:
         found = importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # the parent package is missing
         found = False
     if not found:
-        return f"there is no module {package}; install the package of that FlashAttention"
+        return f"the module {package} is not installed; install the FlashAttention package that has it"
     if device.type == "cuda" and torch.cuda.is_available() and _capability(device) not in capabilities:
         known = " or ".join(f"{major}.{minor}" for major, minor in capabilities)
         return f"it needs compute capability {known}, this GPU has {_capability(device)}"
@@ -165,7 +165,7 @@ def _newer_obstacle(
 
 @functools.cache
 def _activate(implementation: str) -> str | None:
-    """Have torch's flash and varlen kernels replaced for the rest of the process; return why not, or None."""
+    """Replace torch's flash and varlen kernels until the process ends; return why that failed, or None."""
     try:
         activate_flash_attention_impl(implementation)
     except (ImportError, RuntimeError, ValueError) as error:
@@ -187,8 +187,8 @@ def _run_flash(qkv_M3AK: Tensor, packing: Packing) -> Tensor:
 
 
 def _run_packed(function: Callable[..., Tensor], qkv_M3AK: Tensor, packing: Packing) -> Tensor:
-    # Positional: the keyword names moved between torch versions. Split on a middle axis: backward then writes the
-    # three gradients once, where they belong.
+    # Positional, because the keyword names differ between torch versions. Split on a middle axis: backward then
+    # writes each of the three gradients once, at its final place.
     starts, longest = packing.cu_seqlens, packing.max_seqlen
     return function(*qkv_M3AK.unbind(1), starts, starts, longest, longest)
 
@@ -213,7 +213,7 @@ def _equal_lengths(qkv_M3AK: Tensor, *, num_clips: int) -> Tensor:
     if not len(qkv_M3AK):
         return qkv_M3AK[:, 0]
     qkv_BS3AK = qkv_M3AK.view(num_clips, -1, *qkv_M3AK.shape[1:])
-    # Split on a middle axis: backward then writes the three gradients once, where they belong.
+    # Split on a middle axis: backward then writes each of the three gradients once, at its final place.
     q_BASK, k_BASK, v_BASK = (x_BSAK.transpose(1, 2) for x_BSAK in qkv_BS3AK.unbind(2))
     return _dense(q_BASK, k_BASK, v_BASK).transpose(1, 2).flatten(0, 1)
 

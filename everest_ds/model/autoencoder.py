@@ -1,4 +1,4 @@
-"""The EVEREST masked autoencoder: rank all tokens without gradient, encode few, reconstruct what was hidden.
+"""The EVEREST masked autoencoder: rank all tokens without gradient, encode few, predict the targets.
 
 Place in the flow: clips and selection noise in, predictions and targets for the target tokens out. Axes: B clips,
 C T H W of a clip, N tokens of a clip, S selected tokens, L packed visible tokens, R packed target tokens,
@@ -41,7 +41,7 @@ class Reconstruction(NamedTuple):
         prediction_RP: Standardised pixels as predicted, P over (frame, row, column, channel).
         target_RP: Standardised pixels of the video, float32.
         selection: Visible and target tokens.
-        frames: The time steps drawn of each group's clips, where any were.
+        frames: The drawn time steps of each group's clips; empty if the rule draws none.
     """
 
     prediction_RP: Tensor
@@ -97,7 +97,7 @@ class Decoder(nn.Module):
         """Predict the pixels of the target tokens: (R, P)."""
 
         def positions(tokens: TokenSet) -> Tensor:
-            # As precise as the weights: visible tokens come from a matmul, in bfloat16 under autocast.
+            # In the dtype of the weights, not of the visible tokens, which are bfloat16 under autocast.
             return gather_positions(self.positions_ND, self.grid, groups, tokens, mask_token_D.dtype)
 
         x_MD, packing, target_rows_R = interleave_clips(
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
 class EverestAutoencoder(nn.Module):
     """Masked video autoencoder over redundancy-robust tokens.
 
-    Positions are laid out for ``grid``; clips of other grids get them interpolated.
+    Positions are computed for ``grid`` and interpolated for clips of other grids.
 
     Source: EVEREST Sec. 4.1. Parameter names are those of the official `PretrainVisionTransformer`.
     """
@@ -146,7 +146,7 @@ class EverestAutoencoder(nn.Module):
             noise: noise_BS, uniform in [0, 1), of each batch of clips: `SelectionRule.noise_length` values a clip,
                 then one for each candidate step where the rule chooses frames.
             rule: Which tokens are kept, and which frames.
-            count_clips: Returns how many tokens each clip keeps where they differ; rero only.
+            count_clips: Returns how many tokens each clip keeps, if clips differ; for rero only.
 
         Raises:
             UserError: Frames or pixels that do not divide into tubelets.
@@ -168,7 +168,7 @@ class EverestAutoencoder(nn.Module):
         return self.reconstruct([r.group.clips_BCTHW for r in ranked], selection)._replace(frames=frames)
 
     def _rank(self, group: ClipGroup, noise: Tensor, rule: SelectionRule) -> "_Ranked":
-        """Choose frames where the rule does, and rank tokens where its strategy needs importance."""
+        """Choose frames if the rule does, and rank tokens if its strategy needs importance."""
         if rule.num_steps is not None and rule.num_steps != group.grid.time:
             noise_BS, noise_BK = noise.tensor_split([-group.grid.time], dim=1)
             chosen, importance_BN, frames = self.encoder.choose_frames(
@@ -195,7 +195,7 @@ def interleave_clips(visible_LD: Tensor, target_RD: Tensor, selection: Selection
     """
     visible, target = selection.visible, selection.target
     device = visible_LD.device
-    # A visible token follows the targets of earlier clips; a target follows its own clip's visible tokens, too.
+    # A visible token comes after the targets of earlier clips, a target also after its own clip's visible tokens.
     visible_rows_L = torch.arange(visible.packing.total, device=device) + target.packing.cu_seqlens[visible.clip_M]
     target_rows_R = (
         torch.arange(target.packing.total, device=device) + visible.packing.cu_seqlens[target.clip_M + 1]

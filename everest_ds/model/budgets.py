@@ -1,8 +1,8 @@
-"""How many tokens each clip keeps where clips compete, or where cost follows content.
+"""How many tokens each clip keeps when clips compete for one budget, or when the number follows content.
 
 Place in the flow: importance_BN of all clips of a micro-step -> counts of each clip -> `SelectionRule.select`.
-Counts go to the host, once a micro-step: they are the lengths of packed rows. Clips may come in groups of
-different grids.
+The host reads the counts once a micro-step, because they are the lengths of packed rows. Clips may come in groups
+of different grids.
 Axes: B clips of a group, N their tokens.
 """
 
@@ -22,8 +22,8 @@ class ClipBudget:
 
     Attributes:
         average: What it would keep if all clips kept the same share.
-        least: Tokens that it selects at least.
-        most: Tokens that it selects at most.
+        least: The fewest tokens that it may select.
+        most: The most tokens that it may select.
         targets: Whether the decoder predicts what is selected and not visible, or all that is selected.
     """
 
@@ -33,7 +33,7 @@ class ClipBudget:
     targets: TargetName = "masked"
 
     def with_selected(self, selected: int, visible: int) -> ClipCounts:
-        """Return the counts of a clip that selects and shows so many."""
+        """Return the counts of a clip from its selected and its visible tokens."""
         hidden = selected if self.targets == "selected" else selected - visible
         return ClipCounts(selected=selected, visible=visible, targets=hidden)
 
@@ -41,17 +41,17 @@ class ClipBudget:
 def share_budget(
     importance: Sequence[Tensor], draws: Sequence[Tensor], budgets: Sequence[ClipBudget]
 ) -> list[list[ClipCounts]]:
-    """Share one budget among clips: the most important tokens win wherever they are.
+    """Share one budget among clips: the most important tokens of all clips are selected.
 
-    Every clip first gets its ``least`` most important tokens. The rest of the budget, the sum of the averages,
-    goes to the most important tokens of all clips, up to ``most`` a clip. The visible tokens, as many in all as the
-    averages have, are shared out in proportion to the selected ones, rounded by largest remainder. So both totals
-    are exact whatever the content, and a permutation of the clips permutes the counts.
+    The budget is the sum of the averages. Every clip first gets its ``least`` most important tokens. The rest of
+    the budget goes to the most important tokens of all clips, up to ``most`` a clip. The visible tokens, in all as
+    many as in the averages, are divided in proportion to the selected ones, rounded by largest remainder. So both
+    totals are exact whatever the content, and a permutation of the clips permutes the counts.
 
     Args:
         importance: importance_BN of each group of clips; larger wins.
-        draws: A uniform value of each clip, (B,), which decides ties between clips.
-        budgets: Of the clips of each group.
+        draws: A uniform value for each clip of a group, (B,), which decides ties between clips.
+        budgets: The budget of each group's clips.
 
     Returns:
         Counts of each clip of each group.
@@ -61,9 +61,9 @@ def share_budget(
     by_draw = torch.argsort(draw_B, stable=True)
     left = sum(b.average.selected - b.least for b in budget_of)
     width = max(b.most - b.least for b in budgets)
-    # Each clip's scores beyond its least tokens, in falling order; tokens that it may not have come last.
+    # Each clip's scores after its `least` best ones, in descending order, padded with -inf.
     rest_BR = torch.cat([_rest(group, b, width) for group, b in zip(importance, budgets, strict=True)])
-    # Rank by rank, so that of equal scores lower ranks come first, and clips in the order of their draws.
+    # Transposed, so that among equal scores lower ranks win, then clips in the order of their draws.
     by_score = torch.argsort(rest_BR[by_draw].T.flatten(), descending=True, stable=True)
     won_B = torch.zeros_like(by_draw).index_add(0, by_score[:left] % len(by_draw), by_draw.new_ones(left))
     won_B = torch.empty_like(won_B).scatter(0, by_draw, won_B)
@@ -75,9 +75,9 @@ def share_budget(
 
 
 def count_above(importance: Tensor, threshold: Tensor, budget: ClipBudget) -> list[ClipCounts]:
-    """Let each clip of a group keep its tokens above a threshold, between its least and its most.
+    """Let each clip of a group keep its tokens above a threshold, at least ``least`` and at most ``most``.
 
-    Its visible tokens keep their share of the selected ones, rounded down. Clips do not depend on each other.
+    The visible tokens' share of the selected ones is that of the average, rounded down. Clips are independent.
     """
     above = (importance > threshold).sum(dim=1).clamp(budget.least, budget.most).tolist()
     average = budget.average
@@ -85,9 +85,9 @@ def count_above(importance: Tensor, threshold: Tensor, budget: ClipBudget) -> li
 
 
 def upper_quantile(importance: Sequence[Tensor], budgets: Sequence[ClipBudget]) -> Tensor:
-    """Return the importance above which lie as many tokens of these clips as their averages select; a scalar.
+    """Return the threshold that as many tokens of these clips exceed as their averages select; a scalar.
 
-    Fewer where tokens tie with it. Where all tokens are selected, a value below them all.
+    Fewer tokens exceed it if some are equal to it. If all tokens are selected, it is below all of them.
     """
     count = sum(len(group) * b.average.selected for group, b in zip(importance, budgets, strict=True))
     falling = torch.cat([group.flatten() for group in importance]).sort(descending=True).values
@@ -95,12 +95,12 @@ def upper_quantile(importance: Sequence[Tensor], budgets: Sequence[ClipBudget]) 
 
 
 def apportion(total: int, weights: Sequence[int], priority: Sequence[int]) -> list[int]:
-    """Share out a whole number in proportion to weights, by largest remainder.
+    """Divide a whole number in proportion to weights, by largest remainder.
 
     Args:
         total: The number.
         weights: At least 0, not all 0.
-        priority: All indices of ``weights``; where remainders tie, earlier ones win.
+        priority: All indices of ``weights``; earlier ones win where remainders tie.
     """
     whole = sum(weights)
     shares = [divmod(total * weight, whole) for weight in weights]

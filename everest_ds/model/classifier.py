@@ -31,13 +31,13 @@ class EverestClassifier(TokenEncoder):
 
     Args:
         size: Width, depth and heads of the encoder.
-        grid: The token grid that positions are laid out for; other grids get them interpolated.
+        grid: The token grid that positions are computed for; they are interpolated for other grids.
         options: See `EncoderOptions`.
         num_classes: Outputs of the head.
         rule: Which tokens are kept of each clip; a selected_ratio of 1 keeps all and ranks nothing.
         head_init_scale: Factor on the head's initial weights (official `init_scale`).
-        drop_path: Share of clips that skip a branch of the last block in training, in [0, 1); falls linearly to 0
-            at the first (stochastic depth).
+        drop_path: Share of clips that skip a branch of the last block in training, in [0, 1). It falls linearly to
+            0 at the first block (stochastic depth).
 
     Source: EVEREST Sec. 4.1, Table 8. Parameter names are those of the official `VisionTransformer`.
     """
@@ -72,7 +72,7 @@ class EverestClassifier(TokenEncoder):
         return 2 * len(self.blocks) if self.drop_path and not self.is_encoder_frozen else 0
 
     def num_noise(self, grid: TokenGrid) -> int:
-        """Return the noise values of a clip in training: of drop path, then of the rule."""
+        """Return how many noise values a clip needs in training: drop path's, then the rule's."""
         return self.num_branch_noise + self.rule.keep_noise_length(grid)
 
     def freeze_encoder(self) -> None:
@@ -88,10 +88,10 @@ class EverestClassifier(TokenEncoder):
         Args:
             clips: One batch of clips, or several of different lengths and sizes.
             noise: Uniform in [0, 1), float32, `num_noise` values a clip, for each batch. Evaluation ignores it: a
-                rule that draws then keeps the same tokens of every clip.
+                rule that draws tokens then keeps the same ones of every clip.
 
         Raises:
-            ValueError: In training, where the noise is missing or of another shape.
+            ValueError: In training, if the noise is missing or has another shape.
         """
         return self.head(self.forward_features(clips, noise))
 
@@ -157,7 +157,7 @@ def mean_per_clip(x_MD: Tensor, tokens: TokenSet) -> Tensor:
     lengths = tokens.packing.lengths
     if min(lengths, default=0) < 1:
         raise ValueError("a clip without tokens has no mean")
-    if len(set(lengths)) == 1:  # sums in float32 whatever the dtype, keeps nothing for backward, and repeats
+    if len(set(lengths)) == 1:  # sums in float32 for any dtype, stores nothing for backward, deterministic
         return x_MD.view(len(lengths), lengths[0], -1).mean(dim=1)
     zeros_BD = torch.zeros(len(lengths), x_MD.shape[1], device=x_MD.device)
     sums_BD = zeros_BD.index_add(0, tokens.clip_M, x_MD.float())

@@ -29,7 +29,7 @@ from everest_ds.model.tubelets import (
 )
 from everest_ds.tokens import DistanceName, TokenGrid, ratio_to_count
 
-# Pixel values that are in float32 at once while all tokens are ranked (256 MiB).
+# Pixel values that are converted to float32 at once while all tokens are ranked (256 MiB).
 RANKING_CHUNK = 2**26
 
 
@@ -39,7 +39,7 @@ DEFAULT_OPTIONS = EncoderOptions()
 class TokenEncoder(nn.Module):
     """Tubelet embedding, fixed positions and transformer blocks over any subset of a clip's tokens.
 
-    Positions are laid out for ``grid``; clips of other grids get them interpolated.
+    Positions are computed for ``grid`` and interpolated for clips of other grids.
     """
 
     positions_ND: Tensor
@@ -69,13 +69,13 @@ class TokenEncoder(nn.Module):
         return [ClipGroup(b, token_grid(b, tubelet_size=tubelet, patch_size=patch)) for b in batches]
 
     def _embed_all(self, clips_BCTHW: Tensor) -> Tensor:
-        """Return all tokens' embeddings x_BND at float32's precision."""
+        """Return the embeddings x_BND of all tokens, computed in float32."""
         as_bytes = self.patch_embed.embeds_bytes(clips_BCTHW)
         return self.patch_embed(clips_BCTHW if as_bytes else standardise(clips_BCTHW))
 
     @torch.no_grad()
     def rank(self, group: ClipGroup, distance: DistanceName = "l2") -> Tensor:
-        """Return importance_BN of all tokens: embedded in float32, a few clips at a time, nothing kept."""
+        """Return importance_BN of all tokens, embedded in float32, a few clips at a time, without gradient."""
         clips_at_once = max(1, RANKING_CHUNK // group.clips_BCTHW[0].numel())
         chunks = group.clips_BCTHW.split(clips_at_once)
         with full_float32(group.clips_BCTHW.device.type):
@@ -89,7 +89,7 @@ class TokenEncoder(nn.Module):
 
         Args:
             group: Clips of K candidate time steps.
-            noise_BK: A uniform value of each candidate step.
+            noise_BK: A uniform value for each candidate step.
             num_steps: Steps to draw.
             ratio: Share of the candidates' tokens that counts as changing.
             distance: See `rero_importance`.

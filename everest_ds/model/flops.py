@@ -42,7 +42,7 @@ class ClipMacs:
 
     @property
     def paper(self) -> float:
-        """The paper's count: there all tokens are embedded once."""
+        """The paper's count, in which all tokens are embedded once."""
         return self.embedding_all + self.rest
 
     @property
@@ -66,7 +66,7 @@ def autoencoder_macs(
         grid: The clip's tokens.
         num_visible: Tokens that the encoder sees; which ones does not change the cost.
         num_targets: Tokens that the decoder predicts.
-        ranked: The tokens that are ranked: the clip's, or those of its candidate frames; None where none are.
+        ranked: The grid that is ranked: the clip's, or that of its candidate frames; None if nothing is ranked.
     """
     encoder = model.encoder
     selection = Selection(visible=_some_tokens(num_visible), target=_some_tokens(num_targets))
@@ -88,7 +88,7 @@ def classifier_macs(model: EverestClassifier, grid: TokenGrid) -> ClipMacs:
     total, embedding = _profile(lambda: model(clip.clips_BCTHW))
     return ClipMacs(
         embedding_all=embedding_all,
-        embedding_chosen=embedding - ranking,  # its forward ranks as well
+        embedding_chosen=embedding - ranking,  # the measured forward pass includes ranking
         rest=total - embedding,
         ranking=ranking,
     )
@@ -99,7 +99,7 @@ def _ranking_macs(encoder: TokenEncoder, grid: TokenGrid) -> float:
 
 
 def _profile(run: Callable[[], object]) -> tuple[float, float]:
-    """Return the multiply-accumulates of a call, and how many of them are of the tubelet embedding."""
+    """Return the multiply-accumulates of a call, and those of its tubelet embedding."""
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.native_layer_norm: _layer_norm_flops})
     with counter:
         run()

@@ -1,4 +1,4 @@
-"""How much each token changed since the time step before: what the selection ranks by.
+"""Importance: how much each token changed since the time step before. The selection ranks tokens by it.
 
 Place in the flow: embeddings x_BND (no gradient, float32) -> importance_BN. Axes: B clips, N = T * J tokens of T
 time steps, D width.
@@ -17,7 +17,7 @@ from everest_ds.tokens import DistanceName, TokenGrid
 def rero_importance(x_BND: Tensor, grid: TokenGrid, distance: DistanceName = "l2") -> Tensor:
     """Return each token's distance from the token at the same place one time step earlier.
 
-    The first time step has no predecessor: it gets the values of the second, so every clip holds exact ties.
+    The first time step has no predecessor. It gets the values of the second, so every clip has exact ties.
 
     Args:
         x_BND: Tubelet embeddings without positions, float32.
@@ -28,7 +28,7 @@ def rero_importance(x_BND: Tensor, grid: TokenGrid, distance: DistanceName = "l2
         importance_BN float32; larger is more change.
 
     Raises:
-        ValueError: Not float32 (bfloat16 changes 1 to 14 % of the chosen tokens), a token count that is not
+        ValueError: Not float32 (bfloat16 changes 1 to 14 % of the chosen tokens), another number of tokens than
             the grid's, or a single time step.
 
     Source: EVEREST Sec. 4.1, Eq. 2, and Appendix B for the distances; the first step as in the official code.
@@ -65,15 +65,15 @@ def negative_cka(x: Tensor, y: Tensor) -> Tensor:
     """Negative linear CKA of two token embeddings: ``-<x', y'>^2 / (|x'|^2 |y'|^2)``, x' = x less its mean.
 
     The D channels are the samples. Centred kernel alignment of K = x x^T and L = y y^T (Cortes et al., 2012) then
-    is the squared correlation of the channels. In [-1, 0]; 0 where the channels of either are all alike.
+    is the squared correlation of the channels. In [-1, 0]; 0 if all channels of either token are equal.
 
-    Source: EVEREST Sec. 4.1 and Table 9. The paper does not say over which samples; a single token has no others.
+    Source: EVEREST Sec. 4.1 and Table 9. The paper does not name the samples; a single token has no others.
     """
     x, y = (z - z.mean(dim=-1, keepdim=True) for z in (x, y))
     return -F.cosine_similarity(x, y, dim=-1).square()
 
 
-# Importance of an unchanged token. Cosines are rounded: that of a token with itself is not exactly 1.
+# Importance of an unchanged token. Because of rounding, the cosine of a token with itself is not exactly 1.
 NO_CHANGE: dict[DistanceName, float] = {"l2": 0.0, "l1": 0.0, "cosine": -1 + 1e-6, "cka": -1 + 1e-6}
 
 DISTANCES: dict[DistanceName, Callable[[Tensor, Tensor], Tensor]] = {

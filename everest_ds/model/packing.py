@@ -1,7 +1,7 @@
-"""Packed tokens: where each clip starts in one row of tokens, and which of its clip's tokens each one is.
+"""Packed tokens: where each clip starts in one row of tokens, and each token's position in its clip.
 
-Place in the flow: selected tokens -> gathered pixels -> packed embeddings -> blocks. How many tokens each clip has
-is known on the host, so nothing later waits for the device.
+Place in the flow: selected tokens -> gathered pixels -> packed embeddings -> blocks. The host knows how many tokens
+each clip has, so nothing later synchronises with the device.
 Axes: B clips, N tokens of a clip, S selected tokens of a clip, M tokens of the batch in one row.
 """
 
@@ -32,7 +32,7 @@ class Packing:
         for length in lengths:
             if length < 0:
                 raise ValueError(f"a clip cannot have {length} tokens")
-        if len(set(lengths)) == 1:  # made on the device, without a copy from the host
+        if len(set(lengths)) == 1:  # created on the device, without a copy from the host
             cu_seqlens = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device) * lengths[0]
         else:
             ends = list(accumulate(lengths, initial=0))
@@ -76,7 +76,7 @@ class TokenSet:
 
     @classmethod
     def from_positions(cls, position_BS: Tensor) -> "TokenSet":
-        """Build the set of clips that keep equally many tokens; positions in any order."""
+        """Build the set of clips that keep equally many tokens; positions may be in any order."""
         num_clips, count = position_BS.shape
         packing = Packing.from_lengths([count] * num_clips, position_BS.device)
         return cls(position_BS.sort(dim=1).values.flatten(), packing.clip_of_token(), packing)
@@ -85,7 +85,7 @@ class TokenSet:
     def from_mask(cls, kept_BN: Tensor, lengths: Sequence[int] | None = None) -> "TokenSet":
         """Build the set of a boolean mask, True = kept; counts may differ by clip.
 
-        Waits for the device, unless the host knows the ``lengths`` already.
+        Synchronises with the device unless ``lengths``, the kept tokens of each clip, are given.
         """
         if lengths is None:
             lengths = [int(count) for count in kept_BN.sum(dim=1).tolist()]
@@ -104,7 +104,7 @@ class TokenSet:
         return cls(torch.cat([part.position_M for part in parts]), packing.clip_of_token(), packing)
 
     def split(self, num_clips: Sequence[int]) -> "list[TokenSet]":
-        """Undo `join`: return batches of so many clips each, numbered from 0 again."""
+        """Undo `join`: return batches of ``num_clips`` clips each; each batch numbers its clips from 0."""
         if sum(num_clips) != len(self.packing.lengths):
             raise ValueError(f"expected {len(self.packing.lengths)} clips in all, got {sum(num_clips)}")
         if len(num_clips) == 1:

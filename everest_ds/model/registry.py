@@ -26,7 +26,7 @@ __all__: list[str] = []  # timm's decorator adds each registered function
 
 TIMM_SIZES = ("small", "base", "large", "huge")
 _ENCODER_OPTIONS = tuple(field.name for field in fields(EncoderOptions))
-# What timm hands to every model function about where weights come from.
+# Arguments about hosted weights that timm passes to every model function; not used here.
 _HUB_OPTIONS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 

@@ -1,8 +1,8 @@
 """Which tokens the encoder sees and which the decoder predicts: every strategy as a small pure function.
 
 Place in the flow: importance_BN or a grid, and noise -> Selection(visible, target) -> gathered pixels ->
-packed embeddings. `SelectionRule` puts a strategy and its ratios together; models choose tokens through it alone.
-Nothing here waits for the device, and clips do not see each other: a permutation of the clips permutes the result.
+packed embeddings. `SelectionRule` combines a strategy and its ratios; models choose tokens only through it.
+Nothing here synchronises with the device. Clips are independent: a permutation of the clips permutes the result.
 Axes: B clips, N tokens of a clip, J of one time step, S selected tokens of a clip.
 """
 
@@ -53,9 +53,9 @@ class Selection:
 def rank_by_importance(importance_BN: Tensor, order: OrderName = "descending") -> Tensor:
     """Return each clip's positions from the most to the least important, or the other way, (B, N) int64.
 
-    Equal importance: lower position first, in either order.
+    Where importance is equal, lower positions come first, in either order.
 
-    Differs from the official code: that sort is unstable, and 10 to 14 % of the ranks differ between runs.
+    Differs from the official code: its sort is unstable, and 10 to 14 % of the ranks differ between runs.
     """
     return torch.argsort(importance_BN, dim=1, descending=order == "descending", stable=True)
 
@@ -68,19 +68,19 @@ def select_rero(
     keep_visible_as_target: bool = False,
     order: OrderName = "descending",
 ) -> Selection:
-    """Redundancy-robust selection: the most important S tokens, of which random ones are visible.
+    """Redundancy-robust selection: keep the S most important tokens; random ones of them are visible.
 
     Args:
         importance_BN: How much each token changed (`model.importance`).
         noise_BS: Uniform noise in [0, 1). Column r belongs to the token of rank r, not to a position.
-        num_visible: Of the selected tokens, those with the lowest noise are visible.
+        num_visible: How many selected tokens are visible: those with the lowest noise.
         keep_visible_as_target: Targets are all selected tokens (Eq. 3) instead of those that are not visible.
-        order: ascending takes the least important ones (Table 16).
+        order: ascending selects the least important tokens (Table 16).
 
     Raises:
         ValueError: More selected than tokens, more visible than selected, or no target left.
 
-    Source: EVEREST Sec. 4.1; the noise as in the official code, which reconstructs the masked tokens only.
+    Source: EVEREST Sec. 4.1. The noise is used as in the official code, which reconstructs the masked tokens only.
     """
     num_selected = noise_BS.shape[1]
     require_count(num_selected, importance_BN.shape[1], "the noise's width (tokens selected)")
@@ -98,7 +98,7 @@ def select_rero_varying(
     keep_visible_as_target: bool = False,
     order: OrderName = "descending",
 ) -> Selection:
-    """`select_rero` where clips keep different numbers of tokens (`model.budgets`).
+    """`select_rero` for clips that keep different numbers of tokens (`model.budgets`).
 
     ``noise_BS`` is at least as wide as the largest number of selected tokens; a clip that selects fewer ignores the
     rest of its noise.
@@ -116,7 +116,7 @@ def select_rero_varying(
     counts_B2 = torch.tensor([(count.selected, count.visible) for count in counts])
     selected_B1, visible_B1 = counts_B2.to(device, non_blocking=True)[:, :, None].unbind(1)
     column_S = torch.arange(widest, device=device)
-    # Ranks that a clip does not select come after all that it does.
+    # Uniform noise is below 2, so ranks that a clip does not select come last.
     noise_BS = noise_BS[:, :widest].masked_fill(column_S >= selected_B1, 2.0)
     ranked_BS = rank_by_importance(importance_BN, order)[:, :widest]
     shuffled_BS = ranked_BS.gather(1, torch.argsort(noise_BS, dim=1, stable=True))
@@ -151,19 +151,19 @@ def select_first(
 
 
 def order_tubes(noise_BJ: Tensor, grid: TokenGrid) -> Tensor:
-    """Return all tokens ordered by the noise of their position in a time step, (B, N) int64: VideoMAE's tubes.
+    """Return all tokens ordered by the noise of their place in a time step, (B, N) int64: VideoMAE's tubes.
 
-    The first ``k * grid.time`` are the k positions of lowest noise, each in all time steps.
+    The first ``k * grid.time`` are the k places of lowest noise, each in all time steps.
     """
     step_T = torch.arange(grid.time, device=noise_BJ.device) * grid.tokens_per_step
     return (torch.argsort(noise_BJ, dim=1, stable=True)[:, :, None] + step_T).flatten(1)
 
 
 def running_cells(phase_B: Tensor, grid: TokenGrid, num_of_cell: int) -> Tensor:
-    """Return which tokens running cells keep, (B, N) bool: so many of each 2 x 2 cell, moving on with each step.
+    """Return the tokens that running cells keep, (B, N) bool: some of each 2 x 2 cell, shifted by one each step.
 
     Args:
-        phase_B: Uniform in [0, 1): with which of its four tokens a cell begins.
+        phase_B: Uniform in [0, 1); chooses the token of a cell that the first step starts with.
         grid: The clip's tokens, rows and columns even.
         num_of_cell: Tokens kept of each cell in each step, 1 to 3.
 
@@ -185,16 +185,16 @@ def select_running_cells(
     *,
     keep_visible_as_target: bool = False,
 ) -> Selection:
-    """Dual masking: the encoder sees tubes, the decoder predicts what running cells keep.
+    """Dual masking: the encoder sees tubes, the decoder predicts the tokens of running cells.
 
     Args:
         noise_BS: Uniform in [0, 1): a value for each token of a time step, then the cells' phase.
         grid: Rows and columns even, time steps in fours.
-        counts: Selected by the cells, visible in tubes, and targets.
+        counts: Tokens selected by the cells, visible in tubes, and predicted.
         num_of_cell: See `running_cells`.
         keep_visible_as_target: Targets are all tokens of the cells instead of those that are not visible.
 
-    Source: VideoMAE V2 (Wang et al., 2023): its loss leaves out what the encoder has seen.
+    Source: VideoMAE V2 (Wang et al., 2023), whose loss leaves out the tokens that the encoder sees.
     """
     visible_BS = order_tubes(noise_BS[:, :-1], grid)[:, : counts.visible]
     target_BN = running_cells(noise_BS[:, -1], grid, num_of_cell)
@@ -214,10 +214,10 @@ class SelectionRule:
         strategy: rero, random, tube, running_cell or all.
         order: Whether rero takes the most or the least changing tokens.
         distance: How rero measures change.
-        selected_ratio: rho_pre, share of a clip's tokens; a classifier keeps these.
+        selected_ratio: rho_pre, share of a clip's tokens that is selected; a classifier keeps these.
         visible_ratio: Share of a clip's tokens that the encoder sees in pre-training.
         targets: Whether the decoder predicts what is selected and not visible, or all that is selected.
-        num_steps: Time steps to choose of the clip's by change, before anything else (Sec. 4.2); None takes all.
+        num_steps: Time steps to choose by change before tokens are selected (Sec. 4.2); None keeps all.
     """
 
     strategy: StrategyName = "rero"
@@ -229,19 +229,19 @@ class SelectionRule:
     num_steps: int | None = None
 
     def counts(self, grid: TokenGrid) -> ClipCounts:
-        """Return the tokens of a clip in pre-training, where all clips keep equally many."""
+        """Return the token counts of a clip in pre-training, if all clips keep equally many."""
         return count_selection(self.strategy, grid, self.selected_ratio, self.visible_ratio, self.targets)
 
     def num_kept(self, grid: TokenGrid) -> int:
-        """Return the tokens of a clip that a classifier keeps."""
+        """Return how many tokens of a clip a classifier keeps."""
         return count_kept(self.strategy, grid, self.selected_ratio)
 
     def noise_length(self, grid: TokenGrid) -> int:
-        """Return the noise values of a clip for `select`."""
+        """Return how many noise values `select` needs for a clip."""
         return noise_length(self.strategy, grid, self.counts(grid).selected)
 
     def keep_noise_length(self, grid: TokenGrid) -> int:
-        """Return the noise values of a clip for `keep`: none where nothing is drawn."""
+        """Return how many noise values `keep` needs for a clip; 0 if nothing is drawn."""
         if self.strategy == "rero" or self.num_kept(grid) == grid.num_tokens:
             return 0
         return 1 if self.strategy == "running_cell" else noise_length(self.strategy, grid, 0)
@@ -261,9 +261,9 @@ class SelectionRule:
 
         Args:
             grid: The clips' token grid.
-            noise_BS: Uniform in [0, 1), `noise_length` values a clip, or as many as ``counts`` select at most.
-            importance_BN: Of rero.
-            counts: Of rero: tokens of each clip where they differ.
+            noise_BS: Uniform in [0, 1), `noise_length` values a clip, or as many as the largest of ``counts``.
+            importance_BN: For rero.
+            counts: For rero: tokens of each clip, if clips differ.
 
         Raises:
             ValueError: Noise, importance or counts that do not fit the strategy.
@@ -297,10 +297,10 @@ class SelectionRule:
         noise_BS: Tensor | None = None,
         importance_BN: Tensor | None = None,
     ) -> TokenSet:
-        """Choose the tokens that a classifier keeps, by `keep_noise_length` values a clip or by importance.
+        """Choose the tokens that a classifier keeps, by `keep_noise_length` noise values a clip or by importance.
 
         Raises:
-            ValueError: Noise or importance is missing, or of another shape.
+            ValueError: Noise or importance is missing or has another shape.
         """
         count = self.num_kept(grid)
         if self.ranks_to_keep(grid):
@@ -311,7 +311,7 @@ class SelectionRule:
         if count == grid.num_tokens:
             return TokenSet.from_positions(torch.arange(count, device=device).expand(num_clips, -1))
         if noise_BS is None or len(noise_BS) != num_clips:
-            raise ValueError(f"strategy={self.strategy} draws tokens; it needs noise for {num_clips} clips")
+            raise ValueError(f"strategy={self.strategy} draws tokens and needs noise for {num_clips} clips")
         _require_width(noise_BS, self.keep_noise_length(grid))
         if self.strategy == "running_cell":
             kept_BN = running_cells(noise_BS[:, -1], grid, count_cell_positions(grid, self.selected_ratio))
@@ -319,7 +319,7 @@ class SelectionRule:
         return TokenSet.from_positions(self._order_by_noise(grid, noise_BS)[:, :count])
 
     def _order_by_noise(self, grid: TokenGrid, noise_BS: Tensor) -> Tensor:
-        """Return all tokens in the order of their noise (ST-MAE's random masking) or of their tubes', (B, N)."""
+        """Return all tokens ordered by their own noise (ST-MAE's random masking) or by their tube's, (B, N)."""
         if self.strategy == "tube":
             return order_tubes(noise_BS, grid)
         return torch.argsort(noise_BS, dim=1, stable=True)

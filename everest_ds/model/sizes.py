@@ -11,7 +11,7 @@ from everest_ds.errors import UserError, nearest_hint
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """Shape of an encoder and of the narrow decoder that goes with it."""
+    """Shape of an encoder and of its narrow decoder."""
 
     width: int
     depth: int
@@ -22,7 +22,7 @@ class ModelSize:
 
 SIZES: dict[str, ModelSize] = {
     "nano": ModelSize(width=64, depth=3, num_heads=2, decoder_width=64, decoder_num_heads=2),
-    # ViT-L's depth at a width that costs nothing: what is left of a step is the work of the host.
+    # ViT-L's depth at a negligible width: what remains of a step's time is the host's work.
     "thin": ModelSize(width=64, depth=24, num_heads=2, decoder_width=64, decoder_num_heads=2),
     "tiny": ModelSize(width=128, depth=4, num_heads=4, decoder_width=96, decoder_num_heads=3),
     "small": ModelSize(width=384, depth=12, num_heads=6, decoder_width=192, decoder_num_heads=3),

@@ -23,8 +23,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from everest_ds.model.attention import attention
 from everest_ds.model.packing import Packing
 
-# By name: torch's varlen and flash-attn register theirs when they are imported. SDPA's fallback, where no fused
-# kernel is available, consists of matmuls and is not listed: it is computed again.
+# By name, because torch's varlen and flash-attn register their operators when they are imported. SDPA's fallback
+# without a fused kernel consists of matmuls; it is not listed, so it is recomputed.
 ATTENTION_OPERATORS = frozenset(
     {
         "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -40,8 +40,8 @@ ATTENTION_OPERATORS = frozenset(
 def recompute(function: Callable[..., Tensor], *args: object, attention_too: bool) -> Tensor:
     """Return ``function(*args)``, keep only its inputs, and run it again in backward.
 
-    Without ``attention_too`` attention's output and the log-sum-exp of each row and head are kept, too. The
-    function must draw no random numbers: the state of a generator is not kept, which would wait for the device.
+    Unless ``attention_too``, the output of attention and its log-sum-exp per row and head are kept as well. The
+    function must not draw random numbers: no generator state is saved, because that would synchronise.
     """
     if attention_too:
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
@@ -57,12 +57,12 @@ def _keep_attention(context: Any, operator: torch._ops.OpOverload, *args: Any, *
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Tests set another one where there is no compiler.
+# Tests set another backend where there is no compiler.
 COMPILE_BACKEND: str | Callable[..., Any] = "inductor"
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function compiled for any number of tokens; always the same one, so that it is compiled once."""
+    """Return a function compiled for any number of tokens; the same object each time, so it compiles once."""
     return _compile(function, COMPILE_BACKEND)
 
 
@@ -74,7 +74,7 @@ def _compile(function: Callable[..., Any], backend: str | Callable[..., Any]) ->
 def compile_obstacle(device_type: str) -> str | None:
     """Return why this machine cannot compile for a device, cpu or cuda, or None.
 
-    torch.compile writes C++ for a CPU and Triton for a GPU; both are compiled here, against Python's headers.
+    torch.compile generates C++ for a CPU and Triton code for a GPU. Both need a compiler and Python's headers.
     """
     if COMPILE_BACKEND != "inductor":
         return None
@@ -85,11 +85,11 @@ def compile_obstacle(device_type: str) -> str | None:
     else:
         compilers = [os.environ.get("CXX", "g++")]
     if not any(shutil.which(compiler) for compiler in compilers):
-        return f"it needs a compiler, and there is no {' or '.join(compilers)} on this machine"
+        return f"it needs a compiler, and {' or '.join(compilers)} is not on this machine"
     headers = Path(sysconfig.get_path("include"), "Python.h")
     if headers.is_file():
         return None
-    return f"it needs Python's headers, and there is no {headers}; install python3-dev"
+    return f"it needs Python's headers, and {headers} does not exist; install python3-dev"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +122,8 @@ MLP_RATIO = 4
 class ExternalBiasLinear(nn.Linear):
     """A linear layer whose bias is an argument.
 
-    The query-key-value bias is two parameters and zeros, owned by the attention layer as in the official state
-    dict. The weight must be read inside a forward of its own, where ZeRO-3 has gathered it.
+    The query-key-value bias consists of two parameters and zeros. The attention layer owns them, as in the official
+    state dict. The weight must be read in this module's own forward, where ZeRO-3 has gathered it.
     """
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
@@ -133,7 +133,7 @@ class ExternalBiasLinear(nn.Linear):
 class Attention(nn.Module):
     """Multi-head self-attention within each clip; query and value have a bias, the key has none.
 
-    A bias of the key would shift all scores of a query alike, which softmax ignores.
+    A bias of the key would shift all scores of a query equally, which softmax ignores.
     """
 
     def __init__(self, width: int, num_heads: int, *, backend: str) -> None:
@@ -177,8 +177,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block.
 
-    With ``compiles`` the parts before and after attention are compiled. They bypass the modules' own calls, and so
-    the hooks that gather weights at ZeRO-3.
+    With ``compiles`` the parts before and after attention are compiled. Compiled parts do not call the modules, so
+    the hooks that gather weights at ZeRO-3 do not run.
     """
 
     def __init__(self, width: int, num_heads: int, *, backend: str, compiles: bool = False) -> None:
@@ -240,7 +240,7 @@ def branch_scales(noise_BL: Tensor, drop_path: float) -> Tensor:
 def run_blocks(
     blocks: nn.ModuleList, x_MD: Tensor, packing: Packing, options: EncoderOptions, scale_LM: Tensor | None = None
 ) -> Tensor:
-    """Run packed tokens through a stack, (M, D), each token's branches scaled by two factors a block."""
+    """Run packed tokens through a stack, (M, D); ``scale_LM`` has two factors a block for each token."""
     for number, block in enumerate(blocks):
         scale_2M = None if scale_LM is None else scale_LM[2 * number : 2 * number + 2]
         if options.activation_checkpointing and torch.is_grad_enabled():

@@ -21,7 +21,7 @@ from everest_ds.model.packing import TokenSet
 from everest_ds.tokens import TokenGrid
 
 CENTRE = 128
-POSITIONS_AT_ONCE = 4096  # in float64, whose parts take nine times the memory of the table
+POSITIONS_AT_ONCE = 4096  # the float64 intermediates take nine times the memory of the result
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def token_grid(clips_BCTHW: Tensor, *, tubelet_size: int, patch_size: int) -> To
 
     Raises:
         ValueError: The tensor is not five-dimensional with three channels.
-        UserError: A length does not divide.
+        UserError: The frames or pixels do not divide into tubelets.
     """
     if clips_BCTHW.ndim != 5 or clips_BCTHW.shape[1] != 3:
         raise ValueError(f"expected clips of shape (B, 3, T, H, W), got {tuple(clips_BCTHW.shape)}")
@@ -75,7 +75,7 @@ def to_unit_range(pixels: Tensor) -> Tensor:
     """Return pixels as float32 in [0, 1]: uint8 is divided by 255, floats must be in [0, 1] already.
 
     Raises:
-        ValueError: Another dtype. (A float's range is not checked: that would wait for the device.)
+        ValueError: Another dtype. (A float's range is not checked, because that would synchronise.)
     """
     if pixels.dtype == torch.uint8:
         return pixels.float().div_(255)
@@ -95,7 +95,7 @@ def standardise(pixels_MCTHW: Tensor) -> Tensor:
 
 
 def reconstruction_target(tubelets_RCTHW: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """Return what the decoder has to predict: each tubelet's pixels, standardised per channel over itself.
+    """Return the decoder's targets: each tubelet's pixels, standardised per channel within the tubelet.
 
     Args:
         tubelets_RCTHW: uint8 or floats in [0, 1].
@@ -108,7 +108,7 @@ def reconstruction_target(tubelets_RCTHW: Tensor, *, eps: float = 1e-6) -> Tenso
     """
     unit = to_unit_range(tubelets_RCTHW).flatten(2)
     centred = unit - unit.mean(dim=2, keepdim=True)
-    # Fewer passes than `var`, which takes three quarters of the time of a target on a CPU.
+    # Fewer passes than `var`, which would take three quarters of this function's time on a CPU.
     deviation = torch.linalg.vector_norm(centred, dim=2, keepdim=True) / math.sqrt(unit.shape[2] - 1)
     return rearrange(centred / (deviation + eps), "r c p -> r (p c)")
 
@@ -116,7 +116,7 @@ def reconstruction_target(tubelets_RCTHW: Tensor, *, eps: float = 1e-6) -> Tenso
 def unstandardise(prediction_RP: Tensor, tubelets_RCTHW: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Undo `reconstruction_target`: return predicted pixels in the shape of the tubelets, float32, about [0, 1].
 
-    Mean and deviation are those of the true tubelets: the decoder predicts neither.
+    Mean and deviation are those of the true tubelets, because the decoder predicts neither.
     """
     unit = to_unit_range(tubelets_RCTHW).flatten(2)
     prediction = rearrange(prediction_RP, "r (p c) -> r c p", c=unit.shape[1])
@@ -125,15 +125,17 @@ def unstandardise(prediction_RP: Tensor, tubelets_RCTHW: Tensor, *, eps: float =
 
 
 def embed_bytes(clips_BCTHW: Tensor, weight_DCthw: Tensor, bias_D: Tensor) -> Tensor:
-    """Standardise and convolve uint8 clips with a kernel of its stride, by bfloat16 matmuls exact in float32.
+    """Standardise uint8 clips and convolve them at a stride of the kernel's size, in float32's precision.
+
+    It takes two bfloat16 matmuls: bytes are exact in bfloat16, and a weight is the sum of two bfloat16 numbers.
 
     Returns:
-        (B, D, T / t, H / h, W / w) float32, whatever the kernel's precision; in memory D comes last.
+        (B, D, T / t, H / h, W / w) float32, whatever the kernel's dtype; in memory D comes last.
     """
     frames, height, width = weight_DCthw.shape[2:]
     num_steps, num_rows = clips_BCTHW.shape[2] // frames, clips_BCTHW.shape[3] // height
     tubelets = "b c (t pt) (h ph) (w pw) -> (b t h w) (c pt ph pw)"
-    # A byte with its highest bit flipped, read as a signed byte, is the byte less 128.
+    # A byte with its highest bit flipped, read as a signed byte, is the byte minus 128.
     # One expression, so that the rearranged bytes are freed before the matmuls.
     centred_MP = (
         (rearrange(clips_BCTHW, tubelets, pt=frames, ph=height, pw=width) ^ CENTRE)
@@ -153,12 +155,12 @@ def embed_bytes(clips_BCTHW: Tensor, weight_DCthw: Tensor, bias_D: Tensor) -> Te
 
 
 def made_on(device: torch.device, values: Sequence[float]) -> Tensor:
-    """Return a few numbers, float32, written by the device itself: nothing is copied from the host."""
+    """Return a few float32 numbers, created on the device without a copy from the host."""
     return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def exact_matmul(x_MP: Tensor, weight_DP: Tensor) -> Tensor:
-    """Multiply bfloat16 numbers with the transpose of others, (M, D) float32: only sums are rounded."""
+    """Multiply a bfloat16 matrix with the transpose of another, (M, D) float32: only sums are rounded."""
     if x_MP.device.type == "cuda":
         return torch.mm(x_MP, weight_DP.T, out_dtype=torch.float32)
     return x_MP.float() @ weight_DP.float().T
@@ -166,7 +168,7 @@ def exact_matmul(x_MP: Tensor, weight_DP: Tensor) -> Tensor:
 
 @functools.cache
 def has_exact_matmul(device: torch.device) -> bool:
-    """Return whether a GPU multiplies bfloat16 numbers into float32; tried once a device.
+    """Return whether a GPU multiplies bfloat16 matrices into float32; tried once a device.
 
     False for a CPU, where the convolution in float32 is as fast.
     """
@@ -176,15 +178,15 @@ def has_exact_matmul(device: torch.device) -> bool:
     x_MP = torch.tensor([[64.0, 1.0] + [0.0] * 14] * 16, dtype=torch.bfloat16, device=device)
     try:
         return bool((exact_matmul(x_MP, x_MP) == 64.0**2 + 1).all())
-    except (RuntimeError, TypeError):  # a torch or a GPU that cannot
+    except (RuntimeError, TypeError):  # this torch or GPU does not support it
         return False
 
 
 class BlockConv3d(nn.Conv3d):
-    """A Conv3d whose stride is its kernel; inputs of exactly one kernel are one matmul.
+    """A Conv3d whose stride is its kernel size; an input of one kernel's size takes one matmul.
 
-    Weights are used in the input's dtype: float32 pixels are embedded in float32 whatever the weights are stored
-    in. Bytes are standardised and embedded in float32.
+    Weights are converted to the input's dtype, so float32 pixels are embedded in float32 whatever the weights' own
+    dtype. Bytes are standardised and embedded in float32.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]) -> None:
@@ -226,13 +228,13 @@ class TubeletEmbedding(nn.Module):
         self.proj = layers[-1]
 
     def embeds_bytes(self, clips_BCTHW: Tensor) -> bool:
-        """Return whether uint8 clips are embedded as they are: one layer, on a device that gains by it."""
+        """Return whether uint8 clips are embedded directly: with one layer, on a device where that is faster."""
         return clips_BCTHW.dtype == torch.uint8 and not len(self.stem) and has_exact_matmul(clips_BCTHW.device)
 
     def forward(self, pixels_MCTHW: Tensor) -> Tensor:
         """Embed standardised clips or tubelets, (M, C, T, H, W) -> (M, tokens, D), in the input's dtype.
 
-        Clips that it `embeds_bytes` may be uint8: without gradient, in float32.
+        uint8 clips are accepted if `embeds_bytes`. They are embedded in float32, without gradient.
         """
         x = pixels_MCTHW
         for layer in self.stem:
@@ -247,7 +249,7 @@ def sinusoid_positions(grid: TokenGrid, width: int) -> Tensor:
 
     Source: official code, `get_sinusoid_encoding_table`. The paper does not mention positions.
     """
-    # In float64 throughout: positions reach the thousands, and a float32 exponent would move angles by 1e-4.
+    # In float64, because positions reach the thousands: a float32 exponent would change angles by 1e-4.
     channel = torch.arange(width)
     frequency = 10000.0 ** (-2 * torch.div(channel, 2, rounding_mode="floor").double() / width)
     table = []
@@ -272,7 +274,7 @@ def gather_positions(
 ) -> Tensor:
     """Return the position embedding of tokens, (M, D) in ``dtype``.
 
-    ``table_ND`` are the positions of ``grid``; clips of other grids get them interpolated.
+    ``table_ND`` has the positions of ``grid``; they are interpolated for clips of other grids.
     """
     parts = tokens.split([len(group) for group in groups])
     rows = [

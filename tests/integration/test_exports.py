@@ -179,7 +179,7 @@ def test_weights_without_a_run_take_the_selection_of_a_recipe(
     assert main(["convert", str(run), str(official), "--to", "videomae"]) == 0
     capsys.readouterr()
     assert main(["convert", str(official), str(tmp_path / "bare"), "--to", "hf"]) == 0
-    assert "do not say how many tokens of a clip they were trained on" in capsys.readouterr().out
+    assert "it is not known how many tokens of a clip the weights were trained on" in capsys.readouterr().out
     assert not (tmp_path / "bare" / "modeling_everest.py").exists()
     assert "auto_map" not in json.loads((tmp_path / "bare" / "config.json").read_text())
     assert main(["convert", str(official), str(tmp_path / "hf"), "--to", "hf", "--recipe", "demo_ft"]) == 0
@@ -233,8 +233,9 @@ def test_file_whose_run_cannot_be_read_is_exported_and_says_so(
     capsys.readouterr()
     assert main(["convert", str(older), str(tmp_path / "a"), "--to", "hf"]) == 0
     said = capsys.readouterr().out
-    assert "what the weights say of their run cannot be used: the configuration of their run: unknown key" in said
-    assert "--recipe NAME puts the recipe's selection into the folder" in said
+    unreadable = "the run's configuration that came with the weights cannot be used"
+    assert f"{unreadable}: the configuration of their run: unknown key" in said
+    assert "--recipe NAME adds the recipe's selection to the folder" in said
     assert main(["convert", str(older), str(tmp_path / "b"), "--to", "hf", "--recipe", "demo_ft"]) == 0
     assert "These are the settings of the recipe" in (tmp_path / "b" / "README.md").read_text()
 
@@ -300,14 +301,14 @@ def test_run_that_diverged_is_refused_by_every_command(
 ) -> None:
     places = {"RUN": diverged, "LIST": lists / "few.csv", "VIDEO": read_list(lists / "few.csv")[0].path}
     places |= {f"OUT{suffix}": tmp_path / f"out{suffix}" for suffix in ("", ".pth", ".safetensors")}
-    assert "head.bias holds 1 NaN" in refused([str(places.get(word, word)) for word in given.split()], capsys)
+    assert "head.bias has 1 NaN" in refused([str(places.get(word, word)) for word in given.split()], capsys)
     assert not list(tmp_path.iterdir())
 
 
 def test_run_does_not_start_from_one_that_diverged(diverged: Path, lists: Path, tmp_path: Path) -> None:
     done = compute(words(lists, tmp_path / "new", "--init-from", str(diverged)))
     assert done.returncode == 2
-    assert "head.bias holds 1 NaN" in done.stderr
+    assert "head.bias has 1 NaN" in done.stderr
     assert not (tmp_path / "new").exists()
 
 
@@ -322,7 +323,7 @@ def test_average_that_diverged_is_refused_though_the_weights_are_sound(
     (here.parent / SEAL).unlink()
     seal(here.parent, ALONE)
     said = refused(["convert", str(copy), str(tmp_path / "hf"), "--to", "hf", "--weights", "ema"], capsys)
-    assert f"{AVERAGE}: head.bias holds 0 NaN and 1 infinite" in said
+    assert f"{AVERAGE}: head.bias has 0 NaN and 1 infinite" in said
     assert main(["convert", str(copy), str(tmp_path / "hf"), "--to", "hf"]) == 0
 
 

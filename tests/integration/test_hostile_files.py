@@ -58,17 +58,17 @@ def named(**metadata: int) -> dict[str, str]:
 Spoil = Callable[[Files], bytes | Files | tuple[Files, dict[str, str]]]
 ONE = torch.ones(1)
 EMBEDDING = "patch_embed.proj.weight"
-NOT_OURS = "is not what `everest convert` writes"
+NOT_OURS = "was not written by `everest convert`"
 HOSTILE: dict[str, tuple[str, Spoil, str]] = {
     "a block of number 10^9": (
         "safetensors",
         lambda state: state | {"blocks.1000000000.norm1.bias": ONE},
-        "a block of number 1000000000; expected one tensor or more in each block",
+        "a block numbered 1000000000; expected at least one tensor in each block",
     ),
     "a layer of number 10^9": (
         "pth",
         lambda state: state | {"patch_embed.stem.1000000000.weight": ONE},
-        "a block of number 1000000000",
+        "a block numbered 1000000000",
     ),
     "5000 blocks": (
         "pth",
@@ -78,17 +78,17 @@ HOSTILE: dict[str, tuple[str, Spoil, str]] = {
     "1000 blocks": (
         "pth",
         lambda state: state | {f"blocks.{i}.x": ONE for i in range(999)},
-        "of its model|lacks",
+        "model metadata|lacks",
     ),
     "a decoder of 10^9 blocks": (
         "pth",
         lambda state: {f"encoder.{n}": t for n, t in state.items()} | {"decoder.blocks.999999999.x": ONE},
-        "a block of number 999999999;",
+        "a block numbered 999999999;",
     ),
     "Hugging Face's block of number 10^9": (
         "pth",
         lambda state: {"videomae.encoder.layer.1000000000.layernorm_before.bias": ONE},
-        "a block of number 1000000000",
+        "a block numbered 1000000000",
     ),
     "a width without values": (
         "pth",
@@ -98,17 +98,17 @@ HOSTILE: dict[str, tuple[str, Spoil, str]] = {
     "a width of one matrix": (
         "pth",
         lambda state: state | {EMBEDDING: torch.ones(3 * 10**5, 3, 1, 1, 1)},
-        "values of its model|lacks|has shape|heads",
+        "model metadata|lacks|has shape|heads",
     ),
     "a million classes": (
         "pth",
         lambda state: {n: t for n, t in state.items() if n != "head.weight"} | {"head.bias": torch.ones(10**6)},
-        "values of its model|lacks head.weight",
+        "model metadata|lacks head.weight",
     ),
     "clips of 10^9 frames": (
         "safetensors",
         lambda state: (state, named(num_frames=10**9, image_height=64, image_width=64)),
-        "tokens; weights have positions for 131072 at most",
+        "tokens; expected at most 131072",
     ),
     "a billion heads": ("safetensors", lambda state: (state, named(num_heads=10**9)), "heads"),
     "a number of 5000 digits": (

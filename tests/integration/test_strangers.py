@@ -115,7 +115,7 @@ def test_run_that_wants_to_run_code_is_refused_and_nothing_ran(
     done = compute(words, processes=processes)
     assert not marker.exists()
     assert done.returncode == 2, done.stderr
-    assert f"{path} is a pickle that wants to run code when it is read (posix.mkdir); refused" in done.stderr
+    assert f"{path} is a pickle that would run code (posix.mkdir), so it was not opened" in done.stderr
     assert "Traceback" not in done.stderr
     assert contents(run) == before
     assert not list(tmp_path.glob("out*"))
@@ -165,6 +165,6 @@ def test_weights_that_want_to_run_code_are_refused_by_init_from(
     assert not marker.exists()
     assert done.returncode == 2, done.stderr
     assert f"everest: error: {source}" in done.stderr
-    assert "is a pickle that wants to run code when it is read (" in done.stderr
+    assert "is a pickle that would run code (" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

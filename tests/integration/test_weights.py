@@ -168,7 +168,12 @@ def test_convert_refuses_before_it_writes(
         (run_dir, "w.safetensors", "videomae", "must end in .pth or .pt"),
         (run_dir, "w.pth", "hf", "a Hugging Face model is a folder"),
         (torn, "w", "hf", "is neither a run directory nor a complete checkpoint"),
-        (tmp_path / "more.pth", "w", "hf", "has, unlike the model, encoder.pos_embed; to leave that out, --allow"),
+        (
+            tmp_path / "more.pth",
+            "w",
+            "hf",
+            "has encoder.pos_embed, which the model does not; to leave that out, use --allow",
+        ),
         (tmp_path / "less.pth", "w", "hf", "lacks mask_token; expected every tensor of the model"),
         (tmp_path / "none", "w", "hf", "does not exist"),
     ]
@@ -197,11 +202,9 @@ def test_run_starts_from_a_folder_of_hugging_face_with_interpolated_positions(
     assert cli.main(["convert", str(exported[0] / "zero1_fp32"), str(folder), "--to", "hf"]) == 0
     config = load_config(exported[0] / "zero1_fp32" / "config.json")
     shorter = replace(config, data=replace(config.data, num_frames=8))
-    with pytest.raises(
-        UserError, match="positions of 8x6x6 tokens, this model's are laid out for 4x6x6"
-    ) as refused:
+    with pytest.raises(UserError, match="positions for 8x6x6 tokens, this model for 4x6x6") as refused:
         load_initial_weights(build_autoencoder(shorter), folder)
-    way_out = str(refused.value).split("to interpolate them, ")[1].split(";")[0].split()
+    way_out = str(refused.value).split("To interpolate, use ")[1].split(";")[0].split()
     assert way_out == ["--model.position-frames", "16", "--model.position-size", "48"]
     words = ["--ds-config", ds_config("zero0"), "--init-from", str(folder), "--data.num-frames", "8"]
     done = compute(flags(demo_folder, run_dir, *words, *way_out, steps=1), processes=2)

@@ -198,7 +198,7 @@ def test_block_of_config_that_was_edited_is_refused(block: Any, tmp_path: Path) 
     export(recipe(keep_ratio=0.6), tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "everest": block}))
-    with pytest.raises(UserError, match=r"the block everest of config\.json is not what `everest convert` writes"):
+    with pytest.raises(UserError, match=r"the block everest of config\.json was not written by `everest convert`"):
         read_weights(tmp_path / "hf")
 
 

@@ -1,13 +1,14 @@
 """Weights in and out: files of ours, of VideoMAE and EVEREST, of mmaction2, and of Hugging Face.
 
-architecture     the model that weights fill, from their shapes and metadata
-foreign          files and folders of others, read as data
-huggingface      its names and configurations, both ways
-other_projects   mmaction2's names; other models, refused by what they are
-reading          any of them under our names, finite and float32: `read_weights`
+architecture     which model weights belong to, from their shapes and metadata
+pickles          checks files of torch.save before they are read
+foreign          reads any project's files and folders as data
+huggingface      renames to and from Hugging Face's layout
+other_projects   renames mmaction2's tensors; refuses other known models by name
+reading          any layout -> finite float32 weights under our names: `read_weights`
 report           how weights differ from a model, and what was loaded
-loading          weights into a model that exists: `load_weights`
-export           weights in another layout: `write_weights`
-hub_folder       a Hugging Face folder's files besides the weights, with its model card
-hub_code/        code in that folder that runs without us
+loading          weights into an existing model: `load_weights`
+export           weights into another layout: `write_weights`
+hub_folder       the other files of a Hugging Face folder, such as its model card
+hub_code/        code for that folder that runs without everest_ds
 """

@@ -1,7 +1,7 @@
-"""Which model a set of weights fills: read off names and shapes, and off metadata for what shapes do not hold.
+"""Which model a set of weights belongs to, inferred from names, shapes and metadata.
 
-Place in the flow: `foreign` and `huggingface` bring tensors under our names; this module says which model they
-fill, and builds it; `loading` loads them.
+Place in the flow: `foreign` and `huggingface` rename tensors to our names. This module infers their model and can
+build it. `loading` loads them.
 """
 
 import json
@@ -25,7 +25,7 @@ from everest_ds.model.sizes import SIZES, ModelSize
 from everest_ds.model.transformer import NORM_EPS
 from everest_ds.tokens import TokenGrid
 
-# Far beyond every model that was published: what foreign files may claim.
+# Limits on what foreign files may claim, far above every published model.
 MAX_BLOCKS, MAX_TOKENS = 1000, 2**17
 COUNTS = ("num_heads", "decoder_num_heads", "num_frames", "image_height", "image_width")
 EPSILONS = ("norm_eps", "last_norm_eps")
@@ -33,17 +33,17 @@ EPSILONS = ("norm_eps", "last_norm_eps")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelMetadata:
-    """What tensors do not say about their model; None where unknown.
+    """Properties of a model that its tensors do not show; None where unknown.
 
     Attributes:
         num_heads: Attention heads of the encoder.
         decoder_num_heads: Attention heads of the decoder.
-        num_frames: Frames of the clips that positions are laid out for; with height and width, or none of them.
+        num_frames: Frames of the clips that positions are computed for. All of frames, height and width, or none.
         image_height: Height of those clips in pixels.
         image_width: Width of those clips in pixels.
         labels: Names of the classes, in the head's order.
         norm_eps: What the norms add to the variance.
-        last_norm_eps: The same for the decoder's or the classifier's norm, which Hugging Face computes otherwise.
+        last_norm_eps: The same for the decoder's or the classifier's norm, where Hugging Face has another value.
     """
 
     num_heads: int | None = None
@@ -70,10 +70,10 @@ class ModelMetadata:
             counts, epsilons = ({name: raw[name] for name in names} for names in (COUNTS, EPSILONS))
             labels = raw["labels"]
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{source}: what it says of its model is not what `everest convert` writes") from error
+            raise UserError(f"{source}: its model metadata was not written by `everest convert`") from error
         for kind, numbers in ((int, counts), (float, epsilons)):
             if not all(v is None or (type(v) is kind and 0 < v < math.inf) for v in numbers.values()):
-                raise UserError(f"{source}: its model is described by {numbers}; expected positive numbers")
+                raise UserError(f"{source}: its model metadata has {numbers}; expected positive numbers")
         names = tuple(str(label) for label in labels) if isinstance(labels, list) else None
         return cls(**counts, **epsilons, labels=names)
 
@@ -87,22 +87,22 @@ DESCRIPTIONS: dict[Kind, str] = {
     "classifier": "a classifier",
     "encoder": "an encoder alone",
 }
-# The clips of the official code, which its files do not mention.
+# The clips of the official code; its files do not record them.
 OFFICIAL_NUM_FRAMES, OFFICIAL_IMAGE_SIZE = 16, 224
-HEAD_WIDTH = 64  # channels of a head in the official models, whose widths have names; huge is the exception
+HEAD_WIDTH = 64  # channels of a head in the official models, except in huge
 LAST_NORMS = ("decoder.norm", "fc_norm")
 DECODER_MARKS = ("decoder.", "encoder_to_decoder.", "mask_token")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The model that weights fill.
+    """The model that weights belong to.
 
     Attributes:
         num_heads: None where unknown; ``decoder_num_heads`` likewise.
-        heads_are_known: Whether the weights came with the number of heads; else it is that of their width.
-        grid: The tokens that positions are laid out for.
-        grid_is_known: Whether the weights came with that grid; else it is the official 16 x 224 x 224.
+        heads_are_known: Whether the weights came with the number of heads; else it is guessed from their width.
+        grid: The tokens that positions are computed for.
+        grid_is_known: Whether the weights came with that grid; else the official 16 x 224 x 224 is assumed.
         labels: Names of the classes.
         norm_eps: What the norms add to the variance.
         last_norm_eps: The same for the decoder's or the classifier's norm.
@@ -138,7 +138,7 @@ class Architecture:
         return ", ".join(parts)
 
     def metadata(self) -> ModelMetadata:
-        """Return what the tensors of this model do not say."""
+        """Return the properties that the tensors of this model do not show."""
         options, grid = self.options, self.grid
         known = self.grid_is_known
         return ModelMetadata(
@@ -153,16 +153,15 @@ class Architecture:
         )
 
     def size(self) -> ModelSize:
-        """Return width, depth and heads of both parts; a classifier gets the decoder that goes with its width.
+        """Return width, depth and heads of both parts; a classifier gets the decoder of the size with its width.
 
         Raises:
             UserError: The number of heads is unknown.
         """
         if self.num_heads is None or (self.kind == "autoencoder" and self.decoder_num_heads is None):
             raise UserError(
-                f"the number of attention heads is not in weights of width {self.width} (decoder "
-                f"{self.decoder_width}), and is known for {sorted(SIZES)} and multiples of {HEAD_WIDTH}; convert "
-                "from a run, a Hugging Face folder, or a file of `everest convert`, which say it"
+                f"the number of attention heads is unknown for width {self.width} (decoder {self.decoder_width}); "
+                "convert from a run, a Hugging Face folder or a file of `everest convert`, which record it"
             )
         return ModelSize(
             width=self.width,
@@ -173,7 +172,7 @@ class Architecture:
         )
 
     def build(self, rule: SelectionRule = KEEP_ALL) -> EverestAutoencoder | EverestClassifier:
-        """Return a freshly initialised model whose positions and norms are those of the weights.
+        """Return a freshly initialised model with the positions and norms of the weights.
 
         A classifier keeps the tokens of ``rule``.
 
@@ -199,7 +198,7 @@ class Architecture:
 
     @cached_property
     def expected_shapes(self) -> dict[str, torch.Size]:
-        """The names and shapes of a complete model, whatever its heads.
+        """Names and shapes of a complete model, for any number of heads.
 
         Raises:
             UserError: This is an encoder alone.
@@ -210,10 +209,10 @@ class Architecture:
 
 
 def infer_architecture(tensors: Mapping[str, Tensor], metadata: ModelMetadata, source: str) -> Architecture:
-    """Read an architecture off tensors under our names, which need not be complete.
+    """Infer an architecture from tensors under our names; some may be missing.
 
     Raises:
-        UserError: The model is not known; the message begins with ``source``.
+        UserError: No known model has such tensors; the message begins with ``source``.
     """
     kind = kind_of(tensors)
     trunk = "encoder." if kind == "autoencoder" else ""
@@ -222,18 +221,20 @@ def infer_architecture(tensors: Mapping[str, Tensor], metadata: ModelMetadata, s
     if not depth:
         known = ", ".join(escaped(name) for name in sorted(tensors)[:4])
         raise UserError(
-            f"{source} holds no weights of a layout that is known: it has {known or 'no tensors'}; expected the "
-            "official names (encoder.blocks.0..., blocks.0...) or Hugging Face's (videomae.encoder.layer.0...)"
+            f"{source} has no weights in a known layout: it has {known or 'no tensors'}; expected the official "
+            "names (encoder.blocks.0..., blocks.0...) or Hugging Face's (videomae.encoder.layer.0...)"
         )
     if not kernels:
-        raise UserError(f"{source} lacks {trunk}patch_embed.proj.weight, five-dimensional, or a layer before it")
+        raise UserError(
+            f"{source} lacks {trunk}patch_embed.proj.weight with five axes, or an embedding layer before it"
+        )
     width = tensors[f"{trunk}patch_embed.proj.weight"].shape[0]
     patch_size = math.prod(kernel[1] for kernel in kernels)
     options = EncoderOptions(tubelet_size=kernels[0][0], patch_size=patch_size, embedding_layers=len(kernels))
     decoder_width = _decoder_width(tensors) if kind == "autoencoder" else None
     for heads, channels in ((metadata.num_heads, width), (metadata.decoder_num_heads, decoder_width)):
         if heads and channels and channels % heads:
-            raise UserError(f"{source} says {heads} attention heads of {channels} channels; they must divide them")
+            raise UserError(f"{source}: {channels} channels are not divisible by {heads} attention heads")
     head = tensors.get("head.weight", tensors.get("head.bias"))
     return Architecture(
         kind=kind,
@@ -255,35 +256,33 @@ def infer_architecture(tensors: Mapping[str, Tensor], metadata: ModelMetadata, s
 
 
 def kind_of(names: Iterable[str], head: str = "head.") -> Kind:
-    """Return which kind of model has tensors of these names."""
+    """Return the kind of model that has these tensor names."""
     if any(name.startswith(DECODER_MARKS) for name in names):
         return "autoencoder"
     return "classifier" if any(name.startswith((head, "fc_norm.")) for name in names) else "encoder"
 
 
 def count_blocks(names: Iterable[str], stem: str, source: str) -> int:
-    """Return how many blocks there are, by the highest number.
+    """Return how many blocks there are: the highest block number plus one.
 
     Raises:
-        UserError: There are too many, or fewer tensors than blocks: nobody fills such a model.
+        UserError: There are too many blocks, or fewer tensors than blocks.
     """
     found = [re.match(rf"{re.escape(stem)}\.([0-9]+)\.", name) for name in names]
     numbers = [int(match[1]) for match in found if match]
     count = max(numbers, default=-1) + 1
     if count > min(len(numbers), MAX_BLOCKS):
         raise UserError(
-            f"{source} has {len(numbers)} tensors of {stem} and a block of number {count - 1}; expected one tensor "
-            f"or more in each block, and at most {MAX_BLOCKS} blocks"
+            f"{source} has {len(numbers)} tensors in {stem} and a block numbered {count - 1}; expected at least "
+            f"one tensor in each block, and at most {MAX_BLOCKS} blocks"
         )
     return count
 
 
 def require_size(grid: TokenGrid, source: str) -> TokenGrid:
-    """Return a grid that foreign metadata claims, unless it is absurd: positions take memory by its size."""
+    """Return a grid from foreign metadata; refuse an absurdly large one, whose positions would fill the memory."""
     if grid.num_tokens > MAX_TOKENS:
-        raise UserError(
-            f"{source}: clips of {grid.num_tokens} tokens; weights have positions for {MAX_TOKENS} at most"
-        )
+        raise UserError(f"{source}: its clips have {grid.num_tokens} tokens; expected at most {MAX_TOKENS}")
     return grid
 
 
@@ -298,13 +297,13 @@ def heads_of_width(width: int) -> int | None:
 
 
 def name_of_size(width: int, depth: int) -> str:
-    """Return width and depth in words, after the name of the model that has both."""
+    """Return width and depth in words, after the name of the size that has both."""
     named = [f"ViT-{name}, " for name, size in SIZES.items() if (size.width, size.depth) == (width, depth)]
     return f"{''.join(named)}width {width}, {depth} blocks"
 
 
 def _kernels(tensors: Mapping[str, Tensor], prefix: str, source: str) -> list[tuple[int, ...]]:
-    """Return the kernels of the embedding's layers, (frames, rows, columns), or nothing."""
+    """Return the kernels of the embedding's layers, (frames, rows, columns), or an empty list."""
     names = [f"{prefix}stem.{i}.weight" for i in range(count_blocks(tensors, f"{prefix}stem", source))]
     weights = [tensors.get(name) for name in [*names, f"{prefix}proj.weight"]]
     if any(weight is None or weight.ndim != 5 for weight in weights):
@@ -333,5 +332,5 @@ def _grid(metadata: ModelMetadata, options: EncoderOptions, source: str) -> Toke
             patch_size=patch,
         )
     except UserError as error:
-        raise UserError(f"{source}: the clips of these weights do not fit their tubelets: {error}") from error
+        raise UserError(f"{source}: the clip size of these weights does not fit their tubelets: {error}") from error
     return require_size(grid, source)

@@ -1,6 +1,6 @@
 """Weights out: one safetensors file, the official layout, or a folder that Hugging Face's `from_pretrained` loads.
 
-Place in the flow: complete Weights -> `write_weights` -> new files, each there whole or not at all.
+Place in the flow: complete Weights -> `write_weights` -> new files, each written completely or not at all.
 """
 
 import re
@@ -27,11 +27,11 @@ SUFFIXES: dict[Layout, tuple[str, ...]] = {"everest": (".safetensors",), "videom
 
 
 def require_target(target: Path, layout: Layout) -> None:
-    """Refuse a target of another kind or one that exists, before anything long is done."""
+    """Refuse a target that exists or is named for another layout, before any slow work."""
     if target.exists():
         raise UserError(f"{target} exists; remove it or name another")
     if layout == "hf" and target.suffix in (".safetensors", ".pth", ".pt", ".bin"):
-        raise UserError(f"{target} is named like a file; a Hugging Face model is a folder")
+        raise UserError(f"{target} is named like a file; a Hugging Face model is a folder, so name a folder")
     if layout != "hf" and target.suffix not in SUFFIXES[layout]:
         raise UserError(f"{target} must end in {' or '.join(SUFFIXES[layout])}")
 
@@ -56,12 +56,12 @@ def write_weights(
             videomae: the official state dict under 'model'; hf: model.safetensors, config.json, settings of
             transformers' processors, a model card, and for a classifier whose selection is known the code that
             selects tokens and frames in transformers.
-        recipe: Of hf: how clips are cut and which tokens are kept, for weights that come without a run.
-        scores: Of hf: recorded scores of the weights, a line each.
+        recipe: For hf: how clips are cut and which tokens are kept, for weights that come without a run.
+        scores: For hf: recorded scores of the weights, a line each.
 
     Raises:
-        UserError: The target exists or cannot be written, the layout cannot hold this model, or the recipe has no
-            effect.
+        UserError: The target exists or cannot be written, the layout does not support this model, or the recipe has
+            no effect.
     """
     require_target(target, layout)
     architecture = weights.architecture
@@ -109,7 +109,7 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[s
     path.touch()
     mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
-    path.chmod(mode)  # safetensors (0.8) leaves its files readable by their owner alone
+    path.chmod(mode)  # safetensors (0.8) makes its files readable by their owner only
 
 
 def _save_folder(tensors: Mapping[str, Tensor], files: Mapping[str, str], path: Path) -> None:
@@ -120,7 +120,7 @@ def _save_folder(tensors: Mapping[str, Tensor], files: Mapping[str, str], path: 
 
 
 def write_whole(target: Path, save: Callable[[Path], None]) -> None:
-    """Write a file or folder, so that it is there whole or not at all.
+    """Write a file or folder completely or not at all.
 
     Raises:
         UserError: It cannot be written.
@@ -129,5 +129,5 @@ def write_whole(target: Path, save: Callable[[Path], None]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as partial:
             save(partial)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of them
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk raises any of these
         raise UserError(f"cannot write {target}: {error}") from error

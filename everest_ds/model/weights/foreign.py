@@ -1,7 +1,7 @@
-"""Files of weights, read as data: nothing in them is run; wrappers and prefixes are taken off.
+"""Reads files of weights as data: runs no code from them, and removes wrappers and prefixes.
 
 Place in the flow: PATH -> RawWeights: tensors under the file's own names, and what came with them. Pickles are read
-with `weights_only`; one that names a function is refused before anything of it runs.
+with `weights_only`; a pickle that names a function is refused before any of it runs.
 """
 
 import argparse
@@ -21,19 +21,19 @@ from everest_ds.model.weights.pickles import MAX_NAME_LENGTH, MAX_PICKLE_BYTES, 
 
 # Keys of the state dict in files of training codes, in the order of the official fine-tuning code.
 WRAPPERS = ("model", "module", "state_dict")
-# Leading parts of names that wrappers add: data parallelism and DeepSpeed, our tasks, official fine-tuning.
+# Prefixes of names, added by data parallelism and DeepSpeed, by our tasks, and by official fine-tuning.
 PREFIXES = ("module", "model", "backbone")
-COMPILED = "_orig_mod"  # torch.compile adds it, anywhere
-# Our files keep `ModelMetadata` here: a key beside the state dict, or of safetensors' metadata.
+COMPILED = "_orig_mod"  # torch.compile adds it anywhere in a name
+# Our files have `ModelMetadata` under this key: next to the state dict, or in safetensors' metadata.
 METADATA_KEY = "everest_model"
 # The run's configuration in safetensors' metadata.
 RUN_CONFIG_KEY = "config"
 CONFIG = "config.json"
-MAX_HEADER_BYTES = MAX_PICKLE_BYTES  # of safetensors: names, shapes, and texts of ours
-# Of another project: DeepSpeed unpickles it, and the script in such a folder is a stranger's, too.
-CONSOLIDATE = "where you trust its origin, run `python -m deepspeed.utils.zero_to_fp32` over it"
+MAX_HEADER_BYTES = MAX_PICKLE_BYTES  # of safetensors: names, shapes, and our texts
+# For folders of other projects. DeepSpeed unpickles their files, and so does the script in such a folder.
+CONSOLIDATE = "if you trust its origin, run `python -m deepspeed.utils.zero_to_fp32` on it"
 DEEPSPEED_STATES = "mp_rank_00_model_states.pt"
-# Official files keep their arguments in one; making it runs no code of the file's.
+# Official files store their arguments in one; creating it runs no code from the file.
 ARGUMENTS = {"argparse.Namespace": argparse.Namespace}
 # Weights of a Hugging Face folder, in the order in which transformers looks for them.
 WEIGHT_FILES = (
@@ -46,13 +46,13 @@ WEIGHT_FILES = (
 
 @dataclass(frozen=True, kw_only=True)
 class RawWeights:
-    """Tensors as a file has them.
+    """Tensors as they are in a file.
 
     Attributes:
-        tensors: By name, prefixes taken off.
-        names: The name in the file, with prefixes, by that name.
+        tensors: By name, without prefixes.
+        names: From those names to the names in the file, with prefixes.
         beside: What else is in the file: optimiser, epoch, arguments.
-        metadata: What the file says about its model.
+        metadata: The file's metadata about its model.
         config: The config.json of a Hugging Face folder.
         run_config: The configuration of the run that wrote the weights, one line of JSON; files of ours only.
         wrapper: The key of the state dict.
@@ -73,8 +73,8 @@ def read_raw(path: Path) -> RawWeights:
     """Read a file, or a folder of Hugging Face or of DeepSpeed, as data.
 
     Raises:
-        UserError: It is missing, damaged or something else, or is a pickle that wants to run code, or a tensor has
-            no values.
+        UserError: It is missing, damaged, not a file of weights, a pickle that would run code, or has a tensor
+            without values.
     """
     if path.is_dir():
         return _read_folder(path)
@@ -98,7 +98,7 @@ def _read_folder(path: Path) -> RawWeights:
     file = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
     if file is not None:
         if not (path / CONFIG).is_file():
-            raise UserError(f"{path} has weights but no {CONFIG}, which says how many heads they have; add it")
+            raise UserError(f"{path} has weights but no {CONFIG}, which gives their number of heads; add it")
         tensors: dict[str, Tensor] = {}
         for shard in _list_shards(file) if file.suffix == ".json" else [file]:
             tensors |= _read_shard(shard)
@@ -110,16 +110,16 @@ def _read_folder(path: Path) -> RawWeights:
 
 
 def _list_shards(index: Path) -> list[Path]:
-    """Return the files that an index names; they must be in its folder."""
+    """Return the files that an index names; they must be in the index's folder."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index} has no weight_map of names to files")
+        raise UserError(f"{index} has no weight_map from tensor names to file names; download it again")
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or "\0" in name:
-            raise UserError(f"{index} names {escaped(name)!r}; expected files of its own folder")
+            raise UserError(f"{index} names {escaped(name)!r}; expected files in its own folder")
         if not (index.parent / name).is_file():
-            raise UserError(f"{index} names {escaped(name)}, which is not there; fetch the whole folder")
+            raise UserError(f"{index} names {escaped(name)}, which is missing; download the whole folder")
     return [index.parent / name for name in names]
 
 
@@ -129,27 +129,27 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
         return read_safetensors(path)[0]
     state = read_pickle(path, objects=ARGUMENTS)
     if not isinstance(state, Mapping) or not all(torch.is_tensor(value) for value in state.values()):
-        raise UserError(f"{path} holds something else than tensors; expected a bare state dict")
+        raise UserError(f"{path} has values that are not tensors; expected a bare state dict")
     return dict(state)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file whose header has a sane size: its tensors, and the texts beside them.
+    """Read a safetensors file: its tensors, and the texts in its metadata.
 
     Raises:
-        UserError: It is damaged or something else.
+        UserError: It is damaged, its header is too large, or it is not a safetensors file.
     """
     try:
         with path.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
         if length > MAX_HEADER_BYTES:
-            raise UserError(f"{path} cannot be read: its header claims {length} bytes, at most {MAX_HEADER_BYTES}")
+            raise UserError(f"{path} cannot be read: its header claims {length} bytes, over {MAX_HEADER_BYTES}")
         with safe_open(path, "pt") as file:
             texts = file.metadata() or {}
             names = file.keys()
             for name in names:
                 if len(name) > MAX_NAME_LENGTH:
-                    raise UserError(f"{path} has a name of {len(name)} characters, {escaped(name[:40])}...")
+                    raise UserError(f"{path} has a tensor name of {len(name)} characters, {escaped(name[:40])}...")
             return {name: file.get_tensor(name) for name in names}, texts
     except UserError:
         raise
@@ -166,10 +166,10 @@ def _read_with_texts(path: Path) -> RawWeights:
 
 
 def _read_wrapped(path: Path) -> RawWeights:
-    """Read a pickle and find the state dict in it; the rest is named in ``beside``."""
+    """Read a pickle and find the state dict in it; ``beside`` names the rest."""
     content = read_pickle(path, objects=ARGUMENTS)
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}; expected a state dict, bare or wrapped")
+        raise UserError(f"{path} has a {type(content).__name__} in it; expected a state dict, bare or wrapped")
     wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
     state = content if wrapper is None else content[wrapper]
     tensors = {str(name): value for name, value in state.items() if torch.is_tensor(value)}
@@ -180,9 +180,9 @@ def _read_wrapped(path: Path) -> RawWeights:
             for key, value in content.items()
             if isinstance(value, Mapping) and any(torch.is_tensor(v) for v in value.values())
         ]
-        nested = f". Its parts {', '.join(parts)} hold tensors: save the one that you want alone" if parts else ""
+        nested = f". Its parts {', '.join(parts)} have tensors: save one of them as its own file" if parts else ""
         raise UserError(
-            f"{path} holds no tensors: it has {shown or 'nothing'}; expected a state dict, bare or under "
+            f"{path} has no tensors: it has {shown or 'nothing'}; expected a state dict, bare or under "
             f"{' or '.join(WRAPPERS)}{nested}"
         )
     beside = [str(key) for key in content if key != wrapper and str(key) not in tensors and key != METADATA_KEY]
@@ -194,7 +194,7 @@ def _read_wrapped(path: Path) -> RawWeights:
 
 
 def _read_metadata(content: Mapping[Any, Any], path: Path) -> ModelMetadata:
-    """Return what a file says about its model: our own key, else the official code's arguments."""
+    """Return a file's metadata about its model: our own key, else the official code's arguments."""
     if METADATA_KEY in content:
         return ModelMetadata.parse(content[METADATA_KEY], str(path))
     arguments = content.get("args")
@@ -206,7 +206,7 @@ def _read_metadata(content: Mapping[Any, Any], path: Path) -> ModelMetadata:
 
 
 def _remove_prefixes(raw: RawWeights, path: Path) -> RawWeights:
-    """Take wrappers' parts off names, and `encoder.` where there is no decoder."""
+    """Remove wrappers' prefixes from names, and `encoder.` if there is no decoder."""
     for name, tensor in raw.tensors.items():
         if not tensor.numel():
             raise UserError(f"{path}: {escaped(name)} has no values, its shape is {tuple(tensor.shape)}")
@@ -214,7 +214,7 @@ def _remove_prefixes(raw: RawWeights, path: Path) -> RawWeights:
     has_decoder = any(name.startswith(DECODER_MARKS) for name in short_names.values())
     names: dict[str, str] = {}
     for name, short in short_names.items():
-        # Hugging Face's bare encoder calls its blocks encoder.layer: those keep the part.
+        # Hugging Face's bare encoder calls its blocks encoder.layer; those names keep `encoder.`.
         if not has_decoder and not short.startswith("encoder.layer."):
             short = short.removeprefix("encoder.")
         if short in names:

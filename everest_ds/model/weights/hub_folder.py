@@ -1,7 +1,7 @@
 """The files of a Hugging Face folder besides the weights: config.json, processors, our code, and the model card.
 
-Place in the flow: complete Weights and a recipe -> `make_hub_folder` -> texts that `export` writes. The block
-"everest" of config.json tells `modeling_everest` which tokens to keep; transformers itself ignores it. The card
+Place in the flow: complete Weights and a recipe -> `make_hub_folder` -> texts that `export` writes. From the block
+"everest" of config.json, `modeling_everest` knows which tokens to keep; transformers itself ignores it. The card
 names lists without their folders, because it is published.
 """
 
@@ -67,7 +67,7 @@ class Clips:
 
     @property
     def num_kept(self) -> int:
-        """Tokens of a clip that the encoder sees."""
+        """How many tokens of a clip the encoder sees."""
         return self.rule.num_kept(self.grid)
 
     @property
@@ -79,7 +79,7 @@ class Clips:
         return describe_kept(self.selection.keep_ratio, self.num_kept, self.grid.num_tokens)
 
     def fixed_tokens(self) -> list[int] | None:
-        """Return the positions that are kept of every clip; None where they depend on the clip, or all are kept."""
+        """Return the positions that are kept of every clip; None if they depend on the clip or all are kept."""
         rule, grid = self.rule, self.grid
         if self.keeps_all or rule.ranks_to_keep(grid):
             return None
@@ -89,11 +89,11 @@ class Clips:
 
 @dataclass(frozen=True, kw_only=True)
 class HubFolder:
-    """What a folder holds besides its weights.
+    """What a folder contains besides its weights.
 
     Attributes:
         files: Texts by file name.
-        notes: Where transformers computes something else.
+        notes: Where transformers computes something different.
     """
 
     files: dict[str, str]
@@ -109,20 +109,21 @@ def make_hub_folder(
         weights: What is exported.
         recipe: How clips are cut and which tokens are kept, for weights that come without a run.
         scores: Recorded scores of the weights, a line each.
-        notes: Of the translation of names.
+        notes: Notes from the translation of names.
 
     Raises:
-        UserError: The recipe says what the run's own configuration says, or the number of heads is unknown.
+        UserError: A recipe is given for weights that have their run's configuration, or the number of heads is
+            unknown.
     """
     architecture, run, unreadable = weights.architecture, None, []
     if weights.config is not None:
         try:
             run = config_from_dict(json.loads(weights.config), source="the configuration of their run")
         except (UserError, ValueError) as error:  # of another version of everest_ds
-            unreadable.append(f"what the weights say of their run cannot be used: {error}")
+            unreadable.append(f"the run's configuration that came with the weights cannot be used: {error}")
     if run is not None and recipe is not None:
         raise UserError(
-            f"--recipe {recipe.recipe} has no effect: {weights.source} says how it was trained; remove it"
+            f"--recipe {recipe.recipe} has no effect: {weights.source} has its run's configuration; remove it"
         )
     clips = _find_clips(architecture, run or recipe)
     notes = (*notes, *unreadable, *_note_tokens(architecture, clips))
@@ -135,7 +136,7 @@ def make_hub_folder(
 
 
 def _find_clips(architecture: Architecture, config: Config | None) -> Clips | None:
-    """Return a classifier's clips as a configuration says them; None where nothing says them."""
+    """Return a classifier's clips according to a configuration; None if unknown."""
     if not isinstance(config, FinetuneConfig) or architecture.kind != "classifier":
         return None
     options, data = architecture.options, config.data
@@ -155,8 +156,8 @@ def _note_tokens(architecture: Architecture, clips: Clips | None) -> list[str]:
         return ["the selection of tokens is not in the folder: VideoMAEForPreTraining takes bool_masked_pos"]
     if clips is None:
         return [
-            "the weights do not say how many tokens of a clip they were trained on; transformers uses all of them. "
-            "--recipe NAME puts the recipe's selection into the folder"
+            "it is not known how many tokens of a clip the weights were trained on; transformers uses all of them. "
+            "--recipe NAME adds the recipe's selection to the folder"
         ]
     notes = []
     if clips.keeps_all:
@@ -168,14 +169,14 @@ def _note_tokens(architecture: Architecture, clips: Clips | None) -> list[str]:
         )
     if architecture.grid != clips.grid:
         notes.append(
-            "its positions are interpolated from clips of another size; transformers' own VideoMAE lays them out "
-            "afresh, which changes its outputs. trust_remote_code=True interpolates them as here"
+            "its positions are interpolated from clips of another size; transformers' own VideoMAE computes new "
+            "ones, which changes its outputs. trust_remote_code=True interpolates them as here"
         )
     return notes
 
 
 def _write_config(architecture: Architecture, clips: Clips | None) -> str:
-    """Return the config.json; where ``clips`` are known it names our modelling file.
+    """Return the config.json; if ``clips`` are known, it names our modelling file.
 
     Raises:
         UserError: The number of heads is unknown.
@@ -206,7 +207,7 @@ def _write_config(architecture: Architecture, clips: Clips | None) -> str:
             "decoder_num_hidden_layers": architecture.decoder_depth,
             "decoder_num_attention_heads": size.decoder_num_heads,
             "decoder_intermediate_size": MLP_RATIO * size.decoder_width,
-            "use_mean_pooling": False,  # its encoder has a norm of its own only then
+            "use_mean_pooling": False,  # only then does its encoder have its own norm
             "norm_pix_loss": True,
         }
     else:
@@ -222,7 +223,7 @@ def _write_config(architecture: Architecture, clips: Clips | None) -> str:
 
 
 def _everest_block(architecture: Architecture, clips: Clips) -> dict[str, Any]:
-    """Return what our reader and our modelling file need and transformers' configuration has no key for."""
+    """Return settings of our reader and modelling file for which transformers' configuration has no key."""
     selection, grids = clips.selection, (clips.grid, architecture.grid)
     grid, position_grid = ([g.time, g.rows, g.cols] for g in grids)
     return {
@@ -241,8 +242,8 @@ def _everest_block(architecture: Architecture, clips: Clips) -> dict[str, Any]:
 def _write_processors(architecture: Architecture, clips: Clips | None) -> dict[str, str]:
     """Return the settings of transformers' processors, by file name.
 
-    Images: shorter side to the clip's size, the middle cut out, ImageNet's mean and deviation. Videos: the same,
-    and our processor for the frames where the clips are known.
+    Images: resize the shorter side to the clip's size, crop the centre, standardise with ImageNet's mean and
+    deviation. Videos: the same, with our processor for the frames if the clips are known.
     """
     patch = architecture.options.patch_size
     grid = architecture.grid if clips is None else clips.grid
@@ -313,7 +314,7 @@ def _describe_settings(run: Config | None, recipe: Config | None) -> str:
     config = run or recipe
     if config is None:
         return "Not known: the weights came without the configuration of a run.\n"
-    said = "The weights came without a run. These are the settings of the recipe that was named at the export.\n\n"
+    said = "The weights came without a run. These are the settings of the recipe named at the export.\n\n"
     lines = [
         "| {} | {} |\n".format(name, str(value).replace("|", "\\|").replace("\n", " "))
         for name, value in _list_settings(config)
@@ -322,7 +323,7 @@ def _describe_settings(run: Config | None, recipe: Config | None) -> str:
 
 
 def _list_settings(config: Config) -> list[tuple[str, object]]:
-    """Return what a reader has to know of a run."""
+    """Return the settings of a run that a reader of the card needs."""
     data, optim = config.data, config.optim
     is_dense = not isinstance(config, FinetuneConfig) or config.data.sampling == "dense"
     frames = f"stride {data.sampling_stride}" if is_dense else "one of each of as many equal parts of the video"
@@ -356,7 +357,7 @@ def _describe_tokens(architecture: Architecture, clips: Clips | None) -> str:
     if clips is None:
         return (
             "It is not known how many tokens of a clip these weights were trained on. Transformers uses all of "
-            "them; with a model that was trained on fewer, the scores are lower than they were there.\n"
+            "them. If the model was trained on fewer, its scores are lower in transformers.\n"
         )
     if clips.keeps_all:
         return f"The model {clips.describe()} of a clip, as transformers' VideoMAE does.\n"
@@ -368,7 +369,7 @@ def _describe_tokens(architecture: Architecture, clips: Clips | None) -> str:
         which = f"those that changed {most} since the step before {distance}"
     return (
         f"The model was trained and scored on a part of each clip: it {clips.describe()}, {which}. "
-        "Transformers' own VideoMAE uses all tokens, which this model was not trained on, and its scores are lower "
+        "Transformers' own VideoMAE uses all tokens. This model was not trained for that, so its scores are lower "
         "there. `modeling_everest.py` in this folder selects the same tokens as everest_ds; it runs with "
         "`trust_remote_code=True`.\n"
     )
@@ -385,7 +386,7 @@ def _describe_loading(architecture: Architecture, clips: Clips | None) -> str:
         f'classify = pipeline("video-classification", FOLDER{trust})\n'
         'print(classify("video.mp4"))\n\n'
         f"model = AutoModelForVideoClassification.from_pretrained(FOLDER{trust})\n"
-        "logits = model(pixel_values).logits  # (clips, frames, 3, height, width), scaled by ImageNet's statistics"
+        "logits = model(pixel_values).logits  # (clips, frames, 3, height, width), ImageNet's mean and deviation"
     )
     text = f"```python\n{code}\n```\n"
     if clips is None:
@@ -394,7 +395,7 @@ def _describe_loading(architecture: Architecture, clips: Clips | None) -> str:
         f"{text}\nWith `trust_remote_code=True`, `pipeline` takes the run's frames and tokens: the middle view "
         "that `everest predict --num-temporal 1 --num-spatial 1` takes. Without it, transformers spreads the "
         "frames evenly over the whole video and uses all tokens. `pipeline` decodes with torchcodec. The scores "
-        "above are of the views that they name, whose softmax is averaged; one view scores a little lower.\n"
+        "above average the softmax of the views that they name; a single view scores a little lower.\n"
     )
 
 

@@ -1,9 +1,9 @@
 """Hugging Face's VideoMAE: its names and its config.json, in both directions.
 
-Written against transformers 5.23; what it computes is compared with ours in tests/parity. Its versions keep the
-attention biases in three ways: `q_bias` and `v_bias` (version 4 and all published folders; what is written here),
-`query.bias`, `key.bias` and `value.bias` (5.12, which reads the older names as zeros), and without `key.bias`. A
-key's bias shifts all scores of a query alike, so softmax ignores it and it is left out.
+Written against transformers 5.23; tests/parity compare its outputs with ours. Its versions name the attention
+biases in three ways: `q_bias` and `v_bias` (version 4 and all published folders; written here), `query.bias`,
+`key.bias` and `value.bias` (5.12, which reads the older names as zeros), and the latter without `key.bias`. A key's
+bias shifts all scores of a query equally. Softmax ignores that, so the bias is left out.
 """
 
 import math
@@ -19,7 +19,7 @@ from everest_ds.model.transformer import MLP_RATIO
 from everest_ds.model.weights.architecture import Architecture, Kind, ModelMetadata, count_blocks, kind_of
 
 TRUNK = "videomae."
-# Our modules and theirs, by kind of model; blocks follow below.
+# Our module names and theirs, by kind of model; blocks are listed below.
 PARTS: dict[Kind, dict[str, str]] = {
     "autoencoder": {
         "encoder.patch_embed.proj": f"{TRUNK}embeddings.patch_embeddings.projection",
@@ -36,7 +36,7 @@ PARTS: dict[Kind, dict[str, str]] = {
     },
 }
 ENCODER_BLOCKS, DECODER_BLOCKS = f"{TRUNK}encoder.layer", "decoder.decoder_layers"
-# Tensors of a block, in our order. Theirs are alternatives: the first is written, any of them is read.
+# Tensors of a block, in our order. Their names are alternatives: the first is written, any of them is read.
 ATTENTION = "attention.attention."
 BLOCK_TENSORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "norm1.weight": (("layernorm_before.weight",),),
@@ -61,9 +61,9 @@ DECODER_NAMES = (
     "decoder.head.weight",
     "decoder.head.bias",
 )
-# Settings for which our models have one value; absent ones have transformers' default.
+# Settings that have one value in our models; a missing one has transformers' default.
 FIXED_SETTINGS: dict[str, Any] = {"model_type": "videomae", "hidden_act": "gelu", "num_channels": 3}
-# Epsilon of its decoder's and its classifier's norm; its configuration sets that of the others only.
+# Epsilon of its decoder's and its classifier's norm; its configuration sets only that of the other norms.
 LAST_NORM_EPS = 1e-5
 DEFAULT_NORM_EPS = 1e-12
 # Numbers of its configuration, with transformers' defaults.
@@ -76,8 +76,8 @@ class Translation:
 
     Attributes:
         tensors: By new name; unknown ones keep theirs.
-        sources: The old names that each was made of.
-        ignored: Old names of tensors that change nothing.
+        sources: From new names to the old names that each was made of.
+        ignored: Old names of tensors that have no effect.
         notes: What was done besides renaming.
     """
 
@@ -96,9 +96,9 @@ def from_huggingface(raw: Mapping[str, Tensor], config: Mapping[str, Any] | None
     """Rename tensors of VideoMAEForPreTraining, VideoMAEForVideoClassification or VideoMAEModel.
 
     Raises:
-        UserError: Query, key and value of a block are not all there, or two names mean one tensor.
+        UserError: A block lacks its query, key or value, or two names mean the same tensor.
     """
-    if not any(name.startswith(TRUNK) for name in raw):  # VideoMAEModel, the encoder alone
+    if not any(name.startswith(TRUNK) for name in raw):  # VideoMAEModel, an encoder alone
         raw = {f"{TRUNK}{name}": tensor for name, tensor in raw.items()}
     kind = kind_of(raw, head="classifier.")
     depths = [count_blocks(raw, stem, source) for stem in (ENCODER_BLOCKS, DECODER_BLOCKS)]
@@ -118,9 +118,9 @@ def from_huggingface(raw: Mapping[str, Tensor], config: Mapping[str, Any] | None
     used = {name for names in sources.values() for name in names}
     keys = tuple(name for name in raw if name.endswith(".attention.attention.key.bias"))
     rest = {name: tensor for name, tensor in raw.items() if name not in used and name not in keys}
-    notes = ["the keys' biases shift all scores of a query alike and change nothing"] if keys else []
+    notes = ["the keys' biases are ignored: softmax does not depend on them"] if keys else []
     if config is not None and config.get("qv_bias", config.get("qkv_bias")) is False:
-        notes.append("its attention has no biases (qv_bias is false): zeros here, which is the same")
+        notes.append("its attention has no biases (qv_bias is false); they are zeros here, which is equivalent")
         for name in [name for name in tensors if name.endswith("attn.qkv.weight")]:
             for bias in ("q_bias", "v_bias"):
                 ours = name.replace("qkv.weight", bias)
@@ -148,28 +148,28 @@ def to_huggingface(tensors: Mapping[str, Tensor], architecture: Architecture) ->
             out[name] = part.contiguous()
             sources[name] = (ours,)
     notes = [
-        "transformers 4 and 5.18 or later read this; 5.12 leaves q_bias and v_bias at zero, as it does in all "
+        "transformers 4 and 5.18 or later read this; 5.12 sets q_bias and v_bias to zero, as it does for all "
         "published folders"
     ]
     if architecture.last_norm_eps != LAST_NORM_EPS:
         whose = "decoder's" if architecture.kind == "autoencoder" else "classifier's"
         notes.append(
-            f"its {whose} norm adds {LAST_NORM_EPS:g} to the variance where this model adds "
-            f"{architecture.last_norm_eps:g}; nothing in its configuration changes that"
+            f"its {whose} norm adds {LAST_NORM_EPS:g} to the variance, this model's adds "
+            f"{architecture.last_norm_eps:g}; its configuration cannot change that"
         )
     if not architecture.grid_is_known:
         grid, options = architecture.grid, architecture.options
         frames, rows, cols = grid.time * options.tubelet_size, grid.rows, grid.cols
         clip = f"{frames}x{rows * options.patch_size}x{cols * options.patch_size}"
-        notes.append(f"the weights do not say for which clips; taken as {clip}, the official ones")
+        notes.append(f"the weights do not record their clip size; the official {clip} is assumed")
     return Translation(tensors=out, sources=sources, notes=tuple(notes))
 
 
 def read_metadata(config: Mapping[str, Any], source: str) -> ModelMetadata:
-    """Read from its config.json what shapes do not say; a folder of ours says more in its block "everest".
+    """Read a model's metadata from config.json; a folder of ours has more in its block "everest".
 
     Raises:
-        UserError: Another model, or a setting that our models do not have.
+        UserError: It is another model, or has a setting that our models do not support.
     """
     for key, expected in FIXED_SETTINGS.items():
         if config.get(key, expected) != expected or (key == "model_type" and key not in config):
@@ -207,14 +207,14 @@ def read_metadata(config: Mapping[str, Any], source: str) -> ModelMetadata:
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{source}: the block everest of config.json is not what `everest convert` writes"
+            f"{source}: the block everest of config.json was not written by `everest convert`"
         ) from error
     sizes = {"num_frames": time * tubelet, "image_height": rows * patch, "image_width": cols * patch}
     return replace(metadata, **sizes, last_norm_eps=eps)
 
 
 def _read_labels(labels: Any) -> tuple[str, ...] | None:
-    """Return the names of classes, unless they are transformers' placeholders."""
+    """Return the names of classes; None if they are transformers' placeholders."""
     if not isinstance(labels, dict) or not all(str(i) in labels for i in range(len(labels))):
         return None
     names = tuple(str(labels[str(i)]) for i in range(len(labels)))
@@ -222,20 +222,22 @@ def _read_labels(labels: Any) -> tuple[str, ...] | None:
 
 
 def notes_of_config(config: Mapping[str, Any], kind: Kind) -> tuple[str, ...]:
-    """Return notes on what its model computes differently with the same weights.
+    """Return notes on what transformers' model computes differently with the same weights.
 
     Raises:
-        UserError: A classifier that reads the first token instead of the mean.
+        UserError: Its classifier reads the first token instead of the mean of all.
     """
     if kind == "classifier" and not config.get("use_mean_pooling", True):
-        raise UserError("its classifier reads the first token (use_mean_pooling is false), ours the mean of all")
+        raise UserError(
+            "its classifier reads the first token (use_mean_pooling is false); expected the mean of all"
+        )
     if kind == "autoencoder" and not config.get("norm_pix_loss", True):
-        return ("its decoder predicts plain pixels (norm_pix_loss is false), ours standardised ones",)
+        return ("its decoder predicts plain pixels (norm_pix_loss is false), ours predicts standardised ones",)
     return ()
 
 
 def _names(kind: Kind, depth: int, decoder_depth: int) -> dict[str, Sequence[tuple[str, ...]]]:
-    """Return, for each of our names, the alternatives of theirs that it is made of."""
+    """Return, for each of our names, the alternative names of theirs that it is made of."""
     names: dict[str, Sequence[tuple[str, ...]]] = {
         f"{ours}.{leaf}": [(f"{theirs}.{leaf}",)]
         for ours, theirs in PARTS[kind].items()

@@ -1,8 +1,8 @@
-"""Weights into a model, with a report and no surprises.
+"""Loads weights into a model, and reports what was loaded.
 
-Place in the flow: Weights -> `load_weights` -> a model that starts from them. What weights lack or a model does
-not know is an error, unless it is allowed by name. A classifier may start from an encoder: its head is then fresh,
-and the decoder is not used.
+Place in the flow: Weights -> `load_weights` -> a model that starts from them. A missing or unknown tensor is an
+error, unless it is allowed by name. A classifier may start from an encoder: its head is then fresh, and the decoder
+is not used.
 """
 
 from collections.abc import Collection
@@ -25,10 +25,10 @@ from everest_ds.model.weights.report import (
 )
 from everest_ds.tokens import TokenGrid
 
-# Names that `allow` knows besides those of tensors.
+# Names that `allow` accepts besides those of tensors.
 POSITIONS, HEADS = "positions", "num_heads"
 ENCODER_PARTS = ("patch_embed.", "blocks.")
-# What differs by nature when a classifier starts from an encoder (official fine-tuning).
+# Parts that always differ when a classifier starts from an encoder (official fine-tuning).
 FRESH_IN_CLASSIFIER = ("fc_norm", "head")
 UNUSED_BY_CLASSIFIER = ("decoder", "encoder_to_decoder", "mask_token", "encoder.norm", "norm")
 
@@ -46,12 +46,12 @@ def load_weights(
         model: A model on the CPU, not sharded.
         weights: From `read_weights`.
         allow: Names of tensors or modules (``decoder``, ``head.weight``) that may be left fresh or ignored;
-            ``positions`` for positions of another grid than the weights', ``num_heads`` for other heads.
-        clip_grid: The tokens of the clips to come; positions are interpolated where it is not the model's own.
+            ``positions`` for positions of another grid, ``num_heads`` for another number of heads.
+        clip_grid: The tokens of future clips; if it is not the model's own grid, positions are interpolated.
 
     Raises:
-        UserError: Another size (both are named), or a tensor that is missing, unknown or of another shape and
-            not allowed. The model is then as it was.
+        UserError: The sizes differ, or a tensor is missing, unknown or of another shape and not allowed. The model
+            is then unchanged.
     """
     ours, theirs = _architecture(model), weights.architecture
     heads_differ = _require_same_size(ours, weights, allow)
@@ -62,17 +62,17 @@ def load_weights(
     lacking = [n for n in missing if not is_allowed(n, [*allow, *(FRESH_IN_CLASSIFIER if is_bare else ())])]
     unknown = [n for n in extra if not is_allowed(n, [*allow, *(UNUSED_BY_CLASSIFIER if is_bare else ())])]
     if lacking or unknown:
-        way_out = "where that is meant, --init-allow"
+        way_out = "if that is intended, use --init-allow"
         raise UserError(describe_difference(weights.source, lacking, unknown, way_out))
     for name in misshapen:
         if not is_allowed(name, allow):
             shapes = describe_shapes(weights.source, name, renamed[name].shape, expected[name])
-            raise UserError(f"{shapes}; to leave it fresh, --init-allow {part_of(name)}")
+            raise UserError(f"{shapes}; to initialise it afresh, use --init-allow {part_of(name)}")
     notes = _check_positions(ours.grid, weights, allow)
     if (theirs.norm_eps, theirs.last_norm_eps) != (ours.norm_eps, ours.last_norm_eps):
         notes += (
-            f"there the norms add {theirs.norm_eps:g} to the variance, the last one {theirs.last_norm_eps:g}; here "
-            f"{ours.norm_eps:g}",
+            f"their norms add {theirs.norm_eps:g} to the variance, the last one {theirs.last_norm_eps:g}; this "
+            f"model's add {ours.norm_eps:g}",
         )
     fresh = {*missing, *misshapen}
     loaded = {name: renamed[name] for name in expected if name not in fresh}
@@ -112,7 +112,7 @@ def _architecture(model: EverestAutoencoder | EverestClassifier) -> Architecture
 
 
 def _rename_for(ours: Architecture, weights: Weights) -> dict[str, Tensor]:
-    """Return tensors under the names that they have in this kind of model."""
+    """Return tensors under their names in this kind of model."""
     from_autoencoder = weights.architecture.kind == "autoencoder"
     if (ours.kind == "autoencoder") == from_autoencoder:
         return weights.tensors
@@ -124,12 +124,12 @@ def _rename_for(ours: Architecture, weights: Weights) -> dict[str, Tensor]:
 
 
 def _require_same_size(ours: Architecture, weights: Weights, allow: Collection[str]) -> bool:
-    """Refuse weights of another size, by their size rather than by their first tensor; return if heads differ."""
+    """Refuse weights of another width, depth, number of heads or decoder; return whether heads differ."""
     theirs = weights.architecture
     if (theirs.width, theirs.depth) != (ours.width, ours.depth):
         raise UserError(
-            f"{weights.source} is {theirs.describe()}; this model is {name_of_size(ours.width, ours.depth)}; use "
-            "weights of that size, or the model of these (--model.size)"
+            f"{weights.source} is {theirs.describe()}; this model is {name_of_size(ours.width, ours.depth)}. Use "
+            "weights of that size, or choose the weights' size with --model.size"
         )
     is_autoencoder = ours.kind == "autoencoder"
     our_heads = [ours.num_heads, *([ours.decoder_num_heads] if is_autoencoder else [])]
@@ -138,34 +138,33 @@ def _require_same_size(ours: Architecture, weights: Weights, allow: Collection[s
     heads_differ = theirs.heads_are_known and any(b is not None and a != b for a, b in pairs)
     if heads_differ and not is_allowed(HEADS, allow):
         raise UserError(
-            f"{weights.source} says {their_heads} attention heads (encoder, decoder), this model has {our_heads}; "
-            "where the file is wrong (Hugging Face's folders of ViT-small say 16 where 6 were trained), "
-            f"--init-allow {HEADS}"
+            f"{weights.source} records {their_heads} attention heads (encoder, decoder), this model has "
+            f"{our_heads}; if the record is wrong (Hugging Face's ViT-small folders say 16, but 6 were trained), "
+            f"use --init-allow {HEADS}"
         )
     decoders_differ = (theirs.decoder_width, theirs.decoder_depth) != (ours.decoder_width, ours.decoder_depth)
     if is_autoencoder and theirs.decoder_depth and decoders_differ and not is_allowed("decoder", allow):
         raise UserError(
-            f"{weights.source} has a decoder {theirs.decoder_width} wide with {theirs.decoder_depth} blocks, "
-            f"this model's is {ours.decoder_width} wide with {ours.decoder_depth} (--model.decoder-depth); to take "
-            "what fits of it, --init-allow decoder"
+            f"{weights.source} has a decoder of width {theirs.decoder_width} and {theirs.decoder_depth} blocks, "
+            f"this model's has width {ours.decoder_width} and {ours.decoder_depth} blocks (--model.decoder-depth); "
+            "to load the tensors that fit, use --init-allow decoder"
         )
     return heads_differ
 
 
 def _check_positions(ours: TokenGrid, weights: Weights, allow: Collection[str]) -> tuple[str, ...]:
-    """Return a note where allowed positions differ; they are fixed, but weights were trained with some."""
+    """Return a note if allowed positions differ. Positions are fixed, but the weights were trained with theirs."""
     theirs, options = weights.architecture.grid, weights.architecture.options
     if ours == theirs:
         return ()
     if not is_allowed(POSITIONS, allow):
-        guess = "" if weights.architecture.grid_is_known else " (it does not say; the official code's)"
+        guess = "" if weights.architecture.grid_is_known else " (assumed)"
         raise UserError(
-            f"{weights.source} was trained with positions of {_shown(theirs)} tokens{guess}, this model's are "
-            f"laid out for {_shown(ours)}; to interpolate them, --model.position-frames "
-            f"{theirs.time * options.tubelet_size} --model.position-size {theirs.rows * options.patch_size}; "
-            f"to lay them out afresh, --init-allow {POSITIONS}"
+            f"{weights.source} has positions for {_shown(theirs)} tokens{guess}, this model for {_shown(ours)}. "
+            f"To interpolate, use --model.position-frames {theirs.time * options.tubelet_size} "
+            f"--model.position-size {theirs.rows * options.patch_size}; for new positions, --init-allow {POSITIONS}"
         )
-    return (f"positions laid out afresh for {_shown(ours)} tokens, not those of training, {_shown(theirs)}",)
+    return (f"positions are new for {_shown(ours)} tokens; the weights were trained with {_shown(theirs)}",)
 
 
 def _shown(grid: TokenGrid) -> str:

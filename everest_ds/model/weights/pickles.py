@@ -1,8 +1,8 @@
-"""Files of torch.save, looked at before they are read: what they name, and whether their tensors are in them.
+"""Checks files of torch.save before they are read: what they name, and whether tensors have all their values.
 
-Place in the flow: PATH -> `look` -> `read_pickle` -> what torch.load(weights_only=True) makes of it. The look goes
-through the opcodes of a pickle and makes nothing but containers and shapes. So a file is refused for what it says,
-before anything in it is made and before memory is taken: 2 KB that ask for 40 GB, too.
+Place in the flow: PATH -> `look` -> `read_pickle` -> the result of torch.load(weights_only=True). `look` walks
+through the opcodes of a pickle and creates only containers and shapes. So a bad file is refused before any of its
+objects is created and before memory is allocated, for example a file of 2 KB that asks for 40 GB.
 """
 
 import enum
@@ -21,12 +21,12 @@ import torch
 
 from everest_ds.errors import UserError, escaped
 
-# A pickle holds names and shapes: 45 KB for 88 weights with their float32 copies and moments. It is walked at about
-# 1 MB/s, twice.
+# A pickle has names and shapes: 45 KB for 88 weights with their float32 copies and moments. It is walked through
+# twice, at about 1 MB/s.
 MAX_PICKLE_BYTES = 2 * 2**20
 MAX_DIRECTORY_BYTES = 16 * 2**20  # of a zip file
 MAX_NAME_LENGTH = 500
-# Tensors of a file may share values, as tied weights do; all of them together ask for so many times its size.
+# Tensors of a file may share values, as tied weights do. In all they may ask for this many times the file's size.
 MAX_SHARED = 4
 SMALL_BYTES = 2**20
 MAX_AXES = 64  # as in torch
@@ -37,27 +37,26 @@ ITEM_BYTES = {
     "Bool": 1, "ComplexDouble": 16, "ComplexFloat": 8, "Untyped": 1, "QInt8": 1, "QUInt8": 1, "QInt32": 4,
     "QUInt4x2": 1, "QUInt2x4": 1,
 }  # fmt: skip
-# Tensors that hold no weights as they are, by the function of torch._utils that makes them.
+# Tensors that cannot be used as weights, by the function of torch._utils that creates them.
 ODD_TENSORS = {
     "_rebuild_qtensor": "is quantised",
     "_rebuild_meta_tensor_no_storage": "has no values (it is on the meta device)",
     "_rebuild_nested_tensor": "is nested",
     "_rebuild_wrapper_subclass": "is of a tensor subclass",
-    "_rebuild_device_tensor_from_numpy": "is of another device",
-    "_rebuild_device_tensor_from_cpu_tensor": "is of another device",
+    "_rebuild_device_tensor_from_numpy": "is on another device",
+    "_rebuild_device_tensor_from_cpu_tensor": "is on another device",
 }
-# How Python 3.11.0 to 3.11.3 pickle a member of an enumeration; others call its class with its value.
+# Python 3.11.0 to 3.11.3 pickle a member of an enumeration by this call; others call its class with its value.
 MEMBER_BY_NAME = "builtins.getattr"
 EXPECTED = "expected dense weights in float64, float32, float16, bfloat16"
 ADVICE = (
-    "Weights are read as data only: where you trust its origin, save its state dict alone, by "
-    "torch.save({'model': state_dict}, ...)"
+    "If you trust its origin, load it there and save only its state dict, by torch.save({'model': state_dict}, ...)"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor that a file holds, unread."""
+    """A tensor in a file, without its values."""
 
     shape: tuple[int, ...]
     num_bytes: int
@@ -65,7 +64,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, eq=False)
 class _Named:
-    """What a pickle names: a class or function, which stays unmade, and what a call of it stands for."""
+    """A class or function that a pickle names. It is not imported; ``make`` replaces a call of it."""
 
     name: str
     make: Callable[..., Any] | None = None
@@ -80,21 +79,21 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _Odd:
-    """A tensor that is not let through, until its name is known."""
+    """A tensor that is refused as soon as its name is known."""
 
     fault: str
 
 
 class _Object:
-    """An object of a class whose constructor and state do nothing."""
+    """Replaces an object of an allowed class; ignores its constructor and state."""
 
 
 class _OrderedDict(dict[Any, Any]):
-    """As a dict; a pickle may give it a state."""
+    """A dict that a pickle may give a state."""
 
 
 class _FormatError(ValueError):
-    """What is there is not a pickle of torch.save's kind."""
+    """The file is not a pickle of the kind that torch.save writes."""
 
 
 def read_pickle(
@@ -104,9 +103,9 @@ def read_pickle(
 
     Args:
         path: A file of torch.save.
-        objects: Those classes by their full names; see `look`.
+        objects: The harmless classes by their full names; see `look`.
         mmap: Read tensors only when they are used.
-        advice: The way out for who trusts a file that is refused.
+        advice: The end of the message for a refused file: what to do if one trusts it.
 
     Raises:
         UserError: See `look`.
@@ -124,35 +123,35 @@ def read_pickle(
 
 
 def safe_globals(objects: Mapping[str, type]) -> list[Any]:
-    """Return what torch's weights_only is to let through for files that `look` did."""
+    """Return what torch's weights_only must accept besides its defaults, for files that `look` accepted."""
     return [*objects.values(), (enum_member, MEMBER_BY_NAME)] if objects else []
 
 
 def enum_member(owner: type, name: str) -> Any:
-    """Return a member of an enumeration by its name, in place of the getattr that Python 3.11.0 to 3.11.3 pickles.
+    """Return a member of an enumeration by its name; replaces the getattr that Python 3.11.0 to 3.11.3 pickles.
 
     Raises:
-        UnpicklingError: It is anything else.
+        UnpicklingError: There is no such member, or ``owner`` is not an enumeration.
     """
     if not (isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__):
-        raise pickle.UnpicklingError(f"{name!r:.40} is no member of an enumeration")
+        raise pickle.UnpicklingError(f"{name!r:.40} is not a member of an enumeration")
     return owner[name]
 
 
 def look(path: Path, objects: Collection[str] = (), advice: str = ADVICE) -> Any:
-    """Go through a file of torch.save without reading its tensors.
+    """Walk through a file of torch.save without reading its tensors.
 
     Args:
-        path: The file, zipped or as torch 1.5 and before wrote it.
-        objects: Full names of classes that it may name; they stay unmade here.
+        path: The file, zipped or in the format of torch 1.5 and before.
+        objects: Full names of classes that it may name; their objects are not created here.
         advice: The end of the message for files that name anything else.
 
     Returns:
         Its content: containers and numbers as they are, each tensor as a `StoredTensor`.
 
     Raises:
-        UserError: It names another class or function, a tensor is larger than what the file holds of it, is sparse,
-            quantised, nested or without values, or it is no file of torch.save.
+        UserError: It names another class or function, is not a file of torch.save, or has a tensor that is sparse,
+            quantised, nested, or whose values are not all in the file.
     """
     try:
         with _open(path) as file:
@@ -164,7 +163,7 @@ def look(path: Path, objects: Collection[str] = (), advice: str = ADVICE) -> Any
         RecursionError, OverflowError, NotImplementedError, zipfile.BadZipFile,
     ) as error:  # fmt: skip
         known = isinstance(error, _FormatError | OSError | zipfile.BadZipFile)
-        why = _first_line(error) if known else "no file of torch.save, or a damaged one"
+        why = _first_line(error) if known else "it is damaged, or not a file of torch.save"
         raise UserError(f"{path} cannot be read as weights: {why}") from error
 
 
@@ -173,7 +172,7 @@ def _first_line(error: BaseException) -> str:
 
 
 class _Bounded(io.FileIO):
-    """A file that is read in pieces of a bounded size."""
+    """A file that refuses to be read in large pieces."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > MAX_DIRECTORY_BYTES:
@@ -182,7 +181,7 @@ class _Bounded(io.FileIO):
 
 
 def _open(path: Path) -> "_Bounded":
-    file = _Bounded(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # a pipe is not waited for
+    file = _Bounded(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # so that opening a named pipe does not block
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise _FormatError("it is not a regular file")
@@ -206,7 +205,7 @@ class _Look:
             pickles = io.BytesIO(file.read(MAX_PICKLE_BYTES))
             found = [self._walk(pickles) for _ in range(NUM_LEGACY_PICKLES)]
             if sum(self._legacy.values()) > self._size:
-                self._refuse(f"asks for {sum(self._legacy.values())} bytes of values and has {self._size}")
+                self._refuse(f"asks for {sum(self._legacy.values())} bytes of values but has only {self._size}")
             self.content = found[3]
         if self._odd:
             self._refuse(f"has a tensor that {self._odd[0].fault}; {EXPECTED}")
@@ -221,7 +220,7 @@ class _Look:
             members = archive.infolist()
             for member in members:
                 if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
-                    self._refuse(f"has a compressed part ({escaped(member.filename)}); torch.save writes none")
+                    self._refuse(f"has a compressed part ({escaped(member.filename)}); torch.save never writes one")
             sizes = {member.filename: member.file_size for member in members}
             if len(sizes) != len(members) or sum(sizes.values()) > self._size:
                 raise _FormatError("its parts overlap")
@@ -234,7 +233,7 @@ class _Look:
             return archive.read(f"{top}/data.pkl")
 
     def _walk(self, file: BinaryIO) -> Any:
-        """Go through one pickle; return what it holds."""
+        """Walk through one pickle; return its content."""
         stack: list[Any] = []
         marked: list[list[Any]] = []
         memo: dict[int, Any] = {}
@@ -268,7 +267,7 @@ class _Look:
         raise EOFError
 
     def _act(self, name: str, value: Any, stack: list[Any]) -> None:
-        """Follow an opcode that takes the last values off the stack."""
+        """Apply an opcode that takes the last values off the stack."""
         if name in ("GLOBAL", "INST"):
             stack.append(self._find(*value.split(" ", 1)))
             return
@@ -295,10 +294,10 @@ class _Look:
             if not isinstance(stack[-1], _Object | _OrderedDict) or not isinstance(last, dict | tuple):
                 raise _FormatError(f"it gives a {type(stack[-1]).__name__} a state")
         else:
-            raise _FormatError(f"torch.save writes no {name} into its pickles")
+            raise _FormatError(f"it has the opcode {name}, which torch.save never writes")
 
     def _set(self, target: Any, items: list[Any]) -> None:
-        """Fill a dictionary by keys and values in turn; an odd tensor is refused by its name."""
+        """Fill a dictionary with alternating keys and values; refuse an odd tensor by its name."""
         content = _require(target, dict)
         for key, item in zip(items[::2], items[1::2], strict=True):
             _require_key(key)
@@ -307,7 +306,7 @@ class _Look:
             content[key] = item
 
     def _find(self, module: str, name: str) -> _Named:
-        """Return what stands for a class or function; refuse what is not on the list."""
+        """Return the replacement of a class or function; refuse one that is not on the list."""
         module = {"__builtin__": "builtins"}.get(module, module)
         full, found = f"{module}.{name}", None
         if full in self._objects:
@@ -326,8 +325,8 @@ class _Look:
             found = self._tensor_maker(full, name)
         if found is None:
             raise UserError(
-                f"{self._path} is a pickle that wants to run code when it is read ({escaped(full)}); refused, "
-                f"nothing was run. {self._advice}"
+                f"{self._path} is a pickle that would run code ({escaped(full)}), so it was not opened. "
+                f"{self._advice}"
             )
         return found
 
@@ -348,9 +347,9 @@ class _Look:
         return _Named(full, makers[name]) if name in makers else None
 
     def _member(self, owner: Any, name: Any) -> _Object:
-        """Return what stands for a member of an enumeration on the list."""
+        """Return the replacement of a member of an enumeration on the list."""
         if _require(owner, _Named).name not in self._objects or not _require(name, str).isidentifier():
-            raise _FormatError(f"it takes a part of {owner.name}")
+            raise _FormatError(f"it takes an attribute of {owner.name}")
         return _Object()
 
     def _note(self, fault: str) -> _Odd:
@@ -360,26 +359,26 @@ class _Look:
     def _make(self, named: Any, arguments: tuple[Any, ...]) -> Any:
         make = _require(named, _Named).make
         if make is None:
-            raise _FormatError(f"it makes a {named.name}")
+            raise _FormatError(f"it creates a {named.name}")
         return make(*arguments)
 
     def _store(self, identity: Any) -> _Storage:
-        """Return a storage; it must have the size that the file has of it."""
+        """Return a storage; refuse one whose size differs from that of its part of the file."""
         kind, storage, key, _, numel, *view = _require(identity, tuple)
         item_bytes = _require(storage, _Named).item_bytes
         if kind != "storage" or not item_bytes or type(numel) is not int or numel < 0:
-            raise _FormatError("it has a storage that is none")
+            raise _FormatError("it has a malformed storage")
         needed = numel * item_bytes
         if self._members is None:
             self._legacy[_require(key, str)] = needed
             if view and view[0] is not None:
                 _, start, length = _require(view[0], tuple)
                 if min(start, length) < 0 or start + length > numel:
-                    raise _FormatError("it has a part of a storage that is outside of it")
+                    raise _FormatError("it has a view beyond the end of its storage")
                 return _Storage(length * item_bytes, item_bytes)
         elif self._members.get(_require(key, str)) != needed or view:
             there = self._members.get(key, 0)
-            self._refuse(f"asks for {needed} bytes of values where it has {there} (data/{escaped(key)})")
+            self._refuse(f"asks for {needed} bytes of values but has {there} (data/{escaped(key)})")
         return _Storage(needed, item_bytes)
 
     def _tensor_of_dtype(self, *arguments: Any) -> "StoredTensor | _Odd":
@@ -388,12 +387,12 @@ class _Look:
         return self._tensor(_Storage(storage.num_bytes, _require(dtype, _Named).item_bytes), *first[1:])
 
     def _tensor(self, storage: Any, *others: Any) -> "StoredTensor | _Odd":
-        """Return a tensor, whose values must all be in its storage."""
+        """Return a tensor; refuse one whose values are not all in its storage."""
         offset, size, stride, _, hooks, meta = (*others, None, None, None)[:6]
         storage, size, stride = _require(storage, _Storage), _require(size, tuple), _require(stride, tuple)
         numbers = (offset, *size[:MAX_AXES], *stride[:MAX_AXES])
         if hooks or len(size) != len(stride) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-            raise _FormatError("it has a tensor whose shape is none")
+            raise _FormatError("it has a tensor with a malformed shape")
         if len(size) > MAX_AXES:
             raise _FormatError(f"it has a tensor of {len(size)} axes")
         numel = 1
@@ -402,12 +401,12 @@ class _Look:
         num_bytes = numel * storage.item_bytes
         last = offset + sum((edge - 1) * step for edge, step in zip(size, stride, strict=True))
         if num_bytes and ((last + 1) * storage.item_bytes > storage.num_bytes or num_bytes > storage.num_bytes):
-            return self._note(f"asks for {num_bytes} bytes of values where the file has {storage.num_bytes}")
+            return self._note(f"asks for {num_bytes} bytes of values but has {storage.num_bytes}")
         if meta:
             return self._note("is a view of conjugated or negated values")
         self._asked += num_bytes
         if self._asked > MAX_SHARED * self._size + SMALL_BYTES:
-            self._refuse(f"has {self._size} bytes, and its tensors ask for {MAX_SHARED} times as many")
+            self._refuse(f"has {self._size} bytes, but its tensors ask for more than {MAX_SHARED} times as many")
         return StoredTensor(shape=size, num_bytes=num_bytes)
 
 
@@ -418,9 +417,9 @@ def _require(value: Any, kind: type | tuple[type, ...]) -> Any:
 
 
 def _require_key(key: Any) -> None:
-    """Refuse keys of dictionaries that can be made to collide, and names that nobody gives."""
+    """Refuse dictionary keys that can be made to collide, and absurdly long names."""
     if isinstance(key, str) and len(key) > MAX_NAME_LENGTH:
-        raise _FormatError(f"it has a name of {len(key)} characters, {escaped(key[:40])}...")
+        raise _FormatError(f"it has a tensor name of {len(key)} characters, {escaped(key[:40])}...")
     if key is not None and (type(key) not in (str, int, bool) or (type(key) is int and abs(key) >= 2**60)):
         raise _FormatError(f"it has a {type(key).__name__} as a name")
 
@@ -433,7 +432,7 @@ def _ordered(items: Any = ()) -> _OrderedDict:
 
 
 def _encoded(text: str, encoding: str = "utf-8") -> bytes:
-    if encoding not in ("latin1", "latin-1", "utf-8"):  # others take long or much
+    if encoding not in ("latin1", "latin-1", "utf-8"):  # others may take much time or memory
         raise _FormatError(f"it encodes text as {escaped(_require(encoding, str)[:40])}")
     return _require(text, str).encode(encoding)
 
@@ -444,7 +443,7 @@ def _set_of(items: Any = ()) -> set[Any]:
     return set(items)
 
 
-# What may be made besides tensors, and what stands for it.
+# Classes and functions that may be named besides tensors', and their replacements.
 CONTAINERS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered,
     "collections.Counter": _ordered,
@@ -455,7 +454,7 @@ CONTAINERS: dict[str, Callable[..., Any]] = {
     "torch.Size": lambda size=(): tuple(_require(size, (tuple, list))),
     "torch.device": lambda *_: "device",
 }
-# Opcodes that put a value on the stack: their own, always the same, or an empty container.
+# Opcodes that push a value: their argument, a constant, or an empty container.
 PUSHED = frozenset(
     {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "SHORT_BINSTRING"}
 )

@@ -1,8 +1,8 @@
-"""Weights in: any file or folder under our names, as finite float32 weights of a known model.
+"""Reads any file or folder of weights: finite float32 tensors under our names, and their model.
 
 Place in the flow: PATH -> `read_weights` -> Weights -> `loading` into a model that exists, or
 `Weights.architecture.build()`, or `export`. Reads the official VideoMAE and EVEREST files, Hugging Face folders,
-mmaction2's VideoMAE and what `everest convert` wrote. Runs and their shards: `train.checkpoints.consolidated`.
+mmaction2's VideoMAE and what `everest convert` wrote. `train.checkpoints.consolidated` reads runs and their shards.
 """
 
 from collections.abc import Collection, Mapping
@@ -34,9 +34,9 @@ from everest_ds.model.weights.report import (
     unneeded,
 )
 
-# Types that hold weights as they are. Others (8-bit, quantised, integers) need scales that are kept elsewhere.
+# Types that need no more than a cast. Others (8-bit, quantised, integers) need scales from elsewhere.
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# Last parts of names that are weights in every layout; counters and index tables have others.
+# Last parts of the names of weights, in every layout; counters and index tables have other names.
 WEIGHT_LEAVES = ("weight", "bias", "q_bias", "v_bias", "mask_token")
 
 
@@ -44,8 +44,8 @@ def widen(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Return every tensor as contiguous float32.
 
     Raises:
-        UserError: A tensor is complex, sparse, quantised or of 8 bits, a weight is not of a floating type, or a
-            value is NaN, infinite, or too large for float32. The first such tensor is named.
+        UserError: A tensor is complex, sparse, quantised or 8-bit, a weight is not floating-point, or a value is
+            NaN, infinite, or too large for float32. The message names the first such tensor.
     """
     for name, tensor in tensors.items():
         _require_plain(name, tensor, source)
@@ -55,25 +55,25 @@ def widen(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
 
 
 def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Refuse weights that hold NaN or infinite values; one pass over them.
+    """Refuse weights with NaN or infinite values.
 
     Raises:
-        UserError: The first such tensor is named, with how many of its values and how many other tensors are bad.
+        UserError: Names the first such tensor, and counts its bad values and the other bad tensors.
     """
     bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if not bad:
         return
     first = tensors[bad[0]]
     num_nan, num_infinite = int(torch.isnan(first).sum()), int(torch.isinf(first).sum())
-    others = f", and {len(bad) - 1} more tensors hold such values" if len(bad) > 1 else ""
+    others = f", and {len(bad) - 1} more tensors have such values" if len(bad) > 1 else ""
     raise UserError(
-        f"{source}: {bad[0]} holds {num_nan} NaN and {num_infinite} infinite of {first.numel()} values{others}; "
-        "a model cannot compute with them. Use a checkpoint from before the loss diverged, or get the file again"
+        f"{source}: {bad[0]} has {num_nan} NaN and {num_infinite} infinite of {first.numel()} values{others}. "
+        "Use a checkpoint from before the loss diverged, or get the file again"
     )
 
 
 def _require_plain(name: str, tensor: Tensor, source: str) -> None:
-    """Refuse one tensor that float32 does not hold."""
+    """Refuse a tensor that cannot simply be cast to float32."""
     dtype, fault = _dtype_name(tensor.dtype), None
     if tensor.layout != torch.strided:
         fault = f"is sparse ({tensor.layout})"
@@ -86,7 +86,7 @@ def _require_plain(name: str, tensor: Tensor, source: str) -> None:
     if fault:
         raise UserError(
             f"{source}: {name} {fault}; expected dense weights in {', '.join(map(_dtype_name, PLAIN_DTYPES))}. "
-            "Convert them to one of these in the project that wrote them"
+            "Convert it in the project that wrote it"
         )
 
 
@@ -100,10 +100,10 @@ class Weights:
 
     Attributes:
         source: Path, for messages.
-        layout: Whose names the file had.
-        tensors: By our name; unknown ones keep theirs.
-        sources: The names in the file that each was made of, where they differ.
-        ignored: Names of what else was there.
+        layout: The project whose names the file had.
+        tensors: By our name; unknown ones keep their own.
+        sources: From our names to the names in the file that each was made of, where they differ.
+        ignored: Names of what else was in the file.
         notes: For the report.
         config: The configuration of their run, one line of JSON.
         checkpoint: The checkpoint that they were read from.
@@ -133,8 +133,8 @@ def read_weights(path: Path) -> Weights:
         path: An official .pth or .pt file, a safetensors file, or a folder of Hugging Face or of DeepSpeed.
 
     Raises:
-        UserError: There is nothing to read, a pickle wants to run code, the layout is not known, or the weights
-            hold NaN, infinite or complex values.
+        UserError: There is nothing to read, a pickle would run code, the layout is not known, or the weights have
+            NaN, infinite or complex values.
     """
     source, raw = str(path), read_raw(path)
     layout, metadata = "ours and the official one", raw.metadata
@@ -174,7 +174,7 @@ def weights_of_run(
     config: str | None = None,
     checkpoint: Path | None = None,
 ) -> Weights:
-    """Return a run's own weights, whose metadata its configuration knows."""
+    """Return a run's own weights; their metadata come from the run's configuration."""
     architecture = infer_architecture(tensors, metadata, source)
     widened, notes = _widen_with_note(tensors, source)
     return Weights(
@@ -190,7 +190,7 @@ def weights_of_run(
 
 
 def _keep_ratio(config: str | Mapping[str, Any] | None, section: str) -> float | None:
-    """Return the keep ratio in a section of a configuration, or of one line of JSON; None where it has none."""
+    """Return the keep ratio in a section of a configuration (a dict or JSON text); None if it has none."""
     try:
         content: Any = parse_json(config) if isinstance(config, str) else config
         ratio = content[section]["keep_ratio"]
@@ -206,7 +206,7 @@ def _widen_with_note(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[s
 
 
 def require_complete(weights: Weights, allow: Collection[str] = ()) -> tuple[Weights, WeightsReport]:
-    """Check weights against their whole model; ``allow`` names what may be left out of them.
+    """Check weights against their whole model; ``allow`` names tensors that may be left out of the result.
 
     Returns:
         The weights of exactly that model, and the report.
@@ -218,7 +218,7 @@ def require_complete(weights: Weights, allow: Collection[str] = ()) -> tuple[Wei
     missing, extra, misshapen = compare(expected, weights.tensors)
     unknown = [name for name in extra if not is_allowed(name, allow)]
     if missing or unknown:
-        way_out = "expected every tensor of the model" if missing else "to leave that out, --allow"
+        way_out = "expected every tensor of the model" if missing else "to leave that out, use --allow"
         raise UserError(describe_difference(weights.source, missing, unknown, way_out))
     for name in misshapen:
         raise UserError(describe_shapes(weights.source, name, weights.tensors[name].shape, expected[name]))

@@ -1,6 +1,6 @@
 """How weights differ from a model, and the report on what was loaded.
 
-Place in the flow: `reading` and `loading` decide by what is compared here.
+Place in the flow: `reading` and `loading` compare names and shapes here, and decide what to accept.
 """
 
 from collections import Counter
@@ -21,10 +21,10 @@ class WeightsReport:
 
     Attributes:
         source: Their path, model and layout.
-        loaded: The model's tensors that got a value.
-        fresh: The model's tensors that did not.
-        interpolated: What is resampled from one grid of tokens to another.
-        ignored: What is in the source and not used.
+        loaded: The model's tensors that were loaded.
+        fresh: The model's tensors that were not.
+        interpolated: What was resampled from one grid of tokens to another.
+        ignored: What is in the source but not used.
         notes: Further lines.
     """
 
@@ -51,7 +51,7 @@ class WeightsReport:
 def compare(
     expected: Mapping[str, torch.Size], given: Mapping[str, Tensor]
 ) -> tuple[list[str], list[str], list[str]]:
-    """Return the names that are missing, that are unknown, and whose shapes differ."""
+    """Return the names that are missing, those that are unknown, and those whose shapes differ."""
     missing = [name for name in expected if name not in given]
     extra = [name for name in given if name not in expected]
     misshapen = [name for name in expected if name in given and given[name].shape != expected[name]]
@@ -64,9 +64,9 @@ def is_allowed(name: str, allow: Collection[str]) -> bool:
 
 
 def unneeded(allow: Collection[str], used: Sequence[str]) -> tuple[str, ...]:
-    """Return a note on entries that allow nothing that was used."""
+    """Return a note on entries of ``allow`` that had no effect."""
     idle = [entry for entry in allow if not any(is_allowed(name, [entry]) for name in used)]
-    return (f"allowed and not needed: {', '.join(idle)}",) if idle else ()
+    return (f"allowed but not needed: {', '.join(idle)}",) if idle else ()
 
 
 def part_of(name: str) -> str:
@@ -82,10 +82,10 @@ def _grouped(names: Sequence[str]) -> str:
 
 
 def describe_difference(source: str, missing: Sequence[str], unknown: Sequence[str], way_out: str) -> str:
-    """Return what is missing and what is unknown; a ``way_out`` with a flag is followed by the parts' names."""
+    """Return a message on missing and unknown names; the parts' names follow a ``way_out`` with a flag."""
     parts = [f"lacks {_few(missing)}"] if missing else []
     if unknown:
-        parts.append(f"has, unlike the model, {_few(unknown)}")
+        parts.append(f"has {_few(unknown)}, which the model does not")
     names = dict.fromkeys(part_of(name) for name in [*missing, *unknown])
     words = f" {' '.join(names)}" if "--" in way_out else ""
     return f"{source} {' and '.join(parts)}; {way_out}{words}"

@@ -219,14 +219,14 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     for num_steps in (0, 5):
         with pytest.raises(ValueError, match=rf"num_steps={num_steps} must be between 1 and the 4 candidate steps"):
             draw_steps(counts_BC, noise_BC, num_steps)
-    with pytest.raises(ValueError, match=r"counts of shape \(2, 4\), noise of shape \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"expected \(B, C\), got counts \(2, 4\) and noise \(2, 5\)"):
         draw_steps(counts_BC, torch.zeros(2, 5), 2)
     with pytest.raises(ValueError, match=r"float32 noise, got torch.bfloat16"):
         draw_steps(counts_BC, noise_BC.bfloat16(), 2)
     clips_BCTHW = torch.zeros(2, 3, 8, 2, 2)
     with pytest.raises(ValueError, match=r"8 frames are not a whole number of steps of 3 frames"):
         gather_steps(clips_BCTHW, torch.zeros(2, 2, dtype=torch.int64), 3)
-    with pytest.raises(ValueError, match=r"2 clips, steps of shape \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"expected steps of 2 clips, got shape \(3, 2\)"):
         gather_steps(clips_BCTHW, torch.zeros(3, 2, dtype=torch.int64), 2)
 
 

@@ -272,9 +272,9 @@ def remove_triton(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("break_machine", "device_type", "message"),
     [
-        (remove_compiler, "cpu", "it needs a compiler, and there is no g[+][+] on this machine"),
-        (name_missing_compiler, "cpu", "it needs a compiler, and there is no no-such-compiler on this machine"),
-        (remove_headers, "cpu", "it needs Python's headers, and there is no .*Python.h"),
+        (remove_compiler, "cpu", "it needs a compiler, and g[+][+] is not on this machine"),
+        (name_missing_compiler, "cpu", "it needs a compiler, and no-such-compiler is not on this machine"),
+        (remove_headers, "cpu", "it needs Python's headers, and .*Python.h does not exist"),
         (remove_triton, "cuda", "it needs the triton package on a GPU"),
     ],
 )

@@ -82,7 +82,7 @@ def test_file_that_cannot_be_written_is_the_disks_fault(tmp_path: Path) -> None:
         ((2**50).to_bytes(8, "little"), "its header claims"),
         ({"w": torch.ones(2, dtype=torch.complex64)}, "w is complex"),
         ({"head.weight": torch.ones(2, dtype=torch.int8)}, "head.weight is int8"),
-        ({"w": torch.tensor([float("nan")])}, "w holds 1 NaN"),
+        ({"w": torch.tensor([float("nan")])}, "w has 1 NaN"),
     ],
 )
 def test_average_that_is_none_is_refused(content: Any, message: str, tmp_path: Path) -> None:

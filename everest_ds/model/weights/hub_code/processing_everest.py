@@ -1,8 +1,8 @@
-"""The frames that an EVEREST run scores a video by, for transformers: one clip from the middle.
+"""The frames of an EVEREST run's middle view of a video, for transformers.
 
-`everest convert --to hf` copies this file into the folder that it writes; it needs transformers and torchvision,
-nothing else. It is used by `pipeline("video-classification", FOLDER, trust_remote_code=True)`. Without
-`trust_remote_code`, transformers spreads the frames over the whole video, whatever the run did.
+`everest convert --to hf` copies this file into the folder that it writes. It needs only transformers and
+torchvision. `pipeline("video-classification", FOLDER, trust_remote_code=True)` uses it. Without
+`trust_remote_code`, transformers spreads the frames over the whole video, even if the run did not.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ class EverestVideoProcessor(VideoMAEVideoProcessor):
     def sample_frames(
         self, metadata: Any, num_frames: int | None = None, fps: float | None = None, **kwargs: Any
     ) -> np.ndarray:
-        """Return the frames of the clip, (num_frames,); a video that is too short is padded by its last frame."""
+        """Return the frames of the clip, (num_frames,); a video that is too short is padded with its last frame."""
         total, length = metadata.total_num_frames, num_frames or self.clip_length
         if self.sampling == "segment":
             part = total / length
@@ -44,6 +44,6 @@ class EverestVideoProcessor(VideoMAEVideoProcessor):
         return np.array(strided[start : start + length])
 
     def center_crop(self, image: Any, size: Any, *_: Any, **kwargs: Any) -> Any:
-        """Cut the middle out of frames (..., height, width), half a pixel to the top and left if it is uneven."""
+        """Crop the centre of frames (..., height, width); an odd rest puts it half a pixel to the top and left."""
         top, left = (image.shape[-2] - size.height) // 2, (image.shape[-1] - size.width) // 2
         return image[..., top : top + size.height, left : left + size.width]

@@ -85,7 +85,7 @@ def test_every_layout_of_the_biases_is_read_bit_for_bit(kind: str, style: str, t
     assert back.architecture == replace(weights.architecture, last_norm_eps=1e-5)
     key_biases = {name for name in tensors if name.endswith("key.bias")}
     assert {*report.ignored} == key_biases
-    notes = ["the keys' biases shift all scores of a query alike and change nothing"] if key_biases else []
+    notes = ["the keys' biases are ignored: softmax does not depend on them"] if key_biases else []
     assert list(report.notes) == notes
 
 
@@ -122,7 +122,7 @@ def test_missing_and_extra_tensors_are_reported(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             require_complete(read_weights(tmp_path / "hf"))
     rewrite(tmp_path / "hf", {**tensors, "videomae.pooler.weight": torch.zeros(1)}, config)
-    with pytest.raises(UserError, match=r"has, unlike the model, videomae\.pooler\.weight"):
+    with pytest.raises(UserError, match=r"has videomae\.pooler\.weight, which the model does not"):
         require_complete(read_weights(tmp_path / "hf"))
 
 
@@ -168,7 +168,7 @@ def test_configuration_of_something_else_is_refused(tmp_path: Path) -> None:
         ({"num_attention_heads": "two"}, "expected positive integers"),
         ({"layer_norm_eps": 0}, "layer_norm_eps=0; expected a positive number"),
         ({"use_mean_pooling": False}, r"reads the first token \(use_mean_pooling is false\)"),
-        ({"num_frames": 5}, "do not fit their tubelets: num_frames=5"),
+        ({"num_frames": 5}, "does not fit their tubelets: num_frames=5"),
         ({"image_size": "large"}, "image_size='large'"),
     ]
     for change, message in cases:
@@ -180,13 +180,13 @@ def test_configuration_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_plain_pixels_and_other_last_norms_are_noted(tmp_path: Path) -> None:
     weights, tensors, config = folder_of("autoencoder", tmp_path / "hf")
     written = write_weights(weights, tmp_path / "again", "hf")
-    assert any("decoder's norm adds 1e-05 to the variance where this model adds 1e-06" in n for n in written.notes)
+    assert any("decoder's norm adds 1e-05 to the variance, this model's adds 1e-06" in n for n in written.notes)
     rewrite(tmp_path / "hf", tensors, {**config, "norm_pix_loss": False})
     model = EverestAutoencoder(make_size(), GRID, decoder_depth=2)
     notes = load_weights(model, read_weights(tmp_path / "hf")).notes
     assert notes == (
-        "its decoder predicts plain pixels (norm_pix_loss is false), ours standardised ones",
-        "there the norms add 1e-06 to the variance, the last one 1e-05; here 1e-06",
+        "its decoder predicts plain pixels (norm_pix_loss is false), ours predicts standardised ones",
+        "their norms add 1e-06 to the variance, the last one 1e-05; this model's add 1e-06",
     )
 
 

@@ -37,11 +37,11 @@ def spoiled(tensor: Tensor, kind: str) -> Tensor:
 
 
 FAULTS = {
-    "nan": r"holds 2 NaN and 0 infinite of \d+ values",
-    "inf": r"holds 0 NaN and 2 infinite of \d+ values",
-    "-inf": r"holds 0 NaN and 2 infinite of \d+ values",
-    "half_inf": r"holds 0 NaN and \d+ infinite",
-    "float64_too_large": r"holds 0 NaN and \d+ infinite",
+    "nan": r"has 2 NaN and 0 infinite of \d+ values",
+    "inf": r"has 0 NaN and 2 infinite of \d+ values",
+    "-inf": r"has 0 NaN and 2 infinite of \d+ values",
+    "half_inf": r"has 0 NaN and \d+ infinite",
+    "float64_too_large": r"has 0 NaN and \d+ infinite",
     "complex": r"is complex \(complex64\)",
     "complex_without_imaginary_part": r"is complex \(complex64\)",
     "sparse": r"is sparse \(torch.sparse_coo\)",
@@ -78,7 +78,7 @@ def test_message_counts_the_other_tensors_and_names_the_first() -> None:
     given = {"a": torch.ones(2), "b": torch.tensor([math.nan, 1, math.inf]), "c": torch.tensor([math.inf])}
     with pytest.raises(UserError) as refused:
         require_finite(given, "w.pth")
-    assert "w.pth: b holds 1 NaN and 1 infinite of 3 values, and 1 more tensors hold" in str(refused.value)
+    assert "w.pth: b has 1 NaN and 1 infinite of 3 values, and 1 more tensors have" in str(refused.value)
     assert "Use a checkpoint from before the loss diverged" in str(refused.value)
 
 
@@ -107,5 +107,5 @@ def test_command_refuses_weights_with_nan_and_writes_nothing(
     places |= {word: tmp_path / word for word in words if word.startswith("OUT")}
     before = {path.name for path in tmp_path.iterdir()}
     assert main([str(places.get(word, word)) for word in words]) == 2
-    assert f"{NAME} holds 2 NaN" in capsys.readouterr().err
+    assert f"{NAME} has 2 NaN" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == before

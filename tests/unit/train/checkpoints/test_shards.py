@@ -50,7 +50,7 @@ def test_genuine_objects_are_read_by_us_and_by_deepspeed(tmp_path: Path) -> None
         assert found["param_slice_mappings"] == GENUINE["param_slice_mappings"]
         assert found["loss_scaler"].cur_scale == 1.0
         assert torch.equal(found["fp32_groups"][0][0], torch.ones(2))
-    with pytest.raises(UserError, match=r"wants to run code .*LossScaler"):
+    with pytest.raises(UserError, match=r"would run code .*LossScaler"):
         read_shard(tmp_path / "s.pt")  # states of a model name no class
 
 
@@ -141,7 +141,7 @@ def test_stage_that_is_pickled_by_name_is_read_and_nothing_else_of_a_class(tmp_p
         torch.save({"zero_stage": ByName(owner, name)}, path)
         with pytest.raises(UserError):
             read_shard(path, has_objects=True)
-    with pytest.raises(UserError, match=r"wants to run code when it is read \(builtins.getattr\)"):
+    with pytest.raises(UserError, match=r"would run code \(builtins.getattr\)"):
         read_pickle(path)  # of weights, which hold no enumeration
 
 
