@@ -1,1 +1,1 @@
-"""Planning: does a run fit, and what takes the memory."""
+"""Plans a run: whether it fits, and what takes the memory."""

@@ -1,11 +1,12 @@
-"""Bytes that one micro-batch needs while it goes through a model, by arithmetic.
+"""Activation memory of one micro-batch in forward and backward, computed without running the model.
 
-Counts what autograd keeps of each layer for backward, and what else is alive at the peak; tests compare both with
-the model itself. M tokens of the micro-batch, D width, R target tokens, P pixel values of a tubelet.
+Counts the tensors that autograd keeps of each layer for backward, and the others that are alive at the peak. Tests
+compare both with the model itself. M tokens of the micro-batch, D width, R target tokens, P pixel values of a
+tubelet.
 
 The packed kernels (varlen, flash) and SDPA's fused kernels keep the same five tensors: q, k, v, the output and the
-log-sum-exp of each token and head; no matrix of tokens x tokens. Workspaces that kernels allocate inside (cuDNN,
-cuBLAS, split-K buffers) are not counted.
+log-sum-exp of each token and head, but no matrix of tokens x tokens. The kernels' own workspaces (cuDNN, cuBLAS,
+split-K buffers) are not counted.
 """
 
 from dataclasses import dataclass
@@ -20,18 +21,19 @@ from everest_ds.model.transformer import MLP_RATIO
 from everest_ds.model.tubelets import TubeletEmbedding
 from everest_ds.planning.sharding import FLOAT32_BYTES, Sharding, num_classes
 
-# Widths of D that a block keeps of each token (model/transformer.py, Block): the inputs of norm1 and norm2; those
-# of qkv and fc1, which norms made; qkv's three outputs and attention's, for proj; those of the GELU and of fc2.
+# Vectors of length D that a block keeps of each token (model/transformer.py, Block): the inputs of norm1 and norm2;
+# the inputs of qkv and fc1, which are outputs of norms; the three outputs of qkv and that of attention; and the
+# inputs of the GELU and of fc2.
 NORM_WIDTHS = 2
 NORMED_WIDTHS = 2
 ATTENTION_WIDTHS = 3 + 1
 HIDDEN_WIDTHS = 2 * MLP_RATIO
 # Elements of a block's linear weights, in D x D: qkv, proj, fc1 and fc2.
 BLOCK_WEIGHTS = 3 + 1 + 2 * MLP_RATIO
-# Widths of D while a block's MLP goes forward without gradient, besides the hidden layer: the input of the first
-# block and of this one, the residual stream and the norm's output.
+# Vectors of length D per token in the forward pass of a block's MLP without gradient, besides the hidden layer: the
+# inputs of the first block and of this one, the residual stream, and the norm's output.
 FORWARD_WIDTHS = 4
-# Copies of the embeddings at once in `rero_importance`: themselves, the differences, and one of the norm.
+# Copies of the embeddings at once in `rero_importance`: the embeddings, their differences, and one in the norm.
 IMPORTANCE_COPIES = 3
 # Float32 mean and deviation that a norm keeps of each token.
 NORM_STATISTICS = 2 * FLOAT32_BYTES
@@ -43,9 +45,9 @@ class NumberBytes:
 
     Attributes:
         residual: In the residual stream, weights and their gradients.
-        matmul: In what matmuls and attention take and give.
-        keeps_casts: Whether linear layers keep their inputs and weights as cast by autocast. DeepSpeed's own linear
-            layer at stage 3 keeps them as given.
+        matmul: In the inputs and outputs of matmuls and attention.
+        keeps_casts: Whether linear layers keep autocast's copies of their inputs and weights. DeepSpeed's own
+            linear layer at stage 3 keeps the originals.
     """
 
     residual: int
@@ -54,7 +56,7 @@ class NumberBytes:
 
     @classmethod
     def of(cls, sharding: Sharding) -> "NumberBytes":
-        """Return those of a resolved DeepSpeed configuration."""
+        """Read the bytes from a resolved DeepSpeed configuration."""
         return cls(residual=sharding.model_bytes, matmul=sharding.matmul_bytes, keeps_casts=sharding.stage < 3)
 
     @property
@@ -64,24 +66,24 @@ class NumberBytes:
 
     @property
     def normed(self) -> int:
-        """Of a norm's output, as the linear layer after it keeps it."""
+        """In a norm's output, as the next linear layer keeps it."""
         return self.matmul if self.keeps_casts else self.residual
 
     @property
     def weight_copy(self) -> int:
-        """Of a linear layer's weight, as it keeps it beside the weight itself."""
+        """In the copy of its weight that a linear layer keeps; 0 without a copy."""
         return self.matmul if self.casts and self.keeps_casts else 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationBytes:
-    """What a forward and backward pass needs besides parameters, gradients and the uint8 clips.
+    """Memory of a forward and backward pass besides parameters, parameter gradients and the uint8 clips.
 
     Attributes:
-        saved: Kept by autograd at the end of the forward pass.
-        peak: The most at once: what is still kept, the block that is recomputed, and gradients on the way.
-        attention: The part of ``peak`` that is attention's own: q, k, v, output and log-sum-exp of all blocks; with
-            checkpointing those of the larger block that is recomputed, and the outputs that are kept.
+        saved: Bytes kept by autograd at the end of the forward pass.
+        peak: The most at once: tensors that are still kept, the recomputed block, and intermediate gradients.
+        attention: The part of ``peak`` for q, k, v, output and log-sum-exp of all blocks. With checkpointing: those
+            of the larger recomputed block, and the outputs that are kept.
     """
 
     saved: int
@@ -90,9 +92,9 @@ class ActivationBytes:
 
 
 def activation_bytes(config: Config, numbers: NumberBytes) -> ActivationBytes:
-    """Return what one micro-batch of a run keeps and needs at most.
+    """Return the activation memory of one micro-batch of a run.
 
-    Where clips keep different numbers of tokens, each counts with the most that a rank may get.
+    If clips keep different numbers of tokens, the most tokens that a rank can get are counted.
     """
     if isinstance(config, FinetuneConfig):
         return _classifier(config, numbers)
@@ -101,7 +103,7 @@ def activation_bytes(config: Config, numbers: NumberBytes) -> ActivationBytes:
 
 
 def ranking_bytes(config: Config) -> int:
-    """Return what ranking all tokens of a micro-batch in float32 needs at most; 0 where nothing is ranked.
+    """Return the peak memory of ranking all tokens of a micro-batch in float32; 0 if nothing is ranked.
 
     Clips are ranked a few at a time (`TokenEncoder.rank`), candidate frames among them.
     """
@@ -138,7 +140,7 @@ def _autoencoder(config: PretrainConfig, numbers: NumberBytes) -> ActivationByte
     decoded = encoded + bridge + decoder.saved
     predicted = targets * pixels * FLOAT32_BYTES
     saved = decoded + head + 2 * predicted  # prediction and target
-    # The mean squared error is computed into a tensor of (R, P) whose storage the loss, a scalar, keeps.
+    # The mean squared error is computed in a tensor of (R, P). The scalar loss keeps that tensor's storage alive.
     peak = max(saved + predicted, decoded + decoder.backward, encoded + encoder.backward) + predicted
     return ActivationBytes(saved=saved, peak=peak, attention=_attention(encoder, decoder))
 
@@ -148,14 +150,14 @@ def _classifier(config: FinetuneConfig, numbers: NumberBytes) -> ActivationBytes
     size, clips, classes = get_size(config.model.size), config.batch.micro_size, num_classes(config)
     tokens = clips * config.num_kept
     encoder = _Stack(tokens, size.width, size.num_heads, size.depth, numbers, config.model)
-    # The last summand is the logarithm of the softmax.
+    # The last term is the log-softmax.
     head = _norm_and_linear(clips, size.width, classes, numbers) + clips * classes * FLOAT32_BYTES
-    if config.model.freeze_encoder:  # which goes forward only, and keeps nothing
+    if config.model.freeze_encoder:  # a forward pass only, which keeps nothing
         pixels = tokens * _pixels(config.model)
         standardising = pixels * (1 + FLOAT32_BYTES)  # from bytes
         peak = max(encoder.forward + pixels * numbers.residual, standardising) + head
         return ActivationBytes(saved=head, peak=peak, attention=encoder.attention)
-    # With drop path the factor of each token and branch is kept.
+    # Drop path keeps the factor of each token and branch.
     masks = 2 * size.depth * tokens * numbers.residual if config.model.drop_path > 0 else 0
     saved = _embedding(config, tokens, numbers) + encoder.saved + masks + head
     return ActivationBytes(saved=saved, peak=saved + encoder.backward, attention=_attention(encoder))
@@ -163,7 +165,7 @@ def _classifier(config: FinetuneConfig, numbers: NumberBytes) -> ActivationBytes
 
 @dataclass(frozen=True)
 class _Stack:
-    """A stack of blocks over M tokens of width D; everything in bytes but ``values``, the elements of (M, D)."""
+    """A stack of blocks over M tokens of width D. Sizes are in bytes, except ``values``, the elements of (M, D)."""
 
     tokens: int
     width: int
@@ -191,12 +193,12 @@ class _Stack:
 
     @property
     def attention(self) -> int:
-        """What attention keeps in one block."""
+        """Kept by attention in one block."""
         return ATTENTION_WIDTHS * self.values * self.numbers.matmul + self.log_sum_exp
 
     @property
     def block(self) -> int:
-        """What one block keeps without checkpointing."""
+        """Kept by one block without checkpointing."""
         numbers = self.numbers
         value = NORM_WIDTHS * numbers.residual + NORMED_WIDTHS * numbers.normed + HIDDEN_WIDTHS * numbers.matmul
         statistics = NORM_WIDTHS * self.tokens * NORM_STATISTICS
@@ -205,17 +207,17 @@ class _Stack:
 
     @property
     def kept_outputs(self) -> int:
-        """What a recomputed block keeps besides its input: attention's output, where that is not recomputed."""
+        """Kept by a recomputed block besides its input: attention's output, unless that is recomputed."""
         return 0 if self.model.recompute_attention else self.values * self.numbers.matmul + self.log_sum_exp
 
     @property
     def saved(self) -> int:
-        """What the stack keeps at the end of the forward pass."""
+        """Kept by the stack at the end of the forward pass."""
         return self.depth * (self.stream + self.kept_outputs if self.checkpointing else self.block)
 
     @property
     def forward(self) -> int:
-        """What one block needs where nothing is kept."""
+        """Needed by one block when nothing is kept for backward."""
         numbers, copies = self.numbers, 0
         if numbers.casts:  # the input and the weight of fc1
             copies = (self.values + MLP_RATIO * self.width**2) * numbers.matmul
@@ -224,21 +226,21 @@ class _Stack:
 
     @property
     def backward(self) -> int:
-        """What going backward through one block adds: the block, if it is recomputed, and gradients.
+        """Added by backward through one block: the block itself, if it is recomputed, and gradients.
 
-        Most is alive in fc2: the gradients of the block's output, of its branch, of the hidden layer and of the
-        weight. Under autocast the weight's gradient is cast next, when fc2 has freed its input and its weight.
+        The peak is in fc2: the gradients of the block's output, its branch, the hidden layer and the weight are
+        alive. Under autocast the weight's gradient is cast next, after fc2 has freed its input and its weight.
         """
         numbers, weight = self.numbers, MLP_RATIO * self.width**2
         again = self.block - self.stream - self.kept_outputs if self.checkpointing else 0
         gradients = self.values * (numbers.residual + (1 + MLP_RATIO) * numbers.matmul)
-        if numbers.casts and not numbers.keeps_casts:  # which frees nothing before
+        if numbers.casts and not numbers.keeps_casts:  # fc2 frees nothing before the cast
             return again + gradients + weight * (numbers.matmul + numbers.residual)
         return again + max(gradients + weight * numbers.matmul, self.stream + weight * numbers.residual)
 
 
 def _attention(*stacks: _Stack) -> int:
-    """Return attention's part of the peak; the outputs that a recomputed block keeps are counted once."""
+    """Return attention's part of the peak; the kept outputs of a recomputed block are counted once."""
     if not any(stack.checkpointing for stack in stacks):
         return sum(stack.depth * stack.attention for stack in stacks)
     kept = sum(stack.depth * stack.kept_outputs for stack in stacks)
@@ -246,16 +248,16 @@ def _attention(*stacks: _Stack) -> int:
 
 
 def _norm_and_linear(tokens: int, width: int, out: int, numbers: NumberBytes) -> int:
-    """Return what a norm and the linear layer after it keep: both inputs, the statistics and a weight copy."""
+    """Return the bytes kept by a norm and its linear layer: both inputs, the statistics and a weight copy."""
     return (
         tokens * (width * (numbers.residual + numbers.normed) + NORM_STATISTICS) + width * out * numbers.weight_copy
     )
 
 
 def _embedding(config: Config, tokens: int, numbers: NumberBytes) -> int:
-    """Return what embedding tubelets keeps: their pixels, and each stem layer's output twice (GELU).
+    """Return the bytes kept by the tubelet embedding: pixels, and each stem layer's output twice (GELU).
 
-    Under autocast also a copy of the weights of each layer whose input has a gradient, which `BlockConv3d` makes.
+    Under autocast, `BlockConv3d` also keeps a copy of the weights of each layer whose input has a gradient.
     """
     stem, width = _stem_positions(config.model), get_size(config.model.size).width
     pixels = _pixels(config.model) * (numbers.matmul if stem else numbers.normed)
@@ -265,7 +267,7 @@ def _embedding(config: Config, tokens: int, numbers: NumberBytes) -> int:
 
 
 def _pixels(model: ModelConfig) -> int:
-    """Return the values of one tubelet's pixels."""
+    """Return the number of pixel values of a tubelet."""
     return 3 * model.tubelet_size * model.patch_size**2
 
 

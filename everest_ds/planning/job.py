@@ -1,4 +1,4 @@
-"""What is to be planned, known before torch is imported."""
+"""The jobs of `everest plan` and `everest recipes`, complete before torch is imported."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +16,22 @@ class PlanOptions:
     gpu_memory_gib: float
     """Memory of one GPU in GiB."""
     ds_config: Path | None = None
-    """Plan with this file only, instead of the ways of sharding that come with the project."""
+    """Plan with this file only, instead of all files of ds_configs."""
     precision: PrecisionName = "auto"
-    """Of the run; auto: as the DeepSpeed files say, else bf16."""
+    """Precision of the run; auto takes it from the DeepSpeed files, else bf16."""
     json: bool = False
-    """One JSON object, in bytes, instead of a table in GiB."""
+    """Print one JSON object, in bytes, instead of a table in GiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanJob:
-    """A plan that is wanted.
+    """A plan to make.
 
     Attributes:
         config: The run, with the flags of the command line.
         options: What to plan for.
         recipe: The recipe's name, or the path of a run's config.json, as given.
-        base: What that names, without the flags.
+        base: The configuration of that recipe or path, without the flags.
     """
 
     config: Config
@@ -42,13 +42,13 @@ class PlanJob:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeJob:
-    """A recipe that is to be shown.
+    """A recipe to show.
 
     Attributes:
-        config: It, with the flags of the command line.
-        document: What it says of itself.
-        gpus: Processes to do the batch arithmetic for.
-        ds_config: File of ds_configs/; plain ZeRO-2 without one.
+        config: The recipe, with the flags of the command line.
+        document: The recipe's docstring.
+        gpus: Number of processes for the batch arithmetic.
+        ds_config: A file of ds_configs/; plain ZeRO-2 if None.
     """
 
     config: Config

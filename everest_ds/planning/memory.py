@@ -1,8 +1,8 @@
-"""What one GPU holds at the peak of a run, part by part, before the run.
+"""Estimates the peak memory of one GPU, part by part, before a run.
 
 Place in the flow: configuration and resolved DeepSpeed configuration in, `MemoryEstimate` out. `everest plan`
-compares many; a run prints its own at the start and compares it with the measured peak at the end. Arithmetic only:
-neither DeepSpeed nor a GPU is needed. What building the engine takes is not counted.
+compares many estimates. A run prints its own at the start, and compares it with the measured peak at the end. It is
+arithmetic only: neither DeepSpeed nor a GPU is needed. Memory for building the engine is not counted.
 """
 
 from dataclasses import asdict, dataclass
@@ -28,26 +28,26 @@ from everest_ds.train.step.graph import capture_obstacle
 GIB = 2**30
 # Assumed, not yet measured: CUDA context, kernels, cuBLAS workspace and NCCL's buffers and channels.
 ASSUMED_CONTEXT_BYTES = int(1.5 * GIB)
-# Assumed, not yet measured: what the caching allocator reserves beyond what is allocated.
+# Assumed, not yet measured: share that the caching allocator reserves beyond the allocated memory.
 ASSUMED_FRAGMENTATION = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate(ModelStates):
-    """Bytes on one GPU, of the process that holds most: model states and what comes beside them.
+    """Bytes on one GPU, for the process that needs most: model states and everything else.
 
     Attributes:
         average: This process's share of the weights' moving average.
         activations: The most that forward and backward need at once.
-        attention: The part of ``activations`` that is attention's own.
-        ranking: What ranking all tokens in float32 needs, before any activation is alive.
+        attention: The part of ``activations`` for attention.
+        ranking: Memory for ranking all tokens in float32, before any activation is alive.
         input: The micro-batch: uint8 clips, noise, and labels.
-        pool: What a captured CUDA graph keeps between steps, too: the memory of forward and backward, and a copy of
-            the input; 0 without one.
-        copies: Host memory of rank zero, which writes most, for copies of what a checkpoint saves.
+        pool: Memory that a captured CUDA graph keeps between steps: that of forward and backward, and a copy of the
+            input; 0 without a graph.
+        copies: Host memory for copies of a checkpoint's contents, on rank zero, which writes most.
         sent: Bytes that one GPU sends in one optimiser step.
-        not_modelled: Options of the DeepSpeed configuration that the estimate does not know, and
-            model.compile_blocks: compiled code keeps other tensors for backward.
+        not_modelled: Options that the estimate does not know: some of the DeepSpeed configuration, and
+            model.compile_blocks, because compiled code keeps other tensors for backward.
     """
 
     average: int
@@ -67,14 +67,14 @@ class MemoryEstimate(ModelStates):
 
     @property
     def host_memory(self) -> int:
-        """Host memory of one GPU's process: what offload takes, and copies of checkpoints."""
+        """Host memory of one GPU's process: for offload, and for copies of checkpoints."""
         return self.host + self.copies
 
     @property
     def transient(self) -> int:
-        """The largest of what follows one another: ranking, forward and backward, the rows filled, the step.
+        """The largest of consecutive phases: ranking, forward and backward, filling the flat rows, the step.
 
-        The pool of a graph serves nothing else, so the step comes on top of it.
+        A graph's pool cannot be used for anything else, so the step comes on top of it.
         """
         if self.pool:
             return self.pool + self.step
@@ -82,7 +82,7 @@ class MemoryEstimate(ModelStates):
 
     @property
     def allocated(self) -> int:
-        """The peak of allocated memory, what ``torch.cuda.max_memory_allocated`` counts, and a graph's pool."""
+        """The peak of allocated memory as ``torch.cuda.max_memory_allocated`` counts it, and a graph's pool."""
         return self.states + self.input + self.communication + self.transient
 
     @property
@@ -92,20 +92,20 @@ class MemoryEstimate(ModelStates):
 
     @property
     def total(self) -> int:
-        """What the GPU must have."""
+        """Memory that the GPU must have."""
         return self.allocated + self.overhead
 
 
 def estimate_memory(
     config: Config, ds_config: dict[str, Any], *, world_size: int, device_type: str = "cuda"
 ) -> MemoryEstimate:
-    """Return what one GPU holds at the peak of a run.
+    """Estimate the memory of one GPU at the peak of a run.
 
     Args:
-        config: The run; its micro-batch is the one that is estimated.
+        config: The run, with the micro-batch to estimate.
         ds_config: As `train.engine.resolve_ds_config` returns it.
         world_size: Processes, one a GPU.
-        device_type: cuda or cpu; on a CPU nothing is captured.
+        device_type: cuda or cpu; on a CPU no graph is captured.
     """
     sharding = Sharding.of(ds_config, world_size, config.optim.gradients)
     counts = count_parameters(config)
@@ -133,7 +133,7 @@ def _average_bytes(config: Config, trained: int, world_size: int) -> int:
 
 
 def _copy_bytes(config: Config, counts: ParameterCounts, sharding: Sharding) -> int:
-    """Return what rank zero writes of a checkpoint: shards, and the whole moving average."""
+    """Return the bytes that rank zero writes of a checkpoint: shards, and the whole moving average."""
     weights, trained = counts.total * sharding.model_bytes, sum(counts.trained)
     total = weights + trained * (MASTER_BYTES + ADAM_BYTES)
     shards = share_of_rank(total, weights, sharding.stage, world_size=sharding.world_size, is_main=True)
@@ -141,7 +141,7 @@ def _copy_bytes(config: Config, counts: ParameterCounts, sharding: Sharding) -> 
 
 
 def _clip_bytes(config: Config) -> int:
-    """Return the bytes of one clip as it comes: uint8 pixels, float32 noise, a label or shares of the classes."""
+    """Return the bytes of one input clip: uint8 pixels, float32 noise, and a label or class probabilities."""
     pixels_of_frame = 3 * config.data.image_size**2
     if isinstance(config, FinetuneConfig):
         pixels = config.data.num_frames * pixels_of_frame

@@ -1,6 +1,6 @@
-"""Which way of sharding, and how large a micro-batch, fits some GPUs.
+"""Finds the ways of sharding and the micro-batches that fit given GPUs, and recommends one.
 
-Place in the flow: `everest plan` asks; `planning.memory` answers for one setting, this module for all of them.
+Place in the flow: `planning.memory` estimates one setting; this module compares all of them for `everest plan`.
 """
 
 from collections.abc import Mapping
@@ -15,20 +15,20 @@ from everest_ds.train.precision import PrecisionName, choose_precision
 
 # More GPUs than this are not suggested.
 MAX_SUGGESTED_GPUS = 1024
-# model.activation_checkpointing and model.recompute_attention: nothing, all but attention, and all is recomputed.
+# model.activation_checkpointing and model.recompute_attention: recompute nothing, all but attention, or all.
 RECOMPUTATIONS = ((False, True), (True, False), (True, True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One way to run: a DeepSpeed configuration, recomputation or not, a micro-batch.
+    """One way to run: a DeepSpeed configuration, a choice of recomputation, and a micro-batch.
 
     Attributes:
-        name: Of the DeepSpeed configuration.
-        precision: What --precision must say; None where the DeepSpeed configuration means the same by itself.
+        name: Name of the DeepSpeed configuration.
+        precision: The value of --precision; None if the DeepSpeed configuration implies it.
         config: The run with this micro-batch and recomputation.
-        sharding: What the DeepSpeed configuration decides.
-        estimate: What it takes.
+        sharding: The sizes that the DeepSpeed configuration decides.
+        estimate: The memory that it takes.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Setting:
 
     @property
     def micro_size(self) -> int:
-        """Clips that a GPU takes through the model at once."""
+        """Clips of one GPU in one forward pass."""
         return self.config.batch.micro_size
 
     @property
@@ -49,17 +49,17 @@ class Setting:
 
     @property
     def recomputes_attention(self) -> bool:
-        """Whether attention is recomputed too, as it is unless its output is kept."""
+        """Whether attention is recomputed too, instead of keeping its output."""
         return self.checkpointing and self.config.model.recompute_attention
 
     @property
     def needs_same_world(self) -> bool:
-        """Whether its checkpoints resume in a world of the same size only (stage 0 in bf16)."""
+        """Whether its checkpoints resume only on the same number of processes (stage 0 in bf16)."""
         return self.sharding.stage == 0 and self.sharding.model_bytes < FLOAT32_BYTES
 
     @property
     def preference(self) -> tuple[bool | int, ...]:
-        """What `recommend` sorts by, best first."""
+        """The key by which `recommend` sorts; the smallest is best."""
         sharding, estimate = self.sharding, self.estimate
         return (
             sharding.offloads_optimizer or sharding.offloads_parameters,
@@ -77,11 +77,11 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class SmallestChange:
-    """What would have to change where nothing fits.
+    """What to change if nothing fits.
 
     Attributes:
         leanest: The setting that needs least memory on the same number of GPUs.
-        more_gpus: What fits on the smallest larger number of GPUs of the same memory, if any number helps.
+        more_gpus: The setting that fits on the fewest additional GPUs of the same memory; None if no number helps.
     """
 
     leanest: Setting
@@ -98,8 +98,8 @@ def plan_settings(
 ) -> list[Setting]:
     """Return each way of sharding with no, some and full recomputation, at the largest micro-batch that fits.
 
-    Where none fits, the setting is that of one clip; its total says so. Micro-batches are those that divide a GPU's
-    share of the global batch, which must be a multiple of the GPUs.
+    If none fits, the setting has a micro-batch of one clip and a total above ``memory_bytes``. Micro-batches divide
+    a GPU's share of the global batch, which must be a multiple of the number of GPUs.
     """
     share = config.batch.global_size // num_gpus
     sizes = [size for size in range(share, 0, -1) if share % size == 0]
@@ -123,11 +123,11 @@ def _resized(config: Config, micro_size: int, checkpointing: bool, recompute_att
 def _make_setting(
     config: Config, name: str, systems: dict[str, Any], num_gpus: int, precision: PrecisionName
 ) -> Setting:
-    """Estimate one setting; ``auto`` is the precision that the systems say for GPUs."""
+    """Estimate one setting; ``auto`` is the precision of ``systems`` on GPUs."""
     ds_config = resolve_ds_config(systems, config, world_size=num_gpus, precision=precision, device_type="cuda")
     asked, own = (choose_precision(systems, given, "cuda").name for given in (precision, "auto"))
     sharding = Sharding.of(ds_config, num_gpus, config.optim.gradients)
-    if sharding.stage == 3:  # where blocks cannot be compiled
+    if sharding.stage == 3:  # stage 3 does not compile blocks
         config = replace(config, model=replace(config.model, compile_blocks=False))
     return Setting(
         name=name,
@@ -139,12 +139,12 @@ def _make_setting(
 
 
 def recommend(settings: list[Setting], memory_bytes: int) -> Setting | None:
-    """Return the setting to use, or None when none fits.
+    """Return the setting to use, or None if none fits.
 
-    The rule: no offload before offload; no recomputation before that of all but attention, and that before all of
-    it; then the fewest accumulation steps, accumulation in float32 before bf16, checkpoints that resume in any
-    world before those that do not, stages that do not gather parameters in every pass before stage 3, the least
-    communication, the least memory, the higher stage. Speed is not considered: it has to be measured.
+    Criteria, the most important first: no offload; least recomputation; fewest accumulation steps; accumulation in
+    float32 rather than bf16; checkpoints that resume on any number of processes; a stage below 3, which does not
+    gather parameters in every pass; least communication; least memory; the higher stage. Speed is not considered,
+    because it has to be measured.
     """
     fitting = [setting for setting in settings if setting.estimate.total <= memory_bytes]
     return min(fitting, key=lambda setting: setting.preference, default=None)
@@ -158,7 +158,7 @@ def smallest_change(
     memory_bytes: int,
     precision: PrecisionName = "auto",
 ) -> SmallestChange:
-    """Return what would fit where nothing does: larger GPUs, or more of them."""
+    """Return what would fit if nothing does: larger GPUs, or more of them."""
 
     def leanest_on(count: int) -> Setting:
         """Return the setting that needs least memory on that many GPUs, one clip at a time."""

@@ -12,7 +12,7 @@ def run(job: RecipeJob, world: World) -> int:
     """Print a recipe's document, configuration, tokens, batch arithmetic and final DeepSpeed configuration.
 
     Raises:
-        UserError: The batch cannot be made on that many processes, or the DeepSpeed file is refused.
+        UserError: The batch cannot be divided among that many processes, or the DeepSpeed file is refused.
     """
     config, num_gpus = job.config, job.gpus
     systems = load_systems(job.ds_config)

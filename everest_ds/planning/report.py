@@ -1,4 +1,4 @@
-"""The work of `everest plan`: settings that fit, as a table or JSON, and the command that runs the best of them."""
+"""The work of `everest plan`: prints the settings that fit as a table or JSON, and the command for the best one."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ PARTS = (
     "collected", "pool", "step", "input", "communication", "transient", "overhead", "allocated", "total", "host",
     "copies", "host_memory", "sent",
 )  # fmt: skip
-# Heads of the table, and the part that each shows.
+# Column heads of the table, and the part that each shows.
 COLUMNS = {
     "params": "parameters", "grads": "gradients", "optim": "optimizer", "ema": "average", "input": "input",
     "comm": "communication", "work": "transient", "over": "overhead", "total": "total", "activ": "activations",
@@ -33,18 +33,18 @@ COLUMNS = {
 SETTING_COLUMNS = ("total", "host", "sent")
 SUMMANDS = ("params", "grads", "optim", "ema", "input", "comm", "work", "over")
 _WIDTH = 80
-_LEGEND = """ckpt: blocks are computed again in backward; part: all but attention, whose
-output is kept. host: memory of the host for offload and for copies of
-checkpoints. sent: what a GPU sends in a step.
-work: the largest of activations (activ, of them attn attention's), ranking,
-gradients and step, and gathered parameters; with a CUDA graph the step comes on
-top of the others.
+_LEGEND = """ckpt: blocks are recomputed in backward; part: all but attention, whose output
+is kept. host: host memory for offload and for copies of checkpoints.
+sent: data that a GPU sends in a step.
+work: the largest of activations (activ, attn of them for attention), ranking,
+gradients and step, and gathered parameters; with a CUDA graph the step is added
+to the others.
 Assumed, not yet measured: `over`, 1.5 GiB for CUDA and NCCL and 5 % for
 fragmentation."""
 
 
 def run(job: PlanJob, world: World) -> int:
-    """Print what fits, and return 0; or the smallest change that would, and return 1.
+    """Print the settings that fit and return 0; if none fits, print the smallest change that would and return 1.
 
     Raises:
         UserError: A DeepSpeed file is refused.
@@ -91,7 +91,7 @@ def run(job: PlanJob, world: World) -> int:
 
 
 def _systems(path: Path | None) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Return the DeepSpeed configurations to plan with, and the file of each."""
+    """Return the DeepSpeed configurations to plan with and their files."""
     if path is None:
         return shipped_systems(), {name: str(path) for name, path in shipped_files().items()}
     systems = load_systems(path)
@@ -115,7 +115,7 @@ def _row(setting: Setting, memory_bytes: int, paths: dict[str, str]) -> dict[str
 
 
 def _print_tables(config: Config, options: PlanOptions, rows: list[dict[str, Any]]) -> None:
-    """Print how each setting runs and what it takes, then the parts of that; 80 columns."""
+    """Print how each setting runs and its total memory, then the parts of that; 80 columns."""
     parts = {head: part for head, part in COLUMNS.items() if head not in SETTING_COLUMNS}
     if not any(row["bytes"]["average"] for row in rows):
         del parts["ema"]
@@ -154,7 +154,7 @@ def _sizes(row: dict[str, Any], heads: Sequence[str], width: int) -> str:
 
 
 def _wrapped(text: str) -> str:
-    """Return a text in lines of 80 columns at most; words are not broken."""
+    """Return a text wrapped to 80 columns; words are not broken."""
     lines = text.split("\n")
     return "\n".join(textwrap.fill(line, _WIDTH, break_long_words=False, break_on_hyphens=False) for line in lines)
 

@@ -1,6 +1,6 @@
-"""Sizes of a model and a DeepSpeed configuration that decide how much is held and sent; needs no DeepSpeed.
+"""The sizes of a model and a DeepSpeed configuration that decide how much memory and traffic a run needs.
 
-Place in the flow: `planning.states` and `planning.memory` compute with them.
+Place in the flow: `planning.states` and `planning.memory` compute with them. DeepSpeed is not imported.
 """
 
 from dataclasses import dataclass, replace
@@ -18,11 +18,11 @@ FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
 # DeepSpeed's own defaults (runtime/zero/config.py).
 DEFAULT_REUSE = 1_000_000_000
 DEFAULT_PERSISTENCE = 100_000
-# Of Kinetics-400, where a fine-tuning does not know its classes yet.
+# Classes of Kinetics-400, assumed where a fine-tuning configuration has no number of classes yet.
 ASSUMED_CLASSES = 400
-# Flat buffers are padded to this many elements times the processes (nccl_start_alignment_factor).
+# Flat buffers are padded to a multiple of this many elements per process (nccl_start_alignment_factor).
 ALIGNMENT = 2
-# Options that the arithmetic below follows, and those that do not change how much is held.
+# Options that the arithmetic below considers, and options that do not change the memory.
 KNOWN_OPTIONS = frozenset(
     {
         "stage", "overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size",
@@ -63,11 +63,11 @@ class ParameterCounts:
         return [-(-sum(group) // unit) * unit for group in self.groups]
 
     def partitioned(self, world_size: int) -> list[int]:
-        """Elements of each group on one process at stage 3, where every parameter is split by itself."""
+        """Elements of each group on one process at stage 3, which splits every parameter separately."""
         return [sum(-(-count // world_size) for count in group) for group in self.groups]
 
     def touching(self, world_size: int) -> int:
-        """Elements of the parameters that lie at least in part in a process's partition, where that is most."""
+        """Elements of the parameters that are at least partly in one process's partition; the largest such sum."""
         touched = [0] * world_size
         for group, flat in zip(self.groups, self.aligned(world_size), strict=True):
             partition, start = flat // world_size, 0
@@ -80,17 +80,17 @@ class ParameterCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """What of a resolved DeepSpeed configuration decides how much is held.
+    """The parts of a resolved DeepSpeed configuration that decide the memory.
 
     Attributes:
         stage: ZeRO stage.
-        model_bytes: Bytes of a parameter as the model holds it.
+        model_bytes: Bytes of a parameter in the model.
         matmul_bytes: Bytes of a number in matmuls and attention.
         accumulation_bytes: Bytes of an accumulated gradient.
-        communication_bytes: Bytes of a gradient on the wire.
+        communication_bytes: Bytes of a gradient when it is sent.
         options: The section ``zero_optimization``.
         accumulation_steps: Micro-steps of an optimiser step.
-        is_flat: Whether gradients lie in flat rows (`train.step.gradients`).
+        is_flat: Whether gradients are in flat rows (`train.step.gradients`).
         world_size: Processes.
     """
 
@@ -127,12 +127,12 @@ class Sharding:
 
     @property
     def offloads_optimizer(self) -> bool:
-        """Whether optimiser states live in host memory."""
+        """Whether optimiser states are in host memory."""
         return _offloads(self.options, "offload_optimizer")
 
     @property
     def offloads_parameters(self) -> bool:
-        """Whether the partitioned parameters live in host memory."""
+        """Whether the partitioned parameters are in host memory."""
         return _offloads(self.options, "offload_param")
 
     @property
@@ -150,9 +150,9 @@ def _offloads(options: dict[str, Any], name: str) -> bool:
 
 
 def count_parameters(config: Config) -> ParameterCounts:
-    """Count the model that a configuration describes, built on the meta device.
+    """Count the parameters of a configuration's model, built on the meta device.
 
-    A fine-tuning whose classes are not known yet, as in a recipe, is counted with `ASSUMED_CLASSES`.
+    If a fine-tuning configuration has no number of classes, as in a recipe, `ASSUMED_CLASSES` are counted.
     """
     model = replace(
         config.model,
@@ -170,7 +170,7 @@ def count_parameters(config: Config) -> ParameterCounts:
 
 
 def num_classes(config: FinetuneConfig) -> int:
-    """Return the classes of a fine-tuning, or `ASSUMED_CLASSES` where they are not known yet."""
+    """Return the number of classes of a fine-tuning, or `ASSUMED_CLASSES` if it is not known yet."""
     return config.data.num_classes or ASSUMED_CLASSES
 
 
@@ -187,7 +187,7 @@ def _count(config: Config) -> ParameterCounts:
 
 
 def persistent_elements(counts: ParameterCounts, sharding: Sharding) -> int:
-    """Elements of the parameters that stage 3 keeps whole on every process because they are small."""
+    """Return the elements of the parameters that stage 3 keeps whole on every process, because they are small."""
     threshold = int(sharding.options.get("stage3_param_persistence_threshold", DEFAULT_PERSISTENCE))
     return sum(count for count in (*counts.trained, *counts.frozen) if count <= threshold)
 
@@ -195,12 +195,12 @@ def persistent_elements(counts: ParameterCounts, sharding: Sharding) -> int:
 def bytes_sent(counts: ParameterCounts, sharding: Sharding) -> int:
     """Return the bytes that one GPU sends in one optimiser step, by ring algorithms.
 
-    An all-reduce of X bytes sends 2 (N - 1) / N X, an all-gather or reduce-scatter half of it. Flat gradients are
-    all-reduced at stage 0 and reduce-scattered at stages 1 and 2; DeepSpeed's own path all-reduces at all three.
-    Stages 0 and 1 do so once a step, stage 2 in every micro-step. Stages 1 and 2 gather the parameters after the
-    step. Stage 3 reduce-scatters in every micro-step and gathers the parameters once in it, or twice where they are
-    released between forward and backward. Checkpointing adds no gather, and frozen parameters are not gathered for
-    backward or after a step.
+    An all-reduce of X bytes on N GPUs sends 2 (N - 1) / N X, an all-gather or reduce-scatter half of that. Flat
+    gradients are all-reduced at stage 0 and reduce-scattered at stages 1 and 2; DeepSpeed's own path all-reduces at
+    all three. Stages 0 and 1 do so once a step, stage 2 in every micro-step. Stages 1 and 2 gather the parameters
+    after the step. Stage 3 reduce-scatters in every micro-step, and gathers the parameters once in it, or twice if
+    they are released between forward and backward. Checkpointing adds no gather. Frozen parameters are not gathered
+    for backward or after a step.
     """
     world, steps, total = sharding.world_size, sharding.accumulation_steps, counts.total
     trained = sum(counts.trained)

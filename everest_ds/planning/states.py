@@ -1,24 +1,26 @@
-"""Bytes of parameters, gradients and optimiser states that are really held on one GPU, by arithmetic.
+"""Memory of parameters, gradients and optimiser states on one GPU, computed without running them.
 
 Written after reading DeepSpeed 0.19.8 and counting the live tensors of each rank; tests/integration/test_memory.py
-counts them again. Beyond the textbook's 16 bytes a parameter (bf16), with flat gradients (`train.step.gradients`):
+counts them again. In addition to the textbook's 16 bytes a parameter (bf16), with flat gradients
+(`train.step.gradients`):
 
-* The row has the size of the weights at every stage; autograd's own gradients lie beside it until they are copied.
-* Where stages 0 and 1 accumulate, a float32 row of all parameters is added; at stage 2 it is this process's part.
+* The flat row has the size of the weights at every stage. Autograd's own gradients exist besides it until they are
+  copied.
+* With accumulation, stages 0 and 1 add a float32 row of all parameters, stage 2 one of this process's part.
 
-And on DeepSpeed's own path:
+On DeepSpeed's own path:
 
-* Stage 0 in bf16 (`FP16_UnfusedOptimizer`) casts all gradients to float32 for the step: 4 bytes more then.
+* Stage 0 in bf16 (`FP16_UnfusedOptimizer`) casts all gradients to float32 for the step: 4 bytes more during it.
 * Stage 1 in bf16 with float32 accumulation (`BF16_Optimizer`) accumulates in a float32 buffer of *all* parameters,
-  keeps the bf16 gradients beside it, and copies the buffer to reduce it: 6 bytes that stage 2 does not have, and 6
-  more for a moment.
+  keeps the bf16 gradients as well, and copies the buffer to reduce it: 6 bytes more than stage 2, and another 6 for
+  a moment.
 * Stages 1 to 3 in float32 keep a second float32 copy of the parameters as master weights.
-* Stages 1 and 2 hold two whole buckets when they overlap communication, however small the model is.
-* Stage 3 keeps every gathered parameter until backward is through, where max_reuse_distance is as large as in
+* Stages 1 and 2 allocate two whole buckets if they overlap communication, however small the model is.
+* Stage 3 keeps every gathered parameter until the end of backward if max_reuse_distance is as large as in
   ds_configs/zero3.json: the whole model in bf16. It also keeps small parameters whole (persistence threshold), and
   copies its gradient partition for the step.
-* Frozen parameters are counted as gathered, though ZeRO-3 lets go of them between modules: they are not needed in
-  backward (measured 3 % of the estimate; so it is on the safe side).
+* Frozen parameters are counted as gathered, although ZeRO-3 releases them between modules, because backward does
+  not need them. So the estimate is too high there (measured: 3 % of it).
 * Offload keeps a second, float32 gradient partition in host memory.
 """
 
@@ -40,19 +42,18 @@ DEFAULT_LIVE = DEFAULT_SUB_GROUP = 1_000_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class ModelStates:
-    """Bytes on one GPU, of the process that holds most.
+    """Bytes on one GPU, for the process that needs most.
 
     Attributes:
-        parameters: Parameters as the model computes with them, and its buffers. At stage 3 this process's share and
-            the small ones.
-        gradients: Held from backward to the step.
+        parameters: The model's parameters and buffers. At stage 3, this process's share and the small parameters.
+        gradients: Kept from backward to the step.
         optimizer: Master weights and both moments of Adam.
-        collected: Gradients by parameter while they are copied into flat rows, when the activations are gone.
-        part: This process's part of flat gradients, where it lives from their reduction to the step alone.
-        communication: Buffers that gradients are communicated in.
-        gathered: Parameters of other processes, held during forward and backward (stage 3).
-        step: What reducing and stepping need for a moment, when the activations are gone, ``part`` included.
-        host: Host memory that offload takes for one GPU, pinned.
+        collected: Gradients of single parameters while they are copied into flat rows, after activations are freed.
+        part: This process's part of flat gradients, if it exists only from their reduction to the step.
+        communication: Buffers for communicating gradients.
+        gathered: Parameters of other processes, kept during forward and backward (stage 3).
+        step: Temporary memory of reducing and stepping, after activations are freed; includes ``part``.
+        host: Pinned host memory that offload takes for one GPU.
     """
 
     parameters: int
@@ -67,7 +68,7 @@ class ModelStates:
 
 
 def model_states(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
-    """Return what flat gradients and the optimiser that DeepSpeed chooses for this configuration hold."""
+    """Return the memory of the gradients and of the optimiser that DeepSpeed chooses for this configuration."""
     if sharding.is_flat:
         states = _flat(counts, sharding)
     elif sharding.stage == 0:
@@ -85,11 +86,11 @@ def _flat(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
     """Stages 0 to 2 with flat gradients."""
     model, sent, trained = sharding.model_bytes, sharding.communication_bytes, sum(counts.trained)
     accumulates, in_float32 = sharding.accumulation_steps > 1, model == FLOAT32_BYTES
-    world = sharding.world_size if sharding.stage else 1  # at stage 0 every process holds all
+    world = sharding.world_size if sharding.stage else 1  # at stage 0 every process has all
     row = sum(counts.aligned(world)) if sharding.stage else trained
     share = row // world
     total = row * FLOAT32_BYTES if accumulates and sharding.stage < 2 else 0
-    # A row that is neither scattered, nor cast, nor overwritten by the next micro-step is the part itself.
+    # If the row is not scattered, not cast and not overwritten by the next micro-step, it is also the part.
     casts = sent != (FLOAT32_BYTES if total else model)
     if sharding.stage == 0:
         is_part = in_float32 or accumulates
@@ -97,7 +98,7 @@ def _flat(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
         is_part = world == 1 and not casts and (total > 0 or (in_float32 and not accumulates))
     part = 0 if is_part else share * FLOAT32_BYTES
     part_stays = sharding.stage == 0 or (sharding.stage == 2 and accumulates)
-    # Gradients are sent as a copy where they have another dtype, and what comes is cast in its turn.
+    # To send gradients in another dtype, a copy is made, and the received gradients are cast again.
     copied = row * sent if casts else 0
     received = share * sent if sharding.world_size > 1 and sharding.stage and sent != FLOAT32_BYTES else 0
     masters = 0 if sharding.stage == 0 and in_float32 else MASTER_BYTES
@@ -143,10 +144,10 @@ def _stages_1_and_2(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
     aligned = counts.aligned(world)
     partition = sum(aligned) // world
     step = 0
-    if sharding.accumulation_bytes != model:  # accumulated at once in one flat partition
+    if sharding.accumulation_bytes != model:  # accumulated immediately in one flat partition
         gradients = partition * sharding.accumulation_bytes
     else:
-        # Whole gradients of the parameters in the partition; a group's are copied flat for its step.
+        # Whole gradients of the parameters in the partition; each group's are copied into a flat row for its step.
         gradients = counts.touching(world) * model
         step = max(aligned) // world * (model + (FLOAT32_BYTES if model != FLOAT32_BYTES else 0))
         if sharding.stage == 1 and sharding.accumulation_steps > 1:
@@ -173,7 +174,8 @@ def _stage_3(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
     bucket = int(options.get("reduce_bucket_size", DEFAULT_BUCKET))
     kept = max(
         int(options.get("stage3_max_live_parameters", DEFAULT_LIVE)),
-        int(options.get("stage3_max_reuse_distance", DEFAULT_REUSE)) // 2,  # there in forward, and back in backward
+        int(options.get("stage3_max_reuse_distance", DEFAULT_REUSE))
+        // 2,  # the distance back in backward
     )
     sub_group = min(
         max(groups), int(options.get("sub_group_size", DEFAULT_SUB_GROUP)) + max(counts.trained) // world
@@ -186,7 +188,7 @@ def _stage_3(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
     if sharding.offloads_parameters:
         host += shards
         shards = 0
-    # Rearranged by rank, and this rank's share.
+    # A copy rearranged by rank, and this rank's share.
     reduced = min(bucket, sum(counts.trained)) * sharding.communication_bytes
     return ModelStates(
         parameters=shards + persistent * model,
