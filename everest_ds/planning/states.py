@@ -174,8 +174,7 @@ def _stage_3(counts: ParameterCounts, sharding: Sharding) -> ModelStates:
     bucket = int(options.get("reduce_bucket_size", DEFAULT_BUCKET))
     kept = max(
         int(options.get("stage3_max_live_parameters", DEFAULT_LIVE)),
-        int(options.get("stage3_max_reuse_distance", DEFAULT_REUSE))
-        // 2,  # the distance back in backward
+        int(options.get("stage3_max_reuse_distance", DEFAULT_REUSE)) // 2,  # the distance back in backward
     )
     sub_group = min(
         max(groups), int(options.get("sub_group_size", DEFAULT_SUB_GROUP)) + max(counts.trained) // world

@@ -1,13 +1,13 @@
 """An exponential moving average of the weights, sharded over the ranks, for validation and export.
 
 Place in the flow: engine step -> `update`; validation inside `swapped`; `write_checkpoint` before the folder is
-sealed; `load` in any world and stage.
+sealed; `load` with any number of processes and any stage.
 
-Every rank averages the slice of each trainable parameter that it also holds at ZeRO-3: rank r of N has elements
-[r n, (r + 1) n) with n = ceil(size / N). So an update needs no communication. Memory on the weights' device is
-4 bytes x trainable parameters / N at every stage; while swapped, as much again in the weights' own precision. The
-averaged weights are those that the model computes with: in bfloat16 they are rounded from the optimiser's float32
-ones. The average itself is float32.
+Every rank averages the slice of each trainable parameter that it would have at ZeRO-3: rank r of N has elements
+[r n, (r + 1) n) with n = ceil(size / N). So an update needs no communication. It takes 4 bytes x trainable
+parameters / N on the weights' device, at every stage, and while swapped the same number of elements again in the
+weights' dtype. The average is float32. It averages the model's weights, which in bfloat16 are rounded from the
+optimiser's float32 weights.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class WeightAverage(Callback):
     """The moving average of an engine's trainable weights; it starts as a copy of them.
 
     Args:
-        engine: The DeepSpeed engine, its weights as the run starts with them.
+        engine: The DeepSpeed engine, with the weights that the run starts with.
         decay: Share of the average that each update keeps, in (0, 1).
 
     Source: the official code's `--model_ema` (timm's `ModelEma`), of which this is the sharded form.
@@ -55,10 +55,11 @@ class WeightAverage(Callback):
 
     @torch.no_grad()
     def update(self, applied: Tensor) -> None:
-        """Average in the weights that a step has just changed.
+        """Update the average with the weights of a step.
 
         Args:
-            applied: Whether it changed them, a bool scalar on the device; if not, the averages stay as they are.
+            applied: Whether the step changed the weights, a bool scalar on the device; if not, the averages do not
+                change.
         """
         share = applied * (1 - self.decay)
         for name, parameter in self._parameters.items():
@@ -66,10 +67,10 @@ class WeightAverage(Callback):
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
-        """Compute with the averages in place of the weights; all ranks take part, between two steps.
+        """Replace the weights by the averages inside this block; all ranks take part, between two steps.
 
-        Afterwards the weights are what they were, bit for bit. After an error inside, the averages stay in place:
-        putting the weights back needs all ranks, and the error may have struck one.
+        Afterwards the weights are bitwise identical to before. After an error inside, the averages stay in place,
+        because restoring the weights needs all ranks, and the error may have occurred on one of them.
         """
         kept = {name: _slice(parameter).detach().clone() for name, parameter in self._parameters.items()}
         self._put(self._slices)
@@ -90,21 +91,22 @@ class WeightAverage(Callback):
         if dist.get_rank() == 0:
             files.add_tensors(AVERAGE, self.whole(), {"decay": str(self.decay)})
         else:
-            for _ in self.whole():  # each is gathered from all ranks
+            for _ in self.whole():  # gathering needs all ranks
                 pass
 
     def load(self, folder: Path) -> None:
-        """Load the averages of a checkpoint, whatever world and stage wrote it.
+        """Load the averages of a checkpoint, from any number of processes and any stage.
 
         Raises:
-            UserError: There are none, or they are of other parameters than are trained here.
+            UserError: There are none, or their names or shapes differ from the trained parameters.
         """
         tensors = read_average(folder)
         shapes = {name: tuple(_shape(parameter)) for name, parameter in self._parameters.items()}
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
             odd = sorted(tensors.keys() ^ shapes.keys()) or [n for n in shapes if tensors[n].shape != shapes[n]]
             raise UserError(
-                f"{folder / AVERAGE} holds averages of other weights than are trained here: {', '.join(odd[:4])}"
+                f"{folder / AVERAGE} does not match the trained weights: {', '.join(odd[:4])}; resume with the "
+                "model that the run was trained with"
             )
         for name, parameter in self._parameters.items():
             start, count = _extent(parameter)
@@ -112,9 +114,9 @@ class WeightAverage(Callback):
 
     @torch.no_grad()
     def _put(self, slices: dict[str, Tensor]) -> None:
-        """Make slices the weights that forward reads: gathered, or at ZeRO-3 also the partitions themselves."""
+        """Replace the weights by slices: gathered, and at ZeRO-3 also in the partitions."""
         partitioned = _is_partitioned(self._parameters.values())
-        if partitioned:  # nothing stays gathered, not even the small parameters
+        if partitioned:  # release all gathered parameters, also the small ones that usually stay
             self._engine.optimizer.checkpoint_event_prologue()
         for name, parameter in self._parameters.items():
             if partitioned:
@@ -122,7 +124,7 @@ class WeightAverage(Callback):
             else:
                 whole = _gather(slices[name].to(parameter.dtype), parameter, self._engine.device)
                 parameter.copy_(whole)
-        if partitioned:  # and the small ones are gathered anew
+        if partitioned:  # gather the small parameters again
             self._engine.optimizer.checkpoint_event_epilogue()
 
 
@@ -145,7 +147,7 @@ def read_average(folder: Path) -> dict[str, Tensor]:
 
 
 def gather_parameter(parameter: nn.Parameter, device: torch.device) -> Tensor:
-    """Return a whole parameter, detached; at ZeRO-3, where ranks hold a part each, all of them take part."""
+    """Return a whole parameter, detached. At ZeRO-3, where each rank has a part, all ranks take part."""
     if not hasattr(parameter, "ds_tensor"):
         return parameter.data
     return _gather(_slice(parameter), parameter, device)
@@ -160,7 +162,7 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def _extent(parameter: nn.Parameter) -> tuple[int, int]:
-    """Return where this rank's slice of a flattened parameter starts, and its length."""
+    """Return the start and the length of this rank's slice of a flattened parameter."""
     numel = _shape(parameter).numel()
     each = -(-numel // dist.get_world_size())
     start = min(dist.get_rank() * each, numel)
@@ -168,7 +170,7 @@ def _extent(parameter: nn.Parameter) -> tuple[int, int]:
 
 
 def _slice(parameter: nn.Parameter) -> Tensor:
-    """Return this rank's slice, a view: of the partition at ZeRO-3, without its padding, else of the whole."""
+    """Return this rank's slice as a view of the partition at ZeRO-3 (without padding), else of the parameter."""
     start, count = _extent(parameter)
     partition = getattr(parameter, "ds_tensor", None)
     if partition is not None:
@@ -177,7 +179,7 @@ def _slice(parameter: nn.Parameter) -> Tensor:
 
 
 def _gather(local: Tensor, parameter: nn.Parameter, device: torch.device) -> Tensor:
-    """Return the whole of every rank's slice, in the parameter's shape."""
+    """Gather the slices of all ranks into the parameter's shape."""
     shape, world = _shape(parameter), dist.get_world_size()
     each = -(-shape.numel() // world)
     padded = torch.zeros(each, dtype=local.dtype, device=device)

@@ -1,9 +1,9 @@
-"""The DeepSpeed engine: how a run is sharded, and every setting that changes what it computes.
+"""Builds the DeepSpeed engine and its complete configuration.
 
-A file of ds_configs/ holds systems only: ZeRO stage, dtype, buckets, offload, communication. Batch, accumulation,
-clipping and the optimiser come from the recipe; a file that gives one of them too is refused. Every setting that
-matters for the result is written here, because DeepSpeed's defaults change between versions (gradient_clipping was
-0.0 and is 1.0).
+A file of ds_configs/ has only systems settings: ZeRO stage, dtype, buckets, offload, communication. Batch,
+accumulation, clipping and the optimiser come from the recipe; a file that sets one of them is refused. Every
+setting that affects the result is set here, because DeepSpeed's defaults change between versions (gradient_clipping
+was 0.0 and is now 1.0).
 """
 
 import copy
@@ -54,11 +54,11 @@ SYSTEMS_KEYS = {
 }  # fmt: skip
 RECIPE_KEYS = {
     "fp16": "float16 needs loss scaling, which is not supported; use bf16",
-    "gradient_accumulation_steps": "it follows from batch.global_size, batch.micro_size and the processes",
+    "gradient_accumulation_steps": "it is computed from batch.global_size, batch.micro_size and the processes",
     "gradient_clipping": "it is optim.max_grad_norm",
     "optimizer": "it is in optim.*",
     "scheduler": "it is in optim.*",
-    "tensorboard": "metrics.jsonl is written in any case, and run.log_to says where else",
+    "tensorboard": "metrics.jsonl is always written, and run.log_to chooses where else metrics go",
     "torch_autocast": "it is --precision autocast",
     "train_batch_size": "it is batch.global_size",
     "train_micro_batch_size_per_gpu": "it is batch.micro_size",
@@ -71,7 +71,7 @@ def load_systems(path: Path | None) -> Systems:
     ``ds_configs/NAME.json`` is the file of the installed package where the current folder has none.
 
     Raises:
-        UserError: The file is missing or not a JSON object, or has a key that is unknown or the recipe's.
+        UserError: The file is missing or not a JSON object, or has a key that is unknown or belongs to the recipe.
     """
     if path is None:
         return copy.deepcopy(DEFAULT_SYSTEMS)
@@ -80,7 +80,7 @@ def load_systems(path: Path | None) -> Systems:
     raw = read_json_object(path)
     for key in raw:
         if key in RECIPE_KEYS:
-            raise UserError(f"{path}: {key} does not belong into a systems file: {RECIPE_KEYS[key]}")
+            raise UserError(f"{path}: {key} does not belong in a DeepSpeed file: {RECIPE_KEYS[key]}")
         if key not in SYSTEMS_KEYS:
             raise UserError(f"{path}: unknown key {key}{nearest_hint(key, SYSTEMS_KEYS)}")
         if key in SECTIONS and not isinstance(raw[key], dict):
@@ -95,10 +95,10 @@ def load_systems(path: Path | None) -> Systems:
 
 
 def check_sections(systems: Systems, source: str) -> None:
-    """Have DeepSpeed check its sections, before anything is built.
+    """Let DeepSpeed check its sections before anything is built.
 
     Raises:
-        UserError: DeepSpeed does not know an option, a value does not fit, master weights would be bfloat16, or
+        UserError: DeepSpeed does not know an option, a value is invalid, master weights would be bfloat16, or
             offloading needs an op that is not built.
     """
     distributed.select_accelerator()
@@ -114,29 +114,31 @@ def check_sections(systems: Systems, source: str) -> None:
             where = ".".join(str(part) for part in first["loc"])
             raise UserError(f"{source}: {section}.{where}: {first['msg']}") from error
     bf16 = DeepSpeedBF16Config(**systems.get("bf16", {}))
-    if bf16.bf16_master_weights_and_grads or bf16.bf16_optimizer_states:  # the latter only with the former
+    if (
+        bf16.bf16_master_weights_and_grads or bf16.bf16_optimizer_states
+    ):  # DeepSpeed allows the latter only with the former
         raise UserError(
             f"{source}: bf16.bf16_master_weights_and_grads and bf16.bf16_optimizer_states keep master weights in "
-            "bf16, where small updates round away: one of 3e-4, a peak rate of the paper's, moves no norm's gain "
-            "from 1, and one of 1e-5 moves 7 % of the matrices' weights; leave both out: float32 masters are "
-            "divided among the processes by ZeRO"
+            "bf16, where most small updates are rounded away; remove both, as ZeRO shards the float32 masters"
         )
+        # An update of 3e-4, a peak rate of the paper's, never moves a norm's gain from 1; one of 1e-5 moves only 7
+        # % of the matrices' weights.
     _check_offload(systems, source)
 
 
 def _check_offload(systems: Systems, source: str) -> None:
-    """Refuse offloading that needs a DeepSpeed op which is not built here."""
+    """Refuse offloading that needs a compiled DeepSpeed op."""
     zero = systems.get("zero_optimization", {})
     for section in ("offload_optimizer", "offload_param"):
         device = (zero.get(section) or {}).get("device", "none")
         if device == "nvme":
             raise UserError(
-                f"{source}: {section}.device=nvme needs DeepSpeed's async_io op, and its files are not part of our "
+                f"{source}: {section}.device=nvme needs DeepSpeed's async_io op, and its files are not part of "
                 "checkpoints; use cpu"
             )
     if "offload_optimizer" in zero and systems.get("zero_force_ds_cpu_optimizer"):
         raise UserError(
-            f"{source}: zero_force_ds_cpu_optimizer=true asks for DeepSpeed's CPU Adam op; set it to false, and "
+            f"{source}: zero_force_ds_cpu_optimizer=true needs DeepSpeed's CPU Adam op; set it to false, so that "
             "torch's AdamW updates the offloaded states"
         )
 
@@ -147,12 +149,14 @@ def check_compilation(config: Config, systems: Systems, device_type: str) -> Non
         return
     if zero_stage(systems) == 3:
         raise UserError(
-            "model.compile_blocks=True cannot serve at ZeRO-3: weights are gathered by hooks of the modules, which "
-            "compiled code does not call; use ZeRO-0, 1 or 2, or model.compile_blocks=False"
+            "model.compile_blocks=True is not available at ZeRO-3: compiled code does not call the modules' hooks, "
+            "which gather the weights; use ZeRO-0, 1 or 2, or model.compile_blocks=False"
         )
     obstacle = compile_obstacle(device_type)
     if obstacle is not None:
-        raise UserError(f"model.compile_blocks=True cannot serve: {obstacle}, or use model.compile_blocks=False")
+        raise UserError(
+            f"model.compile_blocks=True is not available: {obstacle}, or use model.compile_blocks=False"
+        )
 
 
 def resolve_ds_config(
@@ -161,14 +165,15 @@ def resolve_ds_config(
     """Return the complete DeepSpeed configuration of a run.
 
     Raises:
-        UserError: The batch cannot be made from micro-batches on this many processes, or see `choose_precision`.
+        UserError: The batch cannot be divided into micro-batches on this many processes; see also
+            `choose_precision`.
     """
     resolved = copy.deepcopy(systems)
     chosen = choose_precision(systems, precision, device_type)
     if chosen != BF16:
         resolved.pop("data_types", None)  # float32 accumulates in float32
     if world_size == 1 and 1 <= zero_stage(resolved) <= 2:
-        # There is nothing to overlap with, and DeepSpeed would wait for the device at every bucket.
+        # There is no communication to overlap, and DeepSpeed would synchronise at every bucket.
         resolved["zero_optimization"]["overlap_comm"] = False
     resolved |= precision_sections(systems, chosen)
     resolved |= {
@@ -181,7 +186,7 @@ def resolve_ds_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": systems.get("zero_force_ds_cpu_optimizer", False),
         "steps_per_print": 10**9,
-        # DeepSpeed's own clock makes the host wait for the device twice a step; the loop has its own.
+        # DeepSpeed's timer synchronises twice a step; the loop measures time itself.
         "timers": {"throughput": {"enabled": False}},
         "wall_clock_breakdown": systems.get("wall_clock_breakdown", False),
     }
@@ -198,11 +203,11 @@ def build_engine(
     """Return the DeepSpeed engine around a task, with torch's AdamW.
 
     Args:
-        task: What turns a batch into a loss.
+        task: Turns a batch into a loss.
         config: The run.
         ds_config: As `resolve_ds_config` returns it.
-        device: This rank's.
-        universal: Whether the engine will load a universal checkpoint instead of shards of its own kind.
+        device: This rank's device.
+        universal: Whether the engine will load a universal checkpoint instead of its own kind of shards.
     """
     import deepspeed
     from deepspeed.utils import logger
@@ -210,7 +215,7 @@ def build_engine(
     _import_muon_uncompiled()
     logger.setLevel(logging.ERROR)
     if ds_config["torch_autocast"]["enabled"]:
-        # A pass uses each weight once: a cache would only keep the casts of those that are cast again in backward.
+        # Each pass uses a weight once, so a cache would only keep casts that are not used again.
         torch.set_autocast_cache_enabled(False)
     groups = task.parameter_groups()
     expected = [(group["lr_scale"], group["weight_decay"]) for group in groups]
@@ -224,7 +229,7 @@ def build_engine(
     if found != expected:
         raise RuntimeError(f"DeepSpeed changed the parameter groups: {found}, expected {expected}")
     if zero_stage(ds_config) == 0 and ds_config["bf16"]["enabled"]:
-        # DeepSpeed 0.19.8 makes the moments by a step on zero gradients here, and leaves the step counted: AdamW's
+        # Here DeepSpeed 0.19.8 creates the moments by a step with zero gradients, and counts that step. AdamW's
         # bias correction would be off by one for the whole run.
         for state in engine.optimizer.optimizer.state.values():
             state["step"].zero_()
@@ -234,8 +239,8 @@ def build_engine(
 def _import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon optimiser without the compiler, which takes a second to load.
 
-    DeepSpeed 0.19.8 imports Muon to see that our optimiser is another one. Three functions of it are decorated with
-    torch.compile, and that alone loads torch._inductor.
+    DeepSpeed 0.19.8 imports Muon to check whether our optimiser is one. Three of Muon's functions are decorated
+    with torch.compile, which loads torch._inductor.
     """
     from deepspeed.runtime import compiler
 

@@ -1,8 +1,8 @@
 """The training loop: one for every task.
 
 Place in the flow: loader -> task in the DeepSpeed engine -> optimiser step -> metrics, checkpoints. Between lines
-of metrics the loop never waits for the device; where DeepSpeed does, `train.step.updater` says. Whatever else a run
-does is a callback.
+of metrics the loop never synchronises with the device; `train.step.updater` lists where DeepSpeed does. Everything
+else that a run does is a callback.
 """
 
 import contextlib
@@ -41,19 +41,19 @@ class Trainer:
 
     Attributes:
         engine: The DeepSpeed engine around the task, its checkpoint loaded.
-        updater: What computes gradients on it and takes its steps.
-        task: The task itself, for what it needs of a batch.
+        updater: Computes gradients and takes optimiser steps on the engine.
+        task: The task inside the engine.
         config: The run.
-        schedule: From which step to which.
-        world: This rank and how many there are.
-        device: This rank's.
-        run_dir: Where checkpoints go.
+        schedule: The first and the last step.
+        world: This rank and the number of ranks.
+        device: This rank's device.
+        run_dir: The run directory.
         log: The metrics.
-        start: Where the run stands at the start, and how it computes.
-        callbacks: What the run does besides its steps, in this order.
-        writer: The process that writes checkpoints; None where the loop waits for them.
-        owner: Who must own the run when such a checkpoint is complete.
-        stop: Whether somebody asked the run to stop.
+        start: The state of the run at the start of this launch.
+        callbacks: Called in this order.
+        writer: The process that writes checkpoints; None if the loop waits for them.
+        owner: The owner that the run must still have when such a checkpoint is complete.
+        stop: Whether a signal asked the run to stop.
     """
 
     engine: Any
@@ -88,11 +88,11 @@ class Trainer:
         """Train to the end of the schedule, logging, scoring and saving on the way.
 
         Returns:
-            The steps taken: those of the schedule, or fewer when a signal stopped the run, all of them saved.
+            The steps taken: those of the schedule, or fewer if a signal stopped the run. All of them are saved.
 
         Raises:
-            UserError: Too many unreadable videos, a loss or gradient that is not finite, or a
-                disk that takes no checkpoint.
+            UserError: Too many unreadable videos, a loss or gradient that is not finite, or a checkpoint that
+                cannot be written.
         """
         for callback in self.callbacks:
             callback.on_start()
@@ -127,7 +127,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _settling(self) -> Iterator[None]:
-        """Let a save under way become complete when an error ends the loop; what it holds is from before."""
+        """Complete a save in progress when an error ends the loop; its contents are from before the error."""
         try:
             yield
         except BaseException:
@@ -162,16 +162,16 @@ class Trainer:
         return learning_rate(step, self.config.optim, self.config.batch, self.schedule.steps_per_epoch)
 
     def _log_and_save(self, taken: int) -> bool:
-        """Write what is due after a step; return whether a checkpoint was."""
+        """Log and save what is due after a step; return whether a checkpoint was saved."""
         saves = self.schedule.saves_after(taken, self.config.run)
-        # No short cut: callbacks are asked alike on all ranks.
+        # Lists, so that every callback is called on all ranks: `any` alone would stop at the first True.
         wanted = any([callback.wants_log(taken) for callback in self.callbacks])
         if saves or wanted or taken % self.config.run.log_every_steps == 0:
             self._log(taken)
             saves |= any([callback.wants_save(taken) for callback in self.callbacks])
         if saves:
             self._save(taken)
-        if saves or wanted:  # saving and scoring take no part of the next window's time
+        if saves or wanted:  # so that saving and scoring do not count in the next window
             self.window = Window(self.device)
         return saves
 
@@ -200,7 +200,7 @@ class Trainer:
             callback.on_log(taken, values)
 
     def _leave_early(self, taken: int, signum: Signals, *, saved: bool) -> None:
-        """Save what is not saved yet, and say why the run ends here."""
+        """Save what is not saved yet, and print why the run ends here."""
         if not saved:
             if self.window.steps:
                 self._log(taken)

@@ -1,10 +1,10 @@
-"""What a run computes in: from --precision and the DeepSpeed file to DeepSpeed's sections and torch's dtypes.
+"""The precision of a run: from --precision and the DeepSpeed file to DeepSpeed's sections and torch's dtypes.
 
     bf16       DeepSpeed's bf16: weights and gradients in bfloat16, float32 master weights in the optimiser
     autocast   weights, gradients and optimiser in float32; torch.autocast casts matmuls to bfloat16
     fp32       everything in float32
 
-Ranking, targets, losses and the statistics of norms are float32 in all of them. Importing needs no torch.
+Ranking, targets, losses and the statistics of norms are always float32. Importing this module needs no torch.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ DtypeName = Literal["bfloat16", "float32"]
 
 @dataclass(frozen=True)
 class Precision:
-    """One way to compute.
+    """The dtypes of one value of --precision.
 
     Attributes:
-        name: As --precision has it.
-        weights: Of weights, gradients and the residual stream.
-        matmuls: Of matmuls and attention.
+        name: The value.
+        weights: Dtype of weights, gradients and the residual stream.
+        matmuls: Dtype of matmuls and attention.
     """
 
     name: Literal["bf16", "autocast", "fp32"]
@@ -53,40 +53,40 @@ PRECISIONS = {precision.name: precision for precision in (BF16, AUTOCAST, FP32)}
 
 
 def choose_precision(systems: dict[str, Any], asked: PrecisionName, device_type: str) -> Precision:
-    """Return what the model computes in.
+    """Return the precision of a run.
 
-    ``auto`` follows the DeepSpeed file; where the file does not say: bf16 on a GPU and fp32 on a CPU. No file
-    says autocast.
+    ``auto`` follows the DeepSpeed file. If the file does not choose, it is bf16 on a GPU and fp32 on a CPU. A file
+    cannot choose autocast.
 
     Raises:
-        UserError: The file wants gradients sent in bfloat16, which autocast does not do.
+        UserError: The file sends gradients in bfloat16, which autocast does not support.
     """
     if asked == "auto":
         return BF16 if systems.get("bf16", {}).get("enabled", device_type == "cuda") else FP32
     sent = systems.get("communication_data_type", "fp32")
-    if asked == "autocast" and sent != "fp32":  # DeepSpeed 0.19.8 would obey at stage 0 only
+    if asked == "autocast" and sent != "fp32":  # DeepSpeed 0.19.8 would follow it only at stage 0
         raise UserError(
-            f"communication_data_type={sent} in the DeepSpeed file, and --precision autocast, which sends "
-            "gradients as they are, in float32; remove the key, or use --precision bf16"
+            f"communication_data_type={sent} in the DeepSpeed file contradicts --precision autocast, which sends "
+            "gradients in float32; remove the key, or use --precision bf16"
         )
     return PRECISIONS[asked]
 
 
 def precision_of(ds_config: dict[str, Any]) -> Precision:
-    """Return what a resolved DeepSpeed configuration computes in."""
+    """Return the precision of a resolved DeepSpeed configuration."""
     if ds_config["bf16"]["enabled"]:
         return BF16
     return AUTOCAST if ds_config["torch_autocast"]["enabled"] else FP32
 
 
 def precision_sections(systems: dict[str, Any], precision: Precision) -> dict[str, Any]:
-    """Return every section of DeepSpeed's configuration that decides about dtypes, but for data_types."""
+    """Return the sections of DeepSpeed's configuration that decide dtypes, except data_types."""
     own = "bf16" if precision == BF16 else "fp32"
     autocast: dict[str, Any] = {"enabled": precision.autocasts}
     if precision.autocasts:
-        # Gradients are sent in float32, as torch's own data parallelism does. By default DeepSpeed 0.19.8 sends
-        # those of plain linear layers in bfloat16 and gathers these weights rounded at stage 3, but not those of
-        # subclasses (a quarter of a block's), and none at stage 0; here all stages compute the same.
+        # Send gradients in float32, as torch's own data parallelism does, so that all stages compute the same. By
+        # default DeepSpeed 0.19.8 sends the gradients of plain linear layers in bfloat16, and at stage 3 gathers
+        # their weights rounded, but does neither for subclasses (a quarter of a block's weights) or at stage 0.
         autocast |= {"dtype": "bfloat16", "lower_precision_safe_modules": []}
     return {
         # A step whose gradient is not finite changes no weight (`train.step.updater`).

@@ -1,4 +1,4 @@
-"""The steps of a run: how many an epoch has, where it starts, where it ends, when it saves."""
+"""The steps of a run: how many an epoch has, the first and the last one, and when to save."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ class Schedule:
     """The steps of a run.
 
     Attributes:
-        steps_per_epoch: Whole global batches of an epoch.
-        start_step: Steps already taken.
-        end_step: Steps to have taken at the end.
+        steps_per_epoch: Whole global batches in an epoch.
+        start_step: Steps already taken at the start.
+        end_step: Steps taken at the end.
     """
 
     steps_per_epoch: int
@@ -22,12 +22,12 @@ class Schedule:
 
     @property
     def num_left(self) -> int:
-        """Steps still to take; negative where a run went further than it is now told to."""
+        """Steps still to take; negative if the checkpoint is beyond the new end."""
         return self.end_step - self.start_step
 
     @classmethod
     def of(cls, config: Config, num_samples: int, start_step: int = 0) -> "Schedule":
-        """Return the schedule over a list of videos; refuses a list that is shorter than one global batch."""
+        """Return the schedule over a list of videos; refuse a list that is shorter than one global batch."""
         steps_per_epoch = num_samples * config.data.repeats // config.batch.global_size
         if steps_per_epoch == 0:
             repeated = f" times data.repeats={config.data.repeats}" if config.data.repeats > 1 else ""

@@ -1,8 +1,8 @@
 """From the configuration to the model's selection: rules, and budgets that all processes share.
 
-Place in the flow: importance_BN of this rank's clips -> (all ranks') -> counts of its clips. The clips of one
-micro-batch on all ranks compete or are measured together: two ranks with half of them each choose what one rank
-with all of them would. Axes: B clips, N tokens of a clip.
+Place in the flow: importance_BN of this rank's clips -> (that of all ranks) -> counts of this rank's clips. The
+clips of a micro-batch compete across all ranks, so two ranks with half of them each select what one rank with all
+of them would. Axes: B clips, N tokens of a clip.
 """
 
 from collections.abc import Sequence
@@ -32,13 +32,13 @@ def pretrain_rule(config: PretrainConfig) -> SelectionRule:
 
 
 def num_pretrain_noise(config: PretrainConfig) -> int:
-    """Return the uniform values that come with each clip of a pre-training run."""
+    """Return how many uniform noise values each clip of a pre-training run needs."""
     candidates = config.candidate_steps if config.candidate_steps > config.grid.time else 0
     return noise_length(config.selection.strategy, config.grid, config.most.selected, candidates)
 
 
 class Budget:
-    """Says how many tokens each clip of a micro-batch keeps, where clips differ; all ranks take part.
+    """Computes how many tokens each clip of a micro-batch keeps, if clips differ; all ranks take part.
 
     Attributes:
         threshold: The running quantile of importance, a float32 scalar on the device; None before the first
@@ -75,7 +75,8 @@ class Budget:
 def share_of_loss(num_targets: int, device: torch.device) -> Tensor:
     """Return the weight of a rank's mean loss, so that the mean over ranks is the mean over all target tokens.
 
-    The rank's share of the target tokens of this micro-batch, times the ranks. Does not wait for the device.
+    It is the rank's share of the target tokens of this micro-batch, times the number of ranks. It does not
+    synchronise with the device.
     """
     own = torch.full((), float(num_targets), device=device)
     return own * distributed.world_size() / distributed.sum_of(own)

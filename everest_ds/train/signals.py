@@ -1,6 +1,6 @@
-"""Requests to stop: after Ctrl-C, SIGTERM or SIGUSR1 a run saves at the next step boundary and ends.
+"""Stops a run on a signal: after Ctrl-C, SIGTERM or SIGUSR1 it saves at the next step boundary and ends.
 
-Schedulers send SIGTERM or SIGUSR1 shortly before they take a machine away. Any rank may receive a signal.
+Schedulers send SIGTERM or SIGUSR1 shortly before they reclaim a machine. Any rank may receive the signal.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ EXIT_STOPPED = 75
 
 
 class StopRequest:
-    """Notes the first signal; a second one, unless it is an echo of the first, ends the process at once."""
+    """Records the first signal; a second one ends the process at once, unless it is an echo of the first."""
 
     def __init__(self) -> None:
         self._signum = 0
@@ -25,10 +25,10 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals inside this block; only the main thread may.
+        """Handle the signals inside this block; call it in the main thread.
 
-        Once the ranks have agreed to stop, signals are ignored for good: a process that has saved ends with its own
-        exit code, whatever its launcher still sends. So does one that has taken its last step.
+        After the ranks have agreed to stop, or after the last step, signals are ignored until the process ends. So
+        it ends with its own exit code, whatever its launcher still sends.
         """
         mode = Mode(in_main=self._receive, in_thread=leave_at_second)
         with handling(STOP_SIGNALS, mode, ignore_after=lambda: self._leaving):
@@ -36,7 +36,7 @@ class StopRequest:
             self._leaving = True
 
     def agreed(self) -> signal.Signals | None:
-        """Return the signal that any rank has received; all ranks call this at the same step."""
+        """Return the signal that any rank has received, or None; all ranks call this at the same step."""
         number = distributed.largest(self._signum)
         self._leaving = bool(number)
         return signal.Signals(number) if number else None

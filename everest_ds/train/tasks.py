@@ -1,4 +1,4 @@
-"""Tasks: what turns a batch into a loss. The loop and the engine know nothing else of the model.
+"""Tasks turn a batch into a loss. The loop and the engine use the model only through its task.
 
 Place in the flow: ClipBatch on the device -> task -> loss. Axes: B clips, C T H W of a clip, S selected
 tokens of a clip.
@@ -31,7 +31,7 @@ from everest_ds.train.step.optim import parameter_groups
 
 
 class Task(nn.Module, ABC):
-    """What is trained: a model and how a batch becomes its loss.
+    """A model together with its loss.
 
     DeepSpeed wraps this module, so its parameters carry the prefix ``model.`` in checkpoints.
     """
@@ -41,27 +41,27 @@ class Task(nn.Module, ABC):
     visible_tokens: int = 0
     """Tokens that this rank's last forward pass encoded."""
     frame_choice: FrameChoice | None = None
-    """The frames that the last forward pass chose, where it chose any."""
+    """The frames that the last forward pass chose; None if it chose none."""
     threshold: float | None = None
-    """The running quantile of importance, for checkpoints; None where no budget keeps one."""
+    """The running quantile of importance, for checkpoints; None if the budget has none."""
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimiser's groups; frozen parameters are in none."""
+        """Return the optimiser's groups, without frozen parameters."""
 
     @abstractmethod
     def inputs(self, batch: ClipBatch, device: torch.device) -> tuple[Tensor, ...]:
-        """Move what `forward` takes to the device, as bytes."""
+        """Move the inputs of `forward` to the device; pixels stay uint8."""
 
     @abstractmethod
     def make_dataset(self, rows: Sequence[VideoRow]) -> ClipDataset:
-        """Return the training clips, each with the noise that `forward` takes."""
+        """Return the dataset of training clips, each with the noise that `forward` needs."""
 
     @abstractmethod
     def clip_flops(self) -> float:
-        """Return the operations of an average clip, two for a multiply-accumulate, forward and backward.
+        """Return the operations of an average clip, forward and backward, two for each multiply-accumulate.
 
-        Recomputation is not counted. Attention is counted with SDPA, which needs no device.
+        Recomputation is not counted. Attention is counted as SDPA, which needs no GPU.
         """
 
 
@@ -81,7 +81,8 @@ class PretrainTask(Task):
     def forward(self, clips_BCTHW: Tensor, noise_BS: Tensor) -> Tensor:
         """Return the loss of a micro-batch.
 
-        Where clips keep different numbers of tokens, it is weighted: the mean over ranks is the mean over tokens.
+        If clips keep different numbers of tokens, it is weighted so that the mean over ranks is the mean over
+        tokens.
         """
         output = self.model(clips_BCTHW, noise_BS, self.rule, self.budget)
         self.visible_tokens = output.selection.visible.packing.total
@@ -141,12 +142,12 @@ class FinetuneTask(Task):
             self.model.freeze_encoder()
 
     def forward(self, clips_BCTHW: Tensor, target: Tensor | None = None, noise_BL: Tensor | None = None) -> Tensor:
-        """Return the loss of a micro-batch, or its logits (B, K) in float32 where there is no target.
+        """Return the loss of a micro-batch, or without a target its logits (B, K) in float32.
 
         Args:
             clips_BCTHW: uint8.
-            target: Labels (B,), int64, or shares of the classes (B, K) that sum to 1.
-            noise_BL: Uniform draws for drop path.
+            target: Labels (B,), int64, or class probabilities (B, K).
+            noise_BL: Uniform noise for drop path, in [0, 1).
         """
         self.visible_tokens = len(clips_BCTHW) * self.config.num_kept
         logits_BK = self.model(clips_BCTHW, noise_BL).float()
@@ -168,17 +169,17 @@ class FinetuneTask(Task):
         return ClipDataset(rows, FinetuneCut(config.data), seed=seed, noise_length=num_noise, mixer=mixer)
 
     def clip_flops(self) -> float:
-        """Return the operations of one clip. A frozen encoder goes forward only."""
+        """Return the operations of one clip; a frozen encoder counts only forward."""
         config = replace(self.config, model=replace(self.config.model, attention="sdpa", compile_blocks=False))
         with torch.device("meta"):
-            model = build_classifier(config).eval()  # no draws for drop path
+            model = build_classifier(config).eval()  # so that drop path needs no noise
         counts = classifier_macs(model, config.grid)
         passes = 1 if config.model.freeze_encoder else 3
         return 2 * (counts.ranking + passes * (counts.embedding_chosen + counts.rest))
 
 
 def make_task(config: Config) -> Task:
-    """Return the task that a configuration is of, its model freshly initialised from torch's global generator."""
+    """Return the task of a configuration; its model is initialised from torch's global generator."""
     if isinstance(config, FinetuneConfig):
         return FinetuneTask(config)
     assert isinstance(config, PretrainConfig)
@@ -186,7 +187,7 @@ def make_task(config: Config) -> Task:
 
 
 def build_classifier(config: FinetuneConfig) -> EverestClassifier:
-    """Return the classifier of a configuration whose classes are counted, freshly initialised as in `make_task`."""
+    """Return the classifier of a configuration with a number of classes, initialised as in `make_task`."""
     if config.data.num_classes is None:
         raise ValueError("data.num_classes is not resolved; it comes from the training list")
     return EverestClassifier(
@@ -201,7 +202,7 @@ def build_classifier(config: FinetuneConfig) -> EverestClassifier:
 
 
 def build_autoencoder(config: PretrainConfig) -> EverestAutoencoder:
-    """Return the autoencoder of a configuration, freshly initialised as in `make_task`."""
+    """Return the autoencoder of a configuration, initialised as in `make_task`."""
     return EverestAutoencoder(
         get_size(config.model.size),
         config.position_grid,
@@ -211,7 +212,7 @@ def build_autoencoder(config: PretrainConfig) -> EverestAutoencoder:
 
 
 def encoder_options(config: Config) -> EncoderOptions:
-    """Return what a configuration says of the model besides its size."""
+    """Return a configuration's settings of the model besides its size."""
     return EncoderOptions(
         tubelet_size=config.model.tubelet_size,
         patch_size=config.model.patch_size,

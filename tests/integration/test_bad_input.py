@@ -129,7 +129,7 @@ def train_list(demo_folder: Path) -> str:
         ),
         (
             ["--model.compile-blocks", "--ds-config", str(REPOSITORY / "ds_configs" / "zero3.json")],
-            ["model.compile_blocks=True cannot serve at ZeRO-3", "use ZeRO-0, 1 or 2"],
+            ["model.compile_blocks=True is not available at ZeRO-3", "use ZeRO-0, 1 or 2"],
         ),
     ],
 )

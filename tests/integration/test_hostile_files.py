@@ -78,7 +78,7 @@ HOSTILE: dict[str, tuple[str, Spoil, str]] = {
     "1000 blocks": (
         "pth",
         lambda state: state | {f"blocks.{i}.x": ONE for i in range(999)},
-        "model metadata|lacks",
+        "values of its model|lacks",
     ),
     "a decoder of 10^9 blocks": (
         "pth",
@@ -98,12 +98,12 @@ HOSTILE: dict[str, tuple[str, Spoil, str]] = {
     "a width of one matrix": (
         "pth",
         lambda state: state | {EMBEDDING: torch.ones(3 * 10**5, 3, 1, 1, 1)},
-        "model metadata|lacks|has shape|heads",
+        "values of its model|lacks|has shape|heads",
     ),
     "a million classes": (
         "pth",
         lambda state: {n: t for n, t in state.items() if n != "head.weight"} | {"head.bias": torch.ones(10**6)},
-        "model metadata|lacks head.weight",
+        "values of its model|lacks head.weight",
     ),
     "clips of 10^9 frames": (
         "safetensors",

@@ -1,6 +1,6 @@
-"""From the loader to the device: on a GPU a batch is copied while the one before is computed.
+"""From the loader to the device: on a GPU, a batch is copied while the previous one is computed.
 
-Place in the flow: ClipBatch in pinned memory -> what the task takes of it, on the device.
+Place in the flow: ClipBatch in pinned memory -> the task's inputs on the device.
 """
 
 import time
@@ -16,15 +16,15 @@ Inputs = tuple[Tensor, ...]
 
 
 class DeviceFeed:
-    """Batches one after another, each with its tensors on the device.
+    """Iterates over batches, each with its tensors on the device.
 
-    On a GPU `look_ahead` begins the copy of the next batch, if one is ready, on a stream of its own; the device
-    copies while it computes. Elsewhere it does nothing.
+    On a GPU, `look_ahead` starts to copy the next batch on a separate stream, if one is ready, so the device copies
+    while it computes. Elsewhere it does nothing.
 
     Args:
-        batches: The loader's.
-        move: Moves what the task takes of a batch to a device.
-        device: Where to.
+        batches: The loader's batches.
+        move: Moves the task's inputs from a batch to a device.
+        device: The target device.
 
     Attributes:
         waited_s: Seconds that `next` has waited for the loader.
@@ -42,7 +42,7 @@ class DeviceFeed:
         self.waited_s = 0.0
 
     def next(self) -> tuple[ClipBatch, Inputs]:
-        """Return the next batch; StopIteration when none is left."""
+        """Return the next batch; raise StopIteration after the last one."""
         if self._ahead is None:
             began = time.perf_counter()
             batch = next(self._batches)
@@ -57,7 +57,7 @@ class DeviceFeed:
         return batch, inputs
 
     def look_ahead(self) -> None:
-        """Begin to copy the next batch; call this after the work on the last one was queued."""
+        """Start to copy the next batch; call this after the work on the current one was queued."""
         is_ready = isinstance(self._batches, BatchIterator) and self._batches.is_ready
         if self._stream is None or self._ahead is not None or not is_ready:
             return

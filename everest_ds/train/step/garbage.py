@@ -1,6 +1,6 @@
-"""When Python collects garbage during training: at fixed steps, on all ranks alike, and never in between.
+"""Lets Python collect garbage during training only at fixed steps, the same on all ranks.
 
-A full collection walks over every object of the process, some million after the imports; where one rank collects,
+A full collection walks over every object of the process, about a million after the imports. If one rank collects,
 all others wait for it in the next collective.
 """
 
@@ -13,7 +13,7 @@ STEPS_BETWEEN = 50
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Stop automatic collections, and leave what lives already out of every later one, until the block ends."""
+    """Inside this block, stop automatic collections, and exclude existing objects from the explicit ones."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.freeze()
@@ -27,6 +27,6 @@ def held() -> Iterator[None]:
 
 
 def collect_after(step: int) -> None:
-    """Collect what became garbage since `held` began, where it is time to."""
+    """Every `STEPS_BETWEEN` steps, collect the garbage since `held` began."""
     if step % STEPS_BETWEEN == 0:
         gc.collect()

@@ -6,13 +6,13 @@ Place in the flow: backward of the bare task -> `collect` -> `reduce` -> AdamW o
     reduce    one reduce-scatter (ZeRO-0: all-reduce) of the row into this rank's part, a float32 mean
     publish   one copy of the masters into the rank's slice of the flat weights, one all-gather
 
-DeepSpeed does the same by parameter: hooks that copy each gradient into a bucket, norms, casts and views of each.
-It stays in charge of partitions, masters, optimiser states and checkpoints, and its own path stays selectable
-(`optim.gradients=deepspeed`). At ZeRO-2 every micro-step is reduced, and accumulated in the rank's part; at ZeRO-0
-and 1 micro-steps accumulate in a float32 row, which is reduced once a step. Both are DeepSpeed's ways, too, except
-that it accumulates in bfloat16 at ZeRO-0 in bf16.
+DeepSpeed does the same for each parameter: a hook copies its gradient into a bucket, and norms, casts and views are
+made one by one. DeepSpeed still manages partitions, masters, optimiser states and checkpoints, and its own path can
+be selected (`optim.gradients=deepspeed`). At ZeRO-2 every micro-step is reduced and accumulated in the rank's part.
+At ZeRO-0 and 1, micro-steps accumulate in a float32 row, which is reduced once a step. DeepSpeed does likewise,
+except that it accumulates in bfloat16 at ZeRO-0 in bf16.
 
-This module leans on these attributes of DeepSpeed 0.19.8 and no others; what is missing is refused at the start:
+This module uses only the following attributes of DeepSpeed 0.19.8. If one is missing, the start is refused:
 
     engine          module, optimizer, gradient_accumulation_steps(), zero_optimization_stage(), micro_steps,
                     global_steps, global_samples, train_batch_size(), communication_data_type,
@@ -39,7 +39,8 @@ from everest_ds import distributed
 from everest_ds.config import GradientsName
 from everest_ds.errors import UserError
 
-# A norm is taken over chunks and then over theirs: on a CPU, torch's over 3e8 float32 numbers is off by 4 %.
+# Norms are computed over chunks, then over the chunks' norms. On a CPU, torch's norm of 3e8 float32 numbers is
+# wrong by 4 %.
 NORM_CHUNK = 4096
 PROFILERS = ("flops_profiler", "comms_logger")
 BREAKDOWNS = ("wall_clock_breakdown", "memory_breakdown")
@@ -53,11 +54,11 @@ def choose_gradients(asked: GradientsName, systems: dict[str, Any]) -> Gradients
         systems: A DeepSpeed configuration, resolved or a file's.
 
     Raises:
-        UserError: Flat gradients are asked for and cannot serve.
+        UserError: Flat gradients are asked for but not available.
     """
     obstacle = flat_obstacle(systems)
     if asked == "flat" and obstacle is not None:
-        raise UserError(f"optim.gradients=flat cannot serve: {obstacle}; use optim.gradients=auto")
+        raise UserError(f"optim.gradients=flat is not available: {obstacle}; use optim.gradients=auto")
     if asked != "auto":
         return asked
     return "deepspeed" if obstacle else "flat"
@@ -73,11 +74,11 @@ def flat_obstacle(systems: dict[str, Any]) -> str | None:
         if (zero.get(section) or {}).get("device", "none") != "none":
             return f"{section} moves gradients to the host by parameter"
     if stage and systems.get("data_types", {}).get("grad_accum_dtype") == "bf16":
-        return "data_types.grad_accum_dtype=bf16 accumulates in bfloat16, flat gradients in float32"
+        return "data_types.grad_accum_dtype=bf16 accumulates in bfloat16, but flat gradients do in float32"
     for section in PROFILERS:
         if systems.get(section, {}).get("enabled"):
-            return f"{section} sees DeepSpeed's own path alone"
-    return next((f"{key} sees DeepSpeed's own path alone" for key in BREAKDOWNS if systems.get(key)), None)
+            return f"{section} needs DeepSpeed's own path"
+    return next((f"{key} needs DeepSpeed's own path" for key in BREAKDOWNS if systems.get(key)), None)
 
 
 @dataclass(kw_only=True)
@@ -85,14 +86,15 @@ class GradientRow:
     """The gradients of one parameter group.
 
     Attributes:
-        parameters: What the model computes with.
-        row: Their gradients of a micro-step, (E,) in the parameters' dtype; E counts the padding of the weights.
-        views: The row's piece of each parameter, in its shape.
-        masters: What AdamW updates, float32: the rank's part of the weights, or at ZeRO-0 each parameter.
+        parameters: The model's parameters.
+        row: Their gradients in a micro-step, (E,) in the parameters' dtype; E includes the padding of the weights.
+        views: For each parameter, a view of its part of the row, in its shape.
+        masters: The float32 weights that AdamW updates: the rank's part of the weights, or at ZeRO-0 each
+            parameter.
         flat_weights: (E,), of which the parameters are views; None at ZeRO-0.
-        total: The row accumulated over micro-steps, (E,) float32; None where every micro-step is reduced.
+        total: The row accumulated over micro-steps, (E,) float32; None if every micro-step is reduced.
         part: The rank's part of the mean gradient, float32; None between the steps of ZeRO-1 and 2.
-        master_gradients: Pieces of `part`, one a master, at ZeRO-0; empty elsewhere.
+        master_gradients: At ZeRO-0, the piece of `part` for each master; empty otherwise.
     """
 
     parameters: list[Tensor]
@@ -105,7 +107,7 @@ class GradientRow:
     master_gradients: list[Tensor] = field(default_factory=list)
 
     def collect(self) -> None:
-        """Copy the parameters' gradients into the row and drop them; one that is None counts as zeros."""
+        """Move the parameters' gradients into the row; a missing gradient counts as zeros."""
         gradients = [parameter.grad for parameter in self.parameters]
         present = [gradient for gradient in gradients if gradient is not None]
         if len(present) == len(self.views):
@@ -117,13 +119,13 @@ class GradientRow:
             parameter.grad = None
 
     def hand_over(self) -> None:
-        """Make the part the gradients of the masters."""
+        """Set the part as the gradients of the masters."""
         assert self.part is not None
         for master, gradient in zip(self.masters, self.master_gradients or [self.part], strict=True):
             master.grad = gradient
 
     def release(self) -> None:
-        """Take the gradients from the masters again; a part of flat weights is freed."""
+        """Remove the gradients from the masters; a part of flat weights is freed."""
         for master in self.masters:
             master.grad = None
         if self.flat_weights is not None:
@@ -131,13 +133,13 @@ class GradientRow:
 
 
 class FlatGradients:
-    """All gradients of an engine at ZeRO-0, 1 or 2, whose own handling of gradients is taken away.
+    """All gradients of an engine at ZeRO-0, 1 or 2; replaces the engine's own handling of gradients.
 
     Args:
         engine: The DeepSpeed engine around a task.
 
     Raises:
-        UserError: This DeepSpeed keeps its weights otherwise than 0.19.8.
+        UserError: This DeepSpeed stores its weights differently from 0.19.8.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -153,21 +155,21 @@ class FlatGradients:
         for row in self.rows:
             share = len(row.row) // (1 if row.flat_weights is None else self._world_size)
             if sum(len(master.flatten()) for master in row.masters) != share:
-                raise UserError(_unknown_version("its parts of the weights have other sizes"))
+                raise UserError(_unknown_version("its parts of the weights have unexpected sizes"))
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Copy the gradients of a backward pass into the rows. No collective and no wait: it can be captured."""
+        """Copy the gradients of a backward pass into the rows; no collective and no synchronisation."""
         for row in self.rows:
             row.collect()
 
     @torch.no_grad()
     def reduce(self, *, first: bool, last: bool) -> None:
-        """Bring the rows of a micro-step of all ranks together.
+        """Reduce the rows of a micro-step over all ranks.
 
         Args:
             first: Whether it is the first micro-step of an optimiser step.
-            last: Whether it is the last one; then the parts are complete, the mean over all ranks.
+            last: Whether it is the last one; afterwards the parts are complete, as means over all ranks.
         """
         for row in self.rows:
             if row.total is None:
@@ -191,7 +193,7 @@ class FlatGradients:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Copy the updated masters into the weights that the model computes with, those of all ranks."""
+        """Copy the updated masters of all ranks into the model's weights."""
         for row in self.rows:
             if row.flat_weights is not None:
                 own = row.flat_weights.chunk(self._world_size)[self._rank]
@@ -202,21 +204,21 @@ class FlatGradients:
                 torch._foreach_copy_(row.parameters, row.masters)
 
     def _reduce(self, row: GradientRow, whole: Tensor, *, first: bool) -> None:
-        """Add up a row, or the total of several, over all ranks into the part."""
+        """Reduce a row, or the total of several, over all ranks into the part."""
         sent = received = whole.to(self._sent_as)
         if self._world_size > 1 and self._stage == 0:
             dist.all_reduce(received, group=self._group)
         elif self._world_size > 1:
             received = torch.empty(len(sent) // self._world_size, dtype=sent.dtype, device=sent.device)
             distributed.reduce_scatter_single(received, sent, self._group)
-        if row.part is None:  # the row itself will be overwritten by the next micro-step
+        if row.part is None:  # copied, because the next micro-step overwrites the row
             row.part = received.to(torch.float32, copy=self._accumulates and received is row.row)
         else:
             _accumulate(row.part, received, first=first)
 
 
 def chunked_norm(values: Tensor) -> Tensor:
-    """Return the norm of (E,) float32 numbers, as the norm of the norms of its chunks."""
+    """Return the norm of (E,) float32 numbers, computed as the norm of the norms of its chunks."""
     chunks, rest = values.split([len(values) // NORM_CHUNK * NORM_CHUNK, len(values) % NORM_CHUNK])
     norms = torch.linalg.vector_norm(chunks.view(-1, NORM_CHUNK), dim=1)
     return torch.linalg.vector_norm(torch.cat([norms, torch.linalg.vector_norm(rest)[None]]))
@@ -232,7 +234,7 @@ def _accumulate(into: Tensor, new: Tensor, *, first: bool) -> None:
 
 
 def _rows_of(optimizer: Any, stage: int, *, accumulates: bool) -> list[GradientRow]:
-    """Return the rows of DeepSpeed's optimiser, and stop its own handling of gradients."""
+    """Return the rows of DeepSpeed's optimiser, and disable its own handling of gradients."""
     if stage == 0:
         rows = _rows_of_whole_weights(optimizer, accumulates=accumulates)
     elif hasattr(optimizer, "bf16_groups_flat"):
@@ -254,10 +256,10 @@ def _rows_of(optimizer: Any, stage: int, *, accumulates: bool) -> list[GradientR
 
 
 def _free_from_autograd(optimizer: Any, rows: Sequence[GradientRow]) -> None:
-    """Detach the views of weights that DeepSpeed keeps, and flat weights that it put together with a gradient.
+    """Detach DeepSpeed's views of weights, and flat weights that it built with gradient.
 
-    With such a view lives the node of backward that accumulates a weight's gradient, on the stream that was current
-    when the view was made; a CUDA graph is captured on another one, which it must not leave.
+    Such a view keeps alive the autograd node that accumulates a weight's gradient. That node runs on the stream
+    that was current when the view was made, but a CUDA graph must be captured on one stream.
     """
     for parameter in (parameter for row in rows for parameter in row.parameters):
         mapping = getattr(parameter, "_hp_mapping", None)
@@ -273,7 +275,7 @@ def _free_from_autograd(optimizer: Any, rows: Sequence[GradientRow]) -> None:
 def _flat_rows(
     groups: Sequence[list[Tensor]], flat_weights: Sequence[Tensor], masters: Sequence[Tensor]
 ) -> list[GradientRow]:
-    """Return rows laid out as flat weights whose parts have one master each."""
+    """Return rows with the layout of flat weights; each rank's part has one master."""
     rows = []
     for parameters, weights, master in zip(groups, flat_weights, masters, strict=True):
         row = torch.zeros_like(weights)
@@ -291,7 +293,7 @@ def _flat_rows(
 
 
 def _rows_of_whole_weights(optimizer: Any, *, accumulates: bool) -> list[GradientRow]:
-    """Return rows of ZeRO-0, where every rank holds and updates all weights."""
+    """Return rows of ZeRO-0, where every rank has and updates all weights."""
     rows, bare = [], getattr(optimizer, "optimizer", optimizer)
     groups = getattr(optimizer, "fp16_groups", None) or [group["params"] for group in bare.param_groups]
     for parameters, group in zip(groups, bare.param_groups, strict=True):
@@ -323,6 +325,6 @@ def _unknown_version(why: str) -> str:
     from deepspeed import __version__
 
     return (
-        f"optim.gradients=flat does not know DeepSpeed {__version__} ({why}); use DeepSpeed 0.19.8, or "
+        f"optim.gradients=flat does not support DeepSpeed {__version__} ({why}); use DeepSpeed 0.19.8 or "
         "optim.gradients=deepspeed"
     )

@@ -2,19 +2,19 @@
 
 Place in the flow: inputs on the device -> `CapturedCompute` -> loss, and gradients where `compute` puts them.
 
-A step launches thousands of kernels. With few clips the host launches them more slowly than the GPU runs them.
-A graph is one launch. It repeats the kernels of the capture, with their shapes and addresses, so these must stay:
+A step launches thousands of kernels. With few clips, the host launches them more slowly than the GPU runs them.
+A graph is one launch. It repeats the captured kernels with their shapes and addresses, so these must not change:
 
-    inputs      copied into buffers; a micro-batch of another shape is captured anew, in place of the one before
-    weights     the optimiser, the all-gather and `WeightAverage.swapped` change them in place; where one has moved
-                all the same, the step is captured anew
-    gradients   `compute` copies them into rows that stay (`train.step.gradients`)
-    loss        lies in the graph's memory, and is copied out of it after each replay
-    task        runs at capture only; what it noted of its forward pass is noted again after each replay
-    randomness  none: noise is among the inputs
+    inputs      copied into fixed buffers; another shape of micro-batch is captured again and replaces the graph
+    weights     changed in place by the optimiser, the all-gather and `WeightAverage.swapped`; if one has moved
+                anyway, the step is captured again
+    gradients   copied by `compute` into fixed rows (`train.step.gradients`)
+    loss        in the graph's memory; copied after each replay
+    task        runs only at capture; the attributes that its forward pass set are set again after each replay
+    randomness  none: noise is one of the inputs
 
-Memory that forward and backward need is a pool of the graph's own, and stays reserved between steps. Evaluation
-runs eagerly, outside of it.
+The graph has its own memory pool for forward and backward, which stays reserved between steps. Evaluation runs
+eagerly, outside the pool.
 """
 
 import gc
@@ -35,15 +35,15 @@ from everest_ds.train.step.gradients import flat_obstacle
 from everest_ds.train.tasks import Task
 
 Compute = Callable[..., Tensor]
-"""Takes the inputs of a micro-batch, returns its loss, detached; leaves gradients where they stay."""
-# Eager runs before a capture: libraries load kernels, choose algorithms and take workspaces.
+"""Takes the inputs of a micro-batch and returns its loss, detached; puts gradients at fixed addresses."""
+# Eager runs before a capture, in which libraries load kernels, choose algorithms and allocate workspaces.
 WARM_UP = 2
-# A graph that is replayed less often before another one is needed costs more than it saves.
+# A graph that is replaced after fewer replays costs more than it saves.
 LEAST_REPLAYS = 2
 
 
 def why_eager(config: Config, ds_config: dict[str, Any], device_type: str) -> str | None:
-    """Return why steps are not captured, or None where they are.
+    """Return why steps are not captured, or None if they are.
 
     Args:
         config: The run.
@@ -68,9 +68,9 @@ def capture_obstacle(config: Config, ds_config: dict[str, Any], device_type: str
     if isinstance(config, PretrainConfig) and config.selection.varies:
         return f"selection.budget={config.selection.budget} changes the number of tokens from step to step"
     if config.optim.gradients == "deepspeed":
-        return "it needs flat gradients, and optim.gradients=deepspeed"
+        return "it needs flat gradients, but optim.gradients=deepspeed"
     obstacle = flat_obstacle(ds_config)
-    return None if obstacle is None else f"it needs flat gradients, and {obstacle}"
+    return None if obstacle is None else f"it needs flat gradients, but {obstacle}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +78,8 @@ class Recording:
     """A captured computation.
 
     Attributes:
-        replay: Repeats it on what is in the buffers now.
-        loss: A scalar in memory that every replay overwrites.
+        replay: Repeats it on the current contents of the buffers.
+        loss: A scalar that every replay overwrites.
         pool_bytes: Device memory reserved for it, besides buffers, weights and gradients.
     """
 
@@ -92,8 +92,8 @@ def record_graph(compute: Compute, buffers: Inputs) -> Recording:
     """Capture ``compute(*buffers)`` as a CUDA graph.
 
     Raises:
-        Exception: Whatever capture does not allow, as torch or the driver report it. Nothing is captured then, and
-            the stream is the caller's again.
+        Exception: The error of torch or the driver, if the computation cannot be captured. Nothing is captured
+            then, and the caller's stream is current again.
     """
     device = buffers[0].device
     graph, pool, stream = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
@@ -105,12 +105,12 @@ def record_graph(compute: Compute, buffers: Inputs) -> Recording:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         reserved = torch.cuda.memory_reserved(device)
-        # Other threads (NCCL's watchdog, pinned memory) may go on asking the driver for what a capture forbids.
+        # Other threads (NCCL's watchdog, pinned memory) may continue to make calls that a capture forbids.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             loss = compute(*buffers)
         except BaseException:
-            with suppress(RuntimeError):  # the driver may have called it invalid; the first error says why
+            with suppress(RuntimeError):  # the driver has invalidated the capture
                 graph.capture_end()
             _release(device, pool)
             raise
@@ -127,18 +127,18 @@ def record_graph(compute: Compute, buffers: Inputs) -> Recording:
 def _release(device: torch.device, pool: Any) -> None:
     """Tell the allocator that a capture has failed.
 
-    Where the driver calls it invalid, torch 2.14 leaves the allocator in the belief that it is under way: memory
-    that several streams have used would never be free again.
+    If the driver invalidates a capture, the allocator of torch 2.14 still treats it as in progress. Memory that
+    several streams have used would then never be freed.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
-    with suppress(AttributeError, RuntimeError):  # the capture has come to an end after all
+    with suppress(AttributeError, RuntimeError):  # the capture has ended properly
         torch._C._cuda_endAllocateToPool(index, pool)
         torch._C._cuda_releasePool(index, pool)
 
 
 @dataclass(kw_only=True)
 class _Captured:
-    """A recording, what must not change for it, and what the task noted at capture."""
+    """A recording, the shapes and addresses that it is valid for, and the task's attributes at capture."""
 
     key: tuple[Any, ...]
     buffers: Inputs
@@ -149,20 +149,20 @@ class _Captured:
 
 
 class CapturedCompute:
-    """Computes loss and gradients of micro-batches by replaying a graph, captured at the first of them.
+    """Computes loss and gradients of micro-batches by replaying a graph, captured at the first micro-batch.
 
-    Where a capture fails, or graphs are needed too often, it computes eagerly from then on. Losses and gradients
-    are those of eager steps in any case.
+    If a capture fails, or new graphs are needed too often, it computes eagerly from then on. Losses and gradients
+    are always those of eager steps.
 
     Args:
-        compute: Loss and gradients of a micro-batch; communicates nothing, and leaves no ``grad``.
-        task: The task that it runs.
-        record: Captures; another one for tests without a GPU.
+        compute: Computes loss and gradients of a micro-batch; does not communicate, and leaves no ``grad``.
+        task: The task that ``compute`` runs.
+        record: Captures a computation; tests without a GPU replace it.
 
     Attributes:
         obstacle: Why it computes eagerly, or None.
-        pool_bytes: Memory reserved for the graph; None before there is one.
-        capture_s: Seconds that its capture took.
+        pool_bytes: Memory reserved for the graph; None without one.
+        capture_s: Seconds that the capture took.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class CapturedCompute:
         self.capture_s: float | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """Return the loss of a micro-batch, a scalar of its own; see `Compute`."""
+        """Return the loss of a micro-batch, a scalar that no later call changes; see `Compute`."""
         if self.obstacle is None:
             key = (
                 tuple((x.shape, x.dtype, x.device) for x in inputs),
@@ -193,7 +193,7 @@ class CapturedCompute:
         if before is not None and before.replays < LEAST_REPLAYS:
             self._give_up("shapes of micro-batches or addresses of weights change from step to step")
             return
-        del before  # its memory is free for the next one
+        del before  # frees its memory for the next graph
         began = time.perf_counter()
         try:
             buffers = tuple(x.clone() for x in inputs)
@@ -213,7 +213,7 @@ class CapturedCompute:
     def _give_up(self, why: str) -> None:
         self.obstacle, self.pool_bytes = why, None
         for parameter in self._task.parameters():
-            parameter.grad = None  # of a backward pass that did not come to its end
+            parameter.grad = None  # left by a backward pass that did not complete
 
     def _replay(self, captured: _Captured, inputs: Inputs) -> Tensor:
         for buffer, given in zip(captured.buffers, inputs, strict=True):

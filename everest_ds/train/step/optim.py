@@ -1,4 +1,4 @@
-"""Parameter groups and the learning rate, the latter a pure function of the step."""
+"""Parameter groups, and the learning rate as a pure function of the step."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from torch import nn
 
 from everest_ds.config import BatchConfig, OptimConfig
 
-# Parameters besides biases and norms that have no weight decay (official `no_weight_decay`).
+# Parameters without weight decay besides biases and norms (official `no_weight_decay`).
 NO_DECAY_NAMES = ("mask_token",)
 RATE_RTOL = 1e-9
 
@@ -19,18 +19,18 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     """Split the trainable parameters by weight decay and learning rate.
 
     Vectors (biases, norms) and the mask token have no weight decay. With layer decay, the embedding is layer 0,
-    block i layer i + 1, and everything after the blocks layer depth + 1, whose scale is 1; each layer's is
-    ``layer_decay`` times the next one's. Call before ZeRO-3 partitions the parameters: the rule looks at their
-    shapes.
+    block i layer i + 1, and everything after the blocks layer depth + 1, whose scale is 1. Each layer's scale is
+    ``layer_decay`` times that of the next layer. Call this before ZeRO-3 partitions the parameters, because the
+    rule looks at their shapes.
 
     Args:
         model: A model, or a task whose model's names begin with ``model.``.
-        weight_decay: Of matrices.
-        layer_decay: Learning rate of a layer as a share of the next one's, in (0, 1]; 1 needs no blocks.
+        weight_decay: Weight decay of matrices.
+        layer_decay: Learning rate of a layer as a share of the next layer's, in (0, 1]; 1 needs no blocks.
 
     Returns:
-        As few groups as there are pairs of ``lr_scale`` and ``weight_decay``, none empty, the largest scale first.
-        The first group's learning rate is thus the schedule's own wherever a head is trained.
+        One group for each pair of ``lr_scale`` and ``weight_decay`` that occurs, the largest scale first. So the
+        first group's learning rate is the schedule's own if a head is trained.
 
     Raises:
         ValueError: Layer decay for a model without `blocks.0`, such as an autoencoder.
@@ -89,15 +89,15 @@ def require_scaled_rates(groups: Sequence[Mapping[str, Any]], rate: float) -> No
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """Return torch's fused AdamW: one pass over weights and moments; `train.step.updater` may skip it."""
+    """Return torch's fused AdamW: one pass over weights and moments, whose step `train.step.updater` can skip."""
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
 def learning_rate(step: int, config: OptimConfig, batch: BatchConfig, steps_per_epoch: int) -> float:
     """Return the learning rate of a step: linear warm-up, then a cosine to the minimum.
 
-    Rates scale with global_size / 256. The first warm-up step has warmup_lr and the last one the peak; the first
-    step after them has the peak again, and the step after the last one would have min_lr.
+    Rates scale with global_size / 256. The first warm-up step has warmup_lr and the last warm-up step the peak. The
+    next step has the peak again, and one more step after the end of the schedule would have min_lr.
 
     Source: paper Appendix A (linear scaling); official `cosine_scheduler` (golden optim_schedule.json).
     Differs from the official code: warmup_lr takes effect (there it is parsed, scaled and not used).

@@ -1,4 +1,4 @@
-"""Time of work on a device, without waiting for the device."""
+"""Measures the time of work on a device without synchronising."""
 
 import contextlib
 import time
@@ -9,10 +9,10 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the time of some work: the device's own on a GPU, else that of the clock.
+    """Adds up the time of some work: device time on a GPU, else wall-clock time.
 
     Args:
-        device: Where the work is done.
+        device: The device that does the work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -22,7 +22,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Time what is done, or queued, inside this block."""
+        """Time the work that is done or queued inside this block."""
         if not self._on_gpu:
             began = time.perf_counter()
             yield
@@ -35,7 +35,7 @@ class Stopwatch:
         self._pending.append((start, end))
 
     def total_s(self) -> float:
-        """Return the seconds so far; work that a GPU has not finished counts the next time."""
+        """Return the seconds so far; work that a GPU has not finished counts in the next call."""
         while self._pending and self._pending[0][1].query():
             start, end = self._pending.popleft()
             self._total_s += start.elapsed_time(end) / 1e3

@@ -2,11 +2,12 @@
 
 Place in the flow: inputs on the device -> `Updater.forward_backward` -> `Updater.step` -> weights.
 
-Gradients are clipped by their global norm, and a step is skipped where one is not finite. `FlatUpdater` does both
-without waiting for the device: the norm stays there, and AdamW's fused kernel gets what torch's gradient scaler
-gives it, a divisor of the gradients and whether to skip. `DeepSpeedUpdater` takes DeepSpeed's own path: at ZeRO-2,
-and with float32 weights also at ZeRO-0 and 1, it does not wait either; in all other cases (ZeRO-3, an offloaded
-optimiser, ZeRO-0 and 1 in bfloat16) DeepSpeed waits for the device several times a step.
+Gradients are clipped by their global norm, and a step is skipped if a gradient is not finite. `FlatUpdater` does
+both without synchronisation: the norm stays on the device, and AdamW's fused kernel gets the two tensors that
+torch's gradient scaler would pass, a divisor of the gradients and whether to skip. `DeepSpeedUpdater` takes
+DeepSpeed's own path. At ZeRO-2, and with float32 weights also at ZeRO-0 and 1, it does not synchronise either. In
+all other cases (ZeRO-3, an offloaded optimiser, ZeRO-0 and 1 in bfloat16) DeepSpeed synchronises several times a
+step.
 """
 
 from abc import ABC, abstractmethod
@@ -33,8 +34,8 @@ class StepResult:
     """Result of an optimiser step, as scalars on the device (no synchronisation).
 
     Attributes:
-        grad_norm: Global gradient norm before clipping; not finite where the step was skipped.
-        applied: False where a gradient was not finite, so that no weight was changed; bool.
+        grad_norm: Global gradient norm before clipping; not finite if the step was skipped.
+        applied: False if a gradient was not finite, so that no weight was changed; bool.
     """
 
     grad_norm: Tensor
@@ -45,9 +46,9 @@ class Updater(ABC):
     """Takes the optimiser steps of an engine whose checkpoint is loaded."""
 
     graph: CapturedCompute | None = None
-    """What replays forward and backward; None where they are computed eagerly from the start."""
+    """Replays forward and backward; None if they are computed eagerly from the start."""
     stopwatch: Stopwatch | None = None
-    """The time of this rank's own work on gradients; None where waiting for other ranks is part of it."""
+    """Time of this rank's own work on gradients; None if it would include waiting for other ranks."""
 
     @abstractmethod
     def forward_backward(self, inputs: Inputs) -> Tensor:
@@ -55,17 +56,17 @@ class Updater(ABC):
 
     @abstractmethod
     def step(self) -> StepResult | None:
-        """Update the weights where accumulation is complete and every gradient finite; None before that."""
+        """Update the weights if all gradients are finite; return None while accumulation is not complete."""
 
 
 def make_updater(engine: Any, config: OptimConfig, ds_config: dict[str, Any], *, captures: bool = False) -> Updater:
-    """Return what takes the steps of an engine whose checkpoint is loaded.
+    """Return the updater for an engine whose checkpoint is loaded.
 
     Args:
         engine: The DeepSpeed engine around a task, with `optim.make_optimizer`'s AdamW.
-        config: Says how gradients are kept and clipped.
-        ds_config: The engine's, resolved.
-        captures: Whether forward and backward are replayed as a CUDA graph (`graph.why_eager` has no objection).
+        config: How gradients are stored and clipped.
+        ds_config: The engine's resolved configuration.
+        captures: Whether forward and backward are replayed as a CUDA graph (`graph.why_eager` returned None).
     """
     if choose_gradients(config.gradients, ds_config) == "flat":
         return FlatUpdater(engine, config.max_grad_norm, captures=captures)
@@ -73,7 +74,7 @@ def make_updater(engine: Any, config: OptimConfig, ds_config: dict[str, Any], *,
 
 
 class FlatUpdater(Updater):
-    """Steps with gradients in flat rows; DeepSpeed's counters go on as in its own steps."""
+    """Takes steps with gradients in flat rows, and advances DeepSpeed's counters as its own steps would."""
 
     def __init__(self, engine: Any, max_norm: float, *, captures: bool = False) -> None:
         self._engine = engine
@@ -85,7 +86,7 @@ class FlatUpdater(Updater):
         self._autocast_dtype = torch.bfloat16 if engine.torch_autocast_enabled() else None
 
     def forward_backward(self, inputs: Inputs) -> Tensor:
-        """Compute loss and gradients of a micro-batch, and bring those of all ranks together."""
+        """Compute loss and gradients of a micro-batch, and reduce the gradients over all ranks."""
         with self.stopwatch.running():
             loss = (self.graph or self.compute)(*inputs)
         done = self._engine.micro_steps % self._num_micro_steps
@@ -93,9 +94,9 @@ class FlatUpdater(Updater):
         return loss
 
     def compute(self, *inputs: Tensor) -> Tensor:
-        """Compute loss and gradients of this rank; the gradients then lie in the rows.
+        """Compute loss and gradients of this rank, the latter into the rows.
 
-        Communicates nothing and, where the task's shapes are fixed, asks the device nothing.
+        It does not communicate and, if the task's shapes are fixed, does not synchronise.
         """
         dtype = self._autocast_dtype
         with torch.autocast(self._engine.device.type, dtype=dtype, enabled=dtype is not None):
@@ -105,7 +106,7 @@ class FlatUpdater(Updater):
         return loss.detach()
 
     def step(self) -> StepResult | None:
-        """Update the weights where accumulation is complete and every gradient finite; None before that."""
+        """Update the weights if all gradients are finite; return None while accumulation is not complete."""
         engine = self._engine
         engine.micro_steps += 1
         if engine.micro_steps % self._num_micro_steps:
@@ -126,9 +127,9 @@ class FlatUpdater(Updater):
 
 
 class DeepSpeedUpdater(Updater):
-    """Steps of DeepSpeed's own path.
+    """Takes the steps of DeepSpeed's own path.
 
-    DeepSpeed's checkpoints bring the clipping of the run that wrote them; here it becomes this run's.
+    DeepSpeed's checkpoints restore the clipping of the run that wrote them; here this run's clipping is set again.
     """
 
     def __init__(self, engine: Any, max_norm: float) -> None:
@@ -147,7 +148,7 @@ class DeepSpeedUpdater(Updater):
         return loss.detach()
 
     def step(self) -> StepResult | None:
-        """Update the weights where accumulation is complete and every gradient finite; None before that."""
+        """Update the weights if all gradients are finite; return None while accumulation is not complete."""
         engine = self._engine
         if not engine.is_gradient_accumulation_boundary():
             engine.step()
@@ -165,9 +166,9 @@ def global_norm(gradients: Sequence[Tensor], group: dist.ProcessGroup | None, de
     """Return the norm over all gradients of all ranks, a float32 scalar on the device.
 
     Args:
-        gradients: This rank's.
-        group: The ranks that hold other parts; None where each rank holds all gradients.
-        device: Theirs.
+        gradients: This rank's gradients.
+        group: The ranks that have the other parts; None if each rank has all gradients.
+        device: The gradients' device.
     """
     squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in gradients]
     total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
@@ -177,7 +178,7 @@ def global_norm(gradients: Sequence[Tensor], group: dist.ProcessGroup | None, de
 
 
 def _tell_kernel(optimizer: torch.optim.Optimizer, norm: Tensor, applied: Tensor, max_norm: float) -> None:
-    """Tell AdamW's fused kernel what to divide gradients by, and whether to change anything at all."""
+    """Set the divisor of gradients, and whether to skip the step, for AdamW's fused kernel."""
     kernel_inputs = vars(optimizer)
     kernel_inputs["found_inf"] = (~applied).float()
     if max_norm:
@@ -189,13 +190,13 @@ def _can_decide_on_device(engine: Any) -> bool:
         return False
     if engine.zero_optimization_stage() == 0:
         return not engine.bfloat16_enabled()
-    # At ZeRO-1 in bfloat16 DeepSpeed keeps gradients elsewhere, with an optimiser of another kind.
+    # At ZeRO-1 in bfloat16, DeepSpeed uses another class of optimiser, which stores gradients elsewhere.
     keeps_shards = hasattr(engine.optimizer, "averaged_gradients")
     return engine.zero_optimization_stage() < 3 and keeps_shards and not engine.optimizer.cpu_offload
 
 
 def _silence(engine: Any) -> None:
-    """Stop DeepSpeed from checking, measuring and clipping gradients itself; its configuration still names them."""
+    """Stop DeepSpeed from checking, measuring and clipping gradients, whatever its configuration says."""
     engine._config.gradient_clipping = 0.0
     if engine.zero_optimization_stage():
         engine.optimizer.clip_grad = 0.0
@@ -209,7 +210,7 @@ def _bare_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def _reduced_gradients(engine: Any) -> list[Tensor]:
-    """Return the gradients that this rank updates by: its shard's, or all without ZeRO."""
+    """Return the gradients of the weights that this rank updates: its shard's, or all without ZeRO."""
     if engine.zero_optimization_stage() == 0:
         return [p.grad for p in engine.module.parameters() if p.grad is not None]
     return [gradient for group in engine.optimizer.averaged_gradients.values() for gradient in group]
@@ -220,7 +221,7 @@ def _group_of_shards(engine: Any) -> dist.ProcessGroup | None:
 
 
 def _step_of_deepspeed(engine: Any) -> StepResult:
-    """Let DeepSpeed look at the gradients of all ranks, and discard the step if need be."""
+    """Let DeepSpeed check the gradients of all ranks, and skip the step if one is not finite."""
     skipped_before = engine.skipped_steps
     engine.step()
     norm, applied = engine.get_global_grad_norm(), engine.skipped_steps == skipped_before

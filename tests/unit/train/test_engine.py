@@ -72,7 +72,7 @@ def test_unknown_zero_option_names_file_and_option(tmp_path: Path) -> None:
     [
         (
             {"zero_force_ds_cpu_optimizer": True},
-            "zero_force_ds_cpu_optimizer=true asks for DeepSpeed's CPU Adam op",
+            "zero_force_ds_cpu_optimizer=true needs DeepSpeed's CPU Adam op",
         ),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}},
@@ -105,7 +105,7 @@ def test_master_weights_in_bf16_are_refused_before_anything_is_built(key: str) -
 def test_key_of_the_recipe_is_refused_with_the_reason(tmp_path: Path, key: str, value: object, reason: str) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"bf16": {"enabled": True}, key: value}))
-    with pytest.raises(UserError, match=f"{key} does not belong into a systems file: {reason}"):
+    with pytest.raises(UserError, match=f"{key} does not belong in a DeepSpeed file: {reason}"):
         load_systems(path)
 
 
