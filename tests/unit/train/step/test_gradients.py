@@ -120,5 +120,5 @@ def test_deepspeed_that_keeps_its_weights_otherwise_is_refused_by_name() -> None
         single_partition_of_fp32_groups=[master],
         _grad_acc_hooks=[],
     )
-    with pytest.raises(UserError, match="its parts of the weights have other sizes"):
+    with pytest.raises(UserError, match="its parts of the weights have unexpected sizes"):
         FlatGradients(engine)

@@ -315,8 +315,8 @@ def test_captures_where_nothing_stands_against_it(asked: Any) -> None:
     [
         (demo(), "zero2", "cpu", "it needs a CUDA device, got cpu"),
         (demo(budget="batch"), "zero2", "cuda", "selection.budget=batch changes the number of tokens"),
-        (demo(), "zero3", "cuda", "it needs flat gradients, and gradients of ZeRO-3"),
-        (demo(), "offload", "cuda", "it needs flat gradients, and offload_optimizer"),
+        (demo(), "zero3", "cuda", "it needs flat gradients, but gradients of ZeRO-3"),
+        (demo(), "offload", "cuda", "it needs flat gradients, but offload_optimizer"),
     ],
 )
 def test_obstacle_is_named(config: Config, systems: str, device: str, reason: str) -> None:
