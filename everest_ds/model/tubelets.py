@@ -207,8 +207,8 @@ class TubeletEmbedding(nn.Module):
     """Embeds tubelets: one Conv3d as wide as a tubelet, or a stack of smaller ones (paper Table 15).
 
     No kernel crosses a tubelet's edge, so whole clips (without gradient, to rank their tokens) and single tubelets
-    (with gradient) are embedded alike. A GELU follows each layer but the last; the paper does not say which
-    activation. With one layer the parameters are the official `patch_embed.proj`.
+    (with gradient) are embedded in the same way. A GELU follows each layer but the last; the paper does not say
+    which activation. With one layer the parameters are the official `patch_embed.proj`.
     """
 
     # Edges of the kernels before the last one; the first kernel spans all frames of the tubelet.

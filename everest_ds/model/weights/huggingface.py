@@ -237,7 +237,7 @@ def notes_of_config(config: Mapping[str, Any], kind: Kind) -> tuple[str, ...]:
 
 
 def _names(kind: Kind, depth: int, decoder_depth: int) -> dict[str, Sequence[tuple[str, ...]]]:
-    """Return, for each of our names, the alternative names of theirs that it is made of."""
+    """Return, for each of our names, the alternative lists of their names."""
     names: dict[str, Sequence[tuple[str, ...]]] = {
         f"{ours}.{leaf}": [(f"{theirs}.{leaf}",)]
         for ours, theirs in PARTS[kind].items()

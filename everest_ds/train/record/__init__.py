@@ -1,1 +1,1 @@
-"""What a training run writes down."""
+"""The records of a training run: metrics, events, pictures, a profile, and what is printed."""

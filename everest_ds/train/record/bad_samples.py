@@ -1,4 +1,4 @@
-"""RUN/bad_samples.jsonl: every draw of a run that could not be read. Too many of them stop the run."""
+"""RUN/bad_samples.jsonl: every draw of a run that could not be read. Too many of them end the run."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,11 +19,12 @@ class BadSamples(Callback):
 
     Args:
         run_dir: The run directory.
-        world: This rank and how many there are.
-        max_share: Stop the run when more than this share of the draws so far, but at least of the list, was bad.
+        world: This rank and the number of ranks.
+        max_share: End the run if more than this share of the draws so far was bad. At least the rows of the list
+            are counted as draws.
         num_rows: Rows of the list.
         global_size: Clips of an optimiser step.
-        count: Draws already recorded when the run starts or resumes.
+        count: Bad draws already recorded when the run starts or resumes.
     """
 
     def __init__(
@@ -35,15 +36,15 @@ class BadSamples(Callback):
         self._unrecorded: list[BadSample] = []
 
     def on_start(self) -> None:
-        """Drop the records of steps that are taken again; see `keep_lines`."""
+        """Remove the records of steps that will be repeated; see `keep_lines`."""
         if self.world.is_main:
             keep_lines(self.path, lambda line: "path" in line, lambda number, _: number < self.count)
 
     def on_batch(self, batch: ClipBatch) -> None:
-        """Remember bad draws, and refuse a batch with a hole in it.
+        """Remember bad draws, and refuse a batch with missing clips.
 
         Raises:
-            UserError: See `ClipBatch.require_whole`. What this rank could not read is recorded first.
+            UserError: See `ClipBatch.require_whole`. This rank's bad draws are recorded first.
         """
         self._unrecorded += batch.bad
         if batch.num_lost:
@@ -51,10 +52,10 @@ class BadSamples(Callback):
         batch.require_whole()
 
     def before_log(self, step: int) -> None:
-        """Record what all ranks could not read since the last time.
+        """Record the bad draws of all ranks since the last call.
 
         Raises:
-            UserError: There are too many.
+            UserError: There are too many bad draws.
         """
         everyone = [sample for part in distributed.gather_objects(self._unrecorded) for sample in part]
         self._unrecorded = []
@@ -67,11 +68,11 @@ class BadSamples(Callback):
         if self.count > self.max_share * draws:
             raise UserError(
                 f"{self.count} of {draws} draws could not be read, more than data.max_bad_share={self.max_share}; "
-                f"see {self.path}, mend the list or raise the share"
+                f"see {self.path}, repair the list or raise the share"
             )
 
     def on_save(self, state: TrainState) -> TrainState:
-        """Add the count."""
+        """Add the number of bad draws."""
         return replace(state, num_bad=self.count)
 
     def _write(self, bad: Sequence[BadSample]) -> None:

@@ -21,11 +21,11 @@ from everest_ds.train.step.updater import StepResult
 
 
 class CaptureLog(Callback):
-    """Writes and prints what became of a graph; an obstacle is printed once a machine, whichever rank met it.
+    """Writes and prints whether a graph was captured; an obstacle on any rank is printed once per machine.
 
     Args:
         log: The record.
-        graph: What captures and replays.
+        graph: Captures and replays the graph.
         world: This rank.
     """
 
@@ -34,7 +34,7 @@ class CaptureLog(Callback):
         self._known: tuple[str | None, int | None] = (None, None)
 
     def on_step(self, step: int, losses: Sequence[Tensor], result: StepResult) -> None:
-        """Say what changed since the step before."""
+        """Report a change since the previous step."""
         graph = self._graph
         now = graph.obstacle, graph.pool_bytes
         if now == self._known:

@@ -1,14 +1,15 @@
-"""RUN/media/frames.jsonl: which frames a run chose, to draw pictures of. Rank zero only.
+"""RUN/media/frames.jsonl: which frames a run chose, for pictures. Rank zero only.
 
 A line at every log step:
 
-    step                 the step that it was chosen in
-    path                 the video: the first clip of this process's last micro-batch of the step
+    step                 the step in which the frames were chosen
+    path                 the video: the first clip of this process's last micro-batch in the step
     candidate_frames     its frames that were read, by number in the video, or in the window that the list gives
     counts               chosen tokens of each candidate time step
-    probabilities        of each candidate step to be drawn first: counts by their sum; null where nothing changes
+    probabilities        probability of each candidate step to be drawn first: counts divided by their sum; null if
+                         nothing changes
     steps                the candidate steps that were drawn, ascending
-    frames               their frames, as numbers of the video's own
+    frames               their frames, by number in the video
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ def chooses_frames(config: Config) -> bool:
 
 
 class ChoosesFrames(Protocol):
-    """A task, as far as the log needs it."""
+    """The part of a task that the log needs."""
 
     frame_choice: FrameChoice | None
 
@@ -40,12 +41,12 @@ class ChoosesFrames(Protocol):
 class FrameLog(Callback):
     """Appends lines to RUN/media/frames.jsonl.
 
-    A resumed run writes the lines of steps that it takes again once more: readers take a step's last line.
+    A resumed run writes the lines of repeated steps again; readers use a step's last line.
 
     Args:
         run_dir: The run directory.
         rows: The training list.
-        task: What chooses the frames.
+        task: The task that chooses the frames.
     """
 
     def __init__(self, run_dir: Path, rows: Sequence[VideoRow], task: ChoosesFrames) -> None:
@@ -54,7 +55,7 @@ class FrameLog(Callback):
         self._last: tuple[int, list[int]] | None = None
 
     def on_start(self) -> None:
-        """Set odd lines aside; see `keep_lines`."""
+        """Move malformed lines to another file; see `keep_lines`."""
         keep_lines(self.path, lambda line: has_step(line) and "path" in line, lambda number, line: True)
 
     def on_batch(self, batch: ClipBatch) -> None:
@@ -73,10 +74,10 @@ class FrameLog(Callback):
 
 
 def describe_choice(candidate_frames: Sequence[int], choice: FrameChoice) -> dict[str, Any]:
-    """Return what was chosen of the first clip, with plain numbers; waits for the device.
+    """Return the choice for the first clip, as plain numbers; synchronises with the device.
 
     Raises:
-        ValueError: The frames are not those that were chosen from.
+        ValueError: The number of frames does not match the number of candidate steps.
     """
     counts, steps = choice.counts_BC[0].tolist(), choice.steps_BT[0].tolist()
     tubelet_size, rest = divmod(len(candidate_frames), len(counts))

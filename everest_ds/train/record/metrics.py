@@ -1,4 +1,4 @@
-"""RUN/metrics.jsonl, the record of a run; trackers show it."""
+"""RUN/metrics.jsonl, the record of a run, which is also shown in trackers."""
 
 import json
 import math
@@ -19,12 +19,12 @@ PEAK_BF16_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
 
 
 class MetricsLog:
-    """Appends lines to RUN/metrics.jsonl, opened by the first line, and passes their numbers on to trackers.
+    """Appends lines to RUN/metrics.jsonl and passes their numbers on to trackers.
 
     Args:
         run_dir: The run directory.
         start_step: The step that the run starts from. Measurements of later steps, left by an interrupted run, are
-            dropped: those steps are taken again, with the same numbers. See `keep_lines` for odd lines.
+            removed, because those steps are repeated with the same numbers. See `keep_lines` for malformed lines.
         is_main: False on the ranks that record and print nothing.
         trackers: Where the numbers are shown; none by default. They are opened elsewhere, and closed here.
     """
@@ -37,7 +37,7 @@ class MetricsLog:
         self._file: TextIO | None = None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append one line and flush it; infinities and NaN, which JSON has not, become null."""
+        """Append one line and flush it; infinities and NaN, which JSON lacks, become null."""
         if not self._is_main:
             return
         file = self._file or self._open()
@@ -50,12 +50,12 @@ class MetricsLog:
         self._trackers.line(kind, step, values)
 
     def image(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
-        """Show a picture, uint8 RGB, in the trackers; it is in no line."""
+        """Show a picture, uint8 RGB, in the trackers; it is not written to metrics.jsonl."""
         if self._is_main:
             self._trackers.image(name, pixels_HWC, step)
 
     def say(self, text: str) -> None:
-        """Print a text for people, on rank zero."""
+        """Print a text on rank zero."""
         if self._is_main:
             say(text)
 
@@ -81,7 +81,7 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the most memory held so far: allocated on the GPU, or resident for the process on a CPU."""
+    """Return the peak memory so far: allocated on the GPU, or the process's resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

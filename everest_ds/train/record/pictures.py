@@ -1,12 +1,13 @@
-"""RUN/media/: pictures of the same few clips while a run learns, and its curves at the end.
+"""RUN/media/: pictures of the same few clips during a run, and its curves at the end.
 
-clips.npz                           the clips: the first ones of rank zero's first batch, as training got them
+clips.npz                           the clips: the first ones of rank zero's first batch, cropped and augmented
 clip-1/step-00000020.png            frames, importance, kept tokens, and what pre-training reconstructs
 kept-by-step/step-00000020.png      tokens kept in each time step, averaged over the clips
-curves.png                          the loss, and top-1 where videos are scored, when the run ends
+curves.png                          the loss, and top-1 if videos are scored, at the end of the run
 
-Rank zero draws. At ZeRO-3, where each rank holds a part of every weight, all ranks gather the tubelet embedding and
-nothing is reconstructed; nor is it with compiled blocks, which would be compiled anew for these clips.
+Rank zero draws. At ZeRO-3, where each rank has a part of every weight, all ranks gather the tubelet embedding and
+nothing is reconstructed. With compiled blocks nothing is reconstructed either, because they would be compiled again
+for these clips.
 """
 
 import contextlib
@@ -47,16 +48,16 @@ from everest_ds.train.tasks import Task
 MEDIA, CLIPS = "media", "clips.npz"
 NUM_CLIPS = 2
 SHARE = 0.01
-"""Share of a run's time that drawing takes at most, apart from the first pictures and those after the last step."""
+"""Maximum share of a run's time for drawing, apart from the first pictures and those after the last step."""
 _TILE_PX = 112
 
 
 class Pace:
-    """When pictures are drawn: at the first log step, then every so many steps, and less often where that is dear.
+    """When pictures are drawn: at the first log step, then every few steps, or less often if drawing is slow.
 
     Args:
         every: Steps from one picture to the next.
-        start_step: Steps taken before this start; a resumed run has its first pictures already.
+        start_step: Steps taken before this launch; a resumed run has its first pictures already.
     """
 
     def __init__(self, every: int, start_step: int = 0) -> None:
@@ -69,15 +70,15 @@ class Pace:
         return self._last is None or step // self._every > self._last // self._every
 
     def passed(self, step: int) -> None:
-        """Note that a step was asked about, drawn or not."""
+        """Record that a step was due, whether it was drawn or not."""
         self._last = step
 
     def can_afford(self, elapsed_s: float) -> bool:
-        """Return whether one more picture like the last keeps to the share of the time."""
+        """Return whether one more picture like the last stays within the share of the time."""
         return self._cost_s == 0 or self._spent_s + self._cost_s <= SHARE * elapsed_s
 
     def spend(self, seconds: float) -> None:
-        """Note what a picture took."""
+        """Record the time that a picture took."""
         self._spent_s += seconds
         self._cost_s = seconds
 
@@ -87,9 +88,9 @@ class ShownClips:
     """The clips that are drawn.
 
     Attributes:
-        clips_BCTHW: uint8, of candidate frames where the run chooses frames.
-        numbers_BT: The frame of its video that each frame is.
-        names: Of the videos.
+        clips_BCTHW: uint8; all candidate frames if the run chooses frames.
+        numbers_BT: The number of each frame in its video.
+        names: Names of the videos.
     """
 
     clips_BCTHW: NDArray[np.uint8]
@@ -107,7 +108,7 @@ class ShownClips:
         )
 
     def save(self, path: Path) -> None:
-        """Write them, so that a resumed run draws the same."""
+        """Write the clips, so that a resumed run draws the same ones."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as partial, partial.open("wb") as file:
             names = np.array([escaped(name) for name in self.names])
@@ -115,7 +116,7 @@ class ShownClips:
 
     @classmethod
     def load(cls, path: Path) -> "ShownClips":
-        """Read what `save` wrote; raises what numpy raises for anything else."""
+        """Read the file that `save` wrote; numpy's errors for other files are passed on."""
         with np.load(path, allow_pickle=False) as stored:
             return cls(
                 clips_BCTHW=stored["clips"], numbers_BT=stored["numbers"], names=tuple(map(str, stored["names"]))
@@ -123,19 +124,19 @@ class ShownClips:
 
 
 class Pictures(Callback):
-    """Draws clips into RUN/media; a picture that fails is a warning, and the last one that is tried.
+    """Draws clips into RUN/media; if a picture fails, it warns and draws no more.
 
-    No random draw of training is used or moved: losses are the same bits with and without.
+    It uses no random numbers of training: losses are bitwise identical with and without pictures.
 
     Args:
         run_dir: The run directory.
-        task: The task, its weights those of the run.
+        task: The task, with the run's weights.
         rows: The training list.
-        log: Shows the pictures.
+        log: Shows the pictures in trackers.
         world: This rank.
-        device: This rank's.
-        start_step: Steps taken before this start.
-        partitioned: Whether each rank holds a part of every weight, as at ZeRO-3; then all ranks take part.
+        device: This rank's device.
+        start_step: Steps taken before this launch.
+        partitioned: Whether each rank has a part of every weight, as at ZeRO-3; then all ranks take part.
         autocasts: Whether matmuls of float32 weights are in bfloat16.
     """
 
@@ -163,14 +164,14 @@ class Pictures(Callback):
         self._began = time.perf_counter()
 
     def on_start(self) -> None:
-        """Take the clips of an earlier start, where there are any."""
+        """Load the clips of an earlier launch, if there are any."""
         self._began = time.perf_counter()
         path = self._media / CLIPS
         if self._works and path.is_file():
             try:
                 self._clips = ShownClips.load(path)
             except Exception as error:
-                say(f"warning: {path} is not of this version and is replaced: {_first_line(error)}")
+                say(f"warning: {path} cannot be read by this version and is replaced: {_first_line(error)}")
 
     def on_batch(self, batch: ClipBatch) -> None:
         """Take the first clips of the first batch."""
@@ -180,11 +181,11 @@ class Pictures(Callback):
                 self._clips.save(self._media / CLIPS)
 
     def wants_log(self, step: int) -> bool:
-        """Whether pictures are due; always a step with a line of metrics, whose window then starts anew."""
+        """Whether pictures are due; such a step always has a line of metrics, and a new window starts after it."""
         return step % self._task.config.run.log_every_steps == 0 and self._pace.is_due(step)
 
     def on_log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Draw where that is due."""
+        """Draw if pictures are due."""
         self._has_logged = True
         if self.wants_log(step):
             self._pace.passed(step)
@@ -208,7 +209,7 @@ class Pictures(Callback):
                     self._log.image("curves", np.asarray(image.convert("RGB")), step)
 
     def _draw(self, step: int, *, at_end: bool = False) -> None:
-        """Draw all pictures of a step, where rank zero can afford it; at ZeRO-3 all ranks take part."""
+        """Draw all pictures of a step, if rank zero has the time; at ZeRO-3 all ranks take part."""
         affords = at_end or self._pace.can_afford(time.perf_counter() - self._began)
         draws = self._works and affords and self._drawn_step != step
         if self._partitioned:
@@ -233,7 +234,7 @@ class Pictures(Callback):
         return {f"patch_embed.{name}": gather_parameter(p, self._device) for name, p in named}
 
     def _bare_embedding(self, tensors: Mapping[str, Tensor]) -> TokenEncoder:
-        """Return an encoder without blocks, which DeepSpeed does not know."""
+        """Return an encoder without blocks that DeepSpeed does not manage."""
         encoder = _encoder_of(self._task.model)
         with torch.random.fork_rng(devices=[]):
             bare = TokenEncoder(replace(encoder.size, depth=0), encoder.grid, encoder.options)
@@ -287,7 +288,7 @@ class Pictures(Callback):
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Turn whatever fails into a warning, and draw nothing from then on."""
+        """Turn any error into a warning, and draw nothing afterwards."""
         try:
             yield
         except Exception as error:

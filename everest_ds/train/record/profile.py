@@ -1,6 +1,6 @@
-"""RUN/profile/step-XXXXXXXX.json.gz: a trace of a few steps, to be opened in https://ui.perfetto.dev.
+"""RUN/profile/step-XXXXXXXX.json.gz: a trace of a few steps, for https://ui.perfetto.dev.
 
-The steps lie after those in which kernels are chosen, a graph is captured and loader processes begin.
+The traced steps come after those in which kernels are chosen, a graph is captured and loader processes start.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ SKIPPED_STEPS, WARMUP_STEPS, TRACED_STEPS = 4, 1, 3
 
 
 class RunProfile(Callback):
-    """Traces steps 6 to 8 of this start; fewer where it ends before. Rank zero only.
+    """Traces steps 6 to 8 of this launch, or fewer if it ends before. Rank zero only.
 
     Args:
         run_dir: The run directory.
-        device: This rank's.
-        log: Says where the trace is.
+        device: This rank's device.
+        log: Prints the path of the trace.
     """
 
     def __init__(self, run_dir: Path, device: torch.device, log: MetricsLog) -> None:
@@ -37,7 +37,7 @@ class RunProfile(Callback):
         self._step = 0
 
     def on_start(self) -> None:
-        """Begin to count steps."""
+        """Start to count steps."""
         self._profiler.start()
         self._is_running = True
 
@@ -48,13 +48,13 @@ class RunProfile(Callback):
             self._profiler.step()
 
     def on_end(self, step: int) -> None:
-        """Say what a start that was too short for a trace needs."""
+        """Warn if the launch was too short for a trace."""
         if self._is_running:
             self._profiler.stop()
             needed = SKIPPED_STEPS + WARMUP_STEPS + 1
-            if self._is_running:  # no trace was written by stopping either
+            if self._is_running:  # stopping wrote no trace
                 self._is_running = False
-                self._log.say(f"warning: run.profile traced nothing: it needs {needed} steps or more")
+                self._log.say(f"warning: run.profile traced nothing: it needs at least {needed} steps")
 
     def _write(self, profiler: torch.profiler.profile) -> None:
         self._is_running = False

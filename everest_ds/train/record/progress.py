@@ -1,4 +1,4 @@
-"""The line of metrics: what a run measures between two of them, and what people should do about it."""
+"""The line of metrics: what a run measures between two lines, and hints for the user."""
 
 import math
 import os
@@ -18,18 +18,18 @@ from everest_ds.train.record.metrics import MetricsLog, peak_memory_gib, peak_tf
 from everest_ds.train.step.updater import StepResult
 
 STALL_SHARE = 0.1
-"""Share of the time spent waiting for clips above which people are told what to do."""
+"""Share of the time spent waiting for clips above which the hint is printed."""
 _LINES_BETWEEN_HINTS = 50
 
 
 class Window:
-    """What happened since the last line of metrics. What is on the device stays there until the line is due.
+    """Measurements since the last line of metrics. Tensors stay on the device until the line is due.
 
     Attributes:
-        loss_sum: Of the steps that changed the weights, float64.
-        updates: How many these are, int64.
-        grad_norm: Of the last of them; nan before there was one.
-        steps: All steps taken.
+        loss_sum: Sum of the losses of the steps that changed the weights, float64.
+        updates: Number of these steps, int64.
+        grad_norm: Gradient norm of the last of them; nan before the first.
+        steps: Number of all steps.
         tokens: Visible tokens of this rank.
         data_wait_s: Seconds spent waiting for clips.
         started: When the window began, by the clock of time.perf_counter.
@@ -45,7 +45,7 @@ class Window:
         self.started = time.perf_counter()
 
     def add(self, losses: Sequence[Tensor], result: StepResult) -> None:
-        """Take in a step's losses, and its norm if it changed the weights; does not wait for the device."""
+        """Add a step's losses, and its norm if it changed the weights; no synchronisation."""
         self.steps += 1
         mean = torch.stack(list(losses)).to(torch.float64).mean()
         self.loss_sum += mean.where(result.applied, 0.0)
@@ -53,15 +53,15 @@ class Window:
         self.grad_norm = result.grad_norm.where(result.applied, self.grad_norm)
 
     def measure(self, step: int, clip_flops: float, global_size: int) -> dict[str, Any]:
-        """Return what was measured, units in the names; all ranks take part.
+        """Return the measurements, with units in the names; all ranks take part.
 
         Args:
-            step: Steps taken in all.
-            clip_flops: Operations of a clip that fall to one rank.
+            step: Steps taken so far.
+            clip_flops: Operations of a clip, divided by the number of ranks.
             global_size: Clips of a step.
 
         Raises:
-            UserError: A loss or norm is not finite though weights were updated.
+            UserError: A loss or norm is not finite although weights were updated.
         """
         mean_loss = float(self.loss_sum / self.updates)
         reports = distributed.gather_objects((mean_loss, self.tokens, self.data_wait_s))
@@ -89,9 +89,9 @@ class Window:
 
 
 class StallHint(Callback):
-    """Says what to do when training waits for clips: when it begins to, and again after many lines.
+    """Prints what to do if training waits for clips: when it begins to wait, and again after many lines.
 
-    The first line of a run says nothing: its workers have only just begun. Rank zero only.
+    The first line of a run is ignored, because its workers have just started. Rank zero only.
     """
 
     def __init__(self, config: Config) -> None:
@@ -100,7 +100,7 @@ class StallHint(Callback):
         self._silent_until = 1
 
     def on_log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Print the hint where it is due."""
+        """Print the hint if it is due."""
         self._lines += 1
         if values["stalled"] <= STALL_SHARE or self._lines <= self._silent_until:
             return
@@ -118,12 +118,12 @@ class StallHint(Callback):
 
 
 class MemoryComparison(Callback):
-    """Records the peak of the rank that held most, beside what `everest plan` expects.
+    """Records the peak memory of the rank that needed most, and the estimate of `everest plan`.
 
     Args:
         log: The record.
-        device: This rank's.
-        estimated_gib: What is expected to be allocated at the peak.
+        device: This rank's device.
+        estimated_gib: The estimated peak of allocated memory.
     """
 
     def __init__(self, log: MetricsLog, device: torch.device, estimated_gib: float) -> None:
@@ -137,5 +137,5 @@ class MemoryComparison(Callback):
         if self._device.type == "cuda":
             difference = f"({peak_gib / expected - 1:+.1%})"
             self._log.say(f"peak memory {peak_gib:.2f} GiB allocated, estimated {expected:.2f} {difference}")
-        else:  # Python and its libraries are in it
+        else:  # includes Python and its libraries
             self._log.say(f"peak resident memory {peak_gib:.2f} GiB, tensors estimated {expected:.2f}")

@@ -1,7 +1,7 @@
 """Detects, reports and counts optimiser steps that were skipped because a gradient was not finite.
 
-`train.step.updater` skips a step without waiting for the device. Whether it did is looked up when a line of metrics
-is due, and so before anything is saved.
+`train.step.updater` skips a step without synchronisation. Whether it did is checked when a line of metrics is due,
+and so before anything is saved.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ MAX_PATHS_SHOWN = 4
 
 
 class _Pending(NamedTuple):
-    """A step whose result nobody has looked at yet, with the rows of its videos on this rank."""
+    """A step whose result has not been checked yet, with the rows of its videos on this rank."""
 
     step: int
     losses: Sequence[Tensor]
@@ -33,13 +33,13 @@ class _Pending(NamedTuple):
 
 
 class SkippedSteps(Callback):
-    """Stops a run that skips more steps than are allowed.
+    """Ends a run that skips more steps than allowed.
 
     Args:
         rows: The training list.
         log: The record.
-        allowed: How many steps may be skipped.
-        count: How many were when the run starts or resumes.
+        allowed: Number of steps that may be skipped.
+        count: Number of skipped steps when the run starts or resumes.
     """
 
     def __init__(self, rows: Sequence[VideoRow], log: MetricsLog, *, allowed: int, count: int) -> None:
@@ -48,7 +48,7 @@ class SkippedSteps(Callback):
         self._pending: list[_Pending] = []
 
     def on_batch(self, batch: ClipBatch) -> None:
-        """Remember which videos this step takes."""
+        """Remember the videos of this step."""
         self._seen_rows += batch.index_B.tolist()
 
     def on_step(self, step: int, losses: Sequence[Tensor], result: StepResult) -> None:
@@ -57,10 +57,10 @@ class SkippedSteps(Callback):
         self._seen_rows = []
 
     def before_log(self, step: int) -> None:
-        """Look at the steps since the last time.
+        """Check the steps since the last call.
 
         Raises:
-            UserError: More were skipped than are allowed; names step, rank and samples.
+            UserError: More steps were skipped than allowed; names step, rank and samples.
         """
         seen, self._pending = self._pending, []
         if not seen:
@@ -70,11 +70,11 @@ class SkippedSteps(Callback):
                 self._record(pending)
 
     def on_save(self, state: TrainState) -> TrainState:
-        """Add the count."""
+        """Add the number of skipped steps."""
         return replace(state, num_skipped=self.count)
 
     def _record(self, pending: _Pending) -> None:
-        """Record a skipped step and the samples that may be at fault; stop at one too many."""
+        """Record a skipped step and the samples that may have caused it; raise if too many were skipped."""
         self.count += 1
         finite = bool(torch.stack(list(pending.losses)).isfinite().all())
         everyone = distributed.gather_objects((finite, [str(self.rows[row].path) for row in pending.rows]))

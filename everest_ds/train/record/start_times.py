@@ -1,8 +1,8 @@
-"""Where the time between the start of a process and its first step goes.
+"""Measures the parts of the time between the start of a process and its first step.
 
-An event `first_step` of metrics.jsonl, after the first step of each start:
+An event `first_step` of metrics.jsonl, after the first step of each launch:
 
-    total_s    seconds since rank zero's process began
+    total_s    seconds since rank zero's process started
     parts_s    the same by part, in order of time: imports, meeting the other ranks, verifying the checkpoint, ...
 """
 
@@ -19,7 +19,7 @@ from everest_ds.train.step.updater import StepResult
 
 
 class StartTimes:
-    """A stopwatch that begins with the process.
+    """A stopwatch that starts with the process.
 
     Attributes:
         parts_s: Seconds by part, in order of time.
@@ -35,7 +35,7 @@ class StartTimes:
         return sum(self.parts_s.values())
 
     def end(self, part: str) -> None:
-        """Count the time since the part before it to a part; to one that was ended before, in addition."""
+        """Add the time since the end of the previous part to this part."""
         now = time.perf_counter()
         self.parts_s[part] = self.parts_s.get(part, 0.0) + now - self._last
         self._last = now
@@ -47,23 +47,23 @@ class StartTimes:
 
 
 class FirstStep(Callback):
-    """Records how long a start took, when its first step is done.
+    """Records the time that a launch took until its first step was done.
 
     Args:
         log: The record.
-        times: The stopwatch, ended last where the engine was ready.
+        times: The stopwatch; its last part ended when the engine was ready.
     """
 
     def __init__(self, log: MetricsLog, times: StartTimes) -> None:
         self._log, self._times, self._done = log, times, False
 
     def on_batch(self, batch: ClipBatch) -> None:
-        """The first batch is there."""
+        """End the part that loads the first batch."""
         if "first batch" not in self._times.parts_s:
             self._times.end("first batch")
 
     def on_step(self, step: int, losses: Sequence[Tensor], result: StepResult) -> None:
-        """The first step is done; on a GPU, it is launched, with its graph captured."""
+        """Record the first step; on a GPU it has only been queued, with its graph captured."""
         if self._done:
             return
         self._done = True

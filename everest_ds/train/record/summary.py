@@ -1,4 +1,4 @@
-"""How a run ended, in a few lines for people, taken from its record."""
+"""A summary of a finished run in a few lines, from its record."""
 
 import shlex
 import statistics
@@ -14,7 +14,7 @@ from everest_ds.train.schedule import Schedule
 
 
 def describe_run(run_dir: Path, config: Config, seconds: float) -> str:
-    """Return how a run ended, from its files; see `describe_end`."""
+    """Return the summary of a run from its files; see `describe_end`."""
     num_bad = len(sort_json_lines(run_dir / "bad_samples.jsonl", lambda line: "path" in line)[0])
     return describe_end(run_dir, config, read_measurements(run_dir), seconds=seconds, num_bad=num_bad)
 
@@ -22,13 +22,13 @@ def describe_run(run_dir: Path, config: Config, seconds: float) -> str:
 def describe_end(
     run_dir: Path, config: Config, lines: Sequence[Mapping[str, Any]], *, seconds: float, num_bad: int
 ) -> str:
-    """Return where a finished run is and what came of it.
+    """Return the directory, results and next command of a finished run.
 
     Args:
         run_dir: The run directory.
         config: The run.
-        lines: Of metrics.jsonl, in order.
-        seconds: How long this start took.
+        lines: The lines of metrics.jsonl, in order.
+        seconds: Duration of this launch.
         num_bad: Draws that could not be read.
     """
     rows = {"took": f"{format_duration(seconds)} since this start"}
@@ -50,7 +50,7 @@ def describe_end(
 
 
 def describe_nothing_left(run_dir: Path, schedule: Schedule, max_steps: int | None) -> str:
-    """Return why a start took no step, and how the run is trained longer."""
+    """Return why a launch took no step, and how to train the run longer."""
     longer = "raise --run.max-steps, or " if max_steps is not None and schedule.end_step == max_steps else ""
     return (
         f"nothing left to do: step {schedule.start_step} of {schedule.end_step}; to train longer, {longer}"
@@ -59,7 +59,7 @@ def describe_nothing_left(run_dir: Path, schedule: Schedule, max_steps: int | No
 
 
 def _describe_training(train: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return loss and speed of the lines of training."""
+    """Return loss and speed from the lines of training."""
     first, last = train[0], train[-1]
     speed = statistics.median(line["clips_per_s"] for line in train)
     waited = statistics.median(line.get("stalled", 0.0) for line in train)
@@ -79,7 +79,7 @@ def _number(value: float | None) -> str:
 
 
 def _next_command(run_dir: Path, config: Config) -> str:
-    """Return the command that most people want now."""
+    """Return the command that most users need next."""
     run = shlex.quote(str(run_dir))
     if config.task == "finetune":
         return f"everest evaluate {run} --list TEST_LIST"

@@ -1,4 +1,4 @@
-"""What people see of a run's steps: one bar in a terminal, a line now and then elsewhere. Rank zero only."""
+"""Shows a run's steps: by one bar in a terminal, by lines elsewhere. Rank zero only."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ from everest_ds.train.callbacks import Callback
 from everest_ds.train.schedule import Schedule
 from everest_ds.train.step.updater import StepResult
 
-tqdm.monitor_interval = 0  # no thread besides ours
+tqdm.monitor_interval = 0  # tqdm starts no thread
 
 
 class ProgressLines(Callback):
-    """Prints a line after the first step of a start, and one for every line of metrics.
+    """Prints a line after the first step of a launch, and one for every line of metrics.
 
     Args:
-        schedule: From which step to which.
+        schedule: The first and the last step.
         log_every_steps: Steps from one line of metrics to the next.
     """
 
@@ -30,7 +30,7 @@ class ProgressLines(Callback):
         self._is_first = True
 
     def on_step(self, step: int, losses: Sequence[Tensor], result: StepResult) -> None:
-        """Report the first step of a start, which waits for the device; rank zero's own loss."""
+        """Report the first step of a launch, with rank zero's own loss; this synchronises."""
         if self._is_first and step % self._every:
             self.show_first(step, float(torch.stack(list(losses)).mean()))
         self._is_first = False
@@ -45,14 +45,14 @@ class ProgressLines(Callback):
         messages.say(f"step {step}/{end}  loss {loss:.4f}  (first of this start; next line after step {following})")
 
     def close(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing; a bar must be closed."""
 
     def _next(self, step: int) -> int:
         return min(step // self._every * self._every + self._every, self._schedule.end_step)
 
 
 class ProgressBar(ProgressLines):
-    """One bar at the bottom of a terminal, as wide as that; what is said meanwhile is printed above it."""
+    """One bar at the bottom of a terminal, as wide as the terminal; messages are printed above it."""
 
     def __init__(self, schedule: Schedule, log_every_steps: int) -> None:
         super().__init__(schedule, log_every_steps)
@@ -78,21 +78,21 @@ class ProgressBar(ProgressLines):
         super().on_step(step, losses, result)
 
     def on_log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show the numbers beside the bar."""
+        """Show the numbers next to the bar."""
         if self._bar is not None:
             self._bar.set_description_str(describe_briefly(step, self._schedule.end_step, values))
 
     def show_first(self, step: int, loss: float) -> None:
-        """Show the loss beside the bar."""
+        """Show the loss next to the bar."""
         if self._bar is not None:
             self._bar.set_description_str(f" loss {loss:.4f}, speed after step {self._next(step)}")
 
     def on_end(self, step: int) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self.close()
 
     def close(self) -> None:
-        """Take the bar away; also after a failure."""
+        """Remove the bar; also called after a failure."""
         if self._bar is not None:
             messages.write_by(None)
             self._bar.close()
@@ -100,13 +100,13 @@ class ProgressBar(ProgressLines):
 
 
 def make_view(schedule: Schedule, log_every_steps: int) -> ProgressLines:
-    """Return a bar where stdout is a terminal that is written to, else lines."""
+    """Return a bar if stdout is a terminal and output is not quiet, else lines."""
     is_terminal = sys.stdout.isatty() and not messages.is_quiet()
     return (ProgressBar if is_terminal else ProgressLines)(schedule, log_every_steps)
 
 
 def describe_line(step: int, end_step: int, values: Mapping[str, Any]) -> str:
-    """Return a line of metrics for people, with the time that is left."""
+    """Return a line of metrics as text, with the remaining time."""
     mfu = "" if values["mfu"] is None else f"  mfu {values['mfu']:.1%}"
     return (
         f"step {step}/{end_step}  epoch {values['epoch']:.2f}  loss {values['loss']:.4f}"
@@ -117,7 +117,7 @@ def describe_line(step: int, end_step: int, values: Mapping[str, Any]) -> str:
 
 
 def describe_briefly(step: int, end_step: int, values: Mapping[str, Any]) -> str:
-    """Return the numbers beside a bar: 67 characters or fewer for runs of up to 1000 epochs."""
+    """Return the numbers next to a bar: at most 67 characters for runs of up to 1000 epochs."""
     return (
         f" epoch {values['epoch']:.1f} loss {values['loss']:.3f} {values['clips_per_s']:.0f} clips/s"
         f" wait {values['stalled']:.0%} {values['memory_gib']:.3g} GiB ETA {_time_left(step, end_step, values)}"

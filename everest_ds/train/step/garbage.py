@@ -27,6 +27,6 @@ def held() -> Iterator[None]:
 
 
 def collect_after(step: int) -> None:
-    """Every `STEPS_BETWEEN` steps, collect the garbage since `held` began."""
+    """Every `STEPS_BETWEEN` steps, collect the garbage that appeared inside `held`."""
     if step % STEPS_BETWEEN == 0:
         gc.collect()

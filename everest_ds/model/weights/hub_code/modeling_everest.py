@@ -78,7 +78,7 @@ class EverestEmbeddings(VideoMAEEmbeddings):
 class VideoMAEForVideoClassification(transformers.VideoMAEForVideoClassification):
     """Transformers' classifier with the run's selection and the run's epsilon in the last norm.
 
-    It has its parent's name because `pipeline` and the conversion of weights look at names.
+    It has its parent's name because `pipeline` and the conversion of weights depend on names.
     """
 
     def __init__(self, config: transformers.VideoMAEConfig) -> None:

@@ -113,7 +113,7 @@ def test_record_that_is_written_again_loses_no_odd_line_and_repeats_none(
         assert path.read_bytes() == whole + b"\n"
         assert path.with_name("metrics.jsonl.odd").read_bytes().split(b"\n")[:-1] == [*odd, b'{"kind": "tr']
         path.write_bytes(before)
-    assert capsys.readouterr().out.count("holds 8 lines that it cannot hold") == 2
+    assert capsys.readouterr().out.count("has 8 lines of another format") == 2
     path.write_bytes(whole)  # cut between the line and its end
     keep_lines(path, is_measurement, lambda number, line: True)
     assert path.read_bytes() == whole + b"\n"
