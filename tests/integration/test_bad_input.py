@@ -237,7 +237,7 @@ def test_directory_of_another_run_is_refused(
     out.mkdir()
     words = ["pretrain", "demo", "--data.train-list", train_list, "--out", str(out)]
     (out / "notes.txt").write_text("not a run")
-    assert "holds no run" in refused(words, capsys)
+    assert "has no run" in refused(words, capsys)
     (out / "config.json").write_text(dump_config(get_recipe("demo")))
     assert "holds another run: data.train_list was None and is now" in refused(words, capsys)
     assert "--resume is never" in refused([*words, "--resume", "never"], capsys)

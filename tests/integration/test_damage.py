@@ -88,7 +88,7 @@ def test_pointer_that_is_empty_or_names_nothing_is_named_and_survived(
     before = contents(run_dir)
     named = launch([*recovery_command(demo_folder, run_dir), "--resume", str(run_dir)])
     assert named.returncode == 2
-    what = "is empty" if not text else "names 'step-00009999', which is no complete checkpoint"
+    what = "is empty" if not text else "names 'step-00009999', which is not a complete checkpoint"
     assert f"{pointer} {what}" in named.stderr
     assert contents(run_dir) == before
     auto = launch(recovery_command(demo_folder, run_dir), processes=2)

@@ -112,7 +112,7 @@ def test_run_killed_within_a_save_and_then_damaged_ends_as_if_nothing_had_happen
     shard.write_bytes(damaged)
     done = compute(arguments, processes=2)
     assert done.returncode == 0, done.stderr
-    assert f"checkpoint {newest} is damaged: the checksum of {shard.name} differs; passing it over" in done.stdout
+    assert f"checkpoint {newest} is damaged: the checksum of {shard.name} differs; skipping it" in done.stdout
     require_same_run(broken, uninterrupted[2])
 
 

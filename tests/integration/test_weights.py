@@ -100,7 +100,7 @@ def test_run_starts_from_weights_alone_and_a_repeated_command_goes_on(
     assert {name.removeprefix("model.") for name in saved} == given.keys()
     assert all(torch.equal(tensor, given[name.removeprefix("model.")]) for name, tensor in saved.items())
     again = compute(flags(demo_folder, run_dir, *words, steps=2))
-    assert "(--init-from counts at the start of a run only)" in again.stdout
+    assert "(--init-from has an effect only at the start of a run)" in again.stdout
     before = contents(run_dir)
     both = compute([*flags(demo_folder, run_dir, *words, steps=3), "--resume", str(run_dir)])
     assert both.returncode == 2

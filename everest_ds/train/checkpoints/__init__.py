@@ -1,1 +1,1 @@
-"""Checkpoints: saved, sealed, found again, resharded, read."""
+"""Saves, seals, finds, reshards and reads checkpoints."""

@@ -1,4 +1,4 @@
-"""What changed in a run's data since a checkpoint was saved: what is accepted is said, and changes what it must."""
+"""Accepts and reports changes of a run's data since a checkpoint was saved."""
 
 from dataclasses import replace
 
@@ -7,11 +7,11 @@ from everest_ds.train.checkpoints.save import TrainState
 
 
 def accept_changes(was: TrainState, now: TrainState) -> tuple[TrainState, tuple[str, ...]]:
-    """Return where a run stands with this launch's data, and what changed, for people.
+    """Return a run's state with this launch's data, and notes on what changed.
 
     Args:
-        was: The state of the checkpoint. What an older version did not note is not compared.
-        now: The state of a fresh run with this launch's data; without a validation list, nothing is scored.
+        was: The state of the checkpoint. Fields that an older version did not write are not compared.
+        now: The state of a fresh run with this launch's data.
     """
     notes = []
     if was.contents and now.contents and (changed := describe_change(was.contents, now.contents)):
@@ -23,12 +23,12 @@ def accept_changes(was: TrainState, now: TrainState) -> tuple[TrainState, tuple[
     note = _describe_validation(was, now)
     if note and was.best_score is not None:
         state = replace(state, best_step=None, best_score=None)
-        note += f"; the best score, {was.best_score:.4g} of step {was.best_step}, does not count any more"
+        note += f"; the best score, {was.best_score:.4g} of step {was.best_step}, no longer counts"
     return state, (*notes, note) if note else tuple(notes)
 
 
 def _describe_validation(was: TrainState, now: TrainState) -> str | None:
-    """Return what changed in the validation list; None where nothing did, or nobody knows."""
+    """Return what changed in the validation list; None if nothing did or it is not known."""
     if was.val_videos is None or was.val_contents is None or now.val_contents is None:
         return None
     if was.val_videos != now.val_videos:

@@ -1,6 +1,6 @@
-"""Whole float32 weights out of a checkpoint's shards, and into a fresh model.
+"""Reads whole float32 weights from a checkpoint's shards, and loads them into a fresh model.
 
-These are the float32 weights that the optimiser updates, not the bfloat16 copies that a model computes with.
+These are the float32 weights that the optimiser updates, not the model's bfloat16 copies.
 """
 
 import contextlib
@@ -35,16 +35,16 @@ from everest_ds.train.checkpoints.save import find_fault, read_state
 from everest_ds.train.checkpoints.shards import as_data, find_code, read_shard
 from everest_ds.train.tasks import Task, make_task
 
-# DeepSpeed wraps the task, whose model carries this prefix in shards; weights leave without it.
+# In shards, the names of the task's model have this prefix; it is removed from weights.
 PREFIX = "model."
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
 
 
 def read_fp32_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Return the float32 weights of a verified checkpoint, whatever its stage, under the model's own names.
+    """Return the float32 weights of a verified checkpoint of any stage, under the model's own names.
 
     Raises:
-        UserError: A shard is not data alone, or is not what DeepSpeed writes.
+        UserError: A shard has more than data, or was not written by DeepSpeed.
     """
     fault = find_code(checkpoint, ALONE)
     if fault:
@@ -57,7 +57,7 @@ def read_fp32_weights(checkpoint: Path) -> dict[str, Tensor]:
             raise
         first_line = escaped(str(error).strip().split("\n")[0])
         raise UserError(
-            f"{checkpoint} has other shards than its {STATE} says: {type(error).__name__}: {first_line}"
+            f"{checkpoint} has shards that do not match its {STATE}: {type(error).__name__}: {first_line}"
         ) from error
 
 
@@ -71,10 +71,10 @@ def _consolidate(checkpoint: Path) -> dict[str, Tensor]:
     else:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        quiet = io.StringIO()  # it prints much
+        quiet = io.StringIO()  # DeepSpeed prints much
         with as_data(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if state.zero_stage == 1:  # DeepSpeed (0.19.8) notes frozen parameters from stage 2 on
+    if state.zero_stage == 1:  # DeepSpeed (0.19.8) records frozen parameters only from stage 2 on
         weights = _read_states(checkpoint)["module"] | weights
     return weights
 
@@ -98,7 +98,8 @@ def _unsharded_weights(checkpoint: Path, dtype: str) -> dict[str, Tensor]:
 def _fragmented_weights(checkpoint: Path, world_size: int) -> dict[str, Tensor]:
     """Read ZeRO-1 in bfloat16, which DeepSpeed's own consolidation (0.19.8) does not recognise.
 
-    Each rank's shard says where in its flat groups the parts of parameters are; parts follow in rank order.
+    Each rank's shard has the places of the parameters' parts in its flat groups. A parameter's parts are in the
+    order of ranks.
     """
     module = _read_states(checkpoint)["module"]
     parts: dict[str, list[Tensor]] = {}
@@ -113,13 +114,13 @@ def _fragmented_weights(checkpoint: Path, world_size: int) -> dict[str, Tensor]:
 
 
 def _read_states(checkpoint: Path) -> dict[str, Any]:
-    """Read the states of ZeRO-0 to 2, the whole model in its own precision among them."""
+    """Read the states of ZeRO-0 to 2, which include the whole model in its own dtype."""
     states: dict[str, Any] = read_shard(checkpoint / "mp_rank_00_model_states.pt")
     return states
 
 
 def restore_frozen_weights(task: Task, checkpoint: Path) -> None:
-    """Load a task's frozen weights from a verified checkpoint; universal copies do not hold them."""
+    """Load a task's frozen weights from a verified checkpoint; universal copies do not have them."""
     frozen = {name: p for name, p in task.named_parameters() if not p.requires_grad}
     if not frozen:
         return
@@ -136,8 +137,8 @@ def export_fp32(source: Path, target: Path) -> Path:
         The checkpoint that was read.
 
     Raises:
-        UserError: The source is no complete, sound checkpoint, its weights are not finite, or the target exists or
-            cannot be written.
+        UserError: The source is not a complete and undamaged checkpoint, its weights are not finite, or the target
+            exists or cannot be written.
     """
     if target.suffix != ".safetensors":
         raise UserError(f"{target} must end in .safetensors")
@@ -154,7 +155,7 @@ def export_fp32(source: Path, target: Path) -> Path:
 
 
 def _read_checkpoint(checkpoint: Path, config: Config) -> tuple[dict[str, Tensor], ModelMetadata, str]:
-    """Return a sound checkpoint's weights, its model's metadata, and its configuration in one line."""
+    """Return the weights of a checkpoint, its model's metadata, and its configuration in one line of JSON."""
     fault = find_fault(checkpoint, ALONE)
     if fault:
         raise UserError(f"checkpoint {checkpoint} is damaged: {fault}")
@@ -163,7 +164,7 @@ def _read_checkpoint(checkpoint: Path, config: Config) -> tuple[dict[str, Tensor
 
 
 def metadata_of_run(config: Config, labels: tuple[str, ...] | None = None) -> ModelMetadata:
-    """Return what the shapes of a run's weights do not tell of its model."""
+    """Return the properties of a run's model that the shapes of its weights do not show."""
     size, model = get_size(config.model.size), config.model
     edge = model.position_size or config.data.image_size
     return ModelMetadata(
@@ -199,6 +200,6 @@ def load_initial_weights(
     """Start a fresh model from weights of any origin; see `load_weights`.
 
     Raises:
-        UserError: There are no such weights, or what differs from the model is not allowed by name.
+        UserError: There are no such weights, or a difference from the model is not allowed by name.
     """
     return load_weights(model, read_any_weights(path), allow=allow, clip_grid=clip_grid)

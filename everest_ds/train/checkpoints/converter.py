@@ -1,4 +1,4 @@
-"""DeepSpeed's converter to universal checkpoints, which reads shards as data: a program that `reshard` starts."""
+"""A program that `reshard` starts: DeepSpeed's converter to universal checkpoints, made to read shards as data."""
 
 import multiprocessing
 
@@ -7,6 +7,6 @@ from deepspeed.checkpoint.ds_to_universal import main, parse_arguments
 from everest_ds.train.checkpoints.shards import as_data
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method("fork")  # its workers read as this process does
+    multiprocessing.set_start_method("fork")  # so that its workers read shards as data too
     with as_data():
         main(parse_arguments())

@@ -1,14 +1,14 @@
-"""What lies in RUN/checkpoints: complete checkpoints, unfinished saves, and whatever somebody else put there.
+"""Lists RUN/checkpoints: complete checkpoints, unfinished saves, and foreign entries.
 
 step-00001200/      a checkpoint, once it has a seal
     tmp-*/          a save, conversion or removal that has not finished; the next save removes it
-    universal-*/    a checkpoint's copy for other worlds and ZeRO stages
-    damaged-*/      a checkpoint that was passed over
+    universal-*/    a checkpoint's copy for another number of processes or ZeRO stage
+    damaged-*/      a checkpoint that was skipped
     latest, best    pointers
-    zero_to_*.py    scripts of DeepSpeed's
+    zero_to_*.py    DeepSpeed's scripts
 
-Everything else, and everything that has one of these names and is not that, is left alone: a copy of a checkpoint,
-a link, a file. It is never resumed from, never counted and never removed.
+Everything else is foreign, also an entry with one of these names that is something else, such as a link or a copy
+of a checkpoint. Foreign entries are never resumed from, counted or removed.
 """
 
 import re
@@ -20,13 +20,13 @@ from everest_ds.files import is_partial, parse_json
 from everest_ds.train.checkpoints.seal import SEAL
 
 STATE = "state.json"
-# Version of the folder's layout and of state.json; raise it when an older reader would misread a newer folder.
+# Version of the folder's layout and of state.json; increase it if an older version would misread a newer folder.
 FORMAT = 2
 LATEST, BEST = "latest", "best"
 _NAME = re.compile(r"step-(\d{8,})", re.ASCII)
 _UNFINISHED = re.compile(r"tmp-(removed-)?(universal-)?step-\d{8,}", re.ASCII)
 _KEPT = re.compile(r"(universal-step-\d{8,}|damaged-step-\d{8,}(\.\d+)?)", re.ASCII)
-# DeepSpeed (0.19.8) puts these beside every checkpoint.
+# DeepSpeed (0.19.8) writes these next to every checkpoint.
 _SCRIPTS = frozenset({"zero_to_fp32.py", "zero_to_torch.py"})
 _NUM_SHOWN = 4
 
@@ -37,7 +37,7 @@ def folder_of(run_dir: Path) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Return the folders that are sealed as checkpoints of a run, newest first, sound or not.
+    """Return the folders that are sealed as checkpoints of a run, newest first, without checking them.
 
     Raises:
         UserError: The folder of checkpoints cannot be read.
@@ -51,21 +51,21 @@ def sound_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def unfinished_saves(run_dir: Path) -> list[Path]:
-    """Return folders of saves that did not finish."""
+    """Return the folders of unfinished saves."""
     unsealed = [path for path in _steps(run_dir) if not _may_be_sealed(path)]
     return sorted([*unsealed, *leftovers(folder_of(run_dir))])
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Return what an unfinished save, conversion or removal left in a folder of checkpoints."""
+    """Return the remains of unfinished saves, conversions and removals in a folder of checkpoints."""
     return [path for path in _entries(folder) if _UNFINISHED.fullmatch(path.name) and _is_plain_folder(path)]
 
 
 def find_outline_fault(checkpoint: Path) -> str | None:
-    """Return what keeps a sealed folder from being the checkpoint of its name, without reading its shards; or None.
+    """Return why a sealed folder is not the checkpoint of its name, without reading its shards; or None.
 
-    Its state must be of the step in its name, and its seal must name that state and a shard of every rank. What a
-    newer version wrote is not judged: `read_state` refuses it.
+    Its state must have the step in its name, and its seal must name that state and a shard of every rank. A newer
+    version's checkpoint is not checked; `read_state` refuses it.
     """
     name = STATE
     try:
@@ -80,19 +80,19 @@ def find_outline_fault(checkpoint: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{name} cannot be read: {escaped(_reason(error))}"
     if checkpoint.name != f"step-{step:08d}":
-        return f"{STATE} says that it is of step {step}"
+        return f"its {STATE} is of step {step}"
     missing = [wanted for wanted in _outline(world_size, stage) if not sealed.intersection(wanted)]
     return f"{SEAL} does not name {missing[0][0]}" if missing else None
 
 
 def describe_strangers(run_dir: Path) -> str | None:
-    """Return what else lies among a run's checkpoints, in one sentence; None where there is nothing else."""
+    """Return a sentence on the foreign entries among a run's checkpoints; None if there are none."""
     folder = folder_of(run_dir)
     strangers = [text for text in map(_describe_stranger, _entries(folder)) if text is not None]
     if not strangers:
         return None
     shown = ", ".join(strangers[:_NUM_SHOWN]) + (" ..." if len(strangers) > _NUM_SHOWN else "")
-    return f"{folder} holds what is no checkpoint of this run and is left alone: {shown}"
+    return f"{folder} has entries that are not checkpoints of this run and are left alone: {shown}"
 
 
 def _describe_stranger(path: Path) -> str | None:
@@ -104,7 +104,7 @@ def _describe_stranger(path: Path) -> str | None:
     if not any(kind.fullmatch(path.name) for kind in (_NAME, _KEPT, _UNFINISHED)):
         return name
     if not _is_plain_folder(path):
-        return f"{name} (a link)" if path.is_symlink() else f"{name} (no folder)"
+        return f"{name} (a link)" if path.is_symlink() else f"{name} (not a folder)"
     fault = find_outline_fault(path) if _NAME.fullmatch(path.name) and _may_be_sealed(path) else None
     return None if fault is None else f"{name} ({fault})"
 
@@ -122,7 +122,7 @@ def _entries(folder: Path) -> list[Path]:
         return []
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be read: {error.strerror}; without it nobody knows where the run stands: mend that"
+            f"{folder} cannot be read: {error.strerror}; make it readable, or name another folder with --out"
         ) from error
 
 
@@ -131,7 +131,7 @@ def _is_plain_folder(path: Path) -> bool:
 
 
 def _may_be_sealed(folder: Path) -> bool:
-    """Return whether a folder has a seal, or does not let itself be looked into."""
+    """Return whether a folder has a seal or cannot be read."""
     try:
         return (folder / SEAL).is_file()
     except OSError:
@@ -139,7 +139,7 @@ def _may_be_sealed(folder: Path) -> bool:
 
 
 def _outline(world_size: int, stage: int) -> list[tuple[str, ...]]:
-    """Return which files a checkpoint must have; of each tuple one, named as DeepSpeed (0.19.8) names it."""
+    """Return the files that a checkpoint must have, one of each tuple, with the names of DeepSpeed (0.19.8)."""
     ranks = range(world_size)
     wanted: list[tuple[str, ...]] = [(STATE,)]
     if stage == 3:

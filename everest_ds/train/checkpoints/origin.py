@@ -1,4 +1,4 @@
-"""What a path names: a run, a checkpoint of a run, or weights. Needs no torch."""
+"""Finds what a path names: a run, a checkpoint of a run, or weights. Importing this module needs no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,14 @@ from everest_ds.train.checkpoints.seal import SEAL, is_sealed
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where weights are from.
+    """The origin of weights.
 
     Attributes:
         given: The path as it was given.
         weights: The checkpoint's folder, or the file or folder of weights.
         run_dir: The run that the checkpoint belongs to; None for other weights.
-        config: Its configuration.
-        choice: Which of the run's checkpoints this is, for people.
+        config: The run's configuration.
+        choice: Which of the run's checkpoints this is, in words.
     """
 
     given: Path
@@ -31,12 +31,12 @@ class Origin:
 
 
 def locate(path: Path) -> Origin:
-    """Return what a path names: a run stands for its best checkpoint where it has one, else for its newest.
+    """Return what a path names. A run means its best checkpoint if it has one, else its newest.
 
-    Files of a checkpoint are not compared with its seal.
+    The files of a checkpoint are not compared with its seal.
 
     Raises:
-        UserError: Nothing is there, or no complete checkpoint.
+        UserError: The path does not exist, or has no complete checkpoint.
     """
     if folder_of(path).is_dir():
         complete = sound_checkpoints(path)

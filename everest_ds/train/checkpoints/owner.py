@@ -1,9 +1,9 @@
-"""One launch trains a run directory at a time: its owner, by a lock that rank zero holds until it ends.
+"""The owner of a run directory: only one launch trains it at a time. Rank zero has its lock until it ends.
 
-RUN/owner.lock   locked by the kernel (flock); says who the owner is, with a beat every few seconds; stays, empty
+RUN/owner.lock   locked by the kernel (flock); has the owner's record, with a beat every few seconds; left empty
 
-The kernel frees the lock when the process ends, however it ends. Where two nodes share a disk on which locks do not
-reach from one to the other, the beat decides: another machine's owner is gone when its beat stands still.
+The kernel releases the lock when the process ends, however it ends. On a shared disk whose locks do not work across
+nodes, the beat decides: the owner on another machine has ended if its beat no longer changes.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ from everest_ds.processes import started_at
 
 OWNER = "owner.lock"
 BEAT_EVERY_S = 10.0
-# Of another machine. Network file systems show a change within a minute, and at once where a file is opened anew.
+# For another machine's owner. Network file systems show a change within a minute, or at once if a file is reopened.
 GONE_AFTER_S = 60.0
 _LOOK_EVERY_S = 1.0
-# A record is written over the one before in one piece, so that it needs no room on a full disk.
+# A record overwrites the previous one with the same size, so that it needs no space on a full disk.
 _RECORD_BYTES = 512
 
 
@@ -38,13 +38,13 @@ class Owner:
     """The process that trains a run.
 
     Attributes:
-        pid: Its number.
+        pid: Its process number.
         host: Its machine's name.
-        since: When it began to train, in its local time.
-        started: When the process began, in ticks of its machine.
-        boot: Its machine, since the last start of that.
-        namespace: Where its number counts; containers have their own.
-        beat: How often it has said that it is alive.
+        since: When it began to train, in local time.
+        started: When the process began, in clock ticks of its machine.
+        boot: Identifies its machine since the last boot.
+        namespace: The namespace of its process number; containers have their own.
+        beat: Counts its signs of life.
     """
 
     pid: int
@@ -68,20 +68,20 @@ class Owner:
         )
 
     def is_same(self, other: "Owner | None") -> bool:
-        """Return whether both are one process."""
+        """Return whether both are the same process."""
         names = ("pid", "host", "started", "boot", "namespace")
         return other is not None and all(getattr(self, name) == getattr(other, name) for name in names)
 
     def is_neighbour(self, other: "Owner") -> bool:
-        """Return whether the numbers of both mean the same processes."""
+        """Return whether both are on the same machine and in the same namespace of process numbers."""
         return (self.boot, self.namespace) == (other.boot, other.namespace)
 
     def runs_here(self) -> bool:
-        """Return whether this is a process of this machine that still runs."""
+        """Return whether this process is on this machine and still runs."""
         return self.is_neighbour(Owner.of_this_process()) and started_at(self.pid) == self.started
 
     def refusal(self, run_dir: Path) -> str:
-        """Return the message for a second launch."""
+        """Return the message that refuses a second launch."""
         return (
             f"{run_dir} is being trained by pid {self.pid} on {self.host} since {self.since}; wait for it, stop it "
             f"(kill {self.pid} there: it saves), or name another folder with --out"
@@ -89,7 +89,7 @@ class Owner:
 
 
 def refuse_if_trained(run_dir: Path) -> None:
-    """Refuse a run directory whose owner, another process, runs on this machine; needs no other rank.
+    """Refuse a run directory whose owner is another process that runs on this machine; needs no other rank.
 
     Raises:
         UserError: It is being trained.
@@ -113,19 +113,19 @@ def find_owner(run_dir: Path) -> Owner | None:
 
 @contextlib.contextmanager
 def owning(run_dir: Path, world: World) -> Iterator["Holding"]:
-    """Own a run directory inside this block; all ranks take part, and are refused alike.
+    """Own a run directory inside this block; all ranks take part, and if one is refused, all are.
 
-    The folder is made where there is none. It is removed again if nothing was written to it.
+    A missing folder is made, and removed again if nothing was written to it.
 
     Raises:
-        UserError: Another launch owns it, or it cannot be written to, or the ranks do not mean the same one.
+        UserError: Another launch owns it, it cannot be written to, or the ranks name different directories.
     """
     lock, fault = None, None
     named = sorted(set(distributed.gather_objects(str(run_dir))))
     if len(named) > 1:
         raise UserError(
-            f"the ranks of this launch differ in --out: {', '.join(named[:4])}; together they train one run. Start "
-            "several trainings by a command each (srun -n 1)"
+            f"the ranks of this launch differ in --out: {', '.join(named[:4])}; a launch trains one run. Start "
+            "each run with its own command (srun -n 1)"
         )
     if world.is_main:
         try:
@@ -134,7 +134,7 @@ def owning(run_dir: Path, world: World) -> Iterator["Holding"]:
             fault = str(error)
         except OSError as error:
             fault = f"{error.filename or run_dir} cannot be written: {error.strerror}"
-            fault += "; a run must be able to write to its directory: mend that, or name another folder with --out"
+            fault += "; make the run directory writable, or name another folder with --out"
     try:
         if fault := distributed.agree(fault):
             raise UserError(fault)
@@ -145,16 +145,16 @@ def owning(run_dir: Path, world: World) -> Iterator["Holding"]:
 
 
 class Holding:
-    """A run directory that this launch owns: may it still be written to?"""
+    """A run directory that this launch owns; checks that it still does."""
 
     def __init__(self, lock: "_Lock | None") -> None:
         self._lock = lock
 
     def require(self) -> None:
-        """Look whether the directory is still this launch's; all ranks take part.
+        """Check that this launch still owns the directory; all ranks take part.
 
         Raises:
-            UserError: It has another owner by now, or is gone.
+            UserError: It has another owner now, or was removed.
         """
         if fault := distributed.agree(find_loss(self._lock.run_dir, self._lock.owner) if self._lock else None):
             raise UserError(fault)
@@ -166,17 +166,17 @@ class Holding:
 
 
 def find_loss(run_dir: Path, owner: Owner) -> str | None:
-    """Return why a directory is not an owner's any more; None where it is."""
+    """Return why a directory no longer belongs to an owner; None if it does."""
     now = _read(run_dir / OWNER)
     if owner.is_same(now):
         return None
     if now is not None:
         return f"this launch has lost its run: {now.refusal(run_dir)}"
-    return f"{run_dir} was removed while it was being trained; start again in a folder that stays"
+    return f"{run_dir} was removed while it was being trained; start again, and keep the folder"
 
 
 class _Lock:
-    """The lock of one run directory, held by this process, and the thread that beats."""
+    """The lock of a run directory, held by this process, and the thread that updates its beat."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir, self._path = run_dir, run_dir / OWNER
@@ -197,7 +197,7 @@ class _Lock:
         threading.Thread(target=self._beat, name="owner", daemon=True).start()
 
     def release(self) -> None:
-        """Give the directory back; whoever opens it next need not wait."""
+        """Release the directory, and empty the record so that the next launch need not wait."""
         self._ended.set()
         if find_loss(self.run_dir, self.owner) is None:
             with contextlib.suppress(OSError):
@@ -205,12 +205,12 @@ class _Lock:
         self._close()
 
     def _is_alive(self, owner: Owner, *, reaches: bool) -> bool:
-        """Return whether the owner that a lock names still trains, though the lock could be taken."""
+        """Return whether the recorded owner still trains, although its lock could be taken."""
         if owner.boot == self.owner.boot and reaches:
-            return False  # one kernel has all locks of both
+            return False  # same kernel: its lock would have been seen
         if owner.is_neighbour(self.owner):
             return owner.runs_here()
-        say(f"{self._path} is of pid {owner.pid} on {owner.host}: looking for {GONE_AFTER_S:g} s whether that runs")
+        say(f"{self._path} is of pid {owner.pid} on {owner.host}: checking for {GONE_AFTER_S:g} s whether it runs")
         until = time.monotonic() + GONE_AFTER_S
         while time.monotonic() < until:
             time.sleep(_LOOK_EVERY_S)
@@ -232,23 +232,23 @@ class _Lock:
         while not self._ended.wait(BEAT_EVERY_S):
             beat += 1
             if find_loss(self.run_dir, self.owner) is None:
-                with contextlib.suppress(OSError):  # of a disk that is away for a while
+                with contextlib.suppress(OSError):  # the disk is temporarily unavailable
                     self._write(beat)
 
     def _close(self) -> None:
-        """Close the file, and remove what would be all that this launch leaves."""
+        """Close the file; remove it and the folders made for it if nothing else was written."""
         with contextlib.suppress(OSError):
             if self._file >= 0 and os.listdir(self.run_dir) == [OWNER] and not os.fstat(self._file).st_size:
                 self._path.unlink()
         if self._file >= 0:
             os.close(self._file)
-        with contextlib.suppress(OSError):  # something else is there
+        with contextlib.suppress(OSError):  # not empty
             for folder in self._made:
                 folder.rmdir()
 
 
 def _read(path: Path) -> Owner | None:
-    """Return the owner that a path names now, not the one that an open file did."""
+    """Return the owner recorded at a path now, which may differ from that in an open file."""
     try:
         return _parse(path.read_bytes())
     except OSError:
@@ -256,11 +256,11 @@ def _read(path: Path) -> Owner | None:
 
 
 def _open_locked(run_dir: Path) -> tuple[int, bool]:
-    """Open and lock the file of a run; return it, and whether the file system knows locks at all.
+    """Open and lock the file of a run; return it, and whether the file system supports locks.
 
     Raises:
-        UserError: Another process has it, or something else has its name.
-        OSError: It cannot be opened or made.
+        UserError: Another process has the lock, or the path is not a regular file.
+        OSError: The file cannot be opened or made.
     """
     path = run_dir / OWNER
     while True:
@@ -268,22 +268,22 @@ def _open_locked(run_dir: Path) -> tuple[int, bool]:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         except OSError as error:
             if path.is_dir() or path.is_symlink():
-                raise UserError(f"{path} is no plain file, which only a run makes; remove it") from error
+                raise UserError(f"{path} is not a regular file, as a run makes it; remove it") from error
             raise
         try:
             if not stat.S_ISREG(os.fstat(file).st_mode):
-                raise UserError(f"{path} is no plain file, which only a run makes; remove it")
+                raise UserError(f"{path} is not a regular file, as a run makes it; remove it")
             reaches = _lock(file, run_dir)
             if _is_at(file, path):
                 return file, reaches
         except BaseException:
             os.close(file)
             raise
-        os.close(file)  # its last owner has removed it: lock the next one
+        os.close(file)  # its last owner has removed it: lock the new file
 
 
 def _is_at(file: int, path: Path) -> bool:
-    """Return whether a path names an open file."""
+    """Return whether a path still leads to an open file."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
@@ -304,7 +304,7 @@ def _lock(file: int, run_dir: Path) -> bool:
 
 
 def _parse(record: bytes) -> Owner | None:
-    """Return the owner of a record; None for an empty one, and for one that is no record."""
+    """Return the owner in a record; None if it is empty or malformed."""
     try:
         return Owner(**json.loads(record))
     except (ValueError, TypeError):

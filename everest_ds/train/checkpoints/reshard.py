@@ -1,13 +1,13 @@
-"""Resuming with another number of ranks or another ZeRO stage, through DeepSpeed's universal checkpoints.
+"""Resumes with another number of ranks or another ZeRO stage, through DeepSpeed's universal checkpoints.
 
-    step-00001200/              shards of the world and stage that wrote them
-    universal-step-00001200/    one folder a parameter: weight and two moments, whole and in float32
+    step-00001200/              shards for the number of ranks and the stage that wrote them
+    universal-step-00001200/    one folder per parameter: weight and two moments, whole and in float32
 
-The copy is made by DeepSpeed's own converter when it is first needed, and kept beside the checkpoint. Three faults
-of DeepSpeed's loader (0.19.8) are mended here. A folder converted from one stage lacks what the loader of another
-needs (`_bridge_stages`). ZeRO-3 gives every parameter group the hyper-parameters of the first (`_bridge_stages`
-stores none, so each group keeps its own). ZeRO-3 makes all groups share one step counter, which then advances once
-for each (`_separate_step_counters`).
+DeepSpeed's own converter makes the copy when it is first needed; it is kept next to the checkpoint. Three faults of
+DeepSpeed's loader (0.19.8) are corrected here. A folder converted from one stage lacks files that the loader of
+another stage needs (`_bridge_stages`). ZeRO-3 gives every parameter group the hyper-parameters of the first one
+(`_bridge_stages` stores none, so each group keeps its own). ZeRO-3 lets all groups share one step counter, which
+then advances once per group (`_separate_step_counters`).
 """
 
 import contextlib
@@ -41,34 +41,34 @@ from everest_ds.train.checkpoints.seal import (
 from everest_ds.train.checkpoints.shards import load_checkpoint, read_shard, require_data
 
 REPORT_EVERY_S = 5.0
-# What reading a shard raises that is data and yet not as DeepSpeed writes it.
+# Errors from shards that are only data, but not in DeepSpeed's format.
 ODD = (LookupError, TypeError, ValueError, AttributeError)
 
 
 def needs_resharding(was: TrainState, now: TrainState) -> bool:
-    """Return whether a checkpoint must be converted before this world and stage can load it.
+    """Return whether a checkpoint must be converted before it can be loaded on these ranks at this stage.
 
     Raises:
-        UserError: ZeRO-0 is on one side only, or its shards are split over another number of processes.
+        UserError: Only one side is ZeRO-0, or both are, in bfloat16, on different numbers of processes.
     """
     if (was.world_size, was.zero_stage) == (now.world_size, now.zero_stage):
         return False
     if was.zero_stage and now.zero_stage:
         return True
     if was.zero_stage == now.zero_stage and now.dtype == "float32":
-        return False  # every process of ZeRO-0 holds everything
+        return False  # every process of ZeRO-0 has everything
     raise UserError(
         f"the checkpoint was written by {was.world_size} processes at ZeRO stage {was.zero_stage}; this run has "
-        f"{now.world_size} at stage {now.zero_stage}: stages 1, 2 and 3 can be exchanged and resumed on any number "
-        "of processes, stage 0 only in float32 and only as stage 0"
+        f"{now.world_size} at stage {now.zero_stage}. Stages 1 to 3 resume as each other on any number of "
+        "processes, stage 0 only as stage 0 and only in float32"
     )
 
 
 @contextlib.contextmanager
 def universal_copy(checkpoint: Path, world: World) -> Iterator[Path]:
-    """Provide a checkpoint's universal copy, converting it when there is none yet; all ranks take part.
+    """Provide a checkpoint's universal copy, and make it if there is none yet; all ranks take part.
 
-    A copy made here is removed again when what follows fails: a failed start leaves the run as it was.
+    If the block fails, a copy made here is removed again, so a failed start leaves the run unchanged.
 
     Raises:
         UserError: The conversion failed.
@@ -108,7 +108,7 @@ def _convert(checkpoint: Path, copy: Path, source: str, world: World) -> None:
     temporary = copy.with_name(f"tmp-{copy.name}")
     started = time.monotonic()
     if world.is_main:
-        say(f"converting {checkpoint.name} for another world or ZeRO stage")
+        say(f"converting {checkpoint.name} for another number of processes or ZeRO stage")
     fault = (
         _run_converter(checkpoint, temporary, world)
         or try_together(lambda: _bridge(checkpoint, temporary) if world.is_main else None)
@@ -118,7 +118,7 @@ def _convert(checkpoint: Path, copy: Path, source: str, world: World) -> None:
     if fault:
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{checkpoint} could not be converted for this world and ZeRO stage: {fault}")
+        raise UserError(f"{checkpoint} could not be converted for this run's processes and ZeRO stage: {fault}")
     if world.is_main:
         say(f"converted to {copy} in {time.monotonic() - started:.1f} s")
 
@@ -129,9 +129,9 @@ def _publish(temporary: Path, copy: Path) -> None:
 
 
 def _run_converter(checkpoint: Path, temporary: Path, world: World) -> str | None:
-    """Run DeepSpeed's converter on rank zero, reporting progress; return what it said when it failed.
+    """Run DeepSpeed's converter on rank zero and report progress; return its last output if it failed.
 
-    All ranks meet every few seconds, so that no collective times out.
+    All ranks synchronise every few seconds, so that no collective times out.
     """
     process, fault, num_parameters, started = None, None, 0, time.monotonic()
     if world.is_main:
@@ -156,23 +156,23 @@ def _run_converter(checkpoint: Path, temporary: Path, world: World) -> str | Non
 def _is_converting(
     process: "subprocess.Popen[bytes] | None", temporary: Path, num_parameters: int, started: float
 ) -> bool:
-    """Wait a while for the converter, report how far it is, and return whether it still runs; False without one."""
+    """Wait a few seconds for the converter, report progress, return whether it still runs; False without one."""
     if process is None:
         return False
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=REPORT_EVERY_S)
     done = len(list(temporary.glob("zero/*/exp_avg_sq.pt")))
-    what = f"{done} of {num_parameters} parameters merged" if done else "taking the shards apart"
+    what = f"{done} of {num_parameters} parameters merged" if done else "splitting the shards"
     say(f"  {what}, {time.monotonic() - started:.0f} s")
     return process.poll() is None
 
 
 def _start_converter(checkpoint: Path, temporary: Path) -> "subprocess.Popen[bytes]":
-    """Start the converter as a process outside of this launch, without its GPUs."""
+    """Start the converter as a process without the launch's environment variables and GPUs."""
     launch = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in launch}
     environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONUNBUFFERED"] = "1"  # else its output follows its traceback
+    environment["PYTHONUNBUFFERED"] = "1"  # otherwise its output comes after its traceback
     workers = str(max(1, min(8, (os.cpu_count() or 2) // 2)))
     paths = [str(Path(everest_ds.__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
@@ -190,18 +190,18 @@ def _count_parameters(checkpoint: Path) -> int:
 
 
 def _bridge(checkpoint: Path, temporary: Path) -> None:
-    """Do `_bridge_stages`; a checkpoint of odd contents is an error like a full disk, which all ranks learn of."""
+    """Run `_bridge_stages`; report unexpected contents as a RuntimeError, which all ranks get like a full disk."""
     try:
         _bridge_stages(checkpoint, temporary)
     except ODD as error:
-        raise RuntimeError(f"its contents are odd: {type(error).__name__}: {error}") from error
+        raise RuntimeError(f"DeepSpeed did not write its contents: {type(error).__name__}: {error}") from error
 
 
 def _bridge_stages(checkpoint: Path, temporary: Path) -> None:
-    """Give a universal folder what the loaders of all stages ask for, and nothing else that they would read.
+    """Add to a universal folder the files that the loaders of all stages need.
 
-    ZeRO-1 and 2 look for one name of the model's states, ZeRO-3 for another; weights come from zero/ in any case.
-    Groups are listed without hyper-parameters: the new optimiser's own are the right ones.
+    ZeRO-1 and 2 expect another name for the model's states than ZeRO-3; weights always come from zero/. Groups are
+    listed without hyper-parameters, because the new optimiser's own are the right ones.
     """
     states = {key: value for key, value in _model_states(checkpoint).items() if key not in ("module", "optimizer")}
     for path in temporary.glob("*_model_states.pt"):
@@ -219,25 +219,25 @@ def _bridge_stages(checkpoint: Path, temporary: Path) -> None:
         "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": [{}]},
     }
     torch.save(bridged, path)
-    # DeepSpeed notes the converted folder in a pointer of its own; the seal takes that part here.
+    # DeepSpeed records the converted folder in its own pointer, which the seal makes unnecessary.
     (checkpoint.parent / "latest_universal").unlink(missing_ok=True)
     for tensor_path in (temporary / "zero").glob("*/*.pt"):
         tensor = read_shard(tensor_path)
         if (
             torch.is_tensor(tensor) and tensor_path.stem != "step"
-        ):  # as ZeRO-3 is converted; ZeRO-1 and 2 want a name
+        ):  # ZeRO-3 is converted to bare tensors; ZeRO-1 and 2 expect a name
             torch.save({"param": tensor, "cat_dim": 0}, tensor_path)
 
 
 def _model_states(checkpoint: Path) -> dict[str, Any]:
-    """Read the first model states file of a checkpoint of ours."""
+    """Read the first file of model states in a checkpoint."""
     path = sorted(checkpoint.glob("*mp_rank_00_model_states.pt"))[0]
     loaded: dict[str, Any] = read_shard(path, mmap=True)
     return loaded
 
 
 def _separate_step_counters(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
-    """Give the state of every flat parameter a step counter of its own, as torch makes them."""
+    """Give the state of every flat parameter its own step counter, as torch does."""
     fused = bool(optimizer.defaults.get("fused"))
     for parameter, state in optimizer.state.items():
         device = parameter.device if fused else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""A run's configuration: RUN/config.json, or where that is lost, the copy in a checkpoint. Needs no torch."""
+"""Reads a run's configuration: RUN/config.json, or if that is lost, the copy in a checkpoint; without torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ CONFIG = "config.json"
 
 
 def find_config_fault(folder: Path) -> str | None:
-    """Return why a run's or checkpoint's config.json is lost: missing, empty or cut short; None where it is not."""
+    """Return why the config.json of a run or checkpoint is lost (missing, empty or truncated), or None."""
     try:
         read_json_object(folder / CONFIG)
     except UserError as error:
@@ -21,7 +21,7 @@ def find_config_fault(folder: Path) -> str | None:
 
 
 def find_config_copy(checkpoints: Sequence[Path]) -> Path | None:
-    """Return the first copy of the configuration in checkpoints; older versions wrote none."""
+    """Return the first copy of the configuration in checkpoints, or None; older versions wrote none."""
     return next((one / CONFIG for one in checkpoints if find_config_fault(one) is None), None)
 
 
@@ -30,10 +30,10 @@ def read_config(run_dir: Path, checkpoints: Sequence[Path]) -> Config:
 
     Args:
         run_dir: The run directory.
-        checkpoints: Those whose copy may be used in its place, in this order.
+        checkpoints: Checkpoints whose copy may be used instead, in this order.
 
     Raises:
-        UserError: It is lost and there is no copy, or it is none that `load_config` reads.
+        UserError: It is lost and there is no copy, or `load_config` refuses it.
     """
     copy = None if find_config_fault(run_dir) is None else find_config_copy(checkpoints)
     return load_config(copy or run_dir / CONFIG)

@@ -2,8 +2,8 @@
 
 RUN/config.json          the resolved recipe
     ds_config.json       the DeepSpeed configuration as used
-    environment.json     command, commit, versions, hardware of the last start
-    owner.lock           who trains it; see `owner`
+    environment.json     command, commit, versions, hardware of the last launch
+    owner.lock           the process that trains it; see `owner`
 """
 
 import os
@@ -34,16 +34,16 @@ from everest_ds.train.record.lines import METRICS, read_measurements
 from everest_ds.train.trackers.group import KNOWN_AS
 from everest_ds.train.trackers.tensorboard import EVENT_FILES
 
-# A network file system may show a new file to other nodes only after a while (NFS: up to a minute by default).
+# A network file system may show a new file to other nodes late (NFS: up to a minute by default).
 VISIBLE_WITHIN_S = 90
 
-# What a start writes before its first step, besides config.json and the record.
+# Files that a launch writes before its first step, besides config.json and the record.
 _BEGUN_WITH = (
     "ds_config.json", "environment.json", "classes.txt", "tensorboard", "checkpoints", "media", "logs", "profile",
     "wandb", KNOWN_AS,
 )  # fmt: skip
 
-# Settings that may change when a run resumes: they do not change what is computed.
+# Settings that may change when a run resumes, because they do not change results.
 FREE_ON_RESUME = frozenset(
     {
         "batch.micro_size",
@@ -86,9 +86,9 @@ class Resume:
 
     Attributes:
         run_dir: The run directory.
-        candidates: Complete checkpoints to try, in this order; none to start afresh.
-        exact: Whether one was asked for by name, and no other may be used.
-        note: What people should know of the run directory; None when there is nothing.
+        candidates: Complete checkpoints to try, in this order; empty for a fresh start.
+        exact: Whether a checkpoint was named, so that no other may be used.
+        note: A note for the user on the run directory, or None.
     """
 
     run_dir: Path
@@ -106,8 +106,8 @@ def find_resume(out: Path | None, config: Config, resume: str) -> Resume:
         resume: auto, never, or the path of a checkpoint or run.
 
     Raises:
-        UserError: The directory is being trained, is used and must not be, or holds another run, or the named
-            checkpoint is unusable.
+        UserError: The directory is being trained, is not empty although it should be, or has another run, or the
+            named checkpoint cannot be used.
     """
     if resume not in ("auto", "never"):
         return _named_checkpoint(out, config, Path(resume))
@@ -119,7 +119,7 @@ def find_resume(out: Path | None, config: Config, resume: str) -> Resume:
         raise UserError(f"--out {run_dir} is not empty and --resume is never; name another folder")
     candidates = list_checkpoints(run_dir)
     if not candidates and not (run_dir / CONFIG).is_file():
-        raise UserError(f"--out {run_dir} is not empty and holds no run (no config.json); name another folder")
+        raise UserError(f"--out {run_dir} is not empty and has no run (no config.json); name another folder")
     note = _require_same_run(run_dir, config)
     if not candidates:
         _require_unsaved(run_dir)
@@ -127,7 +127,7 @@ def find_resume(out: Path | None, config: Config, resume: str) -> Resume:
 
 
 def _named_checkpoint(out: Path | None, config: Config, named: Path) -> Resume:
-    """Return the checkpoint of that name; a run directory, or its checkpoints/, stands for its `latest`."""
+    """Return the named checkpoint; a run directory, or its checkpoints/, means its `latest`."""
     for folder in (out,) if out else (named, *named.parents[:2]):
         refuse_if_trained(folder)
     if folder_of(named).is_dir():
@@ -139,7 +139,7 @@ def _named_checkpoint(out: Path | None, config: Config, named: Path) -> Resume:
     if not is_sealed(checkpoint):
         raise UserError(
             f"--resume {named}: no complete checkpoint there; expected auto, never, a run directory, or a folder "
-            f"RUN/checkpoints/step-... that holds {SEAL}"
+            f"RUN/checkpoints/step-... with {SEAL}"
         )
     source = checkpoint.parent.parent
     run_dir = out or source
@@ -149,17 +149,17 @@ def _named_checkpoint(out: Path | None, config: Config, named: Path) -> Resume:
             raise UserError(f"--out {run_dir} holds another run than --resume {named}; name an empty folder")
     elif checkpoint.resolve() != (newest := next(iter(sound_checkpoints(source)), checkpoint)).resolve():
         raise UserError(
-            f"--resume {named}: the run went on to {newest.name}; name another folder with --out to branch off"
+            f"--resume {named}: the run continued to {newest.name}; name another folder with --out to branch off"
         )
     return Resume(run_dir=run_dir, candidates=(checkpoint,), exact=True, note=note)
 
 
 def require_same_classes(resume: Resume, names: Sequence[str]) -> None:
-    """Refuse to resume with other names of the classes: in another order the head would score other classes.
+    """Refuse to resume with other class names: in another order, the head's outputs would mean other classes.
 
     Args:
-        resume: Where the run resumes from; nothing is compared where it starts afresh, or had no names.
-        names: One a class, in the order of the labels.
+        resume: Where the run resumes from; nothing is compared for a fresh start, or if the run had no names.
+        names: The class names, in the order of the labels.
 
     Raises:
         UserError: A name differs, or RUN/classes.txt cannot be read.
@@ -177,13 +177,13 @@ def require_same_classes(resume: Resume, names: Sequence[str]) -> None:
     if changed is not None:
         place, was, now = changed
         raise UserError(
-            f"class {place} was {escaped(repr(was))} and is now {escaped(repr(now))}: the run's head has the order "
-            f"of {path}; restore the names of the training list, or {accept}"
+            f"class {place} was {escaped(repr(was))} and is now {escaped(repr(now))}, but the run's head has the "
+            f"order of {path}; restore the names of the training list, or {accept}"
         )
 
 
 def find_pointer_fault(run_dir: Path) -> str | None:
-    """Return what is wrong with the pointer `latest` of a run that has checkpoints; None where it is right."""
+    """Return what is wrong with the pointer `latest` of a run that has checkpoints, or None."""
     if not list_checkpoints(run_dir):
         return None
     try:
@@ -198,18 +198,18 @@ def _is_used(run_dir: Path) -> bool:
 
 
 def _require_unsaved(run_dir: Path) -> None:
-    """Refuse to start afresh where the record says that checkpoints were saved: their disk may be away."""
+    """Refuse a fresh start if the record says that checkpoints were saved: their disk may not be mounted."""
     lines = [line for line in read_measurements(run_dir) if line.get("event") in ("checkpoint", "resume")]
     step = max((line["step"] for line in lines), default=0)
     if step > 0:
         raise UserError(
-            f"{run_dir / METRICS} says that step {step} was saved, and {folder_of(run_dir)} holds no complete "
+            f"{run_dir / METRICS} says that step {step} was saved, but {folder_of(run_dir)} has no complete "
             f"checkpoint; mount or restore that folder to continue, or rename {METRICS} to start afresh"
         )
 
 
 def _require_same_run(run_dir: Path, config: Config, checkpoint: Path | None = None) -> str | None:
-    """Compare a run's settings with those given; return what people should know where config.json is lost."""
+    """Compare a run's settings with the given ones; return a note for the user if config.json is lost."""
     fault = find_config_fault(run_dir)
     if fault is None:
         _require_same_settings(run_dir, load_config(run_dir / CONFIG), config)
@@ -218,26 +218,26 @@ def _require_same_run(run_dir: Path, config: Config, checkpoint: Path | None = N
     copy = find_config_copy(checkpoints)
     if copy is not None:
         _require_same_settings(run_dir, load_config(copy), config)
-        return f"{fault}; it is written again, compared with {copy}"
+        return f"{fault}; it is written again, after comparison with {copy}"
     if not checkpoints:
         _require_begun_only(run_dir, fault)
-        return f"{fault}; it is written again: the run has no checkpoint yet"
+        return f"{fault}; it is written again, because the run has no checkpoint yet"
     state, global_size = read_state(checkpoints[0]), config.batch.global_size
     if state.samples != state.step * global_size:
         raise UserError(
             f"{fault}, and {checkpoints[0]} was trained with batch.global_size={state.samples / state.step:g}, now "
             f"{global_size}; give the settings of the run, or restore config.json"
         )
-    return f"{fault}; it is written again with the settings of this command, which nothing else tells: check them"
+    return f"{fault}; it is written again with the settings of this command: check them, as there is no other copy"
 
 
 def _require_begun_only(run_dir: Path, fault: str) -> None:
-    """Refuse a folder whose config.json is lost, unless it holds what a run begins with and nothing else."""
+    """Refuse a folder whose config.json is lost, unless it has only files that a launch writes at its start."""
     known = {CONFIG, *_BEGUN_WITH, METRICS, OWNER}
     found = [path for path in run_dir.iterdir() if not (is_partial(path) or path.match(EVENT_FILES))]
     others = sorted(path.name for path in found if path.name not in known)
     if others:
-        raise UserError(f"{fault}, and {run_dir} holds {escaped(others[0])}, too; name another folder with --out")
+        raise UserError(f"{fault}, and {run_dir} also has {escaped(others[0])}; name another folder with --out")
 
 
 def _require_same_settings(run_dir: Path, was: Config, now: Config) -> None:
@@ -259,11 +259,11 @@ def _require_same_settings(run_dir: Path, was: Config, now: Config) -> None:
 
 
 def _way_to_start_from(run_dir: Path) -> str:
-    """Return how a new run starts from this one's weights, as the end of a message."""
+    """Return the end of a message: how to start a new run from this one's weights."""
     if not list_checkpoints(run_dir):
         return ""
     source = shlex.quote(str(run_dir))
-    return f". To train its weights longer or otherwise, start a new run: --init-from {source} --out ANOTHER"
+    return f". To train its weights further, start a new run: --init-from {source} --out ANOTHER"
 
 
 def _flatten(config: Config) -> dict[str, Any]:
@@ -275,7 +275,7 @@ def _flatten(config: Config) -> dict[str, Any]:
 
 
 def write_run_files(run_dir: Path, config: Config, ds_config: dict[str, Any]) -> None:
-    """Write the files that describe a run; also when it resumes."""
+    """Write the files that describe a run, at its start and when it resumes."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / CONFIG, dump_config(config))
     write_json(run_dir / "ds_config.json", ds_config)
@@ -283,7 +283,7 @@ def write_run_files(run_dir: Path, config: Config, ds_config: dict[str, Any]) ->
 
 
 def require_shared(run_dir: Path) -> None:
-    """Refuse a run directory in which some rank does not see what rank zero has written. All ranks take part."""
+    """Refuse a run directory in which a rank does not see the files of rank zero; all ranks take part."""
     deadline = time.monotonic() + VISIBLE_WITHIN_S
     while not (run_dir / "config.json").is_file() and time.monotonic() < deadline:
         time.sleep(1)
@@ -315,7 +315,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Return the commit of a source checkout, marked when it has changes; None for an installed package."""
+    """Return the commit of a source checkout, marked if it has changes; None for an installed package."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None

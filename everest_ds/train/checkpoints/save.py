@@ -1,8 +1,8 @@
-"""Checkpoints: DeepSpeed's shards, a state file, and a seal that is written last.
+"""Saves checkpoints: DeepSpeed's shards, a state file, and a seal that is written last.
 
-RUN/checkpoints/step-00001200/ appears under its name only when every rank's shards are on disk and sealed with
-sizes and checksums; then RUN/checkpoints/latest points to it. A save that dies leaves a folder named tmp-* that
-nothing reads and the next save removes.
+RUN/checkpoints/step-00001200/ gets its name only when every rank's shards are on disk and sealed with sizes and
+checksums; then RUN/checkpoints/latest points to it. An interrupted save leaves a folder named tmp-*, which nothing
+reads and the next save removes.
 """
 
 import copyreg
@@ -43,7 +43,7 @@ from everest_ds.train.checkpoints.seal import (
 
 
 def find_best(run_dir: Path) -> Path | None:
-    """Return the checkpoint with the highest validation score; None without scores; see `read_pointer`."""
+    """Return the checkpoint with the highest validation score, or None without scores; see `read_pointer`."""
     return require_pointer(run_dir, BEST) if (folder_of(run_dir) / BEST).is_file() else None
 
 
@@ -51,7 +51,7 @@ def read_pointer(run_dir: Path, name: str) -> Path:
     """Return the checkpoint that a pointer of a run names.
 
     Raises:
-        UserError: There is no pointer, or it is empty, or names no complete checkpoint.
+        UserError: There is no pointer, it is empty, or it does not name a complete checkpoint.
     """
     pointer = folder_of(run_dir) / name
     try:
@@ -61,27 +61,27 @@ def read_pointer(run_dir: Path, name: str) -> Path:
     if not target:
         raise UserError(f"{pointer} is empty")
     if Path(target).name != target or not is_sealed(pointer.parent / target):
-        raise UserError(f"{pointer} names {target!r}, which is no complete checkpoint")
+        raise UserError(f"{pointer} names {target!r}, which is not a complete checkpoint")
     return pointer.parent / target
 
 
 def require_pointer(run_dir: Path, name: str) -> Path:
-    """Return the checkpoint that a pointer names, or say how to do without it; see `read_pointer`."""
+    """Return the checkpoint that a pointer names; the error says what to name instead; see `read_pointer`."""
     try:
         return read_pointer(run_dir, name)
     except UserError as error:
-        raise UserError(f"{error}; name a folder {folder_of(run_dir)}/step-... in its place") from error
+        raise UserError(f"{error}; name a folder {folder_of(run_dir)}/step-... instead") from error
 
 
 def point_to_best(run_dir: Path, step: int | None) -> bool:
-    """Make the pointer to the best checkpoint name that of a step; return whether it is there. Rank zero only.
+    """Point to the checkpoint of the best step; return whether it exists. Rank zero only.
 
-    Without a step, or where its checkpoint is gone because the run resumed from an older one, there is no pointer.
+    Without a step, or if its checkpoint is gone because the run resumed from an older one, the pointer is removed.
     """
     pointer = folder_of(run_dir) / BEST
     target = folder_of(run_dir) / f"step-{step or 0:08d}"
     if step is None or not is_sealed(target):
-        if pointer.is_symlink() or not pointer.is_dir():  # a folder is somebody else's
+        if pointer.is_symlink() or not pointer.is_dir():  # a folder is not ours
             pointer.unlink(missing_ok=True)
         return False
     _point(pointer, target)
@@ -89,45 +89,45 @@ def point_to_best(run_dir: Path, step: int | None) -> bool:
 
 
 def point_to_latest(run_dir: Path, checkpoint: Path) -> None:
-    """Make the pointer to the newest checkpoint name that which a run resumes from. Rank zero only."""
+    """Point `latest` to the checkpoint that a run resumes from. Rank zero only."""
     if checkpoint.parent.resolve() == folder_of(run_dir).resolve():
         _point(folder_of(run_dir) / LATEST, checkpoint)
 
 
 def _point(pointer: Path, checkpoint: Path) -> None:
-    """Make a pointer name a checkpoint; a folder that has its name is set aside."""
+    """Make a pointer name a checkpoint; a folder with the pointer's name is renamed."""
     if not pointer.is_symlink() and pointer.is_dir():
         move_aside(pointer, f"odd-{pointer.name}")
     write_atomically(pointer, checkpoint.name + "\n")
 
 
-# The moving average of the weights, where one is kept.
+# The moving average of the weights, if a run has one.
 AVERAGE = "ema.safetensors"
-# Where torch's file writer reports that a disk takes no more; it raises a RuntimeError.
+# Marks of the RuntimeError that torch's file writer raises when a disk is full.
 TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Where a run stands; everything else about its data follows from the seed and the step.
+    """The state of a run; everything else about its data follows from the seed and the step.
 
     Attributes:
         step: Optimiser steps taken.
         epoch: Whole epochs.
         samples: Clips seen.
         num_bad: Unreadable draws so far.
-        num_skipped: Steps that changed no weight, because a gradient was not finite.
+        num_skipped: Steps skipped because a gradient was not finite.
         best_step: Step of the highest validation score; None before the first.
         best_score: That score.
-        threshold: The running quantile of importance, where a budget keeps one.
+        threshold: The running quantile of importance, if the budget has one.
         world_size: Ranks that wrote the shards.
         zero_stage: How they are sharded.
-        dtype: Of the weights that the model computes with, bfloat16 or float32.
-        autocast: Whether its matmuls are in bfloat16 all the same, by autocast.
+        dtype: Dtype of the model's weights, bfloat16 or float32.
+        autocast: Whether float32 weights have bfloat16 matmuls, by autocast.
         videos: Fingerprint of the training list.
-        contents: A sample of what its videos hold; None from older versions, as for the validation list.
-        val_videos: Fingerprint of the validation list that the best score is of; None without one.
-        val_contents: A sample of what its videos hold.
+        contents: Fingerprint of a sample of its videos' contents; None from older versions.
+        val_videos: Fingerprint of the validation list that the best score is for; None without one.
+        val_contents: Like ``contents``, for the validation list.
         format: Version of the checkpoint's layout.
     """
 
@@ -155,7 +155,7 @@ class TrainState:
 
 
 def universal_of(checkpoint: Path) -> Path:
-    """Return where a checkpoint's copy for other worlds and stages is kept, and removed with it."""
+    """Return the path of a checkpoint's universal copy, which is removed together with the checkpoint."""
     return checkpoint.with_name(f"universal-{checkpoint.name}")
 
 
@@ -168,18 +168,18 @@ def save_checkpoint(
     extra_bytes: int = 0,
     write_more: Sequence[Callable[[Path], None]] = (),
 ) -> Path:
-    """Save a checkpoint before anything else is done; all ranks take part. Returns its folder.
+    """Save a checkpoint and wait until it is complete; all ranks take part. Returns its folder.
 
     Args:
         engine: The DeepSpeed engine.
         run_dir: The run directory.
-        state: Where the run stands.
-        world: This rank and how many there are.
+        state: The state of the run.
+        world: This rank and the number of ranks.
         extra_bytes: About how many bytes `write_more` writes.
         write_more: Write more files into the folder before it is sealed; called on every rank.
 
     Raises:
-        UserError: The disk is full or cannot be written to; earlier checkpoints are as they were.
+        UserError: The disk is full or cannot be written to; earlier checkpoints are unchanged.
     """
     folder, (temporary, final) = folder_of(run_dir), folders_of_save(run_dir, state.step)
     make_room(run_dir, temporary, checkpoint_bytes(engine.module) + extra_bytes, world)
@@ -193,13 +193,13 @@ def save_checkpoint(
 
 
 def folders_of_save(run_dir: Path, step: int) -> tuple[Path, Path]:
-    """Return a checkpoint's folder while it is unfinished, and the one that it becomes."""
+    """Return a checkpoint's temporary and its final folder."""
     final = folder_of(run_dir) / f"step-{step:08d}"
     return final.with_name(f"tmp-{final.name}"), final
 
 
 def pickle_stages_by_value() -> None:
-    """Let every Python pickle DeepSpeed's enumeration alike: 3.11.0 to 3.11.3 would name getattr in each shard."""
+    """Pickle DeepSpeed's enumeration by value: Python 3.11.0 to 3.11.3 would name getattr in each shard."""
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
     copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
@@ -209,8 +209,8 @@ def run_deepspeed(engine: Any, temporary: Path) -> None:
     """Let DeepSpeed save its shards; all ranks take part.
 
     Raises:
-        UserError: This rank cannot. The others then wait for it in DeepSpeed's barrier: it must leave at once, and
-            let the launcher end them.
+        UserError: This rank cannot save. The others wait for it in DeepSpeed's barrier, so it must exit at once,
+            and the launcher ends them.
     """
     pickle_stages_by_value()
     try:
@@ -222,7 +222,7 @@ def run_deepspeed(engine: Any, temporary: Path) -> None:
 
 
 def checkpoint_bytes(module: Any) -> int:
-    """Return about how many bytes a checkpoint takes: weights; of trained ones also float32 copies and moments."""
+    """Return about how many bytes a checkpoint takes: weights, and float32 copies and moments of trained ones."""
     total = 0
     for parameter in module.parameters():
         trained = 12 if parameter.requires_grad else 0
@@ -237,7 +237,7 @@ def bytes_of_rank(module: Any, stage: int, world: World) -> int:
 
 
 def share_of_rank(total: int, weights: int, stage: int, *, world_size: int, is_main: bool) -> int:
-    """Return how many bytes of a checkpoint a rank writes, of all and of the model's weights among them."""
+    """Return how many bytes of a checkpoint a rank writes, from the total bytes and those of the weights."""
     if stage == 0:
         return total if is_main else 0
     if stage == 3:
@@ -247,7 +247,7 @@ def share_of_rank(total: int, weights: int, stage: int, *, world_size: int, is_m
 
 @dataclass(frozen=True, kw_only=True)
 class Keeping:
-    """Which checkpoints of a run stay: the newest, multiples of so many steps, and the best; see RunConfig."""
+    """Which checkpoints of a run are kept: the newest, multiples of a number of steps, and the best one."""
 
     keep_last: int
     keep_every_steps: int | None
@@ -268,10 +268,11 @@ def keep_within(run_dir: Path, keeping: Keeping) -> None:
 def prune_checkpoints(
     run_dir: Path, *, keep_last: int, keep_every_steps: int | None = None, keep_step: int | None = None
 ) -> list[Path]:
-    """Remove complete checkpoints but the newest ``keep_last``, multiples of ``keep_every_steps``, and one step's.
+    """Remove complete checkpoints, except the newest ``keep_last``, multiples of ``keep_every_steps``, and
+    ``keep_step``.
 
-    Called by rank zero, after a save. Folders that are no checkpoints of their name do not count, and stay.
-    Returns what was removed.
+    Called by rank zero after a save. Folders that are not the checkpoints of their names neither count nor are
+    removed. Returns the removed folders.
     """
     removed = []
     for checkpoint in sound_checkpoints(run_dir)[max(keep_last, 1) :]:
@@ -285,7 +286,7 @@ def prune_checkpoints(
 
 
 def set_aside(checkpoints: Iterable[Path]) -> None:
-    """Rename damaged checkpoints: they are neither resumed from nor counted among those to keep."""
+    """Rename damaged checkpoints, so that they are not resumed from or counted as kept."""
     for checkpoint in checkpoints:
         remove_sealed(universal_of(checkpoint))
         try:
@@ -295,13 +296,13 @@ def set_aside(checkpoints: Iterable[Path]) -> None:
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    """Read where a checkpoint stands.
+    """Read the state of a checkpoint.
 
     Raises:
-        UserError: The folder is not a complete checkpoint, or one of another version.
+        UserError: The folder is not a complete checkpoint, or is of another version.
     """
     if not is_sealed(checkpoint):
-        raise UserError(f"{checkpoint} is no complete checkpoint: it has no {SEAL}")
+        raise UserError(f"{checkpoint} is not a complete checkpoint: it has no {SEAL}")
     try:
         raw = parse_json((checkpoint / STATE).read_text())
         if raw.get("format", FORMAT) > FORMAT:
@@ -316,7 +317,7 @@ def read_state(checkpoint: Path) -> TrainState:
 
 
 def _require_kinds(state: TrainState) -> TrainState:
-    """Return a state whose fields are of their types and whose counts are counts."""
+    """Return a state; refuse fields of wrong types and counts out of range."""
     for name, hint in get_type_hints(TrainState).items():
         value = getattr(state, name)
         is_kind = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
@@ -328,14 +329,14 @@ def _require_kinds(state: TrainState) -> TrainState:
 
 
 def find_fault(checkpoint: Path, world: World) -> str | None:
-    """Return why a checkpoint cannot be used, as far as this rank looks; None where it is sound."""
+    """Return why a checkpoint cannot be used, from this rank's share of its files; None if they are undamaged."""
     return find_outline_fault(checkpoint) or find_damage(checkpoint, world)
 
 
 def choose_checkpoint(candidates: Sequence[Path], world: World, *, exact: bool) -> Path | None:
-    """Return the first candidate whose files are what its seal says; all ranks take part and agree.
+    """Return the first candidate whose files match its seal; all ranks take part and agree.
 
-    Damaged ones are named and passed over, unless one was asked for by name.
+    Damaged candidates are reported and skipped, unless a checkpoint was named.
 
     Raises:
         UserError: The named checkpoint is damaged, or all candidates are.
@@ -350,7 +351,7 @@ def choose_checkpoint(candidates: Sequence[Path], world: World, *, exact: bool) 
             return checkpoint
         faults.append(f"checkpoint {checkpoint} is damaged: {fault}")
         if world.is_main and not exact:
-            say(escaped(f"warning: {faults[-1]}; passing it over"))
+            say(escaped(f"warning: {faults[-1]}; skipping it"))
     if faults:
         raise UserError("; ".join(faults) + "; name another with --resume PATH, or start afresh in another --out")
     return None
@@ -360,23 +361,23 @@ def require_same_start(checkpoint: Path, was: TrainState, now: TrainState) -> No
     """Refuse to resume from a checkpoint of another precision or training list."""
     if was.computes_in != now.computes_in:
         raise UserError(
-            f"{checkpoint} was written in {was.computes_in}; this run computes in {now.computes_in}: see "
+            f"{checkpoint} was written in {was.computes_in}, but this run computes in {now.computes_in}; change "
             "--precision"
         )
     if was.videos != now.videos:
         raise UserError(
-            f"{checkpoint} was written with another training list ({was.videos}, now {now.videos}): order and "
-            "schedule would change; restore the list, or start a new run in another --out (--init-from "
-            f"{checkpoint.parent.parent} takes these weights along)"
+            f"{checkpoint} was written with another training list ({was.videos}, now {now.videos}), so order and "
+            "schedule would change. Restore the list, or start a new run from these weights: --init-from "
+            f"{checkpoint.parent.parent} --out ANOTHER"
         )
 
 
 def make_room(
     run_dir: Path, temporary: Path, needed: int, world: World, *, require: Callable[[], object] = lambda: None
 ) -> None:
-    """Remove unfinished saves, and refuse one that cannot fit before anything is written; all ranks take part.
+    """Remove unfinished saves, and refuse a save that does not fit before anything is written; all ranks take part.
 
-    ``require`` is called on every rank, and raises an OSError where that cannot save.
+    ``require`` is called on every rank, and raises an OSError if that rank cannot save.
     """
     folder = folder_of(run_dir)
 
@@ -389,18 +390,18 @@ def make_room(
 
 
 def _make_room(folder: Path, temporary: Path, needed: int) -> None:
-    """Remove unfinished saves, and refuse a save that cannot fit before anything is written."""
+    """Remove unfinished saves, and refuse a save that does not fit."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     if os.path.lexists(temporary):
         move_aside(temporary, f"odd-{temporary.name}")
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"a checkpoint takes about {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
+        raise OSError(f"a checkpoint takes about {needed / 2**20:.0f} MiB, but {free / 2**20:.0f} MiB are free")
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Give a sealed folder its name, in place of an older save of the same step, and point to it."""
+    """Give a sealed folder its final name, replacing an older save of the same step, and point to it."""
     remove_sealed(universal_of(final))
     if is_sealed(final) and find_outline_fault(final) is None:
         remove_sealed(final)
@@ -417,14 +418,14 @@ def _write_state(folder: Path, state: TrainState, run_dir: Path) -> None:
 
 
 def describing_files(state: TrainState, run_dir: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield the small files of a checkpoint: its state, and a copy of the configuration for a run that loses it."""
+    """Yield the small files of a checkpoint: its state, and a backup of the configuration."""
     yield STATE, (json.dumps(asdict(state), indent=2) + "\n").encode()
     if (run_dir / CONFIG).is_file():
         yield CONFIG, (run_dir / CONFIG).read_bytes()
 
 
 def all_must(world: World, folder: Path, action: Callable[[], object]) -> None:
-    """Run a part of a save on every rank; when it fails on one, all stop alike and the torn folder is removed."""
+    """Run a part of a save on every rank; if it fails on one, all stop and the unfinished folder is removed."""
     fault = try_together(action)
     if fault is None:
         return
@@ -434,11 +435,11 @@ def all_must(world: World, folder: Path, action: Callable[[], object]) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what unfinished saves have left in a folder of checkpoints."""
+    """Remove the remains of unfinished saves in a folder of checkpoints."""
     for leftover in leftovers(folder):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def unwritten(folder: Path, fault: str) -> str:
     """Return the message for a save that failed."""
-    return f"no checkpoint could be written to {folder}: {fault}; earlier ones are kept. Make room and start again"
+    return f"no checkpoint could be written to {folder}: {fault}; earlier ones are kept. Free space and start again"

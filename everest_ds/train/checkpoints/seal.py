@@ -1,6 +1,6 @@
-"""Seals: the list of a folder's files with sizes and checksums, written last. All ranks share the work.
+"""Seals: a list of a folder's files with sizes and checksums, written last. All ranks share the work.
 
-A folder counts only once it is sealed, and only as long as its files match the seal.
+A folder is valid only if it is sealed and its files match the seal.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ def is_sealed(folder: Path) -> bool:
     """Return whether a folder has a seal; `find_damage` says whether its files match."""
     try:
         return (folder / SEAL).is_file()
-    except OSError:  # it does not let itself be looked into
+    except OSError:  # the folder cannot be read
         return False
 
 
@@ -29,15 +29,14 @@ def seal(folder: Path, world: World, **more: str) -> None:
     """Flush every file of a folder to disk and write its seal; all ranks take part.
 
     Args:
-        folder: A folder that nobody writes to any more.
-        world: This rank and how many there are.
+        folder: A folder that is no longer written to.
+        world: This rank and the number of ranks.
         more: Further entries of the seal.
 
     Raises:
-        OSError: On every rank, when one could not flush or read its share; on rank zero, when the seal itself
-            cannot be written.
+        OSError: On every rank if one could not flush or read its share; on rank zero if the seal cannot be written.
     """
-    # Rank zero's listing counts: on a network file system the others may not see every file yet.
+    # Use rank zero's listing: on a network file system the others may not see every file yet.
     names = distributed.gather_objects(_files(folder) if world.is_main else [])[0]
     records, fault = {}, None
     try:
@@ -62,7 +61,7 @@ def write_seal(folder: Path, files: Mapping[str, FileRecord], **more: str) -> No
 
 
 def record_of(path: Path) -> FileRecord:
-    """Return what a seal says of a file: its size and checksum."""
+    """Return a file's entry in a seal: its size and checksum."""
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
@@ -88,7 +87,7 @@ def find_damage(folder: Path, world: World) -> str | None:
 
 
 def _compare(path: Path, expected: FileRecord) -> str | None:
-    """Return how a file differs from its entry in a seal, with {} for its name; None where it does not."""
+    """Return how a file differs from its entry in a seal, with {} for its name; None if it does not."""
     if not path.is_file():
         return "{} is missing"
     if path.stat().st_size != expected["size"]:
@@ -97,21 +96,21 @@ def _compare(path: Path, expected: FileRecord) -> str | None:
 
 
 def try_together(action: Callable[[], object]) -> str | None:
-    """Run an action on every rank; return on all of them the first error of a disk, or None."""
+    """Run an action on every rank; return the first error of a disk, or None, on all of them."""
     fault = None
     try:
         action()
     except OSError as error:
         fault = str(error)
-    except RuntimeError as error:  # as which torch's writer reports a full disk
+    except RuntimeError as error:  # torch's writer reports a full disk by it
         fault = f"RuntimeError: {error}"
     return distributed.agree(fault)
 
 
 def remove_sealed(folder: Path) -> None:
-    """Remove a folder, its name first: an interrupted removal leaves nothing that looks complete.
+    """Rename a folder, then remove it, so that an interrupted removal leaves nothing that looks complete.
 
-    What it leaves has the name of a save that did not finish, and the next save removes it.
+    The remains have the name of an unfinished save, and the next save removes them.
     """
     if folder.is_symlink() or not folder.is_dir():
         return

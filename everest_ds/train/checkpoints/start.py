@@ -1,4 +1,4 @@
-"""Where a run starts: afresh, from weights alone, or from a checkpoint, in this world or by way of another."""
+"""Where a run starts: afresh, from weights alone, or from a checkpoint, which may have to be resharded."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -29,14 +29,14 @@ class Start:
 
     Attributes:
         run_dir: The run directory.
-        state: Where the run stands, with this launch's world and stage.
-        checkpoint: What is restored; None for a run that starts afresh.
-        was: Its state as written, with the world and stage that wrote it.
+        state: The state of the run, with this launch's number of ranks and stage.
+        checkpoint: The checkpoint to restore; None for a fresh run.
+        was: Its state as written, with its own number of ranks and stage.
         damaged: Newer checkpoints that were skipped.
-        init_from: Weights that a fresh run starts from; nothing else of theirs is used.
-        init_allow: What of them may be left fresh or ignored, by name.
-        reshards: Whether the checkpoint must be converted for this world and stage.
-        notes: What people should know of the run directory, and of what changed since it was last trained.
+        init_from: Weights that a fresh run starts from, without optimiser states.
+        init_allow: Names of those weights that may be initialised afresh or ignored.
+        reshards: Whether the checkpoint must be converted for this number of ranks and stage.
+        notes: Notes for the user on the run directory, and on changes since it was last trained.
     """
 
     run_dir: Path
@@ -51,10 +51,10 @@ class Start:
 
     @contextlib.contextmanager
     def ready(self, task: Task, world: World) -> Iterator[Callable[[Any], None]]:
-        """Prepare what is restored, and provide what loads it into a new engine; all ranks take part.
+        """Prepare the restore, and provide a function that loads it into a new engine; all ranks take part.
 
         Raises:
-            UserError: Weights of another model, a conversion that fails, or shards that DeepSpeed does not load.
+            UserError: The weights are of another model, the conversion fails, or DeepSpeed cannot load the shards.
         """
         if self.checkpoint is None or self.was is None:
             if self.init_from is not None:
@@ -73,11 +73,11 @@ class Start:
             yield lambda engine: load_checkpoint(engine, checkpoint)
 
     def describe(self) -> str | None:
-        """Return what is restored, for people; None for a fresh start."""
+        """Return in words what is restored; None for a fresh start."""
         if self.checkpoint is None or self.was is None:
             return f"weights from {self.init_from}, everything else fresh" if self.init_from else None
         was, now = self.was, self.state
-        ignored = " (--init-from counts at the start of a run only)" if self.init_from else ""
+        ignored = " (--init-from has an effect only at the start of a run)" if self.init_from else ""
         return (
             f"resumed from {self.checkpoint}: step {was.step}, epoch {was.epoch}, {was.samples} samples; "
             f"{was.world_size} processes at ZeRO-{was.zero_stage} then, {now.world_size} at "
@@ -92,19 +92,19 @@ def choose_start(
 
     Args:
         resume: The candidates.
-        now: The state of a fresh run in this world.
-        world: This rank and how many there are.
-        init_from: Weights for a fresh run; not used where there is a checkpoint to resume from.
-        init_allow: What of the weights may be left fresh or ignored, by name.
+        now: The state of a fresh run with this launch's ranks.
+        world: This rank and the number of ranks.
+        init_from: Weights for a fresh run; not used if there is a checkpoint to resume from.
+        init_allow: Names of those weights that may be initialised afresh or ignored.
 
     Raises:
-        UserError: No candidate is sound, or it does not fit this run, or it is not data alone.
+        UserError: All candidates are damaged, or the chosen one does not fit this run or has more than data.
     """
     if init_allow and init_from is None:
         raise UserError(f"--init-allow {' '.join(init_allow)} has no effect without --init-from; remove it")
     if init_from is not None and resume.exact:
         raise UserError(
-            "--init-from starts a new run from weights alone, --resume PATH continues a run: give one of them"
+            "--init-from starts a new run from weights alone, --resume PATH continues a run: give only one of them"
         )
     told: tuple[str, ...] = (resume.note,) if resume.note else ()
     checkpoint = choose_checkpoint(resume.candidates, world, exact=resume.exact)

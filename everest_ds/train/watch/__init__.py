@@ -1,1 +1,1 @@
-"""What ends a run that hangs or computes other numbers on one rank than on another, and says which rank it was."""
+"""Ends a run that hangs, or whose ranks compute different numbers, and names the rank at fault."""

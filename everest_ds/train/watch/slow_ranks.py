@@ -1,4 +1,4 @@
-"""Names ranks that are slower than their peers: each step takes as long as the slowest rank does."""
+"""Reports ranks that are slower than their peers, because each step takes as long as the slowest rank."""
 
 import statistics
 import time
@@ -13,7 +13,7 @@ from everest_ds.train.step.stopwatch import Stopwatch
 from everest_ds.train.step.updater import StepResult
 
 STEPS = 50
-"""Steps from one look to the next."""
+"""Steps between two comparisons."""
 MARGIN = 0.1
 """A rank is slow whose own time exceeds its peers' median by this share."""
 
@@ -21,12 +21,13 @@ MARGIN = 0.1
 class SlowRanks(Callback):
     """Records an event `slow_rank` for each rank that was slow over `STEPS` steps.
 
-    A rank's own time is that of loading and of forward and backward, without what it waits for others. Where that
-    cannot be told apart, in DeepSpeed's own path of gradients, it is that of loading, against the whole step's.
+    A rank's own time is that of loading, forward and backward, without waiting for other ranks. With DeepSpeed's
+    own gradients, backward cannot be separated from waiting. Then the own time is that of loading only, and the
+    margin is a share of the whole step.
 
     Args:
         log: The record.
-        stopwatch: The time of forward and backward; None where it cannot be told apart.
+        stopwatch: The time of forward and backward; None if it cannot be separated from waiting.
     """
 
     def __init__(self, log: MetricsLog, stopwatch: Stopwatch | None) -> None:
@@ -35,11 +36,11 @@ class SlowRanks(Callback):
         self._before = (0.0, 0.0, 0.0)
 
     def on_start(self) -> None:
-        """Begin to measure."""
+        """Start measuring."""
         self._before = self._measure()
 
     def on_step(self, step: int, losses: Sequence[Tensor], result: StepResult) -> None:
-        """Compare the ranks where it is due; a small exchange on the host."""
+        """Compare the ranks every `STEPS` steps, by a small exchange on the host."""
         self._num_steps += 1
         if self._num_steps % STEPS:
             return
@@ -60,7 +61,7 @@ class SlowRanks(Callback):
             )
 
     def _measure(self) -> tuple[float, float, float]:
-        """Return seconds of loading, of computing and in all, each since some moment."""
+        """Return seconds of loading, of computing and in total, each since an arbitrary start."""
         loading_s = pulse.PULSE.spent_s.get(pulse.WAITING_FOR_CLIPS, 0.0)
         return loading_s, self._stopwatch.total_s() if self._stopwatch else 0.0, time.perf_counter()
 
@@ -70,7 +71,7 @@ def find_slow(own_s: Sequence[float], least_s: float = 0.0) -> list[tuple[int, f
 
     Args:
         own_s: The own time of every rank.
-        least_s: What the margin is a share of, at least.
+        least_s: The margin is a share of the median, or of this if it is larger.
     """
     slow = []
     for rank, seconds in enumerate(own_s):

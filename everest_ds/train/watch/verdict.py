@@ -1,4 +1,4 @@
-"""From the signs of all ranks to the rank that a hanging run waits for."""
+"""Finds the rank that a hanging run waits for, from the last signs of life of all ranks."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
@@ -9,21 +9,21 @@ from everest_ds.train.checkpoints.owner import Owner
 
 @dataclass(frozen=True, kw_only=True)
 class Sign:
-    """What a rank last said of itself.
+    """A rank's last sign of life.
 
     Attributes:
         rank: Its number.
         process: The process.
-        beat: How often it has said something.
+        beat: How many signs it has given.
         step: Optimiser steps taken.
         position: Phases entered so far; see `everest_ds.pulse`.
         phase: The last of them.
-        idle_s: Seconds since it got further.
-        limit_s: Seconds after which that is a hang.
-        call: Where its Python is.
-        waits: Whether it waits for other ranks there, as far as Python can tell.
-        queued: Collectives that it has queued so far, by torch's flight recorder; None where that has none.
-        is_hung: Whether it has found the run hanging, and is about to end.
+        idle_s: Seconds since its last progress.
+        limit_s: Seconds without progress that count as a hang.
+        call: The Python call that it is in.
+        waits: Whether it waits for other ranks in that call, as far as Python can tell.
+        queued: Collectives that it has queued so far, by torch's flight recorder; None if they are not recorded.
+        is_hung: Whether it has detected the hang and is about to end.
     """
 
     rank: int
@@ -40,7 +40,7 @@ class Sign:
     is_hung: bool = False
 
     def describe(self) -> str:
-        """Return the sign in a line, without times."""
+        """Return the sign in one line, without times."""
         where = "waits in" if self.waits else "is in"
         queued = "" if self.queued is None else f", {self.queued} collectives queued"
         return (
@@ -51,11 +51,11 @@ class Sign:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Who holds a run up, and why one thinks so.
+    """The ranks that block a run, and the evidence.
 
     Attributes:
-        ranks: Them; none where nobody stands out.
-        why: In words.
+        ranks: The blocking ranks; empty if no rank differs from the others.
+        why: The evidence, in words.
     """
 
     ranks: list[int]
@@ -63,33 +63,32 @@ class Verdict:
 
 
 def judge(signs: Sequence[Sign], silent: Collection[int]) -> Verdict:
-    """Return who holds the run up.
+    """Return which ranks block the run.
 
-    In this order: ranks that have stopped to give signs; those that do not wait while others wait for them, the
-    one that got least far; where all wait, those that wait elsewhere than most: they took no part in a call, or
-    in one too many.
+    The first of these that exist: silent ranks; of the ranks that do not wait, those with the least progress; if
+    all wait, those that wait in a different place from most, because they skipped a call or made an additional one.
 
     Args:
-        signs: The last sign of each rank that ever gave one.
-        silent: Ranks that give none any more.
+        signs: The last sign of each rank that has given one.
+        silent: Ranks that have stopped giving signs.
     """
     if silent:
-        return Verdict(ranks=sorted(silent), why="no sign of life, though its peers wait")
+        return Verdict(ranks=sorted(silent), why="no sign of life, while its peers wait")
     busy = [sign for sign in signs if not sign.waits]
     if busy:
         least = min(_progress(sign) for sign in busy)
         ranks = [sign.rank for sign in busy if _progress(sign) == least]
         if len(ranks) == len(signs) > 1:
-            return Verdict(ranks=[], why="all ranks are in the same phase, and none waits in a call of Python")
-        return Verdict(ranks=ranks, why="behind: it does not come to where its peers wait")
+            return Verdict(ranks=[], why="all ranks are in the same phase, and none waits in a Python call")
+        return Verdict(ranks=ranks, why="behind: it has not reached the call in which its peers wait")
     if odd := _minority(signs, lambda sign: sign.position):
-        return Verdict(ranks=odd, why="elsewhere: it waits in another phase than its peers, for a call they skip")
+        return Verdict(ranks=odd, why="elsewhere: it waits in another phase than its peers, in a call they skip")
     if odd := _minority(signs, lambda sign: sign.call):
         return Verdict(ranks=odd, why="elsewhere: it waits in another call than its peers")
     queued = [sign for sign in signs if sign.queued is not None]
     if odd := _minority(queued, lambda sign: sign.queued):
         return Verdict(ranks=odd, why="elsewhere: it has queued another number of collectives than its peers")
-    return Verdict(ranks=[], why="all ranks wait in the same call: the network or a device holds them up")
+    return Verdict(ranks=[], why="all ranks wait in the same call: probably the network or a device is blocked")
 
 
 def _progress(sign: Sign) -> tuple[int, int]:
@@ -97,7 +96,7 @@ def _progress(sign: Sign) -> tuple[int, int]:
 
 
 def _minority(signs: Sequence[Sign], key: Callable[[Sign], Hashable]) -> list[int]:
-    """Return the ranks that differ from most; of equally many those that are ahead. None where all agree."""
+    """Return the ranks that differ from most, or of two equal groups those ahead; empty if all agree."""
     counts = Counter(key(sign) for sign in signs)
     if len(counts) < 2:
         return []

@@ -1,12 +1,12 @@
-"""A run that hangs ends by itself, with the stacks of all ranks and the name of the one that is behind.
+"""The watchdog: ends a hanging run, writes the stacks of all ranks, and names the rank that blocks it.
 
-RUN/hangs/TIME/rank-00001.json   what a rank does, every few seconds, while the run trains
-               rank-00001.txt    its stacks and those of its processes, where it hung
+RUN/hangs/TIME/rank-00001.json   the sign of a rank: what it is doing, every few seconds while the run trains
+               rank-00001.txt    its stacks and those of its processes at the hang
                nccl-00001.json   its last collectives, by torch's flight recorder
-               report.txt        who was behind, and what each rank was doing
+               report.txt        which rank blocks the run, and what each rank was doing
 
-Two threads in each rank, which need nothing of the main thread: one says what the rank does, one looks whether it
-gets further. Ranks talk through files, as collectives are what hangs. A folder without a report is removed.
+Each rank has two threads that do not depend on the main thread: one writes the rank's sign, the other checks for
+progress. Ranks communicate through files, because collectives hang. A folder without a report is removed.
 """
 
 import contextlib
@@ -40,9 +40,9 @@ from everest_ds.train.watch.verdict import Sign, Verdict, judge
 
 HANGS = "hangs"
 MEDIANS = 5
-"""A hang is no progress for so many median steps, or for the setting if that is longer."""
+"""A run hangs after no progress for this many median steps, or for the setting if that is longer."""
 PATIENCE = 10
-"""So many times as long may pass in the first steps of a start, and while a run is scored or saved."""
+"""The limit is this many times longer in the first steps of a launch, and while the run is scored or saved."""
 PATIENT_PHASES = ("saving", "scoring")
 _FIRST_STEPS, _STEPS_OF_MEDIAN = 3, 101
 _BEAT_S = 5.0
@@ -50,13 +50,13 @@ _REPORT, _FOUND = "report.txt", "found"
 
 
 class Watchdog(Callback):
-    """Ends this process, by `EXIT_HUNG`, when the run hangs; all ranks have one.
+    """Ends this process with `EXIT_HUNG` when the run hangs; every rank has one.
 
     Args:
         run_dir: The run directory.
-        world: This rank and how many there are.
-        hang_after_s: Seconds without progress that are a hang; 0 watches nothing.
-        loader_s: Seconds that the loader may need to replace a process that hangs on a video; they come on top.
+        world: This rank and the number of ranks.
+        hang_after_s: Seconds without progress that count as a hang; 0 turns the watchdog off.
+        loader_s: Seconds that the loader may need to replace a process that hangs on a video, added to the limit.
     """
 
     def __init__(self, run_dir: Path, world: World, *, hang_after_s: float, loader_s: float) -> None:
@@ -72,7 +72,7 @@ class Watchdog(Callback):
         self._stacks: TextIO | None = None
 
     def on_step(self, step: int, losses: Sequence[Tensor], result: StepResult) -> None:
-        """Note how long the step took; after the first one, collectives wait no longer than the watchdog does."""
+        """Record the step's duration; after the second step, set the timeout of collectives by the limit."""
         now = time.monotonic()
         if self._num_steps:
             self._durations.append(now - self._stepped_at)
@@ -90,14 +90,14 @@ class Watchdog(Callback):
         try:
             yield
         except BaseException:
-            if self._is_found():  # what fails now fails because a peer has ended
+            if self._is_found():  # the error occurred because a peer has ended
                 self._end()
             raise
         finally:
             self._close()
 
     def limit_s(self) -> float:
-        """Return the seconds without progress that are a hang, in the present phase."""
+        """Return the seconds without progress that count as a hang in the current phase."""
         is_patient = self._num_steps < _FIRST_STEPS or pulse.PULSE.phase in PATIENT_PHASES
         return (PATIENCE if is_patient else 1) * self._patience_s() + self._loader_s
 
@@ -117,13 +117,13 @@ class Watchdog(Callback):
             self._stacks = self._path("txt").open("a", encoding="utf-8")
             stacks.end_with_stacks(self._stacks)
         self._say()
-        distributed.barrier()  # from here on every rank has said something
+        distributed.barrier()  # from here on every rank has written a sign
         pulse.beat()
         for name, work in (("beats", self._keep_saying), ("watchdog", self._watch)):
             threading.Thread(target=work, name=name, daemon=True).start()
 
     def _close(self) -> None:
-        """Stop watching, and leave nothing."""
+        """Stop watching, and remove the files unless a hang was found."""
         self._ended.set()
         if self._stacks is None or self._folder is None:
             return
@@ -133,7 +133,7 @@ class Watchdog(Callback):
             if not self._is_found():
                 self._path("txt").unlink()
                 self._path("json").unlink()
-                self._folder.rmdir()  # by the last rank, as it is not empty before
+                self._folder.rmdir()  # succeeds only on the last rank, when it is empty
                 self._folder.parent.rmdir()
 
     def _path(self, suffix: str, *, kind: str = "rank", rank: int | None = None) -> Path:
@@ -159,12 +159,12 @@ class Watchdog(Callback):
             is_hung=is_hung,
         )
         path = self._path("json")
-        with contextlib.suppress(OSError):  # of a full disk, or one that is away for a while
+        with contextlib.suppress(OSError):  # the disk is full, or temporarily unavailable
             path.with_suffix(".tmp").write_text(json.dumps(asdict(sign)))
             path.with_suffix(".tmp").replace(path)
 
     def _read(self) -> dict[int, Sign]:
-        """Return the last sign of every rank that has given one."""
+        """Return the last sign of every rank that has written one."""
         signs = {}
         for rank in range(self._world.size):
             with contextlib.suppress(OSError, ValueError, TypeError):
@@ -182,7 +182,7 @@ class Watchdog(Callback):
             if self._ended.wait(self._beat_s / 2):
                 return
             if time.monotonic() - began > 2 * self._beat_s + 1:
-                pulse.beat()  # the process itself stood still, as a suspended job does
+                pulse.beat()  # the process itself was suspended
             if self._is_found() or (self._is_late() and self._all_are_late()):
                 self._end()
 
@@ -190,11 +190,11 @@ class Watchdog(Callback):
         return time.monotonic() - pulse.PULSE.at > self.limit_s()
 
     def _is_found(self) -> bool:
-        """Return whether any rank has found the run hanging."""
+        """Return whether any rank has detected the hang."""
         return self._folder is not None and (self._folder / _FOUND).exists()
 
     def _all_are_late(self) -> bool:
-        """Return whether no rank gets further, by two looks at the signs of all."""
+        """Return whether no rank makes progress, by reading all signs twice."""
         before = self._read()
         time.sleep(2.5 * self._beat_s)
         after = self._read()
@@ -204,9 +204,9 @@ class Watchdog(Callback):
         return self._is_late() and not gets_further
 
     def _end(self) -> None:
-        """Leave stacks and a report, and end this process; a disk that hangs does not keep it."""
+        """Write stacks and a report, and end this process even if the disk hangs."""
         if self._is_ending.is_set():
-            threading.Event().wait()  # another thread does it
+            threading.Event().wait()  # another thread ends the process
         self._is_ending.set()
         work = threading.Thread(target=self._leave_report, name="report", daemon=True)
         work.start()
@@ -234,7 +234,7 @@ class Watchdog(Callback):
             _wake(signs.get(rank))
 
     def _wait_for_peers(self, before: dict[int, Sign]) -> set[int]:
-        """Wait until every rank has found the hang too; return those that have not, and say nothing any more."""
+        """Wait until every rank has detected the hang too; return those that have not and give no more signs."""
         until = time.monotonic() + 4 * self._beat_s + 1
         while True:
             signs = self._read()
@@ -244,10 +244,10 @@ class Watchdog(Callback):
             time.sleep(self._beat_s / 5)
 
     def _write_report(self, signs: dict[int, Sign], silent: set[int], verdict: Verdict) -> None:
-        """Write and print the report, unless a peer has; the record gets an event.
+        """Write and print the report, unless a peer has done so; the record gets an event.
 
         Raises:
-            FileExistsError: A peer has.
+            FileExistsError: A peer has written it.
         """
         assert self._folder is not None
         lines = [sign.describe() for sign in signs.values()]
@@ -267,14 +267,14 @@ class Watchdog(Callback):
             append_json_lines(self._run_dir / METRICS, [event | {"ranks": verdict.ranks, "why": verdict.why}])
         except FileExistsError:
             raise
-        except OSError:  # the disk may be what hangs
+        except OSError:  # perhaps the disk hangs
             pass
         stay = f"stacks are in {self._folder}; the same command resumes the run (exit code {EXIT_HUNG})"
         interrupts.write_past_buffers(f"everest: {text}\n{escaped(stay)}\n")
 
 
 def _wake(sign: Sign | None) -> None:
-    """Let a rank of this machine that stands still write its stacks and end; see `everest_ds.stacks`."""
+    """Make a stopped rank on this machine write its stacks and end; see `everest_ds.stacks`."""
     if sign is not None and sign.process.runs_here():
         with contextlib.suppress(OSError):
             os.kill(sign.process.pid, HANG_SIGNAL)

@@ -1,14 +1,15 @@
-"""Silent corruption: checksums of the weights that all ranks hold alike, compared over the ranks.
+"""Detects silent corruption: compares checksums of the weights that all ranks have in common.
 
-Taken on the device after the gradients of every step, before its update: a bit that changed since the last update
-has had its effect on the gradients by then, and at ZeRO-1 and 2 the update replaces the weights of all ranks.
-Compared every few steps and before each checkpoint, so that no checkpoint is of steps whose weights differed.
+Checksums are computed on the device in every step, after the gradients and before the update. A bit that changed
+since the last update has affected the gradients by then, and at ZeRO-1 and 2 the update replaces the weights of all
+ranks. They are compared every few steps and before each checkpoint, so no checkpoint contains steps with different
+weights.
 
-A checksum is the sum of the bits, as integers, and so exact. It covers, by ZeRO stage:
+A checksum is the sum of the bits as integers, so it is exact. It covers, by ZeRO stage:
 
-    0     all weights and buffers; from time to time also the optimiser's states, of which all ranks have a copy
-    1, 2  all weights and buffers that the model computes with; each rank's float32 part is on that rank alone
-    3     buffers, and the parameters that stay gathered (small ones); of the others each rank has a part of its own
+    0     all weights and buffers; at each comparison also the optimiser's states, of which all ranks have a copy
+    1, 2  all weights and buffers of the model; each rank's float32 part exists only on that rank
+    3     buffers, and the small parameters that stay gathered; the others are partitioned among the ranks
 """
 
 from collections import Counter
@@ -30,15 +31,15 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class SameWeights(Callback):
-    """Stops a run whose ranks compute with different weights.
+    """Ends a run whose ranks compute with different weights.
 
     Args:
         engine: The DeepSpeed engine.
         run_dir: The run directory, for the message.
-        world: This rank and how many there are.
+        world: This rank and the number of ranks.
         log: The record.
-        every: Steps from one comparison to the next.
-        start_step: The step that this start begins with.
+        every: Steps between two comparisons.
+        start_step: The step at which this launch starts.
     """
 
     def __init__(
@@ -52,13 +53,13 @@ class SameWeights(Callback):
         self._sums: list[tuple[int, Tensor]] = []
 
     def before_update(self, step: int) -> None:
-        """Take a checksum, and compare where it is due.
+        """Compute a checksum, and compare if it is time.
 
         Raises:
-            UserError: The ranks differ; names them, and the last checkpoint of steps in which they did not.
+            UserError: The ranks differ; names them, and the last checkpoint at which they agreed.
         """
         pointers = [tensor.data_ptr() for tensor in self._tensors]
-        if pointers != self._pointers:  # to look for what shares memory takes the host as long as to sum it
+        if pointers != self._pointers:  # cached: finding shared memory takes the host as long as summing it
             self._pointers, self._held = pointers, list(held_by_all(self._tensors))
         tensors = list(self._held)
         if step % self._every == 0 and self._engine.zero_optimization_stage() == 0:
@@ -77,17 +78,17 @@ class SameWeights(Callback):
         taken, self._sums = self._sums, []
         if not taken:
             return
-        equal = distributed.are_same(torch.stack([total for _, total in taken])).tolist()  # waits for the device
+        equal = distributed.are_same(torch.stack([total for _, total in taken])).tolist()  # synchronises
         if all(equal):
             return
         step, own = taken[equal.index(False)]
         everyone = distributed.gather_objects(int(own))
         common = Counter(everyone).most_common(2)
         ranks = [rank for rank, value in enumerate(everyone) if value != common[0][0]]
-        if len(common) > 1 and common[0][1] == common[1][1]:  # nobody is in the majority
+        if len(common) > 1 and common[0][1] == common[1][1]:  # there is no majority
             ranks = list(range(len(everyone)))
         self._log.write("event", step, event="weights_differ", ranks=ranks)
-        distributed.barrier()  # the launcher ends rank zero once another rank has ended
+        distributed.barrier()  # once a rank has ended, the launcher ends rank zero
         raise UserError(self._describe(step, ranks))
 
     def _describe(self, step: int, ranks: Sequence[int]) -> str:
@@ -97,13 +98,13 @@ class SameWeights(Callback):
             whose = f"ranks {named} compute with different weights"
         last = "the start" if not self._saved_step else f"step-{self._saved_step:08d}"
         return (
-            f"{whose} at step {step}: a memory, a GPU or a link has changed bits. They agreed up to {last} "
-            f"in {self._run_dir}; the same command resumes there, on other machines if this comes again"
+            f"{whose} at step {step}: memory, a GPU or a link has corrupted bits. They agreed up to {last} "
+            f"in {self._run_dir}; the same command resumes there. If it happens again, use other machines"
         )
 
 
 def held_by_all(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
-    """Yield those parameters and buffers that all ranks hold whole; of shared memory each piece once."""
+    """Yield the parameters and buffers that all ranks have whole; shared memory only once."""
     seen = set()
     for tensor in tensors:
         if hasattr(tensor, "ds_tensor"):
@@ -114,25 +115,25 @@ def held_by_all(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
         if storage.data_ptr() in seen or not tensor.numel():
             continue
         seen.add(storage.data_ptr())
-        # Parameters that DeepSpeed keeps in one row are summed as one.
+        # Parameters that are views of one flat row are summed together.
         yield torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)
 
 
 def optimizer_states(engine: Any) -> list[Tensor]:
-    """Return the states and float32 weights that the optimiser keeps; at ZeRO-0 all ranks have the same ones."""
+    """Return the optimiser's states and float32 weights; at ZeRO-0 they are equal on all ranks."""
     bare = getattr(engine.optimizer, "optimizer", engine.optimizer)
     states = [value for state in bare.state.values() for value in state.values() if isinstance(value, Tensor)]
     return states + [weight.detach() for group in bare.param_groups for weight in group["params"]]
 
 
 def sum_of_bits(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Return the sum of all bits as integers, modulo 2^64: a scalar int64 on the device, no synchronisation."""
+    """Return the sum of the bits as integers, modulo 2^64: an int64 scalar on the device, no synchronisation."""
     sums = [part.sum(dtype=torch.int64) for tensor in tensors for part in _as_integers(tensor)]
     return torch.stack([total.to(device) for total in sums]).sum() if sums else torch.zeros((), dtype=torch.int64)
 
 
 def _as_integers(tensor: Tensor) -> Iterable[Tensor]:
-    """Yield a tensor's bits as integers: of eight bytes, which are added fastest, and a rest."""
+    """Yield a tensor's bits as integers: int64, which are added fastest, and a rest of bytes."""
     flat = tensor.reshape(-1).contiguous()
     each = 8 // flat.element_size()
     if flat.storage_offset() % each:

@@ -1,1 +1,1 @@
-"""Saves that the training does not wait for: copies in shared memory, a process that writes them, and the seal."""
+"""Saves in the background of training: copies in shared memory, a process that writes them, and the seal."""

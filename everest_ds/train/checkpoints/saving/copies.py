@@ -1,10 +1,10 @@
-"""Copies of tensors in memory that a rank shares with the process that writes them.
+"""Copies of tensors in memory that a rank shares with its writer, the process that saves them.
 
-Place in the flow: what a file of a checkpoint holds -> `Copies.pack` copies each of its storages once, and returns
-the rest as bytes -> `Unpacker`, in the writer, returns the same content around the same memory.
+Place in the flow: the content of a checkpoint's file -> `Copies.pack` copies each of its storages once, and returns
+the rest as bytes -> `Unpacker`, in the writer, restores the content with storages in the same memory.
 
-The memory is anonymous, not in /dev/shm, whose size containers limit. It is kept from save to save: to take it from
-the system costs more time than to copy into it. Where storages come from a GPU it is pinned.
+The memory is anonymous, not in /dev/shm, whose size containers limit. It is kept between saves, because allocating
+it takes longer than copying into it. If storages come from a GPU, it is pinned.
 """
 
 import io
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.storage import TypedStorage, UntypedStorage
 
-# The least that is taken from the system at once.
+# The smallest allocation.
 SEGMENT_BYTES = 64 * 2**20
-# Where copies begin: a multiple of every element's size, and of a line of the processor's cache.
+# Copies start at multiples of this, which is a multiple of every element's size and of a CPU cache line.
 _ALIGNMENT = 64
 
 
@@ -33,11 +33,11 @@ class Extent(NamedTuple):
 
 
 class Copies:
-    """The rank's side.
+    """The rank's side of the shared memory.
 
     Args:
-        device: Where most tensors are.
-        share: Called with the descriptor and the size of each new piece of memory; the descriptor is then closed.
+        device: The device of most tensors.
+        share: Called with the descriptor and the size of each new segment; afterwards the descriptor is closed.
     """
 
     def __init__(self, device: torch.device, share: Callable[[int, int], None]) -> None:
@@ -47,30 +47,30 @@ class Copies:
 
     @property
     def num_bytes(self) -> int:
-        """Host memory held."""
+        """Allocated host memory."""
         return sum(segment.numel() for segment in self._segments)
 
     def reserve(self, num_bytes: int) -> None:
-        """Take memory ahead of its use.
+        """Allocate memory before it is used.
 
         Raises:
-            OSError: There is none.
+            OSError: There is not enough.
         """
         if num_bytes:
             self._segments.append(self._take(num_bytes))
 
     def clear(self) -> None:
-        """Overwrite all copies from now on; their writer has finished."""
+        """Allow all copies to be overwritten; call it when the writer has finished."""
         self._segment = self._start = 0
 
     def pack(self, content: Any) -> bytes:
-        """Copy every storage below an object, and return the rest of it.
+        """Copy every storage in an object, and return the rest of the object as bytes.
 
-        Copies from a GPU may be under way until `wait`; their storages may be freed, but not changed by other
-        streams.
+        Copies from a GPU may still run until `wait`. Until then their storages may be freed, but other streams must
+        not change them.
 
         Raises:
-            OSError: There is no memory for them.
+            OSError: There is not enough memory.
         """
         stream = io.BytesIO()
         _Packer(stream, self._copy).dump(content)
@@ -96,11 +96,13 @@ class Copies:
         else:
             self._segments.append(self._take(max(num_bytes, SEGMENT_BYTES)))
         extent = Extent(self._segment, self._start, num_bytes)
-        self._start += -(-max(num_bytes, 1) // _ALIGNMENT) * _ALIGNMENT  # two empty storages stay two
+        self._start += (
+            -(-max(num_bytes, 1) // _ALIGNMENT) * _ALIGNMENT
+        )  # at least 1, so that empty storages have different extents
         return extent
 
     def _take(self, num_bytes: int) -> Tensor:
-        """Take memory from the system, all of it at once, and share it."""
+        """Allocate and populate memory, and share it."""
         file = os.memfd_create("everest-checkpoint")
         try:
             os.posix_fallocate(file, 0, num_bytes)
@@ -119,20 +121,20 @@ class Copies:
 
 
 class Unpacker:
-    """The writer's side."""
+    """The writer's side of the shared memory."""
 
     def __init__(self) -> None:
         self._segments: list[Tensor] = []
 
     def add(self, file: int, num_bytes: int) -> None:
-        """Map the next piece of memory; its descriptor is closed."""
+        """Map the next segment, and close its descriptor."""
         try:
             self._segments.append(torch.frombuffer(mmap.mmap(file, num_bytes), dtype=torch.uint8))
         finally:
             os.close(file)
 
     def unpack(self, packed: bytes) -> Any:
-        """Return what was packed, around the copies."""
+        """Return the packed object, with its storages in the shared memory."""
         return _Unpickler(io.BytesIO(packed), self._storage_at).load()
 
     def _storage_at(self, extent: Extent) -> UntypedStorage:
@@ -143,16 +145,16 @@ class Unpacker:
 
 
 class _Packer(pickle.Pickler):
-    """Pickles as torch.save does: tensors by way of their storages, which are kept apart."""
+    """Pickles as torch.save does: the storages of tensors are kept separately."""
 
     def __init__(self, stream: io.BytesIO, copy: Callable[[UntypedStorage], Extent]) -> None:
         super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
         self._copy = copy
-        # Held until the end: the address of a freed storage may be another's.
+        # Keeps storages alive until the end, because a new storage may get the address of a freed one.
         self._copied: dict[int, tuple[UntypedStorage, Extent]] = {}
 
     def persistent_id(self, content: Any) -> tuple[Extent, torch.dtype] | None:
-        """Return where the copy of a storage is, and its type; None for what is pickled as it is."""
+        """Return the extent of a storage's copy, and its type; None for other objects, which are pickled."""
         if not torch.is_storage(content):
             return None
         storage: Any = content

@@ -1,4 +1,4 @@
-"""Files that a checkpoint holds besides DeepSpeed's shards, written at once or later by another process."""
+"""Files of a checkpoint besides DeepSpeed's shards, written immediately or later by another process."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -13,11 +13,11 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 
 
 class CheckpointFiles(ABC):
-    """Where a callback puts what it adds to a checkpoint."""
+    """Takes the files that a callback adds to a checkpoint."""
 
     @abstractmethod
     def add_tensors(self, name: str, tensors: NamedTensors, notes: dict[str, str]) -> None:
-        """Add a safetensors file; tensors may be on any device, and are looked at once and in order.
+        """Add a safetensors file; tensors may be on any device, and are read once, in order.
 
         Raises:
             OSError: It cannot be written, or there is no memory for a copy.
@@ -25,7 +25,7 @@ class CheckpointFiles(ABC):
 
 
 class FilesInFolder(CheckpointFiles):
-    """Writes files at once; whole tensors are in host memory meanwhile."""
+    """Writes files immediately; until then, whole tensors are in host memory."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -1,4 +1,4 @@
-"""What a rank's writer is asked to do: which files, and on rank zero the seal and everything after it."""
+"""Orders to a rank's writer: the files to write, and on rank zero also to seal and publish the checkpoint."""
 
 import os
 import time
@@ -24,10 +24,10 @@ class PackedFile:
     """A file to write; its tensors are copies.
 
     Attributes:
-        name: In the checkpoint's folder.
-        kind: What it is: a pickle of torch's, a safetensors file, or plain bytes.
-        content: From `Copies.pack`; for safetensors one piece a tensor, by name.
-        notes: Of a safetensors file.
+        name: Its name in the checkpoint's folder.
+        kind: A pickle of torch, a safetensors file, or plain bytes.
+        content: From `Copies.pack`; for a safetensors file one for each tensor, by name.
+        notes: Metadata of a safetensors file.
     """
 
     name: str
@@ -38,14 +38,14 @@ class PackedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
-    """What follows once all ranks have written; rank zero's writer does it.
+    """What rank zero's writer does after all ranks have written.
 
     Attributes:
         run_dir: The run directory.
-        final: The checkpoint's folder, under its name.
-        world_size: Ranks that write.
-        owner: Who must still own the run; None where nobody looks.
-        keeping: Which checkpoints stay.
+        final: The checkpoint's final folder.
+        world_size: Number of ranks that write.
+        owner: The process that must still own the run; None to skip that check.
+        keeping: Which checkpoints are kept.
     """
 
     run_dir: Path
@@ -62,8 +62,8 @@ class Order:
     Attributes:
         folder: The unfinished checkpoint.
         rank: The rank.
-        files: What it writes.
-        publication: On rank zero, what follows.
+        files: The files to write.
+        publication: What to do afterwards; on rank zero only.
     """
 
     folder: Path
@@ -72,10 +72,10 @@ class Order:
     publication: Publication | None
 
     def write(self, unpacker: Unpacker) -> None:
-        """Write this rank's files, flush them, and note their checksums where rank zero's writer finds them.
+        """Write and flush this rank's files, and write a note with their checksums for rank zero's writer.
 
         Raises:
-            OSError, RuntimeError: The disk takes no more.
+            OSError, RuntimeError: The files cannot be written.
         """
         records: dict[str, FileRecord] = {}
         for file in self.files:
@@ -86,10 +86,10 @@ class Order:
         write_json(_note_of(self.folder, self.rank), records)
 
     def publish(self) -> None:
-        """Wait for all ranks' notes; seal the folder, give it its name, and remove what is not kept.
+        """Wait for all ranks' notes, seal the folder, rename it, and remove checkpoints that are not kept.
 
         Raises:
-            OSError: The disk takes no more, or the run has another owner by now.
+            OSError: The disk cannot be written to, or the run has another owner now.
         """
         publication = self.publication
         if publication is None:
@@ -110,7 +110,7 @@ class OrderedFiles(CheckpointFiles):
         self.files: list[PackedFile] = []
 
     def add_shard(self, name: str, content: Any) -> None:
-        """Add what torch.save is to write."""
+        """Add the content of a file of torch.save."""
         self.files.append(PackedFile(name=name, kind="shard", content=self._copies.pack(content), notes={}))
 
     def add_tensors(self, name: str, tensors: NamedTensors, notes: dict[str, str]) -> None:
@@ -141,7 +141,7 @@ def _collect_notes(folder: Path, world_size: int) -> Iterator[tuple[str, FileRec
     for rank in range(world_size):
         note = _note_of(folder, rank)
         while not note.is_file():
-            os.listdir(folder)  # a network file system looks again at what is new
+            os.listdir(folder)  # makes a network file system look for new files
             time.sleep(_LOOK_EVERY_S)
         yield from sorted(parse_json(note.read_text()).items())
         note.unlink()

@@ -1,12 +1,12 @@
-"""The saves of a run: each while the loop stands still, or behind it by a process of every rank.
+"""Saves checkpoints of a run while the loop waits, or in the background by a writer process of every rank.
 
 Place in the flow: the loop -> `Saves.save` on the step of a checkpoint -> `Saves.poll` at every step boundary ->
-`Saves.finish` at the end, or `Saves.settle` where the loop ends by an error.
+`Saves.finish` at the end, or `Saves.settle` if the loop ends by an error.
 
-A save behind the loop is the same transaction. Every rank copies what it would write, and its writer writes that
-into a folder tmp-*. Rank zero's writer waits until all ranks' files are flushed. Then it seals the folder and
-renames it. Ranks agree on how far a save is at step boundaries only, by a number each; writers take no part in
-that. At most one save is under way. A writer that fails or dies ends the run as a failed save does.
+A save in the background is the same transaction. Every rank copies its content, and its writer writes the copy into
+a folder tmp-*. Rank zero's writer waits until all ranks' files are flushed. Then it seals and renames the folder.
+Ranks agree on the progress of a save only at step boundaries, by one number each; writers do not communicate. At
+most one save is in progress. If a writer fails or dies, the run ends as after any failed save.
 """
 
 import contextlib
@@ -43,8 +43,8 @@ from everest_ds.train.checkpoints.saving.files import CheckpointFiles, FilesInFo
 from everest_ds.train.checkpoints.saving.order import Order, OrderedFiles, Publication
 from everest_ds.train.checkpoints.saving.writer import SaveProgress, Writer
 
-# How long rank zero, ended by an error after its own files are written, waits for those of the other ranks. They
-# write less than it does; one that was killed writes no more, and nobody may wait for it long.
+# After an error, rank zero waits this long for the other ranks' files once its own are written. They write less
+# than it does, and a killed rank writes nothing more, so the wait is short.
 _OTHERS_MAY_TAKE_S = 3.0
 _LOOK_EVERY_S = 0.1
 
@@ -59,8 +59,8 @@ class Saved:
     Attributes:
         step: Its step.
         folder: Its folder.
-        took_s: Seconds from its beginning until rank zero knew that it has its name.
-        stalled_s: How many of them the loop stood still.
+        took_s: Seconds from the start of the save until rank zero knew that it was complete.
+        stalled_s: Seconds of these in which the loop waited.
     """
 
     step: int
@@ -84,10 +84,10 @@ class Saves:
     Attributes:
         engine: The DeepSpeed engine.
         run_dir: The run directory.
-        world: This rank and how many there are.
+        world: This rank and the number of ranks.
         on_saved: Called for every complete checkpoint.
-        writer: Writes behind the loop; None where the loop stands still until all is written.
-        owner: Who must own the run when a checkpoint gets its name behind the loop; None where nobody looks.
+        writer: Writes in the background; None if the loop waits for every save.
+        owner: The process that must own the run when a background save is published; None to skip that check.
     """
 
     engine: Any
@@ -99,14 +99,14 @@ class Saves:
     _under_way: _UnderWay | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        """Prepare memory for copies; it is taken by `reserve`, or else by the first save."""
+        """Prepare for copies; their memory is allocated by `reserve` or by the first save."""
         self._copies = None if self.writer is None else self.writer.copies(torch.device(self.engine.device))
 
     def reserve(self, extra_bytes: int = 0) -> None:
-        """Take the memory for copies before the first step, which takes long; all ranks take part.
+        """Allocate the memory for copies before the first step, because it is slow; all ranks take part.
 
         Raises:
-            UserError: A machine has too little.
+            UserError: A machine has too little memory.
         """
         if self._copies is None:
             return
@@ -116,7 +116,7 @@ class Saves:
         host, free, fault = platform.node(), processes.free_memory(), None
         here = sum(num for name, num in distributed.gather_objects((host, needed)) if name == host)
         if free is not None and here > free:
-            fault = f"{here / 2**30:.2f} GiB, and {free / 2**30:.2f} are free"
+            fault = f"{here / 2**30:.2f} GiB, but {free / 2**30:.2f} are free"
         else:
             try:
                 self._copies.reserve(needed)
@@ -124,8 +124,8 @@ class Saves:
                 fault = f"{here / 2**30:.2f} GiB: {error}"
         if fault := distributed.agree(fault):
             raise UserError(
-                f"copies of checkpoints need host memory on {host}, {fault}; save without them "
-                "(--run.no-save-async: the training then waits for every save), or start fewer processes a machine"
+                f"copies of checkpoints need host memory on {host}: {fault}. Use --run.no-save-async, so that "
+                "training waits for every save instead, or start fewer processes per machine"
             )
 
     def save(
@@ -136,10 +136,10 @@ class Saves:
         extra_bytes: int = 0,
         write_more: Sequence[WriteMore] = (),
     ) -> None:
-        """Save where the run stands, after any save that is still under way; see `save_checkpoint`.
+        """Save the state of the run, after any save that is still in progress; see `save_checkpoint`.
 
         Raises:
-            UserError: The disk is full or cannot be written to, now or by the save before.
+            UserError: The disk is full or cannot be written to, in this save or the previous one.
         """
         began = time.perf_counter()
         self.finish()
@@ -166,10 +166,10 @@ class Saves:
         self._under_way = _UnderWay(step=state.step, folder=final, began=began, stalled_s=stalled_s)
 
     def poll(self) -> None:
-        """Look whether the save under way is complete; costs the ranks one number each, and nothing without one.
+        """Check whether the save in progress is complete, by exchanging one number; does nothing without a save.
 
         Raises:
-            UserError: It has failed on any rank.
+            UserError: The save has failed on any rank.
         """
         if self._under_way is None or self.writer is None:
             return
@@ -180,7 +180,7 @@ class Saves:
             self._note(self._under_way)
 
     def finish(self) -> None:
-        """Wait until no save is under way; see `poll`."""
+        """Wait until no save is in progress; see `poll`."""
         if self._under_way is not None:
             pulse.enter("saving")
         while self._under_way is not None and self.writer is not None:
@@ -188,7 +188,7 @@ class Saves:
             self.poll()
 
     def settle(self) -> None:
-        """Give a save under way the time to become complete after an error, with no word from other ranks."""
+        """Give a save in progress time to complete after an error, without communicating with other ranks."""
         if self._under_way is None or self.writer is None:
             return
         pulse.enter("saving")
@@ -204,7 +204,7 @@ class Saves:
     def _save_here(
         self, state: TrainState, keeping: Keeping, extra_bytes: int, write_more: Sequence[WriteMore]
     ) -> Path:
-        """Save while everybody waits."""
+        """Save while all ranks wait."""
 
         def write_all(folder: Path) -> None:
             for write in write_more:
@@ -240,7 +240,7 @@ class Saves:
         """End a save that failed on any rank, on all of them."""
         self._under_way = None
         fault = writer.fault
-        writer.close()  # nobody writes any more when the ranks have agreed
+        writer.close()  # so that no rank writes after all have agreed
         fault = distributed.agree(fault)
         folder = folder_of(self.run_dir)
         if self.world.is_main:
@@ -250,7 +250,7 @@ class Saves:
 
 @contextlib.contextmanager
 def _collecting(engine: Any, files: OrderedFiles) -> Iterator[None]:
-    """Take what DeepSpeed would write."""
+    """Inside this block, collect the files that DeepSpeed would write."""
     before = engine.checkpoint_engine
     engine.checkpoint_engine = _Collector(before, files)
     try:
@@ -260,7 +260,7 @@ def _collecting(engine: Any, files: OrderedFiles) -> Iterator[None]:
 
 
 class _Collector:
-    """In place of DeepSpeed's checkpoint engine: hands over what it would save."""
+    """Replaces DeepSpeed's checkpoint engine: collects files instead of saving them."""
 
     def __init__(self, engine: Any, files: OrderedFiles) -> None:
         self._engine, self._files = engine, files

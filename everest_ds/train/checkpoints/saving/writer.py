@@ -1,11 +1,12 @@
 """The process of a rank that writes checkpoints while the rank trains.
 
-Place in the flow: `Writer` forks it when a run begins, before there are connections and a CUDA context. The rank
-sends it one `Order` a save. It answers when its files are on disk, and on rank zero when the checkpoint has its
-name. It ends with its rank, however that ends. It ignores signals that ask a rank to save: the rank waits for it.
+Place in the flow: `Writer` forks it when a run starts, before there are connections or a CUDA context. The rank
+sends it one `Order` per save. It answers when its files are on disk, and on rank zero again when the checkpoint is
+published. It ends with its rank, however the rank ends. It ignores signals that ask a rank to save, because the
+rank waits for it.
 
-It is a process and no thread because torch.save holds Python's lock while it writes a storage: another thread stood
-still for 79 ms while 240 MB were written on a CPU here.
+It is a process, not a thread, because torch.save holds Python's global lock while it writes a storage: another
+thread was blocked for 79 ms while 240 MB were written, measured on a CPU.
 """
 
 import contextlib
@@ -29,12 +30,12 @@ from everest_ds.train.checkpoints.saving.order import Order
 from everest_ds.train.signals import STOP_SIGNALS
 
 NAME = "everest-writer"  # as ps and top show it
-# Added to the rank's own: where processors are short, the training comes first.
+# Added to the rank's own niceness, so that training has priority if CPU cores are scarce.
 _NICENESS = 5
 
 
 class SaveProgress(IntEnum):
-    """How far a save is; the largest of all ranks counts for all."""
+    """The progress of a save; the largest value of all ranks counts."""
 
     DONE = 0
     WRITING = 1
@@ -42,9 +43,10 @@ class SaveProgress(IntEnum):
 
 
 class Writer:
-    """The rank's side: at most one order is under way.
+    """The rank's side; at most one order is in progress.
 
-    Everything that orders hold must be importable when this object is made: modules are not imported later.
+    Classes and functions in orders must have been imported when this object is made, because the process imports no
+    modules later.
     """
 
     def __init__(self) -> None:
@@ -68,7 +70,7 @@ class Writer:
         return Copies(device, self._share)
 
     def require(self) -> None:
-        """Look whether the process still runs.
+        """Check that the process still runs.
 
         Raises:
             OSError: It has ended.
@@ -77,7 +79,7 @@ class Writer:
             raise OSError(self._describe_end())
 
     def begin(self, order: Order) -> None:
-        """Let an order be carried out; the one before is done."""
+        """Send an order; the previous one must be done."""
         self._waits_for = ["written"] if order.publication is None else ["written", "published"]
         try:
             self._pipe.send(order)
@@ -86,7 +88,7 @@ class Writer:
 
     @property
     def progress(self) -> SaveProgress:
-        """How far the last order is, without waiting."""
+        """Return the progress of the last order, without waiting."""
         return self.wait(0.0)
 
     @property
@@ -95,7 +97,7 @@ class Writer:
         return "written" not in self._waits_for
 
     def wait(self, seconds: float) -> SaveProgress:
-        """Wait for the next answer at most so long; return how far the last order is."""
+        """Wait at most ``seconds`` for the next answer; return the progress of the last order."""
         try:
             while self._waits_for and self.fault is None and self._pipe.poll(seconds):
                 answer, fault = self._pipe.recv()
@@ -110,7 +112,7 @@ class Writer:
         return SaveProgress.WRITING if self._waits_for else SaveProgress.DONE
 
     def close(self) -> None:
-        """End the process; what it was writing stays as it is."""
+        """End the process; files that it was writing stay unfinished."""
         if not self._has_ended():
             os.kill(self.pid, signal.SIGKILL)
             self._has_ended(0)
@@ -125,7 +127,7 @@ class Writer:
             raise OSError(self.fault) from error
 
     def _lose(self) -> None:
-        """Note how the process has ended: it has closed its end of the pipe."""
+        """Record how the process has ended, after it has closed its end of the pipe."""
         self._has_ended(0)
         self.fault = self._describe_end()
 
@@ -143,21 +145,21 @@ class Writer:
 
 @contextlib.contextmanager
 def writing(*, behind: bool) -> Iterator[Writer | None]:
-    """Provide the process that writes checkpoints behind the training; None where the training waits for them."""
+    """Provide the process that writes checkpoints in the background; None if training waits for them."""
     if not behind:
         yield None
         return
-    pickle_stages_by_value()  # the writer pickles as its rank does, and must know the classes that shards name
+    pickle_stages_by_value()  # the writer must pickle as its rank does
     with contextlib.closing(Writer()) as writer:
         yield writer
 
 
 def _serve(pipe: Connection, parent: int) -> NoReturn:
-    """Carry out orders until the rank has no more."""
+    """Carry out orders until the rank closes the pipe."""
     code = 1
     try:
         processes.end_with_parent()
-        if os.getppid() == parent:  # else it ended before the kernel knew
+        if os.getppid() == parent:  # else the rank ended before the kernel was asked to signal it
             _become_writer()
             _answer_orders(pipe)
             code = 0
@@ -170,7 +172,7 @@ def _serve(pipe: Connection, parent: int) -> NoReturn:
 
 
 def _become_writer() -> None:
-    signal.set_wakeup_fd(-1)  # signals of this process are not its rank's
+    signal.set_wakeup_fd(-1)  # so that this process's signals do not wake its rank
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -178,7 +180,7 @@ def _become_writer() -> None:
     stacks.keep_stacks_ready()
     os.nice(_NICENESS)
     torch.set_num_threads(1)
-    gc.freeze()  # collections need not look at what the rank has made
+    gc.freeze()  # exclude the rank's objects from garbage collection
 
 
 def _answer_orders(pipe: Connection) -> None:
@@ -199,7 +201,7 @@ def _answer_orders(pipe: Connection) -> None:
             raise
         except OSError as error:
             fault = str(error)
-        except Exception as error:  # whatever it is, the rank must know
+        except Exception as error:  # any error: the rank must know of it
             fault = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
         if fault is not None:
             pipe.send(("failed", fault))

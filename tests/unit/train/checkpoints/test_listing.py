@@ -60,7 +60,7 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (make_folder("state.json"), "state.json cannot be read: Is a directory"),
     (lambda folder: (folder / "state.json").unlink(), "state.json cannot be read: No such file"),
     (rewrite("state.json", lambda _: [1]), "state.json cannot be read"),
-    (rewrite("state.json", lambda raw: raw | {"step": 7}), "state.json says that it is of step 7"),
+    (rewrite("state.json", lambda raw: raw | {"step": 7}), "its state.json is of step 7"),
     (rewrite("state.json", lambda raw: raw | {"step": "6"}), "state.json cannot be read: step='6'"),
     (rewrite("state.json", lambda raw: raw | {"step": True}), "state.json cannot be read: step=True"),
     (rewrite("state.json", lambda raw: raw | {"world_size": 2}), "zero_pp_rank_1_mp_rank_00_optim_states.pt"),
@@ -96,7 +96,7 @@ def test_folder_of_another_name_does_no_harm(name: str, tmp_path: Path) -> None:
     shutil.copytree(own, stranger)
     assert list_checkpoints(tmp_path) == [own]
     assert unfinished_saves(tmp_path) == []
-    assert f"is left alone: {name}" in str(describe_strangers(tmp_path))
+    assert f"are left alone: {name}" in str(describe_strangers(tmp_path))
     newer = save_checkpoint(FakeEngine(), tmp_path, state(6), ALONE)
     assert prune_checkpoints(tmp_path, keep_last=1) == [own]
     assert list_checkpoints(tmp_path) == [newer]

@@ -23,7 +23,7 @@ def test_run_stands_for_its_best_checkpoint_else_its_newest(tmp_path: Path) -> N
 def test_pointer_to_nothing_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "checkpoints" / "best").write_text("step-00000099")
-    with pytest.raises(UserError, match="which is no complete checkpoint"):
+    with pytest.raises(UserError, match="which is not a complete checkpoint"):
         locate(run)
 
 

@@ -189,7 +189,7 @@ def a_link_to_nothing(path: Path) -> None:
 def test_something_else_of_the_locks_name_is_refused(make: object, tmp_path: Path) -> None:
     assert callable(make)
     make(tmp_path / OWNER)
-    with pytest.raises(UserError, match=r"owner\.lock is no plain file.*remove it"):
+    with pytest.raises(UserError, match=r"owner\.lock is not a regular file.*remove it"):
         take(tmp_path)
 
 

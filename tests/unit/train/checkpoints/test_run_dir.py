@@ -85,7 +85,7 @@ def test_without_out_the_run_is_named_after_its_recipe_or_the_checkpoint(tmp_pat
 
 def test_named_checkpoint_that_is_not_the_newest_needs_a_folder_of_its_own(tmp_path: Path) -> None:
     older, _ = make_run(tmp_path / "run", [5, 20])
-    with pytest.raises(UserError, match=r"the run went on to step-00000020.*--out to branch off"):
+    with pytest.raises(UserError, match=r"the run continued to step-00000020.*--out to branch off"):
         find_resume(tmp_path / "run", CONFIG, str(older))
     branch = find_resume(tmp_path / "branch", CONFIG, str(older))
     assert branch == Resume(run_dir=tmp_path / "branch", candidates=(older,), exact=True)
@@ -132,9 +132,9 @@ def test_run_or_its_checkpoints_stand_for_the_latest_checkpoint(tmp_path: Path) 
     for named in (tmp_path / "run", pointer.parent):
         assert find_resume(None, CONFIG, str(named)).candidates == (newer,)
     pointer.write_text("../elsewhere\n")
-    with pytest.raises(UserError, match=r"latest names '../elsewhere', which is no complete checkpoint"):
+    with pytest.raises(UserError, match=r"latest names '../elsewhere', which is not a complete checkpoint"):
         find_resume(None, CONFIG, str(tmp_path / "run"))
-    assert "no complete checkpoint" in str(find_pointer_fault(tmp_path / "run"))
+    assert "not a complete checkpoint" in str(find_pointer_fault(tmp_path / "run"))
     pointer.unlink()
     with pytest.raises(UserError, match=r"latest cannot be read"):
         find_resume(None, CONFIG, str(pointer.parent))
@@ -162,7 +162,7 @@ def test_configuration_that_is_lost_is_compared_with_a_copy_or_begun_again(text:
     shutil.rmtree(run / "checkpoints")
     assert "the run has no checkpoint yet" in str(find_resume(run, CONFIG, "auto").note)
     (run / "thesis.tex").touch()
-    with pytest.raises(UserError, match=r"holds thesis\.tex, too; name another folder"):
+    with pytest.raises(UserError, match=r"also has thesis\.tex; name another folder"):
         find_resume(run, CONFIG, "auto")
 
 

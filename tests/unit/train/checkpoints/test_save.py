@@ -167,7 +167,7 @@ def test_nothing_to_choose_from_is_a_fresh_start() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "bfloat16"}, r"written in bfloat16; this run computes in float32: see --precision"),
+        ({"dtype": "bfloat16"}, r"written in bfloat16, but this run computes in float32; change --precision"),
         ({"autocast": True}, r"in float32 with matmuls in bfloat16; this run computes in float32: see --prec"),
         ({"videos": "8 videos, def"}, r"another training list \(8 videos, def, now 9 videos, abc\)"),
     ],
@@ -208,7 +208,7 @@ def test_folder_without_a_seal_is_no_checkpoint(tmp_path: Path) -> None:
     (folder / "complete.json").unlink()
     assert list_checkpoints(tmp_path) == []
     assert unfinished_saves(tmp_path) == [folder]
-    with pytest.raises(UserError, match="no complete checkpoint"):
+    with pytest.raises(UserError, match="not a complete checkpoint"):
         read_state(folder)
 
 

@@ -119,7 +119,7 @@ def test_script_of_torch_and_what_is_no_file_are_refused(tmp_path: Path) -> None
     assert "it is not a regular file" in str(find_code(tmp_path, ALONE))
     (tmp_path / "s.pt").unlink()
     (tmp_path / "zero").symlink_to("/tmp", target_is_directory=True)
-    assert "zero is a link to a folder; refused" in str(find_code(tmp_path, ALONE))
+    assert "zero is a link to a folder, so it was not read" in str(find_code(tmp_path, ALONE))
 
 
 class ByName:

@@ -163,7 +163,7 @@ def test_failure_of_the_writer_is_that_of_a_save_and_leaves_what_was(
         with pytest.raises(UserError) as raised:
             saves.finish()
     what = f"[Errno {error.errno}] {message}" if isinstance(error, OSError) else message
-    folder, way_out = tmp_path / "checkpoints", "earlier ones are kept. Make room and start again"
+    folder, way_out = tmp_path / "checkpoints", "earlier ones are kept. Free space and start again"
     assert str(raised.value) == f"no checkpoint could be written to {folder}: {what}; {way_out}"
     assert files_of(tmp_path) == before
     assert [saved.step for saved in seen] == [2]
@@ -232,7 +232,7 @@ def test_machine_with_too_little_memory_for_copies_is_refused_before_it_is_taken
     with contextlib.closing(Writer()) as writer:
         saves = Saves(engine=engine, run_dir=tmp_path, world=ALONE, on_saved=seen.append, writer=writer)
         monkeypatch.setattr(processes, "free_memory", lambda: 2**28)
-        with pytest.raises(UserError, match=r"host memory on .*, 0\.25 GiB, and 0\.25 are free; .*--run\.no-save"):
+        with pytest.raises(UserError, match=r"host memory on .*: 0\.25 GiB, but 0\.25 are free\. Use --run\.no-save"):
             saves.reserve()
         monkeypatch.setattr(processes, "free_memory", lambda: 2**29)
         saves.reserve()
