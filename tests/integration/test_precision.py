@@ -68,7 +68,7 @@ def test_run_under_autocast_goes_on_bit_for_bit_and_in_no_other_precision(
         assert done.returncode == 2
         said = " ".join(done.stderr.split())
         in_other = {"fp32": "float32", "bf16": "bfloat16"}[other]
-        assert f"was written in float32 with matmuls in bfloat16; this run computes in {in_other}" in said
+        assert f"was written in float32 with matmuls in bfloat16, but this run computes in {in_other}" in said
     run(demo_folder, parts, *autocast, steps=4)
     assert losses(parts) == losses(whole)
     ours, theirs = weights(parts, 4), weights(whole, 4)

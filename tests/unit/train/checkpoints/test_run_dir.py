@@ -151,7 +151,7 @@ def test_configuration_that_is_lost_is_compared_with_a_copy_or_begun_again(text:
     (checkpoints[0] / "config.json").write_text(dump_config(CONFIG))
     (checkpoints[1] / "config.json").write_bytes(text)  # a copy that is torn, too
     found = find_resume(run, CONFIG, "auto")
-    assert f"compared with {checkpoints[0] / 'config.json'}" in str(found.note)
+    assert f"after comparison with {checkpoints[0] / 'config.json'}" in str(found.note)
     with pytest.raises(UserError, match=r"base_lr was 0\.00015 and is now 1\.0"):
         find_resume(run, replace(CONFIG, optim=OptimConfig(base_lr=1.0)), "auto")
     (checkpoints[0] / "config.json").unlink()
