@@ -41,7 +41,6 @@ class Packing:
 
     @functools.cached_property
     def is_even(self) -> bool:
-        """Whether all clips are equally long."""
         return len(set(self.lengths)) <= 1
 
     @functools.cached_property

@@ -214,7 +214,6 @@ def add_branch(x_MD: Tensor, branch_MD: Tensor, scale_2M: Tensor | None, branch:
 
 
 def make_blocks(width: int, depth: int, num_heads: int, options: EncoderOptions) -> nn.ModuleList:
-    """Return a stack of blocks."""
     make = functools.partial(Block, width, num_heads, backend=options.attention, compiles=options.compile_blocks)
     return nn.ModuleList(make() for _ in range(depth))
 

@@ -44,7 +44,6 @@ class Setting:
 
     @property
     def checkpointing(self) -> bool:
-        """Whether blocks are recomputed in backward."""
         return self.config.model.activation_checkpointing
 
     @property

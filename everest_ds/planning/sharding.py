@@ -49,12 +49,10 @@ class ParameterCounts:
 
     @property
     def trained(self) -> list[int]:
-        """Elements of every trained parameter."""
         return [count for group in self.groups for count in group]
 
     @property
     def total(self) -> int:
-        """Elements of all parameters."""
         return sum(self.trained) + sum(self.frozen)
 
     def aligned(self, world_size: int) -> list[int]:

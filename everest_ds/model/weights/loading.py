@@ -91,7 +91,6 @@ def load_weights(
 
 
 def _architecture(model: EverestAutoencoder | EverestClassifier) -> Architecture:
-    """Return a model's architecture."""
     is_autoencoder = isinstance(model, EverestAutoencoder)
     encoder = model.encoder if isinstance(model, EverestAutoencoder) else model
     return Architecture(

@@ -32,7 +32,6 @@ _NUM_SHOWN = 4
 
 
 def folder_of(run_dir: Path) -> Path:
-    """Return the folder of a run's checkpoints."""
     return run_dir / "checkpoints"
 
 
@@ -51,7 +50,6 @@ def sound_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def unfinished_saves(run_dir: Path) -> list[Path]:
-    """Return the folders of unfinished saves."""
     unsealed = [path for path in _steps(run_dir) if not _may_be_sealed(path)]
     return sorted([*unsealed, *leftovers(folder_of(run_dir))])
 

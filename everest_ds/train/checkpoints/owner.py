@@ -68,7 +68,6 @@ class Owner:
         )
 
     def is_same(self, other: "Owner | None") -> bool:
-        """Return whether both are the same process."""
         names = ("pid", "host", "started", "boot", "namespace")
         return other is not None and all(getattr(self, name) == getattr(other, name) for name in names)
 

@@ -72,7 +72,6 @@ class BadSamples(Callback):
             )
 
     def on_save(self, state: TrainState) -> TrainState:
-        """Add the number of bad draws."""
         return replace(state, num_bad=self.count)
 
     def _write(self, bad: Sequence[BadSample]) -> None:

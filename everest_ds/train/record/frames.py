@@ -59,7 +59,6 @@ class FrameLog(Callback):
         keep_lines(self.path, lambda line: has_step(line) and "path" in line, lambda number, line: True)
 
     def on_batch(self, batch: ClipBatch) -> None:
-        """Remember the first clip's row and frames."""
         self._last = int(batch.index_B[0]), batch.frames_BT[0].tolist()
 
     def on_log(self, step: int, values: Mapping[str, Any]) -> None:

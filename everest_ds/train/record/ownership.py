@@ -19,6 +19,5 @@ class Ownership(Callback):
         self._holding.require()
 
     def on_save(self, state: TrainState) -> TrainState:
-        """See the class."""
         self._holding.require()
         return state

@@ -174,7 +174,6 @@ class Pictures(Callback):
                 say(f"warning: {path} cannot be read by this version and is replaced: {_first_line(error)}")
 
     def on_batch(self, batch: ClipBatch) -> None:
-        """Take the first clips of the first batch."""
         if self._works and self._clips is None:
             with self._guarded():
                 self._clips = ShownClips.of_batch(batch, self._rows, self._task.config.data.image_size)
@@ -185,7 +184,6 @@ class Pictures(Callback):
         return step % self._task.config.run.log_every_steps == 0 and self._pace.is_due(step)
 
     def on_log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Draw if pictures are due."""
         self._has_logged = True
         if self.wants_log(step):
             self._pace.passed(step)

@@ -37,12 +37,10 @@ class RunProfile(Callback):
         self._step = 0
 
     def on_start(self) -> None:
-        """Start to count steps."""
         self._profiler.start()
         self._is_running = True
 
     def on_step(self, step: int, losses: Sequence[Tensor], result: StepResult) -> None:
-        """Count a step."""
         if self._is_running:
             self._step = step
             self._profiler.step()

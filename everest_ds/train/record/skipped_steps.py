@@ -48,11 +48,9 @@ class SkippedSteps(Callback):
         self._pending: list[_Pending] = []
 
     def on_batch(self, batch: ClipBatch) -> None:
-        """Remember the videos of this step."""
         self._seen_rows += batch.index_B.tolist()
 
     def on_step(self, step: int, losses: Sequence[Tensor], result: StepResult) -> None:
-        """Remember the step."""
         self._pending.append(_Pending(step, losses, result.applied, self._seen_rows))
         self._seen_rows = []
 
@@ -70,7 +68,6 @@ class SkippedSteps(Callback):
                 self._record(pending)
 
     def on_save(self, state: TrainState) -> TrainState:
-        """Add the number of skipped steps."""
         return replace(state, num_skipped=self.count)
 
     def _record(self, pending: _Pending) -> None:

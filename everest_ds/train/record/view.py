@@ -36,11 +36,9 @@ class ProgressLines(Callback):
         self._is_first = False
 
     def on_log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Print the line."""
         messages.say(describe_line(step, self._schedule.end_step, values))
 
     def show_first(self, step: int, loss: float) -> None:
-        """Show that the first step was taken."""
         end, following = self._schedule.end_step, self._next(step)
         messages.say(f"step {step}/{end}  loss {loss:.4f}  (first of this start; next line after step {following})")
 
@@ -72,23 +70,19 @@ class ProgressBar(ProgressLines):
         messages.write_by(lambda text: tqdm.write(text, file=sys.stdout))
 
     def on_step(self, step: int, losses: Sequence[Tensor], result: StepResult) -> None:
-        """Move the bar; see the base class."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
         super().on_step(step, losses, result)
 
     def on_log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show the numbers next to the bar."""
         if self._bar is not None:
             self._bar.set_description_str(describe_briefly(step, self._schedule.end_step, values))
 
     def show_first(self, step: int, loss: float) -> None:
-        """Show the loss next to the bar."""
         if self._bar is not None:
             self._bar.set_description_str(f" loss {loss:.4f}, speed after step {self._next(step)}")
 
     def on_end(self, step: int) -> None:
-        """Remove the bar."""
         self.close()
 
     def close(self) -> None:

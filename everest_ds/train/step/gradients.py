@@ -74,7 +74,7 @@ def flat_obstacle(systems: dict[str, Any]) -> str | None:
         if (zero.get(section) or {}).get("device", "none") != "none":
             return f"{section} moves gradients to the host by parameter"
     if stage and systems.get("data_types", {}).get("grad_accum_dtype") == "bf16":
-        return "data_types.grad_accum_dtype=bf16 accumulates in bfloat16, but flat gradients do in float32"
+        return "data_types.grad_accum_dtype=bf16 accumulates in bfloat16, but flat gradients in float32"
     for section in PROFILERS:
         if systems.get(section, {}).get("enabled"):
             return f"{section} needs DeepSpeed's own path"

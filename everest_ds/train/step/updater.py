@@ -142,7 +142,6 @@ class DeepSpeedUpdater(Updater):
             engine.optimizer.clip_grad = max_norm
 
     def forward_backward(self, inputs: Inputs) -> Tensor:
-        """Compute loss and gradients of a micro-batch."""
         loss: Tensor = self._engine(*inputs)
         self._engine.backward(loss)
         return loss.detach()

@@ -36,7 +36,6 @@ class SlowRanks(Callback):
         self._before = (0.0, 0.0, 0.0)
 
     def on_start(self) -> None:
-        """Start measuring."""
         self._before = self._measure()
 
     def on_step(self, step: int, losses: Sequence[Tensor], result: StepResult) -> None:

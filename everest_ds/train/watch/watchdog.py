@@ -141,7 +141,6 @@ class Watchdog(Callback):
         return self._folder / f"{kind}-{self._world.rank if rank is None else rank:05d}.{suffix}"
 
     def _say(self, *, is_hung: bool = False) -> None:
-        """Write this rank's sign."""
         self._num_beats += 1
         call, waits = stacks.describe_call()
         sign = Sign(
@@ -190,7 +189,6 @@ class Watchdog(Callback):
         return time.monotonic() - pulse.PULSE.at > self.limit_s()
 
     def _is_found(self) -> bool:
-        """Return whether any rank has detected the hang."""
         return self._folder is not None and (self._folder / _FOUND).exists()
 
     def _all_are_late(self) -> bool:

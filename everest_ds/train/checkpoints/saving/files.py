@@ -31,7 +31,6 @@ class FilesInFolder(CheckpointFiles):
         self._folder = folder
 
     def add_tensors(self, name: str, tensors: NamedTensors, notes: dict[str, str]) -> None:
-        """See the base class."""
         write_tensors(self._folder / name, {key: tensor.cpu() for key, tensor in tensors}, notes)
 
 

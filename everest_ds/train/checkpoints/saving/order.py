@@ -114,12 +114,10 @@ class OrderedFiles(CheckpointFiles):
         self.files.append(PackedFile(name=name, kind="shard", content=self._copies.pack(content), notes={}))
 
     def add_tensors(self, name: str, tensors: NamedTensors, notes: dict[str, str]) -> None:
-        """See the base class."""
         packed = {key: self._copies.pack(tensor) for key, tensor in tensors}
         self.files.append(PackedFile(name=name, kind="tensors", content=packed, notes=notes))
 
     def add_bytes(self, name: str, content: bytes) -> None:
-        """Add a small file."""
         self.files.append(PackedFile(name=name, kind="bytes", content=content, notes={}))
 
 
