@@ -119,7 +119,7 @@ def check_sections(systems: Systems, source: str) -> None:
     ):  # DeepSpeed allows the latter only with the former
         raise UserError(
             f"{source}: bf16.bf16_master_weights_and_grads and bf16.bf16_optimizer_states keep master weights in "
-            "bf16, where most small updates are rounded away; remove both, as ZeRO shards the float32 masters"
+            "bf16, where small updates are rounded away; remove both, as ZeRO shards float32 masters"
         )
         # An update of 3e-4, a peak rate of the paper's, never moves a norm's gain from 1; one of 1e-5 moves only 7
         # % of the matrices' weights.

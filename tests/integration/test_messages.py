@@ -15,10 +15,7 @@ from tests.messages import VARIABLE, count_sentences, is_too_long, normalise, wr
 # Messages that explain more, by a part of them.
 LONGER = (
     "is not in timm's notation",
-    "keep master weights in bf16",
-    "was trained with positions of",
     "the checkpoint was written by",
-    "the number of attention heads is not in weights",
     "processes were started, but",
     "--compare: the official code takes",
 )

@@ -168,7 +168,7 @@ def test_nothing_to_choose_from_is_a_fresh_start() -> None:
     ("change", "message"),
     [
         ({"dtype": "bfloat16"}, r"written in bfloat16, but this run computes in float32; change --precision"),
-        ({"autocast": True}, r"in float32 with matmuls in bfloat16, but this run computes in float32; change --prec"),
+        ({"autocast": True}, r"with matmuls in bfloat16, but this run computes in float32; change --prec"),
         ({"videos": "8 videos, def"}, r"another training list \(8 videos, def, now 9 videos, abc\)"),
     ],
 )

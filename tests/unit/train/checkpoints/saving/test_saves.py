@@ -232,7 +232,7 @@ def test_machine_with_too_little_memory_for_copies_is_refused_before_it_is_taken
     with contextlib.closing(Writer()) as writer:
         saves = Saves(engine=engine, run_dir=tmp_path, world=ALONE, on_saved=seen.append, writer=writer)
         monkeypatch.setattr(processes, "free_memory", lambda: 2**28)
-        with pytest.raises(UserError, match=r"host memory on .*: 0\.25 GiB, but 0\.25 are free\. Use --run\.no-save"):
+        with pytest.raises(UserError, match=r"memory on .*: 0\.25 GiB, but 0\.25 are free\. Use --run\.no-save"):
             saves.reserve()
         monkeypatch.setattr(processes, "free_memory", lambda: 2**29)
         saves.reserve()
