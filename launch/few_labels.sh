@@ -60,12 +60,12 @@ import json, pathlib, statistics, sys
 out, seeds, shots, rates = pathlib.Path(sys.argv[1]), sys.argv[2].split(), sys.argv[3], sys.argv[4].split()
 rows = [("linear probe, all labels", "probe-{start}"), (f"linear probe, {shots} labels a class", f"probe-{shots}-{{start}}")]
 rows += [(f"fine-tuned, {shots} labels a class, lr {rate}", f"finetuned-{shots}-{rate}-{{start}}/test") for rate in rates]
-print(f"\n{'top-1, %':<40}{'start':<8}{'mean':>6}{'spread':>8}   each seed ({' '.join(seeds)})")
+print(f"\n{'top-1, %':<44}{'start':<8}{'mean':>6}{'spread':>8}   each seed ({' '.join(seeds)})")
 for score, folder in rows:
     for start in ("rero", "tube", "random"):
         files = [out / f"seed-{seed}" / folder.format(start=start) / "summary.json" for seed in seeds]
         top1 = [100 * json.loads(file.read_text())["top1"] for file in files]
         spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
         each = " ".join(f"{value:.1f}" for value in top1)
-        print(f"{score:<40}{start:<8}{statistics.mean(top1):>6.1f}{spread:>8.1f}   {each}")
+        print(f"{score:<44}{start:<8}{statistics.mean(top1):>6.1f}{spread:>8.1f}   {each}")
 PYTHON
