@@ -85,7 +85,7 @@ def test_every_row_says_what_is_wanted_and_whether_it_was_measured() -> None:
 def test_command_is_understood_as_it_stands(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flags, recipe and fields, and that the options go together."""
     seen: list[StepJob] = []
-    monkeypatch.setattr("everest_ds.benchmark.step.run", lambda job, world: seen.append(job) or 0)
+    monkeypatch.setattr("everest_ds.benchmark.steps.step.run", lambda job, world: seen.append(job) or 0)
     words = words_of(command)
     assert cli.main(words) == 0
     (job,) = seen
