@@ -22,6 +22,10 @@ _TASKS: dict[str, TaskName] = {"pretrain": "pretrain", "finetune": "finetune"}
 _TAKES_RECIPE = ("pretrain", "finetune", "plan", "recipes", "benchmark data", "benchmark step")
 _HIDDEN = {"--recipe", "--task"}
 _ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
+# A shell without a completion system of its own lacks compdef, which bashcompinit needs.
+_ZSH = """(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -u; }
+autoload -Uz bashcompinit && bashcompinit
+"""
 _SCRIPT = """\
 # completion of everest for {shell}; source this file
 {prelude}_everest() {{
@@ -76,7 +80,7 @@ def completion_script(shell: str) -> str:
         choices.append(f'    "{name} "*" {name}") words={_quoted(" ".join(parts))} ;;')
     return _SCRIPT.format(
         shell=shell,
-        prelude="autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else "",
+        prelude=_ZSH if shell == "zsh" else "",
         commands=_quoted(" ".join(COMMANDS)),
         groups="|".join(groups),
         flags="\n".join(flags),

@@ -1,7 +1,9 @@
-"""The completion script in a real bash: what TAB offers after some words."""
+"""The completion script in a real bash and a real zsh: what TAB offers after some words."""
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -70,3 +72,32 @@ def test_every_command_is_in_the_script_and_other_shells_are_refused(
     )
     assert cli.main(["--tyro-print-completion", "zsh"]) == 0
     assert "bashcompinit" in capsys.readouterr().out
+
+
+ZSH = """
+zmodload zsh/zpty
+zpty -b shell zsh -f -i
+zpty -w shell "PS1='> '; source $1"
+sleep 1
+zpty -w -n shell $'everest pretrain k400_vit_\\t\\t'
+sleep 1
+zpty -w -n shell $'\\x15everest predict --fea\\t'
+sleep 1
+while zpty -r -t shell line; do print -r -- "$line"; done
+"""
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")
+def test_zsh_without_settings_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--tyro-print-completion", "zsh"]) == 0
+    (tmp_path / "everest.zsh").write_text(capsys.readouterr().out)
+    (tmp_path / "ask.zsh").write_text(ZSH)
+    done = subprocess.run(
+        ["zsh", "-f", "ask.zsh", "everest.zsh"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "TERM": "dumb"},
+    )  # fmt: skip
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", done.stdout)
+    assert {"k400_vit_s", "k400_vit_b", "k400_vit_l", "k400_vit_h"} <= set(shown.split())
+    assert "predict --features" in shown
+    assert "not found" not in shown
