@@ -7,7 +7,9 @@ import time
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from everest_ds import __version__, distributed
 from everest_ds.console.messages import say
@@ -25,6 +27,7 @@ from everest_ds.inference.trained import Trained, load_trained
 from everest_ds.train.checkpoints.origin import Origin
 from everest_ds.train.checkpoints.run_dir import describe_environment
 from everest_ds.train.record.stored.evaluations import SUMMARY
+from everest_ds.train.trackers.tensorboard import show_scores
 
 
 def run(job: EvaluationJob, world: World) -> int:
@@ -58,6 +61,7 @@ def run(job: EvaluationJob, world: World) -> int:
         summary |= {"batch_rows": options.batch_rows, "versions": versions}
         _write(job, summary, scores, names, began)
         _record(job.origin, summary)
+        _show(job, summary)
         print(results.table(scores, names, trained.kept), flush=True)
         say(str(job.out))
     distributed.finish()
@@ -115,3 +119,16 @@ def _record(origin: Origin, summary: dict[str, Any]) -> None:
     names = ("top1", "top5", "loss", "mean_class_accuracy", "num_scored", "num_unreadable", "protocol", "list")
     line = {"kind": "test", "step": summary["checkpoint"]["step"], "time_s": round(time.time(), 3)}
     append_json_lines(origin.run_dir / "metrics.jsonl", [line | {name: summary[name] for name in names}])
+
+
+def _show(job: EvaluationJob, summary: dict[str, Any]) -> None:
+    """Show results inside a run directory in TensorBoard, if the run is shown there."""
+    origin = job.origin
+    if origin.config is None or origin.run_dir is None or "tensorboard" not in origin.config.run.log_to:
+        return
+    if not job.out.resolve().is_relative_to(origin.run_dir.resolve()):
+        return
+    names = ("top1", "top5", "loss", "mean_class_accuracy")
+    scores = {f"test/{name}": summary[name] for name in names if summary[name] is not None}
+    with Image.open(job.out / "confusion.png") as picture:
+        show_scores(job.out, scores, np.asarray(picture.convert("RGB")), summary["checkpoint"]["step"])

@@ -86,6 +86,7 @@ def test_miniature_ucf101_goes_from_its_own_layout_to_a_score(ucf101: Path, tmp_
     run("finetune", "demo_ft", "--init-from", pre, "--init-allow", "decoder", "--out", fine, *source, *short)
     run("evaluate", fine)
     summary = json.loads((fine / "evaluation-test" / "summary.json").read_text())
+    assert len(list((fine / "evaluation-test").glob("events.out.tfevents.*"))) == 1
     assert (summary["num_rows"], summary["num_scored"], summary["num_unreadable"]) == (8, 8, 0)
     assert [(one["name"], one["count"]) for one in summary["per_class"]] == [(name, TEST) for name in CLASSES]
     assert summary["top1"] == sum(one["correct"] for one in summary["per_class"]) / 8

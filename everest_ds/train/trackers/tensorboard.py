@@ -52,6 +52,28 @@ class TensorBoard(Tracker):
         self._writer.close()
 
 
+def show_scores(folder: Path, scores: Mapping[str, float], picture_HWC: np.ndarray, step: int) -> None:
+    """Show the scores of an evaluation as a run of its own, named by the folder of its results.
+
+    The event file is not written into the run directory: TensorBoard follows only the newest file of a folder, and
+    the run may be training.
+
+    Args:
+        folder: The folder of the results; its earlier event files are removed.
+        scores: Numbers by name, such as `test/top1`.
+        picture_HWC: The confusion matrix, uint8 RGB.
+        step: Step of the checkpoint.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    for path in folder.glob(EVENT_FILES):
+        path.unlink()
+    with SummaryWriter(str(folder)) as writer:
+        for name, value in scores.items():
+            writer.add_scalar(name, value, step)
+        writer.add_image("test/confusion", picture_HWC, step, dataformats="HWC")
+
+
 def _overview(*, is_scored: bool) -> dict[str, list[Any]]:
     """Return the charts of TensorBoard's tab Custom Scalars."""
     scores = {"top-1": ["val/top1", "test/top1"]} if is_scored else {}

@@ -26,7 +26,7 @@ from everest_ds.train.trackers.base import (
     shown_scalars,
 )
 from everest_ds.train.trackers.group import SERVICES, Trackers, require_trackers
-from everest_ds.train.trackers.tensorboard import viewing_command
+from everest_ds.train.trackers.tensorboard import show_scores, viewing_command
 from tests.conftest import REPOSITORY
 
 TRAIN_LINE = {
@@ -247,3 +247,14 @@ def test_command_opens_the_neighbours_too_but_not_the_working_directory(
     assert viewing_command(Path("runs/a")) == ["tensorboard", "--logdir", "runs"]
     assert viewing_command(Path("a")) == ["tensorboard", "--logdir", "a"]
     assert viewing_command(tmp_path.parent / "a") == ["tensorboard", "--logdir", str(tmp_path.parent / "a")]
+
+
+def test_scores_of_an_evaluation_are_a_run_of_its_own_and_replace_earlier_ones(tmp_path: Path) -> None:
+    picture_HWC = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    for top1 in (0.25, 0.5):
+        show_scores(tmp_path / "evaluation-test", {"test/top1": top1}, picture_HWC, step=12)
+    events = EventAccumulator(str(tmp_path / "evaluation-test")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("test/top1")] == [(12, 0.5)]
+    (image,) = events.Images("test/confusion")
+    assert (image.height, image.width) == (4, 6)
+    assert list(tmp_path.glob("events.*")) == []
