@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# One thread a process, also of those that tests start: threads of processes that share cores spin for one another.
+# One thread per process, child processes included: threads that share cores waste time spinning for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
@@ -34,7 +34,7 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 CLIPS = REPOSITORY.parent / "shared" / "clips"
 SHARED_GOLDEN = REPOSITORY.parent / "shared" / "golden"
 
-# The same examples in every run, and no time limit on an example: machines differ.
+# Every run uses the same examples. There is no time limit per example because machines differ in speed.
 hypothesis.settings.register_profile("everest", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("everest")
 
@@ -114,7 +114,7 @@ class GoldenModel:
 
 @pytest.fixture(autouse=True)
 def _signals_as_before() -> Iterator[None]:
-    """A training in the test's own process leaves its stop signals ignored, also for processes started later."""
+    """Restore signal handlers: training ends with stop signals ignored, and child processes inherit that."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
@@ -138,7 +138,7 @@ def golden_json() -> Callable[[str], Any]:
 
 @pytest.fixture(scope="session")
 def whole_golden_set() -> Path:
-    """Where the golden set lies in full; tests/golden has what fits."""
+    """Folder of the complete golden set; tests/golden has a subset of it."""
     if not SHARED_GOLDEN.is_dir():
         pytest.skip(f"the whole golden set is not at {SHARED_GOLDEN}")
     return SHARED_GOLDEN
@@ -160,5 +160,5 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_size(width: int = 32, depth: int = 2, num_heads: int = 2) -> ModelSize:
-    """A model that runs in milliseconds."""
+    """Return the size of a model that runs in milliseconds."""
     return ModelSize(width=width, depth=depth, num_heads=num_heads, decoder_width=16, decoder_num_heads=2)

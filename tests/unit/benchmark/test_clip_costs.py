@@ -1,4 +1,4 @@
-"""Where time is counted, and what is made of it; no test looks at a real clock."""
+"""Time per clip and phase. All clocks are fakes."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ FINE_CUT = FinetuneCut(
     FinetuneDataConfig(num_frames=8, sampling_stride=2, image_size=32, num_workers=0, reader="pyav", erase_prob=1.0)
 )
 
-# PIL rounds to bytes after each of its two passes, the oracle not at all: 1.00002 of 255 was the worst seen.
+# PIL rounds to bytes after each of its two passes, the oracle never rounds; worst difference seen: 1.00002 of 255.
 PIL_TOLERANCE = 1.01
 
 
 def ticks() -> partial[int]:
-    """A clock that is a second later each time that it is read."""
+    """Return a clock that advances by one second at every reading."""
     return partial(next, itertools.count())
 
 
 @dataclass
 class SleepingWay:
-    """Makes no clips; a phase takes as many seconds as it is told, for each row."""
+    """A way that returns no clips; each phase advances the clock by given seconds per row."""
 
     name: str
     seconds: dict[str, float]
@@ -63,7 +63,7 @@ class SleepingWay:
         for phase, seconds in self.seconds.items():
             with timer.phase(phase):  # type: ignore[arg-type]
                 self.clock[0] += seconds * len(rows)
-            self.clock[0] += 0.125  # outside of any phase: counts for none
+            self.clock[0] += 0.125  # outside of all phases: not counted
         return torch.empty(len(rows) * self.repeats)
 
 
@@ -136,7 +136,7 @@ def test_lone_clip_is_mixed_with_itself_and_not_counted_twice(rows: list[VideoRo
     plain, mixed = (OurWay(of(rows, FINE_CUT, m)).make_batch([0, 1, 2], PhaseTimer()) for m in (None, mixer))
     assert plain.shape == mixed.shape
     assert not torch.equal(plain[:2], mixed[:2])
-    # A clip mixed with itself is that clip, but for the rounding of two shares.
+    # A clip mixed with itself equals that clip up to the rounding of the two shares.
     assert (plain[2].int() - mixed[2].int()).abs().max() <= 1
 
 
@@ -156,7 +156,7 @@ def test_official_way_reads_the_frames_of_our_clip(tmp_path: Path) -> None:
 
 
 def triangle_weights(length: int, size: int) -> np.ndarray:
-    """Antialiased bilinear weights, output by input, from their definition."""
+    """Return antialiased bilinear weights (output, input), computed from their definition."""
     scale = length / size
     reach = max(scale, 1.0)
     weights = np.zeros((size, length))

@@ -1,4 +1,4 @@
-"""The loader's speed: which batches are timed; the loader itself is made up."""
+"""The loader's speed: which batches are timed. The loader is a fake."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from everest_ds.train.tasks import Task, make_task
 
 @dataclass
 class RecordingLoader:
-    """Stands for a loader: gives batches of as many clips as its sampler has keys."""
+    """A fake loader: its batches have as many clips as its sampler has keys."""
 
     batches: list[list[SampleKey]] = field(default_factory=list)
 
@@ -54,10 +54,10 @@ def meta_task(config: PretrainConfig | FinetuneConfig, workers: int, repeats: in
     ("recipe", "workers", "repeats", "asked", "got"),
     [
         ("demo", 2, 1, 3, 3),
-        ("demo", 1, 4, 6, 4),  # a batch has all clips of its videos
+        ("demo", 1, 4, 6, 4),  # a batch contains all clips of its videos
         ("demo", 3, 4, 2, 4),
-        ("demo_ft", 1, 3, 5, 6),  # and mixing wants pairs
-        ("demo_ft", 1, 1, 8, 8),  # more than there are rows
+        ("demo_ft", 1, 3, 5, 6),  # mixing needs pairs
+        ("demo_ft", 1, 1, 8, 8),  # more clips than rows
     ],
 )
 def test_loader_is_timed_from_a_batch_of_each_worker_on(
@@ -68,7 +68,7 @@ def test_loader_is_timed_from_a_batch_of_each_worker_on(
     got: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The clock ticks once from the last batch of the warm-up to the end: all clips after it in one second."""
+    """The fake clock advances by one second after the warm-up: the rate is the number of clips after it."""
     config = RECIPES[recipe]()
     if isinstance(config, FinetuneConfig):
         config = replace(config, data=replace(config.data, num_classes=8, mixup_alpha=0.8))

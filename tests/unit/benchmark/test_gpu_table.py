@@ -1,4 +1,4 @@
-"""The rows of `launch/measure_gpu.sh`: each runs by itself, is kept, and is not repeated."""
+"""The rows of `launch/measure_gpu.sh`: each row runs in its own process, is stored, and is not run again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEASURED = '{"micro_batch": 32, "clips_per_s": 213.0, "step_ms_median": 148.9, "
 
 
 def programs(monkeypatch: pytest.MonkeyPatch, programs_of: dict[str, str]) -> list[str]:
-    """Let rows run these Python programs; return the names of those that ran."""
+    """Replace the rows' commands by Python programs; return a list that collects the names of started rows."""
     ran: list[str] = []
 
     def command(row: TableRow, *, small: bool) -> list[str]:
@@ -81,7 +81,7 @@ def test_rows_name_settings_that_exist_and_go_from_the_paths_of_now_to_those_bef
 
 
 def test_script_measures_a_toy_on_a_cpu_and_goes_on_from_a_checkout_alone(tmp_path: Path) -> None:
-    """Through the script: one row that serves here, and one whose attention needs a GPU."""
+    """The script runs one row that works on a CPU and one whose attention needs a GPU."""
     out, names = tmp_path / "table.json", ["ViT-L flat, eager", "ViT-L before"]
     script = ["bash", "launch/measure_gpu.sh", "5", "--small", "--out", str(out), "--only", *names]
     environment = {**os.environ, "PYTHON": sys.executable}

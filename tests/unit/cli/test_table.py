@@ -1,4 +1,4 @@
-"""The table of commands: both parts of each fit together, and nothing is refused late."""
+"""The table of commands: parser and function of each fit together, and wrong arguments are refused early."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 from everest_ds.cli.table import COMMANDS, Command
 from everest_ds.distributed import World
 
-# All that can be called.
+# All commands, with the parts of those that have parts.
 ALL = {name: command for name, command in COMMANDS.items() if not command.parts} | {
     f"{name} {part}": command for name, parent in COMMANDS.items() for part, command in parent.parts.items()
 }
 
-# What each command refuses, which is known without torch.
+# Arguments that a command refuses before it imports torch.
 REFUSED = {
     "doctor": "doctor --no-such-flag",
     "demo-data": "demo-data /tmp/x --num-frames 0",
@@ -56,7 +56,7 @@ for line in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def seen() -> dict[str, tuple[int, list[str], str]]:
-    """Exit code of each refusal, the heavy libraries that it was the first to import, and what it said."""
+    """Exit code of each refusal, the heavy libraries that it was the first to import, and its output."""
     words = [sys.executable, "-c", RUN, json.dumps(list(REFUSED.values()))]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return dict(zip(REFUSED, map(json.loads, done.stdout.splitlines()), strict=True))

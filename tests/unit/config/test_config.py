@@ -30,7 +30,7 @@ def test_every_recipe_survives_a_round_trip_through_json(name: str, tmp_path: Pa
     assert config.recipe == name
 
 
-# Paper, Table 7: lr, batch, warm-up, epochs, rho_pre, stride, flip.
+# Table 7 of the paper: lr, batch, warm-up, epochs, rho_pre, stride, flip.
 TABLE_7 = {
     "k400_vit_s": (1.5e-4, 1024, 40, 200, 0.3, 4, True),
     "k400_vit_b": (3e-4, 1024, 40, 200, 0.3, 4, True),
@@ -60,7 +60,7 @@ def test_recipe_has_the_settings_of_table_7(name: str) -> None:
 
 
 def test_24_frame_recipes_have_the_tokens_of_table_12() -> None:
-    """235 tokens into the encoder, 705 into the decoder, 1411 in fine-tuning: its GFLOPs come of these."""
+    """Table 12's GFLOPs follow from 235 tokens in the encoder, 705 in the decoder and 1411 in fine-tuning."""
     before, after = get_recipe("ucf101_vit_b_24f"), get_recipe("ucf101_vit_b_24f_ft")
     assert (before.num_visible, before.num_selected, before.data.num_frames) == (235, 705, 24)
     assert (after.num_kept, after.data.num_frames) == (1411, 24)

@@ -1,4 +1,4 @@
-"""Every choice of tokens and frames is checked when the configuration is built, and errors name the fields."""
+"""Settings of token and frame selection are checked when the configuration is built; errors name the fields."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_counts_and_bounds_are_known_before_launch(
 
 @pytest.mark.parametrize(("alpha", "frames"), [(1.0, 16), (1.3, 20), (1.5, 24), (1.8, 28), (2.0, 32)])
 def test_candidate_frames_are_whole_pairs(alpha: float, frames: int) -> None:
-    """floor(2 * alpha * tau) frames, an odd one out left; 1.3 * 8 steps are 10, not the 10.4 - 1e-16 of floats."""
+    """floor(2 * alpha * tau) frames, rounded down to an even number: 1.3 * 8 steps give 10 steps."""
     config = replace(PRETRAIN, selection=SelectionConfig(alpha=alpha))
     assert config.candidate_frames == frames
     assert config.candidate_grid == TokenGrid(time=frames // 2, rows=14, cols=14)

@@ -1,4 +1,4 @@
-"""What libraries print goes to a file of the rank; people see what the command says, and all when it fails."""
+"""Output of libraries goes to the rank's file. Users see the command's own output, and everything if it fails."""
 
 from __future__ import annotations
 

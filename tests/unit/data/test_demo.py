@@ -46,7 +46,7 @@ def test_dataset_repeats_byte_for_byte_and_changes_with_the_seed(tmp_path: Path)
 
 
 def test_equal_frames_give_equal_bytes(tmp_path: Path) -> None:
-    """With x264's macroblock tree, this video came out in six variants in 60 tries."""
+    """With x264's macroblock tree, 60 encodings of this video gave six different files."""
     frames = render_video(DemoConfig(num_frames=6), "train", 1)
     variants = set()
     for _ in range(60):
@@ -65,7 +65,7 @@ def test_lists_name_readable_videos_with_balanced_labels(tmp_path: Path) -> None
 
 
 def test_movers_drift_by_the_velocity_of_the_class_and_nothing_else_moves() -> None:
-    """Oracle: where two frames differ, shifting by the velocity explains every mover pixel."""
+    """Oracle: where two frames differ, every pixel of a mover is found again, shifted by the velocity."""
     config = DemoConfig(train=8, num_frames=5, movers=1, distractors=1)
     for label in range(len(list(MOTIONS))):
         frames = render_video(config, "train", label).astype(int)
@@ -75,7 +75,7 @@ def test_movers_drift_by_the_velocity_of_the_class_and_nothing_else_moves() -> N
         for t in range(1, 5):
             changed = np.abs(frames[t] - frames[0]).max(axis=2) > 0
             assert 0 < changed.sum() < 0.35 * changed.size
-        # A pixel deep inside the mover is found again, shifted.
+        # A pixel well inside the mover must be found again, shifted.
         moving = np.abs(frames[0] - background).max(axis=2) > 0
         rows, cols = np.nonzero(moving)
         shifted = frames[1][(rows + down) % config.size, (cols + right) % config.size]
@@ -84,7 +84,7 @@ def test_movers_drift_by_the_velocity_of_the_class_and_nothing_else_moves() -> N
 
 
 def scene(config: DemoConfig, label: int, number: int = 0) -> tuple[np.ndarray, list[Shape]]:
-    """Background and discs of a training video, its draws as they are, under a class of choice."""
+    """Return background and discs of a training video with its own draws but a chosen class."""
     generator = make_generator(config, "train", number)
     return draw_background(generator, config), draw_discs(generator, config, label)
 
@@ -93,8 +93,8 @@ def scene(config: DemoConfig, label: int, number: int = 0) -> tuple[np.ndarray, 
 def test_no_single_frame_gives_the_class_away(classes: Any) -> None:
     """Every frame of one class is, pixel for pixel, a first frame that any other class can start from.
 
-    Places are uniform on the wrapped frame: a disc that has drifted lies where it might have been drawn. Textures,
-    colours and order are the same for every class. So given a frame all classes are equally likely.
+    Positions are uniform on the wrapped frame, so drift does not change their distribution. Textures, colours and
+    order do not depend on the class. So all classes are equally likely, given a frame.
     """
     config = movers(num_frames=7) if classes == "mover" else DemoConfig(train=8, num_frames=7, movers=2)
     reached = render_video(config, "train", 0)[6]
@@ -165,7 +165,7 @@ def test_every_texture_is_drawn_equally_often() -> None:
 
 @pytest.mark.parametrize("label", range(len(TEXTURES)))
 def test_only_discs_of_the_class_move_and_each_keeps_its_way(label: int) -> None:
-    """Oracle: without clutter and other discs on top, a mover's pixels are found again, shifted by its velocity."""
+    """Oracle: if nothing covers a mover, its pixels are found again, shifted by its velocity."""
     discs = scene(movers(radius=6, distractors=0), label)[1]
     assert [disc.texture for disc in discs if disc.velocity != (0, 0)] == [label]
     mover = next(disc for disc in discs if disc.texture == label)
@@ -220,7 +220,7 @@ def test_clutter_and_shake_work_for_both_kinds_of_classes() -> None:
                 for right in range(-3, 4)
                 if np.array_equal(np.roll(frame, (down, right), axis=(0, 1)), moved)
             ]
-            assert found  # the whole frame went somewhere within reach
+            assert found  # the whole frame was shifted by at most three pixels
 
 
 def test_dataset_of_movers_repeats_byte_for_byte(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_dataset_of_movers_repeats_byte_for_byte(tmp_path: Path) -> None:
 
 
 def test_stamp_of_defaults_is_that_of_before_the_later_fields() -> None:
-    """A folder that an earlier version has made stays usable: its stamp has none of the later fields."""
+    """Stamps leave out later fields with default values, so folders of earlier versions stay usable."""
     earlier = ["train", "val", "test", "seed", "num_frames", "size", "movers", "distractors", "radius"]
     assert list(json.loads(DemoConfig().stamp)) == earlier
     assert list(json.loads(DemoConfig(shake=2).stamp)) == [*earlier, "shake"]
@@ -245,7 +245,7 @@ def test_stamp_of_defaults_is_that_of_before_the_later_fields() -> None:
 @pytest.mark.parametrize(
     ("config", "split", "number", "digest"),
     [
-        # As rendered before there were classes, clutter and shake (fcf478d).
+        # As rendered by commit fcf478d, before classes, clutter and shake were added.
         (DemoConfig(), "train", 3, "c3c1cc3d8d60eae84c24fe7d04319308f78d7024b83b0bd53f6412c0df6e3f89"),
         (
             DemoConfig(num_frames=5, clutter=20, shake=3, width=72),
@@ -265,7 +265,7 @@ def test_stamp_of_defaults_is_that_of_before_the_later_fields() -> None:
             2,
             "6692856207b3a7fe8bcb12545c1bbf2dca1b30fd0951945f33f5174bf4a85b2b",
         ),
-        # On one thread: with two, torch rounded three values in a million otherwise on frames as large as this.
+        # One thread: with two, torch rounds three values in a million differently on frames of this size.
         (
             DemoConfig(num_frames=2, size=224, radius=20),
             "train",
@@ -275,7 +275,7 @@ def test_stamp_of_defaults_is_that_of_before_the_later_fields() -> None:
     ],
 )
 def test_videos_are_those_of_earlier_versions(config: DemoConfig, split: str, number: int, digest: str) -> None:
-    """Golden: frames as they were rendered before discs and movers became one story (4e7ac09)."""
+    """Golden frames from commit 4e7ac09, before the code for discs and movers was merged."""
     assert hashlib.sha256(render_video(config, split, number).tobytes()).hexdigest() == digest
 
 
@@ -288,7 +288,7 @@ def test_frames_need_not_be_square_and_movers_wrap_around_both_edges(classes: An
     assert np.array_equal(
         render_video(replace(config, width=40), "train", 1), render_video(replace(config, width=None), "train", 1)
     )
-    # Discs lie anywhere on the wide frame, so over some videos every column changes between two frames.
+    # Discs may be anywhere on the wide frame, so every column changes in some of the videos.
     changed = np.zeros(72, dtype=bool)
     for number in range(60):
         video = render_video(replace(config, shake=0, clutter=0), "train", number)

@@ -1,6 +1,6 @@
-"""The comparison: turns and ratios by a made-up clock; the official code by a made-up folder, and by the real one.
+"""The comparison: order of steps and ratios with a fake clock; a fake and the real folder of the official code.
 
-The real code is measured where EVEREST_REFERENCE_DIR and VIDEOMAE_REFERENCE_DIR name clones of it.
+The real code is tested only if EVEREST_REFERENCE_DIR and VIDEOMAE_REFERENCE_DIR name clones of it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def train_one_epoch(model, data_loader, optimizer, device, epoch, loss_scaler, m
 
 @pytest.fixture
 def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """A folder for each reference, with modules of the same names."""
+    """Create a fake folder for each reference; both contain modules of the same names."""
     folders = {}
     for name, kind in (("everest", "videoms"), ("videomae", "videomae")):
         folder = tmp_path / name
@@ -119,7 +119,7 @@ def test_folders_of_equal_module_names_do_not_mix_and_leave_no_trace(fakes: dict
 def test_ratios_reach_the_official_model_as_it_wants_them(fakes: dict[str, Path]) -> None:
     options = make_official_model(load_official("everest", "base"), base()).options
     assert options["motion_centric_masking"]
-    # As the official code truncates them: 470 selected and 156 visible of 1568.
+    # The official code truncates: 470 selected and 156 visible tokens of 1568.
     assert int((1 - options["motion_centric_masking_ratio"]) * 1568) == base().num_selected == 470
     assert int((1 - options["masking_ratio"]) * 1568) == base().num_visible == 156
     assert options["decoder_depth"] == 4
@@ -136,8 +136,8 @@ def test_step_goes_backward_in_the_asked_dtype_and_updates_nothing(
     videos, mask = torch.full((2,), 5.0), torch.zeros(1)
     assert OfficialStep(official, model, torch.float32)(videos, mask) == 15.0
     assert torch.equal(model.weight.grad, torch.full((3,), 5.0))
-    assert OfficialStep(official, model, torch.bfloat16)(videos, mask) == 16.0  # the product was in bfloat16
-    assert torch.equal(model.weight.grad, torch.full((3,), 5.0))  # fresh, not added up
+    assert OfficialStep(official, model, torch.bfloat16)(videos, mask) == 16.0  # the multiplication ran in bfloat16
+    assert torch.equal(model.weight.grad, torch.full((3,), 5.0))  # not accumulated over calls
     assert torch.equal(model.weight, torch.ones(3))
     assert capsys.readouterr().out == ""
 
@@ -181,7 +181,7 @@ def test_run_that_the_official_code_cannot_do_is_refused(
 
 
 class Clock:
-    """Advances by what a side takes."""
+    """A clock that a step advances by its own duration."""
 
     def __init__(self) -> None:
         self.now, self.order = 0.0, ""
@@ -206,7 +206,7 @@ def test_sides_are_interleaved_and_the_median_of_ratios_counts() -> None:
     assert clock.order == "oeeooeeo"
     assert times["ours"].seconds == [1.0, 1.0, 4.0]
     fields = side_fields(times, 2)
-    assert fields["everest"]["ours_to_theirs"] == 0.5  # of 1/2, 1/4, 4/4
+    assert fields["everest"]["ours_to_theirs"] == 0.5  # median of 1/2, 1/4 and 4/4
     assert fields["ours"]["clips_per_s"] == 2.0
     assert fields["everest"]["step_ms_median"] == 4000.0
     assert fields["everest"]["step_ms_p90"] == 4000.0
@@ -231,7 +231,7 @@ def test_side_without_memory_leaves_the_others_alone() -> None:
 def test_sweep_leaves_out_who_did_not_fit_and_ends_with_us(
     fakes: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three sizes are asked for: theirs fits one, ours two."""
+    """Of three requested sizes, theirs fits in memory at one and ours at two."""
     seen: list[tuple[int, list[str]]] = []
     held = {"ours": 2, "everest": 1}
 
@@ -268,7 +268,7 @@ def test_our_side_autocasts_where_it_is_asked_to() -> None:
 
 
 def test_tubes_show_a_tenth_of_the_places_in_every_time_step() -> None:
-    """The official generator hides int(0.9 * 196) = 176 of 196 places."""
+    """The official generator hides int(0.9 * 196) = 176 of the 196 tokens of a time step."""
     mask_BN = tube_mask(base(), 3, CPU)
     assert mask_BN.shape == (3, 1568)
     hidden_BTJ = mask_BN.view(3, 8, 196)
@@ -295,7 +295,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 def test_real_code_does_the_same_work(real: str) -> None:
-    """Same weights and clips: VideoMAE's loss is ours for the same tubes, EVEREST's up to its own draw of noise.
+    """With the same weights and clips, VideoMAE's loss equals ours; EVEREST's differs by its own noise only.
 
     Measured over four draws: VideoMAE identical; EVEREST within 9e-4 relative.
     """

@@ -1,4 +1,4 @@
-"""Steps whose work grows: the points of a sweep, the line through their times, and the same weights for all."""
+"""Sweeps over the number of tokens: points, the line fitted to the step times, equal weights at all points."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_line_is_found_again_in_times_that_lie_on_one() -> None:
 
 
 def test_line_has_the_least_squares_of_relative_distances() -> None:
-    """Against the normal equations in fractions."""
+    """The oracle solves the normal equations in exact fractions."""
     points = [(100, 7.0), (200, 8.0), (400, 17.0), (900, 30.0)]
     weights = [1 / Fraction(y) ** 2 for _, y in points]
 
@@ -88,7 +88,7 @@ def test_too_few_points_make_no_line() -> None:
 
 
 def test_same_share_of_the_selected_tokens_is_visible_at_every_ratio() -> None:
-    """1568 tokens; the recipe's own ratio gives its own configuration."""
+    """Of 1568 tokens. The recipe's own ratio gives the recipe's configuration."""
     config = find_config("k400_vit_b")
     found = list(ratio_points(config, [0.1, 0.3, 1.0]).values())
     assert all(isinstance(one, PretrainConfig) for one in found)
@@ -105,7 +105,7 @@ def test_positions_stay_laid_out_for_the_recipes_own_length() -> None:
 
 
 def benches(points: dict[float, Config]) -> dict[float, Any]:
-    """Tasks alone, without engines; each from the same weights, as `build_workbench` makes them."""
+    """Return tasks without engines, all with the same weights, as `build_workbench` creates them."""
     found = {}
     for value, config in points.items():
         torch.manual_seed(0)
@@ -125,7 +125,7 @@ def test_points_start_from_the_same_weights_whatever_they_keep(recipe: str, grow
 
 
 def test_points_are_interleaved_and_each_reports_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine is made up: forward alone. Each round begins with another point."""
+    """The fake engine only runs forward. Each round begins with another point."""
     config = small("demo")
     points = ratio_points(config, [0.3, 0.5, 0.8])
     seen: list[int] = []
@@ -143,7 +143,7 @@ def test_points_are_interleaved_and_each_reports_its_own_tokens(monkeypatch: pyt
     visible = [2 * point.num_visible for point in points.values()]
     assert len(set(visible)) == 3
     a, b, c = visible
-    assert seen == [a, b, c, b, c, a, c, a, b, a, b, c]  # the last three are the profiles'
+    assert seen == [a, b, c, b, c, a, c, a, b, a, b, c]  # the last three are profiled
     assert [row["visible_tokens"] for row in line["points"]] == visible
     assert [row["tokens"] for row in line["points"]] == [2 * point.num_selected for point in points.values()]
     assert line["micro_batch"] == 2

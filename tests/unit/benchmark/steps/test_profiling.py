@@ -1,4 +1,4 @@
-"""What a profile says of a step: shares, calls by phase, launches, and the longest kernels."""
+"""Profiles of a step: shares of time, calls per phase, kernel launches, and the longest kernels."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def kernel(name: str, micros: float, *, annotation: bool = False) -> SimpleNames
 
 
 def test_kernels_count_once_and_belong_to_who_launched_them() -> None:
-    """Those that no operator launched go by their own name; regions are no kernels."""
+    """Kernels without an operator are listed under their own names; regions are not counted as kernels."""
     in_step = kernel("elementwise", 5.0)
     product, orphan = kernel("mystery", 20.0), kernel("triton_poi_fused_gelu", 10.0)
     region = operator("everest.optimiser", 99.0)
@@ -130,7 +130,7 @@ def test_profile_of_real_steps_finds_each_part_and_counts_the_calls_of_one() -> 
 
 
 def test_calls_are_counted_with_the_nested_ones() -> None:
-    """An addition is one call; `relu` calls `clamp_min`."""
+    """An addition is one call, `relu` two: it calls `clamp_min`."""
     x = torch.ones(3)
     calls = [profile_step(CPU, step).aten_calls for step in (lambda: x + x, lambda: (x + x).relu())]
     assert calls == [{"forward": 1, "backward": 0, "update": 0}, {"forward": 3, "backward": 0, "update": 0}]
@@ -142,7 +142,7 @@ def host_event(name: str, start: float, end: float, parent: Any = None) -> Simpl
 
 
 def test_calls_and_launches_belong_to_the_phase_in_which_they_begin() -> None:
-    """Steps as a GPU's profile lists them, not in order of time; kernels on the device are no launches."""
+    """Events are out of order, as in a GPU's profile; kernels on the device do not count as launches."""
     events = []
     for start in (0.0, 100.0)[:PROFILED_STEPS]:
         inner = host_event("cudaLaunchKernel", start + 2, start + 4)
@@ -152,7 +152,7 @@ def test_calls_and_launches_belong_to_the_phase_in_which_they_begin() -> None:
             host_event("cudaLaunchKernelExC", start + 52, start + 53),
             host_event("aten::mm", start, start + 5),
             inner,
-            host_event("cuLaunchKernelEx", start + 3, start + 4, parent=inner),  # the same launch by the driver
+            host_event("cuLaunchKernelEx", start + 3, start + 4, parent=inner),  # the same launch in the driver
             host_event("cudaGraphLaunch", start + 6, start + 7),
             host_event("cudaStreamIsCapturing", start + 6, start + 7),
             host_event("autograd::engine::evaluate_function: MmBackward0", start + 10, start + 30),

@@ -1,4 +1,4 @@
-"""The sweep over ways of sharding: what it runs and what it makes of the lines; the processes are made up."""
+"""The sweep over sharding configurations: its commands, and the results from their output; processes are fakes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORDS = ["benchmark", "step", "demo", "--sweep-stages", "--gpus", "2", "--micro-
 
 
 def line(size: int, clips_per_s: float | None) -> dict[str, Any]:
-    """One of a measurement on two processes; without a speed, one that ran out of memory."""
+    """Return a result line of two processes; without a speed, they ran out of memory."""
     fields = {"benchmark": "step", "gpus": 2, "micro_batch": size, "out_of_memory": clips_per_s is None}
     fields |= {"device": "a GPU", "device_memory_gib": 80.0, "memory_gib": None, "environment": {"commit": None}}
     return fields | {"clips_per_s": clips_per_s, "step_ms_median": 1.0, "peak_allocated_gib": 1.0}
@@ -53,7 +53,7 @@ def test_fastest_that_makes_up_the_global_batch_is_recommended_and_faults_are_na
     assert [(row["ds_config"], row["micro_batch"]) for row in document["rows"]] == [
         ("zero1", 1), ("zero1", 3), ("zero1", 4), ("zero2", 1), ("zero2", 3),
     ]  # fmt: skip
-    best = document["recommended"]  # 2 x 3 clips do not make up 32
+    best = document["recommended"]  # 32 is not divisible by 2 x 3 clips
     assert (best["ds_config"], best["micro_batch"]) == ("zero2", 1)
     assert document["faults"] == {"zero3": "no such thing"}
     assert (document["gpus"], document["config"]["recipe"]) == (2, "demo")

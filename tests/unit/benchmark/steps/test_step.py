@@ -1,4 +1,4 @@
-"""`everest benchmark step`: where a sweep over micro-batches ends, and what is refused."""
+"""`everest benchmark step`: the end of a sweep over micro-batch sizes, and refused settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def test_sweep_ends_where_memory_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The engine is made up; the sizes, the lines and the end of the sweep are not."""
+    """Only the engine is a fake: sizes, output lines and the end of the sweep are the command's."""
 
     def measure(bench: Any, size: int, **options: Any) -> dict[str, Any]:
         if size > 2:
@@ -48,7 +48,7 @@ def test_sweep_ends_where_memory_does(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_auto_doubles_until_memory_is_full(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A made-up GPU, whose engine takes 64 clips."""
+    """The fake GPU has memory for 64 clips."""
 
     def measure(bench: Any, size: int, **options: Any) -> dict[str, Any]:
         if size > 64:

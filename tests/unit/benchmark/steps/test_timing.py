@@ -1,4 +1,4 @@
-"""Clocks and the ceiling of matmuls."""
+"""Clocks, and the measured peak speed of matmuls."""
 
 from __future__ import annotations
 

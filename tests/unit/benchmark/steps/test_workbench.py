@@ -1,4 +1,4 @@
-"""Measuring steps: the clips, and what processes together make of their times."""
+"""Measuring steps: the synthetic clips, and how the times of several processes are combined."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_clips_move_in_a_part_and_stand_still_in_another() -> None:
 
 @pytest.mark.parametrize("recipe", ["demo", "demo_ft", "frames", "mixed"])
 def test_synthetic_batch_is_what_the_task_takes(recipe: str) -> None:
-    """A loss comes out of it, for every kind of input a task has."""
+    """Every kind of task computes a loss from its synthetic batch."""
     config: Any = find_config("demo" if recipe == "frames" else "demo_ft" if recipe == "mixed" else recipe)
     if recipe == "frames":
         config = replace(config, selection=replace(config.selection, alpha=1.5))
@@ -57,7 +57,7 @@ def test_synthetic_batch_is_what_the_task_takes(recipe: str) -> None:
 
 
 def test_throughput_is_that_of_the_slowest_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes of a made-up launch: steps last as long as the slower, memory is the larger, tokens add up."""
+    """Two fake processes: step time and memory are the maximum, tokens are the sum."""
     bench = SimpleNamespace(updater=SimpleNamespace(graph=None), 
         device=CPU, world=SimpleNamespace(rank=0, size=2),
         task=SimpleNamespace(

@@ -24,7 +24,7 @@ from everest_ds.errors import UserError
 
 PAPER = "rand-m9-mstd0.5-inc1"
 OFFICIAL = "rand-m7-n4-mstd0.5-inc1"
-# Shares that must sum to one, in float32: measured 6e-8.
+# Rounding of float32 shares that sum to one; measured 6e-8.
 TARGET_ATOL = 1e-6
 
 
@@ -42,7 +42,7 @@ def draws() -> list[float]:
 
 
 def test_seeded_globals_repeat_and_leave_no_trace() -> None:
-    random.gauss(0, 1)  # leaves a second value in store
+    random.gauss(0, 1)  # random.gauss draws two values and keeps the second
     np.random.standard_normal()
     before = states()
     with seeded_globals(7):
@@ -75,7 +75,7 @@ def test_all_frames_get_the_same_draw_of_rand_augment(text: str) -> None:
 @pytest.mark.parametrize("magnitude", ["m0", "m2", "m10", "m30-mmax30"])
 @pytest.mark.parametrize("kind", ["inc0", "inc1", "tweights", "t3aw", "t3a"])
 def test_rand_augment_survives_the_ends_of_its_scale(magnitude: str, kind: str) -> None:
-    """timm's Posterize asks for no bits there, which Pillow refuses."""
+    """At the end of its scale timm's Posterize asks for 0 bits, which Pillow refuses."""
     frame = np.full((1, 12, 12, 3), 200, dtype=np.uint8)
     for index in range(40):
         out = rand_augment(frame, f"rand-{magnitude}-n6-p1-{kind}", generator(RandomStream.AUGMENT, index))
@@ -105,13 +105,13 @@ def test_rand_augment_of_a_frame_does_not_depend_on_the_others() -> None:
 
 
 def levels(frame: NDArray[np.uint8], out: NDArray[np.uint8]) -> dict[int, int] | None:
-    """What became of each grey level; None where a level became several."""
+    """Return the output level of each grey level, or None if a level has several outputs."""
     pairs = set(zip(frame.reshape(-1, 3)[:, 0].tolist(), out.reshape(-1, 3)[:, 0].tolist(), strict=True))
     return dict(pairs) if len({level for level, _ in pairs}) == len(pairs) else None
 
 
 def test_rand_augment_maps_grey_levels_alike_in_frames_that_differ() -> None:
-    """Two frames of the same levels at other places: an operation on levels must do the same to both."""
+    """Two frames contain the same levels at different places: an operation must map the levels of both alike."""
     order = np.random.default_rng(1)
     frames = np.stack([order.permutation(np.repeat(np.arange(256, dtype=np.uint8), 2)) for _ in range(2)])
     frames_THWC = np.repeat(frames.reshape(2, 16, 32, 1), 3, axis=3)
@@ -126,13 +126,13 @@ def test_rand_augment_maps_grey_levels_alike_in_frames_that_differ() -> None:
 
 
 def test_rand_augment_moves_frames_alike_that_differ() -> None:
-    """Two flat frames: what moves in from outside must cover the same pixels of both."""
+    """Two flat frames: after a move, the same pixels of both must show the filling colour."""
     frames = np.stack([np.full((40, 40, 3), level, dtype=np.uint8) for level in (200, 255)])
     moved = 0
     for index in range(80):
         out = rand_augment(frames, "rand-m6-n1-p1-inc1", generator(RandomStream.AUGMENT, index))[..., 0]
         first, second = (image != image[20, 20] for image in out)
-        # Where hardly anything moves in, rounding shows it in one frame only: measured 0.012.
+        # After a small move, rounding may hide the filling in one of the frames; measured 0.012.
         assert (first != second).mean() <= 0.02
         moved += first.mean() > 0.04
     assert moved >= 15
@@ -187,7 +187,7 @@ def test_resized_crops_keep_to_area_and_aspect() -> None:
         areas.append(width * height / 2_000_000)
         aspects.append(np.log2(width / height))
         lefts.append(left / (2000 - width))
-    # Uniform draws; edges are rounded to whole pixels. Five standard errors of the mean either way.
+    # Uniform draws, rounded to whole pixels. Means may be off by five standard errors.
     assert 0.0995 <= min(areas) <= 0.102
     assert 0.198 <= max(areas) <= 0.2005
     assert abs(np.mean(areas) - 0.15) < 5 * 0.1 / np.sqrt(12_000)
@@ -243,7 +243,7 @@ def test_erased_box_is_the_same_in_all_frames_and_the_rest_is_untouched() -> Non
         cols = changed_CTHW.any(dim=(0, 1, 2)).nonzero().flatten().tolist()
         box = changed_CTHW[..., rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
         assert changed_CTHW.sum() == box.sum()
-        # All of the box in every frame and channel; noise equals what was there once in some 150 pixels.
+        # The whole box changes in every frame and channel. About 1 in 150 pixels gets the value that it had.
         assert (box.float().mean(dim=(2, 3)) > 0.8).all()
         shares.append(len(rows) * len(cols) / (40 * 48))
         noise.append(out[..., rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1].flatten(1).float())
@@ -252,7 +252,7 @@ def test_erased_box_is_the_same_in_all_frames_and_the_rest_is_untouched() -> Non
     assert states() == before
     assert 0.01 <= min(shares) <= 0.1
     assert 0.25 <= max(shares) <= 0.36
-    # Normal noise through ImageNet's statistics; clamping to bytes narrows it by 3 to 4 %.
+    # Normal noise, scaled by ImageNet's statistics; clamping to bytes reduces its deviation by 3 to 4 %.
     pixels = torch.cat(noise, dim=1)
     assert (pixels.mean(dim=1) - torch.tensor([0.485, 0.456, 0.406]) * 255).abs().max() < 1.5
     ratio = pixels.std(dim=1) / (torch.tensor([0.229, 0.224, 0.225]) * 255)
@@ -262,7 +262,7 @@ def test_erased_box_is_the_same_in_all_frames_and_the_rest_is_untouched() -> Non
 def test_erasing_touches_the_share_of_clips_that_was_asked_for() -> None:
     clip = torch.zeros(3, 2, 16, 16, dtype=torch.uint8)
     erased = sum(not torch.equal(erase(clip, 0.25, generator(RandomStream.ERASE, i)), clip) for i in range(400))
-    assert 60 <= erased <= 145  # 400 draws leave this range once in 100,000
+    assert 60 <= erased <= 145  # false alarm once in 100,000 runs of 400 draws
     assert torch.equal(erase(clip, 0.0, generator(RandomStream.ERASE, 0)), clip)
 
 
@@ -330,7 +330,7 @@ def test_both_ways_of_mixing_come_at_even_odds() -> None:
     for index in range(200):
         mixed, _ = make_mixer(1.0, 1.0).mix(first, second, (0, 1), SampleKey(0, index))
         flat += len(set(mixed[0].flatten().tolist()) - {0, 200}) > 0
-    assert 65 <= flat <= 135  # mixup makes other levels; 200 fair draws leave this range once in a million
+    assert 65 <= flat <= 135  # mixup creates other levels; false alarm once in a million runs of 200 fair draws
 
 
 def test_mixing_depends_on_the_key_and_leaves_no_trace() -> None:

@@ -21,8 +21,8 @@ from everest_ds.errors import UserError
 
 CONFIG = PretrainDataConfig(num_frames=8, sampling_stride=2, image_size=32, num_workers=0)
 CUT = PretrainCut(CONFIG)
-LEVELS_PER_FRAME = 3  # of the counting video
-PIECE_LEVELS = 4  # by which the codec and the resizing may change a piece of it; measured worst: 3
+LEVELS_PER_FRAME = 3  # brightness step of the counting video
+PIECE_LEVELS = 4  # largest change by codec and resizing; measured worst: 3
 
 
 def make_dataset(folder: Path, *, seed: int = 0, config: PretrainDataConfig = CONFIG) -> ClipDataset:
@@ -32,7 +32,7 @@ def make_dataset(folder: Path, *, seed: int = 0, config: PretrainDataConfig = CO
 
 @pytest.fixture(scope="module")
 def counting_row(tmp_path_factory: pytest.TempPathFactory) -> VideoRow:
-    """A still slope that brightens by three levels a frame: each frame says which one it is."""
+    """A video of a static gradient that brightens by three levels a frame: brightness gives the frame number."""
     slope_HW = np.add.outer(np.arange(64), np.arange(64)) // 4
     frames_THWC = slope_HW[None, :, :, None] + LEVELS_PER_FRAME * np.arange(60)[:, None, None, None]
     path = tmp_path_factory.mktemp("counting") / "counting.mp4"
@@ -82,7 +82,7 @@ def test_frames_of_a_sample_are_those_that_its_clip_shows_through_one_crop(
         level_T = clip.pixels.double().mean(dim=(0, 2, 3))
         shown = (level_T - level_T[0]) / LEVELS_PER_FRAME + frames[0]
         assert shown.round().tolist() == frames
-        # Less its brightness every frame shows the same piece of the slope.
+        # With its brightness subtracted, every frame shows the same part of the gradient.
         pieces = clip.pixels.double() - LEVELS_PER_FRAME * torch.from_numpy(clip.frames_T)[:, None, None]
         assert (pieces - pieces[:, :1]).abs().max() <= PIECE_LEVELS
     assert len(starts) > 1 or len(frames) == 40
@@ -158,11 +158,11 @@ def test_flip_mirrors_half_of_the_clips(demo_folder: Path) -> None:
         if not torch.equal(before.pixels, after.pixels):
             assert torch.equal(before.pixels.flip(-1), after.pixels)
             flipped += 1
-    assert 15 <= flipped <= 45  # 60 fair draws leave this range once in 10,000
+    assert 15 <= flipped <= 45  # false alarm once in 10,000 runs of 60 fair draws
 
 
 def test_bad_real_clips_are_replaced_without_a_crash(real_clips: Path, demo_folder: Path) -> None:
-    """Every broken file in turn, each beside readable ones: a clip comes out of each draw."""
+    """Each broken file is put in a list with readable videos: every draw returns a clip."""
     good = read_list(demo_folder / "train.csv")
     bad_files = sorted(path for path in (real_clips / "bad").iterdir() if path.suffix != ".csv")
     assert len(bad_files) == 28
@@ -217,7 +217,7 @@ def test_video_that_cannot_be_decoded_is_replaced_where_frames_are_kept_too(
 
 
 def test_default_reader_gives_the_clip_of_decords_own_frames(demo_folder: Path) -> None:
-    """The frames that the dataset names, as decord itself reads them, make the same clip."""
+    """The oracle builds the clip from frames that decord itself reads at the dataset's frame numbers."""
     decord = pytest.importorskip("decord")
     config = replace(CONFIG, image_size=64, crop_scales=(1.0,), flip=False)
     dataset = make_dataset(demo_folder, config=config)

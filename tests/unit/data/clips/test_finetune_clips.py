@@ -31,7 +31,7 @@ EVERYTHING = FinetuneDataConfig(
     cutmix_alpha=1.0,
     repeats=2,
 )
-# The demo's frames as they are.
+# The demo's frames without augmentation.
 PLAIN = FinetuneDataConfig(
     num_frames=8,
     sampling_stride=2,
@@ -75,7 +75,7 @@ def test_sample_has_the_promised_shapes_and_depends_on_its_key_alone(demo_folder
 
 def test_making_clips_leaves_the_training_process_its_own_draws(demo_folder: Path) -> None:
     dataset = make_dataset(demo_folder)
-    dataset[SampleKey(0, 0)]  # imports may draw
+    dataset[SampleKey(0, 0)]  # first use imports libraries, and imports may draw
     before = states()
     dataset(tuple(SampleKey(0, index) for index in range(4)), {}, lambda _: None)
     assert states() == before
@@ -87,7 +87,7 @@ def whole_frames(demo_folder: Path, index: int, frame_idx: list[int]) -> Tensor:
 
 
 def test_dense_clip_without_augmentation_is_the_frames_of_the_video(demo_folder: Path) -> None:
-    dataset = make_dataset(demo_folder, replace(PLAIN, sampling_stride=4))  # all 32 frames: nothing to draw
+    dataset = make_dataset(demo_folder, replace(PLAIN, sampling_stride=4))  # all 32 frames: only one start
     expected = [min(int(step * 32 / 7), 31) for step in range(8)]
     for index in range(5):
         assert torch.equal(pixels(dataset[SampleKey(0, index)]), whole_frames(demo_folder, index, expected))
@@ -115,13 +115,13 @@ def test_clips_are_mirrored_half_of_the_time_and_never_with_flip_off(demo_folder
         if not torch.equal(before, after):
             assert torch.equal(before.flip(-1), after)
             flipped += 1
-    assert 15 <= flipped <= 45  # 60 fair draws leave this range once in 10,000
+    assert 15 <= flipped <= 45  # false alarm once in 10,000 runs of 60 fair draws
 
 
 def global_batches(
     folder: Path, *, world_size: int = 1, micro_size: int = 8, workers: int = 0
 ) -> list[list[dict[str, Any]]]:
-    """The clips of each step's global batch, in order, whoever made them."""
+    """Return the clips of each step's global batch, in order, over all ranks and workers."""
     dataset = make_dataset(folder, replace(EVERYTHING, num_workers=workers))
     per_rank = []
     for rank in range(world_size):
@@ -218,7 +218,7 @@ def test_bad_rand_augment_is_refused_when_the_cut_is_made() -> None:
 
 
 def test_frames_without_a_crop_count_as_unreadable(demo_folder: Path) -> None:
-    """The aspect asks for a crop ten thousand times as high as wide: less than half a pixel wide."""
+    """The aspect ratio of 1:10,000 makes the crop less than half a pixel wide."""
     narrow = replace(PLAIN, crop_aspect=(1e-4, 1e-4))
     clip = make_dataset(demo_folder, narrow)[SampleKey(0, 0)]
     assert clip.pixels is None

@@ -20,7 +20,7 @@ from everest_ds.data.clips.sampling import (
 
 
 class RecordedDraws:
-    """Stands in for a generator: returns the recorded draw and checks that the range is the recorded one."""
+    """A fake generator: returns recorded draws and checks that the requested range is the recorded one."""
 
     def __init__(self, draws: list[dict[str, Any]]) -> None:
         self.draws = list(draws)
@@ -47,7 +47,7 @@ def test_stride_indices_equal_official(golden_json: Callable[[str], Any]) -> Non
             recorded,  # type: ignore[arg-type]
         )
         assert indices == case["indices"], case["num_frames"]
-        # Where exactly one start is possible the official code draws it anyway; so do we.
+        # If only one start is possible, the official code still draws it; so do we.
         assert not recorded.draws
 
 
@@ -122,7 +122,7 @@ def test_epoch_order_is_a_permutation_that_changes_with_seed_and_epoch() -> None
 
 
 def global_batches(*, world_size: int, micro_size: int, start_step: int = 0) -> list[set[SampleKey]]:
-    """The samples of each step, over all ranks."""
+    """Return the samples of each step, over all ranks."""
     samplers = [
         GlobalBatchSampler(
             num_samples=50,

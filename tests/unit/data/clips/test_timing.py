@@ -1,4 +1,4 @@
-"""Clips that are sampled in time: against loops over the frames, at any frame rate, in training and in scoring."""
+"""Clips sampled by time, at any frame rate, in training and scoring; the oracles loop over the frames."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tests.unit.data.readers.video_files import LEVELS_PER_FRAME, shown
 
 SECONDS = 0.1
 CONFIG = PretrainDataConfig(num_frames=6, sampling_seconds=SECONDS, image_size=32, num_workers=0, flip=False)
-TOLERANCE_S = 1e-3  # the file's ticks, and the tolerance for rounded times
+TOLERANCE_S = 1e-3  # rounding to the file's ticks
 
 
 def write_at(path: Path, times_s: NDArray[np.float64], frame_of: Sequence[int] | None = None) -> Path:
-    """Write flat frames that start at these times, each five grey levels brighter than the one before.
+    """Write flat frames that start at ``times_s``; each is five grey levels brighter than the previous one.
 
-    Or, with ``frame_of``, as bright as the frame of that number.
+    With ``frame_of``, frame i is as bright as frame ``frame_of[i]`` would be.
     """
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(30))
@@ -54,12 +54,12 @@ def even_s(frames_per_s: float, length_s: float) -> NDArray[np.float64]:
 
 
 def uneven_s() -> NDArray[np.float64]:
-    """48 frames: a second at 30 a second, a second at 5, and the rest at 12.5."""
+    """Return the times of 48 frames: one second at 30 frames/s, one at 5, the rest at 12.5."""
     return np.cumsum([0.0, *[1 / 30] * 30, *[0.2] * 5, *[0.08] * 12])
 
 
 def shown_at(times_s: NDArray[np.float64], moment_s: float) -> int:
-    """The frame that is on the screen at a moment, by going through all of them."""
+    """Return the frame that is shown at a time, by a loop over all frames."""
     on_screen = 0
     for index, start_s in enumerate(times_s):
         if start_s <= moment_s + 6e-4:
@@ -97,7 +97,7 @@ def test_short_video_repeats_its_last_frame_and_a_single_one_is_all() -> None:
 
 
 def test_starts_are_even_in_time_and_not_over_frames() -> None:
-    """Of three seconds the first has 30 of the 48 frames; a third of the starts are in it."""
+    """The first of three seconds has 30 of the 48 frames but only a third of the starts."""
     times_s, generator = uneven_s(), np.random.default_rng(0)
     starts = [timed_indices(times_s, 1, 0.1, generator)[0] for _ in range(3000)]
     room_s = times_s[-1]
@@ -134,9 +134,9 @@ def test_clips_stay_in_their_window_and_candidates_are_in_time_too(tmp_path: Pat
     for epoch in range(20):
         frames = dataset[SampleKey(epoch, 0)].frames_T
         assert len(frames) == 9
-        assert max(frames) < len(inside)  # numbers count from the window's first frame
+        assert max(frames) < len(inside)  # frame numbers start at the window's first frame
         seen_s = times_s[[inside[frame] for frame in frames]]
-        assert seen_s[-1] - seen_s[0] == pytest.approx(8 * SECONDS, abs=0.2)  # the longest frame
+        assert seen_s[-1] - seen_s[0] == pytest.approx(8 * SECONDS, abs=0.2)  # duration of the longest frame
         starts.add(frames[0])
     assert len(starts) > 5
 

@@ -22,7 +22,7 @@ from everest_ds.data.clips.transforms import (
 from tests.conftest import GOLDEN
 
 SCALES = (1.0, 0.875, 0.75, 0.66)
-# Antialiased uint8 tensors against PIL on the golden example: measured 1.
+# Antialiased resizing of uint8 tensors against PIL on the golden example; measured 1.
 RESIZE_ATOL = 2
 
 
@@ -81,7 +81,7 @@ def test_crop_of_a_small_frame_stays_inside(width: int, height: int) -> None:
 
 @pytest.mark.parametrize("shape", [(256, 340), (196, 196), (168, 224), (120, 90), (224, 224)])
 def test_resized_crop_equals_pils_or_is_within_two_levels(shape: tuple[int, int]) -> None:
-    """Against PIL itself, frame by frame, shrinking and enlarging; measured worst: 1 on noise."""
+    """The oracle is PIL, frame by frame, shrinking and enlarging; measured worst difference: 1 on noise."""
     frames = np.random.default_rng(0).integers(0, 256, size=(3, *shape, 3), dtype=np.uint8)
     expected = [Image.fromarray(frame).resize((224, 224), Image.Resampling.BILINEAR) for frame in frames]
     expected_CTHW = torch.from_numpy(np.stack([np.asarray(image) for image in expected])).permute(3, 0, 1, 2)

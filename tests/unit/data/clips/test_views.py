@@ -26,7 +26,7 @@ DATA = FinetuneDataConfig(num_frames=4, sampling_stride=3, image_size=32, num_wo
 
 
 class FakeVideo:
-    """A video whose pixels say where they are from: red is the frame, green the row, blue the column."""
+    """A video whose pixels encode their origin: red is the frame, green the row, blue the column."""
 
     def __init__(self, num_frames: int, height: int, width: int) -> None:
         self.num_frames = num_frames
@@ -86,7 +86,7 @@ def test_clips_of_any_number_stay_inside_the_video(num_frames: int, num_clips: i
 
 
 def test_one_view_is_the_one_in_the_middle() -> None:
-    assert dense_clips(300, 16, 4, 1) == [list(range(116, 180, 4))]  # 75 places, 29 of the 59 free ones before
+    assert dense_clips(300, 16, 4, 1) == [list(range(116, 180, 4))]  # 75 strided: 29 before, 30 after
     assert segment_clips(64, 16, 1) == [list(range(2, 64, 4))]
     assert crop_origins(224, 299, 224, 1) == [(0, 37)]
     assert crop_origins(298, 224, 224, 1) == [(37, 0)]
@@ -97,7 +97,7 @@ def test_spread_reaches_both_ends() -> None:
         for count in range(2, 12):
             places = spread(room, count)
             assert places[0] == 0
-            # In floats the last one may fall short by one, as in the official code.
+            # Float rounding may make the last one smaller by one, as in the official code.
             assert room - 1 <= places[-1] <= room
     assert spread(74, 10)[-1] == 74
 
@@ -143,7 +143,7 @@ def test_each_frame_is_decoded_once() -> None:
     video = FakeVideo(200, 32, 40)
     views_of(video, DATA, 25, 3)
     assert video.asked == sorted(set(video.asked))
-    assert len(video.asked) > 32  # more than are held at once
+    assert len(video.asked) > 32  # more than are decoded at once
 
 
 def test_short_video_repeats_its_last_strided_frame() -> None:
@@ -152,7 +152,7 @@ def test_short_video_repeats_its_last_strided_frame() -> None:
 
 
 def test_resized_frames_are_blurred_before_they_are_thinned() -> None:
-    """Stripes one pixel wide have no place in a frame of half the size: antialiasing makes them grey."""
+    """At half the size, antialiasing turns stripes that are one pixel wide into grey."""
 
     class Stripes(FakeVideo):
         def read(self, indices: list[int]) -> np.ndarray:

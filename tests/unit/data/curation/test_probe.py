@@ -1,4 +1,4 @@
-"""What is wrong with videos: made for the purpose, and the broken ones that the project was given."""
+"""Kinds of faulty videos: files made by the tests, and the real broken files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from everest_ds.data.curation.probe import Finding, Kind, ProbeSettings, open_re
 from everest_ds.data.demo import encode_h264
 from everest_ds.data.lists.video_list import VideoRow
 
-# Which of the given files is what; flip20_mid has one damaged picture that no header and no decoder tells of.
+# Kinds of the real files. flip20_mid has one damaged picture that no header or decoder reports.
 GIVEN = {
     Kind.GOOD: {"ok_faststart.mp4", "ok_moovend.mp4", "moov_erased.mp4", "single_frame.mp4"}
     | {"flip20_mid.mp4", "real_av1.mkv", "real_no_duration.webm", "png_renamed.mp4", "real_1x1.mp4", "flip200.avi"},
@@ -47,7 +47,7 @@ def test_every_given_broken_file_is_what_it_is(real_clips: Path) -> None:
 def test_given_good_files_are_good(real_clips: Path) -> None:
     kinds = {path.name: probe(path).kind for path in real_clips.iterdir() if path.suffix not in (".csv", ".md", "")}
     odd = {name: kind for name, kind in kinds.items() if kind is not Kind.GOOD}
-    assert odd == {"decord__unordered.mov": Kind.DUPLICATE_FRAMES}  # four frames of one picture
+    assert odd == {"decord__unordered.mov": Kind.DUPLICATE_FRAMES}  # four frames show one picture
     assert len(kinds) == 46
 
 

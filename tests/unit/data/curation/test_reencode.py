@@ -1,4 +1,4 @@
-"""One video re-encoded: which frames, at which times, how large, and what is refused."""
+"""Re-encoding a video: its frames, their times and size, and refused sources."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from everest_ds.data.readers.video import Video
 from tests.unit.data.readers.test_real_files import BAD_FILES
 from tests.unit.data.readers.video_files import TURNS, corners, shown, turned_size, write_ramp, write_turned
 
-# Flat grey frames lose next to nothing; measured 47 dB.
+# Encoding hardly changes flat grey frames; measured 47 dB.
 MIN_PSNR_DB = 40.0
-# Times are kept in ticks of 1/90000 s.
+# Times are stored in ticks of 1/90000 s.
 TIME_ATOL_S = 1e-4
 
 
@@ -225,7 +225,7 @@ def test_signal_to_noise_is_that_of_plain_python() -> None:
 
 
 def test_bad_sources_are_faults_in_words_or_prepared_as_far_as_they_are_read(real_clips: Path, out: Path) -> None:
-    """As PyAV reads them, alone, here in one go; frames of 1x1 cannot be encoded."""
+    """Faults are those of reading with PyAV alone, except that frames of 1x1 pixels cannot be encoded."""
     for name, expected in BAD_FILES.items():
         if isinstance(expected, tuple):
             expected = expected[0]
@@ -238,7 +238,7 @@ def test_bad_sources_are_faults_in_words_or_prepared_as_far_as_they_are_read(rea
             assert (found.fault, found.frames_in) == (None, expected), name
             assert Video(target, reader="pyav").num_frames == expected
         else:
-            # A frame that is missing may be noticed before what cannot be decoded behind it.
+            # A missing frame may be detected before later damage that cannot be decoded.
             assert any(reason in (found.fault or "") for reason in (expected, "cannot be decoded")), name
             assert not target.exists()
     assert not list(out.rglob("*.partial"))

@@ -1,4 +1,4 @@
-"""Miniature copies of datasets: empty files, annotations, and rows to compare with."""
+"""Miniature copies of datasets: empty files, annotations, and the expected rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write(path: Path, content: Any) -> None:
 
 
 def rows_of(found: Import, root: Path) -> dict[str, list[tuple[Any, ...]]]:
-    """Rows as (path below the root, label), and the window where there is one."""
+    """Return rows as (path below the root, label), followed by the window if a row has one."""
     return {
         split: [
             (str(row.path.relative_to(root)), row.label, *(() if row.start_s is None else (row.start_s, row.end_s)))

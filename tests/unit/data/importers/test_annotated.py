@@ -1,4 +1,4 @@
-"""Importers of Kinetics, SSv2 and OSCC on miniature copies; files are empty, only names are looked at."""
+"""Importers of Kinetics, SSv2 and OSCC on miniature copies; files are empty because only names are read."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def test_kinetics_reports_what_was_not_downloaded(k400: Path) -> None:
         "test": [("test/ddddddddddd_000003_000013.mp4", -1)],
     }
     assert found.missing == [("train", "zumba/gone_____03_000005_000015")]
-    assert found.left_out == {
-        UNNAMED: ["val/AAAAAAAAAA1_000001_000011.mp4"]
-    }  # identifiers know upper and lower case
+    assert found.left_out == {UNNAMED: ["val/AAAAAAAAAA1_000001_000011.mp4"]}  # identifiers are case-sensitive
     assert found.notes == ["1 videos of test have no label (-1); they cannot be scored"]
 
 
@@ -167,7 +165,7 @@ def test_ssv2_annotations_that_do_not_fit_are_refused(
 
 
 def clip(number: int, video: str, start: float, end: float, **changes: Any) -> dict[str, Any]:
-    """A clip as the annotations have it."""
+    """Return a clip in the format of the annotations."""
     own = {"unique_id": f"u{number}", "video_uid": video, "parent_start_sec": start, "parent_end_sec": end}
     own |= {"clip_uid": f"c{number}", "clip_start_sec": 1.5, "clip_end_sec": 9.5, "state_change": True}
     return own | changes

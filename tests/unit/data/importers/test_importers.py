@@ -1,4 +1,4 @@
-"""Importers of folders, UCF101 and HMDB51 on miniature copies; files are empty, only names are looked at."""
+"""Importers of folders, UCF101 and HMDB51 on miniature copies; files are empty because only names are read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.data.importers.layouts import rows_of, touch, write
 
 @pytest.fixture
 def ucf(tmp_path: Path) -> Path:
-    """Three classes as downloaded; in reality, too, a folder is spelt unlike its videos."""
+    """Three classes as downloaded. As in the real dataset, one folder is spelt differently from its videos."""
     root = tmp_path / "UCF 101"
     write(root / "ucfTrainTestlist" / "classInd.txt", "1 Archery\r\n2 Biking\r\n3 HandstandPushups\r\n")
     train = "Archery/v_Archery_g08_c01.avi 1\r\nBiking/v_Biking_g08_c01.avi 2\r\nBiking/v_Biking_g08_c02.avi 2\r\n"
@@ -121,7 +121,7 @@ def test_hmdb51_official_split_tells_classes_with_equal_names_apart(hmdb: Path) 
         "train": [("brush_hair/x_brush_hair_0.avi", 0), ("clap/#20_Rhythm_clap_u_nm_np1_fr_goo_0.avi", 1)],
         "test": [("brush_hair/same_0.avi", 0), ("clap/a&b_clap_0.avi", 1)],
     }
-    assert found.missing == [("test", "brush_hair/gone_0.avi")]  # another class's video is no substitute
+    assert found.missing == [("test", "brush_hair/gone_0.avi")]  # clap/gone_0.avi is not used instead
     assert found.left_out == {"not used in this split (tag 0)": ["clap/same_0.avi"], UNNAMED: ["clap/gone_0.avi"]}
 
 
@@ -164,7 +164,7 @@ def test_split_by_share_is_met_seeded_and_stable_when_files_are_added(tmp_path: 
     before = split_by_path(tmp_path, val_share=0.2, test_share=0.1)
     counts = {split: list(before.values()).count(split) for split in ("train", "val", "test")}
     assert sum(counts.values()) == 600
-    # Five standard deviations of a binomial draw of 600.
+    # Within five standard deviations of 600 binomial draws.
     assert abs(counts["val"] - 120) < 5 * (600 * 0.2 * 0.8) ** 0.5
     assert abs(counts["test"] - 60) < 5 * (600 * 0.1 * 0.9) ** 0.5
     touch(tmp_path, *(f"{name}/more{number}.mp4" for name in "abcde" for number in range(50)))
@@ -211,7 +211,7 @@ def test_split_moves_only_in_classes_that_were_too_small_when_files_are_added(tm
     after = split_by_path(tmp_path, val_share=0.2, test_share=0.2)
     touched = {name for name in names if after[name] != before[name]}
     assert all(int(name.split("/")[0]) < 10 for name in touched)
-    # Of those, at most the one that was moved to test and the one that was moved to val.
+    # In each of them, at most one video moved to test and one to val.
     assert all(sum(name.startswith(f"{label}/") for name in touched) <= 2 for label in range(10))
 
 

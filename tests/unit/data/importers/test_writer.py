@@ -1,4 +1,4 @@
-"""`everest index` as a whole: what it writes, what it says, and what it leaves alone."""
+"""The whole of `everest index`: the files that it writes, its messages, and the files that it must not touch."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_import_replaces_and_removes_its_own_files_only(
     assert index(source, out, "--val-share", "0.4") == 0
     assert {name: data for name, (data, _) in snapshot(out).items()} == {n: data for n, (data, _) in first.items()}
     (source / "top.mp4").unlink()
-    assert index(source, out, "--val-share", "0", "--test-share", "0") == 0  # no val.csv, nothing left out any more
+    assert index(source, out, "--val-share", "0", "--test-share", "0") == 0  # no val.csv, nothing left out
     assert sorted(snapshot(out)) == ["classes.txt", "notes.md", "summary.json", "train.csv"]
 
     (out / "classes.txt").write_text("edited\n")
@@ -112,7 +112,7 @@ def test_import_that_was_cut_short_can_be_repeated(source: Path, tmp_path: Path)
     out = tmp_path / "out"
     assert index(source, out, "--val-share", "0.4") == 0
     whole = {name: data for name, (data, _) in snapshot(out).items()}
-    (out / "summary.json").unlink()  # it is written last
+    (out / "summary.json").unlink()  # written last, so its absence means an unfinished run
     (out / "val.csv").unlink()
     assert index(source, out, "--val-share", "0.4") == 0
     assert {name: data for name, (data, _) in snapshot(out).items()} == whole

@@ -39,7 +39,7 @@ def test_size_and_both_ends_are_compared(place: int, tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read_do_not_count(tmp_path: Path) -> None:
-    """Among them one that would never end, and one that nobody writes to."""
+    """Unreadable files include an endless one and a pipe without a writer."""
     rows = make_videos(tmp_path / "a", num=5)
     was = sample_contents(rows)
     for row, replace in zip(

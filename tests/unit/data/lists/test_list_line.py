@@ -1,4 +1,4 @@
-"""Lines of lists: how they are read, and how other lines are refused."""
+"""Lines of lists: valid ones are parsed, others are refused with a reason."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from everest_ds.errors import UserError
         ('"a, b.mp4","3"', ListLine("a, b.mp4", 3)),
         ('"a.mp4","3","1","2"', ListLine("a.mp4", 3, 1.0, 2.0)),
         ('"say ""hi"", 7.mp4",1', ListLine('say "hi", 7.mp4', 1)),
-        ('"a "b" c.mp4" 5', ListLine('a "b" c.mp4', 5)),  # as older versions wrote it
-        ('""a"" 5', ListLine('"a"', 5)),  # likewise
+        ('"a "b" c.mp4" 5', ListLine('a "b" c.mp4', 5)),  # format of older versions
+        ('""a"" 5', ListLine('"a"', 5)),  # also of older versions
         ('"12 13" 5', ListLine("12 13", 5)),
         ("a.mp4,3,", ListLine("a.mp4", 3)),
-        ("a.mp4,3,,", ListLine("a.mp4", 3)),  # empty columns for start and end
+        ("a.mp4,3,,", ListLine("a.mp4", 3)),  # start and end are empty
         ("#20_Rhythm.avi 3", ListLine("#20_Rhythm.avi", 3)),
         ("10:30:00.mp4 3", ListLine("10:30:00.mp4", 3)),
         ("-a%d.mp4 3", ListLine("-a%d.mp4", 3)),
@@ -77,7 +77,7 @@ def test_line_says_path_label_and_window(line: str, expected: ListLine) -> None:
         ('"a.mp4",,3', "has an empty field"),
         ("a.mp4 running fast", "its last field 'fast' is not a number"),
         ("a.mp4 3.5", "has the label 3.5, which is not a whole number"),
-        ("a.mp4 1.0 2.0 3", "with a decimal point and times without"),  # the label last
+        ("a.mp4 1.0 2.0 3", "with a decimal point and times without"),  # the label is in the last column
         ("a.mp4,3,1.0,", "a window needs both times"),
         ("a.mp4 1.0 2.0", "a window needs both times"),
         ("a.mp4 3 00:00:12 00:00:20", "not a number of seconds"),

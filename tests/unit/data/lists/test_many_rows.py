@@ -1,4 +1,4 @@
-"""Five million rows: seconds of one core, and memory, of a process that reads them as a run does."""
+"""Five million rows, read in a process as by a run: its CPU time and memory."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def read_on_three(source: Path, read: Callable[[int], PackedRows]) -> list[Future[PackedRows]]:
-    """Read as three ranks do; each is given its number."""
+    """Call a reader as three ranks of a node, with the rank's number as its argument."""
     with ThreadPoolExecutor(3) as ranks:
         return [ranks.submit(read_on_node, [source], partial(read, rank), world(rank)) for rank in range(3)]
 
@@ -48,7 +48,7 @@ def test_one_rank_reads_and_the_others_map_its_memory(source: Path) -> None:
 
 
 def test_rank_that_is_given_nothing_reads_itself(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first rank fails, or does not come."""
+    """Other ranks read the list themselves if the first rank fails or never starts."""
     monkeypatch.setattr(node_sharing, "_WAIT_S", 0.2)
 
     def read(rank: int) -> PackedRows:

@@ -1,4 +1,4 @@
-"""The lists of a run, as people have them: repeated rows, labels that skip a number, missing files."""
+"""Lists of a run with common flaws: repeated rows, gaps in the labels, missing files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from everest_ds.recipes import find_config
 
 
 def read(folder: Path, recipe: str = "demo_ft", **lists: str) -> Lists:
-    """Read the lists of a recipe, given as text; only a.mp4 is there."""
+    """Read a recipe's lists from texts. Of the videos, only a.mp4 exists."""
     (folder / "a.mp4").touch()
     for name, text in lists.items():
         (folder / f"{name}.csv").write_text(text)

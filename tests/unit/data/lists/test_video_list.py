@@ -96,7 +96,7 @@ def test_missing_list_and_a_list_that_is_no_text_are_refused(tmp_path: Path) -> 
     (tmp_path / "video.csv").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(UserError, match="not UTF-8"):
         read_list(tmp_path / "video.csv")
-    os.mkfifo(tmp_path / "pipe.csv")  # nobody writes to it
+    os.mkfifo(tmp_path / "pipe.csv")  # a pipe without a writer
     with pytest.raises(UserError, match="it is not a file"):
         read_list(tmp_path / "pipe.csv")
 
@@ -200,7 +200,7 @@ def test_row_that_has_no_window_in_its_times_cannot_be_made(
 
 
 def test_list_of_every_kind_of_row_is_read_alike_on_every_system(tmp_path: Path) -> None:
-    """Separators, line ends, a byte order mark, spaces, commas and other scripts, mixed in one list."""
+    """One list mixes separators, line ends, a byte order mark, spaces, commas and non-Latin scripts."""
     text = '\ufeffa b.mp4 0\r\nc,d.mp4,1\n"e, f.mp4"\t7\r\n\r\n跳 ü.mp4 , 3 , 0.0 , 8.5\n/v/g.mp4 -1'
     (tmp_path / "list.csv").write_bytes(text.encode())
     names = ["a b.mp4", "c,d.mp4", "e, f.mp4", "跳 ü.mp4", "/v/g.mp4"]
@@ -212,7 +212,7 @@ def test_list_of_every_kind_of_row_is_read_alike_on_every_system(tmp_path: Path)
 
 def test_fingerprint_of_lists_without_windows_is_what_it_was_and_windows_change_it() -> None:
     rows = [VideoRow(Path("a/x.mp4"), 0), VideoRow(Path("a/y.mp4"), 1)]
-    assert fingerprint(rows) == "2 videos, 761c6825de27"  # computed before there were windows
+    assert fingerprint(rows) == "2 videos, 761c6825de27"  # computed by a version without windows
     windows = [(0.0, 8.0), (0.0, 8.5), (1.0, 8.0)]
     cut = [[rows[0], VideoRow(Path("a/y.mp4"), 1, start_s=start, end_s=end)] for start, end in windows]
     assert len({fingerprint(one) for one in [rows, *cut]}) == 4
@@ -293,7 +293,7 @@ def test_row_relative_to_the_program_is_the_same_file_from_a_list_elsewhere(
 
 
 def test_names_that_no_text_or_no_file_can_have_are_rows_of_a_list(tmp_path: Path) -> None:
-    """They are bad samples, not the end of a run: bytes that are not UTF-8, and zero bytes."""
+    """Names with zero bytes or invalid UTF-8 make bad samples; they must not stop a run."""
     rows = [VideoRow(tmp_path / os.fsdecode(name), 3) for name in (b"\xfc.mp4", b"a\0 b.mp4", b"\xff \xfe,1.mp4")]
     write_list(tmp_path / "list.csv", rows)
     assert read_list(tmp_path / "list.csv") == rows
@@ -320,7 +320,7 @@ ENDS = st.sampled_from(["\n", "\n", "\n\n", "\r\n", "\r", "\u2028", "\x0c"])
 def test_many_lines_at_a_time_say_what_each_says_alone(
     lines: list[tuple[list[tuple[str, str]], str]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The oracle takes the text apart by str.splitlines, and reads line by line."""
+    """The oracle splits the text with str.splitlines and parses line by line."""
     path = tmp_path_factory.getbasetemp() / "mixed.csv"
     text = "first.mp4 0\n" + "".join("".join(map("".join, words)) + end for words, end in lines)
     path.write_bytes(os.fsencode(text))
@@ -344,7 +344,7 @@ def test_many_lines_at_a_time_say_what_each_says_alone(
     rows = read_list(path)
     assert [(row.line, row.path, row.label, row.start_s, row.end_s) for row in rows] == expected
     names = [f"{row.path.name} {row.label}" for row in rows]
-    if all(row.start_s is None and row.path != path.parent for row in rows):  # the path "." has no name
+    if all(row.start_s is None and row.path != path.parent for row in rows):  # the path "." has an empty name
         digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
         assert fingerprint(rows) == f"{len(rows)} videos, {digest[:12]}"
 
@@ -353,7 +353,7 @@ def test_many_lines_at_a_time_say_what_each_says_alone(
 def test_lists_are_the_same_in_blocks_of_any_size(
     block_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With blocks of nothing but blank lines, without windows before those with them, and cut between CR and LF."""
+    """Blocks may contain only blank lines, start with rows without windows, or be cut between CR and LF."""
     text = "a.mp4 0\r\n" + "\r\n" * 90 + "b.mp4 1\r\r\n" + "\n" * 90 + "ü.mp4 2 0.5 1.0\r\n" * 9 + "last.mp4 3"
     (tmp_path / "list.csv").write_bytes(text.encode())
     whole = read_list(tmp_path / "list.csv")
@@ -372,13 +372,13 @@ def test_line_of_a_million_characters_answers_at_once(tmp_path: Path) -> None:
             (tmp_path / "list.csv").write_text(before + line + after)
             with pytest.raises(UserError, match=f"line {number}: .* is longer than a path can be"):
                 read_list(tmp_path / "list.csv")
-    assert time.perf_counter() - began < 5.0  # measured 0.1 s; the old pattern took minutes
+    assert time.perf_counter() - began < 5.0  # measured 0.1 s; an earlier pattern took minutes
 
 
 def test_rows_take_few_bytes_and_no_look_at_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 200 000 rows: what Python holds at the end (11 kB measured), in between (20 MB), and their own memory.
+    """Memory of 200,000 rows: Python's after reading (measured 11 kB), while reading (20 MB), and shared memory.
 
-    As objects they took 110 MB, 136 MB while they were read.
+    One object per row took 110 MB, and 136 MB while reading.
     """
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "0.mp4").touch()

@@ -1,4 +1,4 @@
-"""The loader's processes: what they make, and what becomes of it when they hang, crash or are killed."""
+"""The loader's workers: their batches, also when workers hang, crash or are killed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GLOBAL = 8
 
 
 class TroubledDataset(ClipDataset):
-    """Videos named hang, crash, kill-once and bug do that when they are opened."""
+    """A dataset in which opening a video named hang, crash, kill-once or bug does what the name says."""
 
     def _open(self, index: int) -> Video:
         path = self.rows[index].path
@@ -58,7 +58,7 @@ def make_dataset(
 def load(
     dataset: ClipDataset, *, steps: int = 3, start: int = 0, world: int = 1, micro: int = 4
 ) -> list[ClipBatch]:
-    """The micro-batches of all processes in the order in which they make up the global batches."""
+    """Return the micro-batches of all ranks, in the order of the global batches."""
     parts = []
     for rank in range(world):
         sampler = GlobalBatchSampler(
@@ -83,7 +83,7 @@ def same(batches: Sequence[ClipBatch], others: Sequence[ClipBatch]) -> bool:
 
 @pytest.fixture(scope="module")
 def rows(demo_folder: Path) -> list[VideoRow]:
-    """Twelve videos, two of them missing."""
+    """Twelve videos; two of the files are missing."""
     return with_video(read_list(demo_folder / "train.csv")[:12], demo_folder / "gone.mp4")
 
 
@@ -101,8 +101,8 @@ def with_video(rows: Sequence[VideoRow], path: Path) -> list[VideoRow]:
 def test_global_batches_are_the_same_for_any_processes_and_after_a_resume(
     repeats: int, frames: str, demo_folder: Path
 ) -> None:
-    """With 0, 1 and 3 workers a rank, on 1 and 2 ranks, begun in mid-epoch, bad files in the list."""
-    rows = read_list(demo_folder / "train.csv")[:20]  # 2, 5 and 10 steps an epoch
+    """0, 1 and 3 workers per rank, 1 and 2 ranks, a start in mid-epoch, and bad files in the list."""
+    rows = read_list(demo_folder / "train.csv")[:20]  # 2, 5 and 10 steps per epoch
     rows[::6] = [VideoRow(demo_folder / "gone.mp4", 0)] * 4
     config = replace(CONFIG, repeats=repeats, repeat_frames=frames)  # type: ignore[type-var]
     expected = load(make_dataset(rows, config), steps=5)
@@ -175,7 +175,7 @@ def test_requests_keep_the_clips_of_a_video_and_of_a_mixed_pair_together(rows: l
 def test_video_that_hangs_or_ends_its_process_is_a_bad_one_as_any_other(
     repeats: int, trouble: str, rows: list[VideoRow], tmp_path: Path
 ) -> None:
-    """The batches are those of a run whose file is missing; only the reason differs."""
+    """The batches equal those of a run without the file; only the recorded reason differs."""
     expected = load(make_dataset(rows, replace(CONFIG, repeats=repeats)))
     config = replace(CONFIG, num_workers=2, timeout_s=2.0, repeats=repeats)
     began = time.monotonic()
@@ -241,7 +241,7 @@ def test_file_that_goes_away_in_mid_run_is_replaced_from_then_on(good: list[Vide
 
 
 def test_bad_real_clips_neither_hang_nor_end_a_process(real_clips: Path, good: list[VideoRow]) -> None:
-    """All 28 broken or awkward files, each drawn in every epoch, beside as many good ones."""
+    """The list has all 28 broken or awkward files and as many good ones; each is drawn in every epoch."""
     awkward = sorted(path for path in (real_clips / "bad").iterdir() if path.suffix != ".csv")
     assert len(awkward) == 28
     rows = [VideoRow(path, 0) for path in awkward] + good + good + good[:4]
@@ -265,7 +265,7 @@ def test_bad_real_clips_neither_hang_nor_end_a_process(real_clips: Path, good: l
 
 
 class DyingDataset(ClipDataset):
-    """Ends its process before it opens anything."""
+    """A dataset that ends its worker before it opens a video."""
 
     def __call__(self, request: Sequence[SampleKey], unreadable: Mapping[int, str], mark: Mark) -> list[Clip]:
         os._exit(5)
@@ -306,8 +306,8 @@ def test_batches_that_nobody_takes_are_made_ahead_up_to_a_bound(rows: list[Video
     with closing(iter(loader)) as batches:
         next(batches)
         time.sleep(2)
-        # The one taken, one ready, one in the thread's hands, three ahead, two processes with two clips each; and
-        # the batch that the next clip is of has been drawn.
+        # One batch was taken, one is ready, one is in the thread, three are ahead, two workers have two clips each,
+        # and the batch of the next clip has been drawn.
         assert 4 * 6 <= len(drawn) <= 4 * 9
 
 
@@ -331,7 +331,7 @@ def test_closing_early_or_losing_the_stream_leaves_no_process(rows: list[VideoRo
 
 
 def test_processes_leave_with_the_one_that_started_them(rows: list[VideoRow], tmp_path: Path) -> None:
-    """Also one that hangs, and also when that one is killed and can end nothing."""
+    """Workers end with their parent, also a hanging worker, and also if the parent is killed."""
     script = tmp_path / "train.py"
     script.write_text(
         "import os, signal, sys, time\n"
@@ -371,7 +371,7 @@ def test_processes_leave_with_the_one_that_started_them(rows: list[VideoRow], tm
 
 
 def private_kib(pid: int) -> int:
-    """Memory of a process that is its own: not files, not what it shares."""
+    """Return a process's private memory: without mapped files and shared memory."""
     (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1])
 

@@ -19,9 +19,9 @@ from tests.conftest import REPOSITORY
 
 
 def act(item: tuple[str, float], mark: Mark) -> float:
-    """What the processes do."""
+    """Answer, hang, fail or end the worker, as the item says."""
     what, number = item
-    if what == "marks":  # three parts, each within the time, all of them together not
+    if what == "marks":  # each of the three parts is within the limit, their sum is not
         for part in range(3):
             mark(part)
             time.sleep(number)
@@ -39,14 +39,14 @@ def act(item: tuple[str, float], mark: Mark) -> float:
 
 
 def blocked_signals(item: int, mark: Mark) -> set[int]:
-    """The signals that are blocked in a process, from the kernel's own account."""
+    """Return the signals that are blocked in the worker, as the kernel reports them."""
     status = Path("/proc/self/status").read_text()
     mask = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")), 16)
     return {number for number in range(1, 32) if mask >> (number - 1) & 1}
 
 
 def test_signals_of_a_terminal_or_launcher_are_left_to_the_parent() -> None:
-    """They come to whole trees of processes. The processes inherit it, so that none is ever open to them."""
+    """Such signals are sent to whole process trees. Workers inherit a mask, so they are never unprotected."""
     pool: Pool[int, set[int]] = Pool(blocked_signals, num_workers=2, timeout_s=30)
     stops = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     try:
@@ -65,7 +65,7 @@ def test_signals_of_a_terminal_or_launcher_are_left_to_the_parent() -> None:
 
 
 class EndsItsProcess:
-    """A function that cannot be unpickled: that ends the process."""
+    """A function whose unpickling ends the worker."""
 
     def __call__(self, item: object, mark: Mark) -> float:
         return 0.0
@@ -160,7 +160,7 @@ def test_closed_pool_leaves_no_process_and_answers_nothing() -> None:
 
 
 def act_without_mark(item: tuple[str, int]) -> int:
-    """What the processes do: answer, take long, or end in one of several ways."""
+    """Answer, take long, or end the worker in one of several ways."""
     what, number = item
     if what == "hang":
         time.sleep(600)
@@ -173,7 +173,7 @@ def act_without_mark(item: tuple[str, int]) -> int:
 
 def run_each(items: Sequence[tuple[str, int]], *, num_workers: int, timeout_s: float = 30.0) -> dict[int, Outcome]:
     outcomes = list(run_all(act_without_mark, items, num_workers=num_workers, timeout_s=timeout_s))
-    assert sorted(outcome.item for outcome in outcomes) == sorted(items)  # each once, none lost
+    assert sorted(outcome.item for outcome in outcomes) == sorted(items)  # each item once, none lost
     return {outcome.item[1]: outcome for outcome in outcomes}
 
 
@@ -214,12 +214,12 @@ def test_leaving_early_leaves_no_process_behind() -> None:
 
 
 def test_modules_that_the_fork_server_imports_exist() -> None:
-    """It passes over a name that is none, and each worker would import for seconds."""
+    """The fork server ignores a module that does not exist; then each worker would spend seconds on imports."""
     assert all(importlib.util.find_spec(name) for name in _PRELOADED)
 
 
 def hold_python_in_c(item: int, mark: Mark) -> None:
-    """A decoder that hangs and lets no thread of its process run."""
+    """Hang in C with Python's lock held, like a decoder, so that no other thread of the worker can run."""
     mark(os.getpid())
     ctypes.PyDLL(None).sleep(300)
 

@@ -1,4 +1,4 @@
-"""Run as a program, which can be killed: read every frame of videos with one reader, a JSON line for each video.
+"""A program, so that a test can kill it: reads all frames of videos with one reader, prints a JSON line per video.
 
 ``python -m tests.unit.data.readers.read_all READER VIDEO...``
 """

@@ -1,7 +1,7 @@
-"""Small videos of many containers, codecs and kinds of groups of pictures, made by the ffmpeg command line.
+"""Small videos of many containers, codecs and GOP structures, made by the ffmpeg command line.
 
-A cell's name is a kind of encoding and an extension: `x264_open.mkv`. Each has 40 frames of 64x48 (a few differ)
-that move and change their colour, so that no two are alike.
+A cell's name is an encoding and an extension: `x264_open.mkv`. Most have 40 frames of 64x48 with motion and
+changing colours, so that no two frames are equal.
 """
 
 from __future__ import annotations
@@ -96,10 +96,10 @@ CONTAINERS = {
     "gif": "gif",
 }
 _VARIED_RATE = "-vf setpts=(N*N*0.02+N)/12/TB -vsync vfr"
-# What cannot be cut into such a container, or gives a file that nothing can decode.
+# Cells left out: ffmpeg cannot cut them, or nothing can decode the result.
 _NOT_CUT = ("vp9.mov", "vp9.ts", "vp9.avi", "mpeg4.ts", "mpeg4_b.ts", "x264_open.ts")
 _HIDDEN_VP8 = "-c:v libvpx -b:v 100k -auto-alt-ref 1 -lag-in-frames 16 -g 30 -passlogfile vp8"
-# Name -> arguments of ffmpeg, without the file to write; files that are read are cells too.
+# Name -> arguments of ffmpeg without the output file. Input files are cells too.
 COMMANDS: dict[str, list[str]] = {
     f"{encoding}.{extension}": [f"{SOURCE} {ENCODINGS[encoding]}"]
     for extension, encodings in CONTAINERS.items()
@@ -138,7 +138,7 @@ COMMANDS |= {
     "vp8_hidden.mkv": ["-i vp8_hidden.webm -c copy"],
     "mpeg4_b_from_avi.mp4": ["-i mpeg4_b.avi -c copy"],
 }
-# Files joined byte by byte, or cut at a byte: name -> the file, bytes to leave out, times to repeat.
+# Files cut or joined as bytes: name -> source file, bytes to skip at its start, number of repeats.
 JOINED = {
     "x264_twice.ts": ("x264.ts", 0, 2),
     "x264_open_twice.ts": ("x264_open.ts", 0, 2),
@@ -152,13 +152,13 @@ CELLS = [*COMMANDS, *JOINED]
 
 
 def require_ffmpeg() -> None:
-    """Skip a test where the command line of FFmpeg is missing."""
+    """Skip a test if the ffmpeg command line is missing."""
     if shutil.which("ffmpeg") is None:
         pytest.skip("needs the ffmpeg command line")
 
 
 def make_cell(folder: Path, name: str) -> Path:
-    """Make a file of the corpus, and those that it is made of, unless they are there; skip where ffmpeg cannot."""
+    """Make a file of the corpus and its source files unless they exist; skip the test if this ffmpeg cannot."""
     path = folder / name
     if path.exists():
         return path
@@ -182,7 +182,7 @@ def make_cell(folder: Path, name: str) -> Path:
 
 
 def _source() -> bytes:
-    """Return frames of yuv420p: a pattern that moves, a square that moves otherwise, and colours that change."""
+    """Return yuv420p frames: a moving pattern, a square with another motion, and changing colours."""
     noise = np.random.default_rng(0).random((2 * HEIGHT, 2 * WIDTH))
     for _ in range(3):
         noise = sum(np.roll(noise, shift, axis) for axis in (0, 1) for shift in (-1, 0, 1)) / 6
@@ -200,7 +200,7 @@ def _source() -> bytes:
 
 
 def decode_all(path: Path) -> list[np.ndarray]:
-    """Return all frames in RGB as plain PyAV decodes them, one after another from the beginning; not turned."""
+    """Return all frames in RGB, decoded by plain PyAV from the beginning, without rotation."""
     convert = VideoReformatter()
     with av.open(f"file:{path}") as container:
         stream = container.streams.best("video")
@@ -209,8 +209,8 @@ def decode_all(path: Path) -> list[np.ndarray]:
 
 
 def ffmpeg_digests(path: Path) -> list[str]:
-    """Return the MD5 sums of all frames, in their own pixel format, as the ffmpeg command line decodes them."""
-    # One thread: with several, frames of xvid_b.mkv came out otherwise once on a busy machine.
+    """Return the MD5 sums of all frames in their native pixel format, decoded by the ffmpeg command line."""
+    # One thread: with several, frames of xvid_b.mkv differed once on a busy machine.
     words = ["ffmpeg", "-v", "quiet", "-nostdin", "-threads", "1", "-i", str(path)]
     words += ["-map", "0:v:0", "-vsync", "passthrough"]
     done = subprocess.run([*words, "-f", "framemd5", "-"], capture_output=True, text=True, timeout=120, check=False)

@@ -1,4 +1,4 @@
-"""Videos with other streams: sound, subtitles, covers and second pictures, of other lengths than the picture."""
+"""Videos with further streams of other lengths: sound, subtitles, covers and second videos."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text
 
 
 class StreamFile:
-    """A file that is being made; lengths and starts are in seconds. Packets are muxed in the order of times."""
+    """A builder of a file with several streams: lengths and starts in seconds, packets muxed in order of time."""
 
     def __init__(self, path: Path, **options: str) -> None:
         self.path = path
@@ -35,7 +35,7 @@ class StreamFile:
         self._packets: list[tuple[float, Any]] = []
 
     def picture(self, length_s: float, *, start_s: float = 0.0, b_frames: int = 0) -> StreamFile:
-        """Add a video stream of ten frames a second, each a little brighter."""
+        """Add a video stream of ten frames per second; each frame is brighter than the previous one."""
         codec = CODECS.get(self._kind, ("libx264", "aac"))[0]
         stream = self._container.add_stream(codec, rate=Fraction(FRAMES_PER_S))
         stream.width, stream.height, stream.pix_fmt, stream.thread_count = 64, 48, "yuv420p", 1
@@ -65,7 +65,7 @@ class StreamFile:
         return self
 
     def cover(self) -> StreamFile:
-        """Add a picture of the cover."""
+        """Add a cover picture."""
         image = io.BytesIO()
         with av.open(image, "w", format="image2pipe") as container:
             stream = container.add_stream("mjpeg", rate=1)
@@ -90,7 +90,7 @@ class StreamFile:
         return self
 
     def write(self) -> Path:
-        """Mux all."""
+        """Mux the packets, close the file and return its path."""
         for _, packet in sorted(self._packets, key=lambda pair: pair[0]):
             self._container.mux(packet)
         self._container.close()
@@ -101,7 +101,7 @@ class StreamFile:
 
 
 def cut_off(path: Path, share: float) -> Path:
-    """Return a copy of a file that ends after a share of its bytes."""
+    """Return a copy of a file that contains only the first ``share`` of its bytes."""
     content = path.read_bytes()
     target = path.with_stem(f"{path.stem}-cut")
     target.write_bytes(content[: round(len(content) * share)])

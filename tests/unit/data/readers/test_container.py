@@ -1,4 +1,4 @@
-"""Which files were cut off, judged by their picture alone, whatever other streams there are."""
+"""Truncated files are detected by their video stream alone, whatever other streams exist."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_file_whose_picture_was_cut_off_is_found(suffix: str, streams: str, shar
 
 def test_cut_off_mp4_is_found_by_its_picture_and_not_by_its_sound(tmp_path: Path) -> None:
     whole = StreamFile(tmp_path / "a.mp4", movflags="faststart").picture(4).sound(12).write()
-    container = read_container(cut_off(whole, 0.95))  # sound alone is missing
+    container = read_container(cut_off(whole, 0.95))  # only sound is missing
     assert container is not None
     assert container.declared_s == pytest.approx(4)
     assert describe_missing(container) is None
@@ -97,12 +97,12 @@ def test_container_is_read_without_decoding(tmp_path: Path) -> None:
     [
         (100, 100, 10.0, 10.0, 10.0, 10.0, None),
         (0, 100, None, 10.0, None, 10.0, None),
-        (100, 91, None, 9.1, None, 9.1, None),  # a tenth may be missing
+        (100, 91, None, 9.1, None, 9.1, None),  # up to a tenth may be missing
         (100, 89, None, 8.9, None, 8.9, "announces 100 frames, it contains 89"),
         (0, 50, 10.0, 5.0, 10.0, 10.0, "announces 10.0 s of video, its last frame ends at 5.0 s"),
-        (0, 10, 1.0, 0.6, 1.0, 0.6, None),  # less than half a second
-        (100, 50, 10.0, 9.9, 10.0, 9.9, None),  # frames that an edit list leaves out
-        (0, 30, 3.0, 3.0, 8.0, 3.0, None),  # longer sound of which the rest may be missing
+        (0, 10, 1.0, 0.6, 1.0, 0.6, None),  # less than half a second is missing
+        (100, 50, 10.0, 9.9, 10.0, 9.9, None),  # an edit list hides the other frames
+        (0, 30, 3.0, 3.0, 8.0, 3.0, None),  # the sound is longer, and its end may be missing
         (0, 30, None, 3.0, 8.0, 8.0, None),
         (0, 30, None, 3.0, 8.0, 3.5, "announces 8.0 s, the last packet of any stream ends at 3.5 s"),
     ],

@@ -1,4 +1,4 @@
-"""Which packets are decoded for a frame, and that leaving the others out changes no pixel."""
+"""Packets decoded for a frame: as few as possible, and skipping the others changes no pixel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.unit.data.readers.video_files import shown, write_ramp
 
 
 def packets_of(order: list[int], keys: list[int]) -> Packets:
-    """A stream from its times in the order of decoding, and the times of its keyframes."""
+    """Return a stream with these times, in decoding order, and keyframes at the times ``keys``."""
     positions: dict[int | None, int] = {time: number for number, time in enumerate(order)}
     return Packets(
         pts=sorted(order),
@@ -45,21 +45,21 @@ def test_frames_after_one_keyframe_share_a_span_up_to_the_last_one_decoded() -> 
 def test_packets_between_a_frame_and_the_next_keyframe_are_left_out() -> None:
     source = packets_of(list(range(12)), keys=[0, 4, 8])
     assert ranges(source, [1, 5, 9]) == [(0, 2, [1]), (4, 6, [5]), (8, 10, [9])]
-    assert ranges(source, [3, 5]) == [(0, 6, [3, 5])]  # nothing lies between
+    assert ranges(source, [3, 5]) == [(0, 6, [3, 5])]  # no packets to skip in between
     assert ranges(packets_of(list(range(6)), keys=list(range(6))), [0, 2, 3, 5]) == [
         (0, 1, [0]), (2, 4, [2, 3]), (5, 6, [5]),
     ]  # fmt: skip
 
 
 def test_frame_shown_before_the_keyframe_it_is_decoded_after_needs_both_groups() -> None:
-    source = packets_of([0, 1, 4, 2, 3, 5], keys=[0, 4])  # an open group: 2 and 3 refer to 1 and to 4
+    source = packets_of([0, 1, 4, 2, 3, 5], keys=[0, 4])  # an open GOP: 2 and 3 refer to 1 and 4
     assert ranges(source, [3]) == [(0, 5, [3])]
     assert ranges(source, [5]) == [(2, 6, [5])]
     assert ranges(source, [2, 5]) == [(0, 6, [2, 5])]
 
 
 def decoded_packets(reader: PyavReader, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Collect the times of the packets that a reader decodes."""
+    """Return a list that collects the times of the packets that a reader decodes."""
     seen: list[Any] = []
     original = PyavReader._packets_of
 
@@ -96,7 +96,7 @@ def test_file_beyond_the_limit_is_not_held(tmp_path: Path, monkeypatch: pytest.M
 
 
 def write_jpegs(path: Path, container_options: dict[str, str] | None = None, *, hidden: bool = False) -> None:
-    """Write 30 flat frames at uneven times, each by itself; three of them before an edit list's start or none."""
+    """Write 30 flat frames, all intra-coded, at uneven times; ``hidden`` puts three before an edit list's start."""
     with av.open(str(path), "w", container_options=container_options or {}) as container:
         stream = container.add_stream("mjpeg", rate=10)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuvj420p"
@@ -161,7 +161,7 @@ def test_frames_are_the_same_whether_packets_are_held_or_sought(
         monkeypatch.setattr(packets, "_HELD_BYTES", limit)
         reader = PyavReader(tmp_path / name)
         frames.append(reader.read(wanted))
-        assert np.array_equal(reader.read(wanted[:3]), frames[-1][:3])  # and again, from another place
+        assert np.array_equal(reader.read(wanted[:3]), frames[-1][:3])  # again, after a seek
     assert np.array_equal(*frames)
     assert shown(frames[0]) == wanted
 
@@ -170,7 +170,7 @@ def test_frames_are_the_same_whether_packets_are_held_or_sought(
 def test_frames_of_real_clips_are_those_of_decoding_everything(
     held_bytes: int, real_clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against plain PyAV: every packet in turn, each frame converted by itself."""
+    """The oracle decodes every packet with plain PyAV and converts each frame separately."""
     monkeypatch.setattr(packets, "_HELD_BYTES", held_bytes)
     with (real_clips / "manifest.csv").open() as file:
         names = [row["file"] for row in csv.DictReader(file)]

@@ -1,4 +1,4 @@
-"""What packets say about the frames of a file, from hand-written times and bytes."""
+"""Quirks of a file that its packets show, from hand-written times and bytes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from everest_ds.data.readers.quirks import Quirk, order_quirks, time_quirks
     ("times", "hidden", "keys", "expected"),
     [
         ([0, 3, 1, 2, 4, 6, 5], set(), [0, 4], set()),
-        ([0, 1, 4, 2, 3, 5], set(), [0, 2], {Quirk.OPEN_GOP}),  # 2 and 3 are shown before the keyframe at 4
+        ([0, 1, 4, 2, 3, 5], set(), [0, 2], {Quirk.OPEN_GOP}),  # 2 and 3 are shown before keyframe 4
         ([2, 0, 1, 3], set(), [0], {Quirk.OPEN_GOP, Quirk.LEADS_START}),
-        ([2, 0, 1, 3], {1, 2}, [0], {Quirk.OPEN_GOP, Quirk.HIDDEN}),  # they are not shown
+        ([2, 0, 1, 3], {1, 2}, [0], {Quirk.OPEN_GOP, Quirk.HIDDEN}),  # 1 and 2 are not shown
         ([0, 1, 2, 3], {0, 1}, [0], {Quirk.HIDDEN}),
-        ([0, 1, 2, 0, 1, 2], set(), [0, 3], {Quirk.NO_TIMES}),  # two files in one
+        ([0, 1, 2, 0, 1, 2], set(), [0, 3], {Quirk.NO_TIMES}),  # two files joined into one
         ([0, 2, 4, 1, 3, 5], set(), [0, 3], {Quirk.BACK_IN_TIME}),
         ([0, 1, 2, 3, 8, 1.5, 9], set(), [0, 2, 4], {Quirk.OPEN_GOP, Quirk.BACK_IN_TIME}),
         ([0, None, 2], set(), [0], {Quirk.NO_TIMES}),
@@ -53,7 +53,7 @@ RECOVERY_AT_ONCE, RECOVERY_LATER, TURNED = (
     ("units", "is_clean"),
     [
         ([IDR], True),
-        ([RECOVERY_AT_ONCE, SLICE_I], True),  # an open group
+        ([RECOVERY_AT_ONCE, SLICE_I], True),  # open GOP
         ([TURNED + b"\x80", RECOVERY_AT_ONCE, SLICE_I], True),
         ([RECOVERY_LATER, SLICE_P], False),  # intra refresh
         ([SLICE_I], False),
@@ -82,7 +82,7 @@ def test_h264_keyframe_is_clean_where_everything_can_be_decoded_at_once(
         (b"\x86\x00\x01", True),
         (b"\x88", True),
         (b"\x84\x00\x01", False),
-        (b"\x84\x00\x01" + b"\x86\x00" + b"\xc1\x03\x02\xc1", True),  # both in one packet, and their lengths
+        (b"\x84\x00\x01" + b"\x86\x00" + b"\xc1\x03\x02\xc1", True),  # two frames and their lengths in a packet
         (b"\x86\x00\x01" + b"\x86\x00" + b"\xc1\x03\x02\xc1", False),
     ],
 )

@@ -1,7 +1,7 @@
-"""Every reader on every kind of file of a generated corpus: the right frames, or a refusal with its reason.
+"""Every reader on every file of a generated corpus returns the right frames or refuses the file with a reason.
 
-Two oracles. Frames in RGB are those of plain PyAV decoding the whole file, bit for bit. That those are the right
-ones, in number and in order, is the ffmpeg command line's word: the MD5 sums of all frames in their own format.
+Two oracles: RGB frames must be bitwise identical to those of plain PyAV, which decodes the whole file. Number and
+order of PyAV's frames are checked against the ffmpeg command line, by MD5 sums in the native pixel format.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from everest_ds.data.readers.choice import obstacle
 from everest_ds.data.readers.video import Video
 from tests.unit.data.readers.reader_corpus import CELLS, decode_all, ffmpeg_digests, make_cell, require_ffmpeg
 
-# What decord and torchcodec read, by extension: PyAV reads all. They refuse the rest of the corpus.
+# Encodings that decord and torchcodec read, by extension. They refuse the rest of the corpus; PyAV reads all of it.
 ACCEPTED = {
     "decord": {
         "mp4": "x264 x264_no_b x264_pyramid x264_one_key x264_keys x264_fragments x264_no_edits x264_negative "
@@ -45,7 +45,7 @@ ACCEPTED["torchcodec"] = {
     "mkv": ACCEPTED["decord"]["mkv"] + " x264_open x264_open_rate x265_open av1",
     "webm": ACCEPTED["decord"]["webm"] + " vp9_live av1",
 }
-# A cell of each kind; the others are slow tests.
+# One cell of each kind; the others are slow tests.
 DEFAULT = {
     "x264.mp4", "x264_open.mp4", "x264_refresh_b.mp4", "x264_cut.mp4", "x264_cut.mkv", "x264_open_cut.mkv",
     "x264_interlaced.mkv", "x264.ts", "x264.avi", "x264.asf", "x264.h264", "x264_twice.ts",
@@ -56,7 +56,7 @@ DEFAULT = {
 }  # fmt: skip
 NAMES = [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in CELLS]
 READERS = ("pyav", "pyav, seeking", "decord", "torchcodec")
-# Formats whose array in PyAV has the bytes that ffmpeg sums up.
+# Pixel formats whose PyAV array has the same bytes as ffmpeg's MD5 sum.
 SAME_FORMATS = ("yuv420p", "yuvj420p", "rgb24")
 
 
@@ -72,7 +72,7 @@ def is_accepted(reader: str, name: str) -> bool:
 
 
 def sparse_reads(num_frames: int, name: str) -> list[list[int]]:
-    """Frames at random places, in any order, forwards, backwards, and the last one."""
+    """Return lists of frames to read: random ones in any order, forwards and backwards, and the last one."""
     draw = random.Random(name)
     places = range(num_frames)
     return [
@@ -105,7 +105,7 @@ def test_sparse_reads_are_those_of_a_whole_decode_or_the_file_is_refused(
     video = Video(path, reader=reader)  # type: ignore[arg-type]
     assert video.num_frames == len(expected)
     for number, wanted in enumerate(sparse_reads(len(expected), name)):
-        if number % 3 == 2:  # a reader that has read before, and a fresh one
+        if number % 3 == 2:  # alternate fresh readers and readers that have read before
             video = Video(path, reader=reader)  # type: ignore[arg-type]
         frames = video.read(wanted)
         wrong = [index for index, frame in zip(wanted, frames, strict=True) if (frame != expected[index]).any()]
@@ -124,5 +124,5 @@ def test_whole_decode_has_the_frames_of_ffmpeg(name: str, corpus: Path) -> None:
     if frames[0].format.name in SAME_FORMATS:
         found = [hashlib.md5(frame.to_ndarray().tobytes()).hexdigest() for frame in frames]
         assert found == expected
-    assert len(set(expected)) > len(expected) // 3  # frames differ: one cannot be taken for another
+    assert len(set(expected)) > len(expected) // 3  # frames differ, so a wrong frame is noticed
     assert np.array_equal(decode_all(path)[-1], frames[-1].to_ndarray(format="rgb24"))

@@ -18,7 +18,7 @@ from everest_ds.data.readers.video import DecodedVideo, Video
 from everest_ds.errors import UserError
 from tests.unit.data.readers.video_files import shown, write_ramp
 
-# Container, codec, B-frames: with and without an index, with times of showing and without.
+# File -> codec, number of B-frames. Containers with and without an index, with and without presentation times.
 KINDS = {
     "b_frames.mp4": ("libx264", 2),
     "intra.mp4": ("libx264", 0),
@@ -40,7 +40,7 @@ def reader(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def ramps(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ramps é")  # not ASCII, on purpose
+    folder = tmp_path_factory.mktemp("ramps é")  # not ASCII on purpose
     for name, (codec, b_frames) in KINDS.items():
         write_ramp(folder / name, codec=codec, b_frames=b_frames, key_every=1 if name == "intra.mp4" else 8)
     return folder
@@ -48,7 +48,7 @@ def ramps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fresh_choice() -> Iterator[None]:
-    """Forget which readers serve, before and after."""
+    """Clear the cache of usable readers before and after a test."""
     obstacle.cache_clear()
     yield
     obstacle.cache_clear()
@@ -88,7 +88,7 @@ def test_frames_come_by_number_in_any_order_or_are_refused(name: str, reader: st
         (0.5, 1.0, 5, 9),
         (0.0, 4.0, 0, 39),
         (0.45, 0.95, 5, 9),
-        (0.5003, 1.0003, 5, 9),  # rounded elsewhere
+        (0.5003, 1.0003, 5, 9),  # times rounded differently
         (None, 0.3, 0, 2),
         (3.7, None, 37, 39),
         (3.7, 99.0, 37, 39),
@@ -133,10 +133,10 @@ def test_frames_outlive_their_reader_and_are_the_callers_own(reader: str, ramps:
     path = ramps / "b_frames.mp4"
     video = Video(path, reader=reader)  # type: ignore[arg-type]
     first, again = video.read([3, 20]), video.read([3, 20])
-    first[:] = 0  # no other frames share their memory
+    first[:] = 0  # other frames must not share this memory
     del video
     gc.collect()
-    for _ in range(20):  # what was freed would be written over
+    for _ in range(20):  # would overwrite freed memory
         Video(path, reader=reader).read([30, 39])  # type: ignore[arg-type]
     assert shown(again) == [3, 20]
     assert not first.any()
@@ -211,7 +211,7 @@ def test_obstacle_tells_absent_from_broken(fresh_choice: None, monkeypatch: pyte
 
 
 class FakeDecoder:
-    """Stands in for torchcodec's: five frames, of which the fourth cannot be decoded."""
+    """A fake of torchcodec's decoder: five frames, of which the fourth cannot be decoded."""
 
     def __init__(self, path: str, *, dimension_order: str, num_ffmpeg_threads: int, seek_mode: str) -> None:
         assert (dimension_order, num_ffmpeg_threads, seek_mode) == ("NHWC", 1, "exact")

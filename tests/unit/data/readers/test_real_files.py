@@ -1,4 +1,4 @@
-"""Every reader on the real clips: right frames of the good ones, and for the bad ones the outcome written here."""
+"""Every reader on the real clips: good ones give the right frames, bad ones the outcomes listed here."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from everest_ds.data.readers.choice import READERS, obstacle
 from everest_ds.data.readers.video import Video, VideoReadError
 from tests.conftest import REPOSITORY
 
-# Where a reader accepts a clip, its frames are those of PyAV, byte for byte. Frames of odd width and height are
-# converted differently: measured mean 0.68 of 255.
+# Frames of accepted clips are bitwise identical to PyAV's, except that readers convert frames of odd width and
+# height differently: measured mean difference 0.68 of 255.
 PIXEL_MEAN_ERROR = {"derived__odd_341x255_mpeg4.avi": 1.0}
-# Good clips that decord and torchcodec refuse, and what the reason begins with.
+# Good clips that decord and torchcodec refuse, and the beginning of the reason.
 AVI_B_FRAMES = "its times may be decoding times"
 OPEN_GOP = "its frames refer to frames beyond a keyframe"
 REFUSED_BY_BOTH = {
@@ -35,7 +35,7 @@ REFUSED = {
     "decord": dict.fromkeys(REFUSED_BY_BOTH, AVI_B_FRAMES) | {"torchcodec__h265_video.mp4": OPEN_GOP},
     "torchcodec": dict.fromkeys(REFUSED_BY_BOTH, AVI_B_FRAMES),
 }
-# Seconds for one reader to read all bad files; measured 10 to 20.
+# Time limit for one reader to read all bad files; measured 10 to 20 s.
 ALL_BAD_S = 300
 
 OPENS_NOT = "Invalid data found"
@@ -47,8 +47,8 @@ NO_LENGTH = "decord finds no duration in the file; use --data.reader pyav"
 LATE_START = "it does not begin with a keyframe"
 EMPTY = "the file is empty"
 
-# How many frames each reader finds and can decode, all of them, or part of the reason why it cannot: PyAV, decord,
-# torchcodec. One entry stands for all three.
+# For PyAV, decord and torchcodec: the number of frames, all of which can be decoded, or part of the reason for a
+# refusal. A single entry is valid for all three.
 BAD_FILES: dict[str, int | str | tuple[int | str, int | str, int | str]] = {
     "zero_byte.mp4": EMPTY,
     "text.mp4": OPENS_NOT,
@@ -69,7 +69,7 @@ BAD_FILES: dict[str, int | str | tuple[int | str, int | str, int | str]] = {
     "ok_faststart.mp4": 280,
     "ok_moovend.mp4": 280,
     "flip20_mid.mp4": 280,
-    # Where the readers differ.
+    # Files on which the readers differ.
     "editlist_cut.mp4": (114, "an edit list hides some of its frames", 114),
     "real_av1.mkv": (125, "av1 in matroska", 125),
     "real_no_duration.webm": (74, NO_LENGTH, 74),
@@ -136,7 +136,7 @@ def test_good_clips_are_those_of_pyav_or_refused(reader: str, real_clips: Path) 
 
 
 def digests(path: Path) -> list[str]:
-    """MD5 sums of all frames as plain PyAV decodes them from the beginning; of as many as it can."""
+    """Return the MD5 sums of all frames that plain PyAV decodes from the beginning."""
     convert = VideoReformatter()
     found = []
     with av.open(str(path)) as container:
@@ -167,7 +167,7 @@ def test_sparse_reads_of_awkward_and_damaged_files_are_those_of_a_whole_decode(n
 
 @pytest.mark.parametrize("reader", READERS)
 def test_window_of_an_edit_list_counts_from_its_first_frame_that_is_shown(reader: str, real_clips: Path) -> None:
-    """The cut is 3.3 s into the original at 28 frames a second: frame 0 of the one is frame 93 of the other."""
+    """The copy starts 3.3 s into the original of 28 frames/s, so its frame 0 is the original's frame 93."""
     require(reader)
     if reader == "decord":
         pytest.skip("decord refuses files with an edit list that hides frames")

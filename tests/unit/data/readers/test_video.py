@@ -9,12 +9,12 @@ import pytest
 from everest_ds.data.demo import encode_h264
 from everest_ds.data.readers.video import Video, VideoReadError
 
-# H.264 at crf 16 on the ramp below: measured mean error 1.0 of 255 in the worst frame.
+# Mean error of H.264 at crf 16 on the ramp below; measured 1.0 of 255 in the worst frame.
 CODEC_MEAN_ERROR = 4.0
 
 
 def ramp_video(path: Path, num_frames: int = 20) -> np.ndarray:
-    """Frames whose grey level says which frame they are."""
+    """A video whose grey levels encode the frame number."""
     levels = np.arange(num_frames) * 10
     frames = np.broadcast_to(levels[:, None, None, None], (num_frames, 64, 96, 3)).astype(np.uint8)
     encode_h264(path, frames)
@@ -68,7 +68,7 @@ def test_every_good_real_clip_is_read(real_clips: Path) -> None:
     assert len(rows) == 46
     for row in rows:
         video = Video(real_clips / row["file"])
-        # AVI with packed B-frames: decord counted the empty packet at the end as a frame.
+        # AVI with packed B-frames: decord counts the empty last packet as a frame.
         counted_too_many = row["file"].startswith("HMDB51")
         assert video.num_frames == int(row["frames_decord"]) - counted_too_many, row["file"]
         frames = video.read([0, video.num_frames - 1])

@@ -1,4 +1,4 @@
-"""Rows with a window, and the choice of a reader, in what trains and what scores."""
+"""Rows with a window, and the setting of the reader, in training and scoring datasets."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_clips_of_a_row_with_a_window_stay_in_it(keep: bool, reader: str, tmp_pa
         frames_T = np.concatenate([clip.frames_T for clip in clips])
         first = (10, 30, 0)[index]
         assert (frames_T.min() + first, frames_T.max() + first) == (min(seen[-1]), max(seen[-1]))
-    # The official draw never starts at the last place, so the last frame stays out.
+    # The official code never draws the last possible start, so the last frame is never used.
     assert seen[0] == set(range(10, 19))
     assert seen[1] == set(range(30, 39))
     assert min(seen[2]) < 10

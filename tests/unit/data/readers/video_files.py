@@ -1,4 +1,4 @@
-"""Videos whose frames say which frame they are, in several containers."""
+"""Videos in several containers whose brightness encodes the frame number."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_ramp(
     width: int = 96,
     key_every: int = 8,
 ) -> None:
-    """Write flat frames, each five grey levels brighter than the one before, ten a second."""
+    """Write flat frames at ten per second, each five grey levels brighter than the previous one."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(FRAMES_PER_S))
         stream.width, stream.height, stream.pix_fmt = width, 64, "yuv420p"
@@ -39,11 +39,11 @@ def write_ramp(
 
 
 def shown(frames_THWC: np.ndarray) -> list[int]:
-    """Which frames of a ramp these are, by their brightness."""
+    """Return the numbers of a ramp's frames, from their brightness."""
     return np.rint(frames_THWC.reshape(len(frames_THWC), -1).mean(axis=1) / LEVELS_PER_FRAME).astype(int).tolist()
 
 
-# The eight display matrices: a b, c d of a track's header, and where the four corners of the picture go.
+# The eight display matrices: a, b, c, d of a track's header, and the new order of the picture's four corners.
 TURNS = {
     "as it is": ((1, 0, 0, 1), [40, 90, 140, 200]),
     "90 degrees": ((0, 1, -1, 0), [140, 40, 200, 90]),
@@ -57,12 +57,12 @@ TURNS = {
 
 
 def turned_size(turn: str) -> tuple[int, int]:
-    """Width and height of the pictures of `write_turned` as they are to be seen."""
+    """Return width and height at which the pictures of `write_turned` must be shown."""
     return (96, 64) if TURNS[turn][0][0] else (64, 96)
 
 
 def four_corners() -> np.ndarray:
-    """A picture of 96x64 with four grey corners."""
+    """Return a picture of 96x64 pixels with four grey corners."""
     picture = np.zeros((64, 96, 3), dtype=np.uint8)
     for level, rows, columns in ((40, 0, 0), (90, 0, 48), (140, 32, 0), (200, 32, 48)):
         picture[rows : rows + 32, columns : columns + 48] = level
@@ -70,7 +70,7 @@ def four_corners() -> np.ndarray:
 
 
 def write_turned_mkv(path: Path, turn: str, num_frames: int = 3) -> None:
-    """Write `four_corners` with a display matrix into Matroska; skip where PyAV has no way to."""
+    """Write `four_corners` with a display matrix into Matroska; skip the test if this PyAV cannot."""
     a, b, c, d = (value << 16 for value in TURNS[turn][0])
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(FRAMES_PER_S), options={"crf": "16", "bf": "0"})
@@ -84,7 +84,7 @@ def write_turned_mkv(path: Path, turn: str, num_frames: int = 3) -> None:
 
 
 def write_turned(path: Path, turn: str | tuple[float, float, float, float], num_frames: int = 3) -> None:
-    """Write `four_corners` into an MP4 or MOV that asks for a turn."""
+    """Write `four_corners` into an MP4 or MOV with a display matrix."""
     encode_h264(path, np.stack([four_corners()] * num_frames))
     matrix = TURNS[turn][0] if isinstance(turn, str) else turn
     a, b, c, d = (round(value * (1 << 16)) for value in matrix)
@@ -95,6 +95,6 @@ def write_turned(path: Path, turn: str | tuple[float, float, float, float], num_
 
 
 def corners(frames_THWC: np.ndarray) -> list[float]:
-    """Brightness near the four corners, from left to right and from top to bottom."""
+    """Return the brightness near the four corners, left to right, then top to bottom."""
     height, width = frames_THWC.shape[1:3]
     return [float(frames_THWC[:, y, x].mean()) for y in (8, height - 8) for x in (8, width - 8)]
