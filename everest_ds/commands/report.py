@@ -1,4 +1,4 @@
-"""`everest report RUN...`: one page about runs and evaluations, which opens without a network."""
+"""`everest report RUN...`: write one HTML page about runs and evaluations; it opens without a network."""
 
 import os
 import time
@@ -24,18 +24,18 @@ _MOST_NAMED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Write one page about runs side by side: curves, scores, pictures, speed and memory against the plan, what
-    happened, settings and environments. It holds all that it shows, and needs no network.
+    """Write one page that compares runs: curves, scores, pictures, speed and memory against the plan, events,
+    settings and environments. The page is one file and needs no network.
     """
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")]
-    """Run directories, in any state, and folders of `everest evaluate`."""
+    """Run directories in any state, and folders written by `everest evaluate`."""
     out: Path = Path("report.html")
-    """The page. A file there is replaced only if an earlier report wrote it."""
+    """File of the page. An existing file is replaced only if `everest report` wrote it."""
 
 
 def main(words: list[str], world: World) -> int:
-    """Write the page; return the exit code, 0."""
+    """Write the page and return exit code 0."""
     arguments = parse(Arguments, words, "everest report", world)
     if world.is_main:
         report(arguments, world)
@@ -46,11 +46,11 @@ def report(arguments: Arguments, world: World) -> None:
     """Read the runs and write the page.
 
     Raises:
-        UserError: There are no runs, a folder is none, or the page cannot be written there.
+        UserError: No run is named, a folder is not a run, or the page cannot be written.
     """
     if not arguments.runs:
         raise UserError("report needs a run: everest report RUN [RUN...] --out report.html")
-    out = Path(os.path.realpath(arguments.out))  # a link stays one
+    out = Path(os.path.realpath(arguments.out))  # write through a link instead of replacing it
     _require_own(arguments.out)
     found = {path.resolve(): path for path in reversed(arguments.runs)}
     runs = [_read(path) for path in reversed(found.values())]
@@ -70,7 +70,7 @@ def report(arguments: Arguments, world: World) -> None:
 
 
 def _require_own(out: Path) -> None:
-    """Refuse to replace what no report wrote."""
+    """Refuse to replace a file that `everest report` did not write."""
     if not os.path.lexists(out) or (out.is_symlink() and not out.exists()):
         return
     own = False
@@ -83,13 +83,13 @@ def _require_own(out: Path) -> None:
 
 def _read(path: Path) -> ReportedRun:
     if not path.is_dir():
-        what = "is no folder" if path.exists() else "does not exist"
-        raise UserError(f"{path} {what}; expected a run directory, or the folder of an evaluation")
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise UserError(f"{path} {what}; expected a run directory or the folder of an evaluation")
     if (path / SUMMARY).is_file():
         return read_evaluation(path)
     run = next((above for above in path.resolve().parents[:2] if is_run(above)), None)
     if run is not None and (not is_run(path) or path.resolve().parent == folder_of(run)):
-        raise UserError(f"{path} is a part of the run {run}; name that")
+        raise UserError(f"{path} is inside the run {run}; name the run instead")
     if is_run(path):
         scores, faults = read_evaluations(path)
         found = read_run(path, scores)
@@ -99,5 +99,5 @@ def _read(path: Path) -> ReportedRun:
         names = ", ".join(str(child) for child in inner[:_MOST_NAMED]) + (
             " ..." if len(inner) > _MOST_NAMED else ""
         )
-        raise UserError(f"{path} is no run but holds runs; name those: {names}")
-    raise UserError(f"{path} is neither a run (no config.json of one) nor an evaluation (no {SUMMARY})")
+        raise UserError(f"{path} is not a run but contains runs; name them: {names}")
+    raise UserError(f"{path} is neither a run (no config.json of a run) nor an evaluation (no {SUMMARY})")

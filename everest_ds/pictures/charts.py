@@ -21,9 +21,9 @@ _BAR_PX, _GAP_PX, _HEIGHT_PX = 48, 14, 160
 def draw_kept_by_step(
     visible_T: NDArray[np.floating], predicted_T: NDArray[np.floating], *, title: str
 ) -> Image.Image:
-    """Draw how many tokens are kept in each time step: predicted ones on visible ones, in one scale with their sum.
+    """Draw a stacked bar a time step: visible tokens below predicted ones, with their sum above.
 
-    Drawn without matplotlib, whose import would take the time of many such pictures.
+    Drawn without matplotlib, because its import takes longer than many such charts.
     """
     total_T = visible_T + predicted_T
     width = max(len(total_T) * (_BAR_PX + _GAP_PX), round(font(TEXT_PX).getlength(title))) + 2 * MARGIN
@@ -48,11 +48,11 @@ def draw_kept_by_step(
 
 
 def draw_curves(curves: Mapping[str, Points], *, title: str) -> "Figure":
-    """Draw curves over steps, one chart below the other; those without finite points are left out.
+    """Draw curves over steps, one chart below another; curves without finite points are left out.
 
     Args:
         curves: Step and value of each point, by name.
-        title: Above all.
+        title: Title of the figure.
     """
     from matplotlib.figure import Figure
 

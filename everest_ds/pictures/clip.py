@@ -1,4 +1,7 @@
-"""What is drawn of a clip, as arrays. Axes: T frames, H W pixels, C colour, N tokens, S visible, R predicted."""
+"""A clip, its importance and its kept tokens, as arrays to draw.
+
+Axes: T frames, H W pixels, C colour, N tokens, S visible, R predicted.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,19 +12,19 @@ from numpy.typing import NDArray
 from everest_ds.tokens import TokenGrid
 
 DROPPED, SEEN, HIDDEN, BOTH = 0, 1, 2, 3
-"""Roles of a token: not kept; visible; predicted; visible and predicted too (selection.targets=selected)."""
+"""Roles of a token: not kept; visible; predicted; both visible and predicted (selection.targets=selected)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenChoice:
-    """The tokens that one way of selecting keeps of a clip.
+    """The tokens that one selection keeps of a clip.
 
     Attributes:
-        label: Which way, for people.
+        label: Name of the selection, as drawn.
         visible_S: Positions that the encoder sees, int64.
         predicted_R: Positions that the decoder predicts, int64; empty for a classifier.
-        reconstruction_THWC: The clip with the predicted tokens as the model predicts them, uint8; None where
-            nothing was predicted.
+        reconstruction_THWC: The clip with predicted tokens replaced by the model's predictions, uint8; None if the
+            model predicted nothing.
         loss: Mean squared error over the predicted tokens' standardised pixels.
     """
 
@@ -32,14 +35,14 @@ class TokenChoice:
     loss: float | None = None
 
     def roles(self, grid: TokenGrid) -> NDArray[np.uint8]:
-        """Return each token's role, of shape (time, rows, cols)."""
+        """Return the role of every token, uint8 of shape (time, rows, cols)."""
         roles_N = np.zeros(grid.num_tokens, np.uint8)
         roles_N[self.visible_S] |= SEEN
         roles_N[self.predicted_R] |= HIDDEN
         return roles_N.reshape(grid.time, grid.rows, grid.cols)
 
     def describe(self, grid: TokenGrid) -> str:
-        """Return the counts for people."""
+        """Return the counts of visible, predicted and kept tokens as text."""
         seen, hidden = len(self.visible_S), len(self.predicted_R)
         kept = len(np.union1d(self.visible_S, self.predicted_R))
         share = f"of {grid.num_tokens} tokens ({kept / grid.num_tokens:.1%} kept)"
@@ -48,19 +51,19 @@ class TokenChoice:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PicturedClip:
-    """A clip and what a model does with it.
+    """A clip with the importance of its tokens and the tokens that each selection keeps.
 
     Attributes:
-        frames_THWC: uint8.
-        grid: Its tokens; T is a multiple of ``grid.time``, H and W of rows and columns.
-        importance_N: Of each token, float32; None where nothing was ranked.
-        no_change: Importance of a token in which nothing changes, or less.
-        choices: Kept tokens, one entry for each way of selecting.
-        times_s: When each frame is shown in the video, in seconds; None where that is not known.
-        numbers: The frame of the video that each frame is.
+        frames_THWC: Pixels, uint8.
+        grid: Token grid of the clip; T is a multiple of ``grid.time``, H and W of rows and columns.
+        importance_N: Importance of each token, float32; None if tokens were not ranked.
+        no_change: A token whose importance is at most this does not change.
+        choices: Kept tokens, one entry a selection.
+        times_s: Time of each frame in the video, in seconds; None if unknown.
+        numbers: Index of each frame in the video; None if unknown.
 
     Raises:
-        ValueError: Shapes that do not fit.
+        ValueError: Shapes do not match.
     """
 
     frames_THWC: NDArray[np.uint8]
@@ -89,16 +92,17 @@ class PicturedClip:
 
     @cached_property
     def heat_limits(self) -> tuple[float, float]:
-        """Importance that is drawn darkest and brightest: the least, and the 99.5th percentile."""
+        """Importance that is drawn darkest and brightest: the minimum and the 99.5th percentile."""
         if self.importance_N is None:
             return 0.0, 1.0
         low, high = float(self.importance_N.min()), float(np.quantile(self.importance_N, 0.995))
         return low, high if high > low else low + 1.0
 
     def count_still(self, choice: TokenChoice) -> int:
-        """Return how many tokens a choice keeps although nothing changes in them, where it keeps all that change.
+        """Return how many unchanging tokens a choice keeps after it has kept all changing ones.
 
-        Such tokens tie, and those at the clip's start win. 0 where all tokens are kept.
+        Unchanging tokens tie, and the selection takes the earliest of them. The result is 0 if a changing token is
+        dropped, and if all tokens are kept.
         """
         kept = np.union1d(choice.visible_S, choice.predicted_R)
         if self.importance_N is None or len(kept) == len(self.importance_N):
@@ -108,7 +112,7 @@ class PicturedClip:
         return int(still_N[kept].sum()) if changes_are_kept else 0
 
     def label_of_frame(self, frame: int) -> str:
-        """Return when a frame is shown, for people; its number where times are not known."""
+        """Return a frame's time in the video as text; its index if times are unknown."""
         if self.times_s is not None:
             return f"{self.times_s[frame]:.2f} s"
         return f"frame {frame if self.numbers is None else self.numbers[frame]}"

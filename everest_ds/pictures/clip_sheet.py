@@ -1,4 +1,4 @@
-"""A clip's picture: frames, importance, kept tokens over dimmed frames, reconstruction; a column a time step."""
+"""Draw a clip: frames, importance, kept tokens over dimmed frames and reconstruction, one column a time step."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ from everest_ds.pictures.paint import Pixels, fit_frames, paint_heat, paint_kept
 from everest_ds.pictures.sheet import TEXT_PX, Band, draw_sheet
 
 TILE_PX = 168
-"""About how wide a tile is."""
+"""Approximate width of a tile."""
 _RAMP_PX = 140
 
 
 def cell_of(picture: PicturedClip, tile_px: int = TILE_PX) -> int:
-    """Return the pixels of a token's edge that make a tile about so wide."""
+    """Return the edge of a token in pixels that makes a tile about ``tile_px`` wide."""
     return max(4, tile_px // max(picture.grid.rows, picture.grid.cols))
 
 
@@ -26,18 +26,18 @@ def draw_clip(
     """Draw a clip, its importance, and the tokens that each choice keeps.
 
     Args:
-        picture: What to draw.
-        title: First line, of the video for instance.
+        picture: The clip and its kept tokens.
+        title: First line, for example the video's name.
         lines: More lines above the picture.
-        tile_px: About how wide a time step is drawn.
-        columns: Time steps beside each other, at most.
+        tile_px: Approximate width of a time step.
+        columns: At most this many time steps in a row.
     """
     bands = clip_bands(picture, cell_of(picture, tile_px))
     return draw_sheet(title, lines, bands, legend=draw_legend(picture), columns=columns)
 
 
 def clip_bands(picture: PicturedClip, cell: int) -> list[Band]:
-    """Return the rows of a clip's picture; a tile is the first frame of its time step."""
+    """Return the rows of a clip's picture; a tile shows the first frame of a time step."""
     grid, first = picture.grid, slice(None, None, picture.tubelet_size)
     frames = fit_frames(picture.frames_THWC[first], grid, cell)
     times = tuple(picture.label_of_frame(step * picture.tubelet_size) for step in range(grid.time))
@@ -46,7 +46,7 @@ def clip_bands(picture: PicturedClip, cell: int) -> list[Band]:
     if picture.importance_N is not None:
         bands.append(
             Band(
-                title="importance: change since the time step before; the first step has that of the second",
+                title="importance: change since the previous time step; the first step uses that of the second",
                 tiles_THWC=paint_heat(picture.importance_N, grid, cell, picture.heat_limits),
             )
         )
@@ -56,10 +56,10 @@ def clip_bands(picture: PicturedClip, cell: int) -> list[Band]:
 
 
 def _bands_of(choice: TokenChoice, picture: PicturedClip, frames: Pixels, cell: int) -> list[Band]:
-    """Return the rows of one choice: its kept tokens, and the reconstruction where there is one."""
+    """Return the rows of one choice: its kept tokens, and the reconstruction if it has one."""
     grid, roles = picture.grid, choice.roles(picture.grid)
     still = picture.count_still(choice)
-    note = f"; nothing changes in {still} of them, which tie" if still else ""
+    note = f"; {still} of them do not change (a tie)" if still else ""
     bands = [
         Band(
             title=f"{choice.label}: {choice.describe(grid)}{note}",
@@ -72,7 +72,7 @@ def _bands_of(choice: TokenChoice, picture: PicturedClip, frames: Pixels, cell: 
         rebuilt = fit_frames(choice.reconstruction_THWC[:: picture.tubelet_size], grid, cell)
         bands.append(
             Band(
-                title="reconstruction: predicted tokens in the true mean and contrast of each, all others are the "
+                title="reconstruction: predicted tokens have their true mean and contrast, all others are the "
                 f"original{loss}",
                 tiles_THWC=rebuilt,
             )
@@ -86,7 +86,7 @@ def _count(roles_hw: Pixels) -> str:
 
 
 def draw_legend(picture: PicturedClip) -> Image.Image:
-    """Draw what colours and patterns mean."""
+    """Draw the meaning of colours and patterns in one line."""
     has_targets = any(len(choice.predicted_R) for choice in picture.choices)
     cell, height = 20, 26
     entries = [(SEEN, "visible to the encoder"), *([(HIDDEN, "predicted by the decoder")] if has_targets else [])]

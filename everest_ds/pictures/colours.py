@@ -1,4 +1,4 @@
-"""Colours and patterns of the pictures, and the font; chosen so that they do not depend on colour vision.
+"""Colours of the pictures, safe for colour-blind readers, and the font.
 
 Visible and predicted tokens differ in colour (blue, orange), in lightness and in pattern (solid edge, hatching).
 The heat ramp rises in lightness from dark blue through grey to yellow, as matplotlib's cividis does.
@@ -25,7 +25,7 @@ HEAT: tuple[Colour, ...] = ((0, 30, 78), (66, 78, 108), (124, 123, 120), (188, 1
 
 
 def heat_colours(share: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Return the ramp's colours of shares in [0, 1], of shape (..., 3); what is outside is clipped."""
+    """Map shares in [0, 1] to colours of the heat ramp, of shape (..., 3); other values are clipped."""
     places = np.clip(share, 0, 1) * (len(HEAT) - 1)
     channels = [np.interp(places, range(len(HEAT)), [colour[i] for colour in HEAT]) for i in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
@@ -33,8 +33,8 @@ def heat_colours(share: NDArray[np.floating]) -> NDArray[np.uint8]:
 
 @functools.cache
 def font(size: int, *, bold: bool = False) -> Font:
-    """Return matplotlib's sans-serif font, which knows Latin, Greek and Cyrillic; Pillow's own where it is not."""
-    spec = importlib.util.find_spec("matplotlib")  # found, not imported: that takes most of a second
+    """Return matplotlib's sans-serif font (Latin, Greek, Cyrillic), or Pillow's if matplotlib is not installed."""
+    spec = importlib.util.find_spec("matplotlib")  # an import would take most of a second
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(folder) / "mpl-data" / "fonts" / "ttf" / name

@@ -1,4 +1,4 @@
-"""A model and a clip -> the arrays that are drawn. The only module of pictures with torch.
+"""Run a model on a clip to get the arrays that are drawn. The only module of pictures with torch.
 
 Axes: B clips (one), C T H W of a clip, N tokens, S visible tokens, R predicted tokens, P pixel values of a tubelet.
 """
@@ -33,22 +33,23 @@ def examine(
     times_s: NDArray[np.float64] | None = None,
     numbers: NDArray[np.int64] | None = None,
 ) -> PicturedClip:
-    """Return what a model does with a clip.
+    """Rank a clip's tokens, apply each selection rule, and optionally reconstruct the clip.
 
-    Draws are those of evaluation, the same for every clip and run; torch's own generators are not used.
+    Random draws are those of evaluation: the same for every clip and run, independent of torch's generators.
 
     Args:
-        model: Its embedding ranks the tokens; an autoencoder also reconstructs.
-        clip_CTHW: uint8, on the model's device.
-        rules: Ways to keep tokens, each with its label.
-        predicts: Whether kept tokens are visible and predicted ones, as in pre-training; else all are visible.
-        reconstructs: Whether the autoencoder predicts the tokens of each rule.
+        model: Its embedding ranks the tokens. An autoencoder can also reconstruct.
+        clip_CTHW: Pixels, uint8, on the model's device.
+        rules: Label and rule of each selection.
+        predicts: Whether kept tokens are split into visible and predicted ones, as in pre-training; if not, all are
+            visible.
+        reconstructs: Whether an autoencoder predicts the tokens of each rule.
         times_s: See `PicturedClip`.
         numbers: See `PicturedClip`.
     """
     encoder = model.encoder if isinstance(model, EverestAutoencoder) else model
     (group,) = encoder.group(clip_CTHW[None])
-    # Ranked by the first rule's distance, also where that rule does not go by change.
+    # The first rule's distance ranks the tokens, even if that rule selects at random.
     importance_BN = encoder.rank(group, rules[0][1].distance) if group.grid.time > 1 else None
     choices = []
     for label, rule in rules:
@@ -80,7 +81,7 @@ def examine(
 def choose_frames(
     model: EverestAutoencoder | TokenEncoder, clip_CTHW: Tensor, rule: SelectionRule, num_steps: int
 ) -> tuple[Tensor, FrameChoice]:
-    """Draw so many time steps of a clip of candidates; returns the clip of the drawn steps, and the choice."""
+    """Draw ``num_steps`` time steps from a clip of candidates; return the clip of drawn steps, and the choice."""
     encoder = model.encoder if isinstance(model, EverestAutoencoder) else model
     (group,) = encoder.group(clip_CTHW[None])
     noise_BK = fixed_draws(group.grid.time).to(clip_CTHW.device)[None]
@@ -94,7 +95,7 @@ def choose_frames(
 def reconstruct(
     model: EverestAutoencoder, group: ClipGroup, selection: Selection
 ) -> tuple[NDArray[np.uint8], float]:
-    """Return a clip with its target tokens as the model predicts them, frames_THWC uint8, and the loss."""
+    """Return a clip with its target tokens replaced by the model's predictions, frames_THWC uint8, and the loss."""
     output = model.reconstruct(group.clips_BCTHW, selection)
     grid, options, target = group.grid, model.encoder.options, selection.target
     pixels = unstandardise(output.prediction_RP.float(), gather_tubelets([group], target))
@@ -117,7 +118,7 @@ def reconstruct(
 
 
 def _select(group: ClipGroup, rule: SelectionRule, importance_BN: Tensor | None, *, predicts: bool) -> Selection:
-    """Select tokens of one clip as pre-training or as a classifier does, with the draws of evaluation."""
+    """Select tokens of one clip as in pre-training or as a classifier, with the draws of evaluation."""
     grid, device = group.grid, group.clips_BCTHW.device
     if predicts:
         noise_BS = fixed_draws(rule.noise_length(grid)).to(device)[None]

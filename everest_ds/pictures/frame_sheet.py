@@ -1,4 +1,4 @@
-"""The frame selection as a picture: all candidate frames, the drawn ones sharp, with their probabilities."""
+"""Draw the frame selection: all candidate frames with their probabilities, the drawn ones sharp."""
 
 from collections.abc import Sequence
 
@@ -24,14 +24,14 @@ def draw_frame_choice(
 ) -> Image.Image:
     """Draw the candidate frames of a clip and which of them were drawn.
 
-    A candidate step that was not drawn is blurred and dim. The bar below a step is its probability to be drawn
-    first, as a share of the largest.
+    A candidate step that was not drawn is blurred and dim. The bar below a step shows its probability of being
+    drawn first, relative to the largest.
 
     Args:
-        frames_THWC: The candidate frames, uint8; as many for each candidate step.
+        frames_THWC: The candidate frames, uint8; equally many for each candidate step.
         counts_C: Chosen tokens of each candidate step.
         steps: The steps that were drawn.
-        labels: When each candidate frame is shown, for people.
+        labels: Time of each candidate frame, as text.
         title: First line.
         lines: More lines above the picture.
     """
@@ -47,7 +47,7 @@ def draw_frame_choice(
         share = f"{count / total:.1%}" if total else "uniform"
         captions.append(f"{labels[step * per_step]}  p {share}  c {count}")
     band = Band(
-        title=f"candidate time steps, the first of {per_step} frames each; sharp and framed: drawn; bars: p",
+        title=f"candidate time steps (first of {per_step} frames each); drawn ones are sharp and framed; bars: p",
         tiles_THWC=np.stack(tiles),
         captions=tuple(captions),
     )
@@ -55,7 +55,7 @@ def draw_frame_choice(
 
 
 def paint_candidate(frame: Image.Image, *, is_drawn: bool) -> Pixels:
-    """Return a candidate frame's pixels: framed, or blurred and dim."""
+    """Return a candidate frame's pixels: framed if it was drawn, else blurred and dim."""
     if not is_drawn:
         blurred = np.asarray(frame.filter(ImageFilter.GaussianBlur(3)), np.float32)
         return (blurred * (0.35 + DIM)).round().astype(np.uint8)
@@ -66,7 +66,7 @@ def paint_candidate(frame: Image.Image, *, is_drawn: bool) -> Pixels:
 
 
 def paint_bar(count: int, counts_C: NDArray[np.int64], width: int) -> Pixels:
-    """Return a bar as high as a step's count among all of them."""
+    """Return a bar whose height is a step's count relative to the largest."""
     pixels = np.full((_BAR_PX, width, 3), PAPER, np.uint8)
     height = round(int(count) * (_BAR_PX - 4) / max(1, int(counts_C.max())))
     pixels[_BAR_PX - height :, width // 4 : width - width // 4] = VISIBLE

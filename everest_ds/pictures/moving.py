@@ -1,4 +1,4 @@
-"""A clip's picture that moves: its panels beside each other, a picture a frame, as GIF or MP4."""
+"""A clip's picture as GIF or MP4: one image a frame, with all panels side by side."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -17,7 +17,7 @@ _MIN_FRAME_S, _MAX_FRAME_S, _UNKNOWN_S = 0.04, 0.5, 0.125
 
 
 def moving_pictures(picture: PicturedClip, *, title: str) -> list[Image.Image]:
-    """Draw a picture for each frame: the frame, importance, kept tokens of each choice, reconstruction."""
+    """Draw an image for each frame: the frame, importance, kept tokens of each choice, reconstruction."""
     grid, cell, per_step = picture.grid, cell_of(picture, _PANEL_PX), picture.tubelet_size
     frames = fit_frames(picture.frames_THWC, grid, cell)
     panels: list[tuple[str, Pixels]] = [("frames", frames)]
@@ -43,7 +43,7 @@ def moving_pictures(picture: PicturedClip, *, title: str) -> list[Image.Image]:
 
 
 def frame_seconds(picture: PicturedClip) -> float:
-    """Return how long a frame is shown: the clip's own pace, between a 25th and half of a second."""
+    """Return the seconds between frames of the clip, at least 0.04 and at most 0.5; 0.125 if times are unknown."""
     times = picture.times_s
     if times is None or len(times) < 2 or times[-1] <= times[0]:
         return _UNKNOWN_S
@@ -51,15 +51,15 @@ def frame_seconds(picture: PicturedClip) -> float:
 
 
 def save_gif(images: Sequence[Image.Image], seconds: float, path: Path) -> None:
-    """Write an endless GIF."""
-    # One palette for all, so that colours do not flicker.
+    """Write a GIF that loops forever."""
+    # All images share one palette, so that colours do not flicker.
     palette = images[len(images) // 2].quantize(256, method=Image.Quantize.MEDIANCUT)
     first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     first.save(path, format="GIF", save_all=True, append_images=rest, duration=round(seconds * 1000), loop=0)
 
 
 def save_mp4(images: Sequence[Image.Image], seconds: float, path: Path) -> None:
-    """Write an H.264 MP4 that plays the pictures once."""
+    """Write an H.264 MP4."""
     import av
 
     with av.open(str(path), "w", format="mp4") as container:

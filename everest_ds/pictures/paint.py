@@ -1,4 +1,4 @@
-"""Importance and kept tokens as pixels. Axes: T time steps, H W pixels, C colour, N tokens.
+"""Paint importance and kept tokens as pixels. Axes: T time steps, H W pixels, C colour, N tokens.
 
 Every token is a square cell of ``cell`` pixels, so tiles have ``rows * cell`` x ``cols * cell`` pixels.
 """
@@ -14,13 +14,13 @@ from everest_ds.tokens import TokenGrid
 Pixels = NDArray[np.uint8]
 
 DIM = 0.4
-"""Brightness of what is not kept."""
+"""Brightness of tokens that are not kept."""
 TINT, HATCH_PX = 0.35, 6
-"""How orange predicted tokens are, and how far apart their lines."""
+"""Share of orange in predicted tokens, and the distance between their lines."""
 
 
 def fit_frames(frames_THWC: Pixels, grid: TokenGrid, cell: int) -> Pixels:
-    """Resize frames so that every token is a cell."""
+    """Resize frames so that every token covers one cell."""
     size = (grid.cols * cell, grid.rows * cell)
     if frames_THWC.shape[2:0:-1] == size:
         return frames_THWC
@@ -31,7 +31,7 @@ def fit_frames(frames_THWC: Pixels, grid: TokenGrid, cell: int) -> Pixels:
 def paint_heat(
     importance_N: NDArray[np.float32], grid: TokenGrid, cell: int, limits: tuple[float, float]
 ) -> Pixels:
-    """Return importance as heat maps, a tile a time step; ``limits`` are drawn darkest and brightest."""
+    """Return importance as heat maps, one tile a time step; ``limits`` are drawn darkest and brightest."""
     low, high = limits
     share = (importance_N.reshape(grid.time, grid.rows, grid.cols).astype(np.float64) - low) / (high - low)
     return heat_colours(share).repeat(cell, axis=1).repeat(cell, axis=2)
@@ -40,11 +40,11 @@ def paint_heat(
 def paint_kept(frames_THWC: Pixels, roles_Thw: NDArray[np.uint8], cell: int) -> Pixels:
     """Return frames with the kept tokens marked.
 
-    Dropped tokens are grey and dim. Visible ones are as they are, with a solid blue line around those that touch.
-    Predicted ones are tinted and hatched in orange. A token that is both has edge and hatching.
+    Dropped tokens are grey and dim. Visible ones keep their pixels; a solid blue line surrounds each group of them.
+    Predicted ones are tinted and hatched in orange. A token that is both has the line and the hatching.
 
     Args:
-        frames_THWC: One frame a time step, of ``fit_frames``.
+        frames_THWC: One frame a time step, resized by `fit_frames`.
         roles_Thw: Roles of the tokens (`TokenChoice.roles`).
         cell: Pixels of a token's edge.
     """
@@ -55,7 +55,7 @@ def paint_kept(frames_THWC: Pixels, roles_Thw: NDArray[np.uint8], cell: int) -> 
     tinted = (1 - TINT) * pixels + TINT * np.array(PREDICTED, np.float32)
     out = np.where(seen[..., None], pixels, np.where(hidden[..., None], tinted, DIM * grey))
     y, x = np.indices(roles.shape[1:])
-    # A dark line beside a bright one shows on every ground.
+    # A dark line next to a bright one is visible on every background.
     out[hidden & ((x + y) % HATCH_PX == 0)] = PREDICTED
     out[hidden & ((x + y) % HATCH_PX == 1)] = INK
     out[seen & _outlines(roles_Thw & SEEN > 0, cell)] = VISIBLE
@@ -63,7 +63,7 @@ def paint_kept(frames_THWC: Pixels, roles_Thw: NDArray[np.uint8], cell: int) -> 
 
 
 def _outlines(marked_Thw: NDArray[np.bool_], cell: int) -> NDArray[np.bool_]:
-    """Return where the lines around marked tokens are that do not touch another one on that side, (T, H, W)."""
+    """Return the edges of marked tokens, (T, H, W), without those between two marked tokens."""
     width = 1 if cell < 10 else 2
     around = np.pad(marked_Thw, ((0, 0), (1, 1), (1, 1)))
     y, x = np.indices((marked_Thw.shape[1] * cell, marked_Thw.shape[2] * cell)) % cell

@@ -1,4 +1,4 @@
-"""Rows of tiles with captions, on one image. Axes: T tiles, H W pixels, C colour."""
+"""Draw rows of tiles with captions on one image. Axes: T tiles, H W pixels, C colour."""
 
 import math
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ _LINE = 5
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Band:
-    """Tiles beside each other.
+    """A row of tiles.
 
     Attributes:
-        title: Above them.
-        tiles_THWC: uint8, all of one size.
-        captions: Below each; empty for none.
+        title: Text above the row.
+        tiles_THWC: Pixels, uint8.
+        captions: Text below each tile; empty for no captions.
     """
 
     title: str
@@ -35,14 +35,14 @@ class Band:
 def draw_sheet(
     title: str, lines: Sequence[str], bands: Sequence[Band], *, legend: Image.Image | None = None, columns: int = 8
 ) -> Image.Image:
-    """Draw bands below each other under a title, in blocks of so many columns.
+    """Draw bands below each other under a title; bands that are too wide are broken into blocks.
 
     Args:
-        title: First line, large; shortened where it is too long.
-        lines: More lines; wrapped.
-        bands: All with the same number and size of tiles.
+        title: First line, large; shortened to fit.
+        lines: More lines, wrapped to fit.
+        bands: Rows with equal numbers and sizes of tiles.
         legend: Drawn below the lines.
-        columns: Tiles beside each other, at most; blocks are about equally long.
+        columns: At most this many tiles in a row; blocks have about equally many.
     """
     num, height, width = bands[0].tiles_THWC.shape[:3]
     columns = math.ceil(num / math.ceil(num / columns))
@@ -88,7 +88,7 @@ def _draw_band(sheet: Image.Image, band: Band, shown: range, y: int) -> None:
 
 
 def shorten(text: str, width: int, *, size: int = TEXT_PX, bold: bool = False) -> str:
-    """Return a text that fits so many pixels, its middle left out where it must be."""
+    """Return a text that fits into ``width`` pixels; an ellipsis replaces the middle of a longer one."""
     text = escaped(text)
     keep, shown, letters = len(text), text, font(size, bold=bold)
     while keep > 1 and letters.getlength(shown) > width:
@@ -98,7 +98,7 @@ def shorten(text: str, width: int, *, size: int = TEXT_PX, bold: bool = False) -
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Return a text in lines of so many pixels, broken at spaces."""
+    """Break a text at spaces into lines of at most ``width`` pixels."""
     lines: list[str] = []
     for word in escaped(text).split(" "):
         longer = f"{lines[-1]} {word}" if lines else word

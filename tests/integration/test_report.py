@@ -117,13 +117,13 @@ def test_command_replaces_its_own_page_and_nothing_else(
     ("named", "said"),
     [
         ("nothing", "nothing does not exist; expected a run directory"),
-        ("file", "file is no folder; expected a run directory"),
-        ("foreign", "foreign is neither a run (no config.json of one) nor an evaluation (no summary.json)"),
+        ("file", "file is not a folder; expected a run directory"),
+        ("foreign", "foreign is neither a run (no config.json of a run) nor an evaluation (no summary.json)"),
         ("hf", "hf is neither a run"),
-        ("record", "record is no run: "),
-        (".", "is no run but holds runs; name those: "),
-        ("run/checkpoints", "checkpoints is a part of the run"),
-        ("run/checkpoints/step-00000002", "step-00000002 is a part of the run"),
+        ("record", "record is not a run: "),
+        (".", "is not a run but contains runs; name them: "),
+        ("run/checkpoints", "checkpoints is inside the run"),
+        ("run/checkpoints/step-00000002", "step-00000002 is inside the run"),
     ],
 )
 def test_command_refuses_what_is_no_run_in_one_sentence(

@@ -1,4 +1,4 @@
-"""Which classes are taken for which: the pairs that are confused most, and a matrix of few classes."""
+"""Draw which classes are confused: the most frequent pairs, and the matrix if there are few classes."""
 
 import heapq
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from everest_ds.pictures.report.markup import Markup, element
 from everest_ds.pictures.report.tables import plain_table
 
 MOST_PAIRS, MOST_CLASSES = 20, 24
-"""Pairs that are listed, and classes of which the whole matrix is shown."""
+"""The number of pairs that are listed, and of classes up to which the whole matrix is shown."""
 
 Counts = Sequence[Sequence[int]]
 
 
 def worst_pairs(confusion: Counts) -> list[tuple[int, int, int]]:
-    """Return true class, predicted class and count of the pairs that are confused most, the most frequent first."""
+    """Return true class, predicted class and count of the most confused pairs, most frequent first."""
     mistakes = (
         (-count, true, predicted)
         for true, counts in enumerate(confusion)
@@ -24,7 +24,7 @@ def worst_pairs(confusion: Counts) -> list[tuple[int, int, int]]:
 
 
 def draw_confusion_tables(confusion: Counts, names: Sequence[str]) -> Markup:
-    """Return the pairs that are confused most, and the matrix where it is readable."""
+    """Draw the most confused pairs, and the matrix if it has few enough classes to read."""
     pairs = worst_pairs(confusion)
     rows = []
     for true, predicted, count in pairs:
@@ -32,8 +32,8 @@ def draw_confusion_tables(confusion: Counts, names: Sequence[str]) -> Markup:
         rows.append([names[true], names[predicted], f"{count} of {videos}", f"{count / videos:.1%}"])
     num_wrong = sum(sum(counts) - counts[true] for true, counts in enumerate(confusion))
     if not rows:
-        return element("p", "No video was taken for another class.")
-    listed = plain_table(["class", "taken for", "videos", "share of the class"], rows, numeric=(2, 3))
+        return element("p", "No video was assigned to a wrong class.")
+    listed = plain_table(["class", "predicted as", "videos", "share of the class"], rows, numeric=(2, 3))
     text = f"Most confused of {len(confusion)} classes ({num_wrong} videos in all):"
     parts = [element("p", text), listed]
     if len(confusion) <= MOST_CLASSES:
@@ -42,7 +42,7 @@ def draw_confusion_tables(confusion: Counts, names: Sequence[str]) -> Markup:
 
 
 def _draw_matrix(confusion: Counts, names: Sequence[str]) -> Markup:
-    """Return the counts, each row shaded by its share of the true class."""
+    """Draw the counts, each shaded by its share of the true class."""
     numbers = [str(label + 1) for label in range(len(names))]
     heads = [element("th", number, title=name) for number, name in zip(numbers, names, strict=True)]
     rows = []

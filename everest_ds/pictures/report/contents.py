@@ -1,4 +1,4 @@
-"""What a page about runs shows, as plain data; texts may come out of foreign files, and are escaped when drawn."""
+"""Contents of a report as plain data. Texts may come from foreign files; they are escaped when drawn."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,16 +15,16 @@ CURVES = {
     "data_wait_ms": "wait for clips, ms a step",
     "grad_norm": "gradient norm",
 }
-"""Curves that are drawn, with their titles, in this order."""
+"""Curves and their titles, in the order in which they are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Curve:
-    """A number over the steps of a run.
+    """A measured value over the steps of a run.
 
     Attributes:
-        steps_P: float64, ascending, each once.
-        values_P: float64, finite.
+        steps_P: Steps, float64, strictly ascending.
+        values_P: Values, float64, finite.
     """
 
     steps_P: NDArray[np.float64]
@@ -33,7 +33,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPicture:
-    """A picture file of a run, and what it shows."""
+    """A picture file of a run, with its caption."""
 
     path: Path
     caption: str
@@ -44,11 +44,11 @@ class ScoredList:
     """An evaluation.
 
     Attributes:
-        name: Its folder.
-        facts: What was scored and how well, by name.
-        class_names: In the order of the labels.
-        confusion: Counts by true and predicted class; None where the summary has no sound one.
-        unreadable: How many videos could not be read, and the first of them, in words; empty for none.
+        name: Name of its folder.
+        facts: Settings and scores, by name.
+        class_names: Names in the order of the labels.
+        confusion: Counts by true and predicted class; None if the summary has no valid matrix.
+        unreadable: How many videos could not be read, and the first of them, as text; empty for none.
     """
 
     name: str
@@ -60,7 +60,7 @@ class ScoredList:
 
 @dataclass(frozen=True, kw_only=True)
 class BadDraws:
-    """Draws of a run that could not be read: how many, by reason (the most frequent first), and the first ones."""
+    """Draws of a run that could not be read: their number, the reasons (most frequent first) and the first ones."""
 
     count: int = 0
     reasons: Sequence[tuple[str, int]] = ()
@@ -69,22 +69,22 @@ class BadDraws:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportedRun:
-    """A run, or an evaluation by itself.
+    """A run, or an evaluation without its run.
 
     Attributes:
-        path: Its folder, as it was named.
-        state: One word: finished, training, stopped, hung, broken off, empty, or evaluation.
-        facts: What it is and how far it came, by name.
-        curves: By the names of `CURVES`; those without a point are left out.
+        path: The folder as the user named it.
+        state: One of finished, training, stopped, hung, broken off, empty, evaluation.
+        facts: State, recipe, progress and scores, by name.
+        curves: Curves by the names of `CURVES`, without empty ones.
         speed: Throughput and memory, by name.
-        settings: By dotted name.
-        environment: By dotted name.
-        pictures: The newest ones.
+        settings: Settings by dotted name.
+        environment: Versions and hardware by dotted name.
+        pictures: The newest pictures.
         bad: Draws that could not be read.
-        events: Time, step and text of what happened, in order.
-        hangs: Name and text of each report of a hang, the newest first.
-        scores: Its evaluations.
-        notes: What of its files could not be read.
+        events: Time, step and text of each event, in order.
+        hangs: Name and text of each report of a hang, newest first.
+        scores: Evaluations of the run.
+        notes: Messages about files that could not be read.
     """
 
     path: Path

@@ -1,7 +1,7 @@
-"""Curves of several runs in one SVG, which takes its colours from the page. Axes: P points.
+"""Draw curves of several runs in one SVG; the page's style sheet colours them. Axes: P points.
 
-A curve of many points is drawn by the mean of each stretch, in a band from its lowest to its highest value: no peak
-is lost.
+A curve of many points is cut into stretches. The line shows the mean of each stretch, the band around it the
+minimum and maximum, so no peak is lost.
 """
 
 import math
@@ -17,11 +17,11 @@ NUM_COLOURS, NUM_DASHES = 8, 4
 _WIDTH, _HEIGHT = 520, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 16, 14, 44
 _MARKED = 40
-"""A curve of at most so many points shows each of them."""
+"""A curve of at most this many points also shows them as dots."""
 _LOG_SPAN = math.log(30)
 _CUT, _CALM, _CALM_FROM_ZERO = 4, 0.98, 0.9
-"""The axis ends above this share of the values where the highest is so many times as far. Waits and speeds, which
-begin at 0, are far off in the first line of each start."""
+"""The axis is cut a little above this quantile of the values if their range is over `_CUT` times as wide. Waits and
+speeds, whose axes begin at 0, have outliers after each start: they use the lower quantile."""
 
 Array = NDArray[np.float64]
 _Scale = Callable[[float], float]
@@ -29,7 +29,7 @@ _Scale = Callable[[float], float]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Line:
-    """A curve of a chart: whose it is, which of the page's colours and dashes it has, and its points."""
+    """A curve of a chart: its run's label, its place among the page's colours and dashes, and its points."""
 
     label: str
     place: int
@@ -38,14 +38,14 @@ class Line:
 
 
 def line_class(place: int) -> str:
-    """Return the classes that colour and dash a run's lines: 32 runs differ, eight of them in colour."""
+    """Return the CSS classes of a run's lines: eight colours with four dashes, distinct for 32 runs."""
     return f"c{place % NUM_COLOURS} d{(place + place // NUM_COLOURS) % NUM_DASHES}"
 
 
 def thin(x_P: Array, y_P: Array, most: int) -> tuple[Array, Array, Array, Array]:
-    """Return at most ``most`` points: the middle of equal stretches, and lowest, mean and highest value of each.
+    """Cut a curve into at most ``most`` equal stretches; return mean x and minimum, mean and maximum y of each.
 
-    Without too many points, each is a stretch by itself.
+    A curve of at most ``most`` points keeps all of them.
     """
     edges = np.linspace(0, len(x_P), min(most, len(x_P)) + 1).astype(int)
     starts, lengths = edges[:-1], np.diff(edges)
@@ -57,17 +57,17 @@ def thin(x_P: Array, y_P: Array, most: int) -> tuple[Array, Array, Array, Array]
 def draw_chart(
     title: str, lines: Sequence[Line], *, x_high: float, x_label: str, from_zero: bool = False, most: int = 600
 ) -> Markup:
-    """Draw curves in one system of axes; the scale is logarithmic where all is above 0 and spans much.
+    """Draw curves on common axes; the y scale is logarithmic if all values are positive and span a factor above 30.
 
-    The axis of values may end below the few highest of them; the chart then says how many these are.
+    A linear y axis may cut off the few highest values; the chart then says how many.
 
     Args:
-        title: Above them.
-        lines: At least one point in all; values are finite.
-        x_high: Where the axis ends; it begins at 0.
-        x_label: Below the axis.
-        from_zero: Whether a linear scale begins at 0.
-        most: Points of a curve, at most.
+        title: Title of the chart.
+        lines: Curves with at least one point in all; values are finite.
+        x_high: End of the x axis, which begins at 0.
+        x_label: Label of the x axis.
+        from_zero: Whether the y scale is linear and begins at 0.
+        most: At most this many points a curve.
     """
     y_P = np.concatenate([line.y_P for line in lines])
     x_low = min(0.0, *(float(line.x_P.min()) for line in lines))
@@ -95,7 +95,7 @@ def draw_chart(
         parts.append(element("text", _number(tick), class_="tick mid", x=x, y=_TOP + height + 16))
     parts.append(element("text", x_label, class_="tick mid", x=_LEFT + width / 2, y=_HEIGHT - 6))
     drawn = [_draw_line(line, across, down, most) for line in lines if len(line.x_P)]
-    parts.append(element("svg", *drawn, x=_LEFT, y=_TOP, width=width, height=height))  # what is outside is cut
+    parts.append(element("svg", *drawn, x=_LEFT, y=_TOP, width=width, height=height))  # clips lines at the axes
     picture = element(
         "svg", *parts, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=f"{title} over {x_label}"
     )
@@ -111,7 +111,7 @@ def _draw_line(line: Line, across: _Scale, down: _Scale, most: int) -> Markup:
     if len(points) < len(line.x_P):
         around = _points(x_P, high_P, across, down) + _points(x_P, low_P, across, down)[::-1]
         parts.insert(1, element("path", d=f"M{'L'.join(around)}Z", class_="band"))
-    if len(points) <= _MARKED:  # a line of no length with round ends is a dot
+    if len(points) <= _MARKED:  # a zero-length line with round ends is a dot
         parts.append(element("path", d="".join(f"M{point}h0" for point in points), class_="dots"))
     return element("g", *parts, class_=line_class(line.place))
 
@@ -121,7 +121,7 @@ def _points(x_P: Array, y_P: Array, across: _Scale, down: _Scale) -> list[str]:
 
 
 def _range(y_P: Array, *, from_zero: bool, is_log: bool) -> tuple[float, float, str]:
-    """Return the ends of the axis of values, and what lies beyond them in words."""
+    """Return the ends of the y axis, and a text about the values above it."""
     low, high, note = float(y_P.min()), float(y_P.max()), ""
     if is_log:
         return low / 1.1, high * 1.1, note
@@ -137,7 +137,7 @@ def _range(y_P: Array, *, from_zero: bool, is_log: bool) -> tuple[float, float, 
 
 
 def _wide(low: float, high: float) -> tuple[float, float]:
-    """Return two ends that are apart."""
+    """Return the ends of an axis, moved apart if they are equal."""
     if high - low > 1e-12 * max(abs(low), abs(high)) and high > low:
         return low, high
     pad = abs(high) * 0.1 or 1.0
@@ -162,7 +162,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _number(value: float) -> str:
-    """Return a number in few characters."""
+    """Format a number in few characters, with k, M or G for large ones."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if size * 10 <= abs(value) < 1e13:
             return f"{value / size:.4g}{unit}"

@@ -1,4 +1,4 @@
-"""Pictures inside a page: data URIs of a bounded size."""
+"""Embed pictures into a page as data URIs of bounded size."""
 
 import base64
 import io
@@ -13,15 +13,15 @@ _MOST_PIXELS = 2**26
 
 
 def data_uri(path: Path, max_bytes: int) -> str:
-    """Return a picture as a data URI: the file itself, or a smaller JPEG of it where that has too many bytes.
+    """Return a picture as a data URI: the file itself, or a smaller JPEG of it if the file is too large.
 
     Args:
         path: A PNG or JPEG file.
-        max_bytes: Of the picture. The smallest JPEG, 420 pixels wide, is taken where none has so few.
+        max_bytes: Size limit of the picture. If no JPEG is small enough, the one of 420 pixels width is used.
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: It is no such picture, or has more than 64 million pixels.
+        OSError: The file cannot be read or is not a PNG or JPEG.
+        ValueError: It has more than 2^26 pixels.
     """
     with Image.open(path, formats=tuple(_TYPES)) as image:
         if image.width * image.height > _MOST_PIXELS:

@@ -1,34 +1,34 @@
-"""Elements of HTML, as text: what is not markup already is escaped, so that no name of a file can become markup."""
+"""Build HTML elements. Every text that is not `Markup` is escaped, so file names cannot inject HTML."""
 
 import html
 
 from everest_ds.errors import escaped
 
 LONGEST_TEXT = 600
-"""Characters of a text that are shown; foreign files may hold any number."""
+"""Characters shown of a text; texts in foreign files may be of any length."""
 _VOID = frozenset({"img", "input", "link", "meta"})
 
 
 class Markup(str):
-    """Text that is HTML already."""
+    """Text that is already HTML and is not escaped again."""
 
     __slots__ = ()
 
 
 def shown(text: str) -> str:
-    """Return a text as it can be printed, cut where it is very long."""
+    """Return a text with unprintable characters escaped, cut to `LONGEST_TEXT`."""
     cut = text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 1]}…"
     return escaped(cut)
 
 
 def element(tag: str, *children: str | None, **attributes: str | float | bool | None) -> Markup:
-    """Return an element.
+    """Return an HTML element.
 
     Args:
-        tag: Its name.
-        children: Markup as it is; other texts are escaped; None is left out.
-        attributes: A trailing underscore is dropped, the others become hyphens. True stands alone; None and False
-            are left out.
+        tag: Name of the element.
+        children: Its content: `Markup` is kept, other texts are escaped, None is left out.
+        attributes: Attributes by name: a trailing underscore is dropped, other underscores become hyphens. True
+            gives an attribute without a value; None and False are left out.
     """
     inner = "".join(
         child if isinstance(child, Markup) else html.escape(shown(child)) for child in children if child is not None
@@ -38,12 +38,12 @@ def element(tag: str, *children: str | None, **attributes: str | float | bool | 
 
 
 def joined(parts: "list[Markup]") -> Markup:
-    """Return elements one after the other, a line each."""
+    """Join elements, one a line."""
     return Markup("\n".join(parts))
 
 
 def preformatted(text: str) -> Markup:
-    """Return a text of several lines as it is."""
+    """Return a `pre` element that keeps the lines of a text."""
     lines = "\n".join(html.escape(shown(line)) for line in text.split("\n"))
     return element("pre", Markup(lines))
 

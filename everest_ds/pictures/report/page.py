@@ -1,4 +1,4 @@
-"""The page: one file of HTML with its style and pictures in it; it forbids itself to load or to run anything."""
+"""Draw the page: one HTML file that contains its style and pictures; its policy forbids requests and scripts."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from everest_ds.pictures.report.style import STYLE
 from everest_ds.pictures.report.tables import swatch
 
 PROLOGUE = "<!doctype html>\n<!-- written by everest report -->\n"
-"""What every page begins with, so that a file of somebody else is not taken for one."""
+"""The first lines of every page; `everest report` replaces only files that begin so."""
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 _SECTIONS: dict[str, Callable[[sections.Labelled], Markup]] = {
@@ -28,11 +28,11 @@ _SECTIONS: dict[str, Callable[[sections.Labelled], Markup]] = {
 
 
 def draw_page(runs: Sequence[ReportedRun], *, written: str) -> str:
-    """Return the page; it is ASCII or other printable text, whatever the names of files are.
+    """Return the page as printable text, whatever characters file names contain.
 
     Args:
-        runs: One or more.
-        written: When and by what the page is written.
+        runs: At least one run.
+        written: Line that says when and by which version the page was written.
     """
     labelled = list(zip(name_runs([run.path for run in runs]), runs, strict=True))
     title = labelled[0][0] if len(runs) == 1 else f"{len(runs)} runs"
@@ -61,7 +61,7 @@ def draw_page(runs: Sequence[ReportedRun], *, written: str) -> str:
 
 
 def name_runs(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of paths by which they differ: their names, unless two runs share one."""
+    """Return the shortest distinct ends of paths: the last part, or more of it if two runs share a name."""
     parts = [Path(os.path.abspath(path)).parts for path in paths]
     names = []
     for own in parts:
@@ -78,6 +78,6 @@ def _anchor(name: str) -> str:
 
 
 def _state(run: ReportedRun) -> str:
-    """Return the classes that colour a state; the word itself says it all."""
+    """Return the CSS classes that colour a state."""
     kind = {"finished": "good", "evaluation": "good", "training": "busy"}.get(run.state, "bad")
     return f"state {kind}"

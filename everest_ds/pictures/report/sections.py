@@ -1,4 +1,4 @@
-"""The parts of the page, each about all runs."""
+"""Draw the sections of the page; each covers all runs."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,20 +12,20 @@ from everest_ds.pictures.report.markup import Markup, element, joined, preformat
 from everest_ds.pictures.report.tables import plain_table, side_by_side, swatch
 
 MAX_PICTURES_BYTES, MAX_PICTURE_BYTES = 2 * 2**20, 300 * 2**10
-"""Of all pictures of a page, and of one, before they are written as text, which takes a third more."""
+"""Size limits of all pictures of a page and of one picture. Base64 adds a third to them."""
 MOST_POINTS, FEWEST_POINTS, ALL_POINTS = 500, 40, 30_000
-"""Points of a curve, at most and at least, and of all curves of a page."""
+"""Limits of the points of a curve, above and below, and of all curves of a page."""
 MOST_OPEN = 3
-"""Evaluations whose confused classes are shown at once."""
+"""The number of evaluations whose confused classes are unfolded when the page opens."""
 _FROM_ZERO = frozenset({"lr", "val/top1", "clips_per_s", "data_wait_ms"})
 _ALIKE = 1.5
-"""Runs whose numbers of steps differ by more than this factor are also drawn by the share of their steps."""
+"""If numbers of steps differ by more than this factor, curves are also drawn over the share of each run's steps."""
 
 Labelled = Sequence[tuple[str, ReportedRun]]
 
 
 def draw_overview(runs: Labelled) -> Markup:
-    """Return what each run is, its state first, and what could not be read."""
+    """Draw the facts of each run, its state first, and notes about unreadable files."""
     labels = [label for label, _ in runs]
     table = side_by_side(labels, [run.facts for _, run in runs], name="overview", marks=False)
     notes = [element("li", f"{label}: {note}") for label, run in runs for note in run.notes]
@@ -33,9 +33,9 @@ def draw_overview(runs: Labelled) -> Markup:
 
 
 def draw_curves_of(runs: Labelled) -> Markup:
-    """Return the curves of all runs, over steps, and over the share of each run's steps where these differ much."""
+    """Draw the curves over steps, and also over the share of each run's steps if runs differ much in length."""
     if not any(run.curves for _, run in runs):
-        return element("p", "No line of metrics was recorded.")
+        return element("p", "No metrics were recorded.")
     ends = [_last_step(run) for _, run in runs if run.curves]
     has_shares = len(ends) > 1 and max(ends) > _ALIKE * max(1.0, min(ends))
     num = sum(len(run.curves) for _, run in runs) * (2 if has_shares else 1)
@@ -78,7 +78,7 @@ def _last_step(run: ReportedRun) -> float:
 
 
 def draw_pictures(runs: Labelled) -> Markup:
-    """Return the newest pictures of each run."""
+    """Draw the newest pictures of each run."""
     num = sum(len(run.pictures) for _, run in runs)
     if not num:
         return element("p", "No run has pictures of its clips (RUN/media).")
@@ -92,7 +92,7 @@ def draw_pictures(runs: Labelled) -> Markup:
             caption = element("figcaption", picture.caption)
             try:
                 image = element("img", src=data_uri(picture.path, max_bytes), alt=picture.caption)
-            except Exception as error:  # Pillow raises what it likes for damaged files
+            except Exception as error:  # Pillow raises many types for damaged files
                 image = element("p", f"{picture.path.name} cannot be shown: {error}", class_="notes")
             shown.append(element("figure", caption, image, class_="picture"))
         parts.append(element("div", element("h3", swatch(place), label), element("div", *shown, class_="pictures")))
@@ -100,7 +100,7 @@ def draw_pictures(runs: Labelled) -> Markup:
 
 
 def draw_speed(runs: Labelled) -> Markup:
-    """Return throughput and memory side by side."""
+    """Draw throughput and memory side by side."""
     measured = [(label, run) for label, run in runs if run.speed]
     if not measured:
         return element("p", "No speed was measured.")
@@ -108,10 +108,10 @@ def draw_speed(runs: Labelled) -> Markup:
 
 
 def draw_scores(runs: Labelled) -> Markup:
-    """Return the evaluations of all runs."""
+    """Draw the evaluations of all runs."""
     scored = [(label, one) for label, run in runs for one in run.scores]
     if not scored:
-        return element("p", "Nothing was scored by `everest evaluate`.")
+        return element("p", "Nothing was scored: no run has an evaluation of `everest evaluate`.")
     names = list(dict.fromkeys(name for _, one in scored for name in one.facts))
     rows = [[label, one.name, *[one.facts.get(name, "") for name in names]] for label, one in scored]
     parts = [plain_table(["run", "evaluation", *names], rows)]
@@ -120,9 +120,9 @@ def draw_scores(runs: Labelled) -> Markup:
 
 
 def _draw_confusion_of(label: str, one: ScoredList, *, is_open: bool) -> Markup:
-    summary = element("summary", f"{label}, {one.name}: which classes are taken for which")
+    summary = element("summary", f"{label}, {one.name}: confused classes")
     if one.confusion is None:
-        inner = element("p", "The summary has no counts of confused classes.")
+        inner = element("p", "The summary has no confusion matrix.")
     else:
         inner = draw_confusion_tables(one.confusion, one.class_names)
     unreadable = element("p", f"Not scored: {one.unreadable}") if one.unreadable else None
@@ -130,7 +130,7 @@ def _draw_confusion_of(label: str, one: ScoredList, *, is_open: bool) -> Markup:
 
 
 def draw_troubles(runs: Labelled) -> Markup:
-    """Return what happened in each run: events, hangs, and draws that could not be read."""
+    """Draw events, hangs and unreadable draws of each run."""
     parts = []
     for place, (label, run) in enumerate(runs):
         inner = [element("h3", swatch(place), label)]
@@ -153,12 +153,12 @@ def draw_troubles(runs: Labelled) -> Markup:
 
 
 def draw_settings(runs: Labelled) -> Markup:
-    """Return all settings side by side."""
+    """Draw all settings side by side."""
     return _side_by_side_or(runs, [run.settings for _, run in runs], "settings", "No settings were found.")
 
 
 def draw_environment(runs: Labelled) -> Markup:
-    """Return command, versions and hardware side by side."""
+    """Draw command, versions and hardware side by side."""
     return _side_by_side_or(
         runs, [run.environment for _, run in runs], "environment", "No environment was recorded."
     )

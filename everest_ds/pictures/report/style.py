@@ -1,4 +1,4 @@
-"""How the page looks: light or dark as the reader's system is, light on paper, one column on a phone."""
+"""Style sheet of the page: light or dark as the reader's system, light when printed, one column on a phone."""
 
 _LIGHT = """
 --paper:#fff;--ink:#1d1f23;--faint:#5a6068;--rule:#d9dce1;--panel:#f5f6f8;--accent:#0060a8;--marked:#fff3d6;

@@ -1,4 +1,4 @@
-"""Tables of a page: plain ones, and runs side by side with the rows marked in which they differ."""
+"""Draw tables: plain ones, and runs side by side with the differing rows marked."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,13 +10,13 @@ MOST_ROWS = 400
 
 
 def swatch(place: int) -> Markup:
-    """Return a piece of the line that a run has in the curves."""
+    """Draw a sample of a run's line in the curves, for legends."""
     path = element("path", d="M1 6h30", class_="line")
     return element("svg", path, class_=f"swatch {line_class(place)}", viewBox="0 0 32 12", aria_hidden="true")
 
 
 def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: Sequence[int] = ()) -> Markup:
-    """Return a table that scrolls sideways where it must; ``numeric`` columns are aligned to the right."""
+    """Draw a table that can scroll sideways; columns in ``numeric`` are aligned to the right."""
 
     def cell(tag: str, place: int, text: str) -> Markup:
         return element(tag, text, class_="number" if place in numeric else None)
@@ -29,13 +29,13 @@ def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numeric
 def side_by_side(
     labels: Sequence[str], columns: Sequence[Mapping[str, str]], *, name: str, marks: bool = True
 ) -> Markup:
-    """Return a table of named texts, a column a run.
+    """Draw a table of named texts with one column a run.
 
     Args:
-        labels: Of the runs.
-        columns: Texts by name, of each run.
-        name: Of the table, a word that no other table of the page has.
-        marks: Whether rows in which runs differ are marked, and can be shown alone.
+        labels: Labels of the runs.
+        columns: Texts by name, for each run.
+        name: Name of the table, one word, unique on the page.
+        marks: Whether to mark rows in which runs differ, with a box that hides the other rows.
     """
     names = list(dict.fromkeys(key for column in columns for key in column))
     left_out = len(names) - MOST_ROWS
@@ -55,7 +55,7 @@ def side_by_side(
     if not marks:
         return element("div", _scrolling(table), more)
     box = element("input", type="checkbox", id=f"only-{name}", class_="only", checked=num_different > 0)
-    said = f"only the {num_different} of {len(rows)} rows in which the runs differ"
+    said = f"only the {num_different} of {len(rows)} rows in which runs differ"
     return element("div", box, element("label", said, for_=f"only-{name}"), _scrolling(table), more)
 
 

@@ -1,1 +1,1 @@
-"""What a run has left in its directory, read back; needs no torch and stands whatever the files hold."""
+"""Read a run directory for a report: needs no torch and tolerates damaged files."""

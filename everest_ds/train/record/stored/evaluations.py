@@ -1,7 +1,4 @@
-"""Evaluations that were written, read back for a report; needs no torch and stands whatever the files hold.
-
-EVALUATION/summary.json, of `everest evaluate`
-"""
+"""Read EVALUATION/summary.json of `everest evaluate` for a report: needs no torch and tolerates damaged files."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +15,7 @@ _MOST_CLASSES = 4096
 
 
 def read_evaluations(run_dir: Path) -> tuple[list[ScoredList], list[str]]:
-    """Return the evaluations in a run's directory, and what is wrong with those that cannot be read."""
+    """Return the evaluations in a run directory, and a message for each one that cannot be read."""
     scores, faults = [], []
     for path in sorted(path for path in run_dir.glob(f"evaluation-*/{SUMMARY}") if path.is_file()):
         try:
@@ -32,13 +29,13 @@ def read_scores(folder: Path) -> ScoredList:
     """Read an evaluation's summary.
 
     Raises:
-        UserError: It is missing or not of an evaluation.
+        UserError: The file is missing or is not the summary of an evaluation.
     """
     path = folder / SUMMARY
     summary = read_json_object(path)
     parts = {name: summary.get(name) for name in ("protocol", "checkpoint", "list", "views")}
     if not all(isinstance(part, dict) for part in parts.values()) or math.isnan(number_of(summary.get("top1"))):
-        raise UserError(f"{path} is not of an evaluation")
+        raise UserError(f"{path} is not the summary of an evaluation")
     protocol, checkpoint, videos, views = (part or {} for part in parts.values())
     kept = views.get("selection")
     facts = {
@@ -66,7 +63,7 @@ def read_scores(folder: Path) -> ScoredList:
 
 
 def read_evaluation(folder: Path) -> ReportedRun:
-    """Read the folder of an evaluation by itself, as a report shows it.
+    """Read an evaluation's folder as an entry of its own in a report.
 
     Raises:
         UserError: See `read_scores`.
@@ -98,7 +95,7 @@ def _percent(value: Any) -> str:
 
 
 def _sound_confusion(value: Any) -> Sequence[Sequence[int]] | None:
-    """Return a square of counts; None for anything else."""
+    """Return a value that is a square matrix of counts; None for anything else."""
     if not isinstance(value, list) or not 0 < len(value) <= _MOST_CLASSES:
         return None
     rows = [row for row in value if isinstance(row, list) and len(row) == len(value)]

@@ -1,4 +1,4 @@
-"""The events of metrics.jsonl in words, those that people ask about."""
+"""Describe the important events of metrics.jsonl in words."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,13 +9,16 @@ from everest_ds.train.record.stored.texts import moment_of, text_of
 _MOST = 40
 _SHOWN_VIDEOS = 3
 _ELSEWHERE = ("slow_rank", "memory", "checkpoint")
-"""Events that are counted and described apart."""
+"""Events that other parts of the report describe."""
 
 Event = Mapping[str, Any]
 
 
 def describe_events(record: Measurements) -> list[tuple[str, int, str]]:
-    """Return time, step and text of events in order; of many the first and last ones, and how many there are."""
+    """Return time, step and text of the events in order.
+
+    Only the first and last events of a long list are returned, with a row that counts the others.
+    """
     known = [line for line in record.events() if isinstance(line.get("event"), str) and line["event"] in _TEXTS]
     rows = [(moment_of(line.get("time_s")), line["step"], _TEXTS[line["event"]](line)) for line in known]
     num_left_out = len(rows) - _MOST
@@ -71,5 +74,5 @@ _TEXTS: dict[str, Callable[[Event], str]] = {
     "weights_differ": lambda line: f"weights of ranks {text_of(line.get('ranks'))} differed from the others'",
     "cuda_graph": _graph,
     "stopped": lambda line: f"stopped by {text_of(line.get('signal'))}",
-    "end": lambda line: "came to its end",
+    "end": lambda line: "finished",
 }

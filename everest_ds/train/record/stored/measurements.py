@@ -1,4 +1,4 @@
-"""metrics.jsonl in one pass: curves as arrays, and events counted and sampled, so that half a million lines fit."""
+"""Read metrics.jsonl in one pass: curves as arrays, events counted and sampled to bound memory."""
 
 import statistics
 from array import array
@@ -22,25 +22,24 @@ _COLUMNS = {
 }  # fmt: skip
 _MOST_STEPS = 2**53
 _KEPT = 12
-"""Events of each kind that are kept from the beginning, and as many from the end."""
+"""How many events of each kind are kept from the beginning, and how many from the end."""
 _CLOSING = frozenset({"end", "stopped", "hang", "weights_differ"})
 
 
 class Measurements:
-    """The record of a run, as far as its lines are such.
+    """The measurements and events of a run; lines that are neither are skipped.
 
     Attributes:
-        num_lines: Lines that are.
-        num_odd: Other lines; one that is still being written is not counted.
-        num_events: By name.
-        first_s: time_s of the first line; NaN without one.
-        last_s: That of the last line of training or event.
-        last_step: The highest step of a line of training or event; 0 without one.
+        num_lines: Valid lines.
+        num_odd: Invalid lines, without a last line that is still being written.
+        num_events: Counts by name of the event.
+        first_s: time_s of the first line of kind train, val or event; NaN if there is none.
+        last_s: time_s of the last such line.
+        last_step: The highest step of such lines; 0 if there are none.
         opening: The last event `start` or `resume`.
-        closing: The event after that by which the run ended.
+        closing: The event after `opening` that ended the run; None if there is none.
         memory: The last event `memory`.
-        slow: By rank: how often it was slow, and how often as slow as its peers at worst.
-        tests: Lines that `everest evaluate` wrote, the last ones.
+        slow: For each rank, how often it was slow and its worst step time as a multiple of its peers'.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -63,7 +62,7 @@ class Measurements:
                 self.num_odd += 1
 
     def curve(self, name: str, kind: str = "train") -> Curve | None:
-        """Return a column as a curve, a step's last line counting; None where it has no finite number."""
+        """Return a column as a curve, from the last line of each step; None if it has no finite number."""
         values = self._values[kind][_COLUMNS[kind].index(name)]
         steps_P, values_P = np.array(self._steps[kind]), np.array(values)
         is_finite = np.isfinite(values_P)
@@ -76,19 +75,19 @@ class Measurements:
         return Curve(steps_P=steps_P[is_last], values_P=values_P[is_last])
 
     def last(self, name: str, kind: str = "train") -> float:
-        """Return a column's value in the last line; NaN where there is none."""
+        """Return a column's value in the last line; NaN if there is no line."""
         values = self._values[kind][_COLUMNS[kind].index(name)]
         return values[-1] if values else float("nan")
 
     def median(self, name: str) -> float:
-        """Return the median of a column's finite values in lines of training; NaN without one."""
+        """Return the median of a column's finite values in lines of kind train; NaN if there are none."""
         finite = [value for value in self._values["train"][_COLUMNS["train"].index(name)] if value == value]
         return statistics.median(finite) if finite else float("nan")
 
     def events(self) -> list[dict[str, Any]]:
-        """Return events in order: of each kind the first and the last ones."""
+        """Return the first and last events of each kind, sorted by step."""
         kept = [line for name in self._first for line in (*self._first[name], *self._last[name])]
-        return sorted(kept, key=lambda line: line["step"])  # stable: as they were written, within a kind
+        return sorted(kept, key=lambda line: line["step"])  # stable: events of one kind keep their order
 
     def _take(self, line: dict[str, Any]) -> None:
         kind, step = line["kind"], line["step"]
@@ -123,7 +122,7 @@ class Measurements:
             )
             count, worst = self.slow.get(rank, (0, 1.0))
             self.slow[rank] = count + 1, max(worst, own_ms / peers_ms if own_ms > 0 and peers_ms > 0 else 1.0)
-        if len(self.num_events) > 100:  # kinds of a stranger
+        if len(self.num_events) > 100:  # a foreign file may have any number of names
             return
         first = self._first.setdefault(name, [])
         last = self._last.setdefault(name, deque(maxlen=_KEPT))

@@ -1,4 +1,4 @@
-"""A run directory -> what a report shows of it, whatever state the run is in."""
+"""Read a run directory, in any state, into the contents of a report."""
 
 import math
 import re
@@ -24,7 +24,7 @@ ENVIRONMENT = "environment.json"
 _STEP = re.compile(r"step-(\d{1,12})\.png", re.ASCII)
 _MOST_PICTURES, _MOST_HANGS, _MOST_HANG_BYTES = 8, 3, 6000
 _MOST_REASONS, _FIRST_BAD, _LONGEST_REASON, _MOST_KNOWN = 8, 5, 160, 10_000
-# Facts of the start that the environment does not hold.
+# Facts of the event `start` or `resume` that environment.json does not contain.
 _OF_START = (
     "world_size", "zero_stage", "dtype", "autocast", "attention", "gradients", "compile_blocks", "cuda_graph",
     "reader", "parameters", "init_from",
@@ -32,24 +32,24 @@ _OF_START = (
 
 
 def is_run(path: Path) -> bool:
-    """Return whether a folder looks like a run directory: it has the config.json of a run, or a record."""
+    """Return whether a folder is a run directory: it has the config.json of a run or a metrics.jsonl."""
     return _read_config(path)[1] is None or (path / METRICS).is_file()
 
 
 def read_run(path: Path, scores: Sequence[ScoredList] = ()) -> ReportedRun:
-    """Read a run; what cannot be read is noted.
+    """Read a run; its notes name the files and lines that could not be read.
 
     Args:
         path: The run directory.
         scores: Its evaluations.
 
     Raises:
-        UserError: Nothing there is of a run.
+        UserError: The folder has neither a run's configuration nor a measurement.
     """
     config, fault = _read_config(path)
     record = Measurements(path)
     if fault is not None and not record.num_lines:
-        raise UserError(f"{path} is no run: {fault}, and {METRICS} has no line of a run")
+        raise UserError(f"{path} is not a run: {fault}, and {METRICS} has no measurements")
     environment, environment_fault = (
         _read_object(path / ENVIRONMENT) if (path / ENVIRONMENT).exists() else ({}, None)
     )
@@ -57,7 +57,7 @@ def read_run(path: Path, scores: Sequence[ScoredList] = ()) -> ReportedRun:
     if environment_fault is not None:
         notes.append(environment_fault)
     if record.num_odd:
-        notes.append(f"{record.num_odd} lines of {METRICS} are not of a run and are left out")
+        notes.append(f"{record.num_odd} lines of {METRICS} are not measurements and were skipped")
     state, sentence = _judge(path, config, record)
     curves = {name: record.curve(name) for name in ("loss", "lr", "clips_per_s", "data_wait_ms", "grad_norm")}
     curves["val/top1"] = record.curve("top1", "val")
@@ -81,7 +81,7 @@ def read_run(path: Path, scores: Sequence[ScoredList] = ()) -> ReportedRun:
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], str | None]:
-    """Return a run's configuration as it is stored, or what keeps it from being read."""
+    """Return a run's stored configuration, and None or why it could not be read."""
     raw, fault = _read_object(path / CONFIG)
     if fault is None and raw.get("task") in CONFIGS and isinstance(raw.get("recipe"), str):
         return raw, None
@@ -91,11 +91,11 @@ def _read_config(path: Path) -> tuple[dict[str, Any], str | None]:
         copy = None
     if copy is not None:
         return _read_object(copy)
-    return {}, fault or f"{path / CONFIG} is not of a run"
+    return {}, fault or f"{path / CONFIG} is not the configuration of a run"
 
 
 def _read_object(path: Path) -> tuple[dict[str, Any], str | None]:
-    if not path.is_file():  # a pipe of that name would never end
+    if not path.is_file():  # reading a pipe of that name would never end
         return {}, f"there is no file {path}"
     try:
         return read_json_object(path), None
@@ -104,7 +104,7 @@ def _read_object(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _judge(path: Path, config: Mapping[str, Any], record: Measurements) -> tuple[str, str]:
-    """Return the state of a run, in a word and in a sentence."""
+    """Return the state of a run, as a word and as a sentence."""
     owner, step, closing = find_owner(path), record.last_step, record.closing
     if owner is not None:
         return "training", f"by pid {owner.pid} on {owner.host} since {owner.since}; step {step} was recorded last"
@@ -127,7 +127,7 @@ def _judge(path: Path, config: Mapping[str, Any], record: Measurements) -> tuple
 
 
 def _end_step(config: Mapping[str, Any], record: Measurements) -> int | None:
-    """Return the steps that a run is to take, as far as its record says how many an epoch has."""
+    """Return the number of steps that a run is configured for; None if its record does not tell."""
     settings = flat_texts(config)
     most, epochs = (_parsed(settings.get(name, "")) for name in ("run.max_steps", "optim.epochs"))
     loss, epoch = record.curve("epoch"), record.last("epoch")
@@ -170,7 +170,7 @@ def _describe(config: Mapping[str, Any], record: Measurements, num_bad: int) -> 
 
 
 def _describe_speed(record: Measurements) -> dict[str, str]:
-    """Return throughput, and memory beside the plan."""
+    """Return throughput, and measured and planned memory."""
     speed: dict[str, str] = {}
     rows: tuple[tuple[str, str, str, float], ...] = (
         ("clips/s, median", "clips_per_s", ".4g", 1),
@@ -199,7 +199,7 @@ def _describe_speed(record: Measurements) -> dict[str, str]:
 
 
 def _find_pictures(media: Path) -> list[StoredPicture]:
-    """Return the newest picture of each folder of RUN/media, clips before counts."""
+    """Return the newest picture of each folder of RUN/media, folders sorted by name."""
     found = []
     try:
         for folder in sorted(path for path in media.iterdir() if path.is_dir()):
@@ -228,7 +228,7 @@ def _read_bad(path: Path) -> BadDraws:
 
 
 def _read_hangs(folder: Path) -> list[tuple[str, str]]:
-    """Return the reports of a run's last hangs, the newest first."""
+    """Return the reports of a run's latest hangs, newest first."""
     reports = []
     found = [path for path in folder.glob("*/report.txt") if path.is_file()]
     for path in sorted(found, reverse=True)[:_MOST_HANGS]:

@@ -1,4 +1,4 @@
-"""Values out of JSON files as texts for people."""
+"""Format values from JSON files as readable text."""
 
 import time
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ _DEEPEST = 6
 
 
 def flat_texts(values: Mapping[str, Any], *, depth: int = 0) -> dict[str, str]:
-    """Return nested objects as texts by dotted name."""
+    """Flatten nested objects to texts by dotted name."""
     flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value and depth < _DEEPEST:
@@ -19,7 +19,7 @@ def flat_texts(values: Mapping[str, Any], *, depth: int = 0) -> dict[str, str]:
 
 
 def text_of(value: Any, *, depth: int = 0) -> str:
-    """Return a value as JSON writes it, texts without quotes."""
+    """Return a JSON value as text: strings without quotes, null and empty containers as none."""
     if value is None or value is True or value is False:
         return {None: "none", True: "true", False: "false"}[value]
     if isinstance(value, list | dict) and depth >= _DEEPEST:
@@ -43,6 +43,6 @@ def number_of(value: Any) -> float:
 
 
 def moment_of(value: Any) -> str:
-    """Return a time in seconds since 1970 as local time; an empty text where it is none."""
+    """Format seconds since 1970 as local time; an empty text for any other value."""
     number = number_of(value)
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(number)) if 0 <= number < 2**33 else ""

@@ -96,7 +96,7 @@ def test_page_is_whole_html_and_loads_nothing_whatever_the_texts_are(tmp_path: P
 def test_page_of_a_run_without_anything_says_what_is_missing(tmp_path: Path) -> None:
     page = draw_page([ReportedRun(path=tmp_path, state="empty", facts={"state": "empty: no step"})], written="now")
     Checker(page)
-    for said in ("No line of metrics", "No run has pictures", "No speed", "Nothing was scored", "No settings"):
+    for said in ("No metrics were", "No run has pictures", "No speed", "Nothing was scored", "No settings"):
         assert said in page
 
 

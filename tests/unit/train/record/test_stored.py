@@ -186,7 +186,7 @@ def test_lost_settings_are_noted_and_taken_from_a_checkpoint_where_there_is_one(
     assert any("no settings: " in note for note in run.notes)
     (path / "metrics.jsonl").unlink()
     assert not is_run(path)
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         read_run(path)
 
 
