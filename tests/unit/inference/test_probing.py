@@ -13,7 +13,7 @@ from everest_ds.inference import probing
 from everest_ds.inference.passes import RowResults, UnreadableRow
 from everest_ds.inference.probing import LinearProbe, knn_probabilities, score_knn, score_linear
 
-# Sums in another order; measured worst difference 4e-16.
+# Sums are taken in another order; measured worst difference 4e-16.
 SHARE_ATOL = 1e-13
 
 
@@ -30,7 +30,7 @@ def plain_knn(train: list[list[float]], labels: list[int], test: list[float], k:
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (4, 0.07), (20, 0.07), (5, 1.0), (100, 0.5)])
 def test_neighbours_vote_as_in_plain_python(k: int, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the list is shorter than k, and where test videos come in several chunks."""
+    """Cases include lists with fewer than k videos, and test videos in several chunks."""
     monkeypatch.setattr(probing, "_PAIRS_AT_ONCE", 80)
     draw = random.Random(0)
     train = [[draw.gauss(0, 1) for _ in range(6)] for _ in range(30)]
@@ -39,7 +39,7 @@ def test_neighbours_vote_as_in_plain_python(k: int, temperature: float, monkeypa
     shares = knn_probabilities(
         torch.tensor(train), torch.tensor(labels), torch.tensor(test), 5, k=k, temperature=temperature
     )
-    # Plain Python gets the same float32 numbers.
+    # Plain Python uses the same float32 numbers.
     train, test = torch.tensor(train).tolist(), torch.tensor(test).tolist()
     for row, video in zip(shares.tolist(), test, strict=True):
         expected = plain_knn(train, labels, video, k, temperature)
@@ -53,7 +53,7 @@ def test_neighbours_with_a_tiny_temperature_do_not_overflow() -> None:
 
 
 def toy(num: int, num_classes: int = 3) -> tuple[Tensor, Tensor]:
-    """Clouds around the corners of a triangle, and a feature that never changes."""
+    """Return points around the corners of a triangle, with a further constant feature, and their labels."""
     label_N = torch.arange(num) % num_classes
     generator = torch.Generator().manual_seed(num)
     centre = 4 * torch.eye(num_classes, 5)[label_N]
@@ -65,14 +65,14 @@ def test_linear_probe_separates_what_is_separable() -> None:
     probe = LinearProbe(*toy(90), 3, l2=1e-3)
     features_MD, label_M = toy(31)
     assert torch.equal(probe.logits(features_MD).argmax(dim=1), label_M)
-    assert probe.weight_DK[-1].abs().max() < 1e-12  # of the feature that never changes
+    assert probe.weight_DK[-1].abs().max() < 1e-12  # weights of the constant feature
 
 
 @pytest.mark.parametrize("l2", [1e-4, 1e-2, 1.0])
 def test_gradient_is_zero_at_the_solution(l2: float) -> None:
-    """The gradient written out by hand: standardised features times (softmax - one-hot), plus the decay."""
+    """The gradient by hand: standardised features times (softmax - one-hot), plus weight decay."""
     features_ND, label_N = toy(60)
-    features_ND[::7] = features_ND[::7].roll(1, dims=1)  # not quite separable
+    features_ND[::7] = features_ND[::7].roll(1, dims=1)  # makes the classes not separable
     probe = LinearProbe(features_ND, label_N, 3, l2=l2)
     x_ND = (features_ND.double() - features_ND.double().mean(0)) / probe.deviation_D
     error_NK = (x_ND @ probe.weight_DK + probe.bias_K).softmax(1) - torch.eye(3, dtype=torch.float64)[label_N]
@@ -93,7 +93,7 @@ def results(features: Tensor, rows: list[int]) -> RowResults[Tensor]:
 
 
 def test_scores_belong_to_the_rows_that_could_be_read() -> None:
-    """Rows 1 could not be read; with labels taken by place instead of by row every video would be wrong."""
+    """Row 1 is unreadable. If labels were matched by position instead of by row, every video would be wrong."""
     features, labels = toy(7)
     rows = [0, 2, 3, 4, 5, 6, 7]
     listed = [VideoRow(Path(f"{i}.mp4"), -5) for i in range(8)]

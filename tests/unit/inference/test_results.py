@@ -26,7 +26,7 @@ ROWS = [VideoRow(Path(f"{i}.mp4"), label) for i, label in enumerate((0, 0, 1, 2,
 
 @pytest.fixture
 def scores() -> Scores:
-    """Row 3 is unreadable; class 0 is half right, class 1 half right and once taken for 2."""
+    """Scores in which row 3 is unreadable and half of classes 0 and 1 is right; class 1 is once predicted as 2."""
     logits = {0: [2, 0, 0], 1: [0, 0, 2], 2: [0, 2, 0], 4: [0, 1, 3]}
     rankings = {row: rank_classes(torch.tensor([v], dtype=torch.float32), ROWS[row].label, 5, "") for row, v in
                 logits.items()}  # fmt: skip
@@ -90,7 +90,7 @@ def test_folder_of_another_evaluation_is_refused(changes: dict[str, Any], named:
 
 
 def test_the_same_evaluation_may_be_done_again_from_elsewhere(tmp_path: Path) -> None:
-    require_own(tmp_path, summary_of())  # nothing there yet
+    require_own(tmp_path, summary_of())  # no results yet
     (tmp_path / "summary.json").write_text(json.dumps(summary_of() | {"top1": 0.3}))
     moved = {"path": "/b/a", "name": "w", "weights": "model", "sha256": "1"}
     require_own(tmp_path, summary_of(checkpoint=moved, list={"path": "/b/test.csv", "videos": "5 videos, abc"}))
@@ -100,7 +100,7 @@ def test_scores_of_a_run_are_added_to_its_record(scores: Scores, tmp_path: Path)
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 8}\n')
     summary = summary_of(checkpoint={"step": 8}) | score_summary(scores, NAMES, len(ROWS))
     _record(Origin(given=tmp_path, weights=tmp_path, run_dir=tmp_path), summary)
-    _record(Origin(given=tmp_path, weights=tmp_path), summary)  # weights that belong to no run have no record
+    _record(Origin(given=tmp_path, weights=tmp_path), summary)  # weights outside a run have no record
     first, line = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first == {"kind": "train", "step": 8}
     assert (line["kind"], line["step"], line["top1"], line["num_unreadable"]) == ("test", 8, 0.5, 1)
@@ -108,7 +108,7 @@ def test_scores_of_a_run_are_added_to_its_record(scores: Scores, tmp_path: Path)
 
 @pytest.mark.parametrize("num_classes", [2, 8, 101, 400])
 def test_confusion_is_dark_where_videos_are(num_classes: int, tmp_path: Path) -> None:
-    """All videos of each class are taken for the next one; cells keep their place whatever their size."""
+    """All videos are predicted as the next class; cells must be at their places at every size."""
     confusion = [[50 * (j == (i + 1) % num_classes) for j in range(num_classes)] for i in range(num_classes)]
     save_confusion(confusion, [f"class {i}" for i in range(num_classes)], tmp_path / "c.png")
     with Image.open(tmp_path / "c.png") as image:
@@ -117,7 +117,7 @@ def test_confusion_is_dark_where_videos_are(num_classes: int, tmp_path: Path) ->
         dark = (pixels == (8, 48, 107)).all(axis=2).sum()
         cell = min(48, max(3, 1600 // num_classes))
         share = dark / (num_classes * cell**2)
-        assert 0.7 < share <= 1  # numbers are written over some
+        assert 0.7 < share <= 1  # numbers cover part of the cells
         corner = image.size[0] - 8 - num_classes * cell
         assert tuple(pixels[corner + 1, corner + cell + 1]) == (8, 48, 107)
         assert tuple(pixels[corner + 1, corner + 1]) == (247, 251, 255)

@@ -24,7 +24,7 @@ DATA = FinetuneDataConfig(num_frames=4, sampling_stride=2, image_size=32, num_wo
 VIEWS = ViewsConfig(num_temporal=2, num_spatial=1)
 CPU = torch.device("cpu")
 NUM_CLASSES = 8
-# Softmax and mean in float64 here and in logarithms there; measured worst difference 2e-16.
+# The oracle averages softmax in float64, the code averages logarithms; measured worst difference 2e-16.
 PROBABILITY_ATOL = 1e-14
 
 
@@ -33,7 +33,7 @@ def world(rank: int = 0, size: int = 1) -> World:
 
 
 def predict(clips_BCTHW: Tensor) -> Tensor:
-    """Logits that differ from clip to clip, and with the company that a clip is computed in."""
+    """Return logits that differ between clips and depend on the other clips of the batch."""
     features_BF = clips_BCTHW.float().mean(dim=(3, 4)).flatten(1) / 255
     weights = torch.linspace(-1, 1, features_BF.shape[1] * NUM_CLASSES).sin().view(-1, NUM_CLASSES)
     return 20 * (features_BF - 0.01 * features_BF.mean(dim=0)) @ weights
@@ -53,11 +53,11 @@ def run(
 
 
 class SentError(Exception):
-    """Ends a rank where it would wait for the others."""
+    """Raised in place of waiting for the other ranks."""
 
 
 def run_on(rows: Sequence[VideoRow], size: int, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[Scores]:
-    """Every rank's scores, the ranks run one after the other: first for what they have, then for what they get."""
+    """Return the scores of all ranks, run one after another: first to collect their results, then to share them."""
     sent: list[Any] = []
 
     def send(value: Any) -> None:
@@ -102,7 +102,7 @@ def test_scores_equal_plain_python(rows: list[VideoRow]) -> None:
         seen[row.label][0] += 1
         seen[row.label][1] += order[0] == row.label
         assert scores.confusion[row.label][order[0]] > 0
-    assert 0 < hits < hits5 < len(rows)  # or the test would not tell them apart
+    assert 0 < hits < hits5 < len(rows)  # otherwise top-1, top-5 and the total would be equal
     assert (scores.top1, scores.top5) == (hits / len(rows), hits5 / len(rows))
     assert scores.loss == pytest.approx(sum(losses) / len(rows), rel=1e-12)
     assert [(entry.count, entry.correct) for entry in scores.per_class] == [tuple(pair) for pair in seen]
@@ -116,10 +116,10 @@ def test_scores_equal_plain_python(rows: list[VideoRow]) -> None:
 def test_scores_do_not_depend_on_the_number_of_processes(
     size: int, rows: list[VideoRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the last bit, though a pass's results depend on all its clips: 11 rows in groups of 3 on 2, 3 and 5."""
+    """Scores are bitwise identical, although logits depend on the pass: 11 rows in groups of 3 on 2, 3 and 5 ranks."""
     alone = run(rows)
     assert [prediction.row for prediction in alone.predictions] == list(range(11))
-    assert alone != run(rows, group_size=2)  # so it matters which rows share a pass
+    assert alone != run(rows, group_size=2)  # results depend on which rows share a pass
     assert run_on(rows, size, monkeypatch) == [alone] * size
 
 
@@ -145,7 +145,7 @@ def test_unreadable_video_is_an_error_that_names_it(rows: list[VideoRow], tmp_pa
 def test_allowed_unreadable_videos_are_left_out_and_listed(
     size: int, rows: list[VideoRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Among them a whole group, which leaves one rank of two with fewer passes."""
+    """One whole group is unreadable, so one of two ranks has fewer passes."""
     gone = [VideoRow(tmp_path / f"gone{i}.mp4", 0) for i in range(4)]
     mixed = [gone[0], *rows[:2], *gone[1:], *rows[2:4]]
     for scores in run_on(mixed, size, monkeypatch, allow_unreadable=True):
@@ -165,7 +165,7 @@ def test_list_without_a_readable_video_is_an_error(tmp_path: Path) -> None:
 def test_every_rank_runs_equally_many_passes_where_that_is_asked(
     same_rounds: bool, rows: list[VideoRow], tmp_path: Path
 ) -> None:
-    """Five groups on three ranks, one of them unreadable as a whole, and on seven, of which two have none."""
+    """Five groups, one of them unreadable, on three ranks and on seven, two of which have no group."""
     gone = [VideoRow(tmp_path / "gone.mp4", 0)] * 2
     dataset = ViewDataset([*rows[:2], *gone, *rows[2:8]], DATA, VIEWS)
 
@@ -197,7 +197,7 @@ def test_equally_likely_classes_rank_by_their_number() -> None:
 
 
 def test_hopeless_logits_have_a_finite_loss() -> None:
-    """The label's probability is below what float64 holds; its logarithm is not."""
+    """The label's probability underflows in float64; its logarithm does not."""
     ranking = rank_classes(torch.tensor([[0.0, -2000.0]]), 1, 5, "clip")
     assert ranking.log_probability == pytest.approx(-2000)
     assert ranking.probabilities == (1.0, 0.0)
@@ -210,7 +210,7 @@ def test_outputs_that_are_not_finite_are_an_error(value: float) -> None:
 
 
 def scores_of(pairs: Sequence[tuple[int, int]], num_classes: int) -> Scores:
-    """The scores of (label, predicted) pairs."""
+    """Return the scores of (label, predicted) pairs."""
     rankings = {}
     for row, (label, predicted) in enumerate(pairs):
         logits = torch.zeros(1, num_classes)

@@ -46,12 +46,12 @@ def classifier(seed: int = 0, num_classes: int = 8) -> EverestClassifier:
     )
 
 
-# A seal's entries for a checkpoint of ZeRO-0.
+# The seal's entries for the files of a ZeRO-0 checkpoint.
 SEALED = {name: {"size": 0, "sha256": ""} for name in ("state.json", "mp_rank_00_model_states.pt")}
 
 
 def make_run(folder: Path, steps: tuple[int, ...] = (4, 8)) -> Path:
-    """A run directory with sealed checkpoints that hold nothing."""
+    """Create a run directory with sealed checkpoints of empty files."""
     folder.mkdir()
     (folder / "config.json").write_text(dump_config(demo_ft()))
     for step in steps:
@@ -121,7 +121,7 @@ def test_identity_follows_the_contents(tmp_path: Path) -> None:
 
 @pytest.fixture
 def run_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, EverestClassifier]:
-    """A run whose checkpoint reads as a classifier's weights."""
+    """A run and its model; reading the run's checkpoint is replaced by the model's weights."""
     origin, model = locate(make_run(tmp_path / "run")), classifier()
 
     def read(checkpoint: Path) -> Weights:
@@ -159,7 +159,7 @@ def test_run_gives_its_model_and_its_names(run_of: tuple[Any, EverestClassifier]
 
 
 def test_average_replaces_what_was_trained(run_of: tuple[Any, EverestClassifier]) -> None:
-    """Frozen weights have no average: theirs are the checkpoint's."""
+    """Frozen weights have no average, so the checkpoint's are used."""
     origin, model = run_of
     averaged = classifier(seed=1)
     heads = {n: t for n, t in averaged.state_dict().items() if n.startswith(("head.", "fc_norm."))}
@@ -183,7 +183,7 @@ def test_pretrained_encoder_has_features_and_no_head(tmp_path: Path) -> None:
     assert (loaded.has_head, loaded.class_names) == (False, ())
     encoder = pretrained.encoder.state_dict()
     assert all(torch.equal(t, encoder[n]) for n, t in loaded.model.state_dict().items() if n in encoder)
-    # Positions are the recipe's where a file does not say: 16 x 48 x 48, not the official 16 x 224 x 224.
+    # The file does not name its grid, so it is the recipe's: 16 x 48 x 48, not the official 16 x 224 x 224.
     assert loaded.model.grid == TokenGrid(time=8, rows=6, cols=6)
 
 

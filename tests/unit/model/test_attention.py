@@ -19,14 +19,14 @@ from everest_ds.model.attention import BACKENDS, attention, choose_backend, dens
 from everest_ds.model.packing import Packing
 
 LENGTHS = [[4, 4, 4], [1, 7, 3, 7], [0, 5, 0, 2], [9], [1]]
-# Against float64 plain softmax; measured 4e-7.
+# Against plain softmax in float64; measured 4e-7.
 FLOAT32_ATOL = 2e-6
-# Backends against each other in bfloat16: outputs about 1, 8 bits of mantissa, two roundings.
+# Between backends in bfloat16: outputs of about 1, 8 bits of mantissa, two roundings.
 BFLOAT16_ATOL = 2e-2
 
 
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """The dense oracle: one softmax over everything, other clips masked out, in float64."""
+    """The dense oracle: one float64 softmax over all tokens, with other clips masked."""
     clip_M = torch.tensor([c for c, length in enumerate(lengths) for _ in range(length)])
     scores = torch.einsum("mak,nak->amn", q.double(), k.double()) / math.sqrt(q.shape[-1])
     scores.masked_fill_(clip_M[:, None] != clip_M[None, :], -math.inf)
@@ -79,7 +79,7 @@ def test_gpu_backends_agree_forward_and_backward(pair: tuple[str, str], lengths:
 def test_torchs_kernel_takes_what_it_is_handed(
     lengths: list[int], head_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On fake tensors of a GPU that is not there: names, shapes and types of this torch's varlen_attn."""
+    """Fake CUDA tensors check argument names, shapes and dtypes against this torch's varlen_attn."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *given: (9, 0))
     with FakeTensorMode():
         packing = Packing.from_lengths(lengths, torch.device("cuda"))
@@ -95,7 +95,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Choose as on a GPU of that kind."""
+    """Choose backends as for a Hopper GPU, of compute capability 9.0."""
     monkeypatch.setattr(module, "_capability", lambda device: (9, 0))
     module.choose_backend.cache_clear()
     module._activate.cache_clear()
@@ -142,7 +142,7 @@ def test_dense_call_tries_cudnn_first_on_hopper_and_flash_first_on_ampere(monkey
 def test_dense_call_copies_nothing_on_its_way_into_the_kernel_and_out(
     lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On fake tensors of a GPU; SDPA itself would look for the driver."""
+    """Uses fake CUDA tensors and the kernel itself, because SDPA would query the driver."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention
     monkeypatch.setattr(module, "_dense", lambda q, k, v: kernel(q, k, v)[0])
     copies: list[str] = []

@@ -1,4 +1,4 @@
-"""Budgets against a plain greedy allocation, and their bounds whatever the content."""
+"""Budgets against a plain greedy allocation, and their bounds for any content."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make_budget(selected: int, visible: int, least: int, most: int) -> ClipBudge
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[torch.Tensor], list[torch.Tensor], list[ClipBudget]]:
-    """Groups of clips of different sizes, scores with or without ties, draws, budgets."""
+    """Generate groups of clips of different sizes: scores with or without ties, draws, budgets."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     scores, draws, budgets = [], [], []
     for _ in range(draw(st.integers(1, 3))):
@@ -36,7 +36,7 @@ def cases(draw: st.DrawFn) -> tuple[list[torch.Tensor], list[torch.Tensor], list
 
 
 def plain_shares(scores: list[torch.Tensor], draws: list[torch.Tensor], budgets: list[ClipBudget]) -> list[int]:
-    """Give out one token after another to whoever offers the highest score."""
+    """Return tokens per clip: one token at a time goes to the clip with the highest next score."""
     clips = [
         (sorted(row.tolist(), reverse=True), float(draw), budget)
         for group, group_draws, budget in zip(scores, draws, budgets, strict=True)
@@ -45,7 +45,7 @@ def plain_shares(scores: list[torch.Tensor], draws: list[torch.Tensor], budgets:
     taken = [budget.least for _, _, budget in clips]
     for _ in range(sum(budget.average.selected - budget.least for _, _, budget in clips)):
         open_clips = [c for c, (_, _, budget) in enumerate(clips) if taken[c] < budget.most]
-        # The best score; of equal ones the lower rank beyond the floor, then the lower draw.
+        # The best score wins; ties go to the lower rank above the floor, then to the lower draw.
         best = min(
             open_clips,
             key=lambda c: (-clips[c][0][taken[c]], taken[c] - clips[c][2].least, clips[c][1]),

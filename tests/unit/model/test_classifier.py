@@ -1,4 +1,4 @@
-"""The classifier in training: drop path by handed-in draws, and a frozen encoder."""
+"""The classifier in training: drop path with given noise, and a frozen encoder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.conftest import make_size
 GRID = TokenGrid(time=4, rows=4, cols=4)
 DEPTH = 3
 NUM_CLIPS = 4
-# Packed with drop path against clip by clip, float32: measured 8.9e-8 in logits, 9.5e-7 in gradients.
+# Packed with drop path against clip by clip, float32; measured 8.9e-8 in logits, 9.5e-7 in gradients.
 ATOL = 5e-6
 
 
@@ -30,21 +30,21 @@ def make_classifier(*, drop_path: float = 0.4, checkpointing: bool = False) -> E
     model = EverestClassifier(
         make_size(depth=DEPTH), GRID, options, num_classes=5, drop_path=drop_path, head_init_scale=1.0
     )
-    with torch.no_grad():  # biases and norms matter
+    with torch.no_grad():  # so that biases and norms matter
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
 
 
 def clips_and_noise() -> tuple[Tensor, Tensor]:
-    """Clips, and noise under which the branches of the later blocks are dropped and kept in turn."""
+    """Return clips, and noise that drops some branches of the later blocks and keeps others."""
     generator = torch.Generator().manual_seed(3)
     clips = torch.randint(0, 256, (NUM_CLIPS, 3, 8, 32, 32), dtype=torch.uint8, generator=generator)
     return clips, torch.rand(NUM_CLIPS, 2 * DEPTH, generator=generator)
 
 
 def plain_logits(model: EverestClassifier, clip_CTHW: Tensor, draws: list[float], drop_path: float) -> Tensor:
-    """One clip through the model's weights by plain operations: a dropped branch is not computed at all."""
+    """Return one clip's logits by plain operations on the model's weights; dropped branches are not computed."""
     kept = model.select(*model.group(clip_CTHW[None]))
     pixels = (gather_tubelets(model.group(clip_CTHW[None]), kept).float() / 255).transpose(1, -1)
     pixels = (pixels - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
@@ -76,7 +76,7 @@ def gradients(model: EverestClassifier) -> dict[str, Tensor]:
 def test_drop_path_equals_clip_by_clip_without_the_dropped_branches() -> None:
     model, (clips, noise) = make_classifier().train(), clips_and_noise()
     dropped = noise.view(NUM_CLIPS, DEPTH, 2) < torch.tensor([0.0, 0.2, 0.4])[:, None]
-    assert 3 <= int(dropped.sum()) <= 0.6 * dropped.numel()  # the case is worth something
+    assert 3 <= int(dropped.sum()) <= 0.6 * dropped.numel()  # some are dropped and some kept
     logits = model(clips, noise)
     logits.square().sum().backward()
     found = gradients(model)
@@ -92,7 +92,7 @@ def test_drop_path_equals_clip_by_clip_without_the_dropped_branches() -> None:
 
 
 def test_drop_path_has_the_official_rates_and_keeps_the_expectation() -> None:
-    """Over evenly spaced noise, which is exact: a branch of rate p is kept for a share of 1 - p."""
+    """With evenly spaced noise the share is exact: a branch of rate p is kept for 1 - p of the draws."""
     noise_BL = ((torch.arange(1000) + 0.5) / 1000)[:, None].expand(-1, 2 * DEPTH)
     scale_BL = branch_scales(noise_BL, 0.4)
     rates = (scale_BL == 0).float().mean(dim=0)
@@ -155,7 +155,7 @@ def test_frozen_encoder_trains_norm_and_head_alone_and_keeps_nothing() -> None:
     model.freeze_encoder()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
-    assert model.num_noise(GRID) == 0  # and drops nothing
+    assert model.num_noise(GRID) == 0  # no drop path
     kept: list[int] = []
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -167,7 +167,7 @@ def test_frozen_encoder_trains_norm_and_head_alone_and_keeps_nothing() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logits = model(clips)
     assert torch.equal(logits, expected)
-    assert 0 < sum(kept) <= NUM_CLIPS * (2 * 32 + 2)  # the norm's input, output, mean and deviation
+    assert 0 < sum(kept) <= NUM_CLIPS * (2 * 32 + 2)  # input, output, mean and deviation of the norm
     logits.sum().backward()
     assert gradients(model).keys() == trained
 
@@ -181,7 +181,7 @@ def test_pooled_features_are_what_norm_and_head_are_applied_to() -> None:
 
 
 def test_branches_of_all_clips_dropped_leave_their_tokens_alone() -> None:
-    """The last block of a model whose every later branch is dropped might as well not be there."""
+    """If all branches of the later blocks are dropped, the weights of those blocks do not matter."""
     model, (clips, _) = make_classifier().train(), clips_and_noise()
     noise = torch.zeros(NUM_CLIPS, 2 * DEPTH)
     before = model(clips, noise)

@@ -1,8 +1,8 @@
-"""Forward and backward ask nothing of the device and copy nothing to it, so that a CUDA graph can hold them.
+"""Forward and backward read nothing from the device and copy nothing to it, as a CUDA graph requires.
 
-A fake tensor has shape, type and device but no values: whatever needs a value on the host, or a shape that depends
-on values, is an error of torch's. `DeviceBound` refuses the rest. Forward runs on a GPU that is not there. Backward
-would need a real one, so it is followed on fake tensors of the CPU.
+A fake tensor has shape, type and device but no values: torch raises an error if the host needs a value, or if a
+shape depends on values. `DeviceBound` refuses the rest. Forward runs on fake CUDA tensors. Backward would need a
+real GPU, so it runs on fake CPU tensors.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DISTANCES: tuple[DistanceName, ...] = get_args(DistanceName)
 
 
 class DeviceBound(TorchDispatchMode):
-    """Refuses tensors on other devices, tensors made of the host's numbers, and random draws; counts the rest."""
+    """Refuses tensors on other devices, tensors made from host numbers, and random draws; counts the rest."""
 
     def __init__(self, device_type: str) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class DeviceBound(TorchDispatchMode):
 
 
 def drops_nothing(func: Any, args: Any, kwargs: Any) -> bool:
-    """Return whether an operator that could draw for dropout has a rate of 0."""
+    """Return whether an operator with dropout has a dropout rate of 0, so that it draws nothing."""
     for place, argument in enumerate(func._schema.arguments):
         if argument.name in ("p", "dropout_p"):
             rate = args[place] if place < len(args) else kwargs.get(argument.name, argument.default_value)
@@ -71,7 +71,7 @@ def drops_nothing(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def make_inputs(task: Task, config: Config, device_type: str) -> tuple[torch.Tensor, ...]:
-    """Return what the task takes of a micro-batch of four clips."""
+    """Return the task's inputs for a micro-batch of four clips."""
     edge = config.data.image_size
 
     def clips(frames: int) -> torch.Tensor:
@@ -93,7 +93,7 @@ def make_inputs(task: Task, config: Config, device_type: str) -> tuple[torch.Ten
 
 @contextlib.contextmanager
 def casting(precision: Precision, device_type: str) -> Iterator[None]:
-    """Autocast where the precision does; `torch.autocast` itself refuses cuda where there is no GPU."""
+    """Enable autocast if the precision does. `torch.autocast` itself refuses cuda without a GPU."""
     before = torch.is_autocast_enabled(device_type)
     torch.set_autocast_dtype(device_type, torch.bfloat16)
     torch.set_autocast_enabled(device_type, precision.autocasts)
@@ -104,7 +104,7 @@ def casting(precision: Precision, device_type: str) -> Iterator[None]:
 
 
 def follow(config: Config, precision: str = "bf16", *, backward: bool = False) -> int:
-    """Return the operators of a micro-batch: of forward on a GPU, or of backward, after forward, on the CPU."""
+    """Return the number of operators of a micro-batch: of forward on CUDA, or of backward on the CPU."""
     device_type, computes = "cpu" if backward else "cuda", PRECISIONS[precision]
     if isinstance(config, FinetuneConfig):
         config = replace(config, data=replace(config.data, num_classes=8))
@@ -137,7 +137,7 @@ def recipe(name: str, *, model: dict[str, Any] | None = None, **selection: Any) 
 
 
 def settings_of(config: Config) -> list[dict[str, Any]]:
-    """Return the settings of selection that a recipe allows: strategies, distances, and with frames chosen."""
+    """Return the selection settings that a recipe allows: strategies, distances, and frame selection."""
     is_pretraining, found = isinstance(config, PretrainConfig), []
     for strategy, alpha in itertools.product(STRATEGIES, (1.0, 1.5) if is_pretraining else (1.0,)):
         measures = strategy == "rero" or alpha > 1
@@ -150,14 +150,14 @@ def settings_of(config: Config) -> list[dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def flash_kernel_of_fake_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SDPA asks the driver which kernel serves; a kernel itself needs shapes alone."""
+    """Call the flash kernel in place of SDPA on CUDA: SDPA queries the driver, the kernel needs only shapes."""
     flash, dense = torch.ops.aten._scaled_dot_product_flash_attention, attention._dense
     monkeypatch.setattr(attention, "_dense", lambda q, k, v: flash(q, k, v)[0] if q.is_cuda else dense(q, k, v))
 
 
 @pytest.fixture(autouse=True)
 def no_state_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let nobody read a generator's state or wait: during capture both are errors."""
+    """Refuse reading a generator's state and synchronising, which are errors during capture."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the host asks for the state of a generator, or waits")
@@ -168,9 +168,9 @@ def no_state_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_every_recipe_keeps_to_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks by the exact matmuls that a real GPU is tried for before they are used; the tests below by pixels."""
+    """Ranks tokens by exact matmuls, which a real GPU is tested for before use; the tests below rank by pixels."""
     monkeypatch.setattr(tubelets, "has_exact_matmul", lambda device: True)
-    assert follow(recipe(name, model={"size": "nano"})) > 100  # its blocks are those of all sizes
+    assert follow(recipe(name, model={"size": "nano"})) > 100  # all sizes use the same blocks
 
 
 MANY = list(itertools.product((1, 2, 3), PRECISIONS))
@@ -179,7 +179,7 @@ MANY = list(itertools.product((1, 2, 3), PRECISIONS))
 @pytest.mark.parametrize("name", ["oscc_vit_b", "ssv2_vit_b_ft"])
 @pytest.mark.parametrize("part", range(len(MANY)))
 def test_every_selection_keeps_to_the_device(name: str, part: int) -> None:
-    """Each setting of selection with one number of embedding layers in one precision, all of which take turns."""
+    """Settings of selection are spread over all pairs of embedding layers and precision."""
     layers, precision = MANY[part]
     model = {"size": "nano", "embedding_layers": layers}
     for settings in settings_of(get_recipe(name))[part :: len(MANY)]:
@@ -226,7 +226,7 @@ CHECKPOINTING = {
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("name", ["oscc_vit_b", "ssv2_vit_b_ft"])
 def test_backward_asks_nothing_of_the_device(name: str, checkpointing: str) -> None:
-    """Selection lies before the weights that are trained; what backward sees of it are index tensors."""
+    """Selection precedes the trained weights, so backward only sees its index tensors."""
     model = {"size": "nano", **CHECKPOINTING[checkpointing]}
     for precision, layers in zip(PRECISIONS, (1, 2, 3), strict=True):
         config = recipe(name, model={**model, "embedding_layers": layers})
@@ -234,7 +234,7 @@ def test_backward_asks_nothing_of_the_device(name: str, checkpointing: str) -> N
 
 
 def test_budgets_that_clips_share_ask_the_device_for_their_counts() -> None:
-    """How many tokens each clip keeps, only the device knows."""
+    """Only the device knows how many tokens each clip keeps."""
     for budget in ("batch", "threshold"):
         with pytest.raises(REFUSED):
             follow(recipe("demo", budget=budget))

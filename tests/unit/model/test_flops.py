@@ -1,5 +1,6 @@
-"""The fine-tuning rows of Tables 5 and 11, the parameters of Table 15, the cost of candidate frames; what each row
-counts is in tests/integration/test_commands.py.
+"""Fine-tuning rows of the paper's Tables 5 and 11, parameters of Table 15, and the cost of candidate frames.
+
+What each row counts is in tests/integration/test_commands.py.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ import pytest
 
 from everest_ds.benchmark.flops import PAPER_ROWS, PaperRow, count_row, num_parameters
 
-# As printed, (full tokens, EVEREST). Measured worst: 29.0711 for 29.1, -0.0993 %; the print has three digits.
+# As printed, (all tokens, EVEREST), in three digits. Measured worst: 29.0711 for 29.1, -0.0993 %.
 PRINTED = {
     ("5", "base"): (180.5, 98.1),
     ("11", "small"): (57.0, 29.1),
@@ -28,14 +29,14 @@ def test_rows_of_tables_5_and_11_are_counted_within_a_thousandth() -> None:
         assert count_row(row).paper / 1e9 == pytest.approx(row.gmacs, rel=RTOL), row.name
 
 
-# As printed, in millions, (pre-training, fine-tuning) by layers of the embedding. Measured worst: 102.543 for
-# 102.5, +0.042 %; the print has three or four digits. With the 400 classes of K400 fine-tuning is 0.28 % off.
+# As printed, in millions, three or four digits: (pre-training, fine-tuning) by embedding layers. Measured worst:
+# 102.543 for 102.5, +0.042 %. With the 400 classes of K400, fine-tuning would be 0.28 % off.
 PRINTED_PARAMETERS = {1: (94.2, 86.3), 2: (102.5, 94.6), 3: (97.8, 89.9)}
 EMBEDDING_KERNELS = {1: [(3, 512)], 2: [(3, 32), (768, 16)], 3: [(3, 32), (768, 4), (768, 4)]}
 
 
 def parameters_by_hand(layers: int, phase: str) -> int:
-    """ViT-B with biases of query and value but not of key, LayerNorms of two vectors, no positions."""
+    """Return ViT-B's parameters: biases of query and value but not key, LayerNorms of two vectors, no positions."""
 
     def block(width: int) -> int:
         return (

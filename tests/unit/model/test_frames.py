@@ -1,4 +1,4 @@
-"""Frame selection: counting, drawing and cutting of time steps."""
+"""Frame selection: counting, drawing and cutting time steps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def draw_many(counts: list[int], num_steps: int, num_draws: int, seed: int) -> T
 
 
 def inclusion(steps_BT: Tensor, candidates: int) -> list[float]:
-    """The share of draws that each step is in."""
+    """Return the share of draws that contain each step."""
     drawn_BC = torch.zeros(len(steps_BT), candidates).scatter_(1, steps_BT, 1.0)
     return drawn_BC.mean(dim=0, dtype=torch.float64).tolist()
 
@@ -45,7 +45,7 @@ def standard_error(probability: float, num_draws: int) -> float:
 
 
 def probability_of_sets(counts: list[int], size: int) -> dict[tuple[int, ...], float]:
-    """Exactly, of sequential renormalised draws: over every order in which a set can be drawn."""
+    """Return exact probabilities of sets in sequential renormalised draws, summed over the orders of drawing."""
 
     @cache
     def of(chosen: frozenset[int]) -> float:
@@ -79,7 +79,7 @@ def test_inclusion_probabilities_are_those_of_the_golden_set(golden_json: Callab
 
 
 def test_whole_choices_are_as_likely_as_in_sequential_draws() -> None:
-    """Inclusion alone would not tell every wrong scheme: here each set of three out of five has its probability."""
+    """Inclusion alone would not expose every wrong scheme, so each set of three out of five is compared."""
     counts = [3, 1, 7, 5, 2]
     drawn = draw_many(counts, 3, NUM_DRAWS, seed=9)
     code_B = (2**drawn).sum(dim=1)
@@ -106,7 +106,7 @@ def test_steps_without_chosen_tokens_only_fill_and_do_so_uniformly() -> None:
     drawn = draw_many(counts, 4, NUM_DRAWS, seed=2)
     share = inclusion(drawn, len(counts))
     assert share[1] == share[4] == 1
-    for step in (0, 2, 3, 5, 6):  # two of five fill the clip
+    for step in (0, 2, 3, 5, 6):  # two of these five fill the clip
         assert abs(share[step] - 0.4) <= STANDARD_ERRORS * standard_error(0.4, NUM_DRAWS)
     assert not set(draw_many([0, 5, 0, 1], 2, 1000, seed=0).flatten().tolist()) & {0, 2}
 
@@ -118,7 +118,7 @@ def test_clip_in_which_nothing_is_chosen_is_drawn_uniformly() -> None:
 
 
 def test_noise_of_exactly_zero_is_a_draw_like_any_other() -> None:
-    """It arrives first among its like, but a step without chosen tokens never before one that holds some."""
+    """Zero noise puts a step first among its kind; steps without chosen tokens always follow those with some."""
     counts_BC = torch.tensor([[2, 2, 2, 2], [0, 1, 1, 0], [0, 0, 0, 0]])
     noise_BC = torch.tensor([[0.5, 0.0, 0.9, 0.1], [0.0, 0.99, 0.5, 0.5], [0.5, 0.5, 0.0, 0.9]])
     assert draw_steps(counts_BC, noise_BC, 2).tolist() == [[1, 3], [1, 2], [0, 2]]
@@ -136,7 +136,7 @@ def test_largest_noise_below_one_comes_last_though_its_step_holds_most() -> None
 
 @st.composite
 def races(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
-    """Counts, noise and a number of steps; noise of 0 and counts of 0 among them."""
+    """Generate counts, noise and a number of steps; counts and noise may be 0."""
     clips, candidates = draw(st.integers(1, 5)), draw(st.integers(1, 14))
     values = clips * candidates
     counts = draw(st.lists(st.integers(0, 200), min_size=values, max_size=values))
@@ -171,7 +171,7 @@ def test_permuted_clips_give_permuted_choices(race: tuple[Tensor, Tensor, int], 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 9), st.data())
 def test_counts_are_of_the_most_important_tokens(clips: int, time: int, places: int, data: st.DataObject) -> None:
-    """Few values, so that clips hold many ties: the lower position wins them."""
+    """With few different values clips have many ties, which the lower position wins."""
     grid = TokenGrid(time=time, rows=1, cols=places)
     values = st.lists(st.integers(0, 3), min_size=grid.num_tokens, max_size=grid.num_tokens)
     importance = [data.draw(values) for _ in range(clips)]
@@ -184,7 +184,7 @@ def test_counts_are_of_the_most_important_tokens(clips: int, time: int, places: 
 
 
 def test_tokens_that_do_not_change_count_nowhere() -> None:
-    """A clip in which less than the selected share changes: its still steps get nothing, wherever they are."""
+    """If fewer tokens change than are selected, steps without change get a count of 0, wherever they are."""
     importance_BN = torch.zeros(1, 12)
     importance_BN[0, 10] = 1.0
     grid = TokenGrid(time=4, rows=1, cols=3)
@@ -248,7 +248,7 @@ def test_gpu_counts_draws_and_cuts_as_the_cpu_does() -> None:
 
 
 def half_frozen_clips(config: PretrainConfig, frozen: Literal["first", "second"], movers: int) -> Tensor:
-    """Twice a clip's frames, at the recipe's stride, cropped in the middle; half of them stand still."""
+    """Return centre-cropped clips with twice the recipe's frames, at its stride; half of the frames are frozen."""
     data = config.data
     demo = DemoConfig(num_frames=2 * data.num_frames * data.sampling_stride, movers=movers)
     margin = (demo.size - data.image_size) // 2
@@ -265,15 +265,15 @@ def half_frozen_clips(config: PretrainConfig, frozen: Literal["first", "second"]
     return torch.stack(clips)
 
 
-# Measured: 1.000 in each, over all seeds. With two movers only 75 of 576 tokens change, fewer than the 172 that
-# rho_pre selects.
+# Measured share: 1.000 in all cases. With two movers only 75 of 576 tokens change, fewer than the 172 that rho_pre
+# selects.
 @pytest.mark.parametrize("movers", [2, 12])
 @pytest.mark.parametrize("frozen", ["first", "second"])
 @pytest.mark.parametrize("seed", range(4))
 def test_moving_half_of_a_video_fills_the_clip(frozen: Literal["first", "second"], movers: int, seed: int) -> None:
-    """The demo recipe at alpha = 2: half of the candidates fill the clip, so none of the frozen ones is needed.
+    """The demo recipe at alpha = 2: half of the candidates fill the clip, so no frozen step is needed.
 
-    The border step, the first that is frozen, changed since the one before it and counts as moving.
+    The first frozen step differs from the step before it, so it counts as moving.
     """
     config = get_recipe("demo")
     assert isinstance(config, PretrainConfig)

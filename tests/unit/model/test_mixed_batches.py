@@ -1,4 +1,4 @@
-"""One packed batch of clips of several lengths and sizes against each clip alone, under every budget.
+"""A packed batch of clips of several lengths and sizes against each clip alone, under every budget.
 
 Measured worst case in float32: outputs OUT, gradients GRAD of the largest of each parameter.
 """
@@ -22,13 +22,13 @@ from tests.conftest import make_size
 
 ATOL = 1e-5
 GRID = TokenGrid(time=8, rows=4, cols=4)
-# Frames, height and width of each group of clips, and how many of them: 16x224, 24x224 and 8x112 at a seventh.
+# Frames, height, width and number of clips of each group: 16x224, 24x224 and 8x112 at a seventh of the size.
 SHAPES = [(16, 32, 32, 2), (24, 32, 32, 1), (8, 16, 16, 3), (16, 16, 48, 1)]
 RULE = SelectionRule(selected_ratio=0.3, visible_ratio=0.1)
 
 
 def mixed_clips() -> list[torch.Tensor]:
-    """Groups of clips of which some hardly move, so that budgets give them different shares."""
+    """Return groups of clips; some hardly move, so that budgets give them different shares."""
     generator = torch.Generator().manual_seed(0)
     groups = []
     for frames, height, width, count in SHAPES:
@@ -42,7 +42,7 @@ def mixed_clips() -> list[torch.Tensor]:
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    with torch.no_grad():  # biases and norms matter
+    with torch.no_grad():  # so that biases and norms matter
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
@@ -62,7 +62,7 @@ def budget_of(grid: TokenGrid) -> ClipBudget:
 
 
 def counts_by(name: str, model: EverestAutoencoder) -> CountClips | None:
-    """What a budget says of a mixed batch."""
+    """Return the function by which a budget counts the tokens of a mixed batch, or None for a budget per clip."""
     if name == "clip":
         return None
     budgets = [budget_of(group.grid) for group in model.encoder.group(mixed_clips())]
@@ -100,7 +100,7 @@ def test_mixed_autoencoder_equals_clip_by_clip(budget: str) -> None:
     shares = [
         length / budget_of(g.grid).average.targets for g, length in zip(_by_clip(model), lengths, strict=True)
     ]
-    assert (max(shares) - min(shares) > 0.5) == (budget != "clip")  # or the test would say little
+    assert (max(shares) - min(shares) > 0.5) == (budget != "clip")  # otherwise the test would show little
     clips = [clip[None] for group in mixed_clips() for clip in group]
     visible = output.selection.visible.split([1] * len(clips))
     target = output.selection.target.split([1] * len(clips))
@@ -109,7 +109,7 @@ def test_mixed_autoencoder_equals_clip_by_clip(budget: str) -> None:
         alone = single_model.reconstruct(clips[b], Selection(visible[b], target[b]))
         worst = max(worst, (predictions - alone.prediction_RP).abs().max().item())
         torch.testing.assert_close(predictions, alone.prediction_RP, rtol=0, atol=ATOL)
-        # The mean over all target tokens is each clip's mean by its share of them.
+        # The mean over all target tokens is the mean of the clips' means, weighted by their shares of the tokens.
         (alone.loss * lengths[b] / sum(lengths)).backward()
     print(f"outputs {worst:.1e}, gradients {require_same_gradients(model, single_model):.1e}")
 
@@ -119,7 +119,7 @@ def _by_clip(model: EverestAutoencoder) -> list[object]:
 
 
 def require_same_gradients(model: nn.Module, other: nn.Module) -> float:
-    """Compare each gradient on the scale of its largest value; return the worst difference."""
+    """Compare each gradient relative to its largest value; return the worst difference."""
     worst = 0.0
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         assert p.grad is not None and q.grad is not None, name
@@ -165,7 +165,7 @@ def test_mixed_classifier_pools_each_clip_by_itself(strategy: str) -> None:
 
 
 def test_positions_are_those_of_each_clips_own_grid() -> None:
-    """A clip among others of another shape gets the positions that it has alone, not theirs."""
+    """Clips of other shapes in the batch do not change a clip's positions."""
     model = make_autoencoder()
     groups = mixed_clips()[:2]
     index = TokenSet.from_positions(torch.tensor([[5, 100], [5, 100], [5, 150]]))

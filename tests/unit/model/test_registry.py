@@ -11,12 +11,12 @@ import everest_ds.model.registry  # noqa: F401  (registers the models)
 from everest_ds.model.autoencoder import EverestAutoencoder
 from everest_ds.model.classifier import EverestClassifier
 
-# Official parameter counts are those of the golden key list; S, L, H by hand from widths and depths.
+# Parameter counts: official ones from the golden key list; S, L and H by hand from widths and depths.
 SIZES = {"small": (384, 12, 192), "base": (768, 12, 384), "large": (1024, 24, 512), "huge": (1280, 32, 640)}
 
 
 def count_block(width: int) -> int:
-    """Parameters of a block: two norms, qkv with two biases, projection, MLP."""
+    """Return the parameters of a block: two norms, qkv with two biases, projection, MLP."""
     return 4 * width + (3 * width * width + 2 * width) + (width * width + width) + (8 * width * width + 5 * width)
 
 

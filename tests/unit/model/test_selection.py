@@ -87,7 +87,7 @@ def test_importance_refuses_what_it_cannot_rank(x: torch.Tensor, grid: TokenGrid
 
 
 def plain_rero(importance: list[float], noise: list[float], num_visible: int) -> tuple[list[int], list[int]]:
-    """The definition in plain Python: rank, then let the noise of the ranks decide."""
+    """The definition in plain Python: rank tokens, then choose visible ones by the noise of the ranks."""
     ranked = sorted(range(len(importance)), key=lambda position: (-importance[position], position))
     by_noise = sorted(range(len(noise)), key=lambda rank: (noise[rank], rank))
     chosen = [ranked[rank] for rank in by_noise]
@@ -168,13 +168,13 @@ CPU = torch.device("cpu")
 
 
 def clips_of(index: TokenSet) -> list[list[int]]:
-    """The positions of each clip."""
+    """Return each clip's positions."""
     return [part.tolist() for part in index.position_M.split(index.packing.lengths)]
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[SelectionRule, TokenGrid, torch.Tensor, torch.Tensor]:
-    """A rule, a grid, importance with ties, and noise, that fit together."""
+    """Generate a rule with a matching grid, importance with ties, and noise."""
     strategy: StrategyName = draw(st.sampled_from(get_args(StrategyName)))
     targets: TargetName = draw(st.sampled_from(get_args(TargetName)))
     if strategy == "running_cell":
@@ -313,7 +313,7 @@ def test_what_a_classifier_keeps_is_what_is_selected(case: Any) -> None:
 
 
 def test_tube_keeps_the_counts_of_videomae() -> None:
-    """20 of 196 places stay where 0.9 is masked: 160 tokens, not 156."""
+    """A mask ratio of 0.9 keeps 20 of 196 places: 160 tokens, not 156."""
     grid = TokenGrid(time=8, rows=14, cols=14)
     rule = SelectionRule(strategy="tube", selected_ratio=1.0, visible_ratio=0.1)
     assert rule.counts(grid) == ClipCounts(selected=1568, visible=160, targets=1408)

@@ -1,4 +1,4 @@
-"""Blocks that are compiled or computed again in backward: the same bits, what is kept and what runs twice."""
+"""Compiled and recomputed blocks: bitwise identical results, saved tensors, and operators that run twice."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HALVES: dict[str, dict[str, bool]] = {
 
 
 class OperatorCounter(TorchDispatchMode):
-    """Counts the operators that really run; what selective checkpointing hands out again does not come here."""
+    """Counts the operators that run; results that selective checkpointing reuses are not counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class OperatorCounter(TorchDispatchMode):
 def run_backward(
     lengths: tuple[int, ...], *, recomputed: str, dtype: torch.dtype, drops: bool
 ) -> tuple[list[torch.Tensor], Counter[str]]:
-    """Output and gradients of a stack, and how often each operator ran in forward and backward."""
+    """Return output and gradients of a stack, and how often each operator ran in forward and backward."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     options = EncoderOptions(attention="sdpa", **HALVES[recomputed])
@@ -81,7 +81,7 @@ def test_recomputing_changes_no_bit_and_attention_runs_once_where_it_is_kept(
     expected, plain = found["nothing"]
     for tensors, _ in found.values():
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(tensors, expected, strict=True))
-    calls = DEPTH * len(set(lengths) - {0})  # SDPA attends to the clips of one length at once
+    calls = DEPTH * len(set(lengths) - {0})  # one SDPA call per clip length
     ran = {recomputed: counts[ATTENTION_ON_CPU] for recomputed, (_, counts) in found.items()}
     assert ran == {"nothing": calls, "all but attention": calls, "all": 2 * calls}
     products = {recomputed: counts["aten::addmm"] for recomputed, (_, counts) in found.items()}
@@ -89,7 +89,7 @@ def test_recomputing_changes_no_bit_and_attention_runs_once_where_it_is_kept(
 
 
 def test_attentions_operators_are_known_to_torch() -> None:
-    """A name that torch has no operator of would keep nothing, and nobody would notice."""
+    """With a name that torch does not know, checkpointing would silently save nothing."""
     importlib.import_module("torch.nn.attention.varlen")  # registers its operator
     known = set(torch._C._dispatch_get_all_op_names())
     assert {name for name in ATTENTION_OPERATORS if not name.startswith("flash_attn::")} <= known
@@ -115,7 +115,8 @@ def test_keeping_attention_where_nothing_is_recomputed_is_refused() -> None:
     ModelConfig(activation_checkpointing=True, recompute_attention=False)
 
 
-# Output and gradients of three blocks by inductor on a CPU against eager, float32, of the largest: measured 1.1e-6.
+# Output and gradients of three blocks, inductor on a CPU against eager, float32, relative to the largest value;
+# measured 1.1e-6.
 INDUCTOR_RTOL = 1e-5
 EQUAL = ((5, 5, 5), (9, 9, 9), (30, 30, 30), (7, 7, 7))
 UNEQUAL = ((7, 3, 4), (2, 5), (1, 30, 0, 8), (6, 6, 7))
@@ -127,7 +128,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
-    """What another test had compiled does not count here, nor does torch remember it."""
+    """Clear torch's compilation caches before and after a test."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -135,7 +136,7 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
-    """A backend that runs each graph as it is and counts how many it was given."""
+    """A backend that runs each graph eagerly and counts the graphs."""
     counter = CompileCounter()
     monkeypatch.setattr(compilation, "COMPILE_BACKEND", counter)
     return counter
@@ -150,7 +151,7 @@ def run_compiled(
     dtype: torch.dtype = torch.float32,
     autocasts: bool = False,
 ) -> list[torch.Tensor]:
-    """Output and gradients of a stack."""
+    """Return output and gradients of a stack."""
     torch.manual_seed(0)
     options = EncoderOptions(compile_blocks=compiles, **HALVES[recomputed])
     blocks = make_blocks(32, DEPTH, 2, options).to(dtype)
@@ -171,7 +172,7 @@ def run_compiled(
 def test_each_half_of_a_block_is_compiled_once_for_all_numbers_of_tokens(
     lengths: tuple[tuple[int, ...], ...], drops: bool, counter: CompileCounter
 ) -> None:
-    """And the graphs compute the same bits, when they are run as they are."""
+    """Results are bitwise identical to blocks that are not compiled, because the graphs run eagerly."""
     for of_clips in lengths:
         ours = run_compiled(of_clips, compiles=True, drops=drops)
         theirs = run_compiled(of_clips, compiles=False, drops=drops)
@@ -187,7 +188,7 @@ def test_each_half_of_a_block_is_compiled_once_for_all_numbers_of_tokens(
 def test_compiled_blocks_can_be_computed_again(
     recomputed: str, dtype: torch.dtype, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """aot_eager compiles forward and backward into functions of their own, as inductor does, without a compiler."""
+    """Like inductor, aot_eager makes separate functions of forward and backward, but needs no C++ compiler."""
     monkeypatch.setattr(compilation, "COMPILE_BACKEND", "aot_eager")
     for drops in (False, True):
         ours = run_compiled(lengths, compiles=True, recomputed=recomputed, drops=drops, dtype=dtype)
@@ -196,7 +197,7 @@ def test_compiled_blocks_can_be_computed_again(
 
 
 def test_compiled_blocks_take_part_in_autocast(counter: CompileCounter) -> None:
-    """Compiled once with it and once without, and the same bits as blocks that are not compiled."""
+    """Blocks are compiled once per autocast state; results are bitwise identical to uncompiled blocks."""
     for drops, autocasts in itertools.product((False, True), (False, True)):
         ours, theirs = (
             run_compiled(EQUAL[0], compiles=compiles, drops=drops, autocasts=autocasts)
@@ -228,13 +229,13 @@ def test_names_of_weights_and_operations_of_a_clip_stay_the_same(recipe: str, co
     assert all(block.compiles for name, block in fast.named_modules() if name.split(".")[-2:-1] == ["blocks"])
     assert list(fast.state_dict()) == list(plain.state_dict())
     assert fast.clip_flops() == plain.clip_flops() > 0
-    assert counter.frame_count == 0  # operations are counted uncompiled
+    assert counter.frame_count == 0  # operations are counted without compiling
     clips = torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8)
     if isinstance(config, FinetuneConfig):
         fast(clips, torch.tensor([0, 1]), torch.rand(2, fast.model.num_noise(config.grid)))
     else:
         fast(clips, torch.rand(2, config.num_selected))
-    assert counter.frame_count == (2 if recipe == "demo_ft" else 4)  # encoder, and decoder
+    assert counter.frame_count == (2 if recipe == "demo_ft" else 4)  # two halves in the encoder, two in the decoder
     assert list(fast.state_dict()) == list(plain.state_dict())
 
 

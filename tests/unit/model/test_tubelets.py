@@ -61,7 +61,7 @@ def test_standardise_uses_imagenet_per_channel() -> None:
         torch.testing.assert_close(result[:, channel].double(), expected, rtol=0, atol=1e-6)
     unit = clips.float() / 255
     assert torch.equal(standardise(unit), result)
-    assert torch.equal(unit, clips.float() / 255)  # it works in place, on a copy of its own
+    assert torch.equal(unit, clips.float() / 255)  # the function must work in place on its own copy
 
 
 def test_pixels_of_another_type_are_refused() -> None:
@@ -81,7 +81,7 @@ def test_target_is_each_channel_standardised_over_its_tubelet() -> None:
 
 def test_target_of_a_flat_tubelet_stays_small() -> None:
     flat = torch.full((1, 3, 2, 8, 8), 200, dtype=torch.uint8)
-    assert reconstruction_target(flat).abs().max() < 0.2  # rounding over eps: no infinity, nothing large
+    assert reconstruction_target(flat).abs().max() < 0.2  # rounding error divided by eps: small and finite
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
@@ -136,7 +136,7 @@ def test_interpolated_positions_keep_what_they_should() -> None:
 
 
 def resample_1d(values: np.ndarray, length: int) -> np.ndarray:
-    """Linear interpolation between the centres of cells, held at the ends; along the first axis."""
+    """Interpolate linearly between cell centres along the first axis; values are constant beyond the ends."""
     centres = (np.arange(length) + 0.5) * len(values) / length - 0.5
     rows = values.reshape(len(values), -1).astype(np.float64)
     columns = [np.interp(centres, np.arange(len(values)), column) for column in rows.T]
@@ -146,7 +146,7 @@ def resample_1d(values: np.ndarray, length: int) -> np.ndarray:
 @pytest.mark.parametrize("num_frames", [8, 16, 24, 32])
 @pytest.mark.parametrize("edge", [112, 224, 384])
 def test_positions_of_other_clips_are_interpolated_along_each_axis(num_frames: int, edge: int) -> None:
-    """The oracle resamples time, rows and columns one after the other, in float64, by numpy's own interpolation."""
+    """The oracle resamples time, rows and columns one after another with numpy's interpolation in float64."""
     grid, width = TokenGrid(time=8, rows=14, cols=14), 6
     to_grid = TokenGrid.of_clip(num_frames=num_frames, height=edge, width=edge, tubelet_size=2, patch_size=16)
     table = sinusoid_positions(grid, width)
@@ -169,9 +169,9 @@ KERNEL = (2, 16, 16)
 BYTE_GRID = TokenGrid(time=4, rows=7, cols=7)
 CPU = torch.device("cpu")
 WEIGHT_DTYPES = [torch.float32, torch.bfloat16]
-# Of embeddings up to 4; measured 8e-6 here and 1.2e-5 on real video, as a convolution in float32; in bfloat16 2e-2.
+# For embeddings up to 4. Measured 8e-6 here, 1.2e-5 on real video, like a float32 convolution; bfloat16 has 2e-2.
 EMBEDDING_ATOL = 3e-5
-# Measured 9e-7 here and 7e-6 on real video; a convolution in float32 has 1.6e-6 and 1.7e-5.
+# Measured 9e-7 here and 7e-6 on real video; a float32 convolution has 1.6e-6 and 1.7e-5.
 IMPORTANCE_RTOL = 5e-6
 
 
@@ -193,7 +193,7 @@ def embed_in_float64(clips: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 
 
 def change_of(x: torch.Tensor) -> torch.Tensor:
-    """The l2 distance of each token from the one a step before, for steps from the second on, (B, N')."""
+    """Return each token's l2 distance from the same place one step before, from the second step on, (B, N')."""
     x_BTJD = x.flatten(3).permute(0, 2, 3, 1)
     return (x_BTJD[:, 1:] - x_BTJD[:, :-1]).norm(dim=-1).flatten(1)
 
@@ -213,7 +213,7 @@ def test_change_is_at_least_as_exact_as_that_of_a_convolution_in_float32(dtype: 
     clips, (weight, bias) = make_clips(), make_kernel(dtype)
     expected = change_of(embed_in_float64(clips, weight, bias))
     moves = expected > 1e-9
-    assert 0.2 < moves.double().mean() < 0.9  # some tokens change, others stand still
+    assert 0.2 < moves.double().mean() < 0.9  # some tokens change, others do not
     errors = {}
     for name, x in {
         "bytes": embed_bytes(clips, weight, bias),
@@ -235,7 +235,7 @@ def test_products_are_exact_where_their_sums_are() -> None:
 
 @pytest.fixture
 def exact_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU that passes for a device that gains by it."""
+    """Use exact matmuls on the CPU, as on a GPU where they are faster."""
     monkeypatch.setattr(tubelets, "has_exact_matmul", lambda device: True)
 
 
@@ -248,9 +248,9 @@ def test_encoder_ranks_alike_either_way(
     (group,) = encoder.group(make_clips())
     before = encoder.rank(group)
     request.getfixturevalue("exact_cpu")
-    monkeypatch.setattr("everest_ds.model.encoder.standardise", None)  # it is not standardised besides
+    monkeypatch.setattr("everest_ds.model.encoder.standardise", None)  # the exact path must not standardise pixels
     after = encoder.rank(group)
-    assert not torch.equal(after, before)  # another way
+    assert not torch.equal(after, before)  # another path was used
     torch.testing.assert_close(after, before, rtol=3 * IMPORTANCE_RTOL, atol=0)
     count = BYTE_GRID.num_tokens * 3 // 10
     chosen = [rank_by_importance(i)[:, :count].sort(dim=1).values for i in (before, after)]

@@ -16,7 +16,7 @@ def test_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["weights.bin"]
 
 
-# A full disk is an OSError in Python's own writes, a RuntimeError in torch's, a SafetensorError in safetensors'.
+# A full disk raises OSError in Python's own writes, RuntimeError in torch's, SafetensorError in safetensors'.
 @pytest.mark.parametrize("error", [OSError("full"), RuntimeError("full"), SafetensorError("full")])
 @pytest.mark.parametrize("as_folder", [False, True])
 def test_write_that_fails_is_named_and_leaves_nothing(error: Exception, as_folder: bool, tmp_path: Path) -> None:

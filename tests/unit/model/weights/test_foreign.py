@@ -1,4 +1,4 @@
-"""Files of weights are read as data, whatever wraps them, and nothing in them is run."""
+"""Weights files are read as data, in any wrapping, and no code in them is run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_official_file_is_unwrapped(mini64: GoldenModel, wrap: str, kind: str, t
     beside = {"model": ("optimizer", "epoch", "scaler", "args"), "module": ("ds_version", "skipped_steps")}
     assert report.ignored == beside.get(wrap, ())
     assert weights.architecture.kind == {"pretrain.": "autoencoder", "finetune.": "classifier"}[kind]
-    assert weights.architecture.grid_is_known == (wrap == "model")  # its arguments say so
+    assert weights.architecture.grid_is_known == (wrap == "model")  # known from the stored arguments
     assert weights.architecture.grid == mini64.grid or wrap != "model"
 
 
@@ -112,7 +112,7 @@ def test_pickle_that_wants_to_run_code_is_refused_and_nothing_runs(tmp_path: Pat
     torch.load(tmp_path / "w.pth", weights_only=False) if zipped else pickle.loads(
         (tmp_path / "w.pth").read_bytes()
     )
-    assert marker.exists()  # it would have
+    assert marker.exists()  # plain loading does run the code
 
 
 def test_what_holds_no_weights_is_refused(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_truncated_file_is_refused(mini64: GoldenModel, tmp_path: Path) -> None:
 
 
 def test_folder_of_deepspeed_is_read_as_data(mini64: GoldenModel, tmp_path: Path) -> None:
-    """The official fine-tuning saves one; its weights are the half-precision ones that it computes with."""
+    """The official fine-tuning saves such a folder; its weights are the half-precision ones used in computation."""
     state = {name: tensor.half() for name, tensor in state_of(mini64, "finetune.").items()}
     torch.save({"module": state, "ds_config": {"zero_optimization": {"stage": 1}}}, tmp_path / DEEPSPEED_STATES)
     weights = read_weights(tmp_path)

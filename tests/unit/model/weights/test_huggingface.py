@@ -1,4 +1,4 @@
-"""Hugging Face's names and configuration, without its package: tests/parity compares what it computes."""
+"""Hugging Face's names and configuration, without its package; tests/parity compares the outputs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def rewrite(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("name", sorted(KEY_MAP))
 def test_names_are_those_of_the_converter(name: str, tmp_path: Path) -> None:
-    """The map was read from the converter by someone else; ours is compared tensor by tensor, by value."""
+    """The golden map was read from the converter independently; tensors are matched by value."""
     official = {key: torch.randn(1).expand(shape).contiguous() for key, shape in KEYS[name].items()}
     weights = weights_of_run(official, ModelMetadata(), "memory")
     write_weights(weights, tmp_path / "hf", "hf")
@@ -127,7 +127,7 @@ def test_missing_and_extra_tensors_are_reported(tmp_path: Path) -> None:
 
 
 def test_encoder_alone_starts_a_classifier_and_is_no_whole_model(tmp_path: Path) -> None:
-    """What `VideoMAEModel.save_pretrained` writes has no prefix."""
+    """Names written by `VideoMAEModel.save_pretrained` have no prefix."""
     weights, tensors, config = folder_of("autoencoder", tmp_path / "hf")
     bare = {name.removeprefix("videomae."): t for name, t in tensors.items() if name.startswith("videomae.")}
     rewrite(tmp_path / "hf", bare, config)

@@ -1,4 +1,4 @@
-"""Weights into a model: what fits is loaded bit for bit, what does not is named, allowed or refused."""
+"""Loading weights into a model: matching tensors bitwise, others are reported, allowed or refused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def classifier(width: int = 64, num_classes: int = 5, grid: TokenGrid = GRID) ->
 
 @pytest.fixture(scope="module", params=sorted(KEYS))
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    """A file with every official key of ViT-B; the values do not matter."""
+    """A file with every official key of ViT-B and arbitrary values."""
     path = tmp_path_factory.mktemp("base") / "w.pth"
     torch.save(
         {"model": {n: torch.ones(shape, dtype=torch.bfloat16) for n, shape in KEYS[request.param].items()}}, path
@@ -127,7 +127,7 @@ def test_tubelets_are_inferred(num_layers: int, tmp_path: Path) -> None:
 
 
 def test_golden_weights_give_the_official_outputs(mini64: GoldenModel, tmp_path: Path) -> None:
-    """The whole way in, to the logits of the official code on all tokens."""
+    """From the official file to logits on all tokens, which equal the official code's."""
     state = {k.removeprefix("finetune."): v for k, v in mini64.weights.items() if k.startswith("finetune.")}
     weights = read({f"module.{name}": tensor for name, tensor in state.items()}, tmp_path)
     model = mini64.classifier(keep_ratio=1)
@@ -211,7 +211,7 @@ def test_refused_weights_leave_the_model_as_it_was(tmp_path: Path) -> None:
 def test_heads_of_another_number_are_refused(tmp_path: Path) -> None:
     weights = read(random_state(classifier()), tmp_path)
     weights = replace(weights, architecture=replace(weights.architecture, num_heads=1))
-    load_weights(classifier(), weights)  # guessed by width; the model has two, and loads it all the same
+    load_weights(classifier(), weights)  # a guess from the width does not refuse a model with two
     weights = replace(weights, architecture=replace(weights.architecture, heads_are_known=True))
     with pytest.raises(
         UserError, match=r"records \[1, None\] attention heads .* has \[2\].*--init-allow num_heads"

@@ -1,4 +1,4 @@
-"""mmaction2's VideoMAE is read bit for bit; other projects' models are refused by what they are."""
+"""mmaction2's VideoMAE is read bitwise; models of other projects are recognised and refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMAGE, VIDEO = torch.zeros(8, 3, 16, 16), torch.zeros(8, 3, 2, 16, 16)
 
 
 def mmaction_of(state: dict[str, Tensor], num_tokens: int) -> dict[str, Tensor]:
-    """A state dict as mmaction2's Recognizer3D saves it: backbone, head, the positions as a buffer."""
+    """Return a state dict like that of mmaction2's Recognizer3D: backbone, head, positions as a buffer."""
     renamed = {}
     for name, tensor in state.items():
         part, leaf = name.split(".")[0], name.rsplit(".", 1)[1]
@@ -44,7 +44,7 @@ def mmaction_of(state: dict[str, Tensor], num_tokens: int) -> dict[str, Tensor]:
 
 
 def sinusoids(count: int, width: int) -> Tensor:
-    """Positions by plain numpy, one channel after the other."""
+    """Return sinusoidal positions by plain numpy, channel by channel."""
     table = np.empty((count, width))
     for channel in range(width):
         angle = np.arange(count) / 10000 ** (2 * (channel // 2) / width)
@@ -99,7 +99,7 @@ def test_mmaction_model_of_another_kind_is_refused(mini64: GoldenModel, change: 
 
 
 def vit(patch_embed: Tensor, **of_each_block: Tensor) -> dict[str, Tensor]:
-    """The names that vision transformers of timm's kind have in common."""
+    """Return tensors under the names that vision transformers in timm's style have in common."""
     state = {"cls_token": ZERO, "pos_embed": ZERO, "patch_embed.proj.weight": patch_embed, "norm.weight": ZERO}
     for i in range(2):
         for name, tensor in {"attn.qkv.weight": ZERO, "attn.qkv.bias": ZERO, **of_each_block}.items():

@@ -1,4 +1,4 @@
-"""Files of torch.save are looked at first: what they name, and whether their tensors are in them."""
+"""Files of torch.save are examined before loading: the names in their pickles, and whether tensors are missing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARGUMENTS = {"argparse.Namespace": argparse.Namespace}
 
 
 def zipped(path: Path, code: bytes, values: bytes = b"\0" * 8, kind: int = zipfile.ZIP_STORED) -> Path:
-    """A file as torch.save writes it, with a pickle of one's own and the values of storage 0."""
+    """Write a file in torch.save's layout from a given pickle and the values of storage 0."""
     with zipfile.ZipFile(path, "w", kind) as archive:
         for name, content in (
             ("data.pkl", code),
@@ -38,7 +38,7 @@ def zipped(path: Path, code: bytes, values: bytes = b"\0" * 8, kind: int = zipfi
 
 
 class Call:
-    """Pickled as the call of a function with arguments; persistent identities in them are a storage's."""
+    """Pickled as a function call. Persistent ids among the arguments stand for storages."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments
@@ -125,7 +125,7 @@ def test_payload_is_refused_in_every_protocol_and_nesting(
         read_pickle(zipped(path, bare), objects=ARGUMENTS)
     assert not marker.exists()
     pickle.loads(bare)
-    assert marker.exists()  # it would have
+    assert marker.exists()  # plain loading does run the code
 
 
 HUGE = 10**10

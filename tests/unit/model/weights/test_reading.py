@@ -1,4 +1,4 @@
-"""Weights that no model can compute with are refused by every command that reads weights, and named."""
+"""Every command that reads weights refuses unusable tensors and names them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME = "blocks.1.attn.qkv.weight"
 
 
 def spoiled(tensor: Tensor, kind: str) -> Tensor:
-    """A tensor with what makes it unusable."""
+    """Return a tensor with one kind of damage."""
     if kind in ("nan", "inf", "-inf"):
         tensor = tensor.clone()
         tensor[0, :2] = float(kind)
