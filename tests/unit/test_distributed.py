@@ -41,13 +41,13 @@ def test_world_is_read_from_the_launchers_environment(monkeypatch: pytest.Monkey
 
 def test_of_all_processes_of_a_launch_exactly_one_speaks_and_each_launch_anew() -> None:
     message = uuid.uuid4().hex
-    for _ in range(2):  # two launchers, the same message
+    for _ in range(2):  # two launchers print the same message
         done = subprocess.run([sys.executable, "-c", ASK, message], capture_output=True, text=True, check=True)
         assert done.stdout.split() == ["False", "False", "True"]
 
 
 def keepers_of(launcher: int) -> list[bytes]:
-    """The processes that keep a launcher's messages taken."""
+    """Return the command lines of processes that mark a launcher's messages as printed."""
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -116,7 +116,7 @@ warnings.warn("barrier(): using the device under current context. You can", stac
 def test_nccl_is_given_its_device_and_one_process_is_not_warned_that_it_has_none(
     size: int, visible: int, device: str, warned: bool
 ) -> None:
-    """The GPU is a stand-in: what NCCL would be given is seen, and gloo takes its place."""
+    """Uses a fake GPU: arguments for NCCL are recorded, and gloo is started instead."""
     program = f"SIZE, VISIBLE = '{size}', {visible}\n{ON_GPU}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     own = min(1, visible - 1)

@@ -12,7 +12,7 @@ import pytest
 
 from everest_ds.interrupts import deferred
 
-# `ready()` tells the test that the process has come so far. The main thread in C code runs no Python handler.
+# `ready()` signals the test. While the main thread is in C code, it runs no Python signal handler.
 BEGIN = """
 import ctypes, os, sys, time
 from everest_ds import interrupts
@@ -23,16 +23,16 @@ def stay_in_c():
     for _ in range(2): ctypes.CDLL(None).pthread_mutex_lock(lock)
 """
 
-# Seconds after which a process that was ready is in C code.
+# After this time a process that is ready has entered C code.
 IN_C_S = 0.5
-# Seconds within which a second signal is the first one again, without a launcher and under one.
+# A second signal within this time repeats the first request, without a launcher and with one.
 ECHO_S = {"alone": 0.5, "launched": 2.0}
 
 
 def run_and_interrupt(
     program: str, *, at_s: tuple[float, ...] = (0.0,), folder: Path | None = None, launched: bool = False
 ) -> tuple[int, str, float]:
-    """Run a program, send SIGINT so many seconds after it is ready; return exit code, stderr and seconds after."""
+    """Run a program, send SIGINT ``at_s`` after it is ready; return exit code, stderr and seconds until its end."""
     command = [sys.executable, "-c", BEGIN + program]
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
     environment |= {"LOCAL_RANK": "0"} if launched else {}
@@ -88,7 +88,7 @@ def test_second_interrupt_under_a_launcher_is_the_first_again_for_longer() -> No
     moments_s = (IN_C_S, IN_C_S + 1.2, IN_C_S + ECHO_S["launched"] + 0.5)
     code, stderr, took_s = run_and_interrupt(program, at_s=moments_s, launched=True)
     assert (code, stderr) == (130, "")
-    assert 0 <= took_s < 5  # alive until the third was sent
+    assert 0 <= took_s < 5  # alive when the third signal was sent
 
 
 def test_interrupt_that_python_drops_comes_again() -> None:
@@ -116,8 +116,8 @@ def test_interrupt_within_an_import_leaves_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("begin", ["", "interrupts.unwind()"], ids=["at once", "cleaning up"])
 def test_what_a_process_has_started_ends_with_it(begin: str, tmp_path: Path) -> None:
-    """A child, and the child of that one, which would both outlive it."""
-    nap = f"120.{os.getpid()}"  # known by its number among those of others
+    """A child and a grandchild, which would both outlive the process."""
+    nap = f"120.{os.getpid()}"  # a unique duration identifies the process
     child = f"import subprocess, os; subprocess.Popen(['sleep', '{nap}']); os.write(1, b'ready\\n'); os.wait()"
     program = f"""
 import subprocess

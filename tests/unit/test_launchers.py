@@ -25,7 +25,7 @@ LAUNCHER = "import subprocess, sys; subprocess.run(sys.argv[1:])"
 
 
 def launch_by(program: Path, *between: str) -> subprocess.Popen[str]:
-    """Start a rank, and perhaps a shell between, by a Python program of some name."""
+    """Start a rank from a Python program with a given name, optionally with a shell in between."""
     program.write_text(LAUNCHER)
     command = [sys.executable, str(program), *between, sys.executable, "-c", RANK]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -59,7 +59,7 @@ def test_rank_and_what_it_has_started_end_with_the_launcher(
 
 
 def test_process_that_nobody_launched_goes_on_without_the_one_above(tmp_path: Path) -> None:
-    """As after `nohup everest ... &` and the end of the shell."""
+    """As after `nohup everest ... &`, when the shell has ended."""
     launcher = launch_by(tmp_path / "anything")
     members = members_of(launcher)
     launcher.kill()

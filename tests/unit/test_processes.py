@@ -9,7 +9,7 @@ import psutil
 
 from tests.conftest import REPOSITORY
 
-# A module with a pool of forks, as DeepSpeed's converter has; one of them is stuck in C with Python's lock held.
+# A module with a pool of forks, like DeepSpeed's converter; one fork hangs in C with Python's lock held.
 POOL = """
 import ctypes, multiprocessing, os, time
 def stay(number):

@@ -38,7 +38,7 @@ def test_every_task_has_the_same_place_to_meet() -> None:
     [
         {},
         without("SLURM_STEP_ID", SLURM_PROCID="0"),  # a batch script
-        without(SLURM_STEP_ID="4294967291", SLURM_PROCID="0"),  # the same, of newer versions
+        without(SLURM_STEP_ID="4294967291", SLURM_PROCID="0"),  # a batch script in newer versions
         without(SLURM_STEP_ID="4294967290", SLURM_STEP_NUM_TASKS="1", SLURM_PROCID="0"),  # the shell of salloc
         without(SLURM_STEP_NUM_TASKS="1", SLURM_PROCID="0"),  # srun -n 1 in a job of 16 tasks
         without(SLURM_PTY_PORT="40000", SLURM_PROCID="0"),  # srun --pty bash

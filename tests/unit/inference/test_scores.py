@@ -116,7 +116,7 @@ def test_scores_equal_plain_python(rows: list[VideoRow]) -> None:
 def test_scores_do_not_depend_on_the_number_of_processes(
     size: int, rows: list[VideoRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scores are bitwise identical, although logits depend on the pass: 11 rows in groups of 3 on 2, 3 and 5 ranks."""
+    """11 rows in groups of 3 on 2, 3 and 5 ranks: bitwise identical scores, although logits depend on the pass."""
     alone = run(rows)
     assert [prediction.row for prediction in alone.predictions] == list(range(11))
     assert alone != run(rows, group_size=2)  # results depend on which rows share a pass

@@ -1,4 +1,4 @@
-"""The drawing functions, by the pixels that they draw; oracles go pixel by pixel."""
+"""The pixels that the drawing functions draw; oracles compute pixel by pixel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from everest_ds.tokens import TokenGrid
 
 GRID = TokenGrid(time=2, rows=2, cols=3)
 CELL = 12
-# Projections of linear RGB onto what people without red and without green receptors tell apart.
+# Projections of linear RGB onto the colours that people without red or green receptors can distinguish.
 PROTANOPIA = np.array([[0.1124, 0.8876, 0.0], [0.1124, 0.8876, 0.0], [0.004, -0.004, 1.0]])
 DEUTERANOPIA = np.array([[0.2928, 0.7072, 0.0], [0.2928, 0.7072, 0.0], [-0.0223, 0.0223, 1.0]])
 
@@ -65,7 +65,7 @@ def test_heat_of_a_token_fills_its_cell() -> None:
 
 
 def is_outline(roles: np.ndarray, y: int, x: int) -> bool:
-    """Whether a visible token that does not touch another one on that side is left within two pixels."""
+    """Return whether a pixel is within two pixels of a side of its token that borders on no visible token."""
     for dy, dx in ((-2, 0), (2, 0), (0, -2), (0, 2)):
         row, col = (y + dy) // CELL, (x + dx) // CELL
         inside = 0 <= row < roles.shape[0] and 0 <= col < roles.shape[1]
@@ -114,7 +114,7 @@ def test_sheet_holds_the_tiles_of_each_band_in_balanced_blocks() -> None:
     columns = [(x - MARGIN) // (90 + GAP) for _, x in found]
     assert columns == [*range(5), *range(5)] * 2
     heights = [y for y, _ in found]
-    assert heights[:5] < heights[10:15] < heights[5:10] < heights[15:]  # block by block, a above b
+    assert heights[:5] < heights[10:15] < heights[5:10] < heights[15:]  # in each block, a is above b
 
 
 def test_texts_fit_and_control_characters_do_not_reach_the_picture() -> None:
@@ -167,7 +167,7 @@ def test_arrays_that_do_not_fit_are_refused(changed: dict[str, object]) -> None:
 
 
 def test_kept_tokens_that_do_not_change_are_noted() -> None:
-    """Where all that changes is kept, and something else besides."""
+    """All tokens that change are kept, and one that does not change."""
     changes = np.zeros(12, np.float32)
     changes[[0, 7, 11]] = 1
     assert picture(importance_N=changes).count_still(picture().choices[0]) == 1  # position 1

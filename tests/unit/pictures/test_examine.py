@@ -1,4 +1,4 @@
-"""From a model and a clip to arrays: what is drawn is what training would do."""
+"""Arrays for pictures of a model and a clip show the selection and predictions of training."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_reconstruction_of_a_perfect_model_is_the_clip_and_only_predicted_tokens
     flat, predicted = drawn(0.0)
     for n, (t, r, c) in enumerate(np.ndindex(GRID.time, GRID.rows, GRID.cols)):
         part = (slice(2 * t, 2 * t + 2), slice(16 * r, 16 * r + 16), slice(16 * c, 16 * c + 16))
-        if n in predicted:  # the mean of each channel over the tubelet
+        if n in predicted:  # mean of each channel over the tubelet
             assert np.abs(flat[part] - frames[part].mean(axis=(0, 1, 2))).max() <= 0.5 + 1e-3
         else:
             assert np.array_equal(flat[part], frames[part])

@@ -1,4 +1,4 @@
-"""Bytes of activations by arithmetic against what autograd saves and what is alive, measured on the model itself.
+"""Computed bytes of activations against the bytes that autograd saves and the live tensors of the real model.
 
 Measured worst differences at 16x224x224, float32, bf16 and autocast, without checkpointing, with it, and with
 attention's outputs kept (the default run takes 16x112x112):
@@ -8,7 +8,7 @@ attention's outputs kept (the default run takes 16x112x112):
     frozen encoder               saved 0.2 %, peak 0.7 %
     linear layers of ZeRO-3      saved 0.08 %, peak 3.5 %
 
-Fake tensors are no substitute: with checkpointing the estimate is up to 16 % above their peak (ViT-S).
+Fake tensors cannot replace the measurement: with checkpointing, their peak is too low by up to 16 % (ViT-S).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ RECOMPUTED = {
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, from when they are made until they are freed."""
+    """Counts the bytes of all live storages that operations have created, and their peak."""
 
     def __init__(self, known: list[torch.Tensor]) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class LiveStorages(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Small operations on many threads wait for one another, most of all on a busy machine."""
+    """Use one thread: for small operations, threads mostly wait for one another."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -83,7 +83,7 @@ def one_thread() -> Iterator[None]:
 
 
 def edge_of(size: str) -> int:
-    """Pixels of a clip's edge: fewer in the default run."""
+    """Return the image size in pixels, which is smaller in the default run."""
     return 112 if size == "small" else 224
 
 
@@ -110,7 +110,7 @@ def finetuning(
 
 @pytest.fixture
 def zero3_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The linear layers that DeepSpeed puts in the place of torch's at stage 3."""
+    """Replace torch's linear layers by those that DeepSpeed uses at stage 3."""
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
@@ -122,10 +122,10 @@ def numbers_of(precision: Precision, *, keeps_casts: bool = True) -> NumberBytes
 
 
 def make_run(config: Config, dtype: torch.dtype) -> tuple[Task, tuple[torch.Tensor, ...], list[torch.Tensor]]:
-    """A task with gradients in place, its inputs, and all tensors that are there before a forward pass."""
+    """Return a task with allocated gradients, its inputs, and all tensors that exist before a forward pass."""
     with torch.device("meta"):
         task = make_task(config).to(dtype)
-    task = task.to_empty(device="cpu")  # what the numbers are does not matter
+    task = task.to_empty(device="cpu")  # values do not matter
     for tensor in (*task.parameters(), *task.buffers()):
         torch.nn.init.constant_(tensor, 0.01)
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
@@ -144,16 +144,16 @@ def make_run(config: Config, dtype: torch.dtype) -> tuple[Task, tuple[torch.Tens
 
 
 def measure(config: Config, precision: Precision, *, forward_too: bool = False) -> tuple[int, int]:
-    """Bytes that are kept for backward, and the most alive at once in backward, or in forward too.
+    """Return the bytes saved for backward, and the peak in backward, or in forward and backward.
 
-    Of neither what was there before. Ranking, which forward does first, is measured by itself.
+    Both leave out tensors that existed before. Ranking, the first part of forward, is measured separately.
     """
     task, inputs, known = make_run(config, precision.weights_dtype)
     with LiveStorages(known) as live:
-        # As `build_engine` sets it up: casts of weights are not kept for a second use.
+        # As in `build_engine`: casts of weights are not cached.
         with torch.autocast("cpu", torch.bfloat16, enabled=precision.autocasts, cache_enabled=False):
             loss = task(*inputs)
-        saved = live.now - loss.untyped_storage().nbytes()  # the squared errors, which the loss sits in
+        saved = live.now - loss.untyped_storage().nbytes()  # without the loss and the squared errors in its storage
         if not forward_too:
             live.peak = live.now
         loss.backward()
@@ -174,7 +174,7 @@ def require_estimated(config: Config, precision: Precision, numbers: NumberBytes
 def test_bytes_are_those_that_autograd_keeps_and_that_are_alive(
     size: str, precision: Precision, recomputed: str
 ) -> None:
-    """The peak with checkpointing is that of a block computed again, and of its gradients."""
+    """With checkpointing, the peak is a recomputed block and its gradients."""
     require_estimated(pretraining(size, **RECOMPUTED[recomputed]), precision, numbers_of(precision))
 
 
@@ -228,7 +228,7 @@ AT_ZERO3 = {
 def test_bytes_under_autocast_at_zero3_are_those_of_its_linear_layers(
     config: Config, recomputed: str, zero3_linear: None
 ) -> None:
-    """They keep their float32 inputs, and no copies of weights."""
+    """DeepSpeed's linear layers save float32 inputs and no copies of weights."""
     config = replace(config, model=replace(config.model, **RECOMPUTED[recomputed]))
     require_estimated(config, AUTOCAST, numbers_of(AUTOCAST, keeps_casts=False))
 
@@ -249,7 +249,7 @@ def test_saved_bytes_follow_the_models_options(changes: dict[str, int], precisio
 @pytest.mark.parametrize("precision", [BF16, AUTOCAST], ids=lambda precision: precision.name)
 @pytest.mark.parametrize("size", ["small", pytest.param("large", marks=pytest.mark.slow)])
 def test_frozen_encoder_keeps_next_to_nothing(size: str, precision: Precision) -> None:
-    """All tokens are kept, so that nothing is ranked; what forward needs for a moment is the peak."""
+    """All tokens are kept, so nothing is ranked, and the peak consists of temporary tensors of forward."""
     config = finetuning(size, keep_ratio=1.0, image_size=64, drop_path=0.0, freeze_encoder=True)
     saved, peak = measure(config, precision, forward_too=True)
     expected = activation_bytes(config, numbers_of(precision))
@@ -260,7 +260,7 @@ def test_frozen_encoder_keeps_next_to_nothing(size: str, precision: Precision) -
 
 
 def test_attention_is_its_four_matrices_and_a_number_a_head() -> None:
-    """Where blocks are computed again, those of the larger one; kept outputs are one matrix of the four."""
+    """With recomputed blocks, only those of the larger block count; saved outputs are one of the four matrices."""
     encoder, decoder = BATCH.micro_size * 39, BATCH.micro_size * 117
     by_hand = {
         "nothing": 12 * encoder * (4 * 384 * 2 + 6 * 4) + 4 * decoder * (4 * 192 * 2 + 3 * 4),

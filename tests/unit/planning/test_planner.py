@@ -1,4 +1,4 @@
-"""What is planned: settings, the rule of the recommendation, and what to do where nothing fits."""
+"""The planner: settings, the rule of the recommendation, and advice if nothing fits."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def test_shipped_files_are_found_in_their_order() -> None:
 def test_parameters_are_counted_and_partitioned_as_by_hand() -> None:
     assert count_parameters(get_recipe("k400_vit_h")).total == 653_104_256  # as in test_registry.py
     counts = ParameterCounts(groups=((5, 3), (10, 1, 7)), buffers=4)
-    assert counts.aligned(4) == [8, 24]  # to two elements of each of four processes
+    assert counts.aligned(4) == [8, 24]  # padded to two elements for each of four processes
     assert counts.partitioned(4) == [2 + 1, 3 + 1 + 2]
-    # Ranks hold 2 and 6 elements of the groups; the last group's end at 6, 12, 18: rank 0 touches 5 and 10, rank 1
-    # touches 5, 10, 1 and 7, rank 2 touches 5, 3 and 7, rank 3 touches 3 and nothing but padding.
+    # Every rank has 2 elements of the first group and 6 of the second, whose partitions end at 6, 12 and 18: rank 0
+    # touches 5 and 10; rank 1 touches 5, 10, 1 and 7; rank 2 touches 5, 3 and 7; rank 3 touches 3 and padding.
     assert counts.touching(4) == 5 + 10 + 1 + 7
 
 
@@ -49,7 +49,7 @@ def linear_probe() -> FinetuneConfig:
 
 
 def test_parameters_of_a_fine_tuning_are_counted_by_layer() -> None:
-    """A recipe does not know its classes yet; 400 are assumed."""
+    """A recipe does not know its number of classes, so 400 are assumed."""
     config = get_recipe("k400_vit_l_ft")
     block = 12 * 1024**2 + 12 * 1024  # qkv, proj and the MLP; norms, the two biases of qkv, the other three
     head = 2 * 1024 + 1024 * 400 + 400
@@ -113,7 +113,7 @@ def test_budgets_and_candidate_frames_are_planned_for_the_most_that_there_may_be
     assert found[1.0].activations > found[0.6].activations
     chosen = estimate(replace(config, selection=SelectionConfig(alpha=1.5)), "zero2")
     assert chosen.activations == plain.activations
-    pixels, noise = 3 * 224**2 * (24 + 16), 4 * (470 + 12)  # candidates, and those chosen of them
+    pixels, noise = 3 * 224**2 * (24 + 16), 4 * (470 + 12)  # candidates and chosen frames
     assert chosen.input == config.batch.micro_size * (pixels + noise)
     assert estimate(replace(config, selection=SelectionConfig(strategy="tube")), "zero2").ranking == 0
 
@@ -134,7 +134,7 @@ def test_parts_make_the_total_and_say_so() -> None:
 
 
 def test_copies_of_checkpoints_are_what_rank_zero_writes() -> None:
-    """Of 8 ranks: bfloat16 weights whole, float32 masters and two moments in eighths; at stage 3 all in eighths."""
+    """8 ranks: all bfloat16 weights, an eighth of float32 weights and two moments; at stage 3 an eighth of all."""
     config = get_recipe("k400_vit_l")
     parameters = count_parameters(config).total
     assert estimate(config, "zero2").copies == pytest.approx((2 + 12 / 8) * parameters, rel=1e-6)
@@ -147,7 +147,7 @@ def test_copies_of_checkpoints_are_what_rank_zero_writes() -> None:
 
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3"])
 def test_autocast_holds_float32_states_and_activations_in_between(name: str) -> None:
-    """At stage 3 without copies of weights; 86 M parameters, and those of the decoder."""
+    """Stage 3 has no copies of weights. 86 M parameters, and those of the decoder."""
 
     def of(precision: PrecisionName) -> MemoryEstimate:
         config = replace(get_recipe("k400_vit_b"), batch=BatchConfig(global_size=512, micro_size=64))
@@ -169,7 +169,7 @@ def test_planned_precision_is_named_where_the_file_means_another() -> None:
         assert {setting.precision for setting in settings} == {expected}
         assert not any(
             setting.needs_same_world for setting in settings if expected
-        )  # float32 at stage 0 resumes anywhere
+        )  # float32 at stage 0 resumes on any number of GPUs
         change = smallest_change(config, SYSTEMS, num_gpus=8, memory_bytes=GIB, precision=precision)
         assert change.leanest.precision == expected
 
@@ -182,8 +182,8 @@ def test_an_option_that_is_not_modelled_is_named() -> None:
     assert found.not_modelled == ("offload_optimizer other than to the CPU at stage 3",)
 
 
-# Elements all-reduced, gathered and scattered in a step of two micro-steps, counted at DeepSpeed's calls with two
-# processes: bf16, 24.0 M parameters of which 0.294 M are small enough to stay whole at stage 3.
+# Elements in all-reduce, gather and scatter calls of a step of two micro-steps, counted in DeepSpeed with two
+# processes, per parameter: bf16, 24.0 M parameters, 0.294 M of which are small enough to stay whole at stage 3.
 COUNTED_CALLS = {
     ("zero0", "deepspeed"): 2 * 1.0,
     ("zero1", "deepspeed"): 2 * 1.0 + 1.0,
@@ -200,7 +200,7 @@ def test_bytes_sent_are_those_of_the_calls_that_were_counted(name: str, gradient
     config = replace(get_recipe("k400_vit_s"), batch=BatchConfig(global_size=4, micro_size=1))
     resolved = resolve_ds_config(SYSTEMS[name], config, world_size=2, precision="auto", device_type="cuda")
     counts = count_parameters(config)
-    expected = COUNTED_CALLS[name, gradients] * counts.total * 2 / 2  # two bytes each, to one other process
+    expected = COUNTED_CALLS[name, gradients] * counts.total * 2 / 2  # two bytes per element, one peer
     assert bytes_sent(counts, Sharding.of(resolved, 2, gradients)) == pytest.approx(expected, rel=1e-3)
 
 
@@ -208,7 +208,7 @@ def test_released_parameters_are_gathered_twice() -> None:
     config = get_recipe("k400_vit_l")
     once = estimate(config, "zero3").sent
     twice = estimate(config, "zero3", stage3_max_reuse_distance=1_000_000, stage3_max_live_parameters=50_000_000)
-    assert 1.45 < twice.sent / once < 1.55  # gather, gather, scatter against gather, scatter
+    assert 1.45 < twice.sent / once < 1.55  # two gathers and a scatter against one of each
     assert twice.gathered == 50_000_000 * 2
 
 
@@ -235,7 +235,7 @@ def test_recommendation_follows_its_rule() -> None:
         assert setting.estimate.total <= gib * GIB
         return setting.name, setting.checkpointing, setting.sharding.accumulation_steps
 
-    # zero0 fits and sends less, but its checkpoints go on in one world only; zero1 sends as much and holds more.
+    # zero0 fits and sends less, but resumes on the same number of GPUs only; zero1 sends as much and needs more.
     assert chosen(80) == ("zero2", False, 1)
     assert chosen(16) == ("zero2", False, 1)
     assert chosen(9)[1:] == (False, 2)  # accumulation before recomputation
@@ -268,7 +268,7 @@ def test_gib_are_rounded_up() -> None:
 
 
 def test_pool_of_a_graph_and_the_step_add_up() -> None:
-    """And nothing is captured on a CPU, at ZeRO-3, or where budgets vary."""
+    """Also: nothing is captured on a CPU, at ZeRO-3, or with varying budgets."""
     config = replace(get_recipe("k400_vit_l"), batch=BatchConfig(global_size=256, micro_size=32))
     eager = estimate(replace(config, model=replace(config.model, cuda_graph="off")), "zero2")
     captured = estimate(config, "zero2")

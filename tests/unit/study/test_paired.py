@@ -1,4 +1,4 @@
-"""Comparisons of pairs: against plain enumeration, and against what exact coverage means."""
+"""Paired comparisons against plain enumeration, and the coverage of intervals in simulations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from everest_ds.study.paired import MAX_SEEDS, compare_pairs
 
 
 def p_by_enumeration(differences: list[Fraction]) -> Fraction:
-    """Share of sign choices at least as far from zero, in exact arithmetic."""
+    """Return the share of sign choices with a mean at least as far from zero, in exact arithmetic."""
     flipped = [
         abs(sum(sign * value for sign, value in zip(signs, differences, strict=True)))
         for signs in itertools.product((1, -1), repeat=len(differences))
@@ -26,7 +26,7 @@ def p_by_enumeration(differences: list[Fraction]) -> Fraction:
 def test_p_is_the_share_of_sign_choices_that_lie_as_far_from_zero(n: int) -> None:
     draw = random.Random(n)
     for _ in range(20):
-        # Steps of 1/400: many are equal, as top-1 of 400 videos is, and some are zero.
+        # Multiples of 1/400, like top-1 of 400 videos: many are equal, and some are zero.
         differences = [Fraction(draw.randint(-8, 20), 400) for _ in range(n)]
         found = compare_pairs([float(value) for value in differences])
         assert found.p == pytest.approx(float(p_by_enumeration(differences)), abs=1e-12)
@@ -35,7 +35,7 @@ def test_p_is_the_share_of_sign_choices_that_lie_as_far_from_zero(n: int) -> Non
 
 
 def test_interval_holds_the_shifts_that_the_test_does_not_reject() -> None:
-    """At a shift inside, p of what is left is above one minus the coverage; outside it is not."""
+    """After subtracting a shift, p exceeds one minus the coverage if and only if the shift is inside."""
     draw = random.Random(0)
     for n in (4, 5, 6, 7, 8):
         differences = [draw.gauss(0.05, 0.04) for _ in range(n)]
@@ -50,7 +50,7 @@ def test_interval_holds_the_shifts_that_the_test_does_not_reject() -> None:
 
 
 def test_interval_covers_as_often_as_it_says() -> None:
-    """4000 samples of six, of a skew-free law; the tolerance is four standard errors of the share."""
+    """4000 samples of six from a symmetric distribution; the tolerance is four standard errors."""
     draw, held, trials = random.Random(1), 0, 4000
     for _ in range(trials):
         found = compare_pairs([1 + draw.choice((-1, 1)) * draw.expovariate(1) for _ in range(6)])

@@ -1,4 +1,4 @@
-"""The study: conditions are what they say, the report is plain arithmetic, the runner goes on and names faults."""
+"""The study: settings of the conditions, arithmetic of the report, resuming and faults of the runner."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def result(condition: str, seed: int, tuned: float, probe: float) -> Result:
 
 
 def parsed(job: Job, monkeypatch: pytest.MonkeyPatch) -> PretrainConfig | FinetuneConfig:
-    """The configuration that a job's command comes to."""
+    """Return the configuration that a job's command gives."""
     seen: list[PretrainConfig | FinetuneConfig] = []
     with monkeypatch.context() as patch:
         patch.setattr("everest_ds.commands.train.check", lambda given, world: seen.append(given.config) or 0)
@@ -53,7 +53,7 @@ def test_pretrainings_are_valid_and_show_the_encoder_equally_many_tokens(monkeyp
     configs = {job.name: parsed(job, monkeypatch) for job in jobs if job.kind == "pretrain"}
     assert set(configs) == {f"{name}-0" for name in PRETRAININGS}
     assert {config.num_visible for config in configs.values()} == {32}
-    # Nothing else differs: flags of the selection, and one step where there is to be no pre-training.
+    # Only the selection differs, and the condition without pre-training takes one step.
     baseline = configs["baseline-0"]
     for name, config in configs.items():
         assert (config.data, config.model, config.optim, config.batch) == (
@@ -62,7 +62,7 @@ def test_pretrainings_are_valid_and_show_the_encoder_equally_many_tokens(monkeyp
         assert config.run.max_steps == (1 if name == "none-0" else None)
     assert (
         len({config.selection for config in configs.values()}) == len(configs) - 1
-    )  # none selects as the baseline
+    )  # "none" selects like the baseline
 
 
 def test_no_pretraining_leaves_the_weights_as_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_pretrainings_run_once_a_seed_and_before_what_needs_them() -> None:
     place = {id(job): i for i, job in enumerate(jobs)}
     assert all(place[id(job.needs)] < i for i, job in enumerate(jobs) if job.needs)
     ends = [i for i, job in enumerate(jobs) if job.name.endswith("-0")]
-    assert max(ends) < len(jobs) / 2  # seed after seed: an unfinished study has whole seeds
+    assert max(ends) < len(jobs) / 2  # ordered by seed, so an unfinished study has complete seeds
 
 
 def test_scale_of_a_quick_study_has_fewer_steps_and_the_main_conditions() -> None:
@@ -168,7 +168,7 @@ def test_table_has_mean_deviation_count_and_the_papers_value_beside() -> None:
 
 
 def test_table_pairs_the_baseline_with_each_condition_by_seed(tmp_path: Path) -> None:
-    """Seeds 0 and 1 are common: fine-tuned 70 and 80 against 50 and 50, the probe 60 and 60 against 40 and 50."""
+    """Only seeds 0 and 1 are in both: fine-tuned 70, 80 against 50, 50; probe 60, 60 against 40, 50."""
     text = make_table(RESULTS, chance=0.25)
     rows = [line for line in text.splitlines() if "linear probe |" in line or "| fine-tuned |" in line]
     assert rows == [
@@ -185,7 +185,7 @@ def test_table_pairs_the_baseline_with_each_condition_by_seed(tmp_path: Path) ->
 
 
 def test_mean_and_deviation_are_plain_arithmetic() -> None:
-    """Of four values: the sample's deviation, with n - 1; of a single one: none."""
+    """Four values have the sample deviation (n - 1); a single value has none."""
     values = [0.5, 0.75, 0.625, 0.8]
     mean = sum(values) / 4
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / 3)
@@ -233,7 +233,7 @@ def scripted(folder: Path, name: str, *, fails: bool = False, needs: Job | None 
 
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs that write the summary that makes them complete, or fail, in the place of this project's commands."""
+    """Replace the project's commands by jobs that write the summary of a complete job, or fail."""
     program = (
         "import os, pathlib, sys; fails, name, folder = sys.argv[1:]; print('looking'); print(f'this is {name}');"
         "out = pathlib.Path(folder) / 'probe'; out.mkdir(exist_ok=True);"

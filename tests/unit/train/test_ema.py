@@ -41,7 +41,7 @@ def test_average_of_a_known_sequence() -> None:
             bias.fill_(value)
             average.update(torch.tensor(True))
         bias.fill_(5.0)
-        average.update(torch.tensor(False))  # a step that was left out
+        average.update(torch.tensor(False))  # a skipped step
         bias.fill_(2.0)
     assert dict(average.whole())["bias"].tolist() == pytest.approx([0.9 * 0.1 + 0.1 * 2] * 2)
     with average.swapped():

@@ -110,7 +110,7 @@ def test_key_of_the_recipe_is_refused_with_the_reason(tmp_path: Path, key: str, 
 
 
 def test_start_of_a_training_loads_no_compiler_and_not_timm() -> None:
-    """In a process of its own: DeepSpeed decorates functions with torch.compile, which loads it."""
+    """Runs in a new process. DeepSpeed decorates functions with torch.compile, which would load the compiler."""
     program = """
 import sys
 import torch

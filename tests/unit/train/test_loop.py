@@ -30,7 +30,7 @@ from everest_ds.train.signals import STOP_SIGNALS
 from everest_ds.train.step.optim import learning_rate
 from everest_ds.train.step.updater import DeepSpeedUpdater, StepResult
 
-# What DeepSpeed writes on one rank at ZeRO-2.
+# Files that DeepSpeed writes on one rank at ZeRO-2.
 MODEL_STATES, SHARD = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
 CPU = torch.device("cpu")
@@ -38,11 +38,11 @@ DATASET_SIZE = 40  # five steps an epoch at a batch of eight
 
 
 class FakeEngine:
-    """Returns prescribed losses and writes down what the loop asks of it."""
+    """Returns given losses and records the loop's calls."""
 
     device = CPU
     module = torch.nn.Linear(1, 1)
-    discards = True  # steps whose gradient is not finite, as DeepSpeed does
+    discards = True  # skips steps with a non-finite gradient, like DeepSpeed
 
     def __init__(self, losses: list[float], accumulation: int, norm: float) -> None:
         self.skipped_steps = 0
@@ -101,7 +101,7 @@ class FakeTask:
 
 
 def batches(bad_at: dict[int, int]) -> Iterator[ClipBatch]:
-    """Endless batches of two rows; some report that many unreadable draws."""
+    """Generate endless batches of two rows; those in ``bad_at`` report as many unreadable draws."""
     for number in range(10**6):
         bad = [BadSample(f"{i}.mp4", "broken", 0, i) for i in range(bad_at.get(number, 0))]
         empty = torch.zeros(0)
@@ -183,7 +183,7 @@ def test_checkpoints_come_at_epochs_steps_and_the_end(tmp_path: Path) -> None:
     run = RunConfig(max_steps=17, save_every_epochs=2, save_every_steps=4, keep_checkpoints=1, keep_every_epochs=2)
     engine, lines = train(tmp_path, [1.0] * 17, run)
     assert engine.saved == [f"tmp-step-{step:08d}" for step in (4, 8, 10, 12, 16, 17)]
-    # A line comes with every save, so that nothing unseen is saved.
+    # Every save writes a line, so that each saved step is in the record.
     assert [line["step"] for line in lines if line["kind"] == "train"] == [4, 8, 10, 12, 16, 17]
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
     assert kept == ["step-00000010", "step-00000017"]
@@ -240,12 +240,12 @@ def test_signal_saves_at_the_next_step_boundary(
         for number, batch in enumerate(batches({})):
             if number == 6:
                 os.kill(os.getpid(), signum)
-                os.kill(os.getpid(), signal.SIGTERM)  # an echo of the same request
+                os.kill(os.getpid(), signal.SIGTERM)  # a repeated request
             yield batch
 
     run = RunConfig(max_steps=15, log_every_steps=5, save_every_steps=3)
     engine, lines = train(tmp_path, [1.0] * 15, run, source=interrupted())
-    assert engine.saved[-1] == "tmp-step-00000007"  # the step during which it came is the last one
+    assert engine.saved[-1] == "tmp-step-00000007"  # the last step is the one in which the signal came
     assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 5, 6, 7]
     assert (lines[-1]["event"], lines[-1]["signal"]) == ("stopped", signum.name)
     said = capsys.readouterr().out
@@ -284,7 +284,7 @@ def test_bad_samples_are_recorded_and_too_many_stop_the_run(tmp_path: Path) -> N
 
 
 class Listener(Callback):
-    """Writes down which hooks are called, asks for a line after step 2 and for a checkpoint after step 4."""
+    """Records the called hooks; asks for a line after step 2 and a checkpoint after step 4."""
 
     checkpoint_bytes = 3
 

@@ -1,4 +1,4 @@
-"""What a run computes in: the choice, DeepSpeed's sections, and what autocast leaves in float32."""
+"""Precision of a run: how it is chosen, DeepSpeed's sections, and the parts that autocast leaves in float32."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from everest_ds.train.precision import AUTOCAST, BF16, FP32, PRECISIONS, Precisi
 from everest_ds.train.tasks import FinetuneTask, PretrainTask
 from tests.conftest import REPOSITORY
 
-# Gradients under autocast against float32, of the largest of each weight: measured 0.011.
+# Gradients under autocast against float32, relative to each weight's largest; measured 0.011.
 GRADIENT_RTOL = 0.05
 
 
@@ -101,7 +101,7 @@ def autocast() -> torch.autocast:
 def test_ranking_under_autocast_is_that_of_float32_bit_for_bit(
     embedding_layers: int, distance: DistanceName
 ) -> None:
-    """Where the embedding itself, outside of ranking, is not."""
+    """Ranking is bitwise identical; the embedding outside of ranking is not."""
     task, (clips, _) = make_pretrain(embedding_layers=embedding_layers)
     encoder = task.model.encoder
     (group,) = encoder.group(clips)
@@ -143,7 +143,7 @@ def test_targets_tokens_and_loss_under_autocast_are_float32_and_the_same() -> No
 
 
 def watch(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[torch.dtype]]:
-    """Collect the dtypes that attention, blocks, norms and linear layers see."""
+    """Return the dtypes that attention, blocks, norms and linear layers get and return, filled during forward."""
     seen: dict[str, set[torch.dtype]] = {"attention": set(), "rows": set(), "norms": set(), "linear": set()}
     attend = transformer.attention
 
@@ -163,7 +163,7 @@ def watch(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[to
 
 
 def test_products_under_autocast_are_bfloat16_and_rows_and_norms_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So attention gets what its kernels on GPUs want, in encoder and decoder."""
+    """Attention gets bfloat16, as its GPU kernels require; the residual stream and norms are float32."""
     task, inputs = make_pretrain()
     seen = watch(task.model, monkeypatch)
     with autocast():
@@ -201,7 +201,7 @@ def test_classifier_under_autocast_sums_its_branches_in_float32(
     ids=["nothing recomputed", "all", "all but attention"],
 )
 def test_every_weight_has_a_float32_gradient_under_autocast_close_to_float32s(model: dict[str, bool]) -> None:
-    """Also those that are used once without gradient before, to rank, and those of blocks that are recomputed."""
+    """Includes embedding weights, which ranking uses without gradients, and weights of recomputed blocks."""
 
     def gradients(lowers: bool) -> dict[str, Tensor]:
         task, inputs = make_pretrain(**model)

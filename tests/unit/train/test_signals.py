@@ -16,14 +16,14 @@ from everest_ds.train.signals import STOP_SIGNALS, StopRequest
 def test_first_signal_is_noted_and_its_echo_ignored(
     signum: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interrupts, "SAME_REQUEST_S", 60.0)  # a busy machine may hold a thread up for long
+    monkeypatch.setattr(interrupts, "SAME_REQUEST_S", 60.0)  # a busy machine may delay a thread for long
     stop = StopRequest()
     with stop.listening():
         assert stop.agreed() is None
         os.kill(os.getpid(), signum)
         os.kill(os.getpid(), signum)
         assert stop.agreed() == signum
-    os.kill(os.getpid(), signum)  # on the way out, whatever a launcher still sends is ignored
+    os.kill(os.getpid(), signum)  # after the request, further signals of a launcher are ignored
 
 
 def test_signals_are_ignored_after_the_last_step_and_as_before_after_a_failure() -> None:
@@ -33,7 +33,7 @@ def test_signals_are_ignored_after_the_last_step_and_as_before_after_a_failure()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     with StopRequest().listening():
         assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
-    os.kill(os.getpid(), signal.SIGTERM)  # a run that is done ends with 0, not by a late signal
+    os.kill(os.getpid(), signal.SIGTERM)  # a late signal does not change the exit code 0 of a finished run
 
 
 SECOND = """

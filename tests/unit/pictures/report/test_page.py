@@ -1,4 +1,4 @@
-"""The page about runs: its markup, whatever the texts are, and its curves, tables and pictures."""
+"""The page about runs: valid markup for any text, curves, tables and pictures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VOID = {"img", "input", "link", "meta"}
 
 
 class Checker(HTMLParser):
-    """Requires that tags are closed in order, and collects attributes and texts."""
+    """A parser that requires tags to be closed in order, and collects attributes and texts."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def test_page_is_whole_html_and_loads_nothing_whatever_the_texts_are(tmp_path: P
     found = Checker(page)
     assert page.isprintable() is False  # line breaks between elements
     assert all(part.isprintable() for part in page.split("\n"))
-    assert page.encode("utf-8")  # bytes that were no text are written out
+    assert page.encode("utf-8")  # bytes that are not UTF-8 are escaped
     assert "script" not in found.tags
     assert not [name for name, _ in found.attributes if name.startswith("on")]
     loaded = [value for name, value in found.attributes if name in ("src", "href", "srcset", "data", "action")]
@@ -90,7 +90,7 @@ def test_page_is_whole_html_and_loads_nothing_whatever_the_texts_are(tmp_path: P
     assert all(value.startswith(("data:", "#")) for value in loaded)
     assert not re.search(r"url\(|@import|https?:", page)
     assert any(name == "content" and value.startswith("default-src 'none'") for name, value in found.attributes)
-    assert sum("<script>alert(1)</script>" in text for text in found.texts) > 15  # shown as a text
+    assert sum("<script>alert(1)</script>" in text for text in found.texts) > 15  # shown as text
 
 
 def test_page_of_a_run_without_anything_says_what_is_missing(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_chart_places_points_by_its_axes() -> None:
     x, y = zip(*(map(float, point.split()) for point in path.split("L")), strict=True)
     assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.11)
     assert y[0] - y[1] == pytest.approx(y[1] - y[2], abs=0.11)
-    assert y[0] > y[1] > y[2] >= 0  # higher values are further up
+    assert y[0] > y[1] > y[2] >= 0  # higher values are drawn higher
     ticks = re.findall(r'<text class="tick end"[^>]*>([^<]*)<', chart)
     assert ticks == ["0", "5", "10"]
 
@@ -167,7 +167,7 @@ def test_lines_of_many_runs_differ() -> None:
 def test_table_marks_rows_that_differ() -> None:
     table = side_by_side(["a", "b"], [{"x": "1", "y": "1"}, {"x": "1", "y": "2", "z": "3"}], name="t")
     rows = dict(re.findall(r'<tr class="(\w+)"><th scope="row">(\w)', table))
-    assert rows == {"same": "x", "differs": "z"}  # the last of each
+    assert rows == {"same": "x", "differs": "z"}  # of each class, the last row
     assert table.count("≠") == 2
     assert "only the 2 of 3 rows" in table
     assert "≠" not in side_by_side(["a"], [{"x": "1"}], name="t")

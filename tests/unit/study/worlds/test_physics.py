@@ -1,4 +1,4 @@
-"""The physics world: labels against the simulator's states, held bodies, repeatable videos, refusals."""
+"""The physics world: labels against simulated states, held bodies, repeatable videos, refusals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIG = PhysicsConfig(train=8, test=4)
 
 @pytest.fixture
 def world() -> None:
-    """MuJoCo, and a library that it draws by."""
+    """Require MuJoCo and a rendering library."""
     try:
         load_mujoco()
     except UserError as error:
@@ -40,7 +40,7 @@ def canvas(world: None) -> Iterator[Canvas]:
 @pytest.mark.usefixtures("world")
 @pytest.mark.parametrize("number", range(4))
 def test_label_is_the_only_body_whose_coordinates_change(number: int) -> None:
-    """Read off MuJoCo's own table of joints: seven coordinates of a free body, one of a hinge."""
+    """Coordinates are found by MuJoCo's table of joints: seven of a free body, one of a hinge."""
     motion = simulate(CONFIG, "train", number)
     states_TS = motion.states_of_video(number)
     begins = {name: int(motion.model.joint(name).qposadr[0]) for name in BODIES}
@@ -52,7 +52,7 @@ def test_label_is_the_only_body_whose_coordinates_change(number: int) -> None:
         if body == number:
             assert np.array_equal(own_TS, free_TS)
             assert (np.abs(np.diff(own_TS, axis=0)).max(axis=1) > 0).all()
-        else:  # held in a state of its own motion
+        else:  # held in one of its states in free motion
             assert (own_TS == free_TS[motion.held_at[body]]).all()
     assert motion.moving_bodies(states_TS) == [number]
 
@@ -71,7 +71,7 @@ def test_states_that_contradict_a_label_are_found() -> None:
 
 @pytest.mark.usefixtures("world")
 def test_bodies_move_by_physics() -> None:
-    """Between bounces a block accelerates by gravity; a pendulum and a rotor keep what they have."""
+    """Between bounces a block accelerates by gravity; a rotor keeps its speed, a pendulum does not gain height."""
     motion = simulate(PhysicsConfig(train=8, test=4, num_frames=32), "train", 5)
     height_T = motion.states_TS[:, int(motion.model.joint("falls").qposadr[0]) + 2]
     acceleration_T = np.diff(height_T, n=2) / 0.05**2
@@ -84,7 +84,7 @@ def test_bodies_move_by_physics() -> None:
 
 @pytest.mark.usefixtures("world")
 def test_a_frame_does_not_depend_on_the_label_where_the_bodies_stand_alike(canvas: Canvas) -> None:
-    """With all bodies held at the time of the frame, every label draws that frame."""
+    """If all bodies have the same states at one time, every label gives the same frame."""
     motion = simulate(CONFIG, "train", 1)
     time = 7
     frames = []
@@ -119,7 +119,7 @@ def test_videos_repeat_and_show_motion_where_the_body_is(canvas: Canvas, tmp_pat
 
 @pytest.mark.usefixtures("world")
 def test_single_bodies_are_spread_over_their_cells_alike() -> None:
-    """Each body is found in each of the four cells."""
+    """Over many videos, each body appears in each of the four cells."""
     places = {name: set() for name in BODIES}
     for number in range(24):
         for name, centre in zip(BODIES, simulate(CONFIG, "train", number).scene.centres_m, strict=True):

@@ -104,7 +104,7 @@ def test_folder_of_another_name_does_no_harm(name: str, tmp_path: Path) -> None:
 
 
 def test_what_has_the_name_of_the_next_save_is_set_aside(tmp_path: Path) -> None:
-    """Links to what somebody else needs, files, and a folder that no save has begun."""
+    """Links to other folders, which must stay, files, and a folder that no save has begun."""
     own = save_checkpoint(FakeEngine(), tmp_path, state(5), ALONE)
     folder, other = own.parent, tmp_path / "other"
     shutil.copytree(own, other)

@@ -34,7 +34,7 @@ with owning(Path(sys.argv[1]), World(rank=0, local_rank=0, size=1, local_size=1)
 
 @contextmanager
 def owned_by_another(run_dir: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that owns a run directory."""
+    """Start a process that owns a run directory."""
     with subprocess.Popen([sys.executable, "-c", HOLD, str(run_dir)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "owned\n"
@@ -78,7 +78,7 @@ def test_lock_stays_where_something_was_written_and_else_nothing_does(tmp_path: 
 
 
 def test_of_many_that_come_and_go_only_one_owns_at_a_time(tmp_path: Path) -> None:
-    """Each removes the folder when it leaves, while the others open the lock in it."""
+    """Every owner removes the folder at its end, while others open the lock in it."""
     inside, most, turns = [0], [0], [0]
 
     def come_and_go() -> None:
@@ -124,7 +124,7 @@ def test_owner_on_another_machine_counts_while_its_beat_goes_on(
         take(tmp_path)
     beat.join()
     began = time.monotonic()
-    with owning(tmp_path, ALONE):  # the beat stands still
+    with owning(tmp_path, ALONE):  # the heartbeat has stopped
         assert time.monotonic() - began > 0.5
         assert json.loads((tmp_path / OWNER).read_text())["pid"] == os.getpid()
 
@@ -143,7 +143,7 @@ def test_where_locks_are_unknown_the_process_itself_is_looked_for(
         process.kill()
         process.wait()
         take(tmp_path)
-    write(tmp_path, replace(Owner.of_this_process(), started="1"))  # a number that was used again
+    write(tmp_path, replace(Owner.of_this_process(), started="1"))  # a process id that was reused
     take(tmp_path)
 
 
@@ -165,7 +165,7 @@ def test_run_that_was_taken_over_or_removed_is_not_written_to_any_more(tmp_path:
         write(tmp_path, of_elsewhere())
         with pytest.raises(UserError, match=r"has lost its run: .* is being trained by pid 17 on node7"):
             holding.require()
-    assert Owner(**json.loads((tmp_path / OWNER).read_text())).pid == 17  # the new one's record stays
+    assert Owner(**json.loads((tmp_path / OWNER).read_text())).pid == 17  # the new owner's record stays
     (tmp_path / OWNER).unlink()
     with owning(tmp_path, ALONE) as holding:
         (tmp_path / OWNER).unlink()

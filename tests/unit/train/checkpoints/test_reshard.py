@@ -24,7 +24,7 @@ def test_only_another_world_or_stage_needs_conversion() -> None:
         assert not needs_resharding(where(2, stage), where(2, stage))
     assert needs_resharding(where(2, 2), where(4, 2))
     assert needs_resharding(where(2, 3), where(2, 1))
-    assert not needs_resharding(where(2, 0), where(4, 0))  # every process holds everything
+    assert not needs_resharding(where(2, 0), where(4, 0))  # every process has the whole state
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_stage_zero_goes_on_as_stage_zero_only(was: TrainState, now: TrainState)
 
 @pytest.fixture
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replaces DeepSpeed's converter by one file, and counts."""
+    """Replace DeepSpeed's converter by one that writes a single file, and list its calls."""
     done = []
 
     def convert(checkpoint: Path, copy: Path, source: str, world: World) -> None:
@@ -107,8 +107,8 @@ def test_copy_goes_with_its_checkpoint(tmp_path: Path, conversions: list[str]) -
 
 
 def test_conversion_that_fails_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shards of the fake engine are nothing that DeepSpeed could read."""
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # users' shells rarely have it
+    """DeepSpeed cannot read the shards of the fake engine."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # rarely set in users' shells
     checkpoint = save_checkpoint(FakeEngine(), tmp_path, state(5), ALONE)
     torch.save({"param_shapes": {}}, checkpoint / "mp_rank_00_model_states.pt")
     before = sorted(tmp_path.rglob("*"))
@@ -121,7 +121,7 @@ def test_conversion_that_fails_says_why_and_leaves_nothing(tmp_path: Path, monke
 
 
 def test_every_state_gets_a_step_counter_of_its_own(tmp_path: Path) -> None:
-    """DeepSpeed's loader leaves one tensor for all at stage 3, and none after a change from stage 3 to 2."""
+    """DeepSpeed's loader shares one counter at stage 3, and leaves none after a change from stage 3 to 2."""
     parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
     optimizer = torch.optim.AdamW(parameters)
     shared: dict[str, Any] = {"step": torch.tensor(7.0)}

@@ -31,12 +31,12 @@ from everest_ds.train.checkpoints.save import TrainState
 CONFIG = PretrainConfig(recipe="demo", data=PretrainDataConfig(train_list="a.csv"))
 
 
-# A seal's entries for a checkpoint of ZeRO-0.
+# The seal's entries for the files of a ZeRO-0 checkpoint.
 SEALED = {name: {"size": 0, "sha256": ""} for name in ("state.json", "mp_rank_00_model_states.pt")}
 
 
 def make_run(folder: Path, steps: list[int]) -> list[Path]:
-    """A run directory with checkpoints of empty files."""
+    """Create a run directory with checkpoints of empty files."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(dump_config(CONFIG))
     checkpoints = [folder / "checkpoints" / f"step-{step:08d}" for step in steps]
@@ -138,7 +138,7 @@ def test_run_or_its_checkpoints_stand_for_the_latest_checkpoint(tmp_path: Path) 
     pointer.unlink()
     with pytest.raises(UserError, match=r"latest cannot be read"):
         find_resume(None, CONFIG, str(pointer.parent))
-    pointer.write_text(f"{older.name}\n")  # a save that died just before the pointer moved
+    pointer.write_text(f"{older.name}\n")  # a save that was killed just before it moved the pointer
     assert find_pointer_fault(tmp_path / "run") is None
     assert find_resume(None, CONFIG, "auto").candidates == ()
 
@@ -149,7 +149,7 @@ def test_configuration_that_is_lost_is_compared_with_a_copy_or_begun_again(text:
     checkpoints = make_run(run, [5, 20])
     (run / "config.json").write_bytes(text)
     (checkpoints[0] / "config.json").write_text(dump_config(CONFIG))
-    (checkpoints[1] / "config.json").write_bytes(text)  # a copy that is torn, too
+    (checkpoints[1] / "config.json").write_bytes(text)  # its copy is damaged, too
     found = find_resume(run, CONFIG, "auto")
     assert f"after comparison with {checkpoints[0] / 'config.json'}" in str(found.note)
     with pytest.raises(UserError, match=r"base_lr was 0\.00015 and is now 1\.0"):
@@ -187,7 +187,7 @@ def test_settings_of_another_version_are_not_taken_for_lost_ones(tmp_path: Path)
 def test_other_names_of_classes_are_refused(stored: str, message: str, tmp_path: Path) -> None:
     checkpoints = make_run(tmp_path / "run", [5])
     resume = Resume(run_dir=tmp_path / "run", candidates=tuple(checkpoints))
-    require_same_classes(resume, ("a", "b"))  # a run without names
+    require_same_classes(resume, ("a", "b"))  # a run that recorded no class names
     (tmp_path / "run" / "classes.txt").write_text(stored)
     with pytest.raises(UserError, match=message):
         require_same_classes(resume, ("a", "b"))

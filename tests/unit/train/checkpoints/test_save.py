@@ -23,13 +23,13 @@ from everest_ds.train.checkpoints.save import (
 from everest_ds.train.checkpoints.seal import find_damage
 from everest_ds.train.checkpoints.shards import load_checkpoint
 
-# What DeepSpeed writes on one rank at ZeRO-2.
+# Files that DeepSpeed writes on one rank at ZeRO-2.
 MODEL_STATES, SHARD = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1)
 
 
 class FakeEngine:
-    """Writes one file as a shard; dies on request, as a killed process would."""
+    """Writes small files as shards; if ``dies``, it then fails as if the process was killed."""
 
     device = torch.device("cpu")
     module = torch.nn.Linear(2, 2)
@@ -190,7 +190,7 @@ def test_load_that_does_nothing_or_fails_is_an_error(tmp_path: Path) -> None:
 
 
 def test_damaged_checkpoint_set_aside_does_not_count_as_the_newest(tmp_path: Path) -> None:
-    """Otherwise pruning would keep the damaged one and remove what the run just saved."""
+    """Otherwise pruning would keep the damaged checkpoint and remove the one just saved."""
     older = save_checkpoint(FakeEngine(), tmp_path, state(10), ALONE)
     newer = save_checkpoint(FakeEngine(), tmp_path, state(12), ALONE)
     damage_flip(newer)

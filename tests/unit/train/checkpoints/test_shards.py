@@ -1,4 +1,4 @@
-"""Shards are data: what they may hold, and what DeepSpeed's own loaders may make of them."""
+"""Shards are read as data, by this project and by DeepSpeed's loaders; shards with code are refused."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_genuine_objects_are_read_by_us_and_by_deepspeed(tmp_path: Path) -> None
         assert found["loss_scaler"].cur_scale == 1.0
         assert torch.equal(found["fp32_groups"][0][0], torch.ones(2))
     with pytest.raises(UserError, match=r"would run code .*LossScaler"):
-        read_shard(tmp_path / "s.pt")  # states of a model name no class
+        read_shard(tmp_path / "s.pt")  # model states may not contain classes
 
 
 @pytest.mark.parametrize("before", [None, "0"])
@@ -66,14 +66,14 @@ def test_deepspeed_runs_nothing_even_of_a_file_that_nobody_looked_at(
     assert os.environ.get(WEIGHTS_ONLY) == before
     assert LossScaler not in torch.serialization.get_safe_globals()
     torch.load(tmp_path / "s.pt", weights_only=False)
-    assert (tmp_path / "ran").exists()  # it would have
+    assert (tmp_path / "ran").exists()  # plain loading does run the code
 
 
 def payload(folder: Path) -> Any:
     return Payload(folder / "ran")
 
 
-# What is in a shard, and what is said of it.
+# Content of a shard, and a part of the message.
 SPOILED = {
     "code in a list": (lambda folder: {"module": {}, "x": [[payload(folder)]]}, r"run code .*\(posix\.mkdir\)"),
     "another class of DeepSpeed's": (lambda folder: {"x": DynamicLossScaler(1, 2, 2, 1, 1, True)}, "DynamicLossS"),
@@ -107,7 +107,7 @@ def test_shard_that_is_not_data_alone_is_named(kind: str, zipped: bool, tmp_path
     assert str(folder / "s.pt") in fault
     assert re.search(message, fault), fault
     found = [find_code(tmp_path / "step", World(rank=rank, local_rank=0, size=2, local_size=1)) for rank in (0, 1)]
-    assert found == [None, fault]  # ranks share the files
+    assert found == [None, fault]  # the ranks divide the files between them
     assert not (tmp_path / "ran").exists()
 
 
@@ -123,7 +123,7 @@ def test_script_of_torch_and_what_is_no_file_are_refused(tmp_path: Path) -> None
 
 
 class ByName:
-    """Pickled as Python 3.11.0 to 3.11.3 do with a member of an enumeration."""
+    """Pickled like a member of an enumeration in Python 3.11.0 to 3.11.3."""
 
     def __init__(self, owner: type, name: str) -> None:
         self.owner, self.name = owner, name
@@ -142,7 +142,7 @@ def test_stage_that_is_pickled_by_name_is_read_and_nothing_else_of_a_class(tmp_p
         with pytest.raises(UserError):
             read_shard(path, has_objects=True)
     with pytest.raises(UserError, match=r"would run code \(builtins.getattr\)"):
-        read_pickle(path)  # of weights, which hold no enumeration
+        read_pickle(path)  # weights contain no enumerations
 
 
 def test_stages_are_pickled_by_value_on_every_python() -> None:

@@ -23,7 +23,7 @@ from everest_ds.train.step.updater import DeepSpeedUpdater
 from tests.unit.train.test_loop import ALONE, CPU, DATASET_SIZE, FakeEngine, FakeTask, make_config
 
 ROWS = [VideoRow(Path(f"{number}.mp4"), 0) for number in range(DATASET_SIZE)]
-CANDIDATES = 24  # frames, of 12 steps, of which 8 are drawn
+CANDIDATES = 24  # frames, in 12 steps, 8 of which are drawn
 
 
 def with_alpha(config: PretrainConfig, alpha: float) -> PretrainConfig:
@@ -31,14 +31,14 @@ def with_alpha(config: PretrainConfig, alpha: float) -> PretrainConfig:
 
 
 def choice_of(number: int) -> FrameChoice:
-    """Another one for every micro-batch; the second clip's is never to be seen."""
+    """Return a choice that differs between micro-batches; the second clip's must never be recorded."""
     counts = [(number + step) % 5 for step in range(12)]
     steps = sorted((number + step) % 12 for step in range(8))
     return FrameChoice(torch.tensor([steps, [0] * 8]), torch.tensor([counts, [99] * 12]))
 
 
 class ChoosingTask(FakeTask):
-    """Chooses frames of every micro-batch, numbered from 0."""
+    """A task with the frame choice of each micro-batch, numbered from 0."""
 
     frame_choice: FrameChoice | None = None
 
@@ -102,8 +102,8 @@ def test_every_log_step_has_a_line_of_the_first_clip_of_its_last_micro_batch(tmp
     config = with_alpha(make_config(RunConfig(max_steps=5, log_every_steps=2), micro_size=4), 1.5)
     train(tmp_path, config)
     lines = read_lines(tmp_path)
-    assert [line["step"] for line in lines] == [2, 4, 5]  # the last comes with the checkpoint at the end
-    for line, number in zip(lines, (3, 7, 9), strict=True):  # two micro-steps a step
+    assert [line["step"] for line in lines] == [2, 4, 5]  # the last line comes with the final checkpoint
+    for line, number in zip(lines, (3, 7, 9), strict=True):  # two micro-steps per step
         counts = [(number + step) % 5 for step in range(12)]
         steps = sorted((number + step) % 12 for step in range(8))
         assert line["path"] == f"{3 * number % DATASET_SIZE}.mp4"
@@ -147,6 +147,6 @@ def test_file_of_nothing_but_a_torn_line_is_emptied(tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_before_the_first_line(tmp_path: Path) -> None:
-    """A run is built before its directory is its own: an empty media/ in it would make the next start refuse it."""
+    """Callbacks exist before the run owns its directory; an empty media/ would make the next start refuse it."""
     FrameLog(tmp_path / "run", ROWS, ChoosingTask()).on_start()
     assert list(tmp_path.iterdir()) == []

@@ -74,7 +74,7 @@ def test_cpu_has_memory_but_no_peak() -> None:
 def test_bad_samples_of_steps_that_are_taken_again_are_not_recorded_twice(tmp_path: Path) -> None:
     path, alone = tmp_path / "bad_samples.jsonl", World(rank=0, local_rank=0, size=1, local_size=1)
     resumed = BadSamples(tmp_path, alone, max_share=0.1, num_rows=40, global_size=8, count=2)
-    resumed.on_start()  # a run without any
+    resumed.on_start()  # a run without bad samples
     assert not path.exists()
     path.write_text('{"path": "1"}\n{"path": "2"}\n{"path": "3"}\n{"pat')
     resumed.on_start()
@@ -108,12 +108,12 @@ def test_record_that_is_written_again_loses_no_odd_line_and_repeats_none(
     whole = b'{"kind": "train", "step": 1}'
     path.write_bytes(b"\n".join([*odd[:4], b"", whole, *odd[4:], b'{"kind": "tr']))
     before = path.read_bytes()
-    for _ in range(2):  # killed after the odd lines were set aside
+    for _ in range(2):  # as if killed after the odd lines were set aside
         keep_lines(path, is_measurement, lambda number, line: True)
         assert path.read_bytes() == whole + b"\n"
         assert path.with_name("metrics.jsonl.odd").read_bytes().split(b"\n")[:-1] == [*odd, b'{"kind": "tr']
         path.write_bytes(before)
     assert capsys.readouterr().out.count("has 8 lines of another format") == 2
-    path.write_bytes(whole)  # cut between the line and its end
+    path.write_bytes(whole)  # cut off before the line break
     keep_lines(path, is_measurement, lambda number, line: True)
     assert path.read_bytes() == whole + b"\n"

@@ -1,4 +1,4 @@
-"""Pictures of a run: when they are drawn, what is in them, and that training does not notice."""
+"""Pictures of a run: when they are drawn, their content, and that training is not affected."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def make_batch(frames: int = 4, *, crops: bool = False) -> ClipBatch:
 
 
 class Shown(MetricsLog):
-    """Keeps what it is to show, by name and step."""
+    """Stores the images that it gets, by name and step."""
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__(run_dir)
@@ -84,7 +84,7 @@ def log_at(callback: Pictures, *steps: int) -> None:
 def test_pictures_are_due_at_the_first_step_and_after_each_multiple() -> None:
     pace = Pace(10)
     due = []
-    for step in range(2, 40, 3):  # log steps that meet no multiple
+    for step in range(2, 40, 3):  # log steps that are not multiples of 10
         if pace.is_due(step):
             due.append(step)
             pace.passed(step)
@@ -94,7 +94,7 @@ def test_pictures_are_due_at_the_first_step_and_after_each_multiple() -> None:
 
 
 def test_drawing_keeps_to_its_share_of_the_time_after_the_first_picture() -> None:
-    """A run of a tenth of a second a step, pictures of half a second: at most one in 50 s."""
+    """Steps take 0.1 s and pictures 0.5 s, so at most one picture per 50 s is drawn."""
     pace, when = Pace(1), []
     for step in range(1, 3001):
         if pace.can_afford(0.1 * step):
@@ -102,7 +102,7 @@ def test_drawing_keeps_to_its_share_of_the_time_after_the_first_picture() -> Non
             pace.spend(0.5)
     assert when[0] == 0.1
     assert all((number + 1) * 0.5 <= SHARE * at + 1e-9 for number, at in enumerate(when[1:], start=1))
-    assert len(when) == 6  # 300 s allow 3 s
+    assert len(when) == 6  # 300 s allow 3 s of drawing
 
 
 @pytest.mark.parametrize("crops", [False, True])

@@ -11,7 +11,7 @@ from everest_ds.train.record.progress import StallHint, Window
 
 
 def test_line_says_which_share_of_the_time_was_spent_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps in eight seconds, of which three were waited: 1.5 s a step of 4 s."""
+    """Two steps took 8 s, 3 s of which were waiting: 1.5 s of 4 s per step."""
     clock = iter([100.0, 108.0])
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
     window = Window(torch.device("cpu"))
@@ -26,7 +26,7 @@ def test_stall_is_told_of_when_it_begins_and_again_after_many_lines(capsys: pyte
     config = get_recipe("demo")
     hint = StallHint(replace(config, data=replace(config.data, reader="decord")))
     said = []
-    for share in [0.9, 0.05, 0.1, 0.34] + [0.5] * 120:  # the first line waits for loader processes to begin
+    for share in [0.9, 0.05, 0.1, 0.34] + [0.5] * 120:  # the first line includes the start of the workers
         hint.on_log(1, {"stalled": share})
         said.append(capsys.readouterr().out)
     assert [number for number, text in enumerate(said) if text] == [3, 54, 105]
@@ -34,7 +34,7 @@ def test_stall_is_told_of_when_it_begins_and_again_after_many_lines(capsys: pyte
     fields = ("data.num_workers", "data.reader=pyav (now decord)", "data.repeats (now 1)")
     for way_out in (*fields, "everest prepare", "everest benchmark data demo"):
         assert way_out in said[3]
-    hint = StallHint(config)  # reads with PyAV
+    hint = StallHint(config)  # its reader is PyAV
     for _ in range(2):
         hint.on_log(1, {"stalled": 0.5})
     assert "data.reader" not in capsys.readouterr().out

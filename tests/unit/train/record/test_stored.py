@@ -1,4 +1,4 @@
-"""What runs have left, read back: states, odd lines, curves, and records of any size."""
+"""Stored records of runs, read back: states, odd lines, curves, and records of any size."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make_run(folder: Path, *lines: dict[str, Any] | bytes, epochs: int = 10) -> 
     ("lines", "state", "said"),
     [
         ([START, train(40), event(40, "end")], "finished", "after step 40"),
-        ([START, train(40)], "finished", "after step 40"),  # versions that recorded no end
+        ([START, train(40)], "finished", "after step 40"),  # as in versions that recorded no end
         ([START, train(8), event(9, "stopped", signal="SIGTERM")], "stopped", "by SIGTERM after step 9"),
         ([START, train(8), event(8, "hang", ranks=[1], why="behind")], "hung", "after step 8: behind"),
         ([START, train(8), event(8, "weights_differ", ranks=[1])], "broken off", "weights of ranks 1 differ"),
@@ -68,12 +68,12 @@ def test_run_that_is_being_trained_says_so(tmp_path: Path) -> None:
     (path / OWNER).write_text(json.dumps(asdict(me)))
     assert read_run(path).state == "training"
     assert f"pid {os.getpid()} on {me.host}" in read_run(path).facts["state"]
-    (path / OWNER).write_text(json.dumps(asdict(replace(me, started="0"))))  # the number is another process's now
+    (path / OWNER).write_text(json.dumps(asdict(replace(me, started="0"))))  # the process id was reused
     assert read_run(path).state == "broken off"
     elsewhere = replace(me, boot="another machine")
     (path / OWNER).write_text(json.dumps(asdict(elsewhere)))
     assert read_run(path).state == "training"
-    os.utime(path / OWNER, (1e9, 1e9))  # its beat stands still
+    os.utime(path / OWNER, (1e9, 1e9))  # its heartbeat has stopped
     assert read_run(path).state == "broken off"
     (path / OWNER).write_bytes(b"[" * 10**5)
     assert read_run(path).state == "broken off"
@@ -91,7 +91,7 @@ def test_odd_lines_are_counted_and_left_out(tmp_path: Path) -> None:
     strange = event(4, "x", ranks={"a": [[[[[[[[1]]]]]]]]}) | {"event": ["start"], "time_s": "soon"}
     path = make_run(tmp_path / "run", START, train(2), *ODD, b"\n", numbers, strange, b'{"kind": "tra')
     run = read_run(path)
-    assert [f"{len(ODD)} lines of metrics.jsonl" in note for note in run.notes] == [True]  # not the torn one
+    assert [f"{len(ODD)} lines of metrics.jsonl" in note for note in run.notes] == [True]  # not the incomplete one
     assert set(run.curves) == {"loss"}
     assert run.curves["loss"].steps_P.tolist() == [2]
     assert "not finite last" in run.facts["loss"]

@@ -63,7 +63,7 @@ def test_terminal_gets_one_bar_with_lines_above_it(monkeypatch: pytest.MonkeyPat
     drawn = terminal.getvalue()
     for words in ("2/40 waiting for the first clips", "3/40 loss 1.0000", describe_briefly(10, 40, VALUES)):
         assert words in drawn
-    assert "\x1b[3" not in drawn  # no colour, whatever NO_COLOR says
+    assert "\x1b[3" not in drawn  # no colour, regardless of NO_COLOR
     assert "saved something\n" in drawn
     assert drawn.endswith("after the bar\n")
     assert max(len(part.split("\r")[-1]) for part in drawn.replace("\x1b[A", "").split("\r")) <= 80
@@ -87,7 +87,7 @@ def test_quiet_terminal_gets_neither(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_numbers_beside_the_bar_fit_80_columns_in_the_longest_runs() -> None:
     most = VALUES | {"epoch": 999.9, "clips_per_s": 9999.0, "stalled": 1.0, "memory_gib": 139.9, "step_ms": 900.0}
-    assert len("999999/999999" + describe_briefly(1, 999_999, most)) < 80  # and a bar of one character
+    assert len("999999/999999" + describe_briefly(1, 999_999, most)) < 80  # leaves one character for the bar
     assert view.describe_briefly(39, 40, VALUES).endswith("ETA 1s")
 
 

@@ -12,7 +12,7 @@ from everest_ds.train.step.device_feed import DeviceFeed
 
 
 def batch(number: int, *, pin: bool = False) -> ClipBatch:
-    """A batch that says which one it is, large enough for its copy to take a while."""
+    """Return a batch whose content is its number, large enough for a slow copy."""
     clips = torch.full((8, 3, 16, 112, 112), number % 256, dtype=torch.uint8, pin_memory=pin)
     label = torch.tensor([number])
     none = torch.zeros(0)
@@ -45,7 +45,7 @@ def test_time_spent_waiting_for_the_loader_is_counted_and_nothing_else(monkeypat
 
 
 class ReadyStream:
-    """Stands for the loader's stream: the next batch lies ready, or does not."""
+    """A fake of the loader's stream, whose next batch is ready or not."""
 
     def __init__(self) -> None:
         self.numbers: Iterator[int] = iter(range(100))
@@ -57,7 +57,7 @@ class ReadyStream:
 
 @pytest.mark.gpu
 def test_next_batch_is_copied_on_another_stream_and_read_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forty batches, each summed right after `next`, while the device is kept busy: no sum may see half a copy."""
+    """Each of forty batches is summed right after `next` on a busy device: no sum may see a partial copy."""
     monkeypatch.setattr(feeding, "BatchIterator", ReadyStream)
     device = torch.device("cuda", torch.cuda.current_device())
     streams: list[torch.cuda.Stream] = []
@@ -71,7 +71,7 @@ def test_next_batch_is_copied_on_another_stream_and_read_after_it(monkeypatch: p
     work = torch.randn(2048, 2048, device=device)
     sums = []
     for number in range(40):
-        source.is_ready = number % 5 != 4  # now and then there is nothing to look ahead to
+        source.is_ready = number % 5 != 4  # sometimes no batch is ready for the look-ahead
         found, (clips,) = feed.next()
         assert found.label_B.item() == number
         sums.append(clips.sum(dtype=torch.int64))

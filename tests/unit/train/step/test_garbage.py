@@ -9,7 +9,7 @@ from everest_ds.train.step import garbage
 
 
 class Node:
-    """Refers to itself, so that only the collector can free it."""
+    """An object that refers to itself, so that only the garbage collector can free it."""
 
     def __init__(self) -> None:
         self.me = self
@@ -22,7 +22,7 @@ def make_garbage(count: int) -> list[weakref.ref[Node]]:
 def test_garbage_waits_for_its_step_and_is_gone_after_it() -> None:
     assert gc.isenabled()
     with garbage.held():
-        references = make_garbage(5000)  # more than starts a collection by itself
+        references = make_garbage(5000)  # enough to start an automatic collection
         for step in range(1, garbage.STEPS_BETWEEN):
             garbage.collect_after(step)
         assert all(reference() is not None for reference in references)

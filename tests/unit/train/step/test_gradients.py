@@ -64,7 +64,7 @@ def test_norm_is_right_to_float32_for_long_rows_too(length: int) -> None:
 
 
 class BareEngine:
-    """As DeepSpeed's engine without ZeRO in float32."""
+    """Behaves like DeepSpeed's engine in float32 without ZeRO."""
 
     communication_data_type = torch.float32
 

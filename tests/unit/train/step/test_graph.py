@@ -1,6 +1,6 @@
-"""Replayed micro-batches beside eager ones.
+"""Replayed micro-batches against eager ones.
 
-Without a GPU a tape stands for the graph: it repeats the operators of the capture on the same tensors, no Python.
+Without a GPU, a tape replaces the graph: it repeats the captured operators on the same tensors without Python code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CLIPS, STEPS, LEARNING_RATE, CLASSES = 2, 4, 0.1, 8
 
 
 class Tape(TorchDispatchMode):
-    """Writes down operators, and repeats them into the tensors that they gave."""
+    """Records operators, and repeats them with their results written into the same tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def record_tape(compute: Any, buffers: tuple[Tensor, ...]) -> Recording:
 
 
 class Trained:
-    """A task whose steps subtract gradients from weights, in place; gradients go through a row, as in training."""
+    """A task with plain in-place gradient steps; gradients are copied into buffers first, as in training."""
 
     def __init__(self, config: Config, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
@@ -111,7 +111,7 @@ ALL_KINDS = {
 
 
 def require_same_training(config: Config, device: str, dtype: torch.dtype, record: Any) -> CapturedCompute:
-    """Train a task eagerly and another one by replays; losses, weights and rows are equal bit for bit."""
+    """Train one task eagerly and another by replays; losses, weights and gradients must be bitwise identical."""
     eager, replayed = Trained(config, device, dtype), Trained(config, device, dtype)
     graph = CapturedCompute(replayed.compute, replayed.task, record=record)
     expected, found = eager.train(eager.compute), replayed.train(graph)
@@ -136,7 +136,7 @@ def test_replays_train_as_eager_steps_do(kind: str) -> None:
 
 
 def test_numbers_of_the_host_do_not_change_in_replays() -> None:
-    """So the tape does show a step that asks Python anew."""
+    """Shows that the tape would expose a step that depends on Python values."""
     trained, numbers = Trained(demo()), itertools.count(1)
     graph = CapturedCompute(
         lambda *inputs: trained.compute(*inputs) * next(numbers), trained.task, record=record_tape
@@ -169,7 +169,7 @@ def test_what_evaluation_notes_in_between_does_not_stay() -> None:
 
 
 class Recorder:
-    """Records tapes and counts them; fails when told to, in the middle of a backward pass."""
+    """Records tapes and counts them; with a ``fault`` it fails in the middle of backward."""
 
     def __init__(self, fault: BaseException | None = None) -> None:
         self.fault, self.count = fault, 0
@@ -210,7 +210,7 @@ def test_other_shapes_are_captured_anew_unless_they_change_all_the_time(
 
 
 def test_inputs_of_another_dtype_are_captured_anew() -> None:
-    """Labels, and then shares of the classes."""
+    """Targets are first labels, then shares of classes."""
     trained, recorder = Trained(ALL_KINDS["frozen"]), Recorder()
     graph = CapturedCompute(trained.compute, trained.task, record=recorder)
     clips, label_B, noise = trained.inputs(0)
@@ -249,7 +249,7 @@ def test_interrupt_during_a_capture_is_no_failure() -> None:
 
 @pytest.mark.gpu
 def test_failed_capture_on_a_gpu_leaves_nothing_behind() -> None:
-    """A step that waits cannot be captured; what several streams used is free again afterwards."""
+    """A step that synchronises cannot be captured; memory used by several streams is freed afterwards."""
     trained, eager = Trained(demo(), "cuda"), Trained(demo(), "cuda")
 
     def waiting(*inputs: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ def test_failed_capture_on_a_gpu_leaves_nothing_behind() -> None:
         shared.record_stream(other)
         del shared
         torch.cuda.synchronize()
-    torch.empty(1, device="cuda")  # the allocator looks at what has come to its end
+    torch.empty(1, device="cuda")  # makes the allocator process finished events
     assert torch.cuda.memory_allocated() <= held + 1024
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
@@ -288,7 +288,7 @@ SELECTIONS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("asked", ["auto", "on", "off"])
 def test_captures_where_nothing_stands_against_it(asked: Any) -> None:
-    """All combinations; `on` refuses the others, `auto` and `off` never refuse."""
+    """Tries all combinations: `on` refuses the impossible ones, `auto` and `off` never refuse."""
     for device, systems, gradients, (task, selection) in itertools.product(
         ("cuda", "cpu"), SYSTEMS, ("auto", "flat", "deepspeed"), SELECTIONS
     ):

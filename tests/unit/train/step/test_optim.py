@@ -57,7 +57,7 @@ def finetune_vit_base() -> torch.nn.Module:
 def test_layer_decayed_groups_are_the_official_ones(
     layer_decay: float, wrapped: bool, golden_json: Callable[[str], Any]
 ) -> None:
-    """Scales, weight decays and members, all exactly; the names of a task begin with `model.`."""
+    """Scales, weight decays and members are equal; `wrapped` adds the prefix `model.` of a task's names."""
     official = golden_json("optim_schedule")["finetune_vit_base_layer_decay"][str(layer_decay)]
     model = finetune_vit_base()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -97,7 +97,7 @@ def test_frozen_layers_leave_no_empty_group() -> None:
         {"lr_scale": 1.0, "weight_decay": 0.0, "num_tensors": 3, "num_parameters": 2 * 768 + 400},
         {"lr_scale": 1.0, "weight_decay": 0.05, "num_tensors": 1, "num_parameters": 768 * 400},
     ]
-    assert len(parameter_groups(model, 0.0, 0.75)) == 1  # nothing tells them apart
+    assert len(parameter_groups(model, 0.0, 0.75)) == 1  # without weight decay all are equal
 
 
 def test_layer_decay_of_an_autoencoder_is_refused(mini64: GoldenModel) -> None:
@@ -106,7 +106,7 @@ def test_layer_decay_of_an_autoencoder_is_refused(mini64: GoldenModel) -> None:
 
 
 def test_each_group_learns_at_its_own_scale(mini64: GoldenModel) -> None:
-    """The engine's rule, on torch's own optimiser, at several steps of a schedule."""
+    """Checks the rule on torch's own optimiser at several steps of a schedule."""
     groups = parameter_groups(mini64.classifier(0.6), 0.05, 0.5)
     optimizer = make_optimizer(groups, OptimConfig())
     config = OptimConfig(warmup_epochs=1, epochs=3)
@@ -125,7 +125,7 @@ def test_schedule_equals_official(golden_json: Callable[[str], Any]) -> None:
     checked = 0
     for case in cases:
         if case["warmup_steps"] > 0:
-            continue  # the official code can also count warm-up in steps
+            continue  # only the official code can give the warm-up in steps
         config = OptimConfig(
             base_lr=case["base"], min_lr=case["final"], epochs=case["epochs"], warmup_epochs=case["warmup_epochs"]
         )

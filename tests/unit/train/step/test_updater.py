@@ -13,11 +13,11 @@ from everest_ds.train.step.updater import DeepSpeedUpdater, global_norm
 
 LEARNING_RATE, DECAY, BETAS, EPS = 0.1, 0.05, (0.9, 0.95), 1e-8
 GRADIENTS = [[3.0, -4.0], [0.1, 0.2], [math.inf, 1.0], [30.0, 0.5], [math.nan, math.nan], [0.4, -0.3]]
-RTOL = 1e-6  # float32 against Python's floats; measured: 2e-7
+RTOL = 1e-6  # float32 against Python floats; measured 2e-7
 
 
 class BareEngine:
-    """As DeepSpeed's engine without ZeRO in float32: nothing but the optimiser."""
+    """Behaves like DeepSpeed's engine in float32 without ZeRO: only the optimiser."""
 
     device = torch.device("cpu")
     skipped_steps = 0
@@ -47,7 +47,7 @@ class BareEngine:
 
 
 def adamw_in_python(weights: list[float], max_norm: float) -> tuple[list[list[float]], int]:
-    """AdamW with decoupled decay, clipped by the global norm, steps that are not finite left out."""
+    """Return AdamW's results with decoupled decay and clipping by the global norm; non-finite steps are skipped."""
     means, squares, updates, seen = [0.0] * len(weights), [0.0] * len(weights), 0, []
     for gradient in GRADIENTS:
         norm = math.sqrt(sum(g * g for g in gradient))
@@ -94,7 +94,7 @@ def test_micro_steps_before_the_last_update_nothing() -> None:
 
 
 def test_clipping_of_a_checkpoint_gives_way_to_the_runs() -> None:
-    """A checkpoint brings the norm that its own run clipped to; DeepSpeed would go on with that."""
+    """Checkpoints contain the clipping norm of their run, which DeepSpeed would restore."""
     inner = make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], OptimConfig())
     optimizer = SimpleNamespace(optimizer=inner, clip_grad=0.0)
     engine: Any = SimpleNamespace(

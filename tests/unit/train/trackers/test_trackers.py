@@ -1,4 +1,4 @@
-"""Trackers: names in groups, one interface over four services, ids that outlive a start, failures without harm."""
+"""Trackers: grouped names, one interface to four services, ids that survive a restart, harmless failures."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def opened(run_dir: Path, *names: TrackerName, start_step: int = 0) -> Trackers:
 
 
 class StandIn(ModuleType):
-    """A service that writes down what is asked of it, and may be broken from one call on."""
+    """A fake service that records its calls and can fail from a given call on."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -160,7 +160,7 @@ def test_tensorboard_has_curves_texts_settings_and_pictures_under_the_name_of_th
     columns = board.PluginTagToContent("hparams")
     for part in (b"optim.base_lr", b"changed", b"data.flip=True"):
         assert part in columns["_hparams_/session_start_info"]
-    for part in (b"val/top1", b"test/top1", b"selection.visible_ratio"):  # of any run, for they share the columns
+    for part in (b"val/top1", b"test/top1", b"selection.visible_ratio"):  # columns that all runs share
         assert part in columns["_hparams_/experiment"]
     assert b"data.flip" not in columns["_hparams_/experiment"]
     layout = board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
@@ -183,7 +183,7 @@ def test_every_service_gets_numbers_texts_and_pictures_and_resumes_under_the_sam
         first, second = (options for _, options in service.named("start_run"))
         assert first == {"run_name": tmp_path.name}
         assert second == {"run_id": "from-the-server"}
-        assert service.named("log_params") == [((SETTINGS,), {})]  # they may not be changed
+        assert service.named("log_params") == [((SETTINGS,), {})]  # logged once: the service refuses changes
         assert service.named("log_metrics") == [(({"train/loss": 0.5},), {"step": step}) for step in (1, 2)]
         assert [args for args, _ in service.named("end_run")] == [("KILLED",), ("FINISHED",)]
         assert service.named("log_image")[0][1] == {"key": "visual/clip", "step": 1}

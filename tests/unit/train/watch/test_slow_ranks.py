@@ -1,4 +1,4 @@
-"""A rank that is a tenth slower than its peers is named."""
+"""Ranks that are a tenth slower than their peers are named."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from everest_ds.train.watch.slow_ranks import find_slow
         ([1.0, 1.08, 1.0, 1.0], 0.0, []),
         ([2.0, 1.0], 0.0, [0]),
         ([1.0, 1.3, 1.0, 1.4], 0.0, [1, 3]),
-        ([0.6, 1.0, 1.0, 1.0], 0.0, []),  # a quick one makes nobody slow
-        ([0.01, 0.05], 1.0, []),  # of loading alone: a twentieth of a step
+        ([0.6, 1.0, 1.0, 1.0], 0.0, []),  # a fast rank does not make the others slow
+        ([0.01, 0.05], 1.0, []),  # only loading is slow, by a twentieth of a step
         ([0.01, 0.15], 1.0, [1]),
         ([1.0], 0.0, []),
     ],

@@ -1,4 +1,4 @@
-"""Who holds a run up, by the signs of its ranks."""
+"""The ranks that block a hung run, found from the signs of all ranks."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ QUEUED = BUSY | {"queued": 200}
     ("ranks", "silent", "named", "why"),
     [
         ([WAITS, WAITS, WAITS], {2}, [2], "no sign of life"),
-        ([WAITS, BUSY], {0}, [0], "no sign of life"),  # rank 0 is no exception
+        ([WAITS, BUSY], {0}, [0], "no sign of life"),  # rank 0, too
         ([WAITS, BUSY, WAITS], (), [1], "behind"),
         ([BUSY | {"position": 39}, BUSY, WAITS], (), [0], "behind"),
-        ([QUEUED, QUEUED | {"queued": 199}, QUEUED], (), [1], "behind"),  # hosts that wait for their GPUs
+        ([QUEUED, QUEUED | {"queued": 199}, QUEUED], (), [1], "behind"),  # all hosts wait for their GPUs
         ([BUSY], (), [0], "behind"),
-        ([WAITS, WAITS | {"position": 41}], (), [1], "elsewhere"),  # it has passed where rank 0 waits
+        ([WAITS, WAITS | {"position": 41}], (), [1], "elsewhere"),  # it is past the call in which rank 0 waits
         ([WAITS, WAITS | {"position": 39}, WAITS], (), [1], "elsewhere"),
         ([WAITS | {"position": 43}, WAITS, WAITS | {"position": 43}], (), [1], "elsewhere"),
         ([WAITS, WAITS, WAITS | {"call": "broadcast, called in x (y.py:9)"}], (), [2], "elsewhere"),

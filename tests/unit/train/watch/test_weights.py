@@ -1,4 +1,4 @@
-"""Checksums of weights: any bit counts, whatever the shape, and tensors that share memory are summed once."""
+"""Checksums of weights: every bit counts, for any shape, and tensors that share memory are summed once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def plain_sum(tensor: torch.Tensor, size: int) -> int:
-    """By Python's own integers, from the bytes."""
+    """Return the checksum in Python integers, from the bytes."""
     data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
     bulk = len(data) - len(data) % 8
     numbers = [int.from_bytes(data[at : at + 8], "little", signed=True) for at in range(0, bulk, 8)]

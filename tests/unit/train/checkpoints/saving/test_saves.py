@@ -33,7 +33,7 @@ SLOW_S = 0.2
 
 
 class SavingEngine:
-    """Saves through its checkpoint engine, as DeepSpeed does: views of one row, as ZeRO has them."""
+    """Saves through its checkpoint engine, as DeepSpeed does; states are views of one flat tensor, as with ZeRO."""
 
     device = torch.device("cpu")
 
@@ -67,7 +67,7 @@ def seen() -> list[Saved]:
 
 @contextlib.contextmanager
 def saving(run_dir: Path, seen: list[Saved], *, behind: bool = True, owner: Owner | None = None) -> Iterator[Saves]:
-    """Saves of a run of one rank; its writer is gone afterwards."""
+    """Open the saves of a run of one rank; afterwards its writer process must have ended."""
     with contextlib.closing(Writer()) if behind else contextlib.nullcontext() as writer:
         yield Saves(
             engine=SavingEngine(), run_dir=run_dir, world=ALONE, on_saved=seen.append, writer=writer, owner=owner
@@ -84,7 +84,7 @@ def files_of(run_dir: Path) -> dict[str, bytes]:
 
 
 def slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the next writer take its time before each file."""
+    """Delay the next writer before each file."""
     write = orders._write
 
     def write_slowly(*given: Any) -> None:
@@ -228,7 +228,7 @@ def test_machine_with_too_little_memory_for_copies_is_refused_before_it_is_taken
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seen: list[Saved]
 ) -> None:
     engine = SavingEngine()
-    engine.module = torch.nn.Linear(2**20, 16, bias=False)  # 64 MiB of weights, 192 of states
+    engine.module = torch.nn.Linear(2**20, 16, bias=False)  # 64 MiB of weights, 192 MiB of states
     with contextlib.closing(Writer()) as writer:
         saves = Saves(engine=engine, run_dir=tmp_path, world=ALONE, on_saved=seen.append, writer=writer)
         monkeypatch.setattr(processes, "free_memory", lambda: 2**28)
@@ -240,7 +240,7 @@ def test_machine_with_too_little_memory_for_copies_is_refused_before_it_is_taken
         assert 2**28 < saves._copies.num_bytes < 2**28 * 1.05
         save(saves, 2)
         saves.finish()
-        assert saves._copies.num_bytes < 2**28 * 1.05  # nothing more was taken
+        assert saves._copies.num_bytes < 2**28 * 1.05  # no further memory was allocated
     assert find_damage(seen[0].folder, ALONE) is None
 
 
