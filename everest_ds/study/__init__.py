@@ -1,1 +1,1 @@
-"""`everest study DIR`: the paper's comparisons in miniature, on the demo data, by this project's own commands."""
+"""`everest study DIR`: the paper's comparisons in miniature, on generated videos, run by the `everest` commands."""

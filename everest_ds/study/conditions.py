@@ -1,7 +1,7 @@
-"""What `everest study` compares, as data: pre-trainings, fine-tunings of them, the paper's tables; and its options.
+"""Conditions that `everest study` compares, the paper's tables that they belong to, and the study's options.
 
-A condition differs from the baseline in the flags that are listed here and in nothing else: the same videos, steps,
-batches and number of visible tokens. Conditions that differ in fine-tuning alone share their pre-training.
+A condition differs from the baseline only in the flags listed here: videos, steps, batches and the number of
+visible tokens are the same. Conditions that differ only in fine-tuning share their pre-training.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ PRETRAININGS: dict[str, tuple[str, ...]] = {
     "tube": ("--selection.strategy", "tube", "--selection.selected-ratio", "1.0"),
     "running-cell": ("--selection.strategy", "running_cell", "--selection.selected-ratio", "0.5"),
     "ascending": ("--selection.order", "ascending"),
-    # The first step of warm-up has rate zero: these are the weights that a run starts from.
+    # The learning rate of the first warm-up step is zero, so these are the initial weights.
     NO_PRETRAINING: ("--run.max-steps", "1"),
     "rho-0.2": ("--selection.selected-ratio", "0.2"),
     "rho-0.4": ("--selection.selected-ratio", "0.4"),
@@ -38,7 +38,7 @@ PRETRAININGS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """One of `PRETRAININGS`, and flags of `everest finetune study_ft`; the main ones make up a quick study."""
+    """One of `PRETRAININGS` with flags of `everest finetune study_ft`; ``is_main`` marks those of a quick study."""
 
     name: str
     pretraining: str
@@ -46,7 +46,7 @@ class Condition:
     is_main: bool = False
 
 
-# What the physics world is studied under, unless --only names others: the question of the paper's Tables 2 and 17.
+# Conditions of the physics world unless --only names others: those of the paper's Tables 2 and 17.
 _OF_PHYSICS = (BASELINE, "random", "tube", NO_PRETRAINING)
 _MAIN = (BASELINE, "random", "tube", "running-cell", "ascending", NO_PRETRAINING)
 _ASCENDING = ("--selection.order", "ascending")
@@ -64,7 +64,7 @@ CONDITIONS = (
 
 
 class Row(NamedTuple):
-    """A condition's row in a table, with the paper's top-1 in percent, on other data and other models."""
+    """A condition's row in a table, with the paper's top-1 in percent, measured on its own data and models."""
 
     condition: str
     label: str
@@ -72,7 +72,7 @@ class Row(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Conditions that one table of the paper compares; the name is that of a file."""
+    """Conditions that one table of the paper compares; ``name`` is the stem of the plot's file name."""
 
     name: str
     title: str
@@ -129,22 +129,22 @@ GROUPS = (
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions:
-    """How much to study, and how many runs at a time."""
+    """Options of a study: world, conditions, seeds and parallel runs."""
 
     world: Literal["discs", "physics"] = "discs"
-    """discs: which of four textured discs drifts; physics: whether a block falls, a ball rolls, a pendulum swings
-    or a rotor spins, simulated and drawn by MuJoCo (the extra `physics`), under four conditions."""
+    """discs: the class is which of four textured discs drifts. physics: the class is whether a block falls, a ball
+    rolls, a pendulum swings or a rotor spins, simulated and drawn by MuJoCo (extra `physics`); four conditions."""
     quick: bool = False
-    """The main conditions alone, half the steps, one seed unless --seeds names others."""
+    """Run only the main conditions, with half the steps and one seed unless --seeds is given."""
     seeds: tuple[int, ...] | None = None
-    """Seeds of weights, order, selection and labelled videos; without this 0 1 2, in the physics world 0 to 5, and
-    0 in a quick study."""
+    """Seeds of weights, order, selection and labelled videos. Default: 0 1 2; 0 to 5 in the physics world; 0 in a
+    quick study."""
     jobs: int | None = None
-    """Runs at a time; without this, one a CPU core, or four a GPU."""
+    """Runs at the same time. Default: one per CPU core, or four per GPU."""
     only: tuple[str, ...] = ()
-    """Conditions to run, by name; all of the world without this."""
+    """Names of the conditions to run. Default: all conditions of the world."""
     shake: int = 0
-    """Pixels by which the camera shakes, among discs."""
+    """Camera shake in pixels, only in the discs world."""
     data_seed: int = 0
     """Seed of the videos."""
 
@@ -174,21 +174,21 @@ class StudyOptions:
 
     @property
     def keep_ratio(self) -> float | None:
-        """Share of the tokens that probes and fine-tunings keep, where it is not the recipe's 0.3.
+        """Share of tokens that probes and fine-tunings keep; None for the recipe's 0.3.
 
-        In the physics world about 15 % of the tokens change.
+        About 15 % of the tokens change in the physics world.
         """
         return 0.15 if self.world == "physics" else None
 
     @property
     def seeds_to_run(self) -> tuple[int, ...]:
-        """The seeds, or those of the world."""
+        """The seeds that were given, or the default ones of the world."""
         return self.seeds or ((0,) if self.quick else tuple(range(6 if self.world == "physics" else 3)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyJob:
-    """A study, and the folder where everything goes."""
+    """A study and its output folder."""
 
     folder: Path
     options: StudyOptions

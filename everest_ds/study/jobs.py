@@ -1,7 +1,7 @@
-"""The runs of a study: commands of this project in processes of their own, some at a time.
+"""Run the jobs of a study: `everest` commands in separate processes, a few at the same time.
 
-A job is done when its run has ended and was started by the very same command, so that a study can continue. Each
-job leaves its command and its log beside the run's files: `KIND.command`, `KIND.log`.
+A job is done if its run ended and was started by the same command; so an interrupted study can be resumed. Each job
+writes its command and its log next to the run's folder: `KIND.command`, `KIND.log`.
 """
 
 import os
@@ -26,17 +26,17 @@ from everest_ds.train.record.stored.evaluations import SUMMARY
 JobKind = Literal["pretrain", "finetune", "probe"]
 
 _POLL_S = 0.1
-# What a parser draws around its messages.
+# Characters of the frame that the command line parser draws around its messages.
 _FRAME = " ─│╭╮╰╯"
-# Seconds that a run of each kind takes on one core, for the first estimates.
+# Seconds of a run of each kind on one core, for the first estimates of the time left.
 _GUESS_S = {"pretrain": 45.0, "finetune": 30.0, "probe": 15.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One command, its words without `everest`, and the job that must be done first.
+    """One `everest` command as words, and the job that must be done first.
 
-    Its command and log go to the folder, and the run's own files to `folder / kind`.
+    Command and log are written to ``folder``, the run's own files to ``folder / kind``.
     """
 
     kind: JobKind
@@ -63,19 +63,22 @@ class Job:
         return any(line.get("event") == "end" for line in read_metrics(self.out, "event"))
 
     def is_done(self) -> bool:
-        """Return whether this very command ended."""
+        """Return whether exactly this command has run to its end."""
         stamp = self.folder / f"{self.kind}.command"
         return stamp.is_file() and stamp.read_text() == f"{self.command}\n" and self.is_complete()
 
 
 class Runner:
-    """Runs jobs in order, a few at a time, and prints progress; keeps those that failed, or needed one that did.
+    """Runs jobs in order, a few at the same time, and prints progress.
 
     Args:
-        jobs: One that is needed comes before those that need it.
-        slots: How many run at a time.
-        num_gpus: GPUs to spread them over; 0 runs on the CPU, one thread each.
-        on_done: Returns the result of a job that is done in a few words.
+        jobs: Jobs, each after the job that it needs.
+        slots: How many jobs run at the same time.
+        num_gpus: GPUs to spread the jobs over; 0 runs them on the CPU with one thread each.
+        on_done: Describes the result of a finished job in a few words.
+
+    Attributes:
+        failed: Jobs that failed, and those that were not run because they need one of these.
     """
 
     def __init__(self, *, jobs: Sequence[Job], slots: int, num_gpus: int, on_done: Callable[[Job], str]) -> None:
@@ -87,9 +90,9 @@ class Runner:
         self._took_s: defaultdict[str, list[float]] = defaultdict(list)
 
     def run(self) -> list[Job]:
-        """Run everything that is not done; return the jobs that failed.
+        """Run all jobs that are not done; return `failed`.
 
-        An interruption stops the runs, which save what they have, and is passed on to the caller.
+        An interruption stops the runs, which save a checkpoint, and is raised to the caller.
         """
         self._done = {job for job in self._jobs if job.is_done()}
         self._waiting = [job for job in self._jobs if job not in self._done]
@@ -99,7 +102,7 @@ class Runner:
             while self._waiting or self._running:
                 self._drop_hopeless()
                 while len(self._running) < self._slots and (job := self._next()):
-                    with deferred():  # or a run could have started that nobody knows of
+                    with deferred():  # an interrupt in between would leave a process that _stop does not know
                         self._start(job)
                 self._collect()
                 time.sleep(_POLL_S)
@@ -114,7 +117,7 @@ class Runner:
         return job
 
     def _drop_hopeless(self) -> None:
-        """Give up jobs that need one that failed."""
+        """Drop jobs that need a failed one."""
         for job in [job for job in self._waiting if job.needs in self.failed]:
             self._waiting.remove(job)
             self.failed.append(job)
@@ -130,7 +133,7 @@ class Runner:
             stdout=log,
             stderr=subprocess.STDOUT,
             env=self._environment(slot),
-            start_new_session=True,  # a Ctrl-C is for this process, which then asks its runs to save
+            start_new_session=True,  # Ctrl-C reaches only this process, which then sends SIGTERM to its runs
         )
         self._running[slot] = (job, process, log, time.perf_counter())
 
@@ -165,7 +168,7 @@ class Runner:
             )
 
     def _left_s(self) -> float:
-        """Return the seconds that are left, from what runs of each kind took so far."""
+        """Estimate the seconds left from the mean duration of earlier runs of each kind."""
         left = [*self._waiting, *(job for job, *_ in self._running.values())]
         return sum(statistics.fmean(self._took_s[job.kind] or [_GUESS_S[job.kind]]) for job in left) / self._slots
 
@@ -178,12 +181,12 @@ class Runner:
 
 
 def read_metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    """Return the whole lines of one kind of RUN/metrics.jsonl; none where there is no such file."""
+    """Return the complete lines of one kind in RUN/metrics.jsonl; an empty list if there is no such file."""
     return [line for line in read_measurements(run_dir) if line["kind"] == kind]
 
 
 def _reason(log: Path) -> str:
-    """Return the last line of a log that speaks of an error, or else its last line."""
+    """Return the last line of a log that contains "error", or else its last line."""
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line for line in (line.strip(_FRAME) for line in text.splitlines()) if line]
     errors = [line for line in lines if "error" in line.lower()]

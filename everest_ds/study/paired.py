@@ -1,7 +1,7 @@
-"""Comparisons of two conditions over the same seeds: the mean difference, an exact interval for it, an exact test.
+"""Compare two conditions over the same seeds: mean difference, an exact interval and an exact sign-flip test.
 
-Both rest on one assumption: without an effect each seed's difference is as likely to have the other sign. No
-distribution is fitted, so a few seeds give wide intervals and large p-values: five seeds cannot give p below 1/16.
+Interval and test share one assumption: without an effect, each seed's difference is equally likely to have either
+sign. No distribution is fitted, so few seeds give wide intervals and large p: five seeds cannot give p below 1/16.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MAX_SEEDS = 16
-"""All 2^n choices of signs are enumerated."""
+"""The test enumerates all 2^n choices of signs."""
 
 _WANTED_COVERAGE = 0.95
 _ROUNDING = 1e-9
@@ -18,16 +18,16 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, kw_only=True)
 class PairedTest:
-    """What the differences of a few seeds say.
+    """Result of a paired test.
 
     Attributes:
-        mean: Of the differences.
+        mean: Mean of the differences.
         low, high: Interval for the true difference.
-        coverage: How often such an interval holds it: 95 % or a little more, or less where the seeds are too few
-            for that. 0 of a single seed, whose interval is its difference.
-        p: Share of the choices of signs whose mean is as far from zero as this one; two-sided.
-        ahead: Seeds with a difference above zero.
-        n: Seeds.
+        coverage: How often such an interval contains the true difference: at least 95 % if there are enough seeds.
+            0 for a single seed, whose interval is its difference.
+        p: Share of the choices of signs whose mean is at least as far from zero as this one; two-sided.
+        ahead: Number of seeds with a difference above zero.
+        n: Number of seeds.
     """
 
     mean: float
@@ -40,10 +40,14 @@ class PairedTest:
 
 
 def compare_pairs(differences: Sequence[float]) -> PairedTest:
-    """Test differences of one or more seeds, at most `MAX_SEEDS`.
+    """Test the differences of 1 to `MAX_SEEDS` seeds.
 
-    The interval goes from the k-th smallest to the k-th largest mean of a non-empty subset of the differences. It
-    misses the true one in 2k of 2^n cases (Hartigan, 1969, "Using subsample values as typical values").
+    The interval reaches from the k-th smallest to the k-th largest mean over the non-empty subsets of the
+    differences. It misses the true difference in 2k of 2^n cases (Hartigan, 1969, "Using subsample values as
+    typical values").
+
+    Raises:
+        ValueError: There are no differences, or more than `MAX_SEEDS`.
     """
     n = len(differences)
     if not 1 <= n <= MAX_SEEDS:

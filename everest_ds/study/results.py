@@ -1,4 +1,4 @@
-"""What the runs of a study give: results.jsonl, a table in markdown, and a plot for each table of the paper."""
+"""Write the results of a study: results.jsonl, a markdown table, and a plot for each table of the paper."""
 
 import itertools
 import json
@@ -24,9 +24,10 @@ _HEADER = (
     "seconds, pre-training / fine-tuning | paper, % |\n|---|---|---|---|---|---|---|"
 )
 _NOTES = (
-    "Mean and standard deviation over seeds. GMACs of one clip, forward and backward. Seconds of the steps alone, "
-    "with other runs beside them. The paper's figures are of its own data and models: compare orders, not values. "
-    "Differences are paired by seed; p is that of all choices of signs, not corrected for several tests."
+    "Mean and standard deviation over seeds. GMACs of one clip, forward and backward. Seconds of the training "
+    "steps, while other runs shared the machine. The paper's figures come from its own data and models: compare "
+    "the order, not the values. Differences are paired by seed; p enumerates all choices of signs and is not "
+    "corrected for multiple tests."
 )
 _PAIRED_HEADER = (
     "| the baseline minus | score | mean difference, points | interval (coverage) | p, two-sided | seeds ahead |\n"
@@ -54,14 +55,14 @@ _LEGEND = (
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One condition at one seed.
+    """Scores and cost of one condition with one seed.
 
     Attributes:
-        probe_top1: Share of test videos that a linear probe of the pre-trained features gets right.
-        finetune_top1: Share that the fine-tuned model gets right.
+        probe_top1: Top-1 on the test videos of a linear probe on pre-trained features, in [0, 1].
+        finetune_top1: Top-1 on the test videos of the fine-tuned model, in [0, 1].
         visible_tokens: Tokens of a pre-training clip that the encoder sees.
         pretrain_gmacs: Multiply-accumulates of a pre-training clip, forward and backward, in units of 1e9.
-        pretrain_s: Seconds of pre-training's steps.
+        pretrain_s: Seconds of the pre-training steps.
     """
 
     condition: str
@@ -83,7 +84,7 @@ def outcome_text(job: Job) -> str:
 
 
 def read_result(condition: Condition, seed: int, jobs: Sequence[Job]) -> Result | None:
-    """Return the result of a condition at a seed; None where one of its runs is not complete."""
+    """Return the result of a condition with a seed; None if one of its runs is not complete."""
     names = {"pretrain": condition.pretraining, "probe": condition.pretraining, "finetune": condition.name}
     parts = {job.kind: job for job in jobs if job.name == f"{names[job.kind]}-{seed}"}
     if not all(job.is_done() for job in parts.values()):
@@ -106,7 +107,7 @@ def read_result(condition: Condition, seed: int, jobs: Sequence[Job]) -> Result 
 
 
 def seconds_of_steps(lines: Sequence[dict[str, Any]]) -> float:
-    """Return how long a run's steps took, from its train lines: each has the mean step since the one before."""
+    """Return the seconds of a run's steps; each train line has the mean step time since the previous line."""
     pairs = itertools.pairwise([{"step": 0}, *lines])
     return sum(line["step_ms"] * (line["step"] - before["step"]) / 1e3 for before, line in pairs)
 
@@ -123,7 +124,7 @@ def _top1(out: Path) -> float:
 
 
 def write_report(folder: Path, results: Sequence[Result], *, chance: float) -> str:
-    """Write results, table and plots into a folder; return the table."""
+    """Write results, paired tests, table and plots into a folder; return the table."""
     write_atomically(folder / "results.jsonl", "".join(json.dumps(asdict(result)) + "\n" for result in results))
     text = make_table(results, chance=chance)
     write_atomically(folder / "table.md", text + "\n")
@@ -140,7 +141,7 @@ def write_report(folder: Path, results: Sequence[Result], *, chance: float) -> s
 
 
 def make_table(results: Sequence[Result], *, chance: float) -> str:
-    """Return the results as markdown, one table a group; groups without any are left out."""
+    """Return the results as markdown, one table a group; groups without results are left out."""
     parts = [f"{_NOTES} Chance is {chance:.0%}."]
     for group in GROUPS:
         if rows := _rows_of(group, results):
@@ -152,7 +153,10 @@ def make_table(results: Sequence[Result], *, chance: float) -> str:
 
 
 def _rows_of(group: Group, results: Sequence[Result]) -> list[tuple[Row, list[Result]]]:
-    """Return the rows that have results, with these; but the baseline alone only in the first group."""
+    """Return the rows that have results, with their results.
+
+    Empty if only the baseline has some, except in the first group: the baseline is in every group.
+    """
     found = [(row, [result for result in results if result.condition == row.condition]) for row in group.rows]
     found = [(row, own) for row, own in found if own]
     return found if group is GROUPS[0] or any(row.condition != BASELINE for row, _ in found) else []
@@ -169,7 +173,7 @@ def _table_row(row: Row, own: Sequence[Result]) -> str:
 
 
 def _compare(rows: Sequence[tuple[Row, list[Result]]]) -> list[tuple[Row, str, PairedTest]]:
-    """Return a test of the baseline against each other row, by score, over the two or more seeds that both have."""
+    """Test the baseline against each other row, for each score, over the seeds that both have (at least two)."""
     base = {result.seed: result for row, own in rows if row.condition == BASELINE for result in own}
     tests = []
     for row, own in rows:
@@ -190,13 +194,13 @@ def _paired_row(row: Row, score: str, test: PairedTest) -> str:
 
 
 def _percent(shares: Sequence[float]) -> str:
-    """Return mean and standard deviation of shares (with n - 1; none of a single one), in percent."""
+    """Return mean and sample standard deviation of shares in percent; the mean alone for a single share."""
     mean = f"{100 * statistics.fmean(shares):.1f}"
     return mean if len(shares) == 1 else f"{mean} ± {100 * statistics.stdev(shares):.1f}"
 
 
 def draw_group(group: Group, results: Sequence[Result], *, chance: float) -> str:
-    """Draw a group as SVG: a dot and an error bar a condition, filled for fine-tuning, hollow for the probe."""
+    """Draw a group as SVG: two dots with error bars a condition, filled for fine-tuning, hollow for the probe."""
     rows = _rows_of(group, results)
     bottom = _TOP + _ROW * len(rows)
     width, height = _LEFT + _WIDTH + _RIGHT, bottom + _BOTTOM

@@ -1,12 +1,12 @@
-"""What `everest study` does: which runs there are, in which order, and what is written.
+"""Plan and run a study: its videos, its runs in order, and its results.
 
-DIR/data/             the videos: the class is what moves, before what stands still
+DIR/data/             the videos; the class is the object that moves
     labelled-0.csv    the few labelled videos of a seed
-    study.json        the settings; another study needs another folder
-    commands.sh       every command, to run one by hand
-    runs/NAME-SEED/   pretrain, probe, finetune: run directories, with their commands and logs
+    study.json        the settings; a study with other settings needs another folder
+    commands.sh       every command, to run some by hand
+    runs/NAME-SEED/   pretrain, probe, finetune: run directories with their commands and logs
     results.jsonl     one line a condition and seed
-    paired.jsonl      the baseline against each other condition over the seeds, one line a score
+    paired.jsonl      the baseline against each other condition over all seeds, one line a score
     table.md, *.svg   results, by table of the paper
 """
 
@@ -36,7 +36,7 @@ from everest_ds.train.engine import shipped_files
 from everest_ds.train.signals import EXIT_STOPPED
 
 _CLASSES = 4  # of every world
-# A run takes less than a gibibyte of a GPU and is mostly waiting for Python.
+# A run needs less than 1 GiB of GPU memory and spends most of its time in Python.
 _RUNS_A_GPU = 4
 
 
@@ -55,19 +55,20 @@ QUICK = Scale(pretrain_epochs=8, finetune_epochs=12)
 
 
 def run(job: StudyJob, world: World) -> int:
-    """Do a study; two of them in one folder would take each other's runs."""
+    """Run a study as the only owner of its folder; two studies there would overwrite each other's runs."""
     with owning(job.folder, world):
         return study(job.folder, job.options)
 
 
 def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> int:
-    """Run a study, or what is left of it, and write the results.
+    """Run the jobs of a study that are not done yet, and write the results.
 
     Returns:
-        The exit code: 0, 1 when a run failed, or 75 when SIGTERM stopped the study; the same command continues it.
+        The exit code: 0, 1 if a run failed, or 75 if SIGTERM stopped the study; the same command resumes it.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; its runs are stopped by then, and have saved.
+        KeyboardInterrupt: Ctrl-C was pressed; the runs have saved and ended.
+        UserError: The folder contains something else, or the physics world cannot be drawn.
     """
     scale = scale or (QUICK if options.quick else Scale())
     seeds = options.seeds_to_run
@@ -97,7 +98,7 @@ def study(folder: Path, options: StudyOptions, scale: Scale | None = None) -> in
     for job in runner.failed:
         print(f"failed or not run: {job.kind} {job.name}, see {job.log}", flush=True)
     if is_stopped:
-        print(f"stopped; the same command continues (exit code {EXIT_STOPPED})", flush=True)
+        print(f"stopped; the same command resumes the study (exit code {EXIT_STOPPED})", flush=True)
         return EXIT_STOPPED
     return 1 if runner.failed else 0
 
@@ -109,9 +110,9 @@ def make_jobs(
     scale: Scale,
     keep_ratio: float | None = None,
 ) -> list[Job]:
-    """Return the runs of some conditions, seed after seed; a pre-training comes before what needs it, and once.
+    """Return the runs of conditions, seed after seed; each pre-training once, before the runs that need it.
 
-    ``keep_ratio`` is that of probes, and of fine-tunings that name none; without it the recipe's.
+    ``keep_ratio`` applies to probes, and to fine-tunings whose condition sets none. None uses the recipe's.
     """
     data, systems = folder / "data", shipped_files()["zero0"]
     train, test = data / "train.csv", data / "test.csv"
@@ -149,14 +150,14 @@ def make_jobs(
 
 
 def _prepare(folder: Path, options: StudyOptions, scale: Scale) -> None:
-    """Write settings, videos and each seed's labelled list; refuse a folder that holds something else."""
+    """Write settings, videos and each seed's labelled list; refuse a folder with other contents."""
     settings = folder / "study.json"
     wanted = json.dumps(asdict(scale) | _settings_of_data(options), indent=2) + "\n"
     if settings.is_file():
         if settings.read_text() != wanted:
-            raise UserError(f"{folder} holds a study of other settings ({settings}); name another folder")
+            raise UserError(f"{folder} contains a study with other settings ({settings}); name another folder")
     elif folder.is_dir() and any(path.name != OWNER for path in folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no study; name another folder")
+        raise UserError(f"{folder} is not empty and contains no study; name another folder")
     else:
         if options.world == "physics":
             try_drawing()
@@ -176,7 +177,10 @@ def _prepare(folder: Path, options: StudyOptions, scale: Scale) -> None:
 
 
 def _settings_of_data(options: StudyOptions) -> dict[str, str | int]:
-    """Return the options that the videos depend on; newer ones only where they differ from their default."""
+    """Return the options that the videos depend on.
+
+    Options added later are included only if they differ from their default, so that older studies can be resumed.
+    """
     names = [name for name in ("world", "data_seed") if getattr(options, name) != getattr(StudyOptions, name)]
     return {name: getattr(options, name) for name in ("shake", *names)}
 
@@ -193,7 +197,7 @@ def _write_data(data: Path, options: StudyOptions, scale: Scale) -> None:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM: as Ctrl-C, but results so far are still reported."""
+    """Raised on SIGTERM: stops like Ctrl-C, but the results so far are still reported."""
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

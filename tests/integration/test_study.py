@@ -56,7 +56,7 @@ def test_study_runs_reports_a_failure_and_goes_on(
     assert (folder / "commands.sh").read_text().count("python -m everest_ds") == 4
     labelled = (folder / "labelled-2.csv").read_text().splitlines()
     assert sorted(line.rsplit(" ", 1)[1] for line in labelled) == sorted("0123" * 4)
-    with pytest.raises(UserError, match="holds a study of other settings"):
+    with pytest.raises(UserError, match="contains a study with other settings"):
         study(folder, options, replace(MICRO, test=8))
 
 
@@ -84,7 +84,7 @@ def test_study_of_the_physics_world_from_end_to_end(
     capsys.readouterr()
     assert study(tmp_path / "s", options, MICRO) == 0
     assert "12 of 12 runs are done already" in capsys.readouterr().out
-    with pytest.raises(UserError, match="holds a study of other settings"):
+    with pytest.raises(UserError, match="contains a study with other settings"):
         study(tmp_path / "s", StudyOptions(seeds=(0, 1)), MICRO)
 
 
@@ -102,5 +102,5 @@ def test_physics_world_that_cannot_be_drawn_is_refused_before_anything_is_writte
 
 def test_folder_with_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="is not empty and holds no study"):
+    with pytest.raises(UserError, match="is not empty and contains no study"):
         study(tmp_path, StudyOptions(), MICRO)

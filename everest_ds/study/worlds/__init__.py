@@ -1,1 +1,1 @@
-"""Worlds that a study can be made in, besides the drawn discs of `everest_ds.data.demo`."""
+"""Worlds that a study can use besides the discs of `everest_ds.data.demo`."""

@@ -1,4 +1,4 @@
-"""Drawing MuJoCo's scenes without a screen: which system library does it, and what is missing where none can."""
+"""Draw MuJoCo's scenes without a screen: choose the system library, or say what is missing."""
 
 import ctypes.util
 import importlib.util
@@ -12,21 +12,20 @@ from numpy.typing import NDArray
 from everest_ds.errors import UserError
 
 REQUIREMENT = "mujoco>=3.3"
-"""What pip installs the simulator by; the extra `physics` of pyproject.toml is the same."""
+"""Requirement of the simulator; the extra `physics` of pyproject.toml must be equal."""
 
-_LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa"}  # as MUJOCO_GL calls them, and as the system does
+_LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa"}  # name in MUJOCO_GL: name of the system library
 _WAY_OUT = "on Debian and Ubuntu run `apt install libegl1 libgl1`, or `apt install libosmesa6`"
 _MAX_SHAPES = 500
 
 
 def require_drawing() -> None:
-    """Refuse the physics world where it cannot be simulated and drawn, before anything is written.
+    """Refuse the physics world if its package or every drawing library is missing.
 
-    MUJOCO_GL in the environment is kept; without it, the first library that is found is chosen: mujoco looks at it
-    when it is imported.
+    Sets MUJOCO_GL to the first library found, unless it is set already. mujoco reads it when it is imported.
 
     Raises:
-        UserError: The package or every library is missing; names what installs it.
+        UserError: The package or every library is missing; says how to install it.
     """
     if importlib.util.find_spec("mujoco") is None:
         raise UserError(
@@ -36,20 +35,20 @@ def require_drawing() -> None:
         return
     found = [name for name, library in _LIBRARIES.items() if ctypes.util.find_library(library)]
     if not found:
-        raise UserError(f"--world physics draws by libEGL or libOSMesa, and this machine has neither; {_WAY_OUT}")
+        raise UserError(f"--world physics needs libEGL or libOSMesa to draw, and neither is installed; {_WAY_OUT}")
     os.environ["MUJOCO_GL"] = found[0]
 
 
 def load_mujoco() -> Any:
-    """Return the package mujoco, imported with the library that `require_drawing` chooses.
+    """Import mujoco with the library that `require_drawing` chooses, and return it.
 
     Raises:
-        UserError: As `require_drawing`, or the package does not import with that library.
+        UserError: See `require_drawing`; also if the import fails with that library.
     """
     require_drawing()
     try:
         import mujoco
-    except (ImportError, AttributeError, OSError, RuntimeError) as error:  # PyOpenGL's ways to miss a library
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:  # PyOpenGL without its library
         raise _refusal(error) from error
     return mujoco
 
@@ -60,9 +59,9 @@ def _refusal(error: Exception) -> UserError:
 
 
 class Canvas:
-    """Where models are drawn: one for many videos, as opening it takes as long as a video. Close it, or use `with`.
+    """A surface to draw models on; close it with `with`. One is used for many videos, because opening it is slow.
 
-    Models must have textures of the same kinds and sizes, in the same order.
+    All models must have textures of the same kinds and sizes, in the same order.
 
     Args:
         edge_px: Height and width of a frame in pixels.
@@ -73,10 +72,10 @@ class Canvas:
         self._opened: _Opened | None = None
 
     def draw(self, model: Any, states: Iterable[Any], camera: Any) -> NDArray[np.uint8]:
-        """Return frames_THWC of states (`mujoco.MjData`, taken one by one) as a `mujoco.MjvCamera` sees them.
+        """Draw states (`mujoco.MjData`, taken one by one) as a `mujoco.MjvCamera` sees them; return frames_THWC.
 
         Raises:
-            UserError: The library that draws is there, but gives nothing to draw on.
+            UserError: The library is installed but cannot open a drawing surface.
         """
         mujoco = load_mujoco()
         opened = self._opened = self._opened or self._open(model)

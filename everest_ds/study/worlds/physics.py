@@ -1,9 +1,8 @@
-"""Videos of bodies that fall, roll, swing and spin by MuJoCo's rules; the class is which of them does.
+"""Videos of a falling, a rolling, a swinging and a spinning body, simulated by MuJoCo; the moving one is the class.
 
-All four bodies are simulated, each for itself. In the video one moves; each of the others is held in the state that
-it had at a random time of its own motion. So a frame at a random time has the same distribution under every label:
-each body is at a random time of its motion, whether it moves or is held. One frame does not tell which moves. The
-label is checked against the simulator's states, not against pixels.
+All four bodies are simulated independently. In a video one of them moves; each other body is frozen in its state at
+a random time of its own motion. A single frame therefore has the same distribution under every label and does not
+show which body moves. The label is checked against the simulator's states, not against pixels.
 """
 
 import json
@@ -22,20 +21,20 @@ from everest_ds.study.worlds.scenes import BODIES, CELL_M, Scene, draw_scene
 
 SIZE_PX = 64
 FRAME_S = 0.05
-"""Seconds of the world from one frame to the next."""
+"""Simulated seconds between two frames."""
 
 _STEPS_A_FRAME = 20
-# Frames that pass before a video begins, at least and at most: bodies are then in the middle of their motion.
+# A video begins after this many frames, at least and at most, so that bodies are in the middle of their motion.
 _LEAD = (6, 30)
-# A body moves when its edge travels this far in the frames of a clip of the study. Scenes in which one does not are
-# drawn again, whichever body the label names.
+# A body moves if its edge travels this many metres within every clip of `_CLIP` frames. A scene in which any body
+# does not is drawn again, so that the choice of scenes does not depend on the label.
 _CLIP, _LEAST_PATH_M = 8, 0.15
 _MOST_TRIES = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhysicsConfig:
-    """How many videos, and their seed."""
+    """Number, seed and length of the videos."""
 
     train: int
     test: int
@@ -54,7 +53,7 @@ class PhysicsConfig:
 
     @property
     def stamp(self) -> str:
-        """Everything that the videos depend on, but for the library that draws."""
+        """All settings that the videos depend on, except the drawing library, as JSON."""
         settings = {name: getattr(self, name) for name in ("train", "test", "seed", "num_frames", "gop")}
         return json.dumps({"world": "physics", "mujoco": version("mujoco"), **settings}, indent=2) + "\n"
 
@@ -66,7 +65,7 @@ class Motion:
     Attributes:
         model, data: MuJoCo's model and state.
         states_TS: Positions and orientations of all joints in each frame (`qpos`).
-        held_at: The frame in which each body is held when it is not the one that moves, in the order of `BODIES`.
+        held_at: The frame whose state each body keeps when it does not move, in the order of `BODIES`.
     """
 
     scene: Scene
@@ -76,7 +75,7 @@ class Motion:
     held_at: tuple[int, ...]
 
     def states_of_video(self, label: int) -> NDArray[np.float64]:
-        """Return the states_TS of the video in which one body moves and the others are held."""
+        """Return the states_TS of the video in which only the body ``label`` moves."""
         states_TS = self.states_TS.copy()
         for body, (name, time) in enumerate(zip(BODIES, self.held_at, strict=True)):
             if body != label:
@@ -85,10 +84,10 @@ class Motion:
         return states_TS
 
     def moving_bodies(self, states_TS: NDArray[np.float64]) -> list[int]:
-        """Return the bodies whose state changes, and check that they do so all the time.
+        """Return the bodies whose state changes, and check that they move throughout.
 
         Raises:
-            AssertionError: One moves for a part of the video.
+            AssertionError: A body moves only in a part of the video.
         """
         paths_FB = _paths(self._edges(states_TS))
         moves_B = (paths_FB > 0).any(axis=0)
@@ -97,18 +96,18 @@ class Motion:
         return np.flatnonzero(moves_B).tolist()
 
     def is_lively(self) -> bool:
-        """Return whether all bodies move all the time, and none leaves its cell."""
+        """Return whether all bodies move throughout and none leaves its cell."""
         edges_TB3 = self._edges(self.states_TS)
         strays = np.abs(edges_TB3[:, :, :2] - np.array(self.scene.centres_m)) > 1.5 * CELL_M
         return not strays.any() and bool((_paths(edges_TB3) >= _LEAST_PATH_M).all())
 
     def _edges(self, states_TS: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return where a point at each body's edge is in each frame, (T, body, xyz) in metres."""
+        """Return the position of a point on each body's edge in each frame, (T, body, xyz) in metres."""
         sites = [[data.site(name).xpos.copy() for name in BODIES] for data in self._placed(states_TS)]
         return np.array(sites)
 
     def render(self, states_TS: NDArray[np.float64], canvas: Canvas) -> NDArray[np.uint8]:
-        """Return frames_THWC of these states, uint8."""
+        """Draw states; return frames_THWC, uint8."""
         mujoco = load_mujoco()
         for name, texture in self.scene.textures.items():
             begin = int(self.model.texture(name).adr[0])
@@ -120,7 +119,7 @@ class Motion:
         return canvas.draw(self.model, self._placed(states_TS), camera)
 
     def _placed(self, states_TS: NDArray[np.float64]) -> Iterator[Any]:
-        """Yield MuJoCo's data in each state, with all that follows from it."""
+        """Yield MuJoCo's data in each state, after forward kinematics; it is the same object every time."""
         mujoco = load_mujoco()
         for state in states_TS:
             self.data.qpos[:] = state
@@ -129,10 +128,10 @@ class Motion:
 
 
 def try_drawing() -> None:
-    """Draw one frame, so that a machine that cannot is refused before anything is written.
+    """Draw one frame, to fail before anything is written if this machine cannot draw.
 
     Raises:
-        UserError: It cannot, and why.
+        UserError: This machine cannot draw; says why.
     """
     motion = simulate(PhysicsConfig(train=1, test=0), "train", 0)
     with Canvas(SIZE_PX) as canvas:
@@ -140,7 +139,7 @@ def try_drawing() -> None:
 
 
 def write_physics_data(folder: Path, config: PhysicsConfig) -> None:
-    """Write videos and lists as `write_videos` does, which resumes in a folder that holds a part of them."""
+    """Write videos and lists with `write_videos`, which keeps videos that are already in the folder."""
     with Canvas(SIZE_PX) as canvas:
         write_videos(folder, config, lambda split, number: draw_video(config, split, number, canvas))
 
@@ -156,10 +155,12 @@ def draw_video(config: PhysicsConfig, split: str, number: int, canvas: Canvas) -
 
 
 def simulate(config: PhysicsConfig, split: str, number: int) -> Motion:
-    """Return the motion of a video, by its seed, split and number alone; scenes are drawn until one is lively.
+    """Simulate a video; the result depends only on seed, split and number.
+
+    Scenes are drawn until one is lively; about two of five are.
 
     Raises:
-        AssertionError: None was; about two of five are.
+        AssertionError: No scene of 200 was lively.
     """
     generator = np.random.Generator(
         np.random.Philox(
@@ -193,13 +194,13 @@ def _simulate(generator: np.random.Generator, num_frames: int) -> Motion:
 
 
 def _coordinates(model: Any, name: str) -> slice:
-    """Return where the state of a body's joint is in `qpos`."""
+    """Return the slice of `qpos` that has the state of a body's joint."""
     begin = int(model.joint(name).qposadr[0])
     return slice(begin, begin + (1 if name in ("swings", "spins") else 7))
 
 
 def _paths(edges_TB3: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the metres that each edge travels in each window of a clip's length, (window, body)."""
+    """Return how many metres each edge travels in each window of `_CLIP` frames, (window, body)."""
     steps_TB = np.linalg.norm(np.diff(edges_TB3, axis=0), axis=2)
     windows = max(len(steps_TB) - _CLIP + 2, 1)
     return np.stack([steps_TB[begin : begin + _CLIP - 1].sum(axis=0) for begin in range(windows)])

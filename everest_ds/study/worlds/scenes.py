@@ -1,8 +1,8 @@
-"""What stands in a video of the physics world: a random scene, as a text in MuJoCo's format.
+"""Draw a random scene of the physics world, as XML in MuJoCo's format.
 
-Four cells between low walls hold one body each, in any order: a pendulum, a rotor, a ball and a block. Each kind of
-body has a hue and a pattern of its own, as all four are always there. Sizes, shapes, shades, places, camera, light,
-and clutter of all colours that never moves are drawn anew for each video. Nothing here depends on the label.
+Four cells between low walls contain one body each, in random order: a pendulum, a rotor, a ball and a block. Each
+body has its own hue and pattern, which tell nothing about the label because all four are in every video. Sizes,
+shapes, shades, places, camera, light and motionless clutter are random in each video. Nothing depends on the label.
 """
 
 import math
@@ -14,18 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 BODIES = ("falls", "rolls", "swings", "spins")
-"""Names of the classes, and of the bodies that do so: block, ball, pendulum, rotor."""
+"""Names of the classes and of their bodies: block, ball, pendulum, rotor."""
 
 CELL_M = 0.5
 """Half the edge of a cell in metres."""
 
 _STILL_TEXTURES = ("ground", "stone")
-_FACE = 32  # texels of an edge of a body's texture, which has six faces
-_HUES = {"falls": 0.0, "rolls": 0.33, "swings": 0.62, "spins": 0.15}  # of 1: red, green, blue, yellow
+_FACE = 32  # edge of a body's texture in texels; it has six faces
+_HUES = {"falls": 0.0, "rolls": 0.33, "swings": 0.62, "spins": 0.15}  # in [0, 1]: red, green, blue, yellow
 _BRIGHT, _DARK = (0.85, 1.0), (0.15, 0.35)
 _CENTRES_M = tuple((x * CELL_M, y * CELL_M) for x in (-1, 1) for y in (-1, 1))
 _CLUTTER = 8
-# Bodies collide with what stands still, but not with each other: each moves as if it were alone.
+# Bodies collide with still things but not with each other, so that each moves as if it were alone.
 _STILL, _MOBILE, _GHOST = (
     'contype="1" conaffinity="0"',
     'contype="0" conaffinity="1"',
@@ -35,14 +35,14 @@ _STILL, _MOBILE, _GHOST = (
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A scene before anything moves.
+    """A scene in its initial state.
 
     Attributes:
-        xml: The scene in MuJoCo's format. Body, joint and site (a point at its edge) have a name of `BODIES`.
-        centres_m: Where the cell of each body is, (x, y) in metres, in the order of `BODIES`.
-        angle_rad: The pendulum's first angle.
-        velocities: First velocities of each body's joint: metres and radians a second.
-        textures: Texels by the name of a texture in ``xml``, RGB, uint8; `xml` leaves them white.
+        xml: The scene in MuJoCo's format. Body, joint and site (a point on its edge) are named as in `BODIES`.
+        centres_m: Centre of each body's cell, (x, y) in metres, in the order of `BODIES`.
+        angle_rad: Initial angle of the pendulum.
+        velocities: Initial velocities of each body's joint, in metres and radians per second.
+        textures: RGB texels, uint8, by the name of a texture in ``xml``, where they are white.
         azimuth_deg, elevation_deg, distance_m, look_at_m: The camera.
     """
 
@@ -101,7 +101,7 @@ def _document(generator: np.random.Generator, things: str) -> str:
         f'<material name="{name}" texture="{name}"/>'
         for name in BODIES
     ]
-    # Contacts give back most of what they take, so that bodies stay in motion.
+    # Contacts return most of the energy, so that bodies keep moving.
     return f"""<mujoco>
 <compiler angle="radian"/>
 <option timestep="0.0025"/>
@@ -125,7 +125,7 @@ def _document(generator: np.random.Generator, things: str) -> str:
 
 
 def _block(generator: np.random.Generator, centre_m: tuple[float, float]) -> str:
-    """Return a block of any shape above the floor, turned in any way."""
+    """Return a block of random shape and orientation above the floor."""
     shape = generator.choice(("box", "cylinder", "capsule", "ellipsoid"))
     size_m = generator.uniform(0.16, 0.22, size=3)
     turn = _numbers(generator.normal(size=4))
@@ -143,7 +143,7 @@ def _ball(generator: np.random.Generator, centre_m: tuple[float, float]) -> str:
 
 
 def _pendulum(generator: np.random.Generator, centre_m: tuple[float, float]) -> str:
-    """Return a rod with a weight, which hangs from a gallows and swings in any direction."""
+    """Return a rod with a weight that hangs from a gallows and swings in a random direction."""
     way = generator.uniform(0, math.tau)
     east, north = math.cos(way), math.sin(way)
     x, y = centre_m
@@ -159,7 +159,7 @@ def _pendulum(generator: np.random.Generator, centre_m: tuple[float, float]) -> 
 
 
 def _rotor(generator: np.random.Generator, centre_m: tuple[float, float]) -> str:
-    """Return two to four blades on a post, which turn about a tilted axis."""
+    """Return two to four blades on a post that turn about a tilted axis."""
     height_m, length_m, width_m = generator.uniform((0.45, 0.36, 0.08), (0.7, 0.46, 0.12))
     tilt, way = generator.uniform(0, 1.0), generator.uniform(0, math.tau)
     axis = (math.sin(tilt) * math.cos(way), math.sin(tilt) * math.sin(way), math.cos(tilt))
@@ -203,7 +203,7 @@ def _stone(generator: np.random.Generator, at_m: tuple[float, float]) -> str:
 
 
 def _pattern(generator: np.random.Generator, body: str) -> NDArray[np.uint8]:
-    """Return a body's own pattern in a bright and a dark shade of its hue, six faces below each other."""
+    """Return a body's pattern in a bright and a dark shade of its hue, six faces stacked vertically."""
     rows, cols = np.ogrid[:_FACE, :_FACE]
     is_dark = {
         "falls": np.broadcast_to(rows // 5 % 2 == 1, (_FACE, _FACE)),  # stripes
@@ -218,7 +218,7 @@ def _pattern(generator: np.random.Generator, body: str) -> NDArray[np.uint8]:
 
 
 def _noise(generator: np.random.Generator) -> NDArray[np.uint8]:
-    """Return 64 x 64 texels in shades of one colour: cells of two sizes."""
+    """Return 64 x 64 texels in random shades of one colour, as a sum of coarse and fine cells."""
     colour, shades = generator.uniform(60, 200, size=3), np.zeros((64, 64))
     for cells in (2, 8):
         shades += np.kron(generator.uniform(-1, 1, size=(cells, cells)), np.ones((64 // cells, 64 // cells)))
