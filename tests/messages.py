@@ -1,8 +1,8 @@
-"""The texts of `UserError`s: recorded while tests run, written for reading, and checked for their length.
+"""Texts of `UserError`s: recorded while tests run, written to a file for reading, and checked for length.
 
-`pytest --messages FILE` lets every process of the run, forks too, record the texts that the package raises. The end
-of the run writes the distinct ones to FILE, the longest first, and fails if one is too long. Processes that a
-launcher starts are not recorded.
+With `pytest --messages FILE` every process of the run, forks included, records the texts that the package raises.
+At the end the distinct texts are written to FILE, the longest first, and the run fails if one is too long.
+Processes that a launcher starts are not recorded.
 """
 
 import json
@@ -48,12 +48,12 @@ def record_if_asked() -> None:
 
 
 def normalise(text: str) -> str:
-    """Return a text with every absolute folder as /data and every number as N: equal in all runs."""
+    """Replace absolute folders by /data and numbers by N, so that the text is equal in all runs."""
     return re.sub(r"(?<!\w)\d+(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)", "N", re.sub(r"(?:/[^/\s'\"]+)+/", "/data/", text))
 
 
 def count_sentences(text: str) -> int:
-    """Return the number of sentences: one more than the stops before a capital, a backtick or a bracket."""
+    """Count sentences: a stop ends one if a capital, a backtick or a bracket follows."""
     return len(re.findall(r"(?<!\.)(?<!e\.g)[.!?][)'\"]?\s+(?=[A-Z`(])", text)) + 1
 
 
@@ -63,7 +63,7 @@ def is_too_long(text: str) -> bool:
 
 
 def write_report(folder: Path, target: Path) -> list[str]:
-    """Write the texts recorded in a folder, at most a few of each function; return those that are too long."""
+    """Write a folder's recorded texts, at most ``_MAX_SHOWN`` per function; return those that are too long."""
     found: dict[str, set[str]] = defaultdict(set)
     for path in folder.glob("*.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines():

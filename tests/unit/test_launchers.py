@@ -64,7 +64,7 @@ def test_process_that_nobody_launched_goes_on_without_the_one_above(tmp_path: Pa
     members = members_of(launcher)
     launcher.kill()
     launcher.wait()
-    time.sleep(3)  # a launcher's end is noticed within two seconds
+    time.sleep(3)  # a rank notices its launcher's end within two seconds
     try:
         assert alive(members) == members
     finally:

@@ -24,7 +24,7 @@ def test_ratio_to_count_gives_the_paper_counts(ratio: float, count: int) -> None
 def test_ratio_to_count_is_exact_for_every_decimal() -> None:
     for num_tokens in range(1, 400):
         for percent in range(1, 101):
-            expected = num_tokens * percent // 100  # whole numbers only
+            expected = num_tokens * percent // 100  # integer arithmetic is exact
             assert ratio_to_count(num_tokens, percent / 100) == expected
             assert ratio_to_count(num_tokens, percent / 100) == int(num_tokens * Fraction(percent, 100))
 

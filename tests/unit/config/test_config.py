@@ -237,4 +237,4 @@ def test_fine_tuning_recipes_are_those_of_table_8(
     assert data.flip is (name != "ssv2_vit_b_ft")
     assert data.rand_augment is not None and data.rand_augment.startswith("rand-m9-mstd0.5")
     assert (config.views.num_temporal, config.views.num_spatial) == views
-    assert not data.mixes and data.erase_prob == 0 and data.repeats == 1  # not in the table
+    assert not data.mixes and data.erase_prob == 0 and data.repeats == 1  # settings that the table does not list

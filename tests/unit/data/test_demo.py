@@ -91,7 +91,7 @@ def scene(config: DemoConfig, label: int, number: int = 0) -> tuple[np.ndarray, 
 
 @pytest.mark.parametrize("classes", ["motion", "mover"])
 def test_no_single_frame_gives_the_class_away(classes: Any) -> None:
-    """Every frame of one class is, pixel for pixel, a first frame that any other class can start from.
+    """A video of any other class can start with exactly the last frame of this class's video.
 
     Positions are uniform on the wrapped frame, so drift does not change their distribution. Textures, colours and
     order do not depend on the class. So all classes are equally likely, given a frame.

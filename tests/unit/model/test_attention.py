@@ -75,7 +75,7 @@ def test_gpu_backends_agree_forward_and_backward(pair: tuple[str, str], lengths:
 
 
 @pytest.mark.parametrize("head_dim", [64, 80])
-@pytest.mark.parametrize("lengths", [*LENGTHS[:-1], [156, 156], [471, 3, 0, 1, 1568]])  # [1] asks the driver
+@pytest.mark.parametrize("lengths", [*LENGTHS[:-1], [156, 156], [471, 3, 0, 1, 1568]])  # [1] queries the driver
 def test_torchs_kernel_takes_what_it_is_handed(
     lengths: list[int], head_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,6 @@
 """A packed batch of clips of several lengths and sizes against each clip alone, under every budget.
 
-Measured worst case in float32: outputs OUT, gradients GRAD of the largest of each parameter.
+Differences of outputs are absolute, those of gradients relative to each parameter's largest; tests print the worst.
 """
 
 from __future__ import annotations

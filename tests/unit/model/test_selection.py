@@ -243,7 +243,7 @@ def test_same_noise_gives_the_same_choice_on_cpu_and_gpu(case: Any) -> None:
 def plain_selection(
     rule: SelectionRule, grid: TokenGrid, importance: list[float], noise: list[float]
 ) -> tuple[list[int], list[int]]:
-    """The definition of every strategy in plain Python, for one clip."""
+    """Return one clip's selection by the definition of each strategy, in plain Python."""
     places, num_tokens = grid.tokens_per_step, grid.num_tokens
     selected_share, visible_share = (Fraction(str(r)) for r in (rule.selected_ratio, rule.visible_ratio))
 

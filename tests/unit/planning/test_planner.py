@@ -51,7 +51,7 @@ def linear_probe() -> FinetuneConfig:
 def test_parameters_of_a_fine_tuning_are_counted_by_layer() -> None:
     """A recipe does not know its number of classes, so 400 are assumed."""
     config = get_recipe("k400_vit_l_ft")
-    block = 12 * 1024**2 + 12 * 1024  # qkv, proj and the MLP; norms, the two biases of qkv, the other three
+    block = 12 * 1024**2 + 12 * 1024  # matrices; then norms 4, biases of qkv 2, of proj and MLP 6
     head = 2 * 1024 + 1024 * 400 + 400
     counts = count_parameters(config)
     assert counts.total == sum(counts.trained) == 1537 * 1024 + 24 * block + head
@@ -238,12 +238,12 @@ def test_recommendation_follows_its_rule() -> None:
     # zero0 fits and sends less, but resumes on the same number of GPUs only; zero1 sends as much and needs more.
     assert chosen(80) == ("zero2", False, 1)
     assert chosen(16) == ("zero2", False, 1)
-    assert chosen(9)[1:] == (False, 2)  # accumulation before recomputation
+    assert chosen(9)[1:] == (False, 2)  # accumulation is preferred to recomputation
     fitting = [s for s in plan(config, gpus=8, gib=9) if s.checkpointing and s.estimate.total <= 9 * GIB]
     best = recommend(fitting, 9 * GIB)
     assert best is not None
-    assert not best.recomputes_attention  # attention's outputs are kept where they fit
-    assert chosen(3.4)[0] == "zero3_offload"  # only when nothing else fits
+    assert not best.recomputes_attention  # attention's outputs are saved if they fit
+    assert chosen(3.4)[0] == "zero3_offload"  # offloading only if nothing else fits
     assert recommend(plan(config, gpus=8, gib=1), GIB) is None
 
 

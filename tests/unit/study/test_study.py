@@ -164,7 +164,7 @@ def test_table_has_mean_deviation_count_and_the_papers_value_beside() -> None:
     assert [cell.strip() for cell in tube.strip("|").split("|")][1:4] == ["50.0 ± 0.0", "45.0 ± 7.1", "2"]
     assert "Chance is 25%" in text
     assert text.count("Tables 2 and 17") == 1
-    assert "Table 9" not in text  # the baseline alone compares nothing
+    assert "Table 9" not in text  # with the baseline alone there is nothing to compare
 
 
 def test_table_pairs_the_baseline_with_each_condition_by_seed(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_offload_without_its_op_is_refused(change: dict[str, object], message: s
 @pytest.mark.parametrize("key", ["bf16_master_weights_and_grads", "bf16_optimizer_states"])
 def test_master_weights_in_bf16_are_refused_before_anything_is_built(key: str) -> None:
     systems = load_systems(REPOSITORY / "ds_configs" / "zero2.json")
-    check_sections(systems | {"bf16": {"enabled": True, key: False}}, "ds.json")  # DeepSpeed knows the key
+    check_sections(systems | {"bf16": {"enabled": True, key: False}}, "ds.json")  # a key of DeepSpeed's
     with pytest.raises(UserError, match=rf"^ds\.json: bf16\..*{key}.* rounded away; remove both"):
         check_sections(systems | {"bf16": {"enabled": True, key: True}}, "ds.json")
 

@@ -119,7 +119,7 @@ def test_profile_of_real_steps_finds_each_part_and_counts_the_calls_of_one() -> 
     found = profile_step(CPU, step, num_kernels=3)
     assert found.shares is not None
     assert list(found.shares) == list(PARTS)
-    assert sum(found.shares.values()) == pytest.approx(1, abs=3e-4)  # five shares of four digits
+    assert sum(found.shares.values()) == pytest.approx(1, abs=3e-4)  # five shares, rounded to four digits
     assert all(found.shares[part] > 0 for part in ("attention", "linear", "other", "optimiser"))
     assert found.shares["communication"] == 0
     assert found.kernel_launches is None
@@ -159,7 +159,7 @@ def test_calls_and_launches_belong_to_the_phase_in_which_they_begin() -> None:
             host_event("aten::mm", start + 11, start + 20),
             host_event("cuLaunchKernel", start + 12, start + 13),
             host_event("cudaMemsetAsync", start + 14, start + 15),
-            host_event("aten::_foreach_copy_", start + 40, start + 45),  # after the engine, before the update
+            host_event("aten::_foreach_copy_", start + 40, start + 45),  # between the engine's work and the update
             host_event("cudaMemcpyAsync", start + 41, start + 42),
             host_event("aten::add_", start + 71, start + 72),  # after the update: the next step's
             kernel("cudaLaunchKernel", 5.0),

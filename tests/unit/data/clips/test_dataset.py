@@ -134,7 +134,7 @@ def test_unreadable_video_is_replaced_and_named(demo_folder: Path) -> None:
     assert (bad.path, bad.reason, bad.epoch, bad.index) == (str(missing), "no such file", 1, 0)
     assert clip.index != 0
     assert clip.key == SampleKey(1, 0)
-    assert same(clip, dataset[SampleKey(1, 0)])  # the replacement is drawn by key
+    assert same(clip, dataset[SampleKey(1, 0)])  # the replacement depends on the key
     assert ClipBatch.collate([clip, clip]).bad == [bad, bad]
 
 

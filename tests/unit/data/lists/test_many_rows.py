@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 
 NUM_ROWS = 5_000_000
 MOST_CPU_S = 20.0  # measured on a loaded AMD EPYC: 6.2 without windows, 14.8 with them
-MOST_MIB = 1024  # measured: 231 and 489
+MOST_MIB = 1024  # measured: 231 without windows, 489 with them
 
 READ = """
 import dataclasses, json, resource, sys

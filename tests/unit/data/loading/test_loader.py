@@ -139,7 +139,7 @@ def test_clips_of_a_video_are_those_of_each_alone_from_one_decoding(
             assert clip.frames_T.tolist() == alone.frames_T.tolist()
         drawn = {tuple(clip.frames_T.tolist()) for clip in together}
         assert (len(drawn) == 1) == (frames == "shared")
-        assert len({clip.pixels.sum().item() for clip in together if clip.pixels is not None}) > 1  # other crops
+        assert len({clip.pixels.sum().item() for clip in together if clip.pixels is not None}) > 1  # crops differ
 
 
 def test_packed_rows_are_the_rows_in_ninety_bytes_each() -> None:

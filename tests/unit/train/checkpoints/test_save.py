@@ -82,7 +82,7 @@ def test_save_that_dies_leaves_the_previous_one_in_charge(tmp_path: Path) -> Non
     assert names(list_checkpoints(tmp_path)) == ["step-00000005"]
     assert names(unfinished_saves(tmp_path)) == ["tmp-step-00000006"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000005\n"
-    save_checkpoint(FakeEngine(), tmp_path, state(7), ALONE)  # the next save clears up
+    save_checkpoint(FakeEngine(), tmp_path, state(7), ALONE)  # the next save removes leftovers
     assert names(list_checkpoints(tmp_path)) == ["step-00000007", "step-00000005"]
     assert unfinished_saves(tmp_path) == []
 

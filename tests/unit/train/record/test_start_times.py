@@ -42,7 +42,7 @@ def test_first_step_is_recorded_once_and_later_batches_do_not_count(tmp_path: Pa
     callback = FirstStep(log, StartTimes())
     for step in (8, 9):
         callback.on_batch(BATCH)
-        callback.on_batch(BATCH)  # of a second micro-step
+        callback.on_batch(BATCH)  # the batch of a second micro-step
         callback.on_step(step, [torch.zeros(())], RESULT)
     log.close()
     (line,) = read_json_lines(tmp_path / "metrics.jsonl")
