@@ -58,7 +58,7 @@ def test_seconds_where_they_have_no_meaning_are_refused(
     words = ["finetune", "demo_ft", *listed, "--data.sampling", "segment", "--data.sampling-seconds", "0.1"]
     assert "has no effect with data.sampling=segment" in refused(words, capsys)
     words = ["benchmark", "data", "demo", "--lists", str(demo_folder / "train.csv"), "--compare"]
-    assert "leave out one of the two" in refused([*words, "--data.sampling-seconds", "0.1"], capsys)
+    assert "samples by frame numbers" in refused([*words, "--data.sampling-seconds", "0.1"], capsys)
 
 
 def test_benchmark_of_data_reads_in_time(demo_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
