@@ -59,8 +59,8 @@ def needs_resharding(was: TrainState, now: TrainState) -> bool:
         return False  # every process of ZeRO-0 has everything
     raise UserError(
         f"the checkpoint was written by {was.world_size} processes at ZeRO stage {was.zero_stage}; this run has "
-        f"{now.world_size} at stage {now.zero_stage}. Stages 1 to 3 resume as each other on any number of "
-        "processes, stage 0 only as stage 0 and only in float32"
+        f"{now.world_size} at stage {now.zero_stage}. Stages 1 to 3 convert into each other; stage 0 resumes "
+        "only at stage 0 and in float32"
     )
 
 
