@@ -1,4 +1,4 @@
-"""A real browser without a window: what a page requests, what its console says, how wide it is."""
+"""A headless browser: reports a page's requests, console messages and width."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def find_browser() -> str | None:
 
 
 class Browser:
-    """Chromium, spoken to over a pipe by its DevTools protocol.
+    """Chromium, controlled over a pipe with its DevTools protocol.
 
     Attributes:
-        requests: Addresses that the page asked for, its own first.
-        complaints: What its console says, and exceptions.
+        requests: Addresses that the page requested, its own first.
+        complaints: Console messages and exceptions.
     """
 
     def __init__(self, program: str, profile: Path) -> None:
@@ -60,11 +60,11 @@ class Browser:
     ) -> None:
         os.close(self._to)
         os.close(self._from)
-        os.killpg(self._process.pid, signal.SIGKILL)  # its own group, with its helpers
+        os.killpg(self._process.pid, signal.SIGKILL)  # a group with its helper processes
         self._process.wait()
 
     def open(self, path: Path, *, width: int = 1280, dark: bool = False) -> None:
-        """Load a file and wait until all of it is there."""
+        """Load a file and wait until it is complete."""
         self.requests, self.complaints = [], []
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -74,10 +74,10 @@ class Browser:
         until = time.monotonic() + TIMEOUT_S
         while self._loaded == loaded:
             self._note(self._read(until))
-        self.evaluate("new Promise(done => setTimeout(done, 200))")  # what a page asks for late
+        self.evaluate("new Promise(done => setTimeout(done, 200))")  # for late requests
 
     def evaluate(self, expression: str) -> Any:
-        """Return what an expression of JavaScript gives in the page."""
+        """Evaluate a JavaScript expression in the page and return its value."""
         done = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")

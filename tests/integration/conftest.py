@@ -1,4 +1,4 @@
-"""Whole runs that several modules compare with."""
+"""Complete runs that several test modules compare with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.integration.launch import compute, recovery_command
 
 @pytest.fixture(scope="session")
 def uninterrupted(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Whole runs on two processes, by ZeRO stage, made when first asked for."""
+    """Complete runs on two processes, by ZeRO stage, made at first use."""
 
     class Runs(dict[int, Path]):
         def __missing__(self, stage: int) -> Path:

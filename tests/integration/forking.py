@@ -1,11 +1,11 @@
-"""Launches whose processes are forks of one that has imported torch, DeepSpeed and the project.
+"""Launch runs as forks of one process that has already imported torch, DeepSpeed and the project.
 
-To start a process and import all that costs as much as ten steps of a small run, and the deepspeed launcher starts
-two more. What a run computes and refuses depends on neither: tests of that launch here. Tests of launchers, signals
-and kills launch with `launch.launch` or `launch.start`, as users do.
+Starting a process with these imports takes as long as ten steps of a small run, and the deepspeed launcher starts
+two more processes. Neither changes what a run computes or refuses, so tests of these use this module. Tests of
+launchers, signals and kills use `launch.launch` or `launch.start`, as users do.
 
-Run as a program, this is the process that forks. It reads a line of JSON a launch and answers with one of exit
-codes.
+Run as a program, this module is the server that forks. It reads one line of JSON a launch and answers with a line
+of exit codes.
 """
 
 import atexit
@@ -33,8 +33,8 @@ import everest_ds
 from tests.conftest import REPOSITORY
 from tests.messages import record_if_asked
 
-# What runs import besides the modules of the project (the compiler, too: DeepSpeed decorates functions with
-# torch.compile). Of the libraries that read videos the one that starts no threads, which a fork would lose.
+# What runs import besides the modules of the project; the compiler, because DeepSpeed decorates functions with
+# torch.compile. Of the video libraries only the one without threads: a fork would lose them.
 PRELOADED = (
     "av", "deepspeed", "deepspeed.module_inject.auto_ep_layer", "deepspeed.moe.layer", "deepspeed.ops.adam",
     "deepspeed.ops.op_builder.all_ops", "deepspeed.runtime.zero.muon.muon_optimizer", "einops._torch_specific",
@@ -43,23 +43,23 @@ PRELOADED = (
     "torch.utils.serialization", "torch.utils.tensorboard", "torchvision.transforms.v2", "tyro.constructors",
     "typeguard",
 )  # fmt: skip
-# Programs, and what is copied to where transformers is.
+# Not imported: programs, and code that is copied to where transformers is installed.
 NOT_PRELOADED = ("everest_ds.__main__", "everest_ds.model.weights.hub_code")
 
 
 def run_forked(
     words: Sequence[str], *, ranks: Sequence[Mapping[str, str]], folder: Path = REPOSITORY, timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python WORDS` to its end in a process for each rank, and return what all of them printed.
+    """Run `python WORDS` to its end in one process per rank, and return the output of all.
 
     Args:
         words: `-m MODULE ARGUMENTS` or `FILE ARGUMENTS`.
-        ranks: What each process's environment has besides the server's.
-        folder: Where the processes run.
-        timeout_s: After so many seconds everything is killed.
+        ranks: Variables that each process's environment has besides the server's.
+        folder: Working directory of the processes.
+        timeout_s: Everything is killed after this many seconds.
 
     Raises:
-        TimeoutExpired: It took longer.
+        TimeoutExpired: The processes took longer.
     """
     server = _server()
     with tempfile.TemporaryDirectory() as streams:
@@ -76,14 +76,14 @@ def run_forked(
             raise subprocess.TimeoutExpired(list(words), timeout_s, out.read_bytes(), err.read_bytes())
         codes = json.loads(server.stdout.readline())
         failed = [code for code in codes if code]
-        # A rank that was killed because another one had failed says nothing.
+        # Ignore ranks that were killed because another one had failed.
         worst = next((code for code in failed if code != -signal.SIGKILL), failed[0] if failed else 0)
         return subprocess.CompletedProcess(list(words), worst, out.read_text(), err.read_text())
 
 
 @functools.cache
 def _server() -> "subprocess.Popen[str]":
-    """Start the process that forks; it ends with this one."""
+    """Start the server that forks; it ends with this process."""
     from tests.integration.launch import cpu_environment
 
     server = subprocess.Popen(
@@ -106,15 +106,15 @@ def _end(server: "subprocess.Popen[str]") -> None:
 
 
 def serve() -> None:
-    """Fork a launcher for every request until there are no more, and its ranks, which return from here, too."""
+    """Fork a launcher and its ranks for every request until there are no more. Ranks return from here, too."""
     for module in PRELOADED:
         importlib.import_module(module)
     for module in pkgutil.walk_packages(everest_ds.__path__, "everest_ds."):
         if not module.name.startswith(NOT_PRELOADED):
             importlib.import_module(module.name)
-    torch.compile(len)  # makes tables that all compilation needs
+    torch.compile(len)  # builds tables that every compilation needs
     record_if_asked()
-    gc.freeze()  # collections in forks need not walk over all that
+    gc.freeze()  # garbage collection in forks skips these objects
     assert len(os.listdir("/proc/self/task")) == 1
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -136,20 +136,20 @@ def serve() -> None:
 
 
 def wait_for_all(running: dict[int, int]) -> list[int]:
-    """Return the exit code of every rank; once one has failed, the others are killed, as a launcher does."""
+    """Return the exit code of every rank; if one fails, kill the others as a launcher does."""
     codes = [0] * len(running)
     while running:
         pid, status = os.wait()
         codes[running.pop(pid)] = code = os.waitstatus_to_exitcode(status)
         if code and running:
-            time.sleep(0.2)  # a launcher looks every second: the rank that says why has that long
+            time.sleep(0.2)  # a launcher polls once a second: the failed rank has that long to print its message
         for other in running if code else ():
             os.kill(other, signal.SIGKILL)
     return codes
 
 
 def become(request: dict[str, Any], environment: Mapping[str, str]) -> None:
-    """Be the process that was asked for: its streams, its environment, its program."""
+    """Turn this fork into the requested process: set streams and environment, run the program."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for stream, name in ((1, "out"), (2, "err")):
         file = os.open(request[name], flags)

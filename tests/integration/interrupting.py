@@ -14,7 +14,7 @@ import psutil
 
 from tests.integration.launch import start
 
-GONE_WITHIN_S = 30.0  # machines are busy; on an idle one it takes two seconds
+GONE_WITHIN_S = 30.0  # for busy machines; an idle one needs two seconds
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Interrupted:
 
     @property
     def said(self) -> list[str]:
-        """What the project has said of the interruption."""
+        """The project's own lines about the interruption."""
         return [line for line in self.stderr.splitlines() if line.startswith("everest: ")]
 
 
@@ -45,14 +45,14 @@ def interrupt(
     launcher: str = "deepspeed",
     send: Callable[[subprocess.Popen[str]], None] | None = None,
 ) -> Interrupted:
-    """Start a command in a process group of its own, send SIGINT to all of the group, and wait for all to end.
+    """Start a command in its own process group, send SIGINT to the whole group, and wait until all have ended.
 
     Args:
-        arguments: Of `everest`.
+        arguments: Arguments of `everest`.
         when: A condition, or seconds after the start.
-        processes: Of the launch.
+        processes: Number of processes of the launch.
         launcher: deepspeed or torchrun, for several processes.
-        send: Sends something else.
+        send: Replaces sending SIGINT to the group.
     """
     with start(arguments, processes=processes, launcher=launcher, own_group=True) as process:
         wait_until(when, process) if callable(when) else time.sleep(when)
@@ -69,5 +69,5 @@ def interrupt(
 
 
 def partial_files(folder: Path) -> list[Path]:
-    """Files below a folder that are not whole."""
+    """Incomplete files below a folder."""
     return [path for path in folder.rglob("*") if path.name.endswith((".partial", ".tmp"))]

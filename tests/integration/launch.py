@@ -1,4 +1,4 @@
-"""Starts the project: as users do, with the real launchers, or in forks of a warm process for numbers alone."""
+"""Start the project: with the real launchers as users do, or in forks of a warm process if only numbers matter."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start `everest ARGUMENTS`, through the deepspeed launcher or torchrun when there are several processes.
 
-    A prefix is a command that runs the one that follows it. A process group of its own is what Ctrl-C would reach.
-    With one pipe, stderr goes where stdout goes.
+    A prefix is a command that runs the one after it. A process group of its own is what Ctrl-C would reach. With
+    one pipe, stderr is merged into stdout.
     """
     if processes == 1:
         command = [sys.executable, "-m", "everest_ds"]
@@ -90,8 +90,8 @@ def compute(
 ) -> subprocess.CompletedProcess[str]:
     """Run `everest ARGUMENTS`, or another module or file, to its end in forks of a warm process; see `forking`.
 
-    For what a run computes and refuses; `launch` is for how it is launched. As under a launcher, the ranks have a
-    parent of their own.
+    Use it to test what a run computes and refuses; use `launch` to test launching. As under a launcher, the ranks
+    have a common parent.
     """
     shared = {"WORLD_SIZE": str(processes), "LOCAL_SIZE": str(processes)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -104,7 +104,7 @@ def compute(
 def metrics(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
     """The lines of one kind of RUN/metrics.jsonl."""
     text = (run_dir / "metrics.jsonl").read_text()
-    lines = text[: text.rfind("\n") + 1].splitlines()  # a line may be on its way
+    lines = text[: text.rfind("\n") + 1].splitlines()  # the last line may still be being written
     return [line for line in map(json.loads, lines) if line["kind"] == kind]
 
 
@@ -116,7 +116,7 @@ PICTURES = "--run.pictures-every-steps"
 
 
 def flags(demo_folder: Path, out: Path, *extra: str, steps: int = 20) -> list[str]:
-    """The words of a short run of the demo that logs every step and draws nothing."""
+    """Arguments of a short demo run that logs every step and draws no pictures."""
     words = ["pretrain", "demo", "--data.train-list", str(demo_folder / "train.csv"), "--out", str(out)]
     words += ["--run.max-steps", str(steps), "--run.log-every-steps", "1", "--data.num-workers", "0"]
     return [*words, "--precision", "fp32", *([] if PICTURES in extra else [PICTURES, "0"]), *extra]
@@ -133,12 +133,12 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, byte for byte."""
+    """The bytes of every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def recovery_command(demo_folder: Path, out: Path, *extra: str, stage: int = 2) -> list[str]:
-    """The words of a run that saves every two of its twelve steps, three epochs of the list."""
+    """Arguments of a run of twelve steps (three epochs) that saves every second step."""
     words = ["--run.save-every-steps", "2", "--ds-config", ds_config(f"zero{stage}"), *extra]
     return flags(demo_folder, out, *words, steps=RECOVERY_STEPS)
 
@@ -150,7 +150,7 @@ def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def require_same_run(run_dir: Path, expected: Path) -> None:
-    """Same losses and same weights, bit for bit."""
+    """Require bitwise identical losses and weights."""
     assert losses(run_dir) == losses(expected)
     ours, theirs = weights(run_dir, RECOVERY_STEPS), weights(expected, RECOVERY_STEPS)
     assert ours.keys() == theirs.keys()

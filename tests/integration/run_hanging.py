@@ -1,4 +1,4 @@
-"""`everest`, of which one rank hangs, is slow or holds a flipped bit, as the environment says: of test_hangs.py."""
+"""`everest` with a rank that hangs, is slow or has a flipped bit, set by the environment; for test_hangs.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def loop() -> None:
 
 
 def flip_bit(trainer: Trainer) -> None:
-    """Flip the lowest bit of a weight that all ranks hold."""
+    """Flip the lowest bit of a weight that is replicated on all ranks."""
     weight = next(p for p in trainer.engine.module.parameters() if p.numel() > 1)
     weight.data.view(-1)[:1].view(torch.uint8)[0] ^= 1
 
@@ -37,12 +37,12 @@ def flip_bit(trainer: Trainer) -> None:
 IN_FORWARD: dict[str, Callable[[], object]] = {
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "python": loop,
-    "lock": lambda: ctypes.PyDLL(None).sleep(1000),  # in C, with Python's lock
+    "lock": lambda: ctypes.PyDLL(None).sleep(1000),  # in C, while holding the GIL
 }
 
 
 def misbehave(way: str) -> None:
-    """Let something go wrong in this process once it takes step AT, or at every step."""
+    """Inject the fault into this process at step AT, or at every step."""
     step = 0
 
     def before(function: Any, act: Callable[[], object]) -> Any:

@@ -1,7 +1,7 @@
-"""The moving average under DeepSpeed: run by the processes of test_average.py, one line of JSON a case and rank.
+"""The moving average under DeepSpeed; run by test_average.py, reports one line of JSON a case and rank.
 
 Each case trains a tiny model for some steps and averages it twice: with `WeightAverage`, and in plain Python from
-the whole weights after every step. The same steps without an average show whether swapping leaves a trace.
+the full weights after every step. The same steps without an average show whether swapping changes the training.
 """
 
 import sys
@@ -28,7 +28,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def whole_weights(engine: Any) -> Weights:
-    """Every trained parameter as forward reads it: gathered where it is partitioned, else as it lies there."""
+    """Every trained parameter as forward reads it: gathered if it is partitioned."""
     import deepspeed
 
     found = {}
@@ -37,12 +37,12 @@ def whole_weights(engine: Any) -> Weights:
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_tensor")):
                 found[name.removeprefix("model.")] = parameter.detach().clone()
     if any(getattr(p, "ds_persist", False) for p in engine.module.parameters()):
-        engine.optimizer.checkpoint_event_epilogue()  # the context above also released the small ones
+        engine.optimizer.checkpoint_event_epilogue()  # leaving the context above also released the small parameters
     return found
 
 
 def persistent(engine: Any) -> Weights:
-    """The small parameters of ZeRO-3, which stay gathered, as they lie there."""
+    """The small parameters of ZeRO-3, which stay gathered; read in place."""
     named = engine.module.named_parameters()
     small = {name.removeprefix("model."): p for name, p in named if getattr(p, "ds_persist", False)}
     return {name: p.detach().clone() for name, p in small.items() if p.requires_grad}
@@ -57,7 +57,7 @@ def evaluate(engine: Any, clips: torch.Tensor, noise: torch.Tensor) -> float:
 
 
 def plain_loss(weights: Weights, start: Weights, dtype: torch.dtype, inputs: tuple[torch.Tensor, ...]) -> float:
-    """The loss of a model outside DeepSpeed that has been given those weights."""
+    """The loss of a model outside DeepSpeed with these weights."""
     task = PretrainTask(CONFIG)
     task.load_state_dict(start)
     task.model.load_state_dict(weights, strict=False)
@@ -131,7 +131,7 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
         seen["bytes"] = sum(tensor.nbytes for tensor in average._slices.values())
         seen["parameters"] = sum(tensor.numel() for tensor in saved.values())
         fresh = WeightAverage(engine, DECAY)
-        for other in sorted(folder.parent.glob("[0-3]:*/ema.safetensors")):  # of the cases before this one, too
+        for other in sorted(folder.parent.glob("[0-3]:*/ema.safetensors")):  # also those of earlier cases
             again = folder.parent / f"again {folder.name}, {other.parent.name}"
             again.mkdir(exist_ok=True)
             fresh.load(other.parent)

@@ -1,8 +1,7 @@
-"""Several commands in one process, which imports torch and DeepSpeed once: run by `scanning.run_in_turn`.
+"""Several commands in one process that imports torch and DeepSpeed once; run by `scanning.run_in_turn`.
 
-What one command leaves behind, the next one finds; so this is for commands that are measured or refused, not for
-runs. Stages that `--sweep-stages` measures in processes of their own are measured here too. One line a command,
-with its exit code and what it printed.
+Commands share the state of the process, so this is only for commands that measure or are refused, not for runs.
+`--sweep-stages` also measures its stages in this process. Reports a line a command, with its exit code and output.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from tests.integration.scanning import report
 
 
 def run(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run one command as far as a process of its own would."""
+    """Run one command as if it had its own process."""
     stdout, stderr = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
@@ -36,7 +35,7 @@ def run(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def stay(code: int, *, at_once: bool = False) -> int:
-    """Return an exit code to the caller, where a process of its own would end."""
+    """Return an exit code to the caller instead of ending the process."""
     return code
 
 
@@ -46,8 +45,8 @@ def main(commands: Sequence[Sequence[str]]) -> None:
     distributed.finish = lambda: None  # DeepSpeed cannot begin a second group in the same process
     dispatch._leave = stay
     sharding_sweep._run = lambda command, gpus: run(command[command.index("everest_ds") + 1 :])
-    timing.PROFILED_STEPS = 1  # to read a profile takes a second a step
-    compilation.COMPILE_BACKEND = "aot_eager"  # what inductor makes of it is tested elsewhere
+    timing.PROFILED_STEPS = 1  # reading a profile takes a second a step
+    compilation.COMPILE_BACKEND = "aot_eager"  # other tests compile with inductor
     seen = [run(words) for words in commands]
     for done in seen:
         report(returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)

@@ -1,7 +1,7 @@
-"""Two steps at every stage and precision, saved and exported: run by the processes of test_weights.py.
+"""Two steps at every stage and precision, saved and exported; run by test_weights.py.
 
-One line a case, from rank zero: whether the file has the float32 weights that the optimiser holds, and whether all
-of them are bfloat16 numbers written as float32.
+Rank zero reports one line a case: whether the file has the optimiser's float32 weights, and whether all of them are
+bfloat16 values stored as float32.
 """
 
 import sys
@@ -29,7 +29,7 @@ PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "bf16")
 
 
 def live_weights(engine: Any, stage: int, precision: str) -> dict[str, torch.Tensor]:
-    """The float32 weights as the optimiser holds them; a collective operation."""
+    """The optimiser's float32 weights; a collective operation."""
     names = {p: name.removeprefix("model.") for name, p in engine.module.named_parameters()}
     if stage:
         return {name: safe_get_full_fp32_param(p) for p, name in names.items()}

@@ -1,8 +1,8 @@
-"""Flat gradients beside DeepSpeed's own path, step by step: run by the processes of test_gradients.py.
+"""Flat gradients against DeepSpeed's own path, step by step; run by test_gradients.py.
 
-`STEPS CASE...`, a case being STAGE,PRECISION,KIND; and KINDS says what a kind of run has
-besides. One line for each case, from rank zero: losses and gradient norms of both paths, and the largest difference
-of any weight or optimiser state on any rank at the end.
+Arguments: `STEPS CASE...`. A case is STAGE,PRECISION,KIND; KINDS lists the options of each kind of run. Rank zero
+reports one line a case: losses and gradient norms of both paths, and the largest final difference of any weight or
+optimiser state on any rank.
 """
 
 import functools
@@ -24,7 +24,7 @@ from tests.conftest import REPOSITORY
 from tests.integration.scanning import report, run_scan
 
 EDGE, FRAMES, CLASSES, LEARNING_RATE = 32, 4, 5, 1e-3
-# Micro-batches of a step, the norm that clips, whether a step is spoiled.
+# Micro-batches a step, the clipping norm, and whether one step gets a non-finite gradient.
 KINDS = {
     "plain": (1, 0.0, False),
     "accumulation": (3, 0.0, False),
@@ -37,7 +37,7 @@ SPOILED_STEP = 2
 
 
 def make_config(kind: str, world_size: int) -> Config:
-    """A run of the demo's model, of one clip a micro-batch."""
+    """A run of the demo's model with one clip a micro-batch."""
     accumulation, max_norm, _ = KINDS[kind]
     batch = BatchConfig(global_size=accumulation * world_size, micro_size=1)
     if kind in ("finetune", "frozen"):
@@ -93,13 +93,13 @@ class Side:
             self.average.update(result.applied)
 
     def find_addresses(self) -> list[int]:
-        """Where a captured graph finds the weights."""
+        """Addresses at which a captured graph reads the weights."""
         return [weight.data_ptr() for weight in self.task.parameters()]
 
     def stays_in_place(self) -> tuple[bool, int]:
-        """Whether all changes of the weights were made in place, and how many nodes of backward are kept.
+        """Whether all weights kept their addresses, and how many still have an autograd node.
 
-        A node of backward that outlives its pass would belong to the stream of an eager step, too.
+        An autograd node that outlives its pass would also belong to the stream of an eager step.
         """
         if self.average is not None:
             with self.average.swapped():
@@ -108,7 +108,7 @@ class Side:
         return self.addresses == self.find_addresses(), len(kept)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Weights, averages, and all that the optimiser keeps on this rank."""
+        """Weights, averages and all optimiser states of this rank."""
         found = {f"weight {name}": p.detach() for name, p in self.engine.module.named_parameters()}
         if self.average is not None:
             found |= {f"average {name}": tensor for name, tensor in self.average.whole()}
@@ -121,7 +121,7 @@ class Side:
 
 
 def _has_node(weight: torch.Tensor) -> bool:
-    """Return whether something keeps the node that accumulates a weight's gradient: it remembers a mark."""
+    """Return whether a weight's gradient accumulator is still alive: a new one has no mark."""
 
     def node() -> Any:
         return weight.expand_as(weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
@@ -171,10 +171,10 @@ def run_case(case: str, steps: int, world: distributed.World, device: torch.devi
 
 
 def sum_in_rank_order() -> None:
-    """Add up in the order of ranks, wherever a number lies in a tensor.
+    """Sum in the order of ranks, independent of an element's position in the tensor.
 
-    Gloo adds up a tensor in pieces, each in an order of its own, so sums of more than two numbers are rounded
-    otherwise where tensors are put together otherwise.
+    Gloo sums a tensor in pieces, each in its own order. Sums of more than two numbers are therefore rounded
+    differently if tensors are packed differently.
     """
     dist = torch.distributed
     gloos = dist.all_reduce

@@ -1,6 +1,7 @@
-"""Losses of a demo pre-training with every fast path on, or all off: run by test_loss_curves.py.
+"""Losses of a demo pre-training with all fast paths on, or all off; run by test_loss_curves.py.
 
-One process, DeepSpeed's engine at ZeRO-2, clips of drifting textures made here. One line of losses a precision.
+One process with DeepSpeed's engine at ZeRO-2 trains on generated clips of drifting textures. Reports one line of
+losses a precision.
 """
 
 import itertools
@@ -36,7 +37,7 @@ PATHS = {
 
 
 def choose_ways(paths: str) -> None:
-    """Turn on or off what is fast and no setting: how GPUs rank, and the fused step that waits for nothing."""
+    """Turn on or off the fast paths without a setting: ranking on GPUs, and the fused step without waits."""
     if paths == "on":
         tubelets.has_exact_matmul = lambda device: True  # type: ignore[assignment]
         return
@@ -62,7 +63,7 @@ def make_batches(num_noise: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def train(paths: str, precision: str, steps: int, world: distributed.World, device: torch.device) -> list[float]:
-    """Train from the same weights on the same batches as any other call, and return the losses."""
+    """Train from the same weights on the same batches in every call, and return the losses."""
     config = get_recipe("demo")
     assert isinstance(config, PretrainConfig)
     config = replace(

@@ -1,6 +1,6 @@
-"""A good step and one of NaN gradients on the last rank, at every stage: run by the processes of test_training.py.
+"""A good step and one with NaN gradients on the last rank, at every stage; run by test_training.py.
 
-For each precision, stage and rank one line with the result of the second step.
+Reports the result of the second step, one line for each precision, stage and rank.
 """
 
 import math
@@ -21,7 +21,7 @@ from tests.integration.scanning import report, run_scan
 
 
 class Task(torch.nn.Module):
-    """One layer, trained to give zeros."""
+    """One layer, trained to output zeros."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""A few steps at every ZeRO stage in one precision: run by the processes of test_precision.py.
+"""A few steps at every ZeRO stage in one precision; run by test_precision.py.
 
-One line for each stage, from rank zero: losses, gradient norms, and the dtypes of weights as layers see
-them and of the gradients and weights that travel.
+Rank zero reports one line a stage: losses, gradient norms, and the dtypes of weights as layers see them and of the
+gradients and weights that are communicated.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from everest_ds.train.tasks import make_task
 from tests.integration.scanning import report, run_scan
 
 CLIPS, STEPS, LEARNING_RATE = 8, 4, 1e-3
-# Scalars travel too: norms, losses, whether a gradient is finite.
+# Smaller tensors are scalars: norms, losses, whether a gradient is finite.
 LEAST_ELEMENTS = 100
 
 
@@ -63,7 +63,7 @@ def watch_collectives(seen: set[str]) -> Iterator[None]:
 def run_stage(
     config: PretrainConfig, ds_config: dict[str, Any], world: distributed.World, device: torch.device
 ) -> dict[str, Any]:
-    """Take the steps and return what was seen."""
+    """Take the steps and return the figures."""
     sent: set[str] = set()
     weights: set[str] = set()
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
-"""A few steps at ZeRO-3 under each way of recomputation: run by the processes of test_recomputation.py.
+"""A few steps at ZeRO-3 with each kind of recomputation; run by test_recomputation.py.
 
-One line a case and rank, with the losses and a sum over the gathered weights, which all gradients are in.
+Reports one line a case and rank: the losses and a sum over the gathered weights, which depends on all gradients.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ RECOMPUTED = {"nothing": (False, True), "all but attention": (True, False), "all
 STEPS = 3
 MICRO_SIZE = 2
 NUM_CLASSES = 3
-# Small parameters too are partitioned, so that a weight that is read outside of its module is missing.
+# Partition small parameters too, so that a weight that is read outside its module is missing.
 SYSTEMS = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 
@@ -49,7 +49,7 @@ def make_inputs(config: Config, generator: torch.Generator) -> tuple[torch.Tenso
 def run_case(
     config: Config, precision: PrecisionName, world: distributed.World, device: torch.device
 ) -> list[float]:
-    """Take steps and return their losses, and at last the sum of all weights' magnitudes."""
+    """Take steps; return their losses, followed by the sum of all weights' magnitudes."""
     import deepspeed
 
     ds_config = engines.resolve_ds_config(
@@ -73,7 +73,7 @@ def run_case(
 
 
 def main(world: distributed.World, device: torch.device) -> None:
-    """Run both tasks, one in float32 and one in bf16, under each way of recomputation."""
+    """Run both tasks, one in float32 and one in bf16, with each kind of recomputation."""
     cases: dict[str, PrecisionName] = {"demo": "fp32", "demo_ft": "bf16"}
     for recipe, precision in cases.items():
         config = make_config(recipe, world.size)

@@ -1,9 +1,9 @@
-"""What DeepSpeed holds: run by the processes of test_memory.py, one line a case and rank.
+"""Memory of DeepSpeed's states; run by test_memory.py, reports one line a case and rank.
 
-After a backward pass, before the step, all live tensors of the process are collected and the bytes of their
-storages added up, each once: by the garbage collector and not by DeepSpeed's attributes, so that nothing is
-overlooked. Buckets are known by what the optimiser points to and are counted apart. What was there before the
-first case is frozen, so that the collector need not walk over it.
+Between a backward pass and its step, the bytes of the storages of all live tensors are added up. Tensors are found
+with the garbage collector and not with DeepSpeed's attributes, so that none is missed. Buckets are those that the
+optimiser refers to; they are counted separately. Objects from before the first case are frozen, so that the
+collector skips them.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from everest_ds.train.step.updater import make_updater
 from everest_ds.train.tasks import make_task
 from tests.integration.scanning import report, run_scan
 
-# ViT-S with its decoder over small clips: 24 M parameters, and activations that do not count.
+# ViT-S with its decoder on small clips: 24 M parameters and negligible activations.
 ACCUMULATION = 2
 CONFIG = replace(
     get_recipe("k400_vit_s"),
@@ -54,11 +54,11 @@ CONFIGS = {
 }
 BUCKET = 5_000_000
 NUM_LOOKS, LOOK_EVERY_S = 4, 0.1
-BUSY_S = 30.0  # for so long at most other threads are waited for
+BUSY_S = 30.0  # at most this long to wait for other threads
 
 
 def storages() -> dict[int, int]:
-    """Address and bytes of every storage that a live tensor, or the gradient of one, points to."""
+    """Address and bytes of every storage of a live tensor or of its gradient."""
     gc.collect()
     found = {}
     for item in gc.get_objects():
@@ -82,7 +82,7 @@ def buckets(optimizer: Any) -> set[int]:
 
 @contextlib.contextmanager
 def watch_step(engine: Any, look: Callable[[], None]) -> Iterator[None]:
-    """Look while gradients that are reduced after backward travel, and around the update itself."""
+    """Measure while gradients are reduced after backward, and around the update itself."""
     import deepspeed.comm.comm as comm
 
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
@@ -108,7 +108,7 @@ def watch_step(engine: Any, look: Callable[[], None]) -> Iterator[None]:
 
 
 def others_are_running() -> bool:
-    """Whether another thread of this process runs or waits for a core."""
+    """Whether another thread of this process runs or is ready to run."""
     own, states = threading.get_native_id(), []
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # it has just ended
@@ -118,7 +118,7 @@ def others_are_running() -> bool:
 
 
 def others(config: Config) -> tuple[torch.Tensor, ...]:
-    """What a task takes besides one clip: noise, or a label and noise."""
+    """The inputs of a task besides one clip: noise, or a label and noise."""
     if isinstance(config, FinetuneConfig):
         values = 2 * 12 if config.model.drop_path else 0
         return torch.zeros(1, dtype=torch.int64), torch.rand(1, values)
@@ -127,7 +127,7 @@ def others(config: Config) -> tuple[torch.Tensor, ...]:
 
 
 def run_case(config: Config, ds_config: dict[str, Any], device: torch.device) -> dict[str, int]:
-    """Take a step, go through a second one up to its update, and return what was held on the way."""
+    """Take one step and a second one up to its update; return the memory in use on the way."""
     before = set(storages())
     torch.manual_seed(0)
     engine = engines.build_engine(make_task(config), config, ds_config, device)
@@ -148,7 +148,7 @@ def run_case(config: Config, ds_config: dict[str, Any], device: torch.device) ->
         seen[moment] = max(seen[moment], held())
 
     def note_states() -> None:
-        """Look several times: the thread of a reduction that is done holds its bucket until it has a core again."""
+        """Measure several times: the thread of a finished reduction keeps its bucket until it runs again."""
         distributed.barrier()
         looks, until = [], time.monotonic() + BUSY_S
         while len(looks) < NUM_LOOKS:
@@ -165,7 +165,7 @@ def run_case(config: Config, ds_config: dict[str, Any], device: torch.device) ->
             note_states()
         updater.step()
 
-    for _ in range(engine.gradient_accumulation_steps()):  # the first step makes the optimiser's states
+    for _ in range(engine.gradient_accumulation_steps()):  # the first step creates the optimiser's states
         micro_step(is_watched=False)
     with watch_step(engine, lambda: note("step")):
         for _ in range(engine.gradient_accumulation_steps()):
@@ -175,7 +175,7 @@ def run_case(config: Config, ds_config: dict[str, Any], device: torch.device) ->
 
 
 def main(world: distributed.World, device: torch.device) -> None:
-    """Run each case, FILE:PRECISION, and whatever differs of CONFIG, GRADIENTS and micro-batches a step."""
+    """Run each case: FILE:PRECISION, then overrides of CONFIG, GRADIENTS and micro-batches a step."""
     folder, cases = Path(sys.argv[1]), sys.argv[2:]
     gc.collect()
     gc.freeze()

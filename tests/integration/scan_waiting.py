@@ -1,8 +1,8 @@
-"""Whether a training loop waits for its device between lines of metrics: run by test_waiting.py.
+"""Whether a training loop waits for its device between lines of metrics; run by test_waiting.py.
 
-One process. On a CPU a wait shows as an operator that hands the host a value of a tensor, or as a call of the
-accelerator's `synchronize`; on a GPU torch makes it an error besides. The first step, in which DeepSpeed sets
-itself up, may wait. For each case one line: waits between lines by step, and the lines of metrics.jsonl.
+One process. On a CPU a wait is an operator that gives the host a value of a tensor, or a call of the accelerator's
+`synchronize`; on a GPU, torch also raises an error. The first step may wait: DeepSpeed sets itself up in it.
+Reports one line a case: waits between lines by step, and the lines of metrics.jsonl.
 """
 
 import json
@@ -34,12 +34,12 @@ from everest_ds.train.tasks import PretrainTask
 from tests.integration.scanning import report, run_scan
 
 STEPS, LOG_EVERY, POISONED = 7, 3, 5
-# Operators that need a tensor's values on the host, or whose results' shapes do.
+# Operators that need a tensor's values on the host, for their result or for its shape.
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"}
 
 
 class Waits(TorchDispatchMode):
-    """Collects waits while it is listening."""
+    """Collects waits between calls of `listen`."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -49,18 +49,18 @@ class Waits(TorchDispatchMode):
         get_accelerator().synchronize = lambda *given: self.note("synchronize")
 
     def listen(self, listening: bool) -> None:
-        """Begin or cease to listen."""
+        """Start or stop collecting."""
         self.listening = listening
         if self.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("error" if listening else "default")
 
     def note(self, what: str) -> None:
-        """Write down a wait."""
+        """Record a wait."""
         if self.listening:
             self.seen.append(what)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator, and look at its name."""
+        """Run an operator; record it if it waits."""
         name = func._schema.name.removeprefix("aten::")
         if name in WAITING:
             self.note(name)
@@ -68,19 +68,19 @@ class Waits(TorchDispatchMode):
 
 
 class PoisonedTask(PretrainTask):
-    """Its loss is not a number in one step."""
+    """A task whose loss is NaN in one step."""
 
     forwards = 0
 
     def forward(self, clips_BCTHW: Tensor, noise_BS: Tensor) -> Tensor:
-        """Return the loss of a micro-batch, of two a step."""
+        """Return the loss of a micro-batch; a step has two."""
         self.forwards += 1
         loss = super().forward(clips_BCTHW, noise_BS)
         return loss * float("nan") if self.forwards == 2 * POISONED else loss
 
 
 class ListeningTrainer(Trainer):
-    """A trainer whose lines may wait."""
+    """A trainer that collects waits within steps, but not while it writes a line."""
 
     waits: Waits
     by_step: dict[int, list[str]]
@@ -94,7 +94,7 @@ class ListeningTrainer(Trainer):
 
 
 def train(case: str, world: distributed.World, device: torch.device, folder: Path) -> dict[str, Any]:
-    """Train one case, written stage:precision:clip, and return what was seen."""
+    """Train one case, STAGE:PRECISION:CLIP, and return its figures."""
     stage, precision, max_norm = case.split(":")
     config = get_recipe("demo")
     assert isinstance(config, PretrainConfig)
@@ -142,7 +142,7 @@ def train(case: str, world: distributed.World, device: torch.device, folder: Pat
 
 
 def main(world: distributed.World, device: torch.device) -> None:
-    """Train all cases and report what was seen."""
+    """Train all cases and report their figures."""
     folder, cases = Path(sys.argv[1]), sys.argv[2:]
     for case in cases:
         out = folder / case

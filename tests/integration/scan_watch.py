@@ -1,7 +1,7 @@
-"""What watching a run costs, beside the same step without it, interleaved: run by the processes of test_hangs.py.
+"""Cost of watching a run, interleaved with the same step without it; run by test_hangs.py.
 
-One line a rank: milliseconds of the clock and of this thread's CPU, medians over the steps. `signs` is what a rank
-writes every five seconds and reads where it is late; it is done once a step here.
+Reports one line a rank: medians over the steps of wall time and of this thread's CPU time, in milliseconds. `signs`
+are what a rank writes every five seconds and reads if it is late; here that is done in every step.
 """
 
 import statistics

@@ -1,6 +1,6 @@
-"""Programs that tests run for figures that only processes of their own can take: the `scan_*.py` beside this file.
+"""Run the programs `scan_*.py`, which measure in separate processes, and collect their figures.
 
-A program calls `report` for every line of figures and ends with `run_scan`; a test calls `scan` and gets the lines.
+A program calls `report` for every line of figures and ends with `run_scan`. A test calls `scan` and gets the lines.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MARK = "SEEN "
 
 
 def report(**figures: Any) -> None:
-    """Hand figures to the test, in one write: several processes share the stream."""
+    """Send figures to the test in a single write, because several processes share the stream."""
     sys.stdout.write(f"{MARK}{json.dumps(figures)}\n")
     sys.stdout.flush()
 
@@ -60,7 +60,7 @@ def scan(
 
 
 def run_in_turn(commands: Sequence[Sequence[str]], folder: Path) -> list[subprocess.CompletedProcess[str]]:
-    """Run several `everest` commands in one process whose working directory is a folder; see `scan_commands`."""
+    """Run several `everest` commands in one process, with ``folder`` as working directory; see `scan_commands`."""
     seen = scan("commands", json.dumps([list(one) for one in commands]), folder=folder)
     return [subprocess.CompletedProcess(one, **found) for one, found in zip(commands, seen, strict=True)]
 

@@ -8,9 +8,9 @@ import pytest
 
 from tests.integration.scanning import scan
 
-# The average against one in float64, relative to the value plus 1e-3: measured 1.6e-6.
+# Difference from an average in float64, relative to the value plus 1e-3: measured 1.6e-6.
 AVERAGE_RTOL = 1e-5
-# The loss inside the swap against that of a model without DeepSpeed: measured identical in float32 and in bfloat16.
+# Loss inside the swap against a model without DeepSpeed: measured identical in float32 and bfloat16.
 LOSS_RTOL = {"fp32": 1e-6, "bf16": 1e-6}
 
 DEFAULT_CASES = ["2:fp32", "3:bf16"]
@@ -22,7 +22,7 @@ OTHER_CASES = ["0:fp32", "0:bf16", "1:bf16", "2:bf16", "3:fp32"]
     [
         pytest.param(DEFAULT_CASES, (2,), id="default"),
         pytest.param(OTHER_CASES, (2,), id="others", marks=pytest.mark.slow),
-        # One process loads what two have saved, and the other way round.
+        # One process loads what two processes saved, and the other way round.
         pytest.param(["3:fp32", "2:fp32"], (2, 1, 2), id="other worlds", marks=pytest.mark.slow),
     ],
 )
@@ -41,7 +41,7 @@ def test_average_is_that_of_plain_arithmetic_and_swapping_leaves_no_trace(
             for inside, plain in line["losses"]:
                 assert inside == pytest.approx(plain, rel=LOSS_RTOL[line["case"].split(":")[1]])
             assert line["traceless"]
-            # After both swaps, gathered and as it lies there; and what was loaded from every case so far.
+            # After both swaps, gathered and in place; and what was loaded from every case so far.
             assert len(line["restored"]) >= 5
             assert all(line["restored"])
             assert (line["small"] > 0) == line["case"].startswith("3")

@@ -1,4 +1,4 @@
-"""Faults of the user: one clear message, exit code 2, on every rank, no traceback, before anything is started."""
+"""Users' mistakes: one clear message, exit code 2 on every rank, no traceback, before anything is started."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ def test_all_ranks_exit_with_2_and_one_of_them_speaks(flags: list[str], message:
         for rank in range(2)
     ]
     said = [" ".join("".join(rank.communicate(timeout=120)).split()) for rank in ranks]
-    said = [text.removeprefix(LOADING).strip() for text in said]  # of rank zero, where it comes that far
+    said = [text.removeprefix(LOADING).strip() for text in said]  # of rank zero, if it gets that far
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert sorted(bool(text) for text in said) == [False, True], said
     assert message in "".join(said)

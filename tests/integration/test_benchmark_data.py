@@ -1,4 +1,4 @@
-"""`everest benchmark data`: the records and the table it prints, and what it refuses. No figure is asserted on."""
+"""`everest benchmark data`: its records and table, and what it refuses. Speeds are not checked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def records(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[dict[s
 
 @pytest.fixture
 def ramps(tmp_path: Path) -> Path:
-    """A list of ramps, a file that is missing and one that is no video."""
+    """A list of ramps, a missing file and a file that is not a video."""
     for name in "abc":
         write_ramp(tmp_path / f"{name}.mp4")
     (tmp_path / "noise.mp4").write_bytes(b"no video at all" * 50)
@@ -90,7 +90,7 @@ def test_fine_tuning_clips_are_measured_with_their_augmentation(
 ) -> None:
     words = ["demo_ft", "--data.train-list", str(demo_folder / "train.csv"), "--rounds", "1", "--clips", "3"]
     words += ["--data.mixup-alpha", "0.8", "--data.erase-prob", "1", "--workers"]
-    (one,) = records([*words, "--data.reader", "pyav"], capsys)  # the run's reader, where none is named
+    (one,) = records([*words, "--data.reader", "pyav"], capsys)  # the run's reader, if none is named
     assert (one["way"], one["videos"], one["ratio_to_official"]) == ("pyav", 3, None)
     assert "--compare" in refused(["benchmark", "data", *words, "--compare"], capsys)
 

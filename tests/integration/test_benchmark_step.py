@@ -1,4 +1,4 @@
-"""`everest benchmark step` as users start it: real steps on one and two processes, and stages."""
+"""`everest benchmark step` as users start it: real steps on one and two processes, and all stages."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def test_line_of_real_steps_is_whole_and_consistent(processes: int) -> None:
             assert line[name] is None
 
 
-# At most so many aten calls a step of ViT-L's 24 and 4 blocks in bf16, one process: measured (torch 2.14) and 3 %,
-# at ZeRO-1 and 2 the goal (measured 8,937).
-# DeepSpeed's own path makes 35,394, 13,765 and 27,205 at ZeRO-0, 1 and 2.
+# Limits of the aten calls a step of ViT-L (24 and 4 blocks) in bf16 on one process: the number measured with torch
+# 2.14 plus 3 %; at ZeRO-1 and 2 the goal (measured 8,937).
+# DeepSpeed's own path makes 35,394, 13,765 and 27,205 calls at ZeRO-0, 1 and 2.
 CALLS = {"zero0": 12_640, "zero1": 9_000, "zero2": 9_000, "zero3": 26_070}
 
 
@@ -141,7 +141,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def test_one_process_without_memory_ends_all_and_says_so(tmp_path: Path) -> None:
-    """The other one waits for it in a collective operation; without its exit that would last for ever."""
+    """The other process waits for it in a collective operation, for ever if the first did not exit."""
     script = tmp_path / "script.py"
     script.write_text(OUT_OF_MEMORY_ON_RANK_1)
     words = shlex.split(f"benchmark step demo {SMALL} {FEW} --micro-batch 1 2 4 --json")
@@ -169,7 +169,7 @@ def test_stage_is_measured_on_all_processes_and_written(tmp_path: Path) -> None:
 
 
 def test_stage_that_cannot_be_measured_is_named(tmp_path: Path) -> None:
-    """An attention backend that a CPU has not: every stage fails alike, with its own words."""
+    """An attention backend that needs a GPU: every stage fails and is named."""
     words = f"benchmark step demo {SMALL} {FEW} --sweep-stages --stages zero1 --model.attention flash"
     done = compute([*shlex.split(words), "--out", tmp_path / "x.json"])
     assert done.returncode == 2

@@ -1,6 +1,6 @@
 """The commands of docs/notes/goals.md, which measure a GPU: parsed as written, and run on a CPU with a small model.
 
-The table is read from the file itself, so that no row outlives an option or a recipe.
+The table is read from the file, so that a row with a removed option or recipe fails.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def words_of(command: str) -> list[str]:
 
 
 def values_of(words: list[str], name: str) -> list[str]:
-    """What follows an option, up to the next one; nothing where it is not there."""
+    """The values of an option, up to the next option; empty if it is absent."""
     if name not in words:
         return []
     after = words[words.index(name) + 1 :]
@@ -51,7 +51,7 @@ def without(words: list[str], name: str) -> list[str]:
 
 
 def small(command: str) -> list[str]:
-    """The words of a command for a CPU: one small size, and no limit on a GPU's memory."""
+    """The words of a command changed for a CPU: one small size, and no limit on GPU memory."""
     words = words_of(command)
     if words[0] == "plan":
         return words
@@ -62,7 +62,7 @@ def small(command: str) -> list[str]:
 
 
 def distinct(commands: list[str]) -> list[str]:
-    """The first of those that differ, made small, by nothing but the size in their recipe's name."""
+    """The commands whose small versions differ in more than the recipe; the first of those that do not."""
     return list(
         {tuple(small(command)[:2] + small(command)[3:]): command for command in reversed(commands)}.values()
     )
@@ -83,7 +83,7 @@ def test_every_row_says_what_is_wanted_and_whether_it_was_measured() -> None:
 
 @pytest.mark.parametrize("command", STEPS)
 def test_command_is_understood_as_it_stands(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flags, recipe and fields, and that the options go together."""
+    """Flags, recipe and fields are known, and the options fit together."""
     seen: list[StepJob] = []
     monkeypatch.setattr("everest_ds.benchmark.steps.step.run", lambda job, world: seen.append(job) or 0)
     words = words_of(command)
@@ -100,7 +100,7 @@ def test_command_is_understood_as_it_stands(command: str, monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
-    """The commands, made small, and two that must fail, all in one process."""
+    """The small versions of the commands, and two that must fail, run in one process."""
     commands = {command: small(command) for command in RUN}
     commands |= {
         "flag": [*small(STEPS[0]), "--no-such-flag", "1"],

@@ -32,7 +32,7 @@ BUDGETS = {
 
 @pytest.fixture(scope="module")
 def whole(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One process with all clips, by budget, made when first asked for."""
+    """Runs of one process with all clips, by budget, made at first use."""
 
     class Runs(dict[str, Path]):
         def __missing__(self, name: str) -> Path:
@@ -63,7 +63,7 @@ def test_two_processes_with_unequal_tokens_equal_one(
 
 
 def test_tokens_are_as_announced(whole: dict[str, Path]) -> None:
-    """Under `batch` every total is exact; under `threshold` it follows the content, within its bound."""
+    """With `batch` every total is exact; with `threshold` it depends on the content, within its bound."""
     config = load_config(whole["threshold"] / "config.json")
     assert isinstance(config, PretrainConfig)
     totals = {

@@ -1,4 +1,4 @@
-"""`everest check-data`: what hangs, crashes or cannot be read is named, and the rest goes on."""
+"""`everest check-data`: names videos that hang, crash or cannot be read, and checks all others."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def probe_or_misbehave(row: VideoRow, settings: ProbeSettings) -> Finding:
 
 @pytest.fixture
 def mixed_list(demo_folder: Path, tmp_path: Path) -> Path:
-    """Ten good videos, one of them twice, and one of each fault."""
+    """Ten good videos, one of them twice, and one video with each fault."""
     good = [row.path for row in read_list(demo_folder / "train.csv")[:10]]
     for name in ("hangs.mp4", "crashes.mp4"):
         (tmp_path / name).write_bytes(good[0].read_bytes())

@@ -1,4 +1,4 @@
-"""The command line as a whole: a freeze of its surface, and each command once."""
+"""The command line: its frozen set of commands and flags, and each command once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from everest_ds.planning.job import PlanOptions
 from everest_ds.recipes import RECIPES
 from everest_ds.train.job import LaunchOptions
 
-# Scripts, notebooks and habits rely on these; changing one is a decision, not an accident.
+# Users' scripts rely on these; change one only on purpose.
 COMMANDS = [
     "doctor", "demo-data", "index", "check-data", "prepare", "recipes", "plan", "pretrain", "finetune", "evaluate",
     "predict", "show", "report", "convert", "study", "benchmark",
@@ -221,7 +221,7 @@ def test_recipes_command_lists_and_resolves(capsys: pytest.CaptureFixture[str]) 
     assert '"gradient_accumulation_steps": 2' in shown
 
 
-# Counted by fvcore's rules on the official models, in GMACs; to be met within 0.1 %.
+# GMACs of the official models by fvcore's rules; tolerance 0.1 %.
 COUNTED = {
     "PT VideoMAE ViT-S, tube 0.9": 11.557, "PT VideoMAE ViT-B, tube 0.9": 35.482,
     "PT VideoMAE ViT-L, tube 0.9": 83.110,
@@ -246,7 +246,7 @@ def test_profiled_cost_is_the_known_one(row: flops.PaperRow) -> None:
     assert macs.paper / 1e9 == pytest.approx(COUNTED[row.name], rel=1e-3)
     if row.gmacs is not None:  # the paper prints one to four digits
         assert macs.paper / 1e9 == pytest.approx(row.gmacs, abs=0.05)
-    # A tube ranks nothing, and this implementation embeds what the encoder sees alone.
+    # A tube selection does not rank tokens, and this implementation embeds only the visible ones.
     tube = row.phase == "pretrain" and row.ratio is None
     assert macs.executed < macs.paper if tube else macs.executed >= macs.paper
 

@@ -1,4 +1,4 @@
-"""Disks that fill up, files that are damaged, pointers that point nowhere: named, and nothing is lost."""
+"""Full disks, damaged files and dangling pointers are named, and no checkpoint is lost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.integration.launch import (
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for two checkpoints of the demo."""
+    """A separate file system with space for two checkpoints of the demo."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)]
@@ -58,7 +58,7 @@ def test_full_disk_is_a_clear_error_and_the_previous_checkpoint_loads(
 def test_quota_that_ends_during_a_save_is_a_clear_error(
     uninterrupted: dict[int, Path], demo_folder: Path, tmp_path: Path
 ) -> None:
-    """Free space says yes and the write says no, as under a quota: here a limit on the size of a file."""
+    """There is free space but writing fails, as under a quota; simulated by a limit on the size of a file."""
     run_dir = tmp_path / "run"
     shutil.copytree(uninterrupted[2], run_dir)
     before = contents(run_dir / "checkpoints")

@@ -1,8 +1,8 @@
-"""README and docs: commands run, links resolve, tables are made from what they describe, nothing is too wide.
+"""README and docs: commands run, links resolve, tables are generated from their sources, no line is too wide.
 
 A block marked `bash` is run, page by page, in a folder with demo videos (`my_videos`, `data`) and two short runs
-(`runs/demo`, `runs/demo_ft`). `bash gpu` and `bash slow` blocks take other machines or minutes: their commands are
-parsed up to the point where work would begin. `bash diff` belongs to the patch above it.
+(`runs/demo`, `runs/demo_ft`). `bash gpu` and `bash slow` blocks need other machines or minutes: their commands are
+parsed up to the point where work would begin. A `bash diff` block belongs to the patch above it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ PARSED = [block for block in BLOCKS if block.kind in ("bash gpu", "bash slow")]
 
 
 def everest_words(command: str) -> list[str] | None:
-    """The words that reach our command line, through a launcher or not."""
+    """The words that reach the `everest` command line, through a launcher or not."""
     words = shlex.split(command)
     if words[0] == "everest":
         return words[1:]
@@ -86,7 +86,7 @@ def test_all_blocks_say_what_they_are() -> None:
     dict.fromkeys(command for block in PARSED for command in block.commands if not command.startswith("demo=")),
 )
 def test_command_for_a_larger_machine_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in takes the place of the work itself; all that is refused before is refused here."""
+    """A stand-in replaces the work itself; all refusals before it still apply."""
     calls: list[tuple[object, ...]] = []
     for work in (
         "benchmark.steps.step.run",
@@ -114,7 +114,7 @@ def test_command_for_a_larger_machine_is_understood(command: str, monkeypatch: p
 
 @pytest.fixture(scope="module")
 def workspace(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages assume: videos, lists, two runs, and the datasets as downloaded."""
+    """What the pages assume: videos, lists, two runs, and datasets as downloaded."""
     root = tmp_path_factory.mktemp("docs")
     for folder in ("ds_configs", "launch"):
         (root / folder).symlink_to(REPOSITORY / folder)
@@ -158,7 +158,7 @@ def workspace(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def copy(workspace: Path, tmp_path: Path) -> Path:
-    """Of its own for each page."""
+    """A copy of the workspace for each page."""
     return Path(shutil.copytree(workspace, tmp_path / "copy", symlinks=True))
 
 
@@ -270,7 +270,7 @@ def test_nothing_needs_a_scrollbar(page: Path) -> None:
     wide = [line for block in blocks_of(page) for line in block.text.splitlines() if len(line) > WIDEST]
     assert wide == []
     rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
-    for above, row in pairwise(rows):  # cells wrap between words alone
+    for above, row in pairwise(rows):  # cells wrap only between words
         cells, before = ([cell.strip() for cell in line.strip("|").split("|")] for line in (row, above))
         words = [max((len(word.strip("`")) for word in cell.split()), default=0) for cell in cells]
         assert len(cells) != len(before) or sum(words) + 3 * len(words) <= WIDEST + 3, row
@@ -292,7 +292,7 @@ def test_readme_draws_the_folders() -> None:
     assert listed == top | {"everest_ds", "docs", "ds_configs", "launch", "tests"}
 
 
-# Rows of the README's table of results; each has its figures from a section of docs/results.md.
+# Rows of the README's table of results, with the section of docs/results.md that has the figures.
 QUOTED = re.findall(r"^\|(.+)\| \[.+\]\(docs/results.md#([\w-]+)\) \|$", PAGES[0].read_text(), flags=re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""`everest doctor`: any failure of a part is a row and an exit code."""
+"""`everest doctor`: every failing part gets a row and sets the exit code."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_doctor_requires_pyav_and_no_other_reader(
     assert "missing: reader pyav" in capsys.readouterr().out
 
 
-# What may be found at the place of a package, and the word for it in its row.
+# Broken variants of a package, and the word for each in its row.
 BROKEN = {
     "raises at import": ("raise RuntimeError('two\\nlines')", "does not import: RuntimeError: two lines"),
     "raises when it is used": ("def open(*given, **named): raise TypeError('no such option')", "no such option"),

@@ -1,4 +1,4 @@
-"""`everest evaluate` and `predict` from outside: the same scores on any number of processes, each row once."""
+"""`everest evaluate` and `predict` as commands: same scores on any number of processes, each row once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NUM_CLASSES = 8
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random classifier of the demo's size under the official names, its head large enough to have opinions."""
+    """A random classifier of the demo's size under the official names; its large head gives distinct logits."""
     config = get_recipe("demo_ft")
     torch.manual_seed(0)
     model = EverestClassifier(
@@ -74,7 +74,7 @@ def read_predictions(out: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def outs(weights: Path, eleven: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The evaluation of the eleven on one, two and three processes, none of which divides eleven."""
+    """The evaluation of the eleven videos on one, two and three processes; two and three do not divide eleven."""
     folder = tmp_path_factory.mktemp("evaluations")
     outs = {size: folder / f"on{size}" for size in (1, 2, 3)}
     for size, out in outs.items():
@@ -93,12 +93,12 @@ def test_summaries_are_identical_on_any_number_of_processes(outs: dict[int, Path
 
 
 def check_files(out: Path, videos: Path) -> None:
-    """Every row once and in order, and a summary that can be counted again from the rows."""
+    """Require every row once and in order, and a summary that agrees with the rows."""
     rows, lines = read_list(videos), read_predictions(out)
     assert [(int(line["row"]), line["path"], int(line["label"])) for line in lines] == [
         (i, str(row.path), row.label) for i, row in enumerate(rows)
     ]
-    assert len({line["top5_probabilities"] for line in lines}) == len(rows)  # twins by name among them
+    assert len({line["top5_probabilities"] for line in lines}) == len(rows)  # two of them have the same name
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
     hits = [line["correct"] == "true" for line in lines]
     assert hits == [line["predicted"] == line["label"] for line in lines]
@@ -137,7 +137,7 @@ def test_unreadable_video_fails_the_evaluation(weights: Path, tmp_path: Path) ->
 def test_official_layout_scores_alike_and_leaves_an_allowed_unreadable_video_out(
     weights: Path, eleven: Path, outs: dict[int, Path], tmp_path: Path
 ) -> None:
-    """The .pth layout of released weights, and a twelfth video that is none."""
+    """The .pth layout of released weights, and a twelfth file that is not a video."""
     official, broken = tmp_path / "official.pth", tmp_path / "broken.mp4"
     write_weights(read_weights(weights), official, "videomae")
     broken.write_bytes(b"no video")
@@ -210,7 +210,7 @@ def test_another_evaluation_is_not_overwritten(
     said = refused(words(weights, eleven, "--out", out, "--num-spatial", "3"), capsys)
     assert "contains an evaluation with another view recipe" in said
     summary = json.loads((out / "summary.json").read_text())
-    require_own(out, summary)  # the same again is welcome
+    require_own(out, summary)  # the same evaluation may be repeated
     (out / "summary.json").write_text("{}")
     assert "was not written by `everest evaluate`" in refused(words(weights, eleven, "--out", out), capsys)
 
@@ -218,7 +218,7 @@ def test_another_evaluation_is_not_overwritten(
 def test_predict_says_of_files_and_folders_what_evaluate_says(
     weights: Path, eleven: Path, outs: dict[int, Path], tmp_path: Path
 ) -> None:
-    """On two processes, with a file that is no video: it is named, the others are done, the exit code is 2."""
+    """On two processes with a file that is not a video: it is named, the others are scored, the exit code is 2."""
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "broken.mp4").write_bytes(b"no video")
@@ -276,7 +276,7 @@ def test_predict_writes_features_that_pretrained_weights_have_too(eleven: Path, 
 
 
 def test_neighbours_of_pretrained_features_recognise_their_own(eleven: Path, tmp_path: Path) -> None:
-    """With the test list as training list each video is its own nearest neighbour: every one is right."""
+    """If the test list is also the training list, each video is its own nearest neighbour: all are right."""
     config = get_recipe("demo")
     torch.manual_seed(0)
     save_file(build_autoencoder(config).state_dict(), tmp_path / "pt.safetensors")

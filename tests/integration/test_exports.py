@@ -1,4 +1,4 @@
-"""A fine-tuned run through `everest convert --to hf` and its neighbours: what is said, written, and refused."""
+"""`everest convert --to hf` and other layouts on a fine-tuned run: output, files and refusals."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def words(lists: Path, out: Path, *extra: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(lists: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two steps that keeps an average and was scored, and its evaluation."""
+    """A finished run of two steps with an average, and its evaluation."""
     out = tmp_path_factory.mktemp("runs") / "run"
     done = compute(words(lists, out))
     assert done.returncode == 0, done.stderr
@@ -103,7 +103,7 @@ def imports_of(path: Path) -> list[str]:
 
 
 def test_average_is_written_where_it_is_asked_for(run: Path, tmp_path: Path) -> None:
-    """Bit for bit what the checkpoint holds, which differs from the weights themselves."""
+    """Bitwise identical to the checkpoint's average, which differs from the weights."""
     (checkpoint,) = (path for path in (run / "checkpoints").iterdir() if path.is_dir())
     average = load_file(checkpoint / AVERAGE)
     for name, layout in (("w.safetensors", "everest"), ("w.pth", "videomae"), ("w", "hf")):
@@ -135,7 +135,7 @@ def test_card_has_valid_front_matter_and_names_no_folders(run: Path, lists: Path
 
 
 def test_card_has_scores_of_the_exported_weights_alone(run: Path, tmp_path: Path) -> None:
-    """All scores of this run are of its average."""
+    """All scores of this run belong to its average."""
     assert main(["convert", str(run), str(tmp_path / "hf"), "--to", "hf"]) == 0
     text = (tmp_path / "hf" / "README.md").read_text()
     assert "None recorded." in text
@@ -158,7 +158,7 @@ def test_evaluation_and_prediction_say_the_keep_ratio(
 def test_use_on_another_share_of_the_tokens_than_in_training_is_noted(
     run: Path, lists: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run, a file of ours and an exported folder know what they were trained on."""
+    """A run, a file of weights and an exported folder record the share that they were trained with."""
     assert main(["convert", str(run), str(tmp_path / "w.safetensors"), "--to", "everest"]) == 0
     assert main(["convert", str(run), str(tmp_path / "hf"), "--to", "hf"]) == 0
     video = str(read_list(lists / "few.csv")[0].path)
@@ -224,7 +224,7 @@ def test_a_file_of_ours_carries_the_selection_of_its_run_along(run: Path, tmp_pa
 def test_file_whose_run_cannot_be_read_is_exported_and_says_so(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A configuration of another version; a recipe may then say what it would have said."""
+    """The configuration is of another version; a recipe can replace it."""
     file, older = tmp_path / "a.safetensors", tmp_path / "older.safetensors"
     assert main(["convert", str(run), str(file), "--to", "everest"]) == 0
     with safe_open(file, "pt") as opened:
@@ -257,7 +257,7 @@ def test_files_have_the_mode_that_the_umask_gives(run: Path, umask: int, tmp_pat
 
 
 def test_files_of_a_run_have_the_mode_that_the_umask_gives(run: Path) -> None:
-    """Its average among them, which is a safetensors file, too."""
+    """The average, which is a safetensors file, is included."""
     current = os.umask(0o022)
     os.umask(current)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in run.rglob("*") if path.is_file()}
@@ -267,7 +267,7 @@ def test_files_of_a_run_have_the_mode_that_the_umask_gives(run: Path) -> None:
 
 @pytest.fixture(scope="module")
 def diverged(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, its checkpoint sealed with a NaN in the weights and in the average."""
+    """The same run with NaN in the weights and in the average of its sealed checkpoint."""
     copy = tmp_path_factory.mktemp("diverged") / "run"
     shutil.copytree(run, copy)
     (checkpoint,) = (path for path in (copy / "checkpoints").iterdir() if path.is_dir())
@@ -364,7 +364,7 @@ def test_local_rank_of_a_launcher_names_its_flag(given: list[str], capsys: pytes
 
 
 def test_local_rank_is_said_once_for_a_launch() -> None:
-    """Two processes of one parent, with the words and variables that deepspeed's launcher gives them."""
+    """Two processes of one parent, with the arguments and variables of the deepspeed launcher."""
     ranks = []
     for rank in ("0", "1"):
         command = [sys.executable, "-m", "everest_ds", f"--local_rank={rank}", "pretrain", "demo"]

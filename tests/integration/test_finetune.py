@@ -1,7 +1,7 @@
-"""Fine-tuning in whole runs: worlds and ZeRO stages against one process, resume, best checkpoint.
+"""Complete fine-tuning runs: worlds and ZeRO stages against one process, resuming, best checkpoint.
 
-Everything that draws is on: drop path, mixup and CutMix, random erasing, repeated sampling, RandAugment; so are
-layer decay and the moving average.
+Everything random is on: drop path, mixup and CutMix, random erasing, repeated sampling, RandAugment. So are layer
+decay and the moving average.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ DRAWS = (
 
 @pytest.fixture(scope="session")
 def labelled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 training videos and 11 for validation: no number of processes divides those."""
+    """48 training videos and 11 for validation, which two processes cannot divide evenly."""
     folder = tmp_path_factory.mktemp("labelled")
     write_demo_data(folder, DemoConfig(train=48, val=11, test=0))
     return folder
 
 
 def finetune(folder: Path, out: Path, *extra: str, steps: int = NUM_STEPS, stage: int = 2) -> list[str]:
-    """The words of a short fine-tuning that logs every step and scores every second one."""
+    """Arguments of a short fine-tuning that logs every step and scores every second one."""
     words = ["finetune", "demo_ft", "--data.train-list", str(folder / "train.csv"), "--out", str(out)]
     words += ["--data.val-list", str(folder / "val.csv"), "--data.num-workers", "0", "--precision", "fp32"]
     words += ["--batch.global-size", "48", "--batch.micro-size", "24", "--run.log-every-steps", "1"]
@@ -129,7 +129,7 @@ def test_going_on_is_bitwise_the_run_without_a_break(alone: Path, labelled_folde
     ours, theirs = (load_file(run / last / "ema.safetensors") for run in (out, alone))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     keep = ("step", "top1", "loss", "best_step", "is_best")
-    shared = [line for line in metrics(out, "val") if line["step"] % 2 == 0]  # the break scored, too
+    shared = [line for line in metrics(out, "val") if line["step"] % 2 == 0]  # scored at the break, too
     assert [{k: line[k] for k in keep[:3]} for line in shared] == [
         {k: line[k] for k in keep[:3]} for line in metrics(alone, "val")
     ]

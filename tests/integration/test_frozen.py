@@ -1,6 +1,6 @@
-"""Frozen weights in checkpoints: written at every ZeRO stage, read whole, and gone on with in another world.
+"""Frozen weights in checkpoints: saved at every ZeRO stage, exported, and resumed in another world.
 
-All runs start from weights of another seed, so that a frozen weight that is not restored is that of a fresh model.
+All runs start from weights of another seed, so that a frozen weight that is not restored differs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RTOL = 1e-6  # losses in another world and stage: measured identical; without re
 def probe(
     folder: Path, out: Path, *extra: str | Path, steps: int, stage: int, precision: str = "fp32"
 ) -> list[str]:
-    """The words of a short linear probe that logs every step and saves every second one."""
+    """Arguments of a short linear probe that logs every step and saves every second one."""
     words = ["finetune", "demo_ft", "--data.train-list", folder / "train.csv", "--out", out]
     words += ["--model.freeze-encoder", "--data.num-workers", "0", "--batch.micro-size", "16"]
     words += ["--model.head-init-scale", "1", "--optim.warmup-epochs", "0"]  # every feature shows in the loss
@@ -80,7 +80,7 @@ def test_frozen_weights_go_on_in_another_world_and_stage(
 def test_frozen_weights_are_read_at_every_stage_and_go_on_in_the_same_world(
     stage: int, precision: str, source: Path, demo_folder: Path, tmp_path: Path
 ) -> None:
-    """A break in the middle against none; bitwise."""
+    """A run with a break in the middle is bitwise identical to one without."""
     runs = tmp_path / "broken", tmp_path / "whole"
     for out, stops in zip(runs, ((2, 4), (4,)), strict=True):
         for steps in stops:

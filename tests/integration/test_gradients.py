@@ -1,4 +1,4 @@
-"""Flat gradients beside DeepSpeed's own path: the same losses, weights, averages and optimiser states."""
+"""Flat gradients against DeepSpeed's own path: same losses, weights, averages and optimiser states."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.integration.scanning import scan
 
 STEPS, STEPS_WHEN_SLOW = 10, 50
 KINDS = ("plain", "accumulation", "skipping", "finetune", "frozen")
-# Flat norms are of float32, DeepSpeed's of float64 or added up otherwise: measured 1.3e-6 in bf16, 2.2e-7 in fp32.
+# Flat norms are summed in float32, DeepSpeed's in float64 or another order: measured 1.3e-6 (bf16), 2.2e-7 (fp32).
 NORM_RTOL = 3e-6
-# Where the norm divides gradients, its last digits go into weights: measured 3.3e-7 after 50 steps in float32.
+# Clipping divides by the norm, so its rounding reaches the weights: measured 3.3e-7 after 50 steps in float32.
 CLIPPED_RTOL = 3e-6
 
 
@@ -31,7 +31,7 @@ def compare(processes: int, cases: list[str], steps: int = STEPS) -> list[dict[s
 
 
 def require_equal(line: dict[str, Any]) -> None:
-    """Bit for bit, but for the norm itself."""
+    """Require bitwise identical results, except for the norm itself."""
     own, flat = line["losses"]
     assert flat == own, line["case"]
     assert line["worst"] == 0, line["case"]
@@ -40,13 +40,13 @@ def require_equal(line: dict[str, Any]) -> None:
 
 
 def differs_by_design(case: str) -> bool:
-    """At ZeRO-0 in bf16 DeepSpeed accumulates micro-batches in bfloat16, flat rows in float32; three show it."""
+    """At ZeRO-0 in bf16 DeepSpeed accumulates in bfloat16 and flat rows in float32; three micro-batches show it."""
     return case == "0,bf16,accumulation"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_flat_gradients_give_what_deepspeeds_own_path_gives(processes: int) -> None:
-    """Every ZeRO stage, and every kind of run once."""
+    """Covers every ZeRO stage, and every kind of run once."""
     cases = [f"{stage},bf16,plain" for stage in range(3)]
     kinds = ("0,fp32,skipping", "1,bf16,accumulation", "2,bf16,skipping", "2,autocast,frozen", "2,fp32,finetune")
     for line in compare(processes, [*cases, *(kinds if processes == 2 else ())]):
@@ -70,7 +70,7 @@ def test_clipping_differs_by_the_rounding_of_the_norm() -> None:
         for theirs, ours in zip(own, flat, strict=True):
             assert ours == pytest.approx(theirs, rel=CLIPPED_RTOL), line["case"]
         own, flat = line["norms"]
-        assert min(own) > 0.1  # twice what clips
+        assert min(own) > 0.1  # twice the clipping norm
         assert flat == pytest.approx(own, rel=CLIPPED_RTOL), line["case"]
 
 

@@ -1,4 +1,4 @@
-"""A rank that hangs, is slow, or computes with a flipped bit: it is named, and no step is lost."""
+"""A rank that hangs, is slow, or has a flipped bit is named, and no step is lost."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_collective_that_a_peer_does_not_join_ends_in_time(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_watching_costs_a_few_hundredths_of_a_step() -> None:
-    """Of this thread's CPU time, which other processes do not change much; 1.3 % measured for the checksum."""
+    """Measured in this thread's CPU time, which other processes hardly change; the checksum took 1.3 %."""
     for line in scan("watch", "tiny", 4, 30, ds_config("zero2"), processes=2):
         step = line["compute"][1] + line["update"][1]
         assert line["checksum"][1] + line["phases"][1] < 0.05 * step, line

@@ -1,4 +1,4 @@
-"""Weights and records that claim the absurd are refused in a sentence, in no time and little memory."""
+"""Weights and records with absurd claims are refused in one sentence, quickly and in little memory."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ Files = dict[str, Tensor]
 
 @contextmanager
 def frugal() -> Iterator[None]:
-    """Require that what runs here is quick, and takes little memory at its peak."""
+    """Require that the block is quick and its peak memory small."""
 
     def status(name: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, started = status("VmRSS"), time.monotonic()
     yield
     assert time.monotonic() - started < MAX_SECONDS
@@ -54,7 +54,7 @@ def named(**metadata: int) -> dict[str, str]:
     return {METADATA_KEY: ModelMetadata(**metadata).dump()}  # type: ignore[arg-type]
 
 
-# What is written, by the extension of the file: bytes, or tensors and metadata made of a whole classifier's state.
+# Contents by extension of the file: bytes, or tensors and metadata made from the state of a complete classifier.
 Spoil = Callable[[Files], bytes | Files | tuple[Files, dict[str, str]]]
 ONE = torch.ones(1)
 EMBEDDING = "patch_embed.proj.weight"
@@ -170,7 +170,7 @@ def test_weights_that_claim_the_absurd_are_refused_by_convert_and_predict(
     assert not (tmp_path / "out.safetensors").exists()
 
 
-# A file of a run, what is replaced in it (nothing: all of it) and by what, and what is said.
+# A file of a run, the text that is replaced in it (empty: all of it), its replacement, and the message.
 DEEP, LONG = "[" * 100_000, "9" * 30
 SEALED = '{"size": 1, "sha256": "0"}, "state.json"'  # of one more file
 RECORDS: dict[str, tuple[str, str, str | bytes, str]] = {

@@ -40,7 +40,7 @@ def has_steps(run_dir: Path, count: int) -> Callable[[], bool]:
 
 
 def require_stopped(done: Interrupted, run_dir: Path) -> None:
-    """The run has said one sentence, saved where it stopped, and nothing of the project has failed."""
+    """Require that the run printed one sentence, saved where it stopped, and that nothing in the project failed."""
     (event,) = (event for event in metrics(run_dir, "event") if event["event"] == "stopped")
     assert event["signal"] == "SIGINT"
     sentence = (
@@ -71,7 +71,7 @@ def test_interrupted_run_of_one_process_resumes_bitwise(demo_folder: Path, tmp_p
 def test_interrupt_that_ends_the_reader_of_the_output_too_changes_nothing(
     command: str, code: int, demo_folder: Path, tmp_path: Path
 ) -> None:
-    """As in `everest ... 2>&1 | tee log`, where Ctrl-C ends tee as well: a run saves all the same."""
+    """In `everest ... 2>&1 | tee log`, Ctrl-C also ends tee; the run still saves."""
     out = tmp_path / "out"
     words: dict[str, list[str | Path]] = {
         "pretrain": [*recovery_command(demo_folder, out, *NO_SAVES)],
@@ -166,7 +166,7 @@ def launcher_of_two(folder: Path) -> Path:
 def test_interrupt_before_the_first_step_says_so_and_the_same_command_starts(
     after_s: float, demo_folder: Path, tmp_path: Path
 ) -> None:
-    """While modules are imported, and later while DeepSpeed is set up or the loader begins."""
+    """While modules are imported, and later while DeepSpeed is set up or the loader starts."""
     run_dir = tmp_path / "run"
     arguments = recovery_command(demo_folder, run_dir, *NO_SAVES, "--run.max-steps", "1")
     done = interrupt(arguments, after_s)
@@ -216,7 +216,7 @@ def require_one_line(done: Interrupted, line: str) -> None:
 def test_interrupted_work_on_a_list_continues(
     command: str, journal: str, demo_folder: Path, tmp_path: Path
 ) -> None:
-    """Its processes end with it; what is done is not done again, and nothing half-written is left."""
+    """Its processes end with it, finished work is not repeated, and no partial file is left."""
     out = tmp_path / "out"
     words = [command, demo_folder / "train.csv", "--out", out, "--processes", "2"]
     done = interrupt(words, lambda: (out / journal).is_file() and (out / journal).read_text().count("\n") > 10)
@@ -261,7 +261,7 @@ def test_interrupted_scoring_says_one_line_and_writes_nothing(
     words += ["--recipe", "demo_ft", "--batch-rows", "1", "--num-workers", "1"]
 
     def is_scoring() -> bool:
-        """Whether the fork server of every process has started a loader process."""
+        """Whether the fork server of every rank has started a loader process."""
         try:
             members = psutil.Process().children(recursive=True)
             return sum("forkserver" in " ".join(member.cmdline()) for member in members) >= 2 * processes
@@ -290,7 +290,7 @@ def test_interrupted_study_stops_its_runs_and_continues(tmp_path: Path) -> None:
 
 
 def test_command_line_of_the_package_is_the_console_script() -> None:
-    """Both begin with the same function, which answers Ctrl-C before anything heavy is imported."""
+    """Both start with the same function, which handles Ctrl-C before anything heavy is imported."""
     code = "import everest_ds.cli, sys; print(len([name for name in sys.modules if name.startswith('everest_ds')]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) <= 3

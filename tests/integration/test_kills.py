@@ -1,6 +1,6 @@
-"""Campaigns of kills: whoever of a launch dies, and whenever, no step is lost or changed, and nothing is left.
+"""Kill any process of a launch at any time: no step is lost or changed, and no process or file is left over.
 
-Every comparison is bit for bit: float32 on the CPU, the same world and stage.
+All comparisons are bitwise: float32 on the CPU, same world and stage.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from tests.integration.launch import (
 from tests.integration.test_recovery import is_saving, kill_seed, ranks_of, sealed, steps_recorded
 
 GONE_WITHIN_S = 10.0
-# Who dies. A rank dies at any time and within a save; a writer and a converter only while they work.
+# Processes to kill: a rank at any time and within a save, a writer and a converter only while they work.
 VICTIMS = ("rank", "launcher", "node", "loader", "saving rank", "writer", "converter")
 NUM_KILLS = int(os.environ.get("EVEREST_KILLS", "35"))  # a stage
 
 
 def members_of(process: subprocess.Popen[str], module: str) -> list[psutil.Process]:
-    """The processes of a launch that run a module, or Python's own process for forks (`forkserver`)."""
+    """The processes of a launch that run a module, or Python's fork server (`forkserver`)."""
     found = []
     try:
         children = psutil.Process(process.pid).children(recursive=True)
@@ -50,7 +50,7 @@ def members_of(process: subprocess.Popen[str], module: str) -> list[psutil.Proce
 
 
 def find_victims(victim: str, process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Whom of a launch that is under way to kill; none where nobody is that by now."""
+    """The processes of a running launch that can be killed; empty if there are none of that kind yet."""
     if process.poll() is not None:
         return []
     if victim == "launcher":
@@ -67,31 +67,31 @@ def find_victims(victim: str, process: subprocess.Popen[str]) -> list[psutil.Pro
 
 
 def num_starts(run_dir: Path) -> int:
-    """How often the run has begun or resumed; its record is then cut to where it stands."""
+    """How often the run has started or resumed; each time, its record is cut to the step where it continues."""
     if not (run_dir / "metrics.jsonl").is_file():
         return 0
     return sum(event["event"] in ("start", "resume") for event in metrics(run_dir, "event"))
 
 
 def newest_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint; 0 without one."""
+    """The step of the newest checkpoint; 0 if there is none."""
     return int(sealed(run_dir)[-1].name.removeprefix("step-")) if sealed(run_dir) else 0
 
 
 def strike(victim: str, arguments: list[str], run_dir: Path, draw: random.Random, *, complete: int = 0) -> bool:
-    """Launch a run, kill one of it, and require that all the others end.
+    """Launch a run, kill one of its processes, and require that all others end.
 
-    A loader's process is replaced by its rank; the launch then continues.
+    A killed loader process is replaced by its rank, and the launch continues.
 
     Args:
         victim: One of VICTIMS.
-        arguments: Of `everest`, without loader processes.
-        run_dir: Of the run.
-        draw: Where the moment, and which of several is killed, come from.
-        complete: Within a save: so many checkpoints must be complete.
+        arguments: Arguments of `everest`, without loader processes.
+        run_dir: Directory of the run.
+        draw: Random generator that chooses the moment and the process.
+        complete: For kills within a save: how many checkpoints must be complete before.
 
     Returns:
-        Whether anybody was killed: the run may end before.
+        Whether a process was killed: the run may end before.
     """
     words, processes, before, saved = list(arguments), 2, num_starts(run_dir), newest_step(run_dir)
     if victim == "loader":
@@ -122,7 +122,7 @@ def strike(victim: str, arguments: list[str], run_dir: Path, draw: random.Random
             return False
         members = psutil.Process(process.pid).children(recursive=True)
         draw.choice(victims).kill()
-        if victim not in ("launcher", "node"):  # the launch ends by itself, and nobody may outlive it
+        if victim not in ("launcher", "node"):  # the launch ends by itself, and no process may outlive it
             finish(process)
         _, left = psutil.wait_procs(members, timeout=GONE_WITHIN_S)
         assert left == [], (victim, [member.cmdline() for member in left])
@@ -131,7 +131,7 @@ def strike(victim: str, arguments: list[str], run_dir: Path, draw: random.Random
 
 
 def finish(process: subprocess.Popen[str]) -> None:
-    """Wait for a launch's end, its output read away."""
+    """Wait for a launch to end, and read its output."""
     process.communicate(timeout=180)
 
 
@@ -140,7 +140,7 @@ def has_ended(run_dir: Path) -> bool:
 
 
 def require_nothing_left(run_dir: Path) -> None:
-    """No unfinished save, no conversion under way, and nothing that is not a run's."""
+    """Require no unfinished save, no unfinished conversion and no unknown file."""
     entries = [path.name for path in (run_dir / "checkpoints").iterdir()]
     known = ("step-", "universal-step-", "latest", "best", "zero_to_")
     assert [name for name in entries if not name.startswith(known)] == []
@@ -167,7 +167,7 @@ def test_writer_loader_and_converter_are_killed_and_the_run_is_the_same(
 def test_campaign_of_kills_changes_no_loss(
     stage: int, uninterrupted: dict[int, Path], demo_folder: Path, tmp_path: Path
 ) -> None:
-    """Kills of all kinds in turn; the same command each time, then to the end. A run that has ended gives way."""
+    """Kills of all kinds in turn, always with the same command; a finished run is followed by a new one."""
     draw, kills, runs = random.Random(kill_seed()), Counter[str](), [tmp_path / "run0"]
     for attempt in range(3 * NUM_KILLS):
         if kills.total() >= NUM_KILLS:

@@ -1,4 +1,4 @@
-"""The scripts of launch/ for clusters, on one machine: two nodes by hostfile, and a Slurm of two small scripts."""
+"""The cluster scripts of launch/ on one machine: two nodes of a hostfile, and a Slurm made of two small scripts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A launcher, or a rank, is killed: nothing of its launch is left ten seconds later, and the next start works."""
+"""After a launcher or a rank is killed, no process of the launch is left ten seconds later, and a restart works."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_nothing_outlives_a_launch_and_the_next_start_resumes_bitwise(
     with start(words, processes=2, launcher=launcher) as process:
         wait_until(lambda: steps_recorded(run_dir) >= 3, process)
         members = psutil.Process(process.pid).children(recursive=True)
-        assert len(members) > 6  # node, ranks, and what reads videos for each
+        assert len(members) > 6  # node launcher, ranks, and the loader processes of each
         victim_of(process, victim).kill()
         _, left = psutil.wait_procs(members, timeout=GONE_WITHIN_S)
         assert left == []
@@ -81,13 +81,13 @@ def test_place_to_meet_that_is_none_is_refused(
     given: dict[str, str], expected: str, demo_folder: Path, tmp_path: Path
 ) -> None:
     done = compute(recovery_command(demo_folder, tmp_path / "run"), processes=2, environment=given)
-    assert done.returncode in (2, -9)  # the other rank is killed where it has not ended by then
+    assert done.returncode in (2, -9)  # the other rank is killed if it has not ended by then
     assert done.stderr.count("everest: error:") == 1
     assert expected in done.stderr
 
 
 def test_tasks_of_srun_are_one_training(uninterrupted: dict[int, Path], demo_folder: Path, tmp_path: Path) -> None:
-    """A Slurm of one shell: what it tells each task, and nothing of a launcher's."""
+    """Slurm is replaced by a shell that sets each task's Slurm variables, and none of a launcher."""
     run_dir, whole = tmp_path / "run", uninterrupted[2]
     words = recovery_command(demo_folder, run_dir)
     common = {"SLURM_JOB_ID": "12345", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}

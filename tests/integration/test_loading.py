@@ -1,4 +1,4 @@
-"""Whole runs whose loader is in trouble: processes killed, videos that hang, files that are no files."""
+"""Complete runs with failing loaders: killed processes, videos that hang, paths that are not files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.integration.launch import SMALL, compute, flags, losses, start
 
 STEPS = 12  # three epochs of 128 videos at 32 a step
 
-# A decord whose readers sleep on a video of that name, in every process that finds this file before the real one.
+# A decord whose readers sleep on a video of that name, in every process that imports it instead of the real one.
 SLEEPING_DECORD = """
 import importlib, os, sys, time
 
@@ -57,7 +57,7 @@ def bad_samples(run_dir: Path) -> list[tuple[int, int, str]]:
 
 @pytest.fixture(scope="module")
 def reference(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in whose list two files are missing, with no loader process."""
+    """A run without loader processes, two of whose listed files are missing."""
     folder = tmp_path_factory.mktemp("missing")
     source = list_with(demo_folder, folder / "list.csv", folder / "gone.mp4", folder / "gone too.mp4")
     done = compute(run_words(demo_folder, folder / "run", source, 0))
@@ -69,7 +69,7 @@ def reference(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def loader_processes(pid: int) -> list[int]:
-    """The processes that a training process's fork server has started."""
+    """The processes that the fork server of a training process has started."""
 
     def children(parent: int) -> list[int]:
         tasks = Path(f"/proc/{parent}/task")

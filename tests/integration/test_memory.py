@@ -1,4 +1,4 @@
-"""The estimate of model states against what each of two ranks holds."""
+"""The estimate of model states against the memory measured on each of two ranks."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.integration.scanning import scan
 
-# Measured over all ways of sharding, precisions and ranks: at most 0.31 % (float32 at stage 2, where the two ranks
-# hold whole gradients of different parameters and the estimate is for the one that holds more), else 0.006 %.
+# Measured over all kinds of sharding, precisions and ranks: at most 0.31 % (float32 at stage 2, where the two ranks
+# have whole gradients of different parameters and the estimate is for the rank with more), else 0.006 %.
 # Fine-tuning with layer decay 0.003 %, a frozen encoder 0.00007 %.
 STATES_RTOL = 0.01
-# What forward adds at stage 3 is the gathered parameters and the activations of one small clip, which are not
+# At stage 3, forward adds the gathered parameters and the activations of one small clip. The activations are not
 # estimated here: measured 1.7 % in bf16, 1.6 % in float32.
 GATHERED_RTOL = 0.03
 
-# Flat gradients that are sent in bfloat16 are cast between two looks; on DeepSpeed's own path a group's gradients
-# in float32 are copied and the originals freed at once. What the step takes is then not seen from outside.
+# Flat gradients that are sent in bfloat16 are cast between two measurements. On DeepSpeed's own path a group's
+# float32 gradients are copied and the originals freed at once. The step's peak is then not visible from outside.
 COPIED_BETWEEN_LOOKS = ("zero1:bf16", "zero2:bf16", "zero1:fp32:deepspeed", "zero2:fp32:deepspeed")
 COPIED_BETWEEN_LOOKS += ("zero0:bf16", "zero1:autocast:deepspeed", "zero2:autocast:deepspeed")
 
@@ -60,6 +60,6 @@ def test_model_states_are_what_each_rank_holds(cases: list[str]) -> None:
                 plain not in COPIED_BETWEEN_LOOKS and case not in FINETUNE_CASES
             ):  # a probe's gradients are too small
                 assert expected["step"] == pytest.approx(measured["step"], rel=STATES_RTOL), (case, line["rank"])
-            if case.startswith("zero3") and case not in FINETUNE_CASES:  # whose activations are more
+            if case.startswith("zero3") and case not in FINETUNE_CASES:  # whose activations are larger
                 gathered = measured["forward"] - measured["states"]
                 assert expected["gathered"] == pytest.approx(gathered, rel=GATHERED_RTOL), (case, line["rank"])

@@ -1,4 +1,4 @@
-"""Messages to users are short: those in the code, with typical values, and those that a run of tests recorded."""
+"""Messages to users are short: those in the code, with typical values, and those recorded in a test run."""
 
 import ast
 import os
@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.messages import VARIABLE, count_sentences, is_too_long, normalise, write_report
 
-# Messages that explain more, by a part of them.
+# Messages that may be longer, by a part of their text.
 LONGER = ("is not in timm's notation",)
 # Typical lengths of values in messages.
 _PATH, _VALUE = "runs/demo/a.csv", "12345"
@@ -52,7 +52,7 @@ def test_length_counts_characters_and_sentences() -> None:
 
 
 def test_recorded_texts_are_written_once_and_long_ones_returned(tmp_path: Path) -> None:
-    """Of a process and its fork; texts that the tests themselves raise are left out."""
+    """Texts of a process and of its fork; texts that the tests themselves raise are skipped."""
     program = (
         "import contextlib, os; from tests.messages import record_if_asked; record_if_asked()\n"
         "from everest_ds.config.sections import require; from everest_ds.errors import UserError\n"

@@ -1,4 +1,4 @@
-"""Videos with odd names, and windows of a list, through the commands as users type them."""
+"""Videos with odd names, and windows of a list, in the commands as users type them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.integration.scanning import run_in_turn
 from tests.integration.test_bad_input import refused
 from tests.unit.data.readers.video_files import write_ramp
 
-# Protocols of FFmpeg's, options, formats, separators and quotes of lists, numbers, other scripts.
+# FFmpeg's protocols, options, formats, separators and quotes of lists, numbers, other scripts.
 NAMES = [
     "10:30:00.mp4", "file:a.mp4", "concat:a|b.mp4", "subfile,,start,0,end,9,,:a.mp4", "-dash.mp4", "--help.mp4",
     "100%d.mp4", "# hash.mp4", "#hash.mp4", "a, b.mp4", " spaces .mp4", "tab\there.mp4", 'a "quote".mp4', '"a".mp4',
@@ -42,7 +42,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_odd_names_pass_every_command(weights: Path, tmp_path: Path) -> None:
-    """In folders and lists that are called as oddly, by relative paths."""
+    """In folders and lists with equally odd names, by relative paths."""
     write_ramp(tmp_path / "ramp.mp4", 24)
     folder = tmp_path / "1:2 %s"
     (folder / "-class #").mkdir(parents=True)
@@ -74,7 +74,7 @@ def test_odd_names_pass_every_command(weights: Path, tmp_path: Path) -> None:
 
 
 def test_odd_names_in_the_folder_where_the_program_runs(weights: Path, tmp_path: Path) -> None:
-    """Then there is nothing before the name, not even a slash."""
+    """Here the path is the bare name, without a slash."""
     for name in ("10:30:00.mp4", "-dash.mp4", "http:a.mp4"):
         write_ramp(tmp_path / name, 24)
     (tmp_path / "-list:1.csv").write_text("10:30:00.mp4 7\n-dash.mp4 900 1 2\n")
@@ -102,7 +102,7 @@ def test_odd_names_in_the_folder_where_the_program_runs(weights: Path, tmp_path:
 
 
 def test_predict_takes_the_windows_of_a_list_and_names_them(weights: Path, tmp_path: Path) -> None:
-    """A window is what a file of the same frames is; the labels of the list, of other classes, change nothing."""
+    """A window gives the same as a file with the same frames; the labels in the list are ignored."""
     write_ramp(tmp_path / "ramp.mp4", 40)
     (tmp_path / "list.csv").write_text("ramp.mp4 900 0 2\nramp.mp4 -1 2 4.0\nramp.mp4 0\nramp.mp4 0 8 9\n")
     words = ["predict", str(weights), "--recipe", "demo_ft", "--num-workers", "0", "--list", "list.csv"]

@@ -1,4 +1,4 @@
-"""What lies beside a run's own files, or is torn, or has changed since the last start: whole runs meet it."""
+"""Complete runs that meet foreign files, torn files, and data that changed since the last start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEWEST, OLDEST = "step-00000004", "step-00000002"
 
 
 def words(demo_folder: Path, out: Path, *extra: str, steps: int = 6) -> list[str]:
-    """A run that saves every two steps, and draws its frames."""
+    """Arguments of a run that saves every two steps and draws its frames."""
     more = ("--run.save-every-steps", "2", "--ds-config", ds_config("zero2"), "--selection.alpha", "1.5")
     return flags(demo_folder, out, *more, *SMALL, *extra, steps=steps)
 
@@ -37,7 +37,7 @@ def refuse(arguments: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def whole(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of six steps without a break."""
+    """The losses of six uninterrupted steps."""
     out = tmp_path_factory.mktemp("whole") / "run"
     succeed(words(demo_folder, out))
     return losses(out)
@@ -52,7 +52,7 @@ def saved(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(saved: Path, tmp_path: Path) -> Path:
-    """A run of two checkpoints, to do with as a test likes."""
+    """A copy of a run with two checkpoints, which a test may change."""
     return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
@@ -80,7 +80,7 @@ def test_odd_neighbours_of_checkpoints_are_left_alone(run: Path, demo_folder: Pa
     assert (folder / "latest").read_text() == "step-00000006\n"
     assert (folder / "step-00000006" / "complete.json").is_file()
     assert len([line for line in warnings(said) if "are left alone" in line]) == 1
-    assert not (folder / NEWEST).exists()  # pruned, and nothing else was
+    assert not (folder / NEWEST).exists()  # only this one was pruned
     assert before <= set(contents(folder).values())
     again = succeed(words(demo_folder, run, steps=6))
     assert f"resumed from {folder / 'step-00000006'}" in again
@@ -137,7 +137,7 @@ runpy.run_module("everest_ds", run_name="__main__", alter_sys=True)
 def compute_patched(
     tmp_path: Path, arguments: list[str], processes: int = 1, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run on a disk that fails, or be killed, as the environment says."""
+    """Run with a failing disk or a kill, as set by the environment."""
     program = tmp_path / "patched.py"
     program.write_text(PATCHED)
     return compute(arguments, module=program, processes=processes, environment=environment)
@@ -181,7 +181,7 @@ def test_start_on_a_full_disk_does_not_bar_the_next(demo_folder: Path, tmp_path:
         assert done.returncode == 2
         assert "No space left on device" in done.stderr
         assert "Traceback" not in done.stderr
-    (run / "config.json").write_text("")  # as a disk does that says too late that it is full
+    (run / "config.json").write_text("")  # like a disk that reports too late that it is full
     assert "config.json is not JSON" in succeed(words(demo_folder, run))
     assert losses(run) == whole
 
@@ -266,7 +266,7 @@ def test_odd_lines_of_records_are_set_aside(run: Path, demo_folder: Path, whole:
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset with names of classes, and a run of it that was scored."""
+    """A dataset with class names, and a scored run on it."""
     folder = tmp_path_factory.mktemp("labelled")
     write_demo_data(folder, DemoConfig(train=24, val=8, test=0))
     succeed(finetune(folder))
@@ -289,7 +289,7 @@ def finetune(folder: Path, *, steps: int = 2) -> list[str]:
 
 @pytest.fixture
 def changed(labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same at another place, which is not a change; the configuration names the lists, so they are relinked."""
+    """The same data in another place, which is no change; the paths in the configuration are updated."""
     folder = tmp_path / "data"
     shutil.copytree(labelled, folder, symlinks=True)
     for copy in folder.glob("run/**/config.json"):
@@ -358,7 +358,7 @@ def test_training_videos_of_other_contents_are_reported_and_missing_ones_are_not
 
 
 def test_run_without_notes_on_its_data_resumes_in_silence(changed: Path) -> None:
-    """As older versions left them; that the list changed nobody can know."""
+    """As saved by older versions; a change of the list cannot be detected."""
     for checkpoint in (changed / "run" / "checkpoints").glob("step-*"):
         state = json.loads((checkpoint / "state.json").read_text())
         for name in ("contents", "val_videos", "val_contents"):

@@ -1,4 +1,4 @@
-"""Files and names that are no videos, and videos of absurd sizes: bad samples by name, in every command."""
+"""Files that are not videos, odd names and videos of absurd sizes are named as bad samples in every command."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.integration.launch import SMALL, compute, losses
 from tests.integration.scanning import run_in_turn
 
 IS_NO_FILE = "it is a device, a pipe or a socket; only video files are read"
-# What is made below, and what is said of it.
+# Files that are made below, and the message about each.
 ODD = {
     "pipe.mp4": IS_NO_FILE,
     "zero.mp4": IS_NO_FILE,
@@ -50,12 +50,12 @@ ODD = {
     "good.mp4/in it.mp4": "Not a directory",
     "\udcff\udcfe\x1b[2J.mp4": "no such file",
 }
-# Odd, and sound: more frames in the header than in the file, a name that is no text, a length beyond all numbers.
+# Odd but readable: more frames in the header than in the file, a name that is not UTF-8, an overflowing length.
 SOUND = ["announces.avi", "\udcfc.mp4", "good.mp4"]
 
 
 def encode(path: Path, codec: str, pix_fmt: str, width: int = 64, height: int = 64, frames: int = 24) -> bytearray:
-    """Make a video whose frames differ, and return its bytes."""
+    """Encode a video with distinct frames, and return its bytes."""
     with av.open(os.fsencode(path).decode(), "w") as file:
         stream = file.add_stream(codec, rate=10)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt  # type: ignore[attr-defined]
@@ -68,7 +68,7 @@ def encode(path: Path, codec: str, pix_fmt: str, width: int = 64, height: int = 
 
 @pytest.fixture(scope="module")
 def odd_list(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A list of everything in `ODD` and `SOUND`, and of windows that no video reaches."""
+    """A list of everything in `ODD` and `SOUND`, and of windows beyond the ends of videos."""
     folder = tmp_path_factory.mktemp("odd")
     good = encode(folder / "good.mp4", "libx264", "yuv420p")
     os.mkfifo(folder / "pipe.mp4")
@@ -95,7 +95,7 @@ def odd_list(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "list.csv").write_bytes(os.fsencode("\n".join(lines)))
     here = os.open(".", os.O_RDONLY)
     with socket.socket(socket.AF_UNIX) as server:
-        os.chdir(folder)  # a socket's path may have a hundred bytes
+        os.chdir(folder)  # a socket's path is limited to about a hundred bytes
         server.bind("socket.mp4")
         os.fchdir(here)
         os.close(here)
@@ -128,7 +128,7 @@ def test_check_and_prepare_name_odd_inputs_and_leave_them_out(odd_list: Path, tm
 
 
 def train(odd_list: Path, out: Path, *, workers: int) -> dict[str, str]:
-    """Train for a step of one epoch, and return what was bad, and why."""
+    """Train for one step of an epoch; return the bad samples and their reasons."""
     words = ["pretrain", "demo", "--data.train-list", str(odd_list), "--out", str(out), *SMALL]
     words += ["--data.num-workers", str(workers), "--data.max-bad-share", "1", "--batch.global-size", "39"]
     words += ["--batch.micro-size", "13", "--run.max-steps", "1", "--optim.warmup-epochs", "0"]
@@ -152,7 +152,7 @@ def test_training_counts_and_names_odd_inputs(trained: Path, odd_list: Path, tmp
 
 
 def test_predict_skips_odd_inputs_with_a_line(trained: Path, odd_list: Path, tmp_path: Path) -> None:
-    """Those of a list, and those that are named."""
+    """Inputs from a list, and inputs on the command line."""
     shared = ["--num-workers", "0", "--allow-unreadable", "--features"]
     named = [str(odd_list.with_name(name)) for name in ("pipe.mp4", "zero.mp4", "loop.mp4", "a" * 300, "good.mp4")]
     listed, some = run_in_turn(
@@ -172,7 +172,7 @@ def test_predict_skips_odd_inputs_with_a_line(trained: Path, odd_list: Path, tmp
 
 
 def test_lack_of_memory_is_a_bad_sample(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In reading frames, in making a clip of them, and in making the views of a video."""
+    """While reading frames, while making a clip, and while making the views of a video."""
 
     def lack(*words: object, **rest: object) -> None:
         raise MemoryError
@@ -204,7 +204,7 @@ def test_lack_of_memory_is_a_bad_sample(demo_folder: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("reader", ["pyav", "decord", "torchcodec"])
 def test_more_pixels_than_allowed_are_not_decoded(reader: ReaderName, tmp_path: Path) -> None:
-    """Of frames at a time, and of one frame: a sixteenth of them."""
+    """The limit for all frames of a clip, and the one for a single frame, which is a sixteenth of it."""
     if obstacle(reader) is not None:
         pytest.skip(f"{reader} is not here")
     encode(tmp_path / "a.mp4", "libx264", "yuv420p")

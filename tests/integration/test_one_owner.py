@@ -1,4 +1,4 @@
-"""A run directory is trained by one launch at a time, whatever comes: real commands in one folder."""
+"""A run directory is trained by one launch at a time: real commands compete for one folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.integration.launch import compute, contents, losses, metrics, recover
 def test_second_launch_is_refused_by_name_and_the_first_does_not_notice(
     uninterrupted: dict[int, Path], demo_folder: Path, tmp_path: Path
 ) -> None:
-    """It stands still meanwhile, so that it cannot end before."""
+    """The first launch is suspended meanwhile, so that it cannot end too early."""
     run_dir, whole = tmp_path / "run", uninterrupted[2]
     words = recovery_command(demo_folder, run_dir)
     with start(words, processes=2) as first:
@@ -49,7 +49,7 @@ def test_second_launch_is_refused_by_name_and_the_first_does_not_notice(
 
 
 def test_owner_that_no_rank_sees_before_they_meet_refuses_all_alike(demo_folder: Path, tmp_path: Path) -> None:
-    """As on another node: the file says nothing yet, and the lock itself decides. Nothing is written."""
+    """As on another node: the file has no owner yet, and the lock decides. Nothing is written."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     with (run_dir / OWNER).open("w") as held:
@@ -72,7 +72,7 @@ def test_study_in_a_folder_that_another_one_uses_is_refused(tmp_path: Path) -> N
 
 
 def test_ranks_of_different_runs_are_refused(demo_folder: Path, tmp_path: Path) -> None:
-    """As several trainings by one `srun`, each with a folder of its own."""
+    """As when one `srun` starts several trainings, each with its own folder."""
     ranks = tmp_path / "ranks.py"
     ranks.write_text(
         "import os, sys\nfrom everest_ds.cli import main\nsys.argv[-1] += os.environ['RANK']\nsys.exit(main())\n"
@@ -98,7 +98,7 @@ def test_killed_owner_leaves_the_run_free(demo_folder: Path, tmp_path: Path) -> 
 
 
 def test_checkpoint_that_was_saved_while_a_launch_began_is_resumed(demo_folder: Path, tmp_path: Path) -> None:
-    """The run ended between the moment that the command line was read and the moment that the lock was taken."""
+    """The run ended after the second launch read the command line and before it took the lock."""
     run_dir = tmp_path / "run"
     config = get_recipe("demo")
     config = replace(config, data=replace(config.data, train_list=str(demo_folder / "train.csv"), num_workers=0))

@@ -1,4 +1,4 @@
-"""`everest plan`: the table, the document, the command that it prints, and its refusals."""
+"""`everest plan`: its table, its JSON document, the command that it prints, and its refusals."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_nothing_fits_exits_with_1_and_the_smallest_change(capsys: pytest.Captur
 
 
 def test_file_and_config_of_a_run_can_be_planned_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only that file is looked at, and the command names it and the run's config."""
+    """Only that file is considered, and the printed command names it and the run's config."""
     config = replace(get_recipe("k400_vit_b"), data=PretrainDataConfig(train_list="a b.csv", flip=False))
     (tmp_path / "config.json").write_text(dump_config(config))
     path = tmp_path / "mine.json"

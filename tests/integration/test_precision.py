@@ -1,4 +1,4 @@
-"""Autocast at every ZeRO stage, and runs that are started, stopped, gone on with and scored in it."""
+"""Autocast at every ZeRO stage, and runs that are started, stopped, resumed and scored with it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ LOSS_RTOL = 5e-6
 
 
 def scan_stages(precision: str, *, processes: int) -> list[dict[str, Any]]:
-    """What was seen at stages 0 to 3."""
+    """The figures of stages 0 to 3."""
     lines = scan("precision", REPOSITORY / "ds_configs", precision, 2, processes=processes)
     assert [line["stage"] for line in lines] == [0, 1, 2, 3]
     return lines
 
 
 def test_autocast_computes_the_same_at_every_stage_and_sends_float32() -> None:
-    """Four micro-batches accumulated, or two on each of two processes; what stage 3 gathers is float32 too.
+    """Four micro-batches accumulated, or two on each of two processes; stage 3 gathers float32, too.
 
-    Other micro-batches would round the products of gradients otherwise.
+    Micro-batches of another size would round the matmuls of gradients differently.
     """
     alone = scan_stages("autocast", processes=1)
     shared = scan_stages("autocast", processes=2)
@@ -39,7 +39,7 @@ def test_autocast_computes_the_same_at_every_stage_and_sends_float32() -> None:
     for name in ("losses", "norms"):
         worst = max(abs(a / b - 1) for line in shared for a, b in zip(line[name], first[name], strict=True))
         print(f"{name}: worst {worst:.1e}")
-    bf16 = scan_stages("bf16", processes=2)  # the dtypes that are seen are not always the same ones
+    bf16 = scan_stages("bf16", processes=2)  # so that the check of dtypes can fail
     assert all(line["weights"] == ["torch.bfloat16"] for line in bf16)
     assert all("torch.bfloat16" in line["sent"] for line in bf16)
     assert all(line["losses"] != first["losses"] for line in bf16)

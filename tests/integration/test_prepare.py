@@ -1,4 +1,4 @@
-"""`everest prepare`: new videos and lists beside the originals, which are only read; called again, it goes on."""
+"""`everest prepare`: writes new videos and lists, only reads the originals, and continues when called again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ STARTS_S = 120
 
 
 def misbehave_or_prepare(row: VideoRow, settings: PrepareSettings, folder: Path, min_psnr_db: float) -> Prepared:
-    """A decoder that hangs on one video and ends its process on another, with half a file written."""
+    """A decoder that hangs on one video, and on another ends its process with a partial file."""
     if row.path.name in ("hangs.mp4", "crashes.mp4"):
         target = folder / target_name(row)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def misbehave_or_prepare(row: VideoRow, settings: PrepareSettings, folder: Path,
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Make calls in this process, which is quick, and list the videos that they were for."""
+    """Make the calls in this process, for speed, and list the videos that they were for."""
     called: list[str] = []
 
     def run(
@@ -70,7 +70,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Five videos of three classes, one of them a second time, and two windows of another."""
+    """Five videos of three classes, one of them listed twice, and two windows of another."""
     folder = tmp_path / "my videos"
     folder.mkdir()
     for number in range(5):
@@ -92,7 +92,7 @@ def prepare(sources: Sequence[Path], given: PrepareOptions) -> int:
 
 
 def state(folder: Path) -> dict[str, tuple[str, int]]:
-    """Content and time of change of all files."""
+    """Content and modification time of all files."""
     return {
         str(path): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
@@ -167,7 +167,7 @@ def test_second_call_does_what_is_missing_or_has_changed(
     assert at_once == ["0.mp4", "1.mp4", "2.mp4"]
     assert [Video(row.path).num_frames for row in read_list(out / "train.csv")] == [20, 21, 21, 5, 10, 11, 23, 24]
 
-    at_once.clear()  # what was good enough may no longer be
+    at_once.clear()  # the earlier result may no longer be good enough
     assert prepare([source], options(tmp_path, min_psnr=60.0)) == 1
     assert len(at_once) == 7
     assert all(" dB, --min-psnr is 60 dB" in line["fault"] for line in manifest(out)[-7:])
@@ -214,7 +214,7 @@ def test_fewer_frames_say_what_is_lost(
 def test_faults_are_left_out_named_and_tried_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In real processes: one video hangs, one ends its process, one is no video, one is missing."""
+    """In real processes: one video hangs, one ends its process, one is not a video, one is missing."""
     monkeypatch.setattr(reencode, "prepare_video", misbehave_or_prepare)
     good = tmp_path / "my videos" / "0.mp4"
     for name in ("hangs.mp4", "crashes.mp4"):

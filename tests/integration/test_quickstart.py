@@ -1,4 +1,4 @@
-"""The first minute: README's first block and the hints that the quickstart prints, in a shell that has nothing."""
+"""The first minute: README's first block and the quickstart's printed hints, in a clean shell."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.conftest import REPOSITORY
 
 BLOCK = re.search(r"```bash\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
 
-# Called in place of an interpreter. For `-m venv` it makes an environment that borrows the packages of this one,
-# and says that nothing is left to install. What gets installed is tried by launch/compat.sh.
+# Called instead of an interpreter. For `-m venv` it makes an environment that uses the packages of this one and
+# reports that nothing is left to install. launch/compat.sh tests real installations.
 PYTHON = """#!/bin/bash
 if [ "$1 $2" != "-m venv" ]; then exec {python} "$@"; fi
 {python} "$@" || exit 1
@@ -36,7 +36,7 @@ touch "$(stamp_of "")"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository of one commit: the files as they are here."""
+    """A repository with one commit: the current files."""
     source = tmp_path_factory.mktemp("source")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, check=False).stdout
     if not listed:
@@ -53,7 +53,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shell(tmp_path: Path) -> dict[str, str]:
-    """What a clean shell has, and the interpreter above."""
+    """The environment of a clean shell, with the interpreter above."""
     python = tmp_path / "python"
     paths = sysconfig.get_paths()
     python.write_text(
@@ -65,7 +65,7 @@ def shell(tmp_path: Path) -> dict[str, str]:
 
 
 def bash(command: str, folder: Path, shell: dict[str, str], timeout_s: float = 600) -> str:
-    """What a command prints; it must succeed."""
+    """Return the output of a command that must succeed."""
     ran = subprocess.run(
         ["bash", "-c", command], cwd=folder, env=shell, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False,
@@ -75,7 +75,7 @@ def bash(command: str, folder: Path, shell: dict[str, str], timeout_s: float = 6
 
 
 def serves_until_stopped(command: str, folder: Path, shell: dict[str, str]) -> bool:
-    """Whether a server comes up and names its address."""
+    """Whether a server starts and prints its address."""
     with subprocess.Popen(
         ["bash", "-c", f"{command} --port 0"], cwd=folder, env=shell, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -1,4 +1,4 @@
-"""`-q` through real commands: nothing but results, warnings and errors."""
+"""`-q` in real commands: only results, warnings and errors are printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The choice of a reader through the commands: the same labels with each, and refused files are reported."""
+"""The choice of a reader in the commands: same labels with each reader, and refused files are reported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPEN_GOP = "its frames refer to frames beyond a keyframe (open GOPs); use --data
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random classifier of the demo's size, its head large enough to have opinions."""
+    """A random classifier of the demo's size; its large head gives distinct logits."""
     config = get_recipe("demo_ft")
     torch.manual_seed(0)
     model = EverestClassifier(

@@ -1,4 +1,4 @@
-"""Recomputation under ZeRO-3, where a weight can be read in its own module's forward pass alone."""
+"""Recomputation with ZeRO-3, where a weight can be read only in its own module's forward pass."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def test_two_processes_at_stage_3_compute_the_same_bits_however_much_is_recomput
     assert set(figures) == {(case, rank) for case in cases for rank in (0, 1)}
     for found in figures.values():
         assert list(found) == ["nothing", "all but attention", "all"]
-        assert len(set(found["nothing"])) == len(found["nothing"])  # the steps did something
+        assert len(set(found["nothing"])) == len(found["nothing"])  # the steps changed the loss
         assert found["all but attention"] == found["all"] == found["nothing"]

@@ -1,6 +1,6 @@
-"""Runs that are killed or stopped, and go on as if nothing had happened.
+"""Killed or stopped runs resume as if they had never been interrupted.
 
-Every comparison is bit for bit: float32 on the CPU, the same world and stage.
+All comparisons are bitwise: float32 on the CPU, same world and stage.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.integration.launch import (
 
 
 def ranks_of(process: subprocess.Popen[str], *, writers: bool = False) -> dict[int, psutil.Process]:
-    """The training processes of a launch that is under way, by rank; or those that write their checkpoints."""
+    """The training processes of a running launch by rank, or the processes that write their checkpoints."""
     found: dict[int, psutil.Process] = {}
     try:
         children = psutil.Process(process.pid).children(recursive=True)
@@ -46,7 +46,7 @@ def ranks_of(process: subprocess.Popen[str], *, writers: bool = False) -> dict[i
 
 
 def kill_seed() -> int:
-    """The seed of a campaign: printed, and taken from the environment to repeat it."""
+    """The seed of a campaign: it is printed, and can be set in the environment to repeat one."""
     drawn = int(os.environ.get("EVEREST_KILL_SEED", time.time_ns() % 10**6))
     print(f"EVEREST_KILL_SEED={drawn}")
     return drawn
@@ -68,7 +68,7 @@ def is_saving(run_dir: Path) -> bool:
 def test_resumed_run_is_bitwise_the_uninterrupted_one(
     uninterrupted: dict[int, Path], demo_folder: Path, tmp_path: Path
 ) -> None:
-    """The run stops inside its second epoch and goes on from there."""
+    """The run stops inside its second epoch and resumes there."""
     for steps in (6, 12):
         done = launch(
             [*recovery_command(demo_folder, tmp_path / "run"), "--run.max-steps", str(steps)], processes=2
@@ -81,10 +81,10 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
 
 
 def kill_within_a_save(arguments: list[str], run_dir: Path, draw: random.Random, *, complete: int) -> bool:
-    """Start the command and kill -9 a rank while it saves, once that many checkpoints are complete.
+    """Start the command and kill -9 a rank during a save, after that many checkpoints are complete.
 
     Returns:
-        Whether it was killed before the run's end.
+        Whether the rank was killed before the run ended.
     """
     with start(arguments, processes=2) as process:
         wait_until(lambda: is_saving(run_dir) and len(sealed(run_dir)) >= complete, process)

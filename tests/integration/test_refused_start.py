@@ -40,7 +40,7 @@ def run_ranks(words: list[str], world_size: int, folder: Path) -> list[subproces
 def test_reader_that_is_not_installed_is_refused_before_anything_is_written(
     world_size: int, demo_folder: Path, tmp_path: Path
 ) -> None:
-    """On each rank, without torch and the other ranks."""
+    """Each rank refuses by itself, without torch and the other ranks."""
     out = tmp_path / "run"
     words = flags(demo_folder, out, "--selection.alpha", "1.5", steps=1)
     done = run_ranks([*words, "--data.reader", "decord"], world_size, tmp_path)
@@ -56,7 +56,7 @@ def test_reader_that_is_not_installed_is_refused_before_anything_is_written(
 
 
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(demo_folder: Path, tmp_path: Path) -> None:
-    """The last refusal of a start: the model is built, and all processes have met."""
+    """The last possible refusal of a start: the model is built and all processes are connected."""
     weights, out = tmp_path / "weights.safetensors", tmp_path / "run"
     weights.write_bytes(b"no weights")
     words = flags(demo_folder, out, "--selection.alpha", "1.5", steps=1)

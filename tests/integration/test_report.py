@@ -17,7 +17,7 @@ from tests.integration.test_structure import modules_after
 
 @pytest.fixture(scope="module")
 def runs(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two short pre-trainings of other lengths, in folders of one name; the longer one has pictures."""
+    """Two short pre-trainings of different lengths in folders of the same name; the longer one has pictures."""
     folder = tmp_path_factory.mktemp("two runs")
     made = [folder / "short" / "run", folder / "long" / "run"]
     for out, steps, every in zip(made, (2, 6), ("0", "4"), strict=True):
@@ -63,11 +63,11 @@ def test_page_opens_without_a_request_and_without_a_complaint(
     assert (paper == "rgb(255, 255, 255)") is not dark
     images = "[...document.images].map(image => image.complete && image.naturalWidth > 0)"
     assert browser.evaluate(images) == [True] * 3  # two clips, and tokens by time step
-    assert browser.evaluate("document.querySelectorAll('.by-step .line').length") >= 10  # five curves of each run
+    assert browser.evaluate("document.querySelectorAll('.by-step .line').length") >= 10  # five curves a run
 
 
 def test_browser_sees_what_a_page_requests_and_says(tmp_path: Path, browser: Browser) -> None:
-    """The other way round, so that the test above can fail."""
+    """A page with a request and an error, to show that the test above can fail."""
     (tmp_path / "bad.html").write_text("<img src=http://127.0.0.1:9/x.png><script>console.error('no')</script>")
     browser.open(tmp_path / "bad.html")
     assert "http://127.0.0.1:9/x.png" in browser.requests

@@ -1,8 +1,8 @@
-"""Going on with other processes and another ZeRO stage: every pair of stages, in worlds of 1, 2 and 4.
+"""Resuming with another number of processes and ZeRO stage: every pair of stages, in worlds of 1, 2 and 4.
 
-Nine parameter groups with learning rates and weight decays of their own, as layer decay makes them: at stage 3,
-DeepSpeed's own loader gives them all the first group's and advances a shared step counter once a group. The demo's
-batch is 32 in any world, and the runs branch off in the middle of an epoch.
+There are nine parameter groups with different learning rates and weight decays, as with layer decay. At stage 3,
+DeepSpeed's own loader gives all groups the values of the first, and advances a shared step counter once a group.
+The demo's batch is 32 in any world, and the runs branch off in the middle of an epoch.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def run(script: Path, world: int, stage: int, out: Path, *words: str | Path) -> 
 
 @pytest.fixture(scope="module")
 def uninterrupted(script: Path, demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """A whole run on two processes at each stage, made when first asked for."""
+    """A complete run on two processes at each stage, made at first use."""
 
     class Runs(dict[int, Path]):
         def __missing__(self, stage: int) -> Path:
@@ -75,7 +75,7 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in metrics(run_dir)}
 
 
-# By default one cell for each of the loader's traps; all cells with --slow.
+# By default one cell for each fault of DeepSpeed's loader; all cells with --slow.
 DEFAULT_CELLS = {(2, 1, 3), (3, 1, 2)}
 CELLS = [
     pytest.param(*cell, marks=() if cell in DEFAULT_CELLS else pytest.mark.slow)
@@ -110,7 +110,7 @@ def test_run_goes_on_in_another_world_and_stage(
 def test_zero_0_in_float32_goes_on_in_any_world(
     uninterrupted: dict[int, Path], script: Path, demo_folder: Path, tmp_path: Path
 ) -> None:
-    """Every process holds everything: nothing is converted."""
+    """Every process has all states, so nothing is converted."""
     after = {step: loss for step, loss in losses(uninterrupted[0]).items() if step > BRANCH_STEP}
     source = uninterrupted[0] / "checkpoints" / f"step-{BRANCH_STEP:08d}"
     for world in (1, 4):

@@ -1,4 +1,4 @@
-"""Pictures in training, by whole runs: what is computed stays the same bits, also over several starts."""
+"""Pictures in complete runs: results stay bitwise identical, also over several starts."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def require_same_numbers(run_dir: Path, expected: Path) -> None:
 def test_losses_and_weights_are_the_same_bits_with_pictures(
     stage: int, extra: list[str], demo_folder: Path, tmp_path: Path
 ) -> None:
-    """In two starts: the second one draws the same clips, and not again at its first line."""
+    """In two starts: the second draws the same clips, but not at its first line."""
     words = [*SMALL, "--ds-config", ds_config(f"zero{stage}"), "--run.save-every-steps", "3", *extra]
     precision = ["--precision", "fp32"] if "--precision" in extra else []
     plain, shown = flags(demo_folder, tmp_path / "plain", *words, steps=STEPS), []
     for steps in (3, STEPS):
         shown.append(flags(demo_folder, tmp_path / "shown", *words, PICTURES, "2", steps=steps))
     for command in (plain, *shown):
-        if precision:  # given twice: the test's own counts
+        if precision:  # drop the one of `flags`; this test gives its own
             place = command.index("--precision")
             del command[place : place + 2]
         said = run(command, 2)

@@ -1,4 +1,4 @@
-"""A run that an older version began resumes, and computes what that version went on to compute."""
+"""A run of an older version resumes and gets the same results as that version."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from tests.conftest import GOLDEN
 from tests.integration.launch import compute, ds_config, metrics
 
-# Equal to the last bit on the CPU that wrote the run; other CPUs sum in another order.
+# Bitwise identical on the CPU that wrote the run; other CPUs sum in another order.
 RELATIVE_TOLERANCE = 1e-6
 SAVED_AT = 3
 
 
 @pytest.fixture
 def old_run(tmp_path: Path) -> Path:
-    """The run as it was when step 3 was saved."""
+    """The run in its state after saving step 3."""
     run = tmp_path / "run"
     shutil.copytree(GOLDEN / "run_of_0_1", run)
     (run / "demo").rename(tmp_path / "demo")  # config.json names demo/train.csv, from where the run was started

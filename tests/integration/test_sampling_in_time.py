@@ -1,4 +1,4 @@
-"""`--data.sampling-seconds` through the commands: trained, stored, used by predict, refused where it has no use."""
+"""`--data.sampling-seconds` in the commands: trained, stored, used by predict, refused where it has no effect."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def features(path: Path) -> tuple[torch.Tensor, dict[str, str]]:
 def test_run_in_time_on_a_flat_folder_predicts_in_time(
     demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two files that show the same at every moment, one with each frame thrice, have the same features then."""
+    """Two files that show the same at every moment, one with each frame three times, have the same features."""
     (tmp_path / "flat").mkdir()
     for row in read_list(demo_folder / "train.csv")[:32]:
         (tmp_path / "flat" / row.path.name).symlink_to(row.path)

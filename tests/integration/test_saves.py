@@ -1,4 +1,4 @@
-"""Checkpoints that are written behind the training: the same files as at a standstill, and kills of writers."""
+"""Checkpoints written in the background: same files as with blocking saves, and kills of writers."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def pretraining(stage: str, *extra: str) -> Callable[[Path, Path], list[str]]:
 
 
 def averaging(folder: Path, out: Path) -> list[str]:
-    """A fine-tuning that scores, points to its best checkpoint, and averages its weights."""
+    """Arguments of a fine-tuning with scores, a best checkpoint and an average of the weights."""
     return finetune(folder, out, "--run.save-every-steps", "1", steps=4)
 
 
 def sealed_content(run_dir: Path) -> dict[str, Any]:
-    """Every file below checkpoints, seals as their content, without config.json, which names the way of saving."""
+    """Every file below checkpoints, seals parsed, without config.json, which names the kind of saving."""
     files: dict[str, Any] = contents(run_dir / "checkpoints")
     for name in [name for name in files if name.endswith("complete.json")]:
         files[name] = json.loads(files[name])["files"]
@@ -76,7 +76,7 @@ def test_checkpoints_written_behind_are_byte_for_byte_those_of_a_standstill(
 
 
 def halt_writers(process: subprocess.Popen[str], run_dir: Path) -> dict[int, psutil.Process]:
-    """Stop the writers of a launch inside a save, once a checkpoint is complete; return them by rank."""
+    """Suspend the writers of a launch during a save, after a checkpoint is complete; return them by rank."""
     while process.poll() is None:
         if not (is_saving(run_dir) and sealed(run_dir)):
             continue
@@ -95,7 +95,7 @@ def halt_writers(process: subprocess.Popen[str], run_dir: Path) -> dict[int, psu
 def test_kill_while_a_writer_writes_leaves_no_process_and_the_run_resumes_bitwise(
     victim: str, uninterrupted: dict[int, Path], demo_folder: Path, tmp_path: Path
 ) -> None:
-    """The writers stand still, as on a disk that hangs, when one, its rank, or the launcher is killed."""
+    """The writers are suspended, as on a hanging disk, when one, its rank, or the launcher is killed."""
     run_dir = tmp_path / "run"
     words = recovery_command(demo_folder, run_dir)
     with start(words, processes=2) as process:

@@ -1,4 +1,4 @@
-"""`everest show` and `everest_ds.load` from outside: pictures of weights, runs and recipes."""
+"""`everest show` and `everest_ds.load`: pictures of weights, runs and recipes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.integration.test_bad_input import refused
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a pre-training model of the demo's size: a bare file, one that knows its run, and hf/."""
+    """A folder with a pre-training model of the demo's size: a bare file, one with its run's settings, and hf/."""
     folder, config = tmp_path_factory.mktemp("weights"), get_recipe("demo")
     torch.manual_seed(0)
     tensors = build_autoencoder(config).state_dict()  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ def test_bad_videos_take_a_line_each_and_the_others_are_drawn(
     shutil.copy(videos[0], twin)
     given = ["show", "demo", *map(str, [broken, videos[1], empty, twin]), "--out", str(tmp_path / "out")]
     assert main(given) == 2
-    _, *lines = capsys.readouterr().err.splitlines()  # the first one says what is loaded
+    _, *lines = capsys.readouterr().err.splitlines()  # the first line says what is loaded
     assert [line.split(":")[0] for line in lines] == [f"cannot read {broken}", f"cannot read {empty}"]
     found = {path.name for path in (tmp_path / "out").iterdir()}
     assert found == {f"{videos[1].stem}.png", f"{videos[1].stem}-2.png"}
@@ -168,7 +168,7 @@ def test_names_of_pictures_are_unique_and_short(tmp_path: Path) -> None:
 def test_loading_takes_files_and_folders(
     name: str, edge: int, is_told: bool, weights: Path, videos: list[Path]
 ) -> None:
-    """Clips are those of the run that a file knows, else those of the positions; a bare file knows neither."""
+    """Clips come from the run's settings in the file, else from its positions; a bare file has neither."""
     loaded = everest_ds.load(weights / name)
     assert ("the weights have no settings for clips" in loaded.report) != is_told
     assert loaded.read(videos[0]).clip_CTHW.shape == (3, 16, edge, edge)
@@ -189,7 +189,7 @@ def test_loading_a_classifier_gives_its_logits_and_draws_what_it_keeps(videos: l
 
 
 def test_loading_weights_whose_configuration_is_absurd_is_refused(weights: Path, tmp_path: Path) -> None:
-    """A file of a stranger may ask for more frames than there is memory."""
+    """A foreign file may ask for more frames than fit into memory."""
     with safe_open(weights / "weights.safetensors", "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for section, name, value in ("selection", "alpha", 1e9), ("data", "num_frames", 10**9):

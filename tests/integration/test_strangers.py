@@ -1,6 +1,6 @@
-"""A stranger's run is data: whichever file wants to run code, every command refuses it by name, and nothing runs.
+"""Runs from strangers are only data: every command refuses a file that would run code, names it, and runs nothing.
 
-The stranger seals his files himself, so the seal is no protection.
+The attacker can seal the files, so the seal gives no protection.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MODEL, OPTIMISER = "mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_opti
 
 
 class Payload:
-    """An object that makes a folder when it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -40,7 +40,7 @@ def reseal(folder: Path, **more: str) -> None:
 
 
 def spoil(path: Path, payload: object) -> None:
-    """Put an object into a file of torch.save, beside what is there and inside a list."""
+    """Add an object to a file of torch.save, at the top level and inside a list."""
     content = torch.load(path, weights_only=False)
     torch.save({**content, "more": [1, [payload]]}, path)
 
@@ -52,7 +52,7 @@ def own_command(demo_folder: Path, run: Path, *extra: str, steps: int = 2) -> li
 
 @pytest.fixture(scope="module")
 def honest(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes at ZeRO-2 that was resumed by one, so that there is a universal copy."""
+    """A run of two processes at ZeRO-2 that one process resumed, so that there is a universal checkpoint."""
     run = tmp_path_factory.mktemp("honest") / "run"
     for processes, out in ((2, run), (1, run.with_name("other"))):
         resume = ["--resume", str(run)] if processes == 1 else []
@@ -62,7 +62,7 @@ def honest(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-# What is done with the run; words, and how many processes.
+# Commands on the run, and their numbers of processes.
 USES: dict[str, Callable[[Path, Path, Path], tuple[list[str], int]]] = {
     "resume": lambda run, demo, out: (own_command(demo, run), 2),
     "resume elsewhere": lambda run, demo, out: (own_command(demo, out, "--resume", str(run)), 2),
@@ -129,7 +129,7 @@ def write_folder(folder: Path, name: str, content: object) -> Path:
     return folder
 
 
-# Files of weights, written with a payload in them.
+# Files of weights that contain a payload.
 def write_zip(out: Path, content: object) -> Path:
     torch.save(content, out.with_suffix(".pth"))
     return out.with_suffix(".pth")

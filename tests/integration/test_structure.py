@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: imports point one way, files and functions are small, leaves light."""
+"""Check rules of the code: imports point one way, files and functions are small, leaves import little."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGE = REPOSITORY / "everest_ds"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_UNDOCUMENTED_LINES, MAX_FOLDER_FILES = 500, 60, 6, 14
 
-# What each part may import of the project; leaves import leaves only.
+# The parts of the project that each part may import; leaves import only leaves.
 LEAVES = {"errors", "distributed", "files", "imagenet", "interrupts", "progress", "tokens"}
 LEAVES |= {"console", "launchers", "processes", "pulse", "schedulers", "stacks"}
 BELOW_TRAINING = {"model", "data", "config"} | LEAVES
@@ -63,8 +63,8 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 def test_modules_of_the_project_are_imported_at_the_top() -> None:
-    """Except by the command line, which must answer Ctrl-C soon, by the package, which must import quickly, and for
-    readers whose library may be absent.
+    """Exceptions: the command line, which must handle Ctrl-C early, the package, which must import quickly, and
+    readers whose library may be missing.
     """
     deferring = set()
     for path in MODULES:
@@ -75,8 +75,8 @@ def test_modules_of_the_project_are_imported_at_the_top() -> None:
     assert deferring <= {"__init__.py", "cli/__init__.py", "data/readers/choice.py", "data/readers/container.py"}
 
 
-# Packages that are imported in functions: they may be missing, or must wait until the accelerator is chosen, or are
-# heavy and belong to modules that commands need before torch.
+# Packages that are imported in functions: they may be missing, or must be imported after the accelerator is chosen,
+# or are heavy and used in modules that commands need before torch.
 IMPORTED_LATE = {
     "av", "decord", "deepspeed", "flash_attn", "matplotlib", "mlflow", "mujoco", "pydantic", "timm", "torch",
     "torchcodec", "trackio", "transformers", "wandb",
@@ -104,7 +104,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         statements = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
         found = {f"{node.module}.{alias.name}" for node in statements for alias in node.names}
         needed = (found | {node.module or "" for node in statements}) & names
-        imports[module_name(path)] = needed - {module_name(path)}  # a package's face imports its own modules
+        imports[module_name(path)] = needed - {module_name(path)}  # the package itself may import its own modules
     while free := [name for name, needed in imports.items() if not needed]:
         for name in free:
             del imports[name]

@@ -1,4 +1,4 @@
-"""`everest study` from end to end, at a scale of seconds: two conditions, a failure, going on."""
+"""`everest study` from end to end in seconds: two conditions, a failure, resuming."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Whole runs: one process against two, accumulation, ZeRO stages, resume, bad videos.
+"""Complete runs: one process against two, accumulation, ZeRO stages, resuming, bad videos.
 
-The reference of the comparisons is one process at ZeRO-0, in float32. Measured worst relative difference of the
+The reference of all comparisons is one process at ZeRO-0, in float32. Measured worst relative difference of the
 loss over 20 steps: 1.5e-7.
 """
 
@@ -65,7 +65,7 @@ def test_loss_falls(reference: Path) -> None:
 
 
 def test_skipped_steps_are_in_the_record_of_a_run(demo_folder: Path, tmp_path: Path) -> None:
-    """At such a rate the first update makes weights whose loss is not finite: all later steps are left out."""
+    """At such a learning rate the loss is not finite after the first update: all later steps are skipped."""
     words = [*SMALL, "--optim.base-lr", "1e30", "--optim.warmup-epochs", "0", "--run.max-skipped-steps", "2"]
     done = compute(flags(demo_folder, tmp_path / "run", *words), processes=2)
     assert done.returncode == 2, done.stderr
@@ -79,7 +79,7 @@ def test_skipped_steps_are_in_the_record_of_a_run(demo_folder: Path, tmp_path: P
 def test_two_processes_equal_one_at_every_stage(
     stage: int, reference: Path, demo_folder: Path, tmp_path: Path
 ) -> None:
-    start = launch if stage == 2 else compute  # one of them through the launcher that users have
+    start = launch if stage == 2 else compute  # one of them with the real launcher
     words = [*SMALL, "--ds-config", ds_config(f"zero{stage}")]
     done = start(flags(demo_folder, tmp_path / "run", *words), processes=2)
     assert done.returncode == 0, done.stderr
@@ -106,8 +106,8 @@ def test_gradient_that_is_not_finite_on_one_process_changes_no_weight_at_any_sta
 ) -> None:
     """One good step and one of NaN: the second is not applied, and AdamW counts one update.
 
-    It counted two at ZeRO-0 in bf16, where DeepSpeed's own first step on zero gradients is taken back by us. And
-    nothing is compiled on the way: neither an optimiser nor shared memory for gloo.
+    At ZeRO-0 in bf16, DeepSpeed's own first step on zero gradients would count as a second update; the project
+    undoes it. Nothing is compiled during the test: neither an optimiser nor shared memory for gloo.
     """
     precisions = ("fp32", "bf16", "autocast")
     words = [REPOSITORY / "ds_configs", *precisions]
@@ -177,7 +177,7 @@ def test_list_of_nothing_but_bad_videos_stops_at_once(demo_folder: Path, tmp_pat
 
 
 def test_every_codec_of_the_real_clips_trains(real_clips: Path, tmp_path: Path) -> None:
-    """46 real videos, of 1 to 1,950 frames, in every codec and container there: each in every step, none bad."""
+    """46 real videos of 1 to 1,950 frames, in many codecs and containers: each is in every step, none is bad."""
     videos = sorted(path for path in real_clips.iterdir() if path.suffix not in (".csv", ".md") and path.is_file())
     assert len(videos) == 46
     (tmp_path / "list.csv").write_text("".join(f"{path} 0\n" for path in videos))

@@ -1,6 +1,6 @@
-"""Between lines of metrics the host does not wait for the device, and steps are what they are when it does.
+"""Between lines of metrics the host does not wait for the device, and results are the same as if it did.
 
-Seven steps of two micro-batches; a line every three; the fifth step's loss is not a number.
+Seven steps of two micro-batches, a line every three steps; the loss of the fifth step is NaN.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.integration.scanning import reported, scan
 
-# zero stage : precision : norm that gradients are clipped to. Norms are 1.01 and more.
+# ZeRO stage : precision : clipping norm. Gradient norms are at least 1.01.
 ON_DEVICE = ("2:bf16:1", "2:fp32:1", "2:fp32:0", "1:fp32:1", "1:bf16:1", "0:fp32:1", "0:bf16:1")
 BY_DEEPSPEED = ("3:fp32:1", "3:bf16:1")
 LOSS_RTOL = 1e-6  # measured: 5e-8 in float32
@@ -35,7 +35,7 @@ def test_host_never_waits_between_lines(case: str, scanned: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("case", BY_DEEPSPEED)
 def test_deepspeed_waits_where_the_step_is_left_to_it(case: str, scanned: dict[str, Any]) -> None:
-    """So the scan does see waits."""
+    """Shows that the scan detects waits."""
     assert scanned[case]["waits"]["2"]
 
 

@@ -1,4 +1,4 @@
-"""Weights out of a run and into another: float32, bit for bit what the optimiser holds, from every stage."""
+"""Export weights of a run and load them into another: bitwise the optimiser's float32 weights, at every stage."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tests.conftest import REPOSITORY
 from tests.integration.launch import compute, contents, ds_config, flags
 from tests.integration.scanning import scan
 
-# A folder, and what was seen of each case.
+# A folder, and the figures of each case.
 Exported = tuple[Path, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """A run of every stage and precision, with its weights in a file beside it, and what was seen of each."""
+    """A run of every stage and precision with its exported weights, and the figures of each."""
     out = tmp_path_factory.mktemp("exported")
     return out, scan("exports", REPOSITORY / "ds_configs", out, processes=2)
 
@@ -86,10 +86,10 @@ def test_convert_refuses_what_it_cannot_read_or_would_overwrite(
 def test_run_starts_from_weights_alone_and_a_repeated_command_goes_on(
     exported: Exported, demo_folder: Path, tmp_path: Path
 ) -> None:
-    """Weights of a ZeRO-3 run go into one process at ZeRO-0; the optimiser, the step and the order start afresh."""
+    """Load weights of a ZeRO-3 run in one process at ZeRO-0; optimiser, step and order start from the beginning."""
     weights, run_dir = exported[0] / "zero3_fp32.safetensors", tmp_path / "run"
     words = ["--ds-config", ds_config("zero0"), "--init-from", str(weights), "--optim.warmup-epochs", "4"]
-    one_step = flags(demo_folder, run_dir, *words, steps=1)  # of learning rate zero: the weights stay
+    one_step = flags(demo_folder, run_dir, *words, steps=1)  # at rate zero: the weights stay
     done = compute(one_step)
     assert done.returncode == 0, done.stderr
     assert f"weights from {weights}, everything else fresh" in done.stdout
@@ -197,7 +197,7 @@ def test_convert_refuses_before_it_writes(
 def test_run_starts_from_a_folder_of_hugging_face_with_interpolated_positions(
     exported: Exported, demo_folder: Path, tmp_path: Path
 ) -> None:
-    """The clips have half the frames; the configuration says where positions are from, so a resumed run knows."""
+    """The clips have half the frames; the configuration records where positions are from, for resuming."""
     folder, run_dir = tmp_path / "hf", tmp_path / "run"
     assert cli.main(["convert", str(exported[0] / "zero1_fp32"), str(folder), "--to", "hf"]) == 0
     config = load_config(exported[0] / "zero1_fp32" / "config.json")

@@ -1,4 +1,4 @@
-"""A built wheel: installed alone, it has all that the package needs from the repository."""
+"""A built wheel, installed without the repository, has everything that the package needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the installed wheel, apart from the repository."""
+    """A folder outside the repository with the installed wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     built = subprocess.run(

@@ -1,4 +1,4 @@
-"""A dataset as downloaded, all the way to a score: index, check-data, prepare, pretrain, finetune, evaluate."""
+"""From a downloaded dataset to a score: index, check-data, prepare, pretrain, finetune, evaluate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEMO = DemoConfig(num_frames=40, size=64, width=96)
 
 
 def encode_avi(path: Path, number: int) -> None:
-    """A demo video as UCF101 has them: MPEG-4 in AVI."""
+    """A demo video in UCF101's format: MPEG-4 in AVI."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream("mpeg4", rate=25)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
@@ -32,7 +32,7 @@ def encode_avi(path: Path, number: int) -> None:
 
 @pytest.fixture
 def ucf101(tmp_path: Path) -> Path:
-    """Four classes with the official split files; one training video is cut off, one was never downloaded."""
+    """Four classes with the official split files; one training video is truncated, one is missing."""
     root = tmp_path / "UCF101"
     lists: dict[str, list[str]] = {"train": [], "test": []}
     for label, name in enumerate(CLASSES):

@@ -1,4 +1,4 @@
-"""Exported classifiers in transformers itself: the run's tokens, frames and logits with `trust_remote_code`."""
+"""Exported classifiers in transformers with `trust_remote_code`: same tokens, frames and logits as the run."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ pytestmark = pytest.mark.parity
 
 # Largest difference of a logit of about 2. Worst case seen, transformers 5.18 and 5.24, torch 2.14 on a CPU: 1e-6.
 ATOL = 1e-5
-# All tokens in place of 0.6 of them move the logits by this much at least; seen: 0.2 to 1.
+# Using all tokens instead of 0.6 of them changes the logits by at least this much; measured: 0.2 to 1.
 MOVED = 1e-2
 # Of probabilities, torchcodec's frames there and PyAV's here. Worst case seen on 40 real MP4, WebM and Matroska
-# files: 5e-7. Five AVI files come out up to 2e-2 apart: torchcodec returns other frames of them.
+# files: 5e-7. Five AVI files differ by up to 2e-2, because torchcodec returns other frames.
 PIPELINE_ATOL = 1e-5
 NAMES = tuple(f"class {i}" for i in range(7))
 
 
 @pytest.fixture(autouse=True)
 def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Transformers copies the code of a folder into a cache and imports it from there; ours is the test's own."""
+    """Transformers copies a folder's code into a cache and imports it from there; each test has its own cache."""
     from transformers import dynamic_module_utils
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -65,7 +65,7 @@ def recipe(position_frames: int | None = None, **selection: Any) -> FinetuneConf
 
 
 def model_of(config: FinetuneConfig) -> EverestClassifier:
-    """A random model whose biases and norms matter, with opinions."""
+    """A random model with effective biases and norms and clearly different logits."""
     torch.manual_seed(0)
     options = {"num_classes": len(NAMES), "head_init_scale": 10.0}
     model = EverestClassifier(get_size(config.model.size), config.position_grid, encoder_options(config), **options)
@@ -85,7 +85,7 @@ def export(config: FinetuneConfig, folder: Path) -> EverestClassifier:
 
 
 def clips_with_ties() -> Tensor:
-    """Noise, noise that stands still after a while, and a still image: all of its tokens change equally."""
+    """Noise, noise that stops changing, and a still image, whose tokens all tie."""
     draw = torch.Generator().manual_seed(1)
     clips = torch.randint(0, 256, (4, 3, 16, 48, 48), dtype=torch.uint8, generator=draw)
     clips[1, :, 5:] = clips[1, :, 4:5]
@@ -171,7 +171,7 @@ def test_trusted_code_refuses_clips_of_another_length(tmp_path: Path) -> None:
 
 
 def test_exported_folder_is_read_back_as_the_same_model(tmp_path: Path) -> None:
-    """Positions are laid out for 32 frames, clips have 16; the last norm is ours."""
+    """Positions are made for 32 frames, clips have 16; the last norm is this project's."""
     config = recipe(keep_ratio=0.6, position_frames=32)
     model = export(config, tmp_path / "hf")
     back = read_weights(tmp_path / "hf")
@@ -277,7 +277,7 @@ def test_pipeline_labels_real_clips_as_predict_does(
 
 
 def check_pipeline(videos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the folder's code the probabilities of `everest predict`, without it labels all the same."""
+    """With the folder's code the pipeline gives the probabilities of `everest predict`; without it, just labels."""
     choose_reader("pyav")
     export(recipe(keep_ratio=0.6), tmp_path / "hf")
     trusting = transformers.pipeline("video-classification", str(tmp_path / "hf"), trust_remote_code=True)

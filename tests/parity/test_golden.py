@@ -1,6 +1,6 @@
-"""Against numbers from the official implementation: selection, outputs, gradients, training, fine-tuning.
+"""Compare with the official implementation: selection, outputs, gradients, training, fine-tuning.
 
-Tolerances are those of the golden set's makers; measured worst cases on a CPU (torch 2.15): importance identical,
+Tolerances belong to the golden set; measured worst cases on a CPU (torch 2.15): importance identical,
 encoder 3.9e-6, decoder 3.6e-7, loss 1.2e-7, gradient norms 6e-7 relative, trajectory identical, logits 1.0e-7.
 """
 
@@ -34,7 +34,7 @@ LOSS_ATOL = 2e-6
 GRADIENT_RTOL = 1e-4
 TRAJECTORY_ATOL = 1e-5
 LOGIT_ATOL = 1e-6
-# Rows that the set stores of a large output: every n-th.
+# Of a large output the set stores every n-th row.
 STORED_EVERY = {"tiny224": {"everest": 16, "videomae": 64}, "mini64": {"everest": 1, "videomae": 4}}
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -70,7 +70,7 @@ def test_importance_equals_official(golden: GoldenModel) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_importance_equals_float64(golden: GoldenModel, device: str) -> None:
-    """The official numbers are rounded by 1.5e-5 themselves; a GPU rounds less, so they are no oracle for it."""
+    """The official numbers have rounding errors of 1.5e-5. A GPU rounds less, so it is compared with float64."""
     proj = golden.autoencoder().encoder.patch_embed.proj
     mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     clips = (golden.clips_BCTHW.double() / 255 - mean) / std
@@ -97,7 +97,7 @@ def test_index_sets_equal_official(golden: GoldenModel, device: str) -> None:
 
 
 def test_reversed_noise_is_noticed(golden: GoldenModel) -> None:
-    """Noise belongs to ranks: with its order reversed the index sets must differ, so the test above can fail."""
+    """Noise belongs to ranks: in reverse order the index sets differ, so the test above can fail."""
     reversed_noise = golden.outputs["everest.noise"].flip(1)
     importance = golden.outputs["everest.importance"]
     selection = select_rero(importance, reversed_noise, num_visible=golden.num_visible)

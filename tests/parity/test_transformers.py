@@ -1,4 +1,4 @@
-"""Against Hugging Face's VideoMAE itself: the same outputs with converted weights, and no bit lost on the way."""
+"""Compare with Hugging Face's VideoMAE: same outputs with converted weights, and bitwise identical round trips."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.parity
 
 # Largest difference of any output. Worst case seen, transformers 5.23 and torch 2.15 on a CPU: 5.4e-7.
 ATOL = 1e-5
-# The decoder's and the classifier's norm add 1e-5 to the variance there, whatever the configuration says, and 1e-6
-# in the official code and here. Worst case seen of that alone: 2.1e-5.
+# The decoder's and the classifier's norm add 1e-5 to the variance there, regardless of the configuration, and 1e-6
+# in the official code and here. Worst difference measured from this alone: 2.1e-5.
 LAST_NORM_ATOL = 5e-5
 SHAPES: dict[str, dict[str, Any]] = {
     "wide": dict(hidden_size=96, num_attention_heads=3, patch_size=8, image_size=48, num_frames=8),
@@ -37,7 +37,7 @@ KINDS = ["VideoMAEForPreTraining", "VideoMAEForVideoClassification"]
 
 @pytest.fixture(params=[(kind, shape) for kind in KINDS for shape in SHAPES], ids="-".join)
 def theirs(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A random model whose biases and norms matter."""
+    """A random model with effective biases and norms."""
     kind, shape = request.param
     sizes = SHAPES[shape]
     config = transformers.VideoMAEConfig(
@@ -60,7 +60,7 @@ def theirs(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def clips_and_mask(model: Any) -> tuple[Tensor, Tensor]:
-    """Two clips, and a mask of theirs, True = hidden, with equally many in each clip."""
+    """Two clips and their mask (True = hidden), with equally many hidden tokens in each clip."""
     config, draw = model.config, torch.Generator().manual_seed(2)
     edges = config.image_size if isinstance(config.image_size, list) else [config.image_size] * 2
     clips = torch.randint(0, 256, (2, 3, config.num_frames, *edges), dtype=torch.uint8, generator=draw)
@@ -110,7 +110,7 @@ def test_converted_in_gives_the_same_outputs(theirs: Any, tmp_path: Path) -> Non
 
 
 def test_converted_out_gives_the_same_outputs(theirs: Any, tmp_path: Path) -> None:
-    """Weights of ours, which were never theirs, loaded by from_pretrained; all but the last norm agrees to 1e-5."""
+    """Weights made here load with from_pretrained; outputs agree once the last norm has the same epsilon."""
     theirs.save_pretrained(tmp_path / "in")
     weights, _ = require_complete(read_weights(tmp_path / "in"))
     own = replace(weights, architecture=replace(weights.architecture, norm_eps=1e-6, last_norm_eps=1e-6))
@@ -156,7 +156,7 @@ def test_there_and_back_through_every_layout_is_bit_for_bit(theirs: Any, tmp_pat
 
 
 def test_checkpoint_of_no_trained_norm_is_refused(tmp_path: Path) -> None:
-    """With use_mean_pooling, the default, their pre-training encoder has no norm at its end; ours has one."""
+    """With use_mean_pooling, the default, Hugging Face's pre-training encoder has no final norm; this one has."""
     config = transformers.VideoMAEConfig(
         hidden_size=64, num_attention_heads=4, intermediate_size=256, num_hidden_layers=1, decoder_hidden_size=32,
         decoder_num_attention_heads=2, decoder_intermediate_size=128, decoder_num_hidden_layers=1, num_frames=4,
