@@ -408,7 +408,7 @@ def test_drawing_classifier_without_noise_and_counts_for_the_wrong_strategy_are_
         ("running_cell", TokenGrid(time=4, rows=3, cols=2), 0.5, "even token rows"),
         ("running_cell", TokenGrid(time=6, rows=2, cols=2), 0.5, "multiple of 4 time steps"),
         ("running_cell", GRID, 0.3, "0.25, 0.5 or 0.75"),
-        ("all", GRID, 0.5, "set it to 1"),
+        ("all", GRID, 0.5, "set the ratio to 1"),
         ("tube", GRID, 0.0, "outside"),
         ("rero", GRID, 1.5, "outside"),
     ],
