@@ -106,5 +106,5 @@ cat <<TEXT
       a recipe of the paper, resolved for 8 GPUs
   source $(from_caller "$environment/bin/activate")
       adds everest, deepspeed and tensorboard to the PATH of this shell
-For your own videos see "Pre-train on your videos" in $(from_caller README.md).
+For your own videos see $(from_caller docs/own_videos.md).
 TEXT

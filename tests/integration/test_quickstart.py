@@ -100,7 +100,7 @@ def test_first_block_and_the_hints_it_ends_in_work_as_printed(
     assert BLOCK is not None
     block = BLOCK.group(1).replace("REPOSITORY_URL", str(source))
     assert block.splitlines()[0].startswith("git clone ")
-    shown = bash(f"set -e\n{block}", tmp_path, shell)
+    shown = bash(f"set -e\n{block}\neverest doctor", tmp_path, shell)
     clone = tmp_path / "everest_ds"
     assert (clone / ".venv" / "bin" / "activate").is_file()
     assert re.search(
@@ -108,7 +108,7 @@ def test_first_block_and_the_hints_it_ends_in_work_as_printed(
     )
     for picture in ("pictures/00000.png", "result.png"):
         assert (clone / "quickstart" / "tiny" / picture).read_bytes().startswith(b"\x89PNG")
-    assert shown.endswith("ready to train\n")  # of the block's last line
+    assert shown.endswith("ready to train\n")  # of doctor, which the block's last line puts on the PATH
     hints = re.findall(r"^  (\S.*)$", shown[shown.index("where to look next") :], flags=re.MULTILINE)
     starts = [hint.split()[0].split("/")[-1] for hint in hints]
     assert starts == ["tensorboard", "everest", "cat", "everest", "source"]
