@@ -19,6 +19,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY everest_ds everest_ds
 COPY ds_configs ds_configs
 COPY launch launch
+COPY docs docs
 RUN ["bash", "-c", "caller=$PWD; source launch/environment.sh; ensure_environment ''"]
 
 CMD ["bash", "launch/quickstart.sh"]

@@ -19,32 +19,25 @@ def _clip(config: PretrainConfig | FinetuneConfig) -> str:
     return f"{data.num_frames} x {data.image_size}, {frames}"
 
 
-def pretraining_row(config: PretrainConfig) -> list[str]:
-    """Return the cells of one recipe of pre-training."""
-    selection = config.selection
-    extra = f", alpha {selection.alpha:g}" if selection.alpha > 1 else ""
+def row(config: PretrainConfig | FinetuneConfig) -> list[str]:
+    """Return the cells of one recipe."""
+    views: list[str] = []
+    if isinstance(config, PretrainConfig):
+        selection = config.selection
+        extra = f", alpha {selection.alpha:g}" if selection.alpha > 1 else ""
+        share = f"{selection.selected_ratio:g} / {selection.visible_ratio:g}{extra}"
+    else:
+        share = f"{config.selection.keep_ratio:g}"
+        views = [f"{config.views.num_temporal} x {config.views.num_spatial}"]
     return [
         f"`{config.recipe}`",
         config.model.size,
         _clip(config),
-        f"{selection.selected_ratio:g} / {selection.visible_ratio:g}{extra}",
+        share,
         str(config.optim.epochs),
         str(config.batch.global_size),
         f"{config.optim.base_lr:g}",
-    ]
-
-
-def finetuning_row(config: FinetuneConfig) -> list[str]:
-    """Return the cells of one recipe of fine-tuning."""
-    return [
-        f"`{config.recipe}`",
-        config.model.size,
-        _clip(config),
-        f"{config.selection.keep_ratio:g}",
-        str(config.optim.epochs),
-        str(config.batch.global_size),
-        f"{config.optim.base_lr:g}",
-        f"{config.views.num_temporal} x {config.views.num_spatial}",
+        *views,
     ]
 
 
@@ -57,9 +50,9 @@ def page() -> str:
     """Return the whole page."""
     configs = [recipe() for recipe in RECIPES.values()]
     head = ["recipe", "ViT", "clip", "selected / visible", "epochs", "batch", "lr"]
-    pretraining = table(head, [pretraining_row(config) for config in configs if isinstance(config, PretrainConfig)])
+    pretraining = table(head, [row(config) for config in configs if isinstance(config, PretrainConfig)])
     head = ["recipe", "ViT", "clip", "kept", "epochs", "batch", "lr", "views"]
-    finetuning = table(head, [finetuning_row(config) for config in configs if isinstance(config, FinetuneConfig)])
+    finetuning = table(head, [row(config) for config in configs if isinstance(config, FinetuneConfig)])
     first = "`everest pretrain RECIPE`: the share of tokens that is selected, and that the encoder sees."
     then = "`everest finetune RECIPE --init-from WEIGHTS`: the share that is kept, and the views."
     return f"{HEAD}\n## Pre-training\n\n{first}\n\n{pretraining}\n## Fine-tuning\n\n{then}\n\n{finetuning}"
