@@ -147,11 +147,25 @@ def _named_checkpoint(out: Path | None, config: Config, named: Path) -> Resume:
     if run_dir.resolve() != source.resolve():
         if _is_used(run_dir):
             raise UserError(f"--out {run_dir} holds another run than --resume {named}; name an empty folder")
-    elif checkpoint.resolve() != (newest := next(iter(sound_checkpoints(source)), checkpoint)).resolve():
+    elif (newer := _newer_checkpoint(source, checkpoint)) is not None:
         raise UserError(
-            f"--resume {named}: the run continued to {newest.name}; name another folder with --out to branch off"
+            f"--resume {named}: the run continued to {newer.name}; name another folder with --out to branch off"
         )
     return Resume(run_dir=run_dir, candidates=(checkpoint,), exact=True, note=note)
+
+
+def _newer_checkpoint(run_dir: Path, checkpoint: Path) -> Path | None:
+    """Return the newest sound checkpoint of a run if it is newer than another one, or that one is not the run's.
+
+    A damaged checkpoint is newer than the sound ones before it: naming it must report the damage.
+    """
+    newest = next(iter(sound_checkpoints(run_dir)), None)
+    for path in list_checkpoints(run_dir):  # newest first
+        if path.resolve() == checkpoint.resolve():
+            return None
+        if path == newest:
+            break
+    return newest
 
 
 def require_same_classes(resume: Resume, names: Sequence[str]) -> None:
