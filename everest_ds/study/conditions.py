@@ -166,6 +166,7 @@ class StudyOptions:
 
     @property
     def conditions(self) -> list[Condition]:
+        """Conditions to run: those named, or those of the world, or the main ones of a quick study."""
         if self.only:
             return [condition for condition in CONDITIONS if condition.name in self.only]
         if self.world == "physics":

@@ -114,9 +114,8 @@ def check_sections(systems: Systems, source: str) -> None:
             where = ".".join(str(part) for part in first["loc"])
             raise UserError(f"{source}: {section}.{where}: {first['msg']}") from error
     bf16 = DeepSpeedBF16Config(**systems.get("bf16", {}))
-    if (
-        bf16.bf16_master_weights_and_grads or bf16.bf16_optimizer_states
-    ):  # DeepSpeed allows the latter only with the former
+    # DeepSpeed allows the latter only with the former.
+    if bf16.bf16_master_weights_and_grads or bf16.bf16_optimizer_states:
         raise UserError(
             f"{source}: bf16.bf16_master_weights_and_grads and bf16.bf16_optimizer_states keep master weights in "
             "bf16, where small updates are rounded away; remove both, as ZeRO shards float32 masters"

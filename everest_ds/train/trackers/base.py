@@ -17,7 +17,7 @@ _FIRST = {
     "train": {"loss": "loss", "lr": "lr", "mfu": "mfu", "clips_per_s": "speed_clips_per_s", "stalled": "stalled"},
     "val": {"loss": "loss", "top1": "top1", "best_top1": "top1_best", "top5": "top5"},
 }
-SCORES = ("train/loss", "val/top1", "val/top1_best", "test/top1")
+SCORES = ("train/loss", "val/top1", "val/top1_best")
 """Numbers by which runs are compared."""
 TUNED: Mapping[str, str | int | float] = {
     "recipe": "", "precision": "", "model.size": "", "data.num_frames": 0, "batch.global_size": 0,

@@ -116,7 +116,8 @@ def test_events_with_any_values_make_a_page(name: str, value: Any, tmp_path: Pat
         "device",
     )
     odd = event(5, name, **dict.fromkeys(fields, value)) | {"time_s": value}
-    draw_page([read_run(make_run(tmp_path / "run", START, train(4), odd))], written="now")
+    page = draw_page([read_run(make_run(tmp_path / "run", START, train(4), odd))], written="now")
+    assert page.endswith("</html>\n")
 
 
 def test_curves_take_the_last_line_of_a_step_in_order(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_tensorboard_has_curves_texts_settings_and_pictures_under_the_name_of_th
     columns = board.PluginTagToContent("hparams")
     for part in (b"optim.base_lr", b"changed", b"data.flip=True"):
         assert part in columns["_hparams_/session_start_info"]
-    for part in (b"val/top1", b"test/top1", b"selection.visible_ratio"):  # columns that all runs share
+    for part in (b"val/top1", b"selection.visible_ratio"):  # columns that all runs share
         assert part in columns["_hparams_/experiment"]
     assert b"data.flip" not in columns["_hparams_/experiment"]
     layout = board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
